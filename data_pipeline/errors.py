@@ -1,0 +1,19 @@
+"""The failures that a user can act on. Each carries the exit code that the command line answers with."""
+
+
+class UserError(ValueError):
+    """Wrong use: a bad option, a missing folder, a checkpoint of another model. One line, says what to do."""
+
+    exit_code = 2
+
+
+class CorruptFileError(RuntimeError):
+    """A file of ours that is damaged or was changed: its hash, size or structure is not what was written."""
+
+    exit_code = 1
+
+
+class GateError(RuntimeError):
+    """An exported model that does not agree with its checkpoint, and is therefore not shipped."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""The distributed trainer: configuration, the AlexNet family, optimiser, checkpoints, and `train.main`."""
