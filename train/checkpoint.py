@@ -1,0 +1,270 @@
+"""Checkpoints that are whole or do not exist, and are verified before they are believed.
+
+runs/<run>/checkpoints/step-00001234/state.pt        model, optimizer, scaler, position, configuration, classes
+                                    /manifest.json   sha256 and size of state.pt, step, metrics
+runs/<run>/checkpoints/{best,last}.json              {"step": 1234, …}
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.files import fsync_path, sha256_of, write_atomic
+from data_pipeline.preprocessing import Preprocessing
+from train.config import RunConfig, decode_config
+from train.model import AlexNet, make_model
+
+FORMAT = 1
+STATE, MANIFEST = "state.pt", "manifest.json"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands beside a state file, and is believed before it."""
+
+    format: int
+    step: int
+    epoch: int
+    sha256: str
+    size_bytes: int
+    metrics: dict[str, float]
+
+
+class Pointer(msgspec.Struct, frozen=True, kw_only=True):
+    """`best.json` or `last.json`: which step, and its validation top-1."""
+
+    step: int
+    top1: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory, on the CPU.
+
+    Args:
+        folder: the step's folder.
+        sha256: of `state.pt`; exported models carry it.
+        step, epoch: optimiser steps and epochs finished.
+        samples_seen: training samples used, which is the position in the data stream.
+        metrics: of the validation split at this step.
+        model_state, optimizer_state, scaler_state: as `state_dict` gave them.
+    """
+
+    folder: Path
+    sha256: str
+    step: int
+    epoch: int
+    samples_seen: int
+    config: RunConfig
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    metrics: dict[str, float]
+    model_state: dict[str, Tensor]
+    optimizer_state: dict[str, Any]
+    scaler_state: dict[str, Any]
+
+    @property
+    def run_folder(self) -> Path:
+        """The run that this checkpoint belongs to."""
+        return self.folder.parent.parent
+
+    def make_model(self) -> AlexNet:
+        """The network with the checkpoint's weights, in evaluation mode.
+
+        Raises:
+            UserError: weights that do not fit the configuration saved with them.
+        """
+        model = make_model(
+            self.config.model, num_classes=len(self.classes), crop_px=self.preprocessing.crop_px
+        )
+        load_weights(model, self.model_state, source=self.folder)
+        return model.eval()
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load weights strictly.
+
+    Raises:
+        UserError: names or shapes that differ, with the first of each.
+    """
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        shown = f"{odd[0]}: expected {expected.get(odd[0], 'nothing')}, found {found.get(odd[0], 'nothing')}"
+        raise UserError(
+            f"{source} holds another model's weights ({len(odd)} tensors differ, first {shown}); "
+            "use the recipe it was trained with"
+        )
+    model.load_state_dict(state)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    epoch: int,
+    samples_seen: int,
+    config: RunConfig,
+    classes: tuple[str, ...],
+    metrics: dict[str, float],
+) -> Path:
+    """Write one checkpoint: temporary name, fsync of files and folders, rename.
+
+    Args:
+        folder: the run's `checkpoints/`; an existing folder for the same step is replaced.
+    Returns:
+        The step's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    state = {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "step": step,
+        "epoch": epoch,
+        "samples_seen": samples_seen,
+        "config": msgspec.to_builtins(config),
+        "classes": list(classes),
+        "preprocessing": msgspec.to_builtins(config.preprocessing),
+    }
+    with (temporary / STATE).open("wb") as file:
+        torch.save(state, file)
+    fsync_path(temporary / STATE)
+    manifest = Manifest(
+        format=FORMAT,
+        step=step,
+        epoch=epoch,
+        sha256=sha256_of(temporary / STATE),
+        size_bytes=(temporary / STATE).stat().st_size,
+        metrics=metrics,
+    )
+    write_json(temporary / MANIFEST, manifest)
+    fsync_path(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync_path(folder)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a checkpoint's hash, then read it. Nothing in it is executed.
+
+    Raises:
+        CorruptFileError: a missing or damaged manifest or state file, or one that is not ours.
+        UserError: a checkpoint of a newer format, or a configuration that this version does not know.
+    """
+    manifest = read_manifest(folder)
+    path = folder / STATE
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
+    if size_bytes != manifest.size_bytes or sha256_of(path) != manifest.sha256:
+        raise CorruptFileError(
+            f"checkpoint {path} is damaged: it is not what its manifest says was written "
+            f"({size_bytes} of {manifest.size_bytes} bytes, or another hash); use an earlier one"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config = decode_config(state["config"])
+        return Checkpoint(
+            folder=folder,
+            sha256=manifest.sha256,
+            step=int(state["step"]),
+            epoch=int(state["epoch"]),
+            samples_seen=int(state["samples_seen"]),
+            config=config,
+            classes=tuple(map(str, state["classes"])),
+            preprocessing=msgspec.convert(state["preprocessing"], Preprocessing),
+            metrics=manifest.metrics,
+            model_state=dict(state["model"]),
+            optimizer_state=dict(state["optimizer"]),
+            scaler_state=dict(state["scaler"]),
+        )
+    except pickle.UnpicklingError as error:
+        raise CorruptFileError(
+            f"checkpoint {path} holds more than tensors and plain values, and was not loaded"
+        ) from error
+    except UserError as error:
+        raise UserError(f"checkpoint {folder}: {error}") from error
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
+        raise CorruptFileError(
+            f"checkpoint {path} cannot be read: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json` of one checkpoint; see `load_checkpoint` for the errors."""
+    path = folder / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise CorruptFileError(f"checkpoint {folder} has no readable {MANIFEST}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"checkpoint manifest {path} is damaged: {error}") from error
+    if manifest.format > FORMAT:
+        raise UserError(
+            f"checkpoint {folder} has format {manifest.format}; this version reads up to {FORMAT}"
+        )
+    return manifest
+
+
+def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str = "best") -> Path:
+    """The folder of one checkpoint.
+
+    Args:
+        path: a step's folder, its `state.pt`, a run's folder, or None for the newest run.
+        runs: where runs are looked for when `path` is None.
+        pointer: `best` or `last`, which of a run's checkpoints is meant.
+    Raises:
+        UserError: nothing there, with what to do.
+        CorruptFileError: the run's pointer file is damaged.
+    """
+    if path is None:
+        started = [f for f in runs.glob("*/checkpoints/best.json")]
+        if not started:
+            raise UserError(f"no checkpoint under {runs}/; train first, or name one")
+        path = max(started, key=lambda f: (f.stat().st_mtime_ns, f)).parent.parent
+    if path.name == STATE:
+        path = path.parent
+    if (path / MANIFEST).exists() or (path / STATE).exists():
+        return path
+    pointer_file = path / "checkpoints" / f"{pointer}.json"
+    if not pointer_file.is_file():
+        what = "does not exist" if not path.exists() else "is neither a checkpoint nor a run with one"
+        raise UserError(f"{path} {what}")
+    return path / "checkpoints" / f"step-{read_pointer(pointer_file).step:08d}"
+
+
+def read_pointer(path: Path) -> Pointer:
+    """Read `best.json` or `last.json`.
+
+    Raises:
+        CorruptFileError: not what `write_json` wrote.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Pointer)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, whole or not at all."""
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n")

@@ -1,0 +1,252 @@
+"""The run configuration: a tree of frozen values, and how recipes and `--set` fill it.
+
+Order: defaults < recipe < `--set dotted.key=value`. An unknown key is an error that names the nearest one; a
+value out of range says what is allowed. What can be derived from a value (steps per epoch, rank batch) is
+not in here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from data_pipeline.augment import Augment
+from data_pipeline.errors import UserError
+from data_pipeline.preprocessing import Preprocessing
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Dropout = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Init = Literal["he", "paper", "caffe"]
+
+
+class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all configuration values: immutable, and closed to unknown keys."""
+
+
+class DataConfig(_Config, frozen=True):
+    """Where the images are and who decodes them.
+
+    Args:
+        root: folder with `train/` and `val/`; None is the embedded demo data.
+        backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
+        threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
+        prefetch: batches decoded ahead.
+    """
+
+    root: str | None = None
+    backend: Literal["auto", "dali", "pillow"] = "auto"
+    threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+    prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+
+
+class ModelConfig(_Config, frozen=True):
+    """Which network, see `train.model`. `stem_stride` is the first convolution's: 4 for 224 pixels."""
+
+    name: Literal["paper", "caffe", "owt", "bn"] = "paper"
+    stem_stride: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
+    dropout: Dropout = 0.5
+    init: Init = "he"
+
+
+class OptimizerConfig(_Config, frozen=True):
+    """SGD with momentum. Weight decay spares biases and norms unless `decay_bias_and_norm` is set."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: Dropout = 0.9
+    weight_decay: NotNegative = 5e-4
+    nesterov: bool = False
+    decay_bias_and_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+
+
+class ScheduleConfig(_Config, frozen=True):
+    """The learning rate over the run, see `train.schedule.lr_at`. Times are in epochs.
+
+    Args:
+        learning_rate: the rate after the warm-up.
+        kind: `step` multiplies by `factor` at each of `milestones`; `cosine` falls to 0; `constant` stays.
+        warmup_epochs: epochs of linear warm-up from `learning_rate / 100`.
+        milestones: ascending epochs at which `step` lowers the rate.
+        factor: what it is multiplied by, 0..1.
+    """
+
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 0.01
+    kind: Literal["step", "cosine", "constant"] = "step"
+    warmup_epochs: NotNegative = 0.0
+    milestones: tuple[float, ...] = ()
+    factor: Fraction = 0.1
+
+    def __post_init__(self) -> None:
+        if any(b <= a for a, b in zip((0.0, *self.milestones), self.milestones, strict=False)):
+            raise ValueError(f"milestones must be epochs above 0 in ascending order, not {self.milestones}")
+
+
+class RunConfig(_Config, frozen=True):
+    """Everything that decides a run's result.
+
+    Args:
+        recipe: the recipe's name, for the run folder and the records.
+        seed: of the data order, the augmentations, the initial weights and the dropout masks.
+        epochs: passes over the training split.
+        global_batch: samples an optimiser step uses, over all ranks and accumulation steps.
+        micro_batch: most samples that one rank takes through the network at once; None for no limit.
+            Accumulation follows from it.
+        precision: `auto` is bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU.
+        device: `auto` is CUDA where there is a GPU.
+        cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
+        log_every: optimiser steps between training rows.
+    """
+
+    recipe: str = "custom"
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    epochs: Positive = 90
+    global_batch: Positive = 128
+    micro_batch: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    log_every: Positive = 20
+    data: DataConfig = DataConfig()
+    preprocessing: Preprocessing = Preprocessing()
+    augment: Augment = Augment()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    folder = resources.files("train.recipes")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """Read a recipe as nested plain values.
+
+    Args:
+        name_or_path: a name from `recipe_names`, the path of a TOML file, or a run's `config.json`.
+    Raises:
+        UserError: no such recipe (the nearest is named), or a file that cannot be parsed (with its line).
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".toml", ".json"):
+        if not path.is_file():
+            raise UserError(f"recipe file {path} does not exist")
+        text, name = path.read_bytes(), path.stem
+    else:
+        name = name_or_path
+        if name not in recipe_names():
+            raise UserError(f"unknown recipe {name!r}{_nearest(name, recipe_names())}")
+        text = (resources.files("train.recipes") / f"{name}.toml").read_bytes()
+    try:
+        values = msgspec.json.decode(text) if path.suffix == ".json" else msgspec.toml.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name_or_path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name_or_path} is not a table of keys")
+    return {"recipe": name, **values}
+
+
+def make_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """The resolved configuration of a run.
+
+    Args:
+        recipe: name or file of a recipe.
+        overrides: `dotted.key=value` texts, values in TOML; a bare word counts as a string.
+    Raises:
+        UserError: an unknown key (the nearest is named) or a value that is not allowed (what is, is said).
+
+    >>> make_config("tiny-imagenet", ["schedule.learning_rate=0.02"]).schedule.learning_rate
+    0.02
+    """
+    values = load_recipe(recipe)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set takes dotted.key=value, not {override!r}")
+        *parents, last = key.strip().split(".")
+        table = values
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise UserError(f"--set {override}: {parent!r} is a value, not a table of keys")
+        table[last] = _parse_value(text.strip())
+    return decode_config(values)
+
+
+def decode_config(values: Mapping[str, Any]) -> RunConfig:
+    """Check nested plain values against the schema; see `make_config` for the errors."""
+    _check_keys(values, RunConfig, prefix="")
+    try:
+        return msgspec.convert(values, RunConfig)
+    except msgspec.ValidationError as error:
+        raise UserError(f"configuration: {_readable(error)}") from error
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return msgspec.toml.decode(f"value = {text}")["value"]
+    except msgspec.DecodeError:
+        if re.fullmatch(r"[A-Za-z0-9_./~@:+-]+", text):
+            return text
+        raise UserError(f"--set: {text!r} is not a TOML value; quote strings") from None
+
+
+def _check_keys(values: Mapping[str, Any], schema: type[Any], prefix: str) -> None:
+    fields = get_type_hints(schema)
+    for key, value in values.items():
+        if key not in fields:
+            every = [f"{prefix}{name}" for name in fields]
+            raise UserError(
+                f"unknown key {prefix + key!r}{_nearest(prefix + key, every, _all_keys(RunConfig))}"
+            )
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            if not isinstance(value, Mapping):
+                raise UserError(f"key {prefix + key!r} is a table; set one of its keys, e.g. {prefix}{key}.…")
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def _all_keys(schema: type[Any], prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in get_type_hints(schema).items():
+        nested = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+        keys += _all_keys(kind, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return keys
+
+
+def _nearest(name: str, candidates: list[str], others: list[str] | None = None) -> str:
+    """`; did you mean …?` with the closest candidate, or the list of what there is."""
+    for pool in (candidates, others or []):
+        close = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
+        # A key given without its table, or in the wrong one, is recognised by its last part.
+        last = [c for c in pool if c.split(".")[-1] == name.split(".")[-1]]
+        if last or close:
+            return f"; did you mean {(last or close)[0]!r}?"
+    return f"; there are: {', '.join(candidates)}"
+
+
+def _readable(error: msgspec.ValidationError) -> str:
+    """msgspec's `Expected … - at `$.schedule.kind`` with the key first, and a Literal's values listed."""
+    text, _, where = str(error).rpartition(" - at `$.")
+    key = where.rstrip("`")
+    if not text:
+        return str(error)
+    kind: Any = RunConfig
+    for part in key.split("."):
+        part = re.sub(r"\[.*", "", part)
+        kind = get_type_hints(kind).get(part) if isinstance(kind, type) else None
+    if get_origin(kind) is Literal:
+        text += f"; it is one of {', '.join(map(str, get_args(kind)))}"
+    return f"{key}: {text}"
