@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.files import sha256_of
 from data_pipeline.preprocessing import Preprocessing
 
 MANIFEST_NAME = "bundle.json"
@@ -118,7 +118,7 @@ class GateReport(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True):
-    """`bundle.json`. See the design for what each part is for.
+    """`bundle.json`. `gate` is None only while an export is being made: nothing ungated is shipped or loaded.
 
     Raises:
         ValueError: parts that contradict each other.
@@ -136,8 +136,8 @@ class Manifest(_Strict, frozen=True):
     files: dict[str, FileEntry]
     checkpoint: Origin
     versions: dict[str, str]
-    gate: GateReport
     engine: Engine | None = None
+    gate: GateReport | None = None
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -185,15 +185,6 @@ def probability_output(num_classes: int) -> TensorSpec:
     return TensorSpec(name=OUTPUT_NAME, dtype="float32", shape=("batch", num_classes))
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def load_bundle(path: Path) -> Bundle:
     """Read a bundle and verify every file of it before anything uses one.
 
@@ -205,6 +196,8 @@ def load_bundle(path: Path) -> Bundle:
     """
     folder = path.parent if path.name == MANIFEST_NAME else path
     manifest = _read_manifest(folder)
+    if manifest.gate is None:
+        raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
     for name, entry in manifest.files.items():
         file = folder / name
         if file.is_symlink() or not file.is_file():

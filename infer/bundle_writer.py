@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from data_pipeline.errors import CorruptFileError, UserError
-from infer.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest, load_bundle, sha256_of
+from data_pipeline.files import fsync_path, sha256_of
+from infer.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest, load_bundle
 
 
 @contextmanager
@@ -55,6 +55,14 @@ def check_replaceable(target: Path) -> None:
         raise UserError(f"--out {target} holds {strange[0]!r}, which no export wrote: name another folder")
 
 
+def measure_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """The manifest's entries for files in a folder."""
+    return {
+        name: FileEntry(sha256=sha256_of(folder / name), size_bytes=(folder / name).stat().st_size)
+        for name in names
+    }
+
+
 def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
     """Complete the export in `staging` and move it to `target` in one step.
 
@@ -62,21 +70,19 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
     so that a crash leaves the old one or the new one on the disk, never a mixture.
 
     Args:
-        staging: holds the files that `manifest.files` names; their entries are measured here.
+        staging: holds the files that `manifest.files` names.
         target: where the bundle shall be.
-        manifest: all but the measured file entries.
+        manifest: complete, with the gate's report.
+    Returns:
+        The bundle, read back and verified.
     """
-    entries = {
-        name: FileEntry(sha256=sha256_of(staging / name), size_bytes=(staging / name).stat().st_size)
-        for name in manifest.files
-    }
-    manifest = msgspec.structs.replace(manifest, files=entries)
+    assert manifest.gate is not None, "only what passed the gate is shipped"
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     (staging / MANIFEST_NAME).write_bytes(text)
-    for name in (*entries, MANIFEST_NAME):
+    for name in (*manifest.files, MANIFEST_NAME):
         (staging / name).chmod(0o644)
-        _sync(staging / name)
-    _sync(staging)
+        fsync_path(staging / name)
+    fsync_path(staging)
     staging.chmod(0o755)
     aside = staging.with_name(staging.name + ".replaced")
     if target.exists():
@@ -87,15 +93,6 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
         if aside.exists():
             aside.rename(target)
         raise
-    _sync(target.parent)
+    fsync_path(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
     return load_bundle(target)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's entries, on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

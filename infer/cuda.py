@@ -138,7 +138,7 @@ class CudaSession:
         assert pointer.value is not None
         self._host_memory.append(pointer.value)
         memory = (ctypes.c_ubyte * size_bytes).from_address(pointer.value)
-        return np.frombuffer(memory, dtype=dtype).reshape(shape)
+        return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
     def copy_in(self, target: int, source: NDArray[Any]) -> None:
         """Queue a copy of a contiguous host array to the GPU."""

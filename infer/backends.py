@@ -1,0 +1,284 @@
+"""Running a bundle: one Protocol, ONNX Runtime and TensorRT behind it, and the choice between them.
+
+What was asked for is what runs, or it is a `UserError`; what `auto` chose, and why, is said in a sentence.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import CorruptFileError, UserError
+from infer.bundle import Bundle
+from infer.cuda import GpuScan, scan_gpus
+
+BackendName = Literal["auto", "onnx", "trt"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+# The wheels' distribution names; the libraries are imported as the keys.
+_DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+}
+
+
+class InferenceBackend(Protocol):
+    """A loaded model. `run` is for one thread at a time; `close` gives back what it holds.
+
+    Attributes:
+        name: `onnx` or `trt`.
+        provider: who computes, e.g. `ONNX Runtime 1.31.1 CPUExecutionProvider`.
+        device: `cpu`, or the GPU's name.
+        precision: as the bundle says.
+        max_batch: most images that one `run` takes.
+    """
+
+    name: str
+    provider: str
+    device: str
+    precision: str
+    max_batch: int
+
+    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities (n, classes) for uint8 RGB images (n, crop, crop, 3), 1 <= n <= max_batch."""
+        ...
+
+    def close(self) -> None:
+        """Free what the model holds; a second call does nothing."""
+        ...
+
+
+class Choice(NamedTuple):
+    """A backend that runs, and the sentence that says which and why."""
+
+    backend: InferenceBackend
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run a model on.
+
+    Args:
+        scan: GPUs, as the driver shows them.
+        tensorrt: versions of the TensorRT libraries that are installed, by import name.
+        cuda_provider: whether ONNX Runtime was built with its CUDA provider.
+    """
+
+    scan: GpuScan
+    tensorrt: dict[str, str]
+    cuda_provider: bool
+
+
+class Decision(NamedTuple):
+    """What to run on what, and why; pure, made from the manifest and the machine alone."""
+
+    runtime: Literal["onnx", "trt"]
+    device: Literal["cpu", "cuda"]
+    why: str
+
+
+def probe_machine() -> Machine:
+    """Look at this machine. Loads ONNX Runtime, but no TensorRT."""
+    import onnxruntime
+
+    return Machine(
+        scan_gpus(), tensorrt_versions(), "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    )
+
+
+def tensorrt_versions() -> dict[str, str]:
+    """Versions of the TensorRT libraries that can be imported here, without importing them."""
+    versions = {}
+    for library, distributions in _DISTRIBUTIONS.items():
+        if importlib.util.find_spec(library) is None:
+            continue
+        for distribution in distributions:
+            try:
+                versions[library] = importlib.metadata.version(distribution)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                versions[library] = "unknown"
+    return versions
+
+
+def why_no_engine(bundle: Bundle, machine: Machine) -> str | None:
+    """The reason why a bundle's engine cannot run here, or None if nothing speaks against it."""
+    engine = bundle.manifest.engine
+    if engine is None:
+        return "the bundle holds no engine"
+    if not machine.scan.gpus:
+        return machine.scan.reason or "there is no GPU"
+    version = machine.tensorrt.get(engine.library)
+    if version is None:
+        extra = "trt" if engine.library == "tensorrt" else "rtx"
+        return f"{engine.library} is not installed (pip install 'alexnet[{extra}]')"
+    if version not in (engine.version, "unknown"):
+        return f"the engine needs {engine.library} {engine.version}, and {version} is installed"
+    gpu = machine.scan.gpus[0]
+    if gpu.architecture not in engine.gpus:
+        return f"the engine loads on {', '.join(engine.gpus)}, and {gpu.name} is {gpu.architecture}"
+    return None
+
+
+def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Machine) -> Decision:
+    """Choose the runtime and the device.
+
+    Raises:
+        UserError: what was asked for cannot be had here; says why.
+    """
+    no_engine = why_no_engine(bundle, machine)
+    no_cuda = machine.scan.reason if not machine.scan.gpus else None
+    if not no_cuda and not machine.cuda_provider:
+        no_cuda = "this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    if backend == "trt":
+        if device == "cpu":
+            raise UserError("--backend trt with --device cpu: a TensorRT engine runs on a GPU only")
+        if no_engine:
+            raise UserError(f"--backend trt cannot be had: {no_engine}")
+        return Decision("trt", "cuda", "as asked")
+    if backend == "auto" and device != "cpu" and not no_engine:
+        return Decision("trt", "cuda", "its engine fits this GPU")
+    about_engine = f"not its engine, since {no_engine}" if bundle.manifest.engine and no_engine else ""
+    if device == "cuda":
+        if no_cuda:
+            raise UserError(f"--device cuda cannot be had: {no_cuda}")
+        return Decision("onnx", "cuda", "as asked")
+    if device == "cpu" or no_cuda:
+        reason = "as asked" if device == "cpu" else f"{no_cuda}"
+        return Decision("onnx", "cpu", reason if backend == "onnx" else about_engine or reason)
+    return Decision("onnx", "cuda", about_engine or "the fastest there is for it here")
+
+
+def choose_backend(bundle: Bundle, *, backend: BackendName = "auto", device: DeviceName = "auto") -> Choice:
+    """Load a bundle with what was asked for, or with the best there is here.
+
+    Args:
+        backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
+        device: `cpu`, `cuda`, or `auto`: the GPU where there is one that the runtime can use.
+    Raises:
+        UserError: what was asked for cannot be had here.
+        CorruptFileError: a file of the bundle that does not belong to its manifest.
+    """
+    decision = decide(bundle, backend, device, probe_machine())
+    why = decision.why
+    if decision.runtime == "trt":
+        from infer.tensorrt_backend import TensorRTBackend
+
+        try:
+            return _say(TensorRTBackend(bundle), why)
+        except UserError as error:
+            if backend == "trt":
+                raise
+            why = f"not its engine, since {error}"
+            decision = decide(bundle, "onnx", device, probe_machine())
+    if decision.device == "cuda":
+        try:
+            return _say(OnnxBackend(bundle, "cuda"), why)
+        except UserError as error:
+            if device == "cuda":
+                raise
+            why = f"{error}"
+    return _say(OnnxBackend(bundle, "cpu"), why)
+
+
+def _say(backend: InferenceBackend, why: str) -> Choice:
+    what = f"{backend.provider}, {backend.precision}, on {backend.device}"
+    return Choice(backend, f"{what} ({why})")
+
+
+class OnnxBackend:
+    """ONNX Runtime on exactly one provider.
+
+    Args:
+        bundle: a verified bundle.
+        device: `cpu`, or `cuda` for the first GPU.
+        threads: of the CPU provider; 0 lets ONNX Runtime take one for each core this process may use.
+    Raises:
+        UserError: the CUDA provider cannot be used here, with ONNX Runtime's reason.
+        CorruptFileError: the labels or the preprocessing in the model are not those of the manifest.
+    """
+
+    name = "onnx"
+
+    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"], *, threads: int = 0) -> None:
+        import onnxruntime
+
+        manifest = bundle.manifest
+        self.precision: str = manifest.precision
+        self.max_batch = manifest.max_batch
+        self._session = _make_session(bundle, device, threads or usable_cores())
+        (provider, *_) = self._session.get_providers()
+        self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
+        self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if metadata.get("checkpoint_sha256") != manifest.checkpoint.sha256 or not same_labels(
+            metadata, manifest.classes
+        ):
+            raise CorruptFileError(
+                f"{bundle.onnx_path} belongs to another checkpoint or other labels than its bundle.json says"
+            )
+
+    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        check_batch(images_NHWC, self.max_batch)
+        probabilities_NC: NDArray[np.float32] = self._session.run(["probabilities"], {"images": images_NHWC})[
+            0
+        ]
+        return probabilities_NC
+
+    def close(self) -> None:
+        self._session = None
+
+
+def check_batch(images_NHWC: NDArray[np.uint8], max_batch: int) -> None:
+    """Raise ValueError for a batch that is empty or above the bundle's limit: it is never cut silently."""
+    if not 1 <= len(images_NHWC) <= max_batch:
+        raise ValueError(f"a batch of {len(images_NHWC)}; the model takes 1 to {max_batch}")
+
+
+def same_labels(metadata: dict[str, str], classes: tuple[str, ...]) -> bool:
+    """Whether the labels stored in an ONNX file are these."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(metadata.get("classes", ""), type=tuple[str, ...]) == classes
+    except msgspec.DecodeError:
+        return False
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) -> Any:
+    import contextlib
+    import io
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if device == "cpu":
+        return onnxruntime.InferenceSession(bundle.onnx_path, options, providers=["CPUExecutionProvider"])
+    # Without this, a session that was asked for CUDA alone silently runs on the CPU.
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    # TF32 keeps 10 bits of the mantissa: it is not the fp32 that the bundle promises.
+    provider = ("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"})
+    chatter = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(chatter):  # preload_dlls prints what it misses
+            onnxruntime.preload_dlls()
+        session = onnxruntime.InferenceSession(bundle.onnx_path, options, providers=[provider])
+    except Exception as error:  # onnxruntime's exceptions share no base but this
+        reason = f"{chatter.getvalue()} {error}".strip().splitlines()[0]
+        raise UserError(f"ONNX Runtime cannot use the GPU: {reason}") from error
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        raise UserError(f"ONNX Runtime gave {session.get_providers()[0]} where CUDA was asked for")
+    return session

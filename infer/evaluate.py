@@ -1,0 +1,97 @@
+"""Top-1, top-5 and loss of a bundle on a labelled split, counted in integers and divided once."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import UserError
+from data_pipeline.faults import printable
+from data_pipeline.index import Dataset
+from data_pipeline.loader import eval_batches
+from data_pipeline.console import show_progress
+from infer.backends import InferenceBackend
+from infer.bundle import Bundle
+from infer.images import DecoderName, fit_batch, open_decoder, valid_images
+
+TOP_K = 5
+DEFAULT_BATCH = 32
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a split came to: `top1` and `top5` in 0..1 over `num_samples` images; unreadable ones apart."""
+
+    top1: float
+    top5: float
+    loss: float
+    num_samples: int
+    num_failed: int
+
+
+class _Counts:
+    """Integer counts, and the sum of the losses."""
+
+    def __init__(self) -> None:
+        self.samples = self.top1 = self.top5 = 0
+        self.loss_sum = 0.0
+
+    def add(self, probabilities_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> None:
+        k = min(TOP_K, probabilities_NC.shape[1])
+        # Stable, so that of equal probabilities the lower class comes first, on every machine.
+        ranked_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :k]
+        hits_NK = ranked_NK == labels_N[:, None]
+        true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
+        self.samples += len(labels_N)
+        self.top1 += int(hits_NK[:, 0].sum())
+        self.top5 += int(hits_NK.sum())
+        # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
+        self.loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    backend: InferenceBackend,
+    dataset: Dataset,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    decoder: DecoderName = "auto",
+) -> Evaluation:
+    """Run a bundle over a split, every image once.
+
+    Args:
+        bundle: a verified bundle.
+        backend: it, loaded.
+        dataset: a split with the bundle's classes.
+        batch_size: images a batch; lowered, with a warning, to what the bundle takes.
+        decoder: who decodes.
+    Raises:
+        UserError: other classes than the bundle's, or not one image that could be read.
+    """
+    manifest = bundle.manifest
+    if dataset.classes != manifest.classes:
+        raise UserError(
+            f"{printable(dataset.root)}/{dataset.split} has other classes than the model "
+            f"({len(dataset.classes)} and {len(manifest.classes)}): name its data with --data"
+        )
+    counts, num_failed = _Counts(), 0
+    size = fit_batch(batch_size, backend.max_batch)
+    with (
+        open_decoder(manifest.preprocessing, size, decoder) as source,
+        show_progress("evaluate", len(dataset)) as progress,
+    ):
+        for batch in eval_batches(dataset, source, manifest.preprocessing, micro_batch=size):
+            if batch.valid.any():
+                counts.add(backend.run(valid_images(batch)), batch.labels[batch.valid])
+            num_failed += len(batch.failures)
+            progress.advance(len(batch))
+    assert counts.samples + num_failed == len(dataset), (counts.samples, num_failed, len(dataset))
+    if not counts.samples:
+        raise UserError(f"none of the {num_failed} images in {printable(dataset.root)} could be read")
+    return Evaluation(
+        top1=counts.top1 / counts.samples,
+        top5=counts.top5 / counts.samples,
+        loss=counts.loss_sum / counts.samples,
+        num_samples=counts.samples,
+        num_failed=num_failed,
+    )

@@ -1,0 +1,140 @@
+"""Export from end to end: checkpoint, ONNX, engine, gate, bundle. What the gate refuses is not shipped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import platform
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from data_pipeline.errors import UserError
+from infer.backends import tensorrt_versions
+from infer.build_tensorrt import build_engine
+from infer.bundle import (
+    ENGINE_NAME,
+    ONNX_NAME,
+    SCHEMA_VERSION,
+    Bundle,
+    Format,
+    Manifest,
+    Origin,
+    Precision,
+    image_input,
+    now_utc,
+    probability_output,
+)
+from infer.bundle_writer import measure_files, staging_folder, write_bundle
+from infer.export_onnx import export_onnx
+from infer.gate import run_gate
+from train.checkpoint import Checkpoint, load_checkpoint
+
+log = logging.getLogger("infer")
+
+DEFAULT_MAX_BATCH = 64
+_USED_TO_BUILD = ("alexnet", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "numpy", "pillow")
+
+
+def export_model(
+    checkpoint_folder: Path,
+    format: Format,
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    max_batch: int = DEFAULT_MAX_BATCH,
+    precision: Precision = "fp32",
+) -> Bundle:
+    """Export a checkpoint as a bundle that agrees with it.
+
+    Args:
+        checkpoint_folder: a step's folder, as `train.checkpoint.find_checkpoint` gives it.
+        format: `onnx`, or `trt` for an engine with the ONNX file that it was built from beside it.
+        data: folder with the `val/` images of the gate; None for the data that the run was trained on.
+        out: the bundle's folder; None for `<run>/export/<format>-<precision>`. An earlier export there is
+            replaced, once the new one has passed the gate.
+        max_batch: largest batch that the model takes, 1..4096.
+        precision: of the weights and the arithmetic.
+    Returns:
+        The bundle, verified on the disk.
+    Raises:
+        UserError: no validation images, no TensorRT, an `out` that is not ours to replace.
+        CorruptFileError: a damaged checkpoint.
+        BuildError: TensorRT refused the model.
+        GateError: the export does not agree with the checkpoint.
+    """
+    if not 1 <= max_batch <= 4096:
+        raise UserError(f"--max-batch {max_batch}: a number from 1 to 4096")
+    checkpoint = load_checkpoint(checkpoint_folder)
+    data_root = find_data(checkpoint, data)
+    target = out or checkpoint.run_folder / "export" / f"{format}-{precision}"
+    crop_px = checkpoint.preprocessing.crop_px
+    with staging_folder(target) as staging:
+        export_onnx(checkpoint, staging / ONNX_NAME)
+        engine = None
+        if format == "trt":
+            engine = build_engine(
+                staging / ONNX_NAME,
+                staging / ENGINE_NAME,
+                checkpoint_sha256=checkpoint.sha256,
+                crop_px=crop_px,
+                max_batch=max_batch,
+                precision=precision,
+            )
+        draft = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created=now_utc(),
+            format=format,
+            precision=precision,
+            max_batch=max_batch,
+            classes=checkpoint.classes,
+            preprocessing=checkpoint.preprocessing,
+            inputs=(image_input(crop_px),),
+            outputs=(probability_output(len(checkpoint.classes)),),
+            files=measure_files(staging, (ONNX_NAME, ENGINE_NAME) if engine else (ONNX_NAME,)),
+            checkpoint=_origin(checkpoint),
+            versions=_versions(),
+            engine=engine,
+        )
+        report = run_gate(Bundle(staging, draft), checkpoint, data_root)
+        return write_bundle(staging, target, replace(draft, gate=report))
+
+
+def find_data(checkpoint: Checkpoint, data: Path | None) -> Path:
+    """Where the gate's images are: what was asked for, or the run's own data.
+
+    Raises:
+        UserError: the run's data is not there any more.
+    """
+    if data is not None:
+        return data
+    root = checkpoint.config.data.root
+    if root is None:
+        raise UserError("the checkpoint does not say what data it was trained on: name it with --data")
+    if not Path(root).is_dir():
+        raise UserError(
+            f"the run's data {root} is not there: the gate needs its val/ images, name it with --data"
+        )
+    return Path(root)
+
+
+def _origin(checkpoint: Checkpoint) -> Origin:
+    return Origin(
+        sha256=checkpoint.sha256,
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        recipe=checkpoint.config.recipe,
+        model=checkpoint.config.model.name,
+        metrics={name: value for name, value in checkpoint.metrics.items() if math.isfinite(value)},
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), **tensorrt_versions()}
+    for name in _USED_TO_BUILD:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,111 @@
+"""A TensorRT engine behind the `InferenceBackend` protocol. Everything in here needs a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import CorruptFileError, UserError
+from infer.backends import check_batch
+from infer.bundle import INPUT_NAME, OUTPUT_NAME, Bundle
+from infer.cuda import CudaError, CudaSession, scan_gpus
+from infer.tensorrt_log import make_logger
+
+
+class TensorRTBackend:
+    """A bundle's engine on the first GPU: one context, one stream, pinned buffers of the largest batch.
+
+    Args:
+        bundle: a verified bundle with an engine.
+    Raises:
+        UserError: this machine cannot load the engine, in the library's words.
+        CorruptFileError: the engine was built from another checkpoint than the manifest says.
+    """
+
+    name = "trt"
+
+    def __init__(self, bundle: Bundle) -> None:
+        engine_facts, path = bundle.manifest.engine, bundle.engine_path
+        assert engine_facts is not None and path is not None
+        trt = importlib.import_module(engine_facts.library)
+        self.precision: str = bundle.manifest.precision
+        self.max_batch = bundle.manifest.max_batch
+        self.provider = f"{engine_facts.library} {trt.__version__}"
+        self.device = scan_gpus().gpus[0].name
+        self._messages: list[str] = []
+        try:
+            self._cuda = CudaSession()
+        except CudaError as error:
+            raise UserError(f"the GPU cannot be used: {error}") from error
+        try:
+            self._load(trt, path.read_bytes(), bundle)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, trt: Any, plan: bytes, bundle: Bundle) -> None:
+        """Deserialise, check the contract, and take the buffers."""
+        manifest = bundle.manifest
+        self._runtime = trt.Runtime(make_logger(trt, self._messages))
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise UserError(f"{self.provider} cannot load the engine: {self._reason()}")
+        if manifest.checkpoint.sha256 not in self._engine.name:
+            raise CorruptFileError(f"{bundle.engine_path} belongs to another checkpoint than its bundle")
+        check_contract(self._engine, bundle)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise UserError(f"{self.provider} has no memory for the engine: {self._reason()}")
+        crop_px, num_classes = manifest.preprocessing.crop_px, len(manifest.classes)
+        self._images = self._cuda.pinned((self.max_batch, crop_px, crop_px, 3), np.uint8)
+        self._probabilities = self._cuda.pinned((self.max_batch, num_classes), np.float32)
+        self._images_gpu = self._cuda.allocate(self._images.nbytes)
+        self._probabilities_gpu = self._cuda.allocate(self._probabilities.nbytes)
+        for name, pointer in ((INPUT_NAME, self._images_gpu), (OUTPUT_NAME, self._probabilities_gpu)):
+            if not self._context.set_tensor_address(name, pointer):
+                raise RuntimeError(f"TensorRT refused the buffer of {name}: {self._reason()}")
+
+    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        check_batch(images_NHWC, self.max_batch)
+        n = len(images_NHWC)
+        self._cuda.activate()
+        self._images[:n] = images_NHWC
+        self._cuda.copy_in(self._images_gpu, self._images[:n])
+        if not self._context.set_input_shape(INPUT_NAME, tuple(images_NHWC.shape)):
+            raise RuntimeError(f"TensorRT refused images of shape {images_NHWC.shape}: {self._reason()}")
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise RuntimeError(f"TensorRT could not run the engine: {self._reason()}")
+        self._cuda.copy_out(self._probabilities[:n], self._probabilities_gpu)
+        self._cuda.synchronize()
+        return self._probabilities[:n].copy()
+
+    def close(self) -> None:
+        # TensorRT's objects first, in the reverse of the order in which they were made.
+        self._context = self._engine = self._runtime = None
+        self._images = self._probabilities = np.empty(0, np.uint8)
+        self._cuda.close()
+
+    def _reason(self) -> str:
+        return self._messages[-1] if self._messages else "no reason was given"
+
+
+def check_contract(engine: Any, bundle: Bundle) -> None:
+    """Hold an engine against its manifest: tensor names, types, and the largest batch.
+
+    Raises:
+        CorruptFileError: they differ.
+    """
+    manifest = bundle.manifest
+    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    if names != {INPUT_NAME, OUTPUT_NAME}:
+        raise CorruptFileError(f"{bundle.engine_path} has other tensors than its bundle: {sorted(names)}")
+    dtypes = {name: engine.get_tensor_dtype(name).name.lower() for name in names}
+    if dtypes != {INPUT_NAME: "uint8", OUTPUT_NAME: "float"}:
+        raise CorruptFileError(f"{bundle.engine_path} has other types than its bundle: {dtypes}")
+    largest = tuple(engine.get_tensor_profile_shape(INPUT_NAME, 0)[2])
+    crop_px = manifest.preprocessing.crop_px
+    if largest != (manifest.max_batch, crop_px, crop_px, 3):
+        raise CorruptFileError(f"{bundle.engine_path} takes up to {largest}, not what its bundle says")
