@@ -1,0 +1,54 @@
+"""Faults of single files: the exception, the record, and the log that names each bad file once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+log = logging.getLogger("data_pipeline")
+
+
+class ImageError(Exception):
+    """One file that cannot become an image. The message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One file that was left out, and why.
+
+    Args:
+        path: the file, as text that can be printed.
+        reason: one line.
+    """
+
+    path: str
+    reason: str
+
+
+class FaultLog:
+    """Names every bad file once, however many epochs meet it, and counts them.
+
+    Hand the same one to training and evaluation, so that neither repeats the other.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def add(self, failure: Failure) -> None:
+        """Record a failure, and warn if this file was not named before."""
+        if failure.path not in self.reasons:
+            self.reasons[failure.path] = failure.reason
+            log.warning("left out %s: %s", failure.path, failure.reason)
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    r"""A path as text that any stream can print: bytes that are not UTF-8 are shown as \xNN.
+
+    >>> printable("caf\udce9.jpg")
+    'caf\\xe9.jpg'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,191 @@
+"""What there is to read: an ImageFolder split with its classes, or the images under given paths."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import UserError
+from data_pipeline.faults import ImageError, printable
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of labelled images. Sample `i` is the same file on every machine that has the same tree.
+
+    Args:
+        root: the data folder.
+        split: the folder below it, such as "train".
+        paths: (N) files relative to `root/split`, by class and then by name, both in byte order.
+        labels: (N) int64, the place of each file's class in `classes`.
+        classes: class names, in byte order.
+    """
+
+    root: Path
+    split: str
+    paths: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path_at(self, index: int) -> Path:
+        """The file of one sample."""
+        return self.root / self.split / self.paths[index]
+
+
+def load_image_folder(root: Path, split: str) -> Dataset:
+    """Index `root/split/<class>/**`; hidden files, and files without an image's suffix, are passed over.
+
+    Args:
+        root: the data folder.
+        split: "train", "val", ...
+    Returns:
+        The samples, sorted.
+    Raises:
+        UserError: no such folder, no class folders, a class without images, or fewer than two classes.
+    """
+    folder = Path(root) / split
+    if not Path(root).is_dir():
+        raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
+    if not folder.is_dir():
+        raise UserError(f"no folder {printable(split)!r} in {printable(root)}: {LAYOUT}")
+    entries = _entries(folder)
+    classes = tuple(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        flat = any(_is_image(entry.name) for entry in entries)
+        what = "its images lie side by side, not in class folders" if flat else "it holds no class folders"
+        raise UserError(f"cannot learn from {printable(folder)}: {what}; {LAYOUT}")
+
+    paths: list[str] = []
+    counts: list[int] = []
+    for name in classes:
+        found = sorted(_walk(folder / name, name), key=os.fsencode)
+        if not found:
+            raise UserError(
+                f"class folder {printable(folder / name)} holds no images: "
+                f"add some ({', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder"
+            )
+        paths += found
+        counts.append(len(found))
+    if len(classes) == 1:
+        raise UserError(
+            f"{printable(folder)} holds one class only ({printable(classes[0])}): "
+            "there is nothing to tell apart; add a folder for each further class"
+        )
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    labels.setflags(write=False)
+    return Dataset(root=Path(root), split=split, paths=tuple(paths), labels=labels, classes=classes)
+
+
+def check_same_classes(train: Dataset, val: Dataset) -> None:
+    """Refuse two splits whose class folders differ: labels would not mean the same, and accuracy nothing.
+
+    Raises:
+        UserError: naming the first few classes that only one of them has.
+    """
+    if train.classes == val.classes:
+        return
+    only = []
+    for one, other in ((train, val), (val, train)):
+        extra = [printable(name) for name in one.classes if name not in set(other.classes)]
+        if extra:
+            more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+            only.append(f"only in {one.split}: {', '.join(extra[:3])}{more}")
+    raise UserError(
+        f"the class folders of {train.split} and {val.split} in {printable(train.root)} differ "
+        f"({'; '.join(only)}): give both splits the same class folders"
+    )
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]], recursive: bool = True) -> list[Path]:
+    """The image files under files and folders, for prediction.
+
+    Args:
+        paths: a file named here is taken whatever its suffix; a folder is walked in byte order.
+        recursive: whether to enter folders inside folders.
+    Returns:
+        Files in the order of `paths`.
+    Raises:
+        UserError: a path that does not exist, or nothing found at all.
+    """
+    named = [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in named:
+        if path.is_dir():
+            found += (path / name for name in _walk(path, "", recursive))
+        elif path.exists() or path.is_symlink():
+            found.append(path)
+        else:
+            raise UserError(f"no such file or folder: {printable(path)}")
+    if not found:
+        where = ", ".join(printable(path) for path in named) or "an empty list of paths"
+        raise UserError(f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return found
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """All bytes of one regular file.
+
+    Args:
+        path: the file.
+        max_bytes: a larger file is refused before it is read.
+    Raises:
+        ImageError: missing, unreadable, not a regular file (a pipe would wait for ever), empty, or too large.
+    """
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("not a regular file")
+        if status.st_size > max_bytes:
+            raise ImageError(f"file of {status.st_size} bytes is above the limit of {max_bytes}")
+        with open(path, "rb") as file:  # noqa: PTH123 - half the cost of Path.open for small files
+            data = file.read()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise ImageError("empty file")
+    return data
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
+
+
+def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot list {printable(folder)}: {error.strerror or error}") from error
+    return sorted(visible, key=lambda entry: os.fsencode(entry.name))
+
+
+def _walk(
+    folder: str | os.PathLike[str],
+    prefix: str,
+    recursive: bool = True,
+    parents: frozenset[tuple[int, int]] = frozenset(),
+) -> Iterator[str]:
+    """Image files below `folder`, as `prefix/...`. A link back to a folder that we are in is not entered."""
+    status = Path(folder).stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:
+        return
+    for entry in _entries(folder):
+        name = f"{prefix}/{entry.name}" if prefix else entry.name
+        if entry.is_dir():
+            if recursive:
+                yield from _walk(entry.path, name, recursive, parents | {identity})
+        elif _is_image(entry.name):
+            yield name

@@ -1,0 +1,207 @@
+"""Batches in order: bytes read ahead by threads, decoded in the background, bad files isolated and named.
+
+Training, evaluation and prediction share one core. They differ only in which files make up a batch
+and in the recipe by which an image is cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.augment import Augment
+from data_pipeline.errors import UserError
+from data_pipeline.faults import FaultLog
+from data_pipeline.geometry import Geometry, eval_geometry, train_geometry
+from data_pipeline.index import Dataset
+from data_pipeline.order import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
+from data_pipeline.pillow_backend import PillowBackend
+from data_pipeline.prefetch import Batch as Batch
+from data_pipeline.prefetch import ImageBackend as ImageBackend
+from data_pipeline.prefetch import Request, run_ahead
+from data_pipeline.preprocessing import Preprocessing
+
+log = logging.getLogger("data_pipeline")
+
+
+def make_backend(
+    name: Literal["auto", "dali", "pillow"],
+    *,
+    device: Literal["cpu", "gpu"],
+    device_id: int = 0,
+    preprocessing: Preprocessing,
+    max_batch: int,
+    num_threads: int,
+) -> ImageBackend:
+    """Choose what decodes.
+
+    Args:
+        name: "auto" is DALI where it is installed, else Pillow, and says so.
+        device: where DALI decodes. Pillow decodes on the CPU.
+        device_id: which GPU.
+        preprocessing: the contract.
+        max_batch: most samples in one batch.
+        num_threads: decoding threads.
+    Returns:
+        The backend; close it when done.
+    Raises:
+        UserError: DALI was asked for and is not installed, or Pillow on a GPU.
+    """
+    if name == "pillow" and device == "gpu":
+        raise UserError("the pillow backend decodes on the CPU only: use the dali backend, or device cpu")
+    if name != "pillow":
+        try:
+            from data_pipeline.dali_backend import DaliBackend
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("nvidia"):
+                raise
+            if name == "dali" or device == "gpu":
+                raise UserError("DALI is not installed: pip install 'alexnet[train]'") from error
+            log.info("DALI is not installed: Pillow decodes, on the CPU")
+        else:
+            return DaliBackend(device, device_id, preprocessing.crop_px, max_batch, num_threads)
+    return PillowBackend(num_threads, max_batch)
+
+
+def train_batches(
+    dataset: Dataset,
+    backend: ImageBackend,
+    preprocessing: Preprocessing,
+    augment: Augment,
+    *,
+    seed: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch: int | None = None,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    read_threads: int = 4,
+    prefetch: int = 2,
+    faults: FaultLog | None = None,
+) -> Iterator[Batch]:
+    """One rank's share of training steps, in order. Any start gives what a run from step 0 would have given.
+
+    Args:
+        dataset: the training split.
+        backend: decodes; its `max_batch` bounds the micro-batch.
+        preprocessing: the contract.
+        augment: the random cut.
+        seed: the run's seed.
+        global_batch: samples of one step over all ranks.
+        rank: which rank, 0..world_size - 1.
+        world_size: number of ranks.
+        micro_batch: most samples in one batch that is yielded; None for the rank's whole share of the step.
+        start_step: first global step, 0-based, counted through all epochs.
+        num_steps: how many steps; None for no end.
+        read_threads: files read at once.
+        prefetch: batches held ready, >= 1.
+        faults: where bad files are named and counted.
+    Yields:
+        Batches; `step` says which step, `last` whether it ends there.
+    Raises:
+        UserError: a global batch larger than the training set, or smaller than the number of ranks.
+    """
+    steps_per_epoch(len(dataset), global_batch)
+    if global_batch < world_size:
+        raise UserError(f"global_batch {global_batch} is smaller than the number of ranks, {world_size}")
+    share = -(-global_batch // world_size)
+    chunk = _checked_chunk(micro_batch or share, backend, needed=share)
+    end_step = None if num_steps is None else start_step + num_steps
+
+    def requests() -> Iterator[Request]:
+        step = start_step
+        while end_step is None or step < end_step:
+            epoch, positions = positions_at(step, len(dataset), global_batch, rank, world_size)
+            indices = permutation_at(seed, epoch, len(dataset))[positions]
+            for first in range(0, len(indices), chunk):
+                places = positions[first : first + chunk]
+                chosen = indices[first : first + chunk]
+
+                def cut(sizes: Int, epoch: int = epoch, places: Int = places) -> Geometry:
+                    return train_geometry(sizes, epoch, places, seed, preprocessing, augment)
+
+                last = first + chunk >= len(indices)
+                yield _dataset_request(dataset, chosen, places, step, last, cut)
+            step += 1
+
+    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
+
+
+def eval_batches(
+    dataset: Dataset,
+    backend: ImageBackend,
+    preprocessing: Preprocessing,
+    *,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    read_threads: int = 4,
+    prefetch: int = 2,
+    faults: FaultLog | None = None,
+) -> Iterator[Batch]:
+    """One rank's share of a split, every sample exactly once over all ranks; the last batch may be smaller.
+
+    Args: as `train_batches`.
+    Yields:
+        Batches; none for a rank whose share is empty.
+    """
+    share = rank_slice(len(dataset), rank, world_size)
+    cut = partial(eval_geometry, preprocessing=preprocessing)
+    chunk = _checked_chunk(micro_batch, backend, needed=share.stop - share.start)
+
+    def requests() -> Iterator[Request]:
+        for number, first in enumerate(range(share.start, share.stop, chunk)):
+            indices = np.arange(first, min(first + chunk, share.stop), dtype=np.int64)
+            yield _dataset_request(dataset, indices, indices, number, True, cut)
+
+    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
+
+
+def predict_batches(
+    paths: Iterable[Path],
+    backend: ImageBackend,
+    preprocessing: Preprocessing,
+    *,
+    micro_batch: int,
+    read_threads: int = 4,
+    prefetch: int = 2,
+    faults: FaultLog | None = None,
+) -> Iterator[Batch]:
+    """Unlabelled files in the order given; `paths` is consumed as batches are read ahead, never as a whole.
+
+    Args: as `train_batches`.
+    """
+    cut = partial(eval_geometry, preprocessing=preprocessing)
+    chunk = _checked_chunk(micro_batch, backend, needed=micro_batch)
+
+    def requests() -> Iterator[Request]:
+        source, number, first = iter(paths), 0, 0
+        while files := tuple(islice(source, chunk)):
+            indices = np.arange(first, first + len(files), dtype=np.int64)
+            labels = np.full(len(files), -1, dtype=np.int64)
+            yield Request(files, labels, indices, indices, number, True, cut)
+            number, first = number + 1, first + len(files)
+
+    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
+
+
+def _checked_chunk(micro_batch: int, backend: ImageBackend, needed: int) -> int:
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
+    if min(micro_batch, needed) > backend.max_batch:
+        raise ValueError(f"micro_batch {micro_batch} is above the backend's max_batch {backend.max_batch}")
+    return micro_batch
+
+
+def _dataset_request(
+    dataset: Dataset, indices: Int, positions: Int, step: int, last: bool, cut: Callable[[Int], Geometry]
+) -> Request:
+    paths = tuple(dataset.path_at(int(i)) for i in indices)
+    return Request(paths, dataset.labels[indices], indices, positions, step, last, cut)

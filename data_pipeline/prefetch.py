@@ -1,0 +1,204 @@
+"""The loader's engine: requests in, batches out; files read ahead, decoding in the background.
+
+Knows nothing of training or prediction. One thread decodes, a pool reads; both end with the iterator.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.faults import Failure, FaultLog, ImageError, printable
+from data_pipeline.geometry import Geometry
+from data_pipeline.index import read_file
+from data_pipeline.order import Int
+from data_pipeline.pillow_backend import Decoded, read_header
+
+# No file need be larger than the largest image that we accept, uncompressed, in four channels of 16 bits.
+MAX_BYTES_PER_PIXEL = 8
+_POLL_S = 0.1
+
+
+class ImageBackend(Protocol):
+    """Turns a batch of encoded files into a batch of crops."""
+
+    name: str
+    device: str
+    max_batch: int
+
+    def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+        """Decode up to `max_batch` files; one that fails leaves zeros and its reason, a None leaves zeros."""
+
+    def close(self) -> None:
+        """Release threads and memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Decoded samples, in order. A sample that failed keeps its place: zeros, and `valid` False.
+
+    Args:
+        images: (N, crop, crop, 3) uint8 RGB, any object with `__dlpack__`, on the backend's device.
+        labels: (N) int64; -1 in prediction.
+        valid: (N) bool, which samples were decoded.
+        indices: (N) int64, which sample of the dataset (prediction: which of the paths).
+        positions: (N) int64, place in the epoch's order (evaluation, prediction: as `indices`).
+        paths: (N) the files.
+        failures: one for each sample that is not valid, in order.
+        step: global step in training; else the number of the batch.
+        last: whether this is the last micro-batch of its step.
+    """
+
+    images: Any
+    labels: Int
+    valid: npt.NDArray[np.bool_]
+    indices: Int
+    positions: Int
+    paths: tuple[Path, ...]
+    failures: tuple[Failure, ...]
+    step: int
+    last: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What one batch shall hold: files, and the recipe for their sizes. See `Batch` for the shared fields."""
+
+    paths: tuple[Path, ...]
+    labels: Int
+    indices: Int
+    positions: Int
+    step: int
+    last: bool
+    geometry: Callable[[Int], Geometry]
+
+
+def run_ahead(
+    requests: Iterator[Request],
+    backend: ImageBackend,
+    max_pixels: int,
+    read_threads: int,
+    prefetch: int,
+    faults: FaultLog | None,
+) -> Iterator[Batch]:
+    """Fulfil requests in order, up to `prefetch` batches ahead of the consumer.
+
+    Args:
+        requests: consumed by the background thread.
+        backend: decodes.
+        max_pixels: cap on an image's pixels, by its header.
+        read_threads: files read at once, >= 1.
+        prefetch: decoded batches held ready, >= 1. As many again are being read.
+        faults: names bad files once; None for a log of this iterator's own.
+    Yields:
+        One batch for each request. An error of the background thread is raised here.
+        Closing the iterator ends the threads.
+    """
+    if read_threads < 1 or prefetch < 1:
+        raise ValueError(f"read_threads and prefetch must be at least 1, not {read_threads} and {prefetch}")
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=_POLL_S)
+                return
+
+    def produce() -> None:
+        pool = ThreadPoolExecutor(read_threads, thread_name_prefix="read")
+        try:
+            for request, fetched in _read_ahead(requests, pool, max_pixels, depth=prefetch + 1):
+                if stop.is_set():
+                    return
+                put(_decode(request, fetched, backend))
+            put(None)
+        except BaseException as error:  # raised again where the consumer waits
+            put(error)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    thread = threading.Thread(target=produce, name="decode", daemon=True)
+    return _consume(ready, stop, thread, FaultLog() if faults is None else faults)
+
+
+def _consume(
+    ready: queue.Queue[Batch | BaseException | None],
+    stop: threading.Event,
+    thread: threading.Thread,
+    faults: FaultLog,
+) -> Iterator[Batch]:
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            for failure in item.failures:
+                faults.add(failure)
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """One file's bytes and upright size; or, without bytes, the reason why there are none."""
+
+    data: bytes | None
+    height_width: tuple[int, int] = (1, 1)
+    reason: str = ""
+
+
+def _fetch(path: Path, max_pixels: int) -> _Fetched:
+    try:
+        data = read_file(path, MAX_BYTES_PER_PIXEL * max_pixels)
+        return _Fetched(data, read_header(data, max_pixels))
+    except ImageError as error:
+        return _Fetched(None, reason=str(error))
+
+
+def _read_ahead(
+    requests: Iterator[Request], pool: ThreadPoolExecutor, max_pixels: int, depth: int
+) -> Iterator[tuple[Request, list[_Fetched]]]:
+    pending: deque[tuple[Request, list[Future[_Fetched]]]] = deque()
+    for request in requests:
+        pending.append((request, [pool.submit(_fetch, path, max_pixels) for path in request.paths]))
+        if len(pending) >= depth:
+            first, futures = pending.popleft()
+            yield first, [future.result() for future in futures]
+    while pending:
+        first, futures = pending.popleft()
+        yield first, [future.result() for future in futures]
+
+
+def _decode(request: Request, fetched: Sequence[_Fetched], backend: ImageBackend) -> Batch:
+    sizes = np.array([file.height_width for file in fetched], dtype=np.int64)
+    decoded = backend.decode([file.data for file in fetched], request.geometry(sizes))
+    reasons = {i: file.reason for i, file in enumerate(fetched) if file.data is None} | decoded.failures
+    valid = np.ones(len(fetched), dtype=bool)
+    valid[list(reasons)] = False
+    return Batch(
+        images=decoded.images,
+        labels=request.labels,
+        valid=valid,
+        indices=request.indices,
+        positions=request.positions,
+        paths=request.paths,
+        failures=tuple(Failure(printable(request.paths[i]), reasons[i]) for i in sorted(reasons)),
+        step=request.step,
+        last=request.last,
+    )

@@ -1,0 +1,120 @@
+"""Image files for tests, made in memory: one photo-like picture in every form that we promise to read."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture with smooth shades, edges and some noise, unlike itself under any turn or mirroring."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [
+        127 + 120 * np.sin(x / 17 + y / 31),
+        127 + 120 * np.cos(x / 23 - y / 13),
+        x * 255 / width + y / 3,
+    ]
+    noise = np.random.default_rng(seed).normal(0, 8, (height, width, 3))
+    pixels = (np.stack(waves, axis=-1) + noise + 20 * seed) % 256
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encode(image: Image.Image, format_name: str, **options: Any) -> bytes:
+    """The bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation: int) -> bytes:
+    """EXIF data that holds an orientation."""
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data.tobytes()
+
+
+def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
+    """The same picture, by kind of file."""
+    image = photo(height, width)
+    gray = image.convert("L")
+    alpha = image.copy()
+    alpha.putalpha(gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    palette = image.quantize(64)
+    deep = np.asarray(gray).astype(np.uint16) * 257
+    files = {
+        "jpeg 4:2:0": encode(image, "JPEG", quality=90),
+        "jpeg 4:2:2": encode(image, "JPEG", quality=90, subsampling=1),
+        "jpeg 4:4:4": encode(image, "JPEG", quality=90, subsampling=0),
+        "jpeg progressive": encode(image, "JPEG", quality=90, progressive=True),
+        "jpeg gray": encode(gray, "JPEG"),
+        "jpeg cmyk": encode(image.convert("CMYK"), "JPEG"),
+        "png": encode(image, "PNG"),
+        "png gray": encode(gray, "PNG"),
+        "png palette": encode(palette, "PNG"),
+        "png palette alpha": encode(palette, "PNG", transparency=bytes(range(64))),
+        "png 1 bit": encode(image.convert("1"), "PNG"),
+        "png 16 bit": encode(Image.fromarray(deep), "PNG"),
+        "png alpha": encode(alpha, "PNG"),
+        "png gray alpha": encode(alpha.convert("LA"), "PNG"),
+        "png turned": encode(image, "PNG", exif=exif(6)),
+        "bmp": encode(image, "BMP"),
+        "webp": encode(image, "WEBP", lossless=True),
+        "webp turned": encode(image, "WEBP", lossless=True, exif=exif(6)),
+        "tiff": encode(image, "TIFF"),
+        "tiff cmyk": encode(image.convert("CMYK"), "TIFF"),
+        "tiff 1 bit": encode(image.convert("1"), "TIFF"),
+        "tiff turned": encode(image, "TIFF", exif=exif(6)),
+        "gif": encode(image, "GIF"),
+    }
+    for orientation in range(1, 9):
+        files[f"jpeg turned {orientation}"] = encode(image, "JPEG", quality=90, exif=exif(orientation))
+    files["jpeg progressive turned 8"] = encode(image, "JPEG", progressive=True, exif=exif(8))
+    return files
+
+
+def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
+    """Files that are no whole image, by what is wrong."""
+    jpeg = encode(photo(height, width), "JPEG", quality=90)
+    progressive = encode(photo(height, width), "JPEG", quality=90, progressive=True)
+    png = encode(photo(height, width), "PNG")
+    rotten = bytearray(png)
+    rotten[len(png) // 2 : len(png) // 2 + 20] = b"\x55" * 20
+    return {
+        "jpeg, half": jpeg[: len(jpeg) // 2],
+        "jpeg, 20 bytes short": jpeg[:-20],
+        "jpeg, header only": jpeg[:300],
+        "jpeg progressive, half": progressive[: len(progressive) // 2],
+        "png, 2000 bytes short": png[:-2000],
+        "png, bit rot": bytes(rotten),
+        "tiff, 500 bytes short": encode(photo(height, width), "TIFF")[:-500],
+        "webp, 500 bytes short": encode(photo(height, width), "WEBP")[:-500],
+        "text": b"this is no image at all\n" * 5,
+        "empty": b"",
+        "png of 30000 x 30000": huge_png(),
+    }
+
+
+def huge_png() -> bytes:
+    """A few kilobytes that claim 900 million pixels."""
+    small = bytearray(encode(Image.new("RGB", (8, 8)), "PNG"))
+    side = (30000).to_bytes(4, "big")
+    small[16:24] = side + side
+    crc = zlib.crc32(bytes(small[12:29]))
+    small[29:33] = crc.to_bytes(4, "big")
+    return bytes(small)
+
+
+def write_folder(root: Path, counts: dict[str, int], side: int = 40, suffix: str = ".jpg") -> None:
+    """`counts[class]` different JPEGs in each class folder of `root`."""
+    number = 0
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            number += 1
+            image = photo(side, side + 8 * (index % 3), seed=number)
+            (root / name / f"{index:03d}{suffix}").write_bytes(encode(image, "JPEG", quality=90))
