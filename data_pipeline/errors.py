@@ -13,6 +13,12 @@ class CorruptFileError(RuntimeError):
     exit_code = 1
 
 
+class DivergedError(RuntimeError):
+    """Training that can only waste time from here on: the loss is no longer a number."""
+
+    exit_code = 1
+
+
 class GateError(RuntimeError):
     """An exported model that does not agree with its checkpoint, and is therefore not shipped."""
 

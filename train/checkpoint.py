@@ -1,8 +1,8 @@
 """Checkpoints that are whole or do not exist, and are verified before they are believed.
 
-runs/<run>/checkpoints/step-00001234/state.pt        model, optimizer, scaler, position, configuration, classes
-                                    /manifest.json   sha256 and size of state.pt, step, metrics
-runs/<run>/checkpoints/{best,last}.json              {"step": 1234, …}
+runs/<run>/checkpoints/step-00001234/state.pt       model, optimizer, scaler, position, configuration
+                                    /manifest.json  sha256 and size of state.pt, step, metrics
+runs/<run>/checkpoints/{best,last}.json             {"step": 1234, "top1": 0.5}
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
         CorruptFileError: the run's pointer file is damaged.
     """
     if path is None:
-        started = [f for f in runs.glob("*/checkpoints/best.json")]
+        started = list(runs.glob("*/checkpoints/best.json"))
         if not started:
             raise UserError(f"no checkpoint under {runs}/; train first, or name one")
         path = max(started, key=lambda f: (f.stat().st_mtime_ns, f)).parent.parent
@@ -251,6 +251,14 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
         what = "does not exist" if not path.exists() else "is neither a checkpoint nor a run with one"
         raise UserError(f"{path} {what}")
     return path / "checkpoints" / f"step-{read_pointer(pointer_file).step:08d}"
+
+
+def prune_checkpoints(folder: Path, *, keep_last: int, best: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one from a run's `checkpoints/`."""
+    steps = sorted(folder.glob("step-*"))
+    for path in steps[:-keep_last]:
+        if path.name != f"step-{best:08d}":
+            shutil.rmtree(path)
 
 
 def read_pointer(path: Path) -> Pointer:

@@ -35,7 +35,7 @@ class DataConfig(_Config, frozen=True):
     """Where the images are and who decodes them.
 
     Args:
-        root: folder with `train/` and `val/`; None is the embedded demo data.
+        root: folder with `train/` and `val/`; `data/demo-digits` is written when it is not there.
         backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
         threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
         prefetch: batches decoded ahead.
@@ -106,6 +106,7 @@ class RunConfig(_Config, frozen=True):
         device: `auto` is CUDA where there is a GPU.
         cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
         log_every: optimiser steps between training rows.
+        keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
     """
 
     recipe: str = "custom"
@@ -117,6 +118,7 @@ class RunConfig(_Config, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     log_every: Positive = 20
+    keep_checkpoints: Positive = 2
     data: DataConfig = DataConfig()
     preprocessing: Preprocessing = Preprocessing()
     augment: Augment = Augment()
@@ -158,12 +160,13 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     return {"recipe": name, **values}
 
 
-def make_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+def make_config(recipe: str, overrides: Iterable[str] = (), data: Path | None = None) -> RunConfig:
     """The resolved configuration of a run.
 
     Args:
         recipe: name or file of a recipe.
         overrides: `dotted.key=value` texts, values in TOML; a bare word counts as a string.
+        data: the data folder, in place of `data.root`.
     Raises:
         UserError: an unknown key (the nearest is named) or a value that is not allowed (what is, is said).
 
@@ -182,6 +185,8 @@ def make_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
             if not isinstance(table, dict):
                 raise UserError(f"--set {override}: {parent!r} is a value, not a table of keys")
         table[last] = _parse_value(text.strip())
+    if data is not None:
+        values.setdefault("data", {})["root"] = str(data)
     return decode_config(values)
 
 

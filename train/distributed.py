@@ -34,6 +34,11 @@ class World:
         """Whether this rank writes files and talks: rank 0."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """What a person calls the device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
+
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks, in place."""
         for tensor in tensors:

@@ -49,6 +49,11 @@ class Counts:
         )
         self.loss_sum += (losses_N.double() * valid_N).sum()
 
+    def merge(self, other: Counts) -> None:
+        """Add another's counts to these."""
+        self.integers += other.integers
+        self.loss_sum += other.loss_sum
+
     def reduce(self, world: World) -> Metrics:
         """Sum over the ranks and divide. Waits for the device; every rank must call it.
 

@@ -33,7 +33,7 @@ class Precision:
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 arithmetic is native on a device, not emulated."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

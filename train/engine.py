@@ -1,0 +1,136 @@
+"""One optimiser step, and one pass over a split: plain functions, no files, no globals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from data_pipeline.loader import Batch
+from data_pipeline.order import hash_at
+from train.distributed import World
+from train.metrics import Counts, Metrics
+from train.model import AlexNet, Normalize
+from train.precision import Precision
+
+# Shapes: N samples of one batch, H and W rows and columns, C classes.
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs and does not change: the parts, put together once by `train.main`.
+
+    Args:
+        network: the bare model, for evaluation and checkpoints.
+        parallel: the same model under DistributedDataParallel, for training.
+        global_batch: samples of a step over all ranks; the loss is divided by it.
+        seed: of the dropout masks.
+    """
+
+    network: AlexNet
+    parallel: DistributedDataParallel
+    normalize: Normalize
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: Precision
+    world: World
+    global_batch: int
+    seed: int
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch's images, labels and validity as tensors on a device, without waiting for the copies.
+
+    Returns:
+        uint8 (N, H, W, 3), int64 (N,), bool (N,).
+    """
+    parts = (
+        torch.utils.dlpack.from_dlpack(batch.images),
+        torch.from_numpy(batch.labels),
+        torch.from_numpy(batch.valid),
+    )
+    if device.type == "cpu":
+        return parts
+    images, labels, valid = (
+        part if part.device == device else part.pin_memory().to(device, non_blocking=True) for part in parts
+    )
+    return images, labels, valid
+
+
+def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float, step: int) -> Counts:
+    """Forward, backward and update for one global batch.
+
+    Every rank calls this with its own micro-batches, whose number may differ between the ranks. Gradients
+    travel during the last backward pass only. Each sample weighs 1 / global_batch wherever it is computed, so
+    that the update does not depend on the number of ranks; a sample that could not be read weighs 0.
+
+    Args:
+        batches: this rank's micro-batches of the step, at least one.
+        learning_rate: for this update.
+        step: optimiser steps finished before this one.
+    Returns:
+        This rank's counts, still on the device.
+    """
+    world, optimizer, scaler = trainer.world, trainer.optimizer, trainer.scaler
+    # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
+    torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, lane=_LANE_DROPOUT)) >> 1)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    counts = Counts(world.device)
+    trainer.network.train()
+    optimizer.zero_grad(set_to_none=True)
+    for number, batch in enumerate(batches, start=1):
+        images_NHWC, labels_N, valid_N = to_device(batch, world.device)
+        last = number == len(batches)
+        with nullcontext() if last else trainer.parallel.no_sync():
+            with trainer.precision.autocast():
+                logits_NC = trainer.parallel(trainer.normalize(images_NHWC))
+            losses_N = cross_entropy(logits_NC.float(), labels_N, reduction="none")
+            # DDP averages over the ranks; times world_size makes that the sum.
+            loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
+            torch.autograd.backward(scaler.scale(loss))
+        counts.add(logits_NC.detach(), losses_N.detach(), labels_N, valid_N)
+    scaler.step(optimizer)
+    scaler.update()
+    return counts
+
+
+_LANE_DROPOUT = 1 << 32
+"""Far from the lanes of `data_pipeline.order`, so that no mask repeats a crop's number."""
+
+
+@torch.inference_mode()
+def evaluate(
+    network: AlexNet,
+    normalize: Normalize,
+    batches: Iterable[Batch],
+    precision: Precision,
+    world: World,
+    *,
+    num_samples: int,
+) -> Metrics:
+    """Loss, top-1 and top-5 over a split, every sample counted once on any number of ranks.
+
+    Args:
+        batches: this rank's share of the split.
+        num_samples: size of the split, which the counts of all ranks must add up to.
+    Returns:
+        Metrics of the whole split, the same on every rank.
+    """
+    network.eval()
+    counts = Counts(world.device)
+    for batch in batches:
+        images_NHWC, labels_N, valid_N = to_device(batch, world.device)
+        with precision.autocast():
+            logits_NC = network(normalize(images_NHWC)).float()
+        counts.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
+    metrics = counts.reduce(world)
+    counted = metrics.num_samples + metrics.num_failed
+    assert counted == num_samples, f"counted {counted} of {num_samples} samples"
+    return metrics

@@ -1,0 +1,197 @@
+"""The loop over epochs: train, evaluate, write rows, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
+from typing import Protocol, cast
+
+import msgspec
+from torch.utils.tensorboard import SummaryWriter
+
+from data_pipeline.console import show_progress
+from data_pipeline.errors import DivergedError
+from data_pipeline.loader import Batch, eval_batches, train_batches
+from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
+from train.engine import evaluate, train_step
+from train.metrics import Counts, Metrics
+from train.run_folder import Row
+from train.schedule import lr_at
+from train.session import EVAL_BATCH, Session
+
+log = logging.getLogger("train")
+
+
+class Recorder(Protocol):
+    """Where rows go."""
+
+    def __call__(self, split: str, metrics: Metrics, lr: float, images_per_s: float) -> None:
+        """Write one row for the session's present step."""
+
+
+def run_epochs(session: Session) -> Metrics | None:
+    """Train to the last epoch; at the end of each, evaluate and save a checkpoint.
+
+    Returns:
+        Validation metrics of the last epoch; None where the run was finished already.
+    Raises:
+        DivergedError: the loss is no longer a number.
+    """
+    config, world = session.config, session.trainer.world
+    metrics = None
+    with ExitStack() as stack:
+        record = _open_records(session, stack)
+        batches = train_batches(
+            session.train_set,
+            session.backend,
+            config.preprocessing,
+            config.augment,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            rank=world.rank,
+            world_size=world.world_size,
+            micro_batch=session.micro_batch,
+            start_step=session.step,
+            num_steps=session.total_steps - session.step,
+            prefetch=config.data.prefetch,
+            faults=session.faults,
+        )
+        stack.enter_context(closing(cast("Generator[Batch]", batches)))
+        steps = by_step(batches)
+        for epoch in range(session.step // session.steps_per_epoch, config.epochs):
+            train_epoch(session, epoch, steps, record)
+            metrics = evaluate_epoch(session, record)
+            if world.is_main:
+                log.info(
+                    f"epoch {epoch + 1}/{config.epochs}: validation loss {metrics.loss:.4f}, "
+                    f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%} of {metrics.num_samples} images"
+                )
+            save(session, epoch + 1, metrics)
+    return metrics
+
+
+def by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Gather the micro-batches of each step."""
+    gathered: list[Batch] = []
+    for batch in batches:
+        gathered.append(batch)
+        if batch.last:
+            yield gathered
+            gathered = []
+
+
+def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], record: Recorder) -> None:
+    """The steps of one epoch from where the session stands; a training row every `log_every` steps."""
+    config, world = session.config, session.trainer.world
+    end = (epoch + 1) * session.steps_per_epoch
+    counts, started = Counts(world.device), time.monotonic()
+    title = f"epoch {epoch + 1}/{config.epochs}"
+    with show_progress(title, end - session.step, shown=world.is_main) as progress:
+        while session.step < end:
+            learning_rate = lr_at(
+                session.step,
+                config.schedule,
+                steps_per_epoch=session.steps_per_epoch,
+                total_steps=session.total_steps,
+            )
+            counts.merge(train_step(session.trainer, next(steps), learning_rate, session.step))
+            session.step += 1
+            note = ""
+            if session.step % config.log_every == 0 or session.step == end:
+                metrics = counts.reduce(world)
+                if not math.isfinite(metrics.loss):
+                    raise DivergedError(
+                        f"the training loss is {metrics.loss} at step {session.step}, which is not saved. "
+                        "Lower schedule.learning_rate or lengthen schedule.warmup_epochs"
+                    )
+                seconds = time.monotonic() - started
+                images_per_s = (metrics.num_samples + metrics.num_failed) / seconds
+                record("train", metrics, learning_rate, images_per_s)
+                note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
+                counts, started = Counts(world.device), time.monotonic()
+            progress.advance(1, note)
+
+
+def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
+    """Metrics of the whole validation split, and their row."""
+    trainer, started = session.trainer, time.monotonic()
+    trainer.world.average_buffers(trainer.network)
+    batches = eval_batches(
+        session.val_set,
+        session.backend,
+        session.config.preprocessing,
+        micro_batch=EVAL_BATCH,
+        rank=trainer.world.rank,
+        world_size=trainer.world.world_size,
+        prefetch=session.config.data.prefetch,
+        faults=session.faults,
+    )
+    metrics = evaluate(
+        trainer.network,
+        trainer.normalize,
+        batches,
+        trainer.precision,
+        trainer.world,
+        num_samples=len(session.val_set),
+    )
+    images_per_s = len(session.val_set) / (time.monotonic() - started)
+    record("val", metrics, trainer.optimizer.param_groups[0]["lr"], images_per_s)
+    return metrics
+
+
+def save(session: Session, epochs_done: int, metrics: Metrics) -> None:
+    """Rank 0 saves; all ranks wait until it has. The best checkpoint and the last few stay."""
+    if session.best is None or metrics.top1 > session.best.top1:
+        session.best = Pointer(step=session.step, top1=metrics.top1)
+    if session.folder is not None:
+        save_checkpoint(
+            session.folder.checkpoints,
+            model=session.trainer.network,
+            optimizer=session.trainer.optimizer,
+            scaler=session.trainer.scaler,
+            step=session.step,
+            epoch=epochs_done,
+            samples_seen=session.step * session.config.global_batch,
+            config=session.config,
+            classes=session.train_set.classes,
+            metrics={"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5},
+        )
+        session.folder.point("best", session.best)
+        session.folder.point("last", Pointer(step=session.step, top1=metrics.top1))
+        prune_checkpoints(
+            session.folder.checkpoints, keep_last=session.config.keep_checkpoints, best=session.best.step
+        )
+    session.trainer.world.barrier()
+
+
+def _open_records(session: Session, stack: ExitStack) -> Recorder:
+    """Rows to `metrics.jsonl` and TensorBoard on rank 0; nowhere on the others."""
+    folder = session.folder
+    if folder is None:
+        return lambda split, metrics, lr, images_per_s: None
+    board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=session.step + 1)
+    stack.callback(board.close)
+
+    def record(split: str, metrics: Metrics, lr: float, images_per_s: float) -> None:
+        row = Row(
+            split=split,
+            epoch=-(-session.step // session.steps_per_epoch),
+            step=session.step,
+            samples=metrics.num_samples,
+            failed=metrics.num_failed,
+            loss=metrics.loss,
+            top1=metrics.top1,
+            top5=metrics.top5,
+            lr=lr,
+            images_per_s=images_per_s,
+            time=time.time(),
+        )
+        folder.append(row)
+        for name, value in msgspec.structs.asdict(row).items():
+            if name not in ("split", "epoch", "step", "time"):
+                board.add_scalar(f"{split}/{name}", value, session.step)
+
+    return record

@@ -1,0 +1,96 @@
+"""The trainer's front door: `torchrun --nproc_per_node=2 -m train.main`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from data_pipeline.console import set_up_logging
+from data_pipeline.demo import DEMO_ROOT
+from data_pipeline.errors import CorruptFileError, DivergedError, UserError
+from train.config import RunConfig, make_config
+from train.distributed import env_rank, open_world
+from train.loop import run_epochs
+from train.options import DEFAULT_RECIPE, training_options
+from train.session import open_session
+
+log = logging.getLogger("train")
+
+DEMO_NOTE = ", the embedded handwritten digits"
+
+
+@record
+def train(config: RunConfig, out: Path, resume: str) -> str | None:
+    """Train as configured, on the ranks that torchrun started (outside torchrun: one).
+
+    Returns:
+        On rank 0, the result as one JSON object: run, step, best top-1, and the last validation metrics.
+    Raises:
+        UserError, CorruptFileError: each with what is wrong, where, and what to do.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(open_world(config.device))
+        session = open_session(config, out, resume, world, stack)
+        metrics = run_epochs(session)
+        if session.folder is None:
+            return None
+        result: dict[str, Any] = {"run": str(session.folder.path), "step": session.step, "best": session.best}
+        if metrics is not None:
+            result.update(asdict(metrics))
+        return msgspec.json.encode(result).decode()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@training_options
+def main(
+    recipe: str,
+    data: Path | None,
+    out: Path,
+    resume: str,
+    overrides: tuple[str, ...],
+    print_config: bool,
+    debug: bool,
+) -> None:
+    """Train AlexNet on the ranks that torchrun starts.
+
+    With no options: recipe `demo`, on handwritten digits that are written to data/demo-digits.
+
+    \b
+    torchrun --nproc_per_node=2 -m train.main
+    torchrun --nproc_per_node=8 -m train.main --recipe tiny-imagenet --data tiny-imagenet-200
+    """
+    set_up_logging(quiet=env_rank() != 0)
+    try:
+        config = make_config(recipe, overrides, data)
+        if print_config:
+            if env_rank() == 0:
+                click.echo(msgspec.json.format(msgspec.json.encode(config)).decode())
+            return
+        log.info(
+            f"recipe {config.recipe}{' (the default)' if recipe == DEFAULT_RECIPE else ''}, "
+            f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
+        )
+        result = train(config, out, resume)
+    except (UserError, CorruptFileError, DivergedError) as error:
+        if debug:
+            raise
+        if env_rank() != 0:
+            # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
+            time.sleep(5)
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    if result is not None:
+        click.echo(result)
+
+
+if __name__ == "__main__":
+    main()

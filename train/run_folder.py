@@ -1,0 +1,166 @@
+"""The run folder: configuration, metric rows, TensorBoard, and what `--resume` picks up."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.files import write_atomic
+from train.checkpoint import Pointer, find_checkpoint, read_manifest, write_json
+from train.config import RunConfig, decode_config
+
+log = logging.getLogger("train")
+
+FREE_TO_CHANGE = ("data", "device", "cpu_threads", "micro_batch", "log_every", "keep_checkpoints")
+"""Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `metrics.jsonl`. `top1` and `top5` are fractions; `images_per_s` is over all ranks."""
+
+    split: str
+    epoch: int
+    step: int
+    samples: int
+    failed: int
+    loss: float
+    top1: float
+    top5: float
+    lr: float
+    images_per_s: float
+    time: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `runs/<recipe>-<utc time>/`."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON row per event."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Step folders and the pointers `best.json` and `last.json`."""
+        return self.path / "checkpoints"
+
+    def point(self, name: str, pointer: Pointer) -> None:
+        """Make `best` or `last` name a step."""
+        write_json(self.checkpoints / f"{name}.json", pointer)
+
+    def append(self, row: Row) -> None:
+        """Add a row to `metrics.jsonl`."""
+        with self.metrics.open("ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")
+
+    def drop_rows_after(self, step: int) -> int:
+        """Forget the rows of steps that a resumed run will do again, and half a line at the end.
+
+        Returns:
+            How many lines were dropped.
+        """
+        if not self.metrics.exists():
+            return 0
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (row := _row(line)) is not None and row.step <= step]
+        if len(kept) < len(lines):
+            write_atomic(self.metrics, b"".join(kept))
+        return len(lines) - len(kept)
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        return msgspec.json.decode(line, type=Row) if line.endswith(b"\n") else None
+    except msgspec.DecodeError:
+        return None
+
+
+def create_run(out: Path, config: RunConfig) -> RunFolder:
+    """Make a new run folder under `out`, named by recipe and time, with `config.json` in it."""
+    name = f"{config.recipe}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        path = out / f"{name}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        write_json(path / "config.json", config)
+        (path / "checkpoints").mkdir()
+        return RunFolder(path)
+    raise UserError(f"{out} holds a thousand runs of this second")
+
+
+def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        out: where runs live.
+        resume: `none`, `auto` (the newest run of this recipe that has a checkpoint), or the path of a run
+            or a checkpoint.
+        config: the configuration of the run to start, which the earlier run's must equal.
+    Returns:
+        A step's folder; None to start anew.
+    Raises:
+        UserError: nothing at that path, or a run whose configuration differs, with the keys that do.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        folder = find_checkpoint(Path(resume), pointer="last")
+        if folder.parent.name != "checkpoints":
+            raise UserError(
+                f"{folder} does not lie in a run's checkpoints/, so there is no run to go on with; "
+                "name a run, or a checkpoint inside one"
+            )
+        read_manifest(folder)
+        _check_same(config, _run_config(folder.parent.parent), folder.parent.parent)
+        return folder
+    runs = [f.parent.parent for f in out.glob(f"{config.recipe}-*/checkpoints/last.json")]
+    runs = [run for run in runs if _run_config(run).recipe == config.recipe]
+    if not runs:
+        log.info("--resume auto: no run of recipe %s under %s/ yet; starting a new one", config.recipe, out)
+        return None
+    newest = max(runs, key=lambda run: run.name)
+    _check_same(config, _run_config(newest), newest)
+    return find_checkpoint(newest, pointer="last")
+
+
+def _run_config(run: Path) -> RunConfig:
+    path = run / "config.json"
+    try:
+        return decode_config(msgspec.json.decode(path.read_bytes()))
+    except OSError as error:
+        raise CorruptFileError(f"run {run} has no readable config.json: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from error
+
+
+def _check_same(wanted: RunConfig, earlier: RunConfig, run: Path) -> None:
+    differing = _differences(msgspec.to_builtins(earlier), msgspec.to_builtins(wanted))
+    if differing:
+        raise UserError(
+            f"cannot resume {run} with another configuration ({'; '.join(differing)}); "
+            "use the same recipe and --set, or start a new run with --resume none"
+        )
+
+
+def _differences(earlier: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, old in earlier.items():
+        new = wanted[key]
+        if not prefix and key in FREE_TO_CHANGE:
+            continue
+        if isinstance(old, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
+    return found

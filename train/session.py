@@ -1,0 +1,180 @@
+"""Putting the parts of a run together, new or resumed, on one rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data_pipeline.demo import DEMO_ROOT, write_demo
+from data_pipeline.errors import UserError
+from data_pipeline.faults import FaultLog
+from data_pipeline.index import Dataset, check_same_classes, load_image_folder
+from data_pipeline.loader import ImageBackend, make_backend
+from data_pipeline.order import steps_per_epoch
+from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights, read_pointer
+from train.config import RunConfig
+from train.distributed import World, cpu_share
+from train.engine import Trainer
+from train.metrics import TOP_K
+from train.model import Normalize, make_model
+from train.optimizer import make_optimizer
+from train.precision import choose_precision
+from train.run_folder import RunFolder, create_run, find_resumable
+
+log = logging.getLogger("train")
+
+EVAL_BATCH = 256
+"""Most images that one rank evaluates at once."""
+
+
+@dataclass
+class Session:
+    """One run on one rank: the parts, and how far it has come.
+
+    Args:
+        folder: the run's folder; None on the ranks other than 0, which write nothing.
+        micro_batch: most samples that this rank takes through the network at once.
+        step: optimiser steps finished.
+        best: the best validation top-1 so far.
+    """
+
+    config: RunConfig
+    trainer: Trainer
+    train_set: Dataset
+    val_set: Dataset
+    backend: ImageBackend
+    faults: FaultLog
+    folder: RunFolder | None
+    micro_batch: int
+    steps_per_epoch: int
+    step: int
+    best: Pointer | None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+
+def open_session(config: RunConfig, out: Path, resume: str, world: World, stack: ExitStack) -> Session:
+    """Load the data, build or resume the model, choose backend and precision; rank 0 says what was chosen.
+
+    Args:
+        out: folder in which the run's folder is made, or looked for.
+        resume: see `train.run_folder.find_resumable`.
+        stack: closes what must be closed.
+    Raises:
+        UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
+    """
+    if world.device.type == "cpu":
+        torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
+    train_set, val_set = open_data(config, world)
+    num_steps = steps_per_epoch(len(train_set), config.global_batch)
+    resumed = find_resumable(out, resume, config)
+    checkpoint = load_checkpoint(resumed) if resumed is not None else None
+    trainer = make_trainer(config, train_set, world, checkpoint)
+
+    rank_batch = -(-config.global_batch // world.world_size)
+    micro_batch = min(config.micro_batch or rank_batch, rank_batch)
+    backend = make_backend(
+        config.data.backend,
+        device="gpu" if world.device.type == "cuda" and config.data.backend != "pillow" else "cpu",
+        device_id=world.local_rank,
+        preprocessing=config.preprocessing,
+        max_batch=max(micro_batch, EVAL_BATCH),
+        num_threads=config.data.threads or cpu_share(world.local_world_size),
+    )
+    stack.enter_context(closing(backend))
+
+    folder = best = None
+    if world.is_main:
+        log.info(
+            f"{world.world_size} rank(s) on {world.device_name}, {trainer.precision.name} "
+            f"({trainer.precision.reason}), {backend.name} decoding on the {backend.device}; "
+            f"batch {config.global_batch} in {math.ceil(rank_batch / micro_batch)} pass(es) "
+            f"of up to {micro_batch} a rank"
+        )
+        if len(train_set.classes) < TOP_K:
+            log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
+        folder = RunFolder(resumed.parent.parent) if resumed is not None else create_run(out, config)
+        log.info(f"run folder: {folder.path}")
+    if resumed is not None and checkpoint is not None:
+        best = read_pointer(resumed.parent / "best.json")
+        if folder is not None:
+            dropped = folder.drop_rows_after(checkpoint.step)
+            log.info(f"resuming at step {checkpoint.step}; {dropped} later row(s) of metrics.jsonl dropped")
+    return Session(
+        config=config,
+        trainer=trainer,
+        train_set=train_set,
+        val_set=val_set,
+        backend=backend,
+        faults=FaultLog(),
+        folder=folder,
+        micro_batch=micro_batch,
+        steps_per_epoch=num_steps,
+        step=checkpoint.step if checkpoint is not None else 0,
+        best=best,
+    )
+
+
+def make_trainer(
+    config: RunConfig, train_set: Dataset, world: World, checkpoint: Checkpoint | None
+) -> Trainer:
+    """The network with its optimiser, from the seed or from a checkpoint, under DistributedDataParallel.
+
+    Raises:
+        UserError: a checkpoint of another model or of other classes.
+    """
+    precision = choose_precision(config.precision, world.device)
+    torch.manual_seed(config.seed)
+    network = make_model(
+        config.model, num_classes=len(train_set.classes), crop_px=config.preprocessing.crop_px
+    ).to(world.device)
+    optimizer, scaler = make_optimizer(network, config.optimizer), precision.make_scaler()
+    if checkpoint is not None:
+        if checkpoint.classes != train_set.classes:
+            raise UserError(f"{checkpoint.folder} was trained on other classes than {train_set.root} has")
+        load_weights(network, checkpoint.model_state, source=checkpoint.folder)
+        optimizer.load_state_dict(checkpoint.optimizer_state)
+        scaler.load_state_dict(checkpoint.scaler_state)
+    parallel = DistributedDataParallel(
+        network,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+    return Trainer(
+        network=network,
+        parallel=parallel,
+        normalize=Normalize(config.preprocessing).to(world.device),
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=precision,
+        world=world,
+        global_batch=config.global_batch,
+        seed=config.seed,
+    )
+
+
+def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
+    """The training and validation splits; the demo data is written first where it is wanted and missing.
+
+    Raises:
+        UserError: no data folder named, or one that is not as it should be.
+    """
+    if config.data.root is None:
+        raise UserError(f"recipe {config.recipe} needs data: --data DIR, with train/ and val/ in it")
+    root = Path(config.data.root)
+    if root == DEMO_ROOT:
+        if world.local_rank == 0:
+            write_demo(root)
+        world.barrier()
+    train_set, val_set = load_image_folder(root, "train"), load_image_folder(root, "val")
+    check_same_classes(train_set, val_set)
+    return train_set, val_set
