@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_pipeline.console import show_progress
 from data_pipeline.errors import GateError, UserError
 from data_pipeline.index import Dataset, load_image_folder
 from data_pipeline.loader import eval_batches
-from data_pipeline.console import show_progress
 from infer.backends import InferenceBackend, OnnxBackend, probe_machine, why_no_engine
 from infer.bundle import Agreement, Bundle, GateReport, Limits, Precision
 from infer.images import open_decoder, valid_images

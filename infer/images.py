@@ -35,9 +35,7 @@ def fit_batch(asked: int, max_batch: int) -> int:
 
 @contextmanager
 def open_decoder(
-    preprocessing: Preprocessing, max_batch: int, name: log = logging.getLogger("infer")
-
-DecoderName = "auto"
+    preprocessing: Preprocessing, max_batch: int, name: DecoderName = "auto"
 ) -> Iterator[ImageBackend]:
     """A decoder into host memory, on as many threads as this process may use cores; closed afterwards."""
     decoder = make_backend(
