@@ -106,11 +106,11 @@ def run_gate(bundle: Bundle, checkpoint: Checkpoint, data_root: Path) -> GateRep
         engine=tallies["engine"].agreement() if "engine" in tallies else None,
         engine_not_run=engine_not_run,
     )
-    _judge("model.onnx", report.onnx, limits)
+    _judge("model.onnx", report.onnx, report)
     if report.engine:
-        _judge("model.engine", report.engine, limits)
+        _judge("model.engine", report.engine, report)
     elif engine_not_run:
-        log.warning("gate: the engine was built but not run here, since %s", engine_not_run)
+        log.info("gate: model.engine was built but not run here, since %s", engine_not_run)
     return report
 
 
@@ -184,7 +184,8 @@ class Tally:
         )
 
 
-def _judge(name: str, found: Agreement, limits: Limits) -> None:
+def _judge(name: str, found: Agreement, report: GateReport) -> None:
+    limits = report.limits
     least = (
         ("top-1 agreement", found.top1_agreement, limits.min_top1_agreement),
         ("top-5 agreement", found.top5_agreement, limits.min_top5_agreement),
@@ -198,6 +199,12 @@ def _judge(name: str, found: Agreement, limits: Limits) -> None:
     if beyond:
         why = "; ".join(beyond)
         raise GateError(f"gate: {name} does not agree with its checkpoint ({why}); nothing was shipped")
+    log.info(
+        "gate: %s agrees with its checkpoint on %d images: top-1 %.2f%% (%d ties), top-5 %.2f%%, "
+        "probabilities within %.2g, accuracy %.4f (checkpoint %.4f)",
+        *(name, report.num_images, found.top1_agreement * 100, found.num_ties, found.top5_agreement * 100),
+        *(found.max_probability_difference, found.accuracy, report.checkpoint_accuracy),
+    )
 
 
 def _load_engine(bundle: Bundle) -> TensorRTBackend:

@@ -1,0 +1,170 @@
+"""Rows of predictions for people and programs: a table on the terminal, JSON lines, and a summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+import msgspec
+
+from infer.backends import InferenceBackend
+from infer.predict import OkRow, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+GAP = "  "
+MIN_PATH_CELLS, MAX_PATH_CELLS = 16, 48
+MIN_CLASS_CELLS, MAX_CLASS_CELLS = 10, 24
+PERCENT_CELLS = 7  # " 100.0%"
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prediction came to, with what really ran."""
+
+    images: int
+    errors: int
+    seconds: float
+    images_per_s: float
+    backend: str
+    provider: str
+    device: str
+    precision: str
+
+    def sentence(self) -> str:
+        """One line for stderr."""
+        failed = f", {self.errors} of them could not be read" if self.errors else ""
+        return (
+            f"{self.images} images{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) with "
+            f"{self.provider}, {self.precision}, on {self.device}"
+        )
+
+
+class RowCounter:
+    """Counts rows as they pass, and the time from the first request on.
+
+    Args:
+        backend: what predicts, for the summary.
+    """
+
+    def __init__(self, backend: InferenceBackend) -> None:
+        self._backend = backend
+        self._seconds = 0.0
+        self.images = self.errors = 0
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, counted."""
+        started = time.perf_counter()
+        for row in rows:
+            self.images += 1
+            self.errors += not isinstance(row, OkRow)
+            self._seconds = time.perf_counter() - started
+            yield row
+
+    def summary(self) -> Summary:
+        """What passed until now."""
+        backend = self._backend
+        return Summary(
+            images=self.images,
+            errors=self.errors,
+            seconds=self._seconds,
+            images_per_s=self.images / self._seconds if self._seconds else 0.0,
+            backend=backend.name,
+            provider=backend.provider,
+            device=backend.device,
+            precision=backend.precision,
+        )
+
+
+def write_jsonl(rows: Iterable[Row], stream: BinaryIO) -> None:
+    """Write one JSON object a line, in UTF-8, flushed row by row so that a reader sees them as they come."""
+    encoder = msgspec.json.Encoder()
+    for row in rows:
+        stream.write(encoder.encode(row) + b"\n")
+        stream.flush()
+
+
+def write_table(rows: Iterable[Row], console: Console, *, top: int) -> None:
+    """Print rows as a table, each as it comes: nothing is kept, and the columns do not move.
+
+    Long labels lose their end and long paths their beginning; percentages and reasons are never cut.
+
+    Args:
+        rows: predictions.
+        console: where to; its width decides how many of the `top` classes have a place.
+        top: classes a row.
+    """
+    from rich.cells import set_cell_size
+    from rich.text import Text
+
+    path_cells, class_cells, shown = layout(console.width, top)
+    header = Text(style="bold")
+    header.append(set_cell_size("image", path_cells))
+    for place in range(1, shown + 1):
+        header.append(GAP + set_cell_size(f"#{place}", class_cells))
+    _print(console, header)
+    for row in rows:
+        if isinstance(row, OkRow):
+            line = Text(_tail(visible(row.path), path_cells))
+            for place, prediction in enumerate(row.predictions[:shown]):
+                label = _head(visible(prediction.label), class_cells - PERCENT_CELLS)
+                cell = f"{GAP}{label}{prediction.probability:>{PERCENT_CELLS}.1%}"
+                line.append(cell, style="bold green" if place == 0 else "dim")
+        else:
+            line = Text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
+        _print(console, line)
+
+
+def layout(width: int, top: int) -> tuple[int, int, int]:
+    """How to share a line among the path and the classes.
+
+    Args:
+        width: cells of a line.
+        top: classes that are wanted.
+    Returns:
+        Cells of the path, cells of each class, and how many classes there is room for (at least one).
+
+    >>> layout(100, 5)
+    (20, 14, 5)
+    """
+    gap = len(GAP)
+    shown = max(1, min(top, (width - MIN_PATH_CELLS) // (MIN_CLASS_CELLS + gap)))
+    class_cells = max(MIN_CLASS_CELLS, min(MAX_CLASS_CELLS, (width - MIN_PATH_CELLS) // shown - gap))
+    path_cells = min(MAX_PATH_CELLS, width - shown * (class_cells + gap))
+    return max(1, path_cells), class_cells, shown
+
+
+def visible(text: str) -> str:
+    r"""Text from file names and labels, with whatever a terminal would obey written out.
+
+    >>> visible("a\x1b[31m.jpg")
+    'a\\x1b[31m.jpg'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _head(text: str, cells: int) -> str:
+    """Exactly so many cells of the beginning of a text."""
+    from rich.cells import cell_len, set_cell_size
+
+    return set_cell_size(text, cells) if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
+
+
+def _tail(text: str, cells: int) -> str:
+    """Exactly so many cells of the end of a text."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= cells:
+        return set_cell_size(text, cells)
+    while cell_len(text) > cells - 1:
+        text = text[1:]
+    return set_cell_size("…" + text, cells)
+
+
+def _print(console: Console, line: Text) -> None:
+    # Wrapping would break the columns, and cutting would hide reasons: the terminal may fold a line.
+    console.print(line, soft_wrap=True, highlight=False)
