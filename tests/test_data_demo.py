@@ -1,0 +1,66 @@
+"""The demo data: whole, balanced, split without overlap, and written once by however many processes."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.demo import is_demo, write_demo
+from data_pipeline.errors import UserError
+from data_pipeline.index import check_same_classes, load_image_folder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written by two callers at once."""
+    root = tmp_path_factory.mktemp("data") / "new" / "demo"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write_demo, [root, root]))
+    return root
+
+
+def test_the_digits_are_all_there(demo: Path) -> None:
+    train, val = load_image_folder(demo, "train"), load_image_folder(demo, "val")
+    check_same_classes(train, val)
+    assert train.classes == tuple("0123456789")
+    assert (len(train), len(val)) == (1442, 355)
+    assert np.bincount(val.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
+    with Image.open(train.path_at(0)) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
+    assert [path.name for path in demo.parent.iterdir()] == ["demo"]
+
+
+def test_no_image_is_in_both_splits(demo: Path) -> None:
+    def pixels(split: str) -> set[str]:
+        files = (demo / split).glob("*/*.jpg")
+        return {hashlib.sha256(np.asarray(Image.open(file)).tobytes()).hexdigest() for file in files}
+
+    train, val = pixels("train"), pixels("val")
+    assert len(train) == 1442 and len(val) == 355  # no scan is there twice, either
+    assert not train & val
+
+
+def test_a_complete_folder_is_left_alone(demo: Path) -> None:
+    file = demo / "train" / "0" / "0000.jpg"
+    before = file.stat().st_mtime_ns
+    write_demo(demo)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_another_folder_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not the demo data"):
+        write_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert not is_demo(tmp_path)
+
+
+def test_an_empty_folder_may_be_given(tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    assert is_demo(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
