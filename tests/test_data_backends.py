@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pytest
-from images import broken, encode, exif, kinds, photo
 from PIL import Image, ImageOps
 
 from data_pipeline.augment import Augment
@@ -19,6 +18,7 @@ from data_pipeline.loader import make_backend
 from data_pipeline.pillow_backend import PillowBackend, decode_rgb, read_header
 from data_pipeline.prefetch import ImageBackend
 from data_pipeline.preprocessing import Preprocessing
+from tests.images import broken, encode, exif, kinds, photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
 KINDS = kinds()
@@ -43,7 +43,7 @@ def dali(device: Device) -> Iterator[ImageBackend]:
     backend.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pillow() -> Iterator[PillowBackend]:
     backend = PillowBackend(num_threads=2, max_batch=48)
     yield backend

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from images import encode, photo, write_folder
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import Failure, FaultLog, ImageError, printable
 from data_pipeline.index import check_same_classes, find_images, load_image_folder, read_file
+from tests.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")
 

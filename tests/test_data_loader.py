@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from images import broken, encode, photo, write_folder
 
 from data_pipeline.augment import Augment
 from data_pipeline.errors import UserError
@@ -31,6 +30,7 @@ from data_pipeline.loader import (
 )
 from data_pipeline.pillow_backend import Decoded
 from data_pipeline.preprocessing import Preprocessing
+from tests.images import broken, encode, photo, write_folder
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
 

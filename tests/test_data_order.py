@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import photo
 from torchvision import transforms
 
 from data_pipeline.augment import Augment
@@ -27,6 +26,7 @@ from data_pipeline.order import (
 )
 from data_pipeline.pillow_backend import PillowBackend
 from data_pipeline.preprocessing import Preprocessing
+from tests.images import photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
 AUGMENTS = {
