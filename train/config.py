@@ -199,6 +199,11 @@ def decode_config(values: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"configuration: {_readable(error)}") from error
 
 
+def to_json(config: RunConfig) -> str:
+    """A configuration as readable JSON; as a `.json` file it is a recipe."""
+    return msgspec.json.format(msgspec.json.encode(config)).decode()
+
+
 def _parse_value(text: str) -> Any:
     try:
         return msgspec.toml.decode(f"value = {text}")["value"]

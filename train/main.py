@@ -17,10 +17,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from data_pipeline.console import set_up_logging
 from data_pipeline.demo import DEMO_ROOT
 from data_pipeline.errors import CorruptFileError, DivergedError, UserError
-from train.config import RunConfig, make_config
+from train.config import RunConfig, make_config, to_json
 from train.distributed import env_rank, open_world
 from train.loop import run_epochs
-from train.options import DEFAULT_RECIPE, training_options
+from train.options import DEFAULT_RECIPE, OPTIONS
 from train.session import open_session
 
 log = logging.getLogger("train")
@@ -49,8 +49,7 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         return msgspec.json.encode(result).decode()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@training_options
+@click.command(params=OPTIONS, context_settings={"help_option_names": ["-h", "--help"]})
 def main(
     recipe: str,
     data: Path | None,
@@ -73,7 +72,7 @@ def main(
         config = make_config(recipe, overrides, data)
         if print_config:
             if env_rank() == 0:
-                click.echo(msgspec.json.format(msgspec.json.encode(config)).decode())
+                click.echo(to_json(config))
             return
         log.info(
             f"recipe {config.recipe}{' (the default)' if recipe == DEFAULT_RECIPE else ''}, "

@@ -1,0 +1,254 @@
+"""The command line. Every command imports its work inside its body, so that `--help` starts at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EXIT_SOME_UNREADABLE = 3
+
+PATH = click.Path(path_type=Path)
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+class OneLineErrors(click.Group):
+    """A failure is one line on stderr and an exit code; a traceback comes only with `--debug`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and turn an exception into its line and code."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            code = getattr(error, "exit_code", None)
+            if code is None:
+                lines = str(error).splitlines() or [""]
+                click.echo(
+                    f"error: {type(error).__name__}: {lines[0]} (traceback: alexnet --debug …)", err=True
+                )
+            else:
+                click.echo(f"error: {error}", err=True)
+            raise click.exceptions.Exit(code or 1) from error
+
+
+@click.group(cls=OneLineErrors, context_settings=HELP)
+@click.version_option(package_name="alexnet")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """AlexNet: train on many GPUs, export to ONNX and TensorRT, predict.
+
+    \b
+    Exit codes: 0 all good; 1 failure; 2 wrong use; 3 finished, but some inputs could not
+    be read; 4 an exported model does not agree with its checkpoint.
+    """
+    from data_pipeline.console import set_up_logging
+
+    set_up_logging()
+
+
+class TrainCommand(click.Command):
+    """Takes its options from the trainer, which is imported only when they are wanted."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those of `train.main`, and those declared here."""
+        from train.options import OPTIONS
+
+        return [*OPTIONS, *super().get_params(ctx)]
+
+
+@main.command(cls=TrainCommand)
+@click.option(
+    "--nproc", default="auto", show_default=True, metavar="N|auto", help="Ranks: auto is one for each GPU."
+)
+def train(nproc: str, print_config: bool, debug: bool, **options: Any) -> None:
+    """Train: starts torchrun on this machine.
+
+    For several machines, start torchrun on each, with -m train.main and the same options.
+
+    \b
+    alexnet train --nproc 2
+    alexnet train --recipe tiny-imagenet --data tiny-imagenet-200
+    """
+    from train.config import make_config, to_json
+    from train.launch import choose_rank_count, launch, training_arguments
+
+    config = make_config(options["recipe"], options["overrides"], options["data"])
+    if print_config:
+        click.echo(to_json(config))
+        return
+    code = launch(choose_rank_count(nproc, config), training_arguments(**options, debug=debug))
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+@main.command()
+@click.argument("model", metavar="[CHECKPOINT|BUNDLE]", type=PATH, required=False)
+@click.option("--data", type=PATH, help="Folder with the split. Default: what it was trained on.")
+@click.option("--split", default="val", show_default=True, help="Which folder of the data.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(model: Path | None, data: Path | None, split: str, device: Any, as_json: bool) -> None:
+    """Loss, top-1 and top-5 of a checkpoint or of an exported model.
+
+    Default: the best checkpoint of the newest run.
+
+    \b
+    alexnet evaluate
+    alexnet evaluate runs/demo-20260101T000000Z/export/onnx-fp32 --json
+    """
+    import dataclasses
+
+    import msgspec
+
+    if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
+        from infer.commands import evaluate_exported
+
+        metrics = msgspec.structs.asdict(evaluate_exported(model, data, split=split, device=device))
+    else:
+        from train.checkpoint import find_checkpoint, load_checkpoint
+        from train.evaluate import evaluate_checkpoint, load_split
+
+        folder = find_checkpoint(model)
+        click.echo(f"checkpoint: {folder}", err=True)
+        checkpoint = load_checkpoint(folder)
+        metrics = dataclasses.asdict(
+            evaluate_checkpoint(checkpoint, load_split(checkpoint, data, split), device=device)
+        )
+    if as_json:
+        click.echo(msgspec.json.encode(metrics))
+    else:
+        click.echo(
+            f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f} "
+            f"on {metrics['num_samples']} images ({metrics['num_failed']} could not be read)"
+        )
+    if metrics["num_failed"]:
+        raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)
+
+
+@main.command()
+@click.argument("checkpoint", type=PATH, required=False)
+@click.option(
+    "--format", type=click.Choice(["onnx", "trt"]), default="onnx", show_default=True,
+    help="ONNX, or a TensorRT engine with the ONNX file beside it.",
+)  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option("--out", type=PATH, help="Folder to write. Default: export/<format>-<precision> in the run.")
+@click.option("--data", type=PATH, help="Folder with val/ for the gate. Default: what it was trained on.")
+@click.option("--max-batch", type=int, default=64, show_default=True, help="Largest batch the model takes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the bundle's manifest as JSON.")
+def export(
+    checkpoint: Path | None,
+    format: Any,
+    precision: Any,
+    out: Path | None,
+    data: Path | None,
+    max_batch: int,
+    as_json: bool,
+) -> None:
+    """Export a checkpoint to ONNX or TensorRT, if it agrees with the checkpoint on validation images.
+
+    Default: the best checkpoint of the newest run.
+
+    \b
+    alexnet export --format onnx
+    alexnet export --format trt --max-batch 128
+    """
+    import msgspec
+
+    from infer.commands import describe_export
+    from infer.export import export_model
+    from train.checkpoint import find_checkpoint
+
+    folder = find_checkpoint(checkpoint)
+    click.echo(f"checkpoint: {folder}", err=True)
+    bundle = export_model(folder, format, data=data, out=out, max_batch=max_batch, precision=precision)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(bundle.manifest)))
+        return
+    for line in describe_export(bundle):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
+@click.option("--model", type=PATH, help="An exported model. Default: the newest export under runs/.")
+@click.option("--backend", type=click.Choice(["auto", "onnx", "trt"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--top", type=int, help="Classes to report for each image. Default: 5, or all if fewer.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Images a batch.")
+@click.option("--format", type=click.Choice(["table", "jsonl"]), default="table", show_default=True)
+@click.option("--output", type=PATH, help="Write the rows to this file instead of stdout.")
+def predict(**options: Any) -> None:
+    """Predict the classes of images: files, and folders with all that is below them.
+
+    \b
+    alexnet predict images/
+    alexnet predict images/ --format jsonl --output rows.jsonl
+    """
+    from infer.commands import predict_images
+
+    if predict_images(**options).errors:
+        raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)
+
+
+@main.group()
+def data() -> None:
+    """Data sets."""
+
+
+@data.command()
+@click.argument("folder", metavar="[DIR]", type=PATH, required=False)
+def demo(folder: Path | None) -> None:
+    """Write the demo data: 1,797 handwritten digits as 64-pixel JPEGs, in train/ and val/.
+
+    \b
+    alexnet data demo
+    """
+    from data_pipeline.demo import DEMO_ROOT, write_demo
+
+    write_demo(folder or DEMO_ROOT)
+    click.echo(folder or DEMO_ROOT)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """What this machine has, and what training and prediction would use here.
+
+    \b
+    alexnet doctor
+    """
+    import msgspec
+
+    from infer.doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(report)))
+        return
+    for section, values in report.items():
+        _print_section(section, values)
+
+
+def _print_section(name: str, values: Mapping[str, Any] | list[Any]) -> None:
+    if isinstance(values, list):
+        click.echo(f"{name}: {'none' if not values else ''}".rstrip())
+        for value in values:
+            click.echo(f"  {', '.join(f'{k} {v}' for k, v in value.items())}")
+        return
+    click.echo(f"{name}:")
+    for key, value in values.items():
+        click.echo(f"  {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""What the commands that serve do, put together from the parts. Imports neither torch nor train."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.console import show_progress
+from data_pipeline.errors import UserError
+from data_pipeline.index import find_images, load_image_folder
+from infer.backends import BackendName, DeviceName, choose_backend
+from infer.bundle import Bundle, find_bundle, load_bundle
+from infer.evaluate import Evaluation, evaluate_bundle
+from infer.predict import DEFAULT_TOP, Row, predict
+from infer.report import RowCounter, Summary, write_jsonl, write_table
+
+log = logging.getLogger("infer")
+
+TABLE_FILE_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def predict_images(
+    paths: Iterable[Path],
+    *,
+    model: Path | None,
+    backend: BackendName,
+    device: DeviceName,
+    top: int | None,
+    batch_size: int,
+    format: Literal["table", "jsonl"],
+    output: Path | None,
+) -> Summary:
+    """Predict files and folders, and write a row for each, in order, as batches finish.
+
+    Args:
+        paths: image files, and folders that are searched with all below them.
+        model: a bundle; None for the newest export, which is named on stderr.
+        backend, device: see `infer.backends.choose_backend`.
+        top: classes a row; None for five, or all where the model has fewer.
+        batch_size: images a batch.
+        format: how rows are written.
+        output: the file to write; None for stdout.
+    Returns:
+        Counts, and what really ran; also said on stderr.
+    Raises:
+        UserError: no images, no model, or a backend or device that cannot be had.
+        CorruptFileError: a bundle that was changed.
+    """
+    files = find_images(paths)
+    bundle = load_bundle(find_bundle(model))
+    choice = choose_backend(bundle, backend=backend, device=device)
+    with closing(choice.backend):
+        log.info(f"model: {bundle.folder}")
+        log.info(f"runs on: {choice.sentence}")
+        counter = RowCounter(choice.backend)
+        rows = counter.count(predict(files, bundle, choice.backend, top=top, batch_size=batch_size))
+        num_shown = top or min(DEFAULT_TOP, len(bundle.manifest.classes))
+        _write(_with_progress(rows, len(files)), format, output, num_shown)
+        summary = counter.summary()
+    log.info(summary.sentence())
+    return summary
+
+
+def evaluate_exported(path: Path, data: Path | None, *, split: str, device: DeviceName) -> Evaluation:
+    """Loss, top-1 and top-5 of a bundle.
+
+    Args:
+        path: the bundle.
+        data: folder with the split; None for the one that the bundle's gate used.
+        split: which folder of the data.
+        device: see `infer.backends.choose_backend`.
+    Raises:
+        UserError: no data, or other classes than the bundle's.
+    """
+    bundle = load_bundle(find_bundle(path))
+    root = data or _gate_data(bundle)
+    dataset = load_image_folder(root, split)
+    choice = choose_backend(bundle, device=device)
+    with closing(choice.backend):
+        log.info(f"runs on: {choice.sentence}")
+        return evaluate_bundle(bundle, choice.backend, dataset)
+
+
+def describe_export(bundle: Bundle) -> list[str]:
+    """Lines that say what was exported, where it loads, and how the gate judged it."""
+    manifest = bundle.manifest
+    files = ", ".join(f"{name} {entry.size_bytes / 1e6:.1f} MB" for name, entry in manifest.files.items())
+    lines = [
+        f"exported {bundle.folder}",
+        f"  files: {files}",
+        f"  {manifest.precision}, batches of 1 to {manifest.max_batch}, {len(manifest.classes)} classes",
+    ]
+    if manifest.engine is not None:
+        engine = manifest.engine
+        lines.append(
+            f"  engine: {engine.library} {engine.version}, loads on GPUs of {', '.join(engine.gpus)}"
+        )
+    gate = manifest.gate
+    if gate is not None:
+        lines.append(
+            f"  gate: {gate.num_images} of {gate.num_available} images of {gate.data}/{gate.split}, "
+            f"checkpoint accuracy {gate.checkpoint_accuracy:.2%}"
+        )
+        judged = [("ONNX", gate.onnx), *([("engine", gate.engine)] if gate.engine is not None else [])]
+        lines += [
+            f"  {name}: top-1 agreement {found.top1_agreement:.2%}, top-5 {found.top5_agreement:.2%}, "
+            f"largest probability difference {found.max_probability_difference:.1e} "
+            f"(limit {gate.limits.max_probability_difference:.0e}), accuracy {found.accuracy:.2%}"
+            for name, found in judged
+        ]
+        if gate.engine_not_run is not None:
+            lines.append(f"  engine not run here: {gate.engine_not_run}")
+    return lines
+
+
+def _gate_data(bundle: Bundle) -> Path:
+    gate = bundle.manifest.gate
+    if gate is None or not Path(gate.data).is_dir():
+        raise UserError(f"the data that {bundle.folder} was judged by is not here: name it with --data DIR")
+    return Path(gate.data)
+
+
+def _with_progress(rows: Iterable[Row], total: int) -> Iterator[Row]:
+    with show_progress("predict", total) as progress:
+        for row in rows:
+            yield row
+            progress.advance(1)
+
+
+def _write(rows: Iterable[Row], format: str, output: Path | None, top: int) -> None:
+    if format == "jsonl":
+        if output is None:
+            write_jsonl(rows, sys.stdout.buffer)
+        else:
+            with output.open("wb") as file:
+                write_jsonl(rows, file)
+        return
+    from rich.console import Console
+
+    if output is None:
+        terminal = sys.stdout.isatty()
+        write_table(rows, Console(width=None if terminal else TABLE_FILE_WIDTH), top=top)
+    else:
+        with output.open("w", encoding="utf-8") as file:
+            write_table(rows, Console(file=file, width=TABLE_FILE_WIDTH), top=top)

@@ -1,0 +1,48 @@
+"""What every test gets: `gpu` tests skip with their reason, and a test that leaks state fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+
+@lru_cache(maxsize=1)
+def _why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs an NVIDIA GPU that torch can use; there is none here"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip `gpu` tests where there is no GPU."""
+    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves environment variables, threads or a process group behind."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    threads = set(threading.enumerate())
+    yield
+    import torch.distributed as dist
+
+    left = [t.name for t in threading.enumerate() if t not in threads and not t.daemon]
+    assert not left, f"threads left behind: {left}"
+    assert not dist.is_initialized(), "a process group was left behind"
+    assert {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} == environment
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo digits, written once for all tests."""
+    from data_pipeline.demo import write_demo
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_demo(root)
+    return root

@@ -1,0 +1,180 @@
+"""Checkpoints: verified before they are believed, and nothing in them is run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.files import sha256_of
+from train.checkpoint import (
+    MANIFEST,
+    STATE,
+    Pointer,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    prune_checkpoints,
+    read_pointer,
+    save_checkpoint,
+    write_json,
+)
+from train.config import RunConfig, make_config
+from train.model import AlexNet, make_model
+from train.optimizer import make_optimizer
+
+CLASSES = tuple("0123456789")
+
+
+def small_config() -> RunConfig:
+    return make_config(
+        "demo", ["preprocessing.resize_px=32", "preprocessing.crop_px=32", "model.stem_stride=1"]
+    )
+
+
+def save(folder: Path, step: int = 3, top1: float = 0.5) -> tuple[Path, AlexNet]:
+    config = small_config()
+    model = make_model(config.model, num_classes=10, crop_px=32)
+    path = save_checkpoint(
+        folder,
+        model=model,
+        optimizer=make_optimizer(model, config.optimizer),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        step=step,
+        epoch=1,
+        samples_seen=step * 64,
+        config=config,
+        classes=CLASSES,
+        metrics={"top1": top1},
+    )
+    return path, model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AlexNet]:
+    return save(tmp_path_factory.mktemp("run") / "checkpoints")
+
+
+@pytest.fixture
+def copied(saved: tuple[Path, AlexNet], tmp_path: Path) -> Path:
+    """A checkpoint to damage: hard links, each replaced by the test that writes to it."""
+    folder = tmp_path / "run" / "checkpoints" / saved[0].name
+    folder.mkdir(parents=True)
+    for file in saved[0].iterdir():
+        os.link(file, folder / file.name)
+    return folder
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_what_is_loaded(saved: tuple[Path, AlexNet]) -> None:
+    folder, model = saved
+    checkpoint = load_checkpoint(folder)
+    assert (checkpoint.step, checkpoint.epoch, checkpoint.samples_seen) == (3, 1, 192)
+    assert checkpoint.config == small_config()
+    assert checkpoint.preprocessing == small_config().preprocessing
+    assert checkpoint.classes == CLASSES
+    assert checkpoint.metrics == {"top1": 0.5}
+    for name, value in model.state_dict().items():
+        assert torch.equal(checkpoint.model_state[name], value)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["step-00000003"]
+    assert not checkpoint.make_model().training
+
+
+@pytest.mark.parametrize("where", [100, -100])
+def test_a_flipped_bit_is_found(copied: Path, where: int) -> None:
+    content = bytearray((copied / STATE).read_bytes())
+    content[where] ^= 1
+    replace(copied / STATE, bytes(content))
+    with pytest.raises(CorruptFileError, match="is damaged"):
+        load_checkpoint(copied)
+
+
+@pytest.mark.parametrize("keep", [0, 1000])
+def test_a_truncated_file_is_found(copied: Path, keep: int) -> None:
+    replace(copied / STATE, (copied / STATE).read_bytes()[:keep])
+    with pytest.raises(CorruptFileError, match=rf"is damaged.*\({keep} of"):
+        load_checkpoint(copied)
+
+
+def test_missing_and_broken_manifests_are_told(copied: Path) -> None:
+    replace(copied / MANIFEST, b'{"format": 1')
+    with pytest.raises(CorruptFileError, match="manifest .* is damaged"):
+        load_checkpoint(copied)
+    (copied / MANIFEST).unlink()
+    with pytest.raises(CorruptFileError, match="no readable manifest"):
+        load_checkpoint(copied)
+
+
+def forge(folder: Path, **changes: object) -> None:
+    """Write a manifest that fits the state file."""
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    manifest |= {"sha256": sha256_of(folder / STATE), "size_bytes": (folder / STATE).stat().st_size}
+    replace(folder / MANIFEST, msgspec.json.encode(manifest | changes))
+
+
+class Evil:
+    """What a crafted checkpoint could hold: unpickling it would make a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(copied: Path, tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    (copied / STATE).unlink()
+    torch.save({"model": Evil(target)}, copied / STATE)
+    forge(copied)
+    with pytest.raises(CorruptFileError, match="more than tensors and plain values"):
+        load_checkpoint(copied)
+    assert not target.exists()
+
+
+def test_a_whole_file_of_something_else_is_not_a_checkpoint(copied: Path) -> None:
+    (copied / STATE).unlink()
+    torch.save({"weights": torch.zeros(3)}, copied / STATE)
+    forge(copied)
+    with pytest.raises(CorruptFileError, match="cannot be read"):
+        load_checkpoint(copied)
+    forge(copied, format=99)
+    with pytest.raises(UserError, match="has format 99; this version reads up to 1"):
+        load_checkpoint(copied)
+
+
+def test_another_models_weights_are_refused_with_the_difference(saved: tuple[Path, AlexNet]) -> None:
+    other = make_model(make_config("demo", ["model.name=owt"]).model, num_classes=10, crop_px=56)
+    with pytest.raises(UserError, match=r"holds another model's weights \(\d+ tensors differ, first "):
+        load_weights(other, load_checkpoint(saved[0]).model_state, source=saved[0])
+
+
+def test_finding_by_run_by_step_and_by_newest(copied: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="neither a checkpoint nor a run"):
+        find_checkpoint(run)
+    write_json(run / "checkpoints" / "best.json", Pointer(step=3, top1=0.5))
+    assert find_checkpoint(run) == find_checkpoint(copied) == find_checkpoint(copied / STATE) == copied
+    assert find_checkpoint(None, runs=tmp_path) == copied
+    with pytest.raises(UserError, match="does not exist"):
+        find_checkpoint(tmp_path / "nothing")
+    with pytest.raises(UserError, match="train first"):
+        find_checkpoint(None, runs=tmp_path / "nothing")
+    (run / "checkpoints" / "best.json").write_bytes(b"{}")
+    with pytest.raises(CorruptFileError, match="is damaged"):
+        read_pointer(run / "checkpoints" / "best.json")
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    prune_checkpoints(tmp_path, keep_last=2, best=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]

@@ -1,0 +1,95 @@
+"""Recipes, overrides, and what an unknown or impossible value is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import UserError
+from train.config import RunConfig, decode_config, make_config, recipe_names, to_json
+
+
+def test_every_recipe_resolves_and_says_its_source_and_result() -> None:
+    assert {"demo", "tiny-imagenet"} <= set(recipe_names())
+    folder = Path(__file__).parent.parent / "train" / "recipes"
+    for name in recipe_names():
+        assert make_config(name).recipe == name
+        text = (folder / f"{name}.toml").read_text()
+        for heading in ("# Source:", "# Command:", "# Hardware:", "# Result:"):
+            assert heading in text, f"{name} lacks {heading}"
+
+
+def test_tiny_imagenet_is_as_the_post() -> None:
+    config = make_config("tiny-imagenet")
+    assert (config.epochs, config.global_batch) == (90, 128)
+    assert config.schedule.learning_rate == 0.01
+    assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 5e-4)
+    assert config.data.root is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedul.kind=step", "unknown key 'schedul'; did you mean 'schedule'?"),
+        ("schedule.learnin_rate=1", "unknown key 'schedule.learnin_rate'; did you mean 'schedule.learning_rate'?"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean 'schedule.learning_rate'?"),
+        ("schedule.kind=linear", "schedule.kind: Invalid enum value 'linear'; it is one of step, cosine, constant"),
+        ("schedule.learning_rate=0", "schedule.learning_rate: Expected `float` > 0.0"),
+        ("epochs=0", "epochs: Expected `int` >= 1"),
+        ("global_batch=many", "global_batch: Expected `int`, got `str`"),
+        ("model=3", "key 'model' is a table"),
+        ("epochs.x=3", "'epochs' is a value, not a table"),
+        ("augment.flip=2", "flip is a probability"),
+        ("preprocessing.crop_px=300", "crop_px 300 is larger than resize_px 64"),
+        ("schedule.milestones=[60, 30]", "ascending order"),
+        ("epochs", "--set takes dotted.key=value"),
+        ('recipe="a', "is not a TOML value"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_or_value_says_what_is_right(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_config("tiny-imagenet", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults() -> None:
+    config = make_config("demo", ["epochs=3", "data.backend=pillow", "micro_batch=16"])
+    assert (config.epochs, config.data.backend, config.micro_batch) == (3, "pillow", 16)
+    assert config.model.stem_stride == 2
+    assert config.optimizer.momentum == RunConfig().optimizer.momentum
+
+
+def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'tiny-imagenet'"):
+        make_config("tinyimagenet")
+    with pytest.raises(UserError, match=r"does not exist"):
+        make_config(str(tmp_path / "my.toml"))
+    (tmp_path / "my.toml").write_text("epochs = = 3")
+    with pytest.raises(UserError, match="cannot be read.*line 1"):
+        make_config(str(tmp_path / "my.toml"))
+
+
+def test_a_printed_configuration_is_a_recipe(tmp_path: Path) -> None:
+    config = make_config("demo", ["seed=7"], Path("some where"))
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert make_config(str(tmp_path / "config.json")) == config
+
+
+@given(
+    st.builds(
+        dict,
+        seed=st.integers(0, 2**62),
+        epochs=st.integers(1, 1000),
+        global_batch=st.integers(1, 65536),
+        precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+        schedule=st.builds(dict, learning_rate=st.floats(1e-6, 10), warmup_epochs=st.floats(0, 10)),
+    )
+)
+def test_configurations_survive_being_written_and_read(values: dict[str, object]) -> None:
+    config = decode_config(values)
+    assert decode_config(msgspec.json.decode(to_json(config))) == config

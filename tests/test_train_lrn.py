@@ -1,0 +1,58 @@
+"""Local response normalisation against torch's own, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from train.lrn import LocalResponseNorm, window_sum
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "size", "beta"), [(96, 5, 0.75), (3, 5, 0.75), (8, 3, 0.5), (1, 5, 0.75)]
+)
+def test_agrees_with_torch_forward_and_backward(
+    channels: int, size: int, beta: float, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    # Large values and a large alpha, so that the normalisation is far from the identity.
+    x = (torch.randn(2, channels, 6, 5) * 20).contiguous(memory_format=memory_format)
+    grad = torch.randn_like(x)
+    results = []
+    for module in (LocalResponseNorm(size, 0.1, beta, 2.0), nn.LocalResponseNorm(size, 0.1, beta, 2.0)):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = module(leaf)
+        out.backward(grad)
+        results.append((out.detach(), leaf.grad))
+    (ours, our_grad), (theirs, their_grad) = results
+    assert (ours - x).abs().max() > 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-5)
+    assert ours.is_contiguous(memory_format=memory_format)
+
+
+def test_gradient_in_float64() -> None:
+    x = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(LocalResponseNorm(5, 0.3, 0.75, 2.0), (x,))
+
+
+def test_accumulates_in_float32_under_bfloat16() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 96, 6, 6) * 10
+    exact = LocalResponseNorm()(x)
+    half = LocalResponseNorm()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    # one rounding of the input and one of the output: no more than 2^-7 relative
+    torch.testing.assert_close(half.float(), exact, rtol=2**-7, atol=1e-6)
+
+
+def test_window_is_clipped_at_the_ends() -> None:
+    x = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0]])
+    assert window_sum(x, 5).tolist() == [[111.0, 1111.0, 11111.0, 111110.0, 111100.0, 111000.0]]
+
+
+def test_an_even_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="odd"):
+        LocalResponseNorm(4)

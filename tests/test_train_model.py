@@ -1,0 +1,158 @@
+"""The AlexNet family against its sources: torchvision, Caffe's ONNX file, the paper's counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from data_pipeline.errors import UserError
+from data_pipeline.preprocessing import Preprocessing
+from train.config import Init, ModelConfig
+from train.lrn import LocalResponseNorm
+from train.model import AlexNet, Normalize, make_model
+
+PARAMETERS = {"paper": 60_965_224, "caffe": 60_965_224, "owt": 61_100_840, "bn": 60_966_600}
+
+
+def tiny(name: str, init: Init = "he", num_classes: int = 10) -> AlexNet:
+    return make_model(
+        ModelConfig(name=name, stem_stride=2, init=init),  # type: ignore[arg-type]
+        num_classes=num_classes,
+        crop_px=56,
+    )
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_at_1000_classes(name: str) -> None:
+    config = ModelConfig(name=name)  # type: ignore[arg-type]
+    model = make_model(config, num_classes=1000, crop_px=227 if name == "caffe" else 224)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("crop_px", [224, 256])
+def test_owt_is_torchvisions_alexnet_both_ways(crop_px: int) -> None:
+    ours = make_model(ModelConfig(name="owt"), num_classes=1000, crop_px=crop_px).eval()
+    theirs = torchvision.models.alexnet(num_classes=1000).eval()
+    images_NCHW = torch.randn(2, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images_NCHW), theirs(images_NCHW), rtol=1e-4, atol=1e-5)
+        theirs.load_state_dict(
+            make_model(ModelConfig(name="owt"), num_classes=1000, crop_px=crop_px).state_dict()
+        )
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(images_NCHW), theirs(images_NCHW), rtol=1e-4, atol=1e-4)
+
+
+def bvlc_file() -> onnx.ModelProto:
+    folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+    return onnx.load(folder / "light_bvlc_alexnet.onnx")
+
+
+def test_caffe_agrees_layer_by_layer_with_bvlcs_file() -> None:
+    model = make_model(ModelConfig(name="caffe"), num_classes=1000, crop_px=224)
+    layers = [m for m in model.modules() if not isinstance(m, (nn.Sequential, AlexNet, nn.Identity))]
+    nodes = [n for n in bvlc_file().graph.node if n.op_type not in ("ConstantOfShape", "Reshape", "Softmax")]
+    kinds = {
+        nn.Conv2d: "Conv", nn.ReLU: "Relu", LocalResponseNorm: "LRN", nn.MaxPool2d: "MaxPool",
+        nn.Linear: "Gemm", nn.Dropout: "Dropout",
+    }  # fmt: skip
+    assert [kinds[type(layer)] for layer in layers] == [node.op_type for node in nodes]
+    compared = 0
+    for layer, node in zip(layers, nodes, strict=True):
+        theirs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if isinstance(layer, nn.Conv2d):
+            assert layer.kernel_size == tuple(theirs["kernel_shape"])
+            assert layer.stride == tuple(theirs["strides"])
+            assert [*layer.padding, *layer.padding] == theirs["pads"]
+            assert layer.groups == theirs.get("group", 1)
+        elif isinstance(layer, nn.MaxPool2d):
+            assert [layer.kernel_size] * 2 == theirs["kernel_shape"]
+            assert [layer.stride] * 2 == theirs["strides"]
+            # Caffe rounds up, which ONNX writes as one more row and column of padding
+            assert theirs["pads"] == ([0, 0, 1, 1] if layer.ceil_mode else [0, 0, 0, 0])
+        elif isinstance(layer, LocalResponseNorm):
+            ours = (layer.size, layer.alpha, layer.beta, layer.k)
+            assert ours == pytest.approx((theirs["size"], theirs["alpha"], theirs["beta"], theirs["bias"]))
+        elif isinstance(layer, nn.Dropout):
+            assert layer.p == theirs["ratio"]
+        else:
+            continue
+        compared += 1
+    assert compared == 5 + 3 + 2 + 2
+
+
+def test_caffe_computes_what_bvlcs_file_computes() -> None:
+    """The whole network with the same random weights, in ONNX Runtime and here."""
+    file = bvlc_file()
+    model = make_model(ModelConfig(name="caffe", dropout=0.0), num_classes=1000, crop_px=224).eval()
+    weighted = [node for node in file.graph.node if node.op_type in ("Conv", "Gemm")]
+    ours = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    made = {name for node in weighted for name in node.input[1:]}
+    kept = [node for node in file.graph.node if not set(node.output) & made]
+    del file.graph.node[:]
+    file.graph.node.extend(kept)
+    for node, layer in zip(weighted, ours, strict=True):
+        assert layer.bias is not None
+        nn.init.uniform_(layer.bias, -0.1, 0.1)
+        for name, value in zip(node.input[1:], (layer.weight, layer.bias), strict=True):
+            array = np.ascontiguousarray(value.detach().numpy())
+            file.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    session = onnxruntime.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
+    images_NCHW = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    inputs = {i.name for i in session.get_inputs()}
+    feed_name = next(name for name in kept[0].input if name in inputs)
+    (theirs,) = session.run(None, {feed_name: images_NCHW.numpy()})
+    with torch.no_grad():
+        probabilities = model(images_NCHW).softmax(1)
+    np.testing.assert_allclose(probabilities.numpy(), theirs.reshape(1, 1000), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    model = tiny(name)
+    model(torch.randn(4, 3, 56, 56)).square().sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_initialisation_follows_its_source() -> None:
+    torch.manual_seed(0)
+    for init, hidden_std, one in (("paper", 0.01, 1.0), ("caffe", 0.005, 0.1)):
+        model = tiny("paper", init)  # type: ignore[arg-type]
+        named = dict(model.named_modules())
+        ones = {"features.conv2", "features.conv4", "features.conv5", "classifier.fc6", "classifier.fc7"}
+        for name, layer in named.items():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                assert layer.bias is not None
+                assert layer.bias.detach().numpy() == pytest.approx(one if name in ones else 0.0), name
+        assert named["features.conv3"].weight.std().item() == pytest.approx(0.01, rel=0.02)
+        assert named["classifier.fc7"].weight.std().item() == pytest.approx(hidden_std, rel=0.02)
+    he = dict(tiny("paper", "he").named_modules())
+    fan_in = 48 * 5 * 5  # conv2 has groups of 2, so each filter sees half of the 96 channels
+    assert he["features.conv2"].weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
+
+
+def test_a_crop_that_leaves_nothing_is_refused_with_advice() -> None:
+    with pytest.raises(
+        UserError, match=r"crop_px 56 is too small for `paper` with stem_stride 4.*smaller stem_stride"
+    ):
+        make_model(ModelConfig(stem_stride=4), num_classes=10, crop_px=56)
+
+
+def test_normalize_is_the_contracts_arithmetic_and_moves_no_pixel() -> None:
+    preprocessing = Preprocessing()
+    images_NHWC = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
+    out = Normalize(preprocessing)(images_NHWC)
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    expected = ((images_NHWC / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert out.is_contiguous(memory_format=torch.channels_last)

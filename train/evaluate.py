@@ -1,0 +1,62 @@
+"""Evaluate one checkpoint on a split, in float32."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.errors import UserError
+from data_pipeline.index import Dataset, load_image_folder
+from data_pipeline.loader import eval_batches, make_backend
+from train.checkpoint import Checkpoint
+from train.distributed import cpu_share, open_world
+from train.engine import evaluate
+from train.metrics import Metrics
+from train.model import Normalize
+from train.precision import choose_precision
+
+EVAL_BATCH = 256
+
+
+def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:
+    """The images to judge a checkpoint by: those of `data`, or of the folder that it was trained on.
+
+    Raises:
+        UserError: no such folder, or other classes than the checkpoint's.
+    """
+    root = data or (Path(checkpoint.config.data.root) if checkpoint.config.data.root is not None else None)
+    if root is None:
+        raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with --data DIR")
+    dataset = load_image_folder(root, split)
+    if dataset.classes != checkpoint.classes:
+        raise UserError(
+            f"{root}/{split} has other classes than {checkpoint.folder} was trained on "
+            f"({len(dataset.classes)} and {len(checkpoint.classes)})"
+        )
+    return dataset
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, dataset: Dataset, *, device: Literal["auto", "cpu", "cuda"] = "auto"
+) -> Metrics:
+    """Loss, top-1 and top-5 of a checkpoint over a split, every image once.
+
+    Raises:
+        UserError: a device that is not here, or weights that do not fit.
+    """
+    with open_world(device) as world:
+        model = checkpoint.make_model().to(world.device)
+        normalize = Normalize(checkpoint.preprocessing).to(world.device)
+        backend = make_backend(
+            "auto",
+            device="gpu" if world.device.type == "cuda" else "cpu",
+            device_id=world.local_rank,
+            preprocessing=checkpoint.preprocessing,
+            max_batch=EVAL_BATCH,
+            num_threads=cpu_share(1),
+        )
+        with closing(backend):
+            batches = eval_batches(dataset, backend, checkpoint.preprocessing, micro_batch=EVAL_BATCH)
+            precision = choose_precision("fp32", world.device)
+            return evaluate(model, normalize, batches, precision, world, num_samples=len(dataset))
