@@ -7,7 +7,7 @@ and in the recipe by which an image is cut.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -85,7 +85,7 @@ def train_batches(
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's share of training steps, in order. Any start gives what a run from step 0 would have given.
 
     Args:
@@ -145,7 +145,7 @@ def eval_batches(
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's share of a split, every sample exactly once over all ranks; the last batch may be smaller.
 
     Args: as `train_batches`.
@@ -173,7 +173,7 @@ def predict_batches(
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Unlabelled files in the order given; `paths` is consumed as batches are read ahead, never as a whole.
 
     Args: as `train_batches`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def run_ahead(
     read_threads: int,
     prefetch: int,
     faults: FaultLog | None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Fulfil requests in order, up to `prefetch` batches ahead of the consumer.
 
     Args:
@@ -140,7 +140,7 @@ def _consume(
     stop: threading.Event,
     thread: threading.Thread,
     faults: FaultLog,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     thread.start()
     try:
         while (item := ready.get()) is not None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return load_image_folder(root, "train")
 
 
-def stream(dataset: Dataset, backend: ImageBackend, **options: Any) -> Iterator[Batch]:
+def stream(dataset: Dataset, backend: ImageBackend, **options: Any) -> Generator[Batch, None, None]:
     return train_batches(dataset, backend, PREPROCESSING, Augment(), seed=3, global_batch=8, **options)
 
 
@@ -193,7 +193,7 @@ def test_paths_are_consumed_as_they_are_needed(tmp_path: Path, backend: ImageBac
     assert [len(batch) for batch in islice(batches, 3)] == [2, 2, 2]
     time.sleep(0.3)
     assert taken <= 2 * (3 + 2 + 1 + 3 + 1)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def test_closing_ends_the_threads(dataset: Dataset, backend: ImageBackend) -> None:
@@ -204,7 +204,7 @@ def test_closing_ends_the_threads(dataset: Dataset, backend: ImageBackend) -> No
     batches = stream(dataset, backend)
     next(batches)
     assert ours()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert ours() == []
     list(stream(dataset, backend, num_steps=1))
     assert ours() == []
