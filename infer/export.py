@@ -28,7 +28,7 @@ from infer.bundle import (
 )
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
 from infer.export_onnx import export_onnx
-from infer.gate import run_gate
+from infer.gate import load_gate_images, run_gate
 from train.checkpoint import Checkpoint, load_checkpoint
 
 log = logging.getLogger("infer")
@@ -67,7 +67,7 @@ def export_model(
     if not 1 <= max_batch <= 4096:
         raise UserError(f"--max-batch {max_batch}: a number from 1 to 4096")
     checkpoint = load_checkpoint(checkpoint_folder)
-    data_root = find_data(checkpoint, data)
+    dataset = load_gate_images(checkpoint, find_data(checkpoint, data))
     target = out or checkpoint.run_folder / "export" / f"{format}-{precision}"
     crop_px = checkpoint.preprocessing.crop_px
     with staging_folder(target) as staging:
@@ -97,7 +97,7 @@ def export_model(
             versions=_versions(),
             engine=engine,
         )
-        report = run_gate(Bundle(staging, draft), checkpoint, data_root)
+        report = run_gate(Bundle(staging, draft), checkpoint, dataset)
         return write_bundle(staging, target, replace(draft, gate=report))
 
 

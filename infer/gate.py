@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.console import show_progress
 from data_pipeline.errors import GateError, UserError
+from data_pipeline.faults import printable
 from data_pipeline.index import Dataset, load_image_folder
 from data_pipeline.loader import eval_batches
 from infer.backends import InferenceBackend, OnnxBackend, probe_machine, why_no_engine
@@ -39,7 +40,22 @@ Probabilities = NDArray[np.float32]
 Runner = Callable[[NDArray[np.uint8]], Probabilities]
 
 
-def run_gate(bundle: Bundle, checkpoint: Checkpoint, data_root: Path) -> GateReport:
+def load_gate_images(checkpoint: Checkpoint, root: Path) -> Dataset:
+    """The validation split that the gate will use, checked before an export takes its time.
+
+    Raises:
+        UserError: no validation images, or images of other classes than the checkpoint's.
+    """
+    dataset = load_image_folder(root, "val")
+    if dataset.classes != checkpoint.classes:
+        raise UserError(
+            f"{printable(root)}/val has other classes than the checkpoint ({len(dataset.classes)} and "
+            f"{len(checkpoint.classes)}): name the data it was trained on with --data"
+        )
+    return dataset
+
+
+def run_gate(bundle: Bundle, checkpoint: Checkpoint, dataset: Dataset) -> GateReport:
     """Compare a draft bundle's files with the checkpoint, and say yes or raise.
 
     The ONNX file runs in ONNX Runtime on the CPU, the checkpoint in torch in float32 on the CPU, the engine
@@ -50,18 +66,18 @@ def run_gate(bundle: Bundle, checkpoint: Checkpoint, data_root: Path) -> GateRep
     within `Limits.tie_margin` (twice the difference that a probability may have), that is a tie: it counts
     as agreement, and is counted in `num_ties`. The same goes for the edge of the five best.
 
+    Args:
+        bundle: its files are written and measured; its report is not there yet.
+        checkpoint: what it was made from.
+        dataset: labelled images, as `load_gate_images` gives them.
+    Returns:
+        The report to ship with it.
     Raises:
         GateError: an artefact beyond the limits.
-        UserError: no validation images, or images of other classes.
+        UserError: not one validation image could be read.
     """
     manifest = bundle.manifest
     limits = LIMITS[manifest.precision]
-    dataset = load_image_folder(data_root, "val")
-    if dataset.classes != checkpoint.classes:
-        raise UserError(
-            f"{data_root}/val has other classes than the checkpoint ({len(dataset.classes)} and "
-            f"{len(checkpoint.classes)}): name the data it was trained on with --data"
-        )
     sample = spread(dataset, MAX_IMAGES)
     candidates: dict[str, InferenceBackend] = {"onnx": OnnxBackend(bundle, "cpu")}
     engine_not_run = why_no_engine(bundle, probe_machine()) if manifest.engine else None
@@ -92,9 +108,11 @@ def run_gate(bundle: Bundle, checkpoint: Checkpoint, data_root: Path) -> GateRep
         for candidate in candidates.values():
             candidate.close()
     if not counts[0]:
-        raise UserError(f"none of the {num_failed} validation images in {data_root} could be read")
+        raise UserError(
+            f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
+        )
     report = GateReport(
-        data=data_root.resolve().name,
+        data=printable(dataset.root.resolve().name),
         split=dataset.split,
         num_images=int(counts[0]),
         num_available=len(dataset),

@@ -1,0 +1,147 @@
+"""Real checkpoints, data and exports for the tests of `infer`, made once a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import torch
+
+from data_pipeline.demo import write_demo
+from data_pipeline.files import sha256_of
+from infer.bundle import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Agreement,
+    Bundle,
+    Engine,
+    FileEntry,
+    GateReport,
+    Manifest,
+    Origin,
+    image_input,
+    load_bundle,
+    probability_output,
+)
+from infer.export import export_model
+from infer.gate import LIMITS
+from train.checkpoint import save_checkpoint
+from train.config import make_config
+from train.model import make_model
+
+IMAGES_PER_CLASS = 5
+CLASSES = tuple("0123456789")
+
+
+def data_folder(base: Path) -> Path:
+    """The demo digits, with five validation images a class."""
+    root = base / "digits"
+    if not root.exists():
+        whole = base / "all-digits"
+        write_demo(whole)
+        for folder in sorted((whole / "val").iterdir()):
+            (root / "val" / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:IMAGES_PER_CLASS]:
+                shutil.copy(file, root / "val" / folder.name)
+    return root
+
+
+def checkpoint_folder(base: Path, model: str = "paper") -> Path:
+    """A checkpoint of the demo's size, with weights that make confident and various predictions."""
+    folder = base / f"run-{model}" / "checkpoints" / "step-00000007"
+    if not folder.exists():
+        config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}"])
+        torch.manual_seed(0)
+        network = make_model(config.model, num_classes=10, crop_px=config.preprocessing.crop_px)
+        last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+        with torch.no_grad():
+            last.weight.mul_(8)
+            for parameter in network.parameters():
+                if parameter.ndim == 1 and parameter.count_nonzero() == 0:
+                    parameter.normal_(std=0.1)  # the exporter drops biases that are all zero
+        save_checkpoint(
+            folder.parent,
+            model=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            step=7,
+            epoch=1,
+            samples_seen=448,
+            config=config,
+            classes=CLASSES,
+            metrics={"top1": 0.5, "loss": 1.5},
+        )
+    return folder
+
+
+def exported(base: Path) -> Bundle:
+    """The checkpoint as a bundle of format `trt`: a real ONNX file and a real engine, gated."""
+    folder = checkpoint_folder(base)
+    target = folder.parent.parent / "export" / "trt-fp32"
+    return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
+
+
+def tiny_manifest(**changes: object) -> Manifest:
+    """A manifest that is consistent in itself, without files behind it."""
+    agreement = Agreement(
+        top1_agreement=1.0,
+        top5_agreement=1.0,
+        num_ties=0,
+        max_probability_difference=1e-7,
+        mean_probability_difference=1e-8,
+        accuracy=0.9,
+    )
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        created="2026-01-02T03:04:05.000000+00:00",
+        format="onnx",
+        precision="fp32",
+        max_batch=8,
+        classes=("cat", "dog"),
+        preprocessing=make_config("demo").preprocessing,
+        inputs=(image_input(56),),
+        outputs=(probability_output(2),),
+        files={"model.onnx": FileEntry(sha256="0" * 64, size_bytes=0)},
+        checkpoint=Origin(sha256="1" * 64, step=7, epoch=1, recipe="demo", model="paper"),
+        versions={},
+        gate=GateReport(
+            data="digits",
+            split="val",
+            num_images=50,
+            num_available=50,
+            num_failed=0,
+            checkpoint_accuracy=0.9,
+            limits=LIMITS["fp32"],
+            onnx=agreement,
+            onnx_provider="ONNX Runtime CPUExecutionProvider",
+        ),
+    )
+    return msgspec.structs.replace(manifest, **changes)
+
+
+def with_engine(
+    library: str = "tensorrt_rtx", version: str = "1.7", gpus: tuple[str, ...] = ("sm89",)
+) -> Manifest:
+    """The tiny manifest in format `trt`."""
+    nothing = FileEntry(sha256="0" * 64, size_bytes=0)
+    engine = msgspec.convert(
+        {"library": library, "version": version, "gpus": gpus, "profile_batches": (1, 8, 8)}, Engine
+    )
+    return tiny_manifest(format="trt", engine=engine, files={"model.onnx": nothing, "model.engine": nothing})
+
+
+def write_tiny(
+    folder: Path, manifest: Manifest | None = None, content: bytes = b"not really a model"
+) -> Path:
+    """A bundle whose files are a few bytes: enough for whatever does not run it."""
+    manifest = manifest or tiny_manifest()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in manifest.files:
+        (folder / name).write_bytes(content)
+    files = {
+        name: FileEntry(sha256=sha256_of(folder / name), size_bytes=len(content)) for name in manifest.files
+    }
+    manifest = msgspec.structs.replace(manifest, files=files)
+    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
+    return folder
