@@ -272,13 +272,22 @@ def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) 
     # TF32 keeps 10 bits of the mantissa: it is not the fp32 that the bundle promises.
     provider = ("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"})
     chatter = io.StringIO()
+    # Errors come as exceptions, too: one line is enough.
+    options.log_severity_level = 4
+    onnxruntime.set_default_logger_severity(4)
     try:
         with contextlib.redirect_stdout(chatter):  # preload_dlls prints what it misses
             onnxruntime.preload_dlls()
         session = onnxruntime.InferenceSession(bundle.onnx_path, options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions share no base but this
+        if "fallback to CPU" in str(error):
+            # What it says when its CUDA provider could not be loaded at all.
+            needs = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            raise UserError(f"ONNX Runtime cannot load CUDA or cuDNN: {needs}") from error
         reason = f"{chatter.getvalue()} {error}".strip().splitlines()[0]
         raise UserError(f"ONNX Runtime cannot use the GPU: {reason}") from error
+    finally:
+        onnxruntime.set_default_logger_severity(2)
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise UserError(f"ONNX Runtime gave {session.get_providers()[0]} where CUDA was asked for")
     return session
