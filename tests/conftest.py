@@ -24,10 +24,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+def _environment() -> dict[str, str]:
+    # pytest names the running test there; torch names its own cache folder on first use.
+    return {
+        k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+    }
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves environment variables, threads or a process group behind."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    environment = _environment()
     threads = set(threading.enumerate())
     yield
     import torch.distributed as dist
@@ -35,7 +42,7 @@ def no_leaks() -> Iterator[None]:
     left = [t.name for t in threading.enumerate() if t not in threads and not t.daemon]
     assert not left, f"threads left behind: {left}"
     assert not dist.is_initialized(), "a process group was left behind"
-    assert {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} == environment
+    assert _environment() == environment
 
 
 @pytest.fixture(scope="session")

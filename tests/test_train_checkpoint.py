@@ -106,7 +106,7 @@ def test_a_truncated_file_is_found(copied: Path, keep: int) -> None:
 
 def test_missing_and_broken_manifests_are_told(copied: Path) -> None:
     replace(copied / MANIFEST, b'{"format": 1')
-    with pytest.raises(CorruptFileError, match="manifest .* is damaged"):
+    with pytest.raises(CorruptFileError, match=r"manifest .* is damaged"):
         load_checkpoint(copied)
     (copied / MANIFEST).unlink()
     with pytest.raises(CorruptFileError, match="no readable manifest"):

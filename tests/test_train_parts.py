@@ -1,0 +1,145 @@
+"""The small parts of the trainer: devices, ranks, precision, optimiser, counts, what may be resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.errors import CorruptFileError, UserError
+from train.config import OptimizerConfig, make_config
+from train.distributed import check_rank_count, choose_device, cpu_share, open_world
+from train.launch import choose_rank_count
+from train.metrics import Counts
+from train.model import make_model
+from train.optimizer import make_optimizer
+from train.precision import choose_precision
+from train.run_folder import Row, create_run, find_resumable
+
+CPU = torch.device("cpu")
+
+
+def test_more_ranks_than_gpus_is_an_error_that_says_how_many() -> None:
+    with pytest.raises(UserError, match=r"4 processes on this machine, but it has 2 GPU\(s\): use --nproc 2"):
+        check_rank_count(4, "cuda", num_gpus=2)
+    check_rank_count(2, "cuda", num_gpus=2)
+    check_rank_count(4, "cpu", num_gpus=0)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="this machine has a GPU; the error is for those without"
+)
+def test_cuda_without_a_gpu_is_an_error_and_never_a_cpu() -> None:
+    with pytest.raises(UserError, match="sees no GPU"):
+        choose_device("cuda")
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        choose_precision("fp16", CPU)
+
+
+def test_nproc_takes_numbers_and_auto() -> None:
+    config = make_config("demo", ["device=cpu"])
+    assert choose_rank_count("auto", config) == 1
+    assert choose_rank_count("3", config) == 3
+    for wrong in ("0", "-1", "two", "1.5"):
+        with pytest.raises(UserError, match="a number above 0, or auto"):
+            choose_rank_count(wrong, config)
+
+
+def test_a_rank_gets_its_share_of_the_cores() -> None:
+    assert cpu_share(1) >= cpu_share(2) >= cpu_share(10_000) == 1
+
+
+def test_precision_says_why() -> None:
+    assert choose_precision("fp32", CPU).reason == "asked for"
+    chosen = choose_precision("auto", CPU)
+    assert chosen.name in ("bf16", "fp32")
+    assert "CPU" in chosen.reason or "hardware" in chosen.reason
+    assert not chosen.make_scaler().is_enabled()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_spares_biases_and_norms_unless_told(everything: bool) -> None:
+    model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1, decay_bias_and_norm=everything))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        spared = not everything and (name.endswith("bias") or "norm" in name)
+        assert decay[id(parameter)] == (0.0 if spared else 0.1), name
+
+
+def test_the_update_is_sgd_with_momentum_and_decay() -> None:
+    """Against the formula: v = 0.9 v + g + 5e-4 w; w = w - lr v."""
+    layer = nn.Linear(3, 2, bias=False)
+    optimizer = make_optimizer(layer, OptimizerConfig())
+    weight, velocity = layer.weight.detach().clone(), torch.zeros(2, 3)
+    for learning_rate in (0.1, 0.05, 0.01):
+        gradient = torch.randn(2, 3)
+        layer.weight.grad = gradient.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 5e-4 * weight
+        weight = weight - learning_rate * velocity
+        torch.testing.assert_close(layer.weight.detach(), weight)
+
+
+def test_counts_are_integers_and_leave_out_what_could_not_be_read() -> None:
+    logits_NC = torch.eye(8)[torch.tensor([0, 1, 2, 3])] * 9 + torch.arange(8) * 0.1
+    labels_N = torch.tensor([0, 7, 0, 3])  # right; second; not among five; right, but unreadable
+    valid_N = torch.tensor([True, True, True, False])
+    counts = Counts(CPU)
+    counts.add(logits_NC, torch.tensor([1.0, 2.0, 3.0, 100.0]), labels_N, valid_N)
+    other = Counts(CPU)
+    other.merge(counts)
+    with open_world("cpu") as world:
+        metrics = other.reduce(world)
+        empty = Counts(CPU).reduce(world)
+    assert (metrics.num_samples, metrics.num_failed) == (3, 1)
+    assert (metrics.top1, metrics.top5, metrics.loss) == (1 / 3, 2 / 3, 2.0)
+    assert empty.num_samples == 0
+    assert empty.top1 != empty.top1  # NaN, not 0
+
+
+def row(step: int) -> Row:
+    return Row(
+        split="train", epoch=1, step=step, samples=1, failed=0, loss=1.0, top1=0.0, top5=0.0,
+        lr=0.1, images_per_s=1.0, time=0.0,
+    )  # fmt: skip
+
+
+def test_rows_after_the_checkpoint_and_half_a_line_are_dropped(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, make_config("demo"))
+    for step in (1, 2, 3):
+        folder.append(row(step))
+    with folder.metrics.open("ab") as file:
+        file.write(b'{"split":"train","ep')
+    assert folder.drop_rows_after(2) == 2
+    assert folder.metrics.read_bytes().count(b"\n") == 2
+    assert folder.drop_rows_after(2) == 0
+
+
+def test_resuming_another_configuration_names_what_differs(tmp_path: Path) -> None:
+    config = make_config("demo")
+    assert find_resumable(tmp_path, "auto", config) is None
+    assert find_resumable(tmp_path, "none", config) is None
+    folder = create_run(tmp_path, config)
+    (folder.checkpoints / "last.json").write_text('{"step": 5, "top1": 0.5}')
+    found = folder.checkpoints / "step-00000005"
+    assert find_resumable(tmp_path, "auto", make_config("demo", ["data.threads=3", "log_every=1"])) == found
+    with pytest.raises(UserError, match=r"seed was 0, now 1; .*model.name was 'paper', now 'owt'"):
+        find_resumable(tmp_path, "auto", make_config("demo", ["seed=1", "model.name=owt"]))
+    with pytest.raises(UserError, match="does not exist"):
+        find_resumable(tmp_path, str(tmp_path / "nothing"), config)
+    (folder.path / "config.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"config.json is damaged"):
+        find_resumable(tmp_path, "auto", config)
+
+
+def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = make_config("demo")
+    folders = {create_run(tmp_path, config).path for _ in range(3)}
+    assert len(folders) == 3

@@ -1,0 +1,143 @@
+"""Whole runs under real torchrun: the same on any number of ranks, and the same after a kill as without."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.index import load_image_folder
+from tests.ranks import REPOSITORY, TINY, read_rows, torchrun_arguments, train_ranks
+from train.checkpoint import find_checkpoint, load_checkpoint
+
+NUM_STEPS = 20
+BATCH = 25  # divides by neither 2 nor 3
+NUM_VAL = 35  # nor does this
+
+
+def link_subset(source: Path, target: Path, *, num_train: int, num_val: int) -> Path:
+    """An ImageFolder of symbolic links to the first images of each class, in turn."""
+    for split, count in (("train", num_train), ("val", num_val)):
+        by_class = [sorted(folder.iterdir()) for folder in sorted((source / split).iterdir())]
+        for number in range(count):
+            image = by_class[number % 10][number // 10]
+            link = target / split / image.parent.name / image.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image)
+    return target
+
+
+@pytest.fixture(scope="module")
+def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("subset") / "digits"
+    return link_subset(demo_data, root, num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)
+
+
+@pytest.fixture(scope="module")
+def runs_by_ranks(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """20 steps with 1, 2 and 3 ranks, and with 2 ranks that accumulate."""
+    out = tmp_path_factory.mktemp("ranks")
+    # A rate at which the loss falls steadily: at higher ones rounding grows tenfold every few steps.
+    settings = (
+        *TINY, "epochs=1", f"global_batch={BATCH}", "schedule.kind=constant", "schedule.warmup_epochs=0",
+        "schedule.learning_rate=0.0005", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
+    )  # fmt: skip
+    return {
+        "1": train_ranks(1, data=digits, out=out / "1", overrides=settings),
+        "2": train_ranks(2, data=digits, out=out / "2", overrides=settings),
+        "3": train_ranks(3, data=digits, out=out / "3", overrides=settings),
+        "2 accumulating": train_ranks(2, data=digits, out=out / "2a", overrides=(*settings, "micro_batch=5")),
+    }
+
+
+@pytest.mark.parametrize("other", ["2", "3", "2 accumulating"])
+def test_the_same_losses_on_any_number_of_ranks(runs_by_ranks: dict[str, Path], other: str) -> None:
+    one, many = read_rows(runs_by_ranks["1"], "train"), read_rows(runs_by_ranks[other], "train")
+    assert len(one) == len(many) == NUM_STEPS
+    losses = [row["loss"] for row in one]
+    assert losses[-1] < losses[0] - 0.3, "the run learns nothing, so equal losses would say little"
+    assert [row["loss"] for row in many] == pytest.approx(losses, rel=1e-4)
+    assert [row["samples"] for row in many] == [BATCH] * NUM_STEPS
+
+
+@pytest.mark.parametrize("other", ["2", "3", "2 accumulating"])
+def test_validation_counts_every_sample_once_on_any_number_of_ranks(
+    runs_by_ranks: dict[str, Path], other: str
+) -> None:
+    (one,), (many,) = read_rows(runs_by_ranks["1"], "val"), read_rows(runs_by_ranks[other], "val")
+    assert one["samples"] == many["samples"] == NUM_VAL
+    assert one["top1"] * NUM_VAL == pytest.approx(round(one["top1"] * NUM_VAL), abs=1e-9)
+    assert (many["top1"], many["top5"]) == (one["top1"], one["top5"])
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_a_checkpoint_holds_what_training_ended_with(runs_by_ranks: dict[str, Path], digits: Path) -> None:
+    checkpoint = load_checkpoint(find_checkpoint(runs_by_ranks["2"]))
+    assert (checkpoint.step, checkpoint.epoch, checkpoint.samples_seen) == (NUM_STEPS, 1, NUM_STEPS * BATCH)
+    assert checkpoint.classes == load_image_folder(digits, "val").classes
+    (row,) = read_rows(runs_by_ranks["2"], "val")
+    assert checkpoint.metrics == {"loss": row["loss"], "top1": row["top1"], "top5": row["top5"]}
+    assert any((runs_by_ranks["2"] / "tensorboard").iterdir())
+
+
+def _kill_after_first_checkpoint(arguments: list[str], out: Path) -> None:
+    """Start a run, and SIGKILL all its processes as soon as a checkpoint is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("*/checkpoints/last.json")):
+            assert process.poll() is None, "the run ended before it saved"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        # The ranks are sessions of their own under torchrun; find them by their parent.
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        process.wait()
+
+
+def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("time", "images_per_s")} for row in rows]
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
+    data = link_subset(demo_data, tmp_path / "data", num_train=100, num_val=NUM_VAL)
+    # Dropout and every augmentation on: masks and crops must continue as well as weights and momentum.
+    settings = (
+        *TINY, "model.dropout=0.5", "epochs=4", f"global_batch={BATCH}", "schedule.kind=cosine",
+        "augment.crop=random_resized", "augment.flip=0.5",
+    )  # fmt: skip
+    whole = train_ranks(2, data=data, out=tmp_path / "whole", overrides=settings)
+    out = tmp_path / "killed"
+    sets = [f"--set={s}" for s in settings]
+    _kill_after_first_checkpoint(torchrun_arguments(2, [f"--data={data}", f"--out={out}", *sets]), out)
+    (killed,) = out.iterdir()
+    assert len(read_rows(killed, "val")) < 4, "the kill came too late to test anything"
+    resumed = train_ranks(2, data=data, out=out, overrides=settings, options=["--resume=auto"])
+    assert resumed == killed
+
+    expected = load_checkpoint(find_checkpoint(whole, pointer="last"))
+    found = load_checkpoint(find_checkpoint(resumed, pointer="last"))
+    assert found.step == expected.step == 16
+    for name, value in expected.model_state.items():
+        assert torch.equal(found.model_state[name], value), name
+    for key, state in expected.optimizer_state["state"].items():
+        assert torch.equal(found.optimizer_state["state"][key]["momentum_buffer"], state["momentum_buffer"])
+    for split in ("train", "val"):
+        assert _comparable(read_rows(resumed, split)) == _comparable(read_rows(whole, split))
