@@ -118,7 +118,8 @@ def why_no_engine(bundle: Bundle, machine: Machine) -> str | None:
     if version is None:
         extra = "trt" if engine.library == "tensorrt" else "rtx"
         return f"{engine.library} is not installed (pip install 'alexnet[{extra}]')"
-    if version not in (engine.version, "unknown"):
+    # A wheel may be a later packaging (".post1") of the same library.
+    if version.partition(".post")[0] not in (engine.version, "unknown"):
         return f"the engine needs {engine.library} {engine.version}, and {version} is installed"
     gpu = machine.scan.gpus[0]
     if gpu.architecture not in engine.gpus:
@@ -183,7 +184,7 @@ def choose_backend(bundle: Bundle, *, backend: BackendName = "auto", device: Dev
         except UserError as error:
             if device == "cuda":
                 raise
-            why = f"{error}"
+            why = f"{why}; {error}" if why.startswith("not its engine") else str(error)
     return _say(OnnxBackend(bundle, "cpu"), why)
 
 
