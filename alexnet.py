@@ -29,14 +29,14 @@ class OneLineErrors(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
+            from data_pipeline.faults import visible
+
             code = getattr(error, "exit_code", None)
             if code is None:
-                lines = str(error).splitlines() or [""]
-                click.echo(
-                    f"error: {type(error).__name__}: {lines[0]} (traceback: alexnet --debug …)", err=True
-                )
+                what = visible((str(error).splitlines() or [""])[0])
+                click.echo(f"error: {type(error).__name__}: {what} (traceback: alexnet --debug …)", err=True)
             else:
-                click.echo(f"error: {error}", err=True)
+                click.echo(f"error: {visible(str(error))}", err=True)
             raise click.exceptions.Exit(code or 1) from error
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
+from data_pipeline.faults import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
     """Log lines above the bar on a terminal, plain lines elsewhere."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = visible(self.format(record))
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         if sys.stderr.isatty():

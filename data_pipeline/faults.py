@@ -52,3 +52,14 @@ def printable(path: str | os.PathLike[str]) -> str:
     'caf\\xe9.jpg'
     """
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def visible(text: str) -> str:
+    r"""Text from file names and labels, with whatever a terminal would obey written out.
+
+    >>> visible("a\x1b[31m.jpg")
+    'a\\x1b[31m.jpg'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -118,7 +118,7 @@ class GateReport(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True):
-    """`bundle.json`. `gate` is None only while an export is being made: nothing ungated is shipped or loaded.
+    """`bundle.json`. `report` is None only while an export is being made: nothing ungated is shipped.
 
     Raises:
         ValueError: parts that contradict each other.
@@ -137,7 +137,7 @@ class Manifest(_Strict, frozen=True):
     checkpoint: Origin
     versions: dict[str, str]
     engine: Engine | None = None
-    gate: GateReport | None = None
+    report: GateReport | None = None
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -196,7 +196,7 @@ def load_bundle(path: Path) -> Bundle:
     """
     folder = path.parent if path.name == MANIFEST_NAME else path
     manifest = _read_manifest(folder)
-    if manifest.gate is None:
+    if manifest.report is None:
         raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
     for name, entry in manifest.files.items():
         file = folder / name

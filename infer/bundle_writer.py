@@ -76,7 +76,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
     Returns:
         The bundle, read back and verified.
     """
-    assert manifest.gate is not None, "only what passed the gate is shipped"
+    assert manifest.report is not None, "only what passed the gate is shipped"
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     (staging / MANIFEST_NAME).write_bytes(text)
     for name in (*manifest.files, MANIFEST_NAME):

@@ -100,7 +100,7 @@ def describe_export(bundle: Bundle) -> list[str]:
         lines.append(
             f"  engine: {engine.library} {engine.version}, loads on GPUs of {', '.join(engine.gpus)}"
         )
-    gate = manifest.gate
+    gate = manifest.report
     if gate is not None:
         lines.append(
             f"  gate: {gate.num_images} of {gate.num_available} images of {gate.data}/{gate.split}, "
@@ -119,7 +119,7 @@ def describe_export(bundle: Bundle) -> list[str]:
 
 
 def _gate_data(bundle: Bundle) -> Path:
-    gate = bundle.manifest.gate
+    gate = bundle.manifest.report
     if gate is None or not Path(gate.data).is_dir():
         raise UserError(f"the data that {bundle.folder} was judged by is not here: name it with --data DIR")
     return Path(gate.data)

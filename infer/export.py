@@ -28,8 +28,9 @@ from infer.bundle import (
 )
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
 from infer.export_onnx import export_onnx
-from infer.gate import load_gate_images, run_gate
+from infer.gate import run_gate
 from train.checkpoint import Checkpoint, load_checkpoint
+from train.evaluate import load_split
 
 log = logging.getLogger("infer")
 
@@ -67,7 +68,7 @@ def export_model(
     if not 1 <= max_batch <= 4096:
         raise UserError(f"--max-batch {max_batch}: a number from 1 to 4096")
     checkpoint = load_checkpoint(checkpoint_folder)
-    dataset = load_gate_images(checkpoint, find_data(checkpoint, data))
+    dataset = load_split(checkpoint, data, "val")
     target = out or checkpoint.run_folder / "export" / f"{format}-{precision}"
     crop_px = checkpoint.preprocessing.crop_px
     with staging_folder(target) as staging:
@@ -98,25 +99,7 @@ def export_model(
             engine=engine,
         )
         report = run_gate(Bundle(staging, draft), checkpoint, dataset)
-        return write_bundle(staging, target, replace(draft, gate=report))
-
-
-def find_data(checkpoint: Checkpoint, data: Path | None) -> Path:
-    """Where the gate's images are: what was asked for, or the run's own data.
-
-    Raises:
-        UserError: the run's data is not there any more.
-    """
-    if data is not None:
-        return data
-    root = checkpoint.config.data.root
-    if root is None:
-        raise UserError("the checkpoint does not say what data it was trained on: name it with --data")
-    if not Path(root).is_dir():
-        raise UserError(
-            f"the run's data {root} is not there: the gate needs its val/ images, name it with --data"
-        )
-    return Path(root)
+        return write_bundle(staging, target, replace(draft, report=report))
 
 
 def _origin(checkpoint: Checkpoint) -> Origin:

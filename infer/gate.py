@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from data_pipeline.console import show_progress
 from data_pipeline.errors import GateError, UserError
 from data_pipeline.faults import printable
-from data_pipeline.index import Dataset, load_image_folder
+from data_pipeline.index import Dataset
 from data_pipeline.loader import eval_batches
 from infer.backends import InferenceBackend, OnnxBackend, probe_machine, why_no_engine
 from infer.bundle import Agreement, Bundle, GateReport, Limits, Precision
@@ -40,21 +39,6 @@ Probabilities = NDArray[np.float32]
 Runner = Callable[[NDArray[np.uint8]], Probabilities]
 
 
-def load_gate_images(checkpoint: Checkpoint, root: Path) -> Dataset:
-    """The validation split that the gate will use, checked before an export takes its time.
-
-    Raises:
-        UserError: no validation images, or images of other classes than the checkpoint's.
-    """
-    dataset = load_image_folder(root, "val")
-    if dataset.classes != checkpoint.classes:
-        raise UserError(
-            f"{printable(root)}/val has other classes than the checkpoint ({len(dataset.classes)} and "
-            f"{len(checkpoint.classes)}): name the data it was trained on with --data"
-        )
-    return dataset
-
-
 def run_gate(bundle: Bundle, checkpoint: Checkpoint, dataset: Dataset) -> GateReport:
     """Compare a draft bundle's files with the checkpoint, and say yes or raise.
 
@@ -69,7 +53,7 @@ def run_gate(bundle: Bundle, checkpoint: Checkpoint, dataset: Dataset) -> GateRe
     Args:
         bundle: its files are written and measured; its report is not there yet.
         checkpoint: what it was made from.
-        dataset: labelled images, as `load_gate_images` gives them.
+        dataset: labelled images, as `train.evaluate.load_split` gives them.
     Returns:
         The report to ship with it.
     Raises:

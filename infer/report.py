@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from data_pipeline.faults import visible
 from infer.backends import InferenceBackend
 from infer.predict import OkRow, Row
 
@@ -134,17 +135,6 @@ def layout(width: int, top: int) -> tuple[int, int, int]:
     class_cells = max(MIN_CLASS_CELLS, min(MAX_CLASS_CELLS, (width - MIN_PATH_CELLS) // shown - gap))
     path_cells = min(MAX_PATH_CELLS, width - shown * (class_cells + gap))
     return max(1, path_cells), class_cells, shown
-
-
-def visible(text: str) -> str:
-    r"""Text from file names and labels, with whatever a terminal would obey written out.
-
-    >>> visible("a\x1b[31m.jpg")
-    'a\\x1b[31m.jpg'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _head(text: str, cells: int) -> str:

@@ -105,7 +105,7 @@ def tiny_manifest(**changes: object) -> Manifest:
         files={"model.onnx": FileEntry(sha256="0" * 64, size_bytes=0)},
         checkpoint=Origin(sha256="1" * 64, step=7, epoch=1, recipe="demo", model="paper"),
         versions={},
-        gate=GateReport(
+        report=GateReport(
             data="digits",
             split="val",
             num_images=50,

@@ -119,7 +119,7 @@ def test_manifest_tells_where_it_came_from(bundle: Bundle) -> None:
     assert manifest.versions["torch"] == torch.__version__.split("+")[0]
     assert manifest.max_batch == 8
     assert bundle.folder.name == "trt-fp32" and bundle.folder.parent.name == "export"
-    gate = manifest.gate
+    gate = manifest.report
     assert gate is not None and gate.num_images == gate.num_available == 10 * IMAGES_PER_CLASS
     assert gate.onnx.top1_agreement == gate.onnx.top5_agreement == 1
     assert 0 <= gate.onnx.max_probability_difference < 1e-5
@@ -135,7 +135,7 @@ def test_engine_says_where_it_loads(bundle: Bundle, checkpoint: Checkpoint) -> N
     assert str(Path.cwd()).encode() not in plan
     if engine.library == "tensorrt_rtx":
         assert engine.gpus == ("sm80", "sm86", "sm89", "sm120", "sm121")
-        gate = bundle.manifest.gate
+        gate = bundle.manifest.report
         assert gate is not None and (gate.engine is None) == bool(gate.engine_not_run)
 
 
@@ -282,7 +282,7 @@ def test_large_split_is_sampled_evenly(base: Path) -> None:
 
 @pytest.mark.gpu
 def test_engine_was_gated_on_this_gpu(bundle: Bundle) -> None:
-    gate = bundle.manifest.gate
+    gate = bundle.manifest.report
     assert gate is not None and gate.engine is not None, gate and gate.engine_not_run
     assert gate.engine.max_probability_difference <= 1e-4
 

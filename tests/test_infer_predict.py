@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline.errors import UserError
+from data_pipeline.faults import visible
 from data_pipeline.index import find_images, load_image_folder
 from infer.backends import OnnxBackend
 from infer.bundle import Bundle
@@ -25,7 +26,7 @@ from infer.evaluate import evaluate_bundle
 from infer.gate import torch_runner
 from infer.images import DecoderName, open_decoder, valid_images
 from infer.predict import ErrorRow, OkRow, Prediction, Row, predict, top_k
-from infer.report import RowCounter, layout, visible, write_jsonl, write_table
+from infer.report import RowCounter, layout, write_jsonl, write_table
 from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, exported
 from train.checkpoint import load_checkpoint
 

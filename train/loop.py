@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from typing import Protocol, cast
+from typing import Protocol
 
 import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.console import show_progress
-from data_pipeline.errors import DivergedError
+from data_pipeline.errors import DivergedError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
 from train.engine import evaluate, train_step
@@ -59,7 +59,7 @@ def run_epochs(session: Session) -> Metrics | None:
             prefetch=config.data.prefetch,
             faults=session.faults,
         )
-        stack.enter_context(closing(cast("Generator[Batch]", batches)))
+        stack.enter_context(closing(batches))
         steps = by_step(batches)
         for epoch in range(session.step // session.steps_per_epoch, config.epochs):
             train_epoch(session, epoch, steps, record)
@@ -137,6 +137,8 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
         trainer.world,
         num_samples=len(session.val_set),
     )
+    if metrics.num_samples == 0:
+        raise UserError(f"none of the {metrics.num_failed} validation images could be read")
     images_per_s = len(session.val_set) / (time.monotonic() - started)
     record("val", metrics, trainer.optimizer.param_groups[0]["lr"], images_per_s)
     return metrics

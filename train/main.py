@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from data_pipeline.console import set_up_logging
 from data_pipeline.demo import DEMO_ROOT
 from data_pipeline.errors import CorruptFileError, DivergedError, UserError
+from data_pipeline.faults import visible
 from train.config import RunConfig, make_config, to_json
 from train.distributed import env_rank, open_world
 from train.loop import run_epochs
@@ -85,7 +86,7 @@ def main(
         if env_rank() != 0:
             # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
             time.sleep(5)
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {visible(str(error))}", err=True)
         sys.exit(error.exit_code)
     if result is not None:
         click.echo(result)

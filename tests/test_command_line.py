@@ -1,0 +1,294 @@
+"""The command line as a contract: help, exit codes, one line for each mistake."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from alexnet import main
+from infer.bundle import Bundle
+from infer.gate import LIMITS
+from tests.infer_samples import exported
+from tests.ranks import REPOSITORY, TINY, run_command
+
+COMMANDS = sorted(main.commands)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def assert_one_line(result: Result, code: int, text: str) -> None:
+    """One line that begins with `error:`, no traceback, and the exit code."""
+    assert result.exit_code == code, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith(("error:", "Error:"))]
+    assert len(errors) == 1, result.stderr
+    assert text in errors[0]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_an_example_and_a_line_in_the_readme(name: str) -> None:
+    command = main.commands[name]
+    shown = invoke(name, "--help")
+    assert shown.exit_code == 0
+    readme = (REPOSITORY / "README.md").read_text()
+    examples = [name]
+    if isinstance(command, click.Group):
+        examples = [f"{name} {inner}" for inner in command.commands]
+        assert all(c.help for c in command.commands.values())
+    else:
+        assert re.search(rf"^\s+alexnet {name}", shown.output, re.MULTILINE), "help without an example"
+    for example in examples:
+        assert f"alexnet {example}" in readme
+
+
+def test_every_option_has_a_line_of_its_own_in_help_or_speaks_for_itself() -> None:
+    plain = {"--device", "--backend", "--precision", "--format"}  # their choices are shown
+    for name, command in main.commands.items():
+        for option in command.get_params(click.Context(command)):
+            if isinstance(option, click.Option):
+                assert option.help or set(option.opts) & plain, f"{name} {option.opts}"
+
+
+def test_help_imports_no_work(tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['alexnet', '--help']\n"
+        "try: runpy.run_module('alexnet', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'onnxruntime', 'rich', 'msgspec', 'PIL', 'train', 'infer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version_is_the_packages() -> None:
+    assert invoke("--version").output.strip() == "alexnet, version 0.1.0"
+    assert 'version = "0.1.0"' in (REPOSITORY / "pyproject.toml").read_text()
+    assert "## 0.1.0" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def make_images(root: Path, source: Path, classes: dict[str, int], split: str) -> None:
+    images = sorted(source.glob("val/*/*.jpg"))
+    for name, count in classes.items():
+        (root / split / name).mkdir(parents=True)
+        for image in images[:count]:
+            shutil.copy(image, root / split / name / image.name)
+
+
+def test_wrong_training_options_are_one_line_and_code_2(tmp_path: Path) -> None:
+    assert_one_line(invoke("train", "--recipe", "dem"), 2, "unknown recipe 'dem'; did you mean 'demo'?")
+    assert_one_line(invoke("train", "--set", "epoch=3"), 2, "unknown key 'epoch'; did you mean 'epochs'?")
+    assert_one_line(invoke("train", "--nproc", "many"), 2, "--nproc takes a number")
+    assert_one_line(invoke("train", "--set", "precision=fp8"), 2, "one of auto, fp32, bf16, fp16")
+    printed = invoke("train", "--print-config", "--set", "epochs=3", "--data", "x y")
+    assert printed.exit_code == 0
+    config = msgspec.json.decode(printed.stdout)
+    assert (config["epochs"], config["data"]["root"], config["recipe"]) == (3, "x y", "demo")
+
+
+@pytest.mark.parametrize(
+    ("train_classes", "val_classes", "message"),
+    [
+        (None, None, "no data folder"),
+        ({"a": 2, "b": 2}, None, "no folder 'val'"),
+        ({"a": 2, "b": 0}, {"a": 2, "b": 2}, "holds no images"),
+        ({"a": 2}, {"a": 2}, "one class only"),
+        ({"a": 2, "b": 2}, {"a": 2, "c": 2}, "only in train: b"),
+        ({"a": 2, "b": 2}, {"a": 2, "b": 2}, "global_batch 64 is larger than the training set of 4 images"),
+    ],
+)
+def test_a_data_folder_that_cannot_be_learned_from_is_one_line_and_code_2(
+    train_classes: dict[str, int] | None,
+    val_classes: dict[str, int] | None,
+    message: str,
+    demo_data: Path,
+    tmp_path: Path,
+) -> None:
+    """Through `python -m train.main`, as a rank runs it."""
+    root = tmp_path / "data"
+    for split, classes in (("train", train_classes), ("val", val_classes)):
+        if classes is not None:
+            make_images(root, demo_data, classes, split)
+    done = run_command(["train.main", f"--data={root}", "--out=runs"], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_alexnet_train_passes_on_the_ranks_one_line_and_code(tmp_path: Path) -> None:
+    done = run_command(["alexnet", "train", "--nproc=2", "--data=nowhere"], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "no data folder nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(demo_data: Path, tmp_path: Path) -> None:
+    sets = [f"--set={s}" for s in (*TINY, "schedule.learning_rate=1e6", "schedule.warmup_epochs=0")]
+    done = run_command(["train.main", f"--data={demo_data}", *sets], cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(
+        r"^error: the training loss is (nan|inf) at step \d+, which is not saved", done.stderr, re.M
+    )
+    assert not list(tmp_path.glob("runs/*/checkpoints/step-*"))
+
+
+# --- checkpoints and exported models ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A run with a checkpoint and a gated export in both formats."""
+    return exported(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def run(bundle: Bundle) -> Path:
+    return bundle.folder.parent.parent
+
+
+def test_evaluating_the_export_gives_the_checkpoints_numbers(run: Path, bundle: Bundle) -> None:
+    checkpoint = run / "checkpoints" / "step-00000007"
+    results = [invoke("evaluate", path, "--json", "--device", "cpu") for path in (checkpoint, bundle.folder)]
+    assert [r.exit_code for r in results] == [0, 0], results
+    ours, theirs = (msgspec.json.decode(r.stdout) for r in results)
+    assert ours["num_samples"] == theirs["num_samples"] == 50
+    assert ours["num_failed"] == theirs["num_failed"] == 0
+    assert (ours["top1"], ours["top5"]) == (theirs["top1"], theirs["top5"])
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert 0 < ours["top1"] < 1, "all right or all wrong would compare nothing"
+
+
+def test_predict_writes_a_row_for_each_input_and_code_3_for_a_broken_one(
+    bundle: Bundle, demo_data: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, image in enumerate(sorted(demo_data.glob("val/3/*.jpg"))[:3]):
+        shutil.copy(image, images / f"{number}.jpg")
+    (images / "1b.jpg").write_bytes((images / "1.jpg").read_bytes()[:200])
+    arguments = ("predict", images, "--model", bundle.folder, "--format", "jsonl", "--device", "cpu")
+    result = invoke(*arguments)
+    assert result.exit_code == 3, result.stderr
+    rows = [msgspec.json.decode(line) for line in result.stdout.splitlines()]
+    assert [(Path(r["path"]).name, r["status"]) for r in rows] == [
+        ("0.jpg", "ok"), ("1.jpg", "ok"), ("1b.jpg", "error"), ("2.jpg", "ok"),
+    ]  # fmt: skip
+    assert [len(r["predictions"]) for r in rows if r["status"] == "ok"] == [5, 5, 5]
+    assert rows[2]["error"]
+    assert "4 images, 1 of them could not be read" in result.stderr
+    assert "CPUExecutionProvider" in result.stderr
+
+    (images / "1b.jpg").unlink()
+    output = tmp_path / "rows.jsonl"
+    result = invoke(*arguments, "--output", output, "--top", "2")
+    assert (result.exit_code, result.stdout) == (0, "")
+    rows = [msgspec.json.decode(line) for line in output.read_bytes().splitlines()]
+    assert [len(r["predictions"]) for r in rows] == [2, 2, 2]
+
+    table = invoke("predict", images, "--model", bundle.folder)
+    assert table.exit_code == 0
+    assert "0.jpg" in table.stdout and "%" in table.stdout
+
+
+def test_predict_names_the_newest_export_and_why_its_engine_does_not_run(
+    bundle: Bundle, demo_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").symlink_to(bundle.folder.parent.parent.parent)
+    (tmp_path / "images").symlink_to(demo_data / "val" / "0")
+    done = run_command(["alexnet", "predict", "images/", "--format=jsonl", "--device=cpu"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model: runs/run-paper/export/trt-fp32" in done.stderr
+    assert "runs on: ONNX Runtime" in done.stderr
+
+
+def test_wrong_models_and_inputs_are_one_line(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+    image = next((run.parent / "digits").glob("val/*/*.jpg"))
+    assert_one_line(invoke("predict", tmp_path / "nothing", "--model", bundle.folder), 2, "no such file")
+    assert_one_line(invoke("predict", tmp_path, "--model", bundle.folder), 2, "no images in")
+    assert_one_line(invoke("predict", image, "--model", tmp_path), 2, "holds no bundle.json")
+    assert_one_line(invoke("predict", image, "--model", bundle.folder, "--top", "11"), 2, "--top 11")
+    assert_one_line(invoke("predict", image, "--format", "xml"), 2, "'xml' is not one of")
+    assert_one_line(invoke("evaluate", tmp_path / "nothing"), 2, "does not exist")
+    assert_one_line(invoke("export", tmp_path), 2, "neither a checkpoint nor a run")
+    assert_one_line(invoke("evaluate", bundle.folder, "--data", tmp_path), 2, "no folder 'val'")
+
+
+def test_damaged_files_are_code_1(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step-00000007"
+    shutil.copytree(run / "checkpoints" / "step-00000007", step)
+    with (step / "state.pt").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"x")
+    assert_one_line(invoke("evaluate", step), 1, "state.pt is damaged")
+    assert_one_line(invoke("export", step), 1, "state.pt is damaged")
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, copy)
+    with (copy / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    assert_one_line(invoke("predict", step, "--model", copy), 1, "model.onnx")
+
+
+def test_an_export_beyond_the_gates_limits_is_code_4_and_not_shipped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        LIMITS, "fp32", msgspec.structs.replace(LIMITS["fp32"], max_probability_difference=0.0)
+    )
+    out = tmp_path / "shipped"
+    result = invoke("export", run / "checkpoints" / "step-00000007", "--out", out)
+    assert_one_line(result, 4, "probability")
+    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_says_what_it_did(run: Path, tmp_path: Path) -> None:
+    result = invoke("export", run / "checkpoints" / "step-00000007", "--out", tmp_path / "b")
+    assert result.exit_code == 0, result.stderr
+    assert "top-1 agreement 100.00%" in result.stdout
+    assert "largest probability difference" in result.stdout
+    result = invoke(
+        "export", run / "checkpoints" / "step-00000007", "--out", tmp_path / "b", "--json", "--max-batch", "4"
+    )
+    manifest = msgspec.json.decode(result.stdout)
+    assert manifest["max_batch"] == 4
+    assert manifest["report"]["num_images"] == 50
+
+
+def test_doctor_says_what_would_be_used() -> None:
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 0
+    report = msgspec.json.decode(result.stdout)
+    assert report["dali"]["status"] == report["onnxruntime"]["status"] == "ok"
+    assert report["training"]["device"] == ("cuda" if report["gpus"] else "cpu")
+    assert "ONNX Runtime" in report["prediction"]["onnx_models"]
+    text = invoke("doctor")
+    assert text.exit_code == 0
+    assert "collectives: " in text.stdout
+
+
+def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("something\nelse")
+
+    monkeypatch.setattr("infer.doctor.examine", broken)
+    assert_one_line(invoke("doctor"), 1, "RuntimeError: something (traceback: alexnet --debug")
+    assert isinstance(invoke("--debug", "doctor").exception, RuntimeError)
