@@ -41,7 +41,7 @@ class OneLineErrors(click.Group):
 
 
 @click.group(cls=OneLineErrors, context_settings=HELP)
-@click.version_option(package_name="alexnet")
+@click.version_option(package_name="alexnet", prog_name="alexnet")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """AlexNet: train on many GPUs, export to ONNX and TensorRT, predict.

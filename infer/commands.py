@@ -9,6 +9,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from data_pipeline.console import show_progress
 from data_pipeline.errors import UserError
 from data_pipeline.index import find_images, load_image_folder
@@ -71,14 +73,14 @@ def evaluate_exported(path: Path, data: Path | None, *, split: str, device: Devi
 
     Args:
         path: the bundle.
-        data: folder with the split; None for the one that the bundle's gate used.
+        data: folder with the split; None for the data of the run that the bundle lies in.
         split: which folder of the data.
         device: see `infer.backends.choose_backend`.
     Raises:
         UserError: no data, or other classes than the bundle's.
     """
     bundle = load_bundle(find_bundle(path))
-    root = data or _gate_data(bundle)
+    root = data or _data_of_run(bundle)
     dataset = load_image_folder(root, split)
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):
@@ -118,11 +120,26 @@ def describe_export(bundle: Bundle) -> list[str]:
     return lines
 
 
-def _gate_data(bundle: Bundle) -> Path:
-    gate = bundle.manifest.report
-    if gate is None or not Path(gate.data).is_dir():
-        raise UserError(f"the data that {bundle.folder} was judged by is not here: name it with --data DIR")
-    return Path(gate.data)
+def _data_of_run(bundle: Bundle) -> Path:
+    """The data folder of the run that a bundle lies in; a bundle itself holds no paths."""
+    config = bundle.folder.parent.parent / "config.json"
+    try:
+        root = msgspec.json.decode(config.read_bytes(), type=_RunConfig).data.root
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        root = None
+    if root is None:
+        raise UserError(f"{bundle.folder} does not lie in a run that names its data: use --data DIR")
+    return Path(root)
+
+
+class _RunData(msgspec.Struct):
+    root: str | None = None
+
+
+class _RunConfig(msgspec.Struct):
+    """What is wanted of a run's `config.json`."""
+
+    data: _RunData
 
 
 def _with_progress(rows: Iterable[Row], total: int) -> Iterator[Row]:

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 started=$SECONDS
+export OMP_NUM_THREADS=1 # what torchrun would choose for several processes, and warn about
 step() {
   printf '\n[%3d s] $ %s\n' $((SECONDS - started)) "$*" >&2
   "$@"
@@ -31,7 +32,7 @@ if [ ! -e images ]; then
   for class in data/demo-digits/val/*/; do
     number=$((number + 1))
     file=$(find "$class" -name '*.jpg' | sort | head -n 1)
-    cp "$file" "images/held-out-$number-a-$(basename "$class").jpg"
+    cp "$file" "$(printf 'images/held-out-%02d-is-a-%s.jpg' "$number" "$(basename "$class")")"
   done
 fi
 step alexnet predict images/

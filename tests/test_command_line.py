@@ -167,7 +167,11 @@ def run(bundle: Bundle) -> Path:
 
 def test_evaluating_the_export_gives_the_checkpoints_numbers(run: Path, bundle: Bundle) -> None:
     checkpoint = run / "checkpoints" / "step-00000007"
+    root = run.parent / "digits"
+    assert_one_line(invoke("evaluate", bundle.folder), 2, "use --data DIR")
+    (run / "config.json").write_bytes(msgspec.json.encode({"data": {"root": str(root)}}))
     results = [invoke("evaluate", path, "--json", "--device", "cpu") for path in (checkpoint, bundle.folder)]
+    (run / "config.json").unlink()
     assert [r.exit_code for r in results] == [0, 0], results
     ours, theirs = (msgspec.json.decode(r.stdout) for r in results)
     assert ours["num_samples"] == theirs["num_samples"] == 50
@@ -244,7 +248,8 @@ def test_damaged_files_are_code_1(run: Path, bundle: Bundle, tmp_path: Path) -> 
     shutil.copytree(bundle.folder, copy)
     with (copy / "model.onnx").open("ab") as file:
         file.write(b"x")
-    assert_one_line(invoke("predict", step, "--model", copy), 1, "model.onnx")
+    image = next((run.parent / "digits").glob("val/*/*.jpg"))
+    assert_one_line(invoke("predict", image, "--model", copy), 1, "model.onnx")
 
 
 def test_an_export_beyond_the_gates_limits_is_code_4_and_not_shipped(

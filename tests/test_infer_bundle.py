@@ -88,7 +88,7 @@ def test_file_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
         ({"max_batch": 0}, "max_batch"),
         ({"format": "trt"}, "lists model.engine"),
         ({"precision": "fp3"}, "precision"),
-        ({"gate": None}, "no gate report"),
+        ({"report": None}, "no gate report"),
         ({"surprise": 1}, "surprise"),
         ({"files": {}}, "lists model.onnx"),
     ],

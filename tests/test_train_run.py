@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipeline.index import load_image_folder
 from tests.ranks import REPOSITORY, TINY, read_rows, torchrun_arguments, train_ranks
@@ -35,25 +37,33 @@ def link_subset(source: Path, target: Path, *, num_train: int, num_val: int) -> 
 
 
 @pytest.fixture(scope="module")
-def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("subset") / "digits"
-    return link_subset(demo_data, root, num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)
+def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits under noise. On flat paper the windows of max pooling tie, rounding decides where their gradient
+    goes, and from there on two runs drift apart for reasons that are not the trainer's."""
+    base = tmp_path_factory.mktemp("subset")
+    link_subset(demo_data, base / "links", num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)
+    generator = np.random.default_rng(0)
+    for link in sorted((base / "links").rglob("*.jpg")):
+        pixels_HWC = np.asarray(Image.open(link).convert("RGB")) * 0.6
+        pixels_HWC = pixels_HWC + generator.uniform(0, 100, pixels_HWC.shape)
+        target = (base / "noisy" / link.relative_to(base / "links")).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels_HWC.astype(np.uint8)).save(target)
+    return base / "noisy"
 
 
 @pytest.fixture(scope="module")
-def runs_by_ranks(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """20 steps with 1, 2 and 3 ranks, and with 2 ranks that accumulate."""
     out = tmp_path_factory.mktemp("ranks")
-    # A rate at which the loss falls steadily: at higher ones rounding grows tenfold every few steps.
     settings = (
         *TINY, "epochs=1", f"global_batch={BATCH}", "schedule.kind=constant", "schedule.warmup_epochs=0",
         "schedule.learning_rate=0.0005", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
     )  # fmt: skip
+    wanted = {"1": (1, ()), "2": (2, ()), "3": (3, ()), "2 accumulating": (2, ("micro_batch=5",))}
     return {
-        "1": train_ranks(1, data=digits, out=out / "1", overrides=settings),
-        "2": train_ranks(2, data=digits, out=out / "2", overrides=settings),
-        "3": train_ranks(3, data=digits, out=out / "3", overrides=settings),
-        "2 accumulating": train_ranks(2, data=digits, out=out / "2a", overrides=(*settings, "micro_batch=5")),
+        name: train_ranks(ranks, data=noisy_digits, out=out / name, overrides=(*settings, *more))
+        for name, (ranks, more) in wanted.items()
     }
 
 
@@ -62,7 +72,7 @@ def test_the_same_losses_on_any_number_of_ranks(runs_by_ranks: dict[str, Path], 
     one, many = read_rows(runs_by_ranks["1"], "train"), read_rows(runs_by_ranks[other], "train")
     assert len(one) == len(many) == NUM_STEPS
     losses = [row["loss"] for row in one]
-    assert losses[-1] < losses[0] - 0.3, "the run learns nothing, so equal losses would say little"
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.2, "the run learns nothing: equal losses would say little"
     assert [row["loss"] for row in many] == pytest.approx(losses, rel=1e-4)
     assert [row["samples"] for row in many] == [BATCH] * NUM_STEPS
 
@@ -78,10 +88,12 @@ def test_validation_counts_every_sample_once_on_any_number_of_ranks(
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def test_a_checkpoint_holds_what_training_ended_with(runs_by_ranks: dict[str, Path], digits: Path) -> None:
+def test_a_checkpoint_holds_what_training_ended_with(
+    runs_by_ranks: dict[str, Path], noisy_digits: Path
+) -> None:
     checkpoint = load_checkpoint(find_checkpoint(runs_by_ranks["2"]))
     assert (checkpoint.step, checkpoint.epoch, checkpoint.samples_seen) == (NUM_STEPS, 1, NUM_STEPS * BATCH)
-    assert checkpoint.classes == load_image_folder(digits, "val").classes
+    assert checkpoint.classes == load_image_folder(noisy_digits, "val").classes
     (row,) = read_rows(runs_by_ranks["2"], "val")
     assert checkpoint.metrics == {"loss": row["loss"], "top1": row["top1"], "top5": row["top5"]}
     assert any((runs_by_ranks["2"] / "tensorboard").iterdir())
