@@ -11,7 +11,11 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+EXIT_WRONG_USE = 2
 EXIT_SOME_UNREADABLE = 3
+
+TRAINING_PACKAGES = {"torch", "torchvision", "onnx", "onnxscript", "tensorboard", "sklearn"}
+"""What a machine that only serves does not have."""
 
 PATH = click.Path(path_type=Path)
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -32,7 +36,10 @@ class OneLineErrors(click.Group):
             from data_pipeline.faults import visible
 
             code = getattr(error, "exit_code", None)
-            if code is None:
+            if isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES:
+                code = EXIT_WRONG_USE
+                click.echo(f"error: {error.name} is not installed: pip install 'alexnet[train]'", err=True)
+            elif code is None:
                 what = visible((str(error).splitlines() or [""])[0])
                 click.echo(f"error: {type(error).__name__}: {what} (traceback: alexnet --debug …)", err=True)
             else:

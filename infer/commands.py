@@ -22,7 +22,7 @@ from infer.report import RowCounter, Summary, write_jsonl, write_table
 
 log = logging.getLogger("infer")
 
-TABLE_FILE_WIDTH = 160
+TABLE_FILE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
 
 

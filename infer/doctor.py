@@ -69,7 +69,7 @@ def _torch(torch: ModuleType | str) -> dict[str, Any]:
         return {"status": torch}
     return {
         "status": "ok",
-        "version": torch.__version__,
+        "version": str(torch.__version__),
         "cuda_built_for": torch.version.cuda,
         "cuda_available": torch.cuda.is_available(),
         "nccl": torch.distributed.is_nccl_available(),

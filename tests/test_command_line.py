@@ -297,3 +297,14 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(monkeypatch:
     monkeypatch.setattr("infer.doctor.examine", broken)
     assert_one_line(invoke("doctor"), 1, "RuntimeError: something (traceback: alexnet --debug")
     assert isinstance(invoke("--debug", "doctor").exception, RuntimeError)
+
+
+def test_training_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from alexnet import main\n"
+        "main(['train', '--data', 'x'])"
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: torch is not installed: pip install 'alexnet[train]'\n"
