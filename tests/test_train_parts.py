@@ -39,6 +39,14 @@ def test_cuda_without_a_gpu_is_an_error_and_never_a_cpu() -> None:
         choose_precision("fp16", CPU)
 
 
+def test_float32_is_float32_in_a_run_and_as_it_was_after_it() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    with open_world("cpu"):
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cudnn.conv.fp32_precision == before  # type: ignore[attr-defined]
+
+
 def test_nproc_takes_numbers_and_auto() -> None:
     config = make_config("demo", ["device=cpu"])
     assert choose_rank_count("auto", config) == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -93,6 +93,18 @@ def check_rank_count(local_world_size: int, device: Literal["cpu", "cuda"], num_
 
 
 @contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 means float32: no TensorFloat-32, which keeps 10 bits of the mantissa and is cuDNN's default."""
+    backends: Any = torch.backends
+    before = backends.fp32_precision
+    backends.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backends.fp32_precision = before
+
+
+@contextmanager
 def open_world(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it on every path.
 
@@ -109,6 +121,7 @@ def open_world(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=None if "RANK" in os.environ else torch._C._distributed_c10d.HashStore(),
@@ -118,6 +131,7 @@ def open_world(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
         device_id=device if kind == "cuda" else None,
     )
     try:
-        yield World(rank, world_size, local_rank, local_world_size, device)
+        with exact_float32():
+            yield World(rank, world_size, local_rank, local_world_size, device)
     finally:
         dist.destroy_process_group()

@@ -61,6 +61,8 @@ def run_epochs(session: Session) -> Metrics | None:
         )
         stack.enter_context(closing(batches))
         steps = by_step(batches)
+        if session.step >= session.total_steps:
+            log.info(f"nothing to do: this run is finished, at step {session.step}")
         for epoch in range(session.step // session.steps_per_epoch, config.epochs):
             train_epoch(session, epoch, steps, record)
             metrics = evaluate_epoch(session, record)
