@@ -94,7 +94,7 @@ def check_rank_count(local_world_size: int, device: Literal["cpu", "cuda"], num_
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 means float32: no TensorFloat-32, which keeps 10 bits of the mantissa and is cuDNN's default."""
+    """float32 means float32: no TensorFloat-32, which keeps 10 bits of the mantissa, and is cuDNN's way."""
     backends: Any = torch.backends
     before = backends.fp32_precision
     backends.fp32_precision = "ieee"
