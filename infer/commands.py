@@ -13,6 +13,7 @@ import msgspec
 
 from data_pipeline.console import show_progress
 from data_pipeline.errors import UserError
+from data_pipeline.faults import visible
 from data_pipeline.index import find_images, load_image_folder
 from infer.backends import BackendName, DeviceName, choose_backend
 from infer.bundle import Bundle, find_bundle, load_bundle
@@ -61,8 +62,9 @@ def predict_images(
         log.info(f"runs on: {choice.sentence}")
         counter = RowCounter(choice.backend)
         rows = counter.count(predict(files, bundle, choice.backend, top=top, batch_size=batch_size))
-        num_shown = top or min(DEFAULT_TOP, len(bundle.manifest.classes))
-        _write(_with_progress(rows, len(files)), format, output, num_shown)
+        # Rows that a person sees as they come are progress enough; a bar would be drawn into them.
+        shown = output is not None or not sys.stdout.isatty()
+        _write(_with_progress(rows, len(files), shown), format, output, bundle, top)
         summary = counter.summary()
     log.info(summary.sentence())
     return summary
@@ -142,14 +144,14 @@ class _RunConfig(msgspec.Struct):
     data: _RunData
 
 
-def _with_progress(rows: Iterable[Row], total: int) -> Iterator[Row]:
-    with show_progress("predict", total) as progress:
+def _with_progress(rows: Iterable[Row], total: int, shown: bool) -> Iterator[Row]:
+    with show_progress("predict", total, shown=shown) as progress:
         for row in rows:
             yield row
             progress.advance(1)
 
 
-def _write(rows: Iterable[Row], format: str, output: Path | None, top: int) -> None:
+def _write(rows: Iterable[Row], format: str, output: Path | None, bundle: Bundle, top: int | None) -> None:
     if format == "jsonl":
         if output is None:
             write_jsonl(rows, sys.stdout.buffer)
@@ -157,11 +159,16 @@ def _write(rows: Iterable[Row], format: str, output: Path | None, top: int) -> N
             with output.open("wb") as file:
                 write_jsonl(rows, file)
         return
+    from rich.cells import cell_len
     from rich.console import Console
 
+    classes = bundle.manifest.classes
+    places, cells = top or min(DEFAULT_TOP, len(classes)), max(cell_len(visible(c)) for c in classes)
     if output is None:
         terminal = sys.stdout.isatty()
-        write_table(rows, Console(width=None if terminal else TABLE_FILE_WIDTH), top=top)
+        write_table(
+            rows, Console(width=None if terminal else TABLE_FILE_WIDTH), top=places, label_cells=cells
+        )
     else:
         with output.open("w", encoding="utf-8") as file:
-            write_table(rows, Console(file=file, width=TABLE_FILE_WIDTH), top=top)
+            write_table(rows, Console(file=file, width=TABLE_FILE_WIDTH), top=places, label_cells=cells)

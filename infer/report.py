@@ -87,7 +87,9 @@ def write_jsonl(rows: Iterable[Row], stream: BinaryIO) -> None:
         stream.flush()
 
 
-def write_table(rows: Iterable[Row], console: Console, *, top: int) -> None:
+def write_table(
+    rows: Iterable[Row], console: Console, *, top: int, label_cells: int = MAX_CLASS_CELLS
+) -> None:
     """Print rows as a table, each as it comes: nothing is kept, and the columns do not move.
 
     Long labels lose their end and long paths their beginning; percentages and reasons are never cut.
@@ -96,11 +98,12 @@ def write_table(rows: Iterable[Row], console: Console, *, top: int) -> None:
         rows: predictions.
         console: where to; its width decides how many of the `top` classes have a place.
         top: classes a row.
+        label_cells: of the longest label; the columns are no wider than it needs.
     """
     from rich.cells import set_cell_size
     from rich.text import Text
 
-    path_cells, class_cells, shown = layout(console.width, top)
+    path_cells, class_cells, shown = layout(console.width, top, label_cells)
     header = Text(style="bold")
     header.append(set_cell_size("image", path_cells))
     for place in range(1, shown + 1):
@@ -118,12 +121,13 @@ def write_table(rows: Iterable[Row], console: Console, *, top: int) -> None:
         _print(console, line)
 
 
-def layout(width: int, top: int) -> tuple[int, int, int]:
+def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:
     """How to share a line among the path and the classes.
 
     Args:
         width: cells of a line.
         top: classes that are wanted.
+        label_cells: of the longest label.
     Returns:
         Cells of the path, cells of each class, and how many classes there is room for (at least one).
 
@@ -131,8 +135,10 @@ def layout(width: int, top: int) -> tuple[int, int, int]:
     (20, 14, 5)
     """
     gap = len(GAP)
-    shown = max(1, min(top, (width - MIN_PATH_CELLS) // (MIN_CLASS_CELLS + gap)))
-    class_cells = max(MIN_CLASS_CELLS, min(MAX_CLASS_CELLS, (width - MIN_PATH_CELLS) // shown - gap))
+    most = min(MAX_CLASS_CELLS, label_cells + PERCENT_CELLS)
+    least = min(MIN_CLASS_CELLS, most)
+    shown = max(1, min(top, (width - MIN_PATH_CELLS) // (least + gap)))
+    class_cells = max(least, min(most, (width - MIN_PATH_CELLS) // shown - gap))
     path_cells = min(MAX_PATH_CELLS, width - shown * (class_cells + gap))
     return max(1, path_cells), class_cells, shown
 
