@@ -100,7 +100,7 @@ def test_a_flipped_bit_is_found(copied: Path, where: int) -> None:
 @pytest.mark.parametrize("keep", [0, 1000])
 def test_a_truncated_file_is_found(copied: Path, keep: int) -> None:
     replace(copied / STATE, (copied / STATE).read_bytes()[:keep])
-    with pytest.raises(CorruptFileError, match=rf"is damaged.*\({keep} of"):
+    with pytest.raises(CorruptFileError, match=rf"is damaged: it has {keep} of"):
         load_checkpoint(copied)
 
 

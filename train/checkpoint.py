@@ -176,10 +176,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         size_bytes = path.stat().st_size
     except OSError as error:
         raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
-    if size_bytes != manifest.size_bytes or sha256_of(path) != manifest.sha256:
+    if size_bytes != manifest.size_bytes:
         raise CorruptFileError(
-            f"checkpoint {path} is damaged: it is not what its manifest says was written "
-            f"({size_bytes} of {manifest.size_bytes} bytes, or another hash); use an earlier one"
+            f"checkpoint {path} is damaged: it has {size_bytes} of {manifest.size_bytes} bytes; "
+            "use an earlier one"
+        )
+    if sha256_of(path) != manifest.sha256:
+        raise CorruptFileError(
+            f"checkpoint {path} is damaged: its hash is not the one in its manifest; use an earlier one"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

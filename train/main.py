@@ -29,7 +29,6 @@ log = logging.getLogger("train")
 DEMO_NOTE = ", the embedded handwritten digits"
 
 
-@record
 def train(config: RunConfig, out: Path, resume: str) -> str | None:
     """Train as configured, on the ranks that torchrun started (outside torchrun: one).
 
@@ -69,25 +68,28 @@ def main(
     torchrun --nproc_per_node=8 -m train.main --recipe tiny-imagenet --data tiny-imagenet-200
     """
     set_up_logging(quiet=env_rank() != 0)
-    try:
-        config = make_config(recipe, overrides, data)
-        if print_config:
-            if env_rank() == 0:
-                click.echo(to_json(config))
-            return
-        log.info(
-            f"recipe {config.recipe}{' (the default)' if recipe == DEFAULT_RECIPE else ''}, "
-            f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
-        )
-        result = train(config, out, resume)
-    except (UserError, CorruptFileError, DivergedError) as error:
-        if debug:
-            raise
-        if env_rank() != 0:
-            # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
-            time.sleep(5)
-        click.echo(f"error: {visible(str(error))}", err=True)
-        sys.exit(error.exit_code)
+
+    @record  # torchrun's own report then shows the traceback of an error that nobody foresaw
+    def run() -> str | None:
+        try:
+            config = make_config(recipe, overrides, data)
+            if print_config:
+                return to_json(config) if env_rank() == 0 else None
+            log.info(
+                f"recipe {config.recipe}{' (the default)' if recipe == DEFAULT_RECIPE else ''}, "
+                f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
+            )
+            return train(config, out, resume)
+        except (UserError, CorruptFileError, DivergedError) as error:
+            if debug:
+                raise
+            if env_rank() != 0:
+                # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
+                time.sleep(5)
+            click.echo(f"error: {visible(str(error))}", err=True)
+            sys.exit(error.exit_code)
+
+    result = run()
     if result is not None:
         click.echo(result)
 
