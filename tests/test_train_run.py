@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.index import load_image_folder
-from tests.ranks import REPOSITORY, TINY, read_rows, torchrun_arguments, train_ranks
+from tests.ranks import REPOSITORY, TINY, read_rows, run_command, torchrun_arguments, train_ranks
 from train.checkpoint import find_checkpoint, load_checkpoint
 
 NUM_STEPS = 20
@@ -153,3 +153,24 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_p
         assert torch.equal(found.optimizer_state["state"][key]["momentum_buffer"], state["momentum_buffer"])
     for split in ("train", "val"):
         assert _comparable(read_rows(resumed, split)) == _comparable(read_rows(whole, split))
+
+
+def test_a_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: Path) -> None:
+    data = link_subset(demo_data, tmp_path / "data", num_train=100, num_val=NUM_VAL)
+    for split in ("train", "val"):
+        link = sorted((data / split / "3").iterdir())[0]
+        content = link.read_bytes()
+        link.unlink()
+        link.write_bytes(content[:300])
+    sets = [f"--set={s}" for s in (*TINY, "epochs=2", f"global_batch={BATCH}")]
+    done = run_command(torchrun_arguments(2, [f"--data={data}", "--out=runs", *sets]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    rows = read_rows(run, "train")
+    assert [row["samples"] + row["failed"] for row in rows] == [BATCH] * 8
+    assert sum(row["failed"] for row in rows) == 2  # once an epoch, in no one's place
+    assert [(row["samples"], row["failed"]) for row in read_rows(run, "val")] == [(NUM_VAL - 1, 1)] * 2
+    named = [line for line in done.stderr.splitlines() if "left out" in line]
+    assert len(named) == len(set(named))
+    for split in ("train", "val"):
+        assert any(f"{split}/3/" in line for line in named)
