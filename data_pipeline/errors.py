@@ -13,6 +13,12 @@ class CorruptFileError(RuntimeError):
     exit_code = 1
 
 
+class SaveError(RuntimeError):
+    """A result that could not be written: a full disk, most often. What was there before is untouched."""
+
+    exit_code = 1
+
+
 class DivergedError(RuntimeError):
     """Training that can only waste time from here on: the loss is no longer a number."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+
+from data_pipeline.console import LOGGERS
 
 
 @lru_cache(maxsize=1)
@@ -36,6 +39,10 @@ def no_leaks() -> Iterator[None]:
     """Fail a test that leaves environment variables, threads or a process group behind."""
     environment = _environment()
     threads = set(threading.enumerate())
+    for name in LOGGERS:  # a command sends them to stderr alone; pytest's own capture needs them as they were
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
     yield
     import torch.distributed as dist
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.files import sha256_of
+from train.checkpoint import MANIFEST, STATE, Manifest, Pointer, write_json
 from train.config import OptimizerConfig, make_config
 from train.distributed import check_rank_count, choose_device, cpu_share, open_world
 from train.launch import choose_rank_count
@@ -16,7 +18,7 @@ from train.metrics import Counts
 from train.model import make_model
 from train.optimizer import make_optimizer
 from train.precision import choose_precision
-from train.run_folder import Row, create_run, find_resumable
+from train.run_folder import Row, best_until, create_run, find_resumable
 
 CPU = torch.device("cpu")
 
@@ -136,7 +138,9 @@ def test_resuming_another_configuration_names_what_differs(tmp_path: Path) -> No
     assert find_resumable(tmp_path, "none", config) is None
     folder = create_run(tmp_path, config)
     (folder.checkpoints / "last.json").write_text('{"step": 5, "top1": 0.5}')
-    found = folder.checkpoints / "step-00000005"
+    with pytest.raises(CorruptFileError, match=r"no checkpoint of .* is whole"):
+        find_resumable(tmp_path, "auto", config)
+    found = write_checkpoint(folder.checkpoints, step=5, top1=0.5)
     assert find_resumable(tmp_path, "auto", make_config("demo", ["data.threads=3", "log_every=1"])) == found
     with pytest.raises(UserError, match=r"seed was 0, now 1; .*model.name was 'paper', now 'owt'"):
         find_resumable(tmp_path, "auto", make_config("demo", ["seed=1", "model.name=owt"]))
@@ -145,6 +149,42 @@ def test_resuming_another_configuration_names_what_differs(tmp_path: Path) -> No
     (folder.path / "config.json").write_text("{")
     with pytest.raises(CorruptFileError, match=r"config.json is damaged"):
         find_resumable(tmp_path, "auto", config)
+
+
+def write_checkpoint(folder: Path, *, step: int, top1: float) -> Path:
+    """A checkpoint whose state is a few bytes: enough for whatever does not load it."""
+    path = folder / f"step-{step:08d}"
+    path.mkdir()
+    (path / STATE).write_bytes(b"state")
+    manifest = Manifest(
+        format=1, step=step, epoch=1, sha256=sha256_of(path / STATE), size_bytes=5, metrics={"top1": top1}
+    )
+    write_json(path / MANIFEST, manifest)
+    return path
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config("demo")
+    folder = create_run(tmp_path, config)
+    whole = write_checkpoint(folder.checkpoints, step=1, top1=0.3)
+    best = write_checkpoint(folder.checkpoints, step=2, top1=0.9)
+    flipped = write_checkpoint(folder.checkpoints, step=3, top1=0.95)
+    truncated = write_checkpoint(folder.checkpoints, step=4, top1=0.4)
+    bare = write_checkpoint(folder.checkpoints, step=5, top1=0.4)
+    (folder.checkpoints / "last.json").write_text('{"step": 5, "top1": 0.4}')
+    (flipped / STATE).write_bytes(b"stata")
+    (truncated / STATE).write_bytes(b"")
+    (bare / MANIFEST).unlink()
+    assert find_resumable(tmp_path, "auto", config) == best
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [str(bad) in line for bad, line in zip((bare, truncated, flipped), said, strict=True)] == [
+        True
+    ] * 3
+    assert best_until(folder.path, 2) == Pointer(step=2, top1=0.9)
+    assert best_until(folder.path, 1) == Pointer(step=1, top1=0.3)
+    assert whole.exists()
 
 
 def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -174,3 +174,27 @@ def test_a_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: 
     assert len(named) == len(set(named))
     for split in ("train", "val"):
         assert any(f"{split}/3/" in line for line in named)
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_end_training_but_is_told(
+    demo_data: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the full disk: both fail inside `write`."""
+    data = link_subset(demo_data, tmp_path / "data", num_train=50, num_val=10)
+    sets = [f"--set={s}" for s in (*TINY, "epochs=2", "global_batch=25")]
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "from train.main import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--data={data}", "--out=runs", *sets],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    said = done.stderr.splitlines()
+    assert sum("could not be written" in line and "training goes on" in line for line in said) == 2
+    assert said[-1].startswith("error: the end of the run is not saved: checkpoint ")
+    assert "Traceback" not in done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len(read_rows(run, "val")) == 2
+    assert list((run / "checkpoints").iterdir()) == []

@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.files import fsync_path, sha256_of, write_atomic
 from data_pipeline.preprocessing import Preprocessing
 from train.config import RunConfig, decode_config
@@ -126,6 +126,8 @@ def save_checkpoint(
         folder: the run's `checkpoints/`; an existing folder for the same step is replaced.
     Returns:
         The step's folder.
+    Raises:
+        SaveError: the disk is full, or cannot be written to; what was there before is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
@@ -143,9 +145,13 @@ def save_checkpoint(
         "classes": list(classes),
         "preprocessing": msgspec.to_builtins(config.preprocessing),
     }
-    with (temporary / STATE).open("wb") as file:
-        torch.save(state, file)
-    fsync_path(temporary / STATE)
+    try:
+        with (temporary / STATE).open("wb") as file:
+            torch.save(state, file)
+        fsync_path(temporary / STATE)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveError(f"checkpoint {final} could not be written: {str(error).splitlines()[0]}") from error
     manifest = Manifest(
         format=FORMAT,
         step=step,
@@ -170,21 +176,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         CorruptFileError: a missing or damaged manifest or state file, or one that is not ours.
         UserError: a checkpoint of a newer format, or a configuration that this version does not know.
     """
-    manifest = read_manifest(folder)
-    path = folder / STATE
-    try:
-        size_bytes = path.stat().st_size
-    except OSError as error:
-        raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
-    if size_bytes != manifest.size_bytes:
-        raise CorruptFileError(
-            f"checkpoint {path} is damaged: it has {size_bytes} of {manifest.size_bytes} bytes; "
-            "use an earlier one"
-        )
-    if sha256_of(path) != manifest.sha256:
-        raise CorruptFileError(
-            f"checkpoint {path} is damaged: its hash is not the one in its manifest; use an earlier one"
-        )
+    manifest, path = verify_checkpoint(folder), folder / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         config = decode_config(state["config"])
@@ -212,6 +204,31 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CorruptFileError(
             f"checkpoint {path} cannot be read: {str(error).splitlines()[0][:200]}"
         ) from error
+
+
+def verify_checkpoint(folder: Path) -> Manifest:
+    """Hold a checkpoint's state file against its manifest, without loading it.
+
+    Raises:
+        CorruptFileError: a missing or damaged manifest or state file.
+        UserError: a checkpoint of a newer format.
+    """
+    manifest = read_manifest(folder)
+    path = folder / STATE
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
+    if size_bytes != manifest.size_bytes:
+        raise CorruptFileError(
+            f"checkpoint {path} is damaged: it has {size_bytes} of {manifest.size_bytes} bytes; "
+            "use an earlier one"
+        )
+    if sha256_of(path) != manifest.sha256:
+        raise CorruptFileError(
+            f"checkpoint {path} is damaged: its hash is not the one in its manifest; use an earlier one"
+        )
+    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -13,12 +13,12 @@ import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.console import show_progress
-from data_pipeline.errors import DivergedError, UserError
+from data_pipeline.errors import DivergedError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
 from train.engine import evaluate, train_step
 from train.metrics import Counts, Metrics
-from train.run_folder import Row
+from train.run_folder import Row, RunFolder
 from train.schedule import lr_at
 from train.session import EVAL_BATCH, Session
 
@@ -147,28 +147,39 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
 
 
 def save(session: Session, epochs_done: int, metrics: Metrics) -> None:
-    """Rank 0 saves; all ranks wait until it has. The best checkpoint and the last few stay."""
+    """Rank 0 saves; all ranks wait until it has. The best checkpoint and the last few stay.
+
+    A checkpoint that cannot be written does not end the run, since later ones may be; if the last one was
+    not, the run's end says so.
+    """
+    session.unsaved = None
+    if session.folder is not None:
+        try:
+            _save(session, session.folder, epochs_done, metrics)
+        except SaveError as error:
+            session.unsaved = str(error)
+            log.error(f"{error}; training goes on, and the checkpoints before it are untouched")
+    session.trainer.world.barrier()
+
+
+def _save(session: Session, folder: RunFolder, epochs_done: int, metrics: Metrics) -> None:
+    save_checkpoint(
+        folder.checkpoints,
+        model=session.trainer.network,
+        optimizer=session.trainer.optimizer,
+        scaler=session.trainer.scaler,
+        step=session.step,
+        epoch=epochs_done,
+        samples_seen=session.step * session.config.global_batch,
+        config=session.config,
+        classes=session.train_set.classes,
+        metrics={"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5},
+    )
     if session.best is None or metrics.top1 > session.best.top1:
         session.best = Pointer(step=session.step, top1=metrics.top1)
-    if session.folder is not None:
-        save_checkpoint(
-            session.folder.checkpoints,
-            model=session.trainer.network,
-            optimizer=session.trainer.optimizer,
-            scaler=session.trainer.scaler,
-            step=session.step,
-            epoch=epochs_done,
-            samples_seen=session.step * session.config.global_batch,
-            config=session.config,
-            classes=session.train_set.classes,
-            metrics={"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5},
-        )
-        session.folder.point("best", session.best)
-        session.folder.point("last", Pointer(step=session.step, top1=metrics.top1))
-        prune_checkpoints(
-            session.folder.checkpoints, keep_last=session.config.keep_checkpoints, best=session.best.step
-        )
-    session.trainer.world.barrier()
+    folder.point("best", session.best)
+    folder.point("last", Pointer(step=session.step, top1=metrics.top1))
+    prune_checkpoints(folder.checkpoints, keep_last=session.config.keep_checkpoints, best=session.best.step)
 
 
 def _open_records(session: Session, stack: ExitStack) -> Recorder:

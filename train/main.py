@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.console import set_up_logging
 from data_pipeline.demo import DEMO_ROOT
-from data_pipeline.errors import CorruptFileError, DivergedError, UserError
+from data_pipeline.errors import CorruptFileError, DivergedError, SaveError, UserError
 from data_pipeline.faults import visible
 from train.config import RunConfig, make_config, to_json
 from train.distributed import env_rank, open_world
@@ -41,6 +41,8 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         world = stack.enter_context(open_world(config.device))
         session = open_session(config, out, resume, world, stack)
         metrics = run_epochs(session)
+        if session.unsaved is not None:
+            raise SaveError(f"the end of the run is not saved: {session.unsaved}")
         if session.folder is None:
             return None
         result: dict[str, Any] = {"run": str(session.folder.path), "step": session.step, "best": session.best}
@@ -80,7 +82,7 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
-        except (UserError, CorruptFileError, DivergedError) as error:
+        except (UserError, CorruptFileError, DivergedError, SaveError) as error:
             if debug:
                 raise
             if env_rank() != 0:

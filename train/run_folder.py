@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import write_atomic
-from train.checkpoint import Pointer, find_checkpoint, read_manifest, write_json
+from train.checkpoint import Pointer, find_checkpoint, read_manifest, verify_checkpoint, write_json
 from train.config import RunConfig, decode_config
 
 log = logging.getLogger("train")
@@ -104,8 +105,8 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
 
     Args:
         out: where runs live.
-        resume: `none`, `auto` (the newest run of this recipe that has a checkpoint), or the path of a run
-            or a checkpoint.
+        resume: `none`, `auto` (the newest whole checkpoint of the newest run of this recipe), or the path of
+            a run or a checkpoint.
         config: the configuration of the run to start, which the earlier run's must equal.
     Returns:
         A step's folder; None to start anew.
@@ -131,7 +132,36 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         return None
     newest = max(runs, key=lambda run: run.name)
     _check_same(config, _run_config(newest), newest)
-    return find_checkpoint(newest, pointer="last")
+    return newest_whole(newest)
+
+
+def newest_whole(run: Path) -> Path:
+    """The newest checkpoint of a run that is what its manifest says; each damaged one is named.
+
+    Raises:
+        CorruptFileError: none is whole.
+    """
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            verify_checkpoint(folder)
+        except CorruptFileError as error:
+            log.warning(f"{error}; going on from the checkpoint before it")
+        else:
+            return folder
+    raise CorruptFileError(f"no checkpoint of {run} is whole; start a new run with --resume none")
+
+
+def best_until(run: Path, step: int) -> Pointer:
+    """The best checkpoint of a run up to a step, by what the manifests say; of equals, the earliest.
+
+    `best.json` may name a later one, or one from before a crash. `step` itself is a whole checkpoint.
+    """
+    manifests = []
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        with suppress(CorruptFileError):
+            manifests.append(read_manifest(folder))
+    best = max((m for m in manifests if m.step <= step), key=lambda m: m.metrics["top1"])
+    return Pointer(step=best.step, top1=best.metrics["top1"])
 
 
 def _run_config(run: Path) -> RunConfig:

@@ -17,7 +17,7 @@ from data_pipeline.faults import FaultLog
 from data_pipeline.index import Dataset, check_same_classes, load_image_folder
 from data_pipeline.loader import ImageBackend, make_backend
 from data_pipeline.order import steps_per_epoch
-from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights, read_pointer
+from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
 from train.distributed import World, cpu_share
 from train.engine import Trainer
@@ -25,7 +25,7 @@ from train.metrics import TOP_K
 from train.model import Normalize, make_model
 from train.optimizer import make_optimizer
 from train.precision import choose_precision
-from train.run_folder import RunFolder, create_run, find_resumable
+from train.run_folder import RunFolder, best_until, create_run, find_resumable
 
 log = logging.getLogger("train")
 
@@ -41,7 +41,8 @@ class Session:
         folder: the run's folder; None on the ranks other than 0, which write nothing.
         micro_batch: most samples that this rank takes through the network at once.
         step: optimiser steps finished.
-        best: the best validation top-1 so far.
+        best: the best validation top-1 so far (rank 0).
+        unsaved: why the last checkpoint could not be written, if so (rank 0).
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class Session:
     steps_per_epoch: int
     step: int
     best: Pointer | None
+    unsaved: str | None = None
 
     @property
     def total_steps(self) -> int:
@@ -105,7 +107,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         folder = RunFolder(resumed.parent.parent) if resumed is not None else create_run(out, config)
         log.info(f"run folder: {folder.path}")
     if resumed is not None and checkpoint is not None:
-        best = read_pointer(resumed.parent / "best.json")
+        best = best_until(resumed.parent.parent, checkpoint.step)
         if folder is not None:
             dropped = folder.drop_rows_after(checkpoint.step)
             log.info(f"resuming at step {checkpoint.step}; {dropped} later row(s) of metrics.jsonl dropped")
