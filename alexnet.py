@@ -55,7 +55,8 @@ def main(debug: bool) -> None:
 
     \b
     Exit codes: 0 all good; 1 failure; 2 wrong use; 3 finished, but some inputs could not
-    be read; 4 an exported model does not agree with its checkpoint.
+    be read; 4 an exported model does not agree with its checkpoint; 75 training was asked
+    to stop and has saved its state.
     """
     from data_pipeline.console import set_up_logging
 

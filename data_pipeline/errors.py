@@ -19,6 +19,12 @@ class SaveError(RuntimeError):
     exit_code = 1
 
 
+class InterruptedRunError(RuntimeError):
+    """Training that was asked to stop, and did so with its state saved: `--resume auto` goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class DivergedError(RuntimeError):
     """Training that can only waste time from here on: the loss is no longer a number."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,3 +199,59 @@ def test_a_disk_that_takes_no_checkpoint_does_not_end_training_but_is_told(
     (run,) = (tmp_path / "runs").iterdir()
     assert len(read_rows(run, "val")) == 2
     assert list((run / "checkpoints").iterdir()) == []
+
+
+STOPPABLE = [
+    *TINY, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "schedule.kind=cosine",
+    "log_every=2", "checkpoint_every=5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data, and a run on it that nothing stopped."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    data = link_subset(demo_data, base / "data", num_train=300, num_val=20)
+    return data, train_ranks(2, data=data, out=base / "runs", overrides=STOPPABLE)
+
+
+@pytest.mark.parametrize("to_launcher", [True, False])
+def test_a_signal_stops_all_ranks_with_the_state_saved_and_resume_ends_with_the_same_bits(
+    to_launcher: bool, undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """SIGTERM to torchrun, as a cluster does, or SIGUSR1 to one rank alone; in the middle of an epoch."""
+    data, whole = undisturbed
+    arguments = [f"--data={data}", *(f"--set={s}" for s in STOPPABLE)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *torchrun_arguments(2, [*arguments, "--out=runs"])],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any(r.exists() and r.stat().st_size for r in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    if to_launcher:
+        process.send_signal(signal.SIGTERM)
+    else:
+        child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+        os.kill(int(child), signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    (run,) = (tmp_path / "runs").iterdir()
+    (stopped,) = re.findall(r"error: stopped by .* at step (\d+), saved; go on with --resume auto", said)
+    assert 0 < int(stopped) < 24
+    checkpoint = load_checkpoint(find_checkpoint(run, pointer="last"))
+    assert (checkpoint.step, checkpoint.samples_seen) == (int(stopped), int(stopped) * BATCH)
+    if not to_launcher:
+        assert re.search(r"exitcode\s*: 75", said)
+
+    resumed = train_ranks(2, data=data, out=tmp_path / "runs", overrides=STOPPABLE, options=["--resume=auto"])
+    assert resumed == run
+    expected, found = (load_checkpoint(find_checkpoint(r, pointer="last")) for r in (whole, resumed))
+    assert found.step == expected.step == 24
+    for name, value in expected.model_state.items():
+        assert torch.equal(found.model_state[name], value), name
+    rows = [r["step"] for r in read_rows(whole, "train")]
+    assert rows == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24]
+    for split in ("train", "val"):
+        assert _comparable(read_rows(resumed, split)) == _comparable(read_rows(whole, split))

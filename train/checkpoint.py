@@ -39,10 +39,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pointer(msgspec.Struct, frozen=True, kw_only=True):
-    """`best.json` or `last.json`: which step, and its validation top-1."""
+    """`best.json` or `last.json`: which step, and its validation top-1 if it was evaluated."""
 
     step: int
-    top1: float
+    top1: float | None
 
 
 @dataclass(frozen=True)
@@ -274,11 +274,11 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
     return path / "checkpoints" / f"step-{read_pointer(pointer_file).step:08d}"
 
 
-def prune_checkpoints(folder: Path, *, keep_last: int, best: int) -> None:
+def prune_checkpoints(folder: Path, *, keep_last: int, best: int | None) -> None:
     """Remove all but the newest `keep_last` checkpoints and the best one from a run's `checkpoints/`."""
     steps = sorted(folder.glob("step-*"))
     for path in steps[:-keep_last]:
-        if path.name != f"step-{best:08d}":
+        if best is None or path.name != f"step-{best:08d}":
             shutil.rmtree(path)
 
 

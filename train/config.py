@@ -106,6 +106,7 @@ class RunConfig(_Config, frozen=True):
         device: `auto` is CUDA where there is a GPU.
         cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
         log_every: optimiser steps between training rows.
+        checkpoint_every: optimiser steps between checkpoints inside an epoch; None saves at its end only.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
     """
 
@@ -118,6 +119,7 @@ class RunConfig(_Config, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     log_every: Positive = 20
+    checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 2
     data: DataConfig = DataConfig()
     preprocessing: Preprocessing = Preprocessing()

@@ -44,6 +44,12 @@ class World:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on all. Waits for the device."""
+        flags = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import InterruptedRunError, UserError
 from train.config import RunConfig
 from train.distributed import check_rank_count, choose_device, cpu_share
 
@@ -62,6 +63,9 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
             log.error(f"rank {rank} was ended by {name}")
             return 1
         return int(failure.exitcode)
+    except SignalException as error:
+        log.info(f"stopped by {error.sigval.name}; what the ranks saved is where --resume auto goes on")
+        return InterruptedRunError.exit_code
     return 0
 
 

@@ -13,7 +13,7 @@ import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.console import show_progress
-from data_pipeline.errors import DivergedError, SaveError, UserError
+from data_pipeline.errors import DivergedError, InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
 from train.engine import evaluate, train_step
@@ -39,6 +39,7 @@ def run_epochs(session: Session) -> Metrics | None:
         Validation metrics of the last epoch; None where the run was finished already.
     Raises:
         DivergedError: the loss is no longer a number.
+        InterruptedRunError: a signal asked to stop; the state is saved.
     """
     config, world = session.config, session.trainer.world
     metrics = None
@@ -71,7 +72,8 @@ def run_epochs(session: Session) -> Metrics | None:
                     f"epoch {epoch + 1}/{config.epochs}: validation loss {metrics.loss:.4f}, "
                     f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%} of {metrics.num_samples} images"
                 )
-            save(session, epoch + 1, metrics)
+            save(session, metrics)
+            stop_if_asked(session)
     return metrics
 
 
@@ -101,10 +103,10 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
             )
             counts.merge(train_step(session.trainer, next(steps), learning_rate, session.step))
             session.step += 1
-            note = ""
-            if session.step % config.log_every == 0 or session.step == end:
+            note, due = "", session.step < end and is_due(session.step, config.checkpoint_every)
+            if due or is_due(session.step, config.log_every) or session.step == end:
                 metrics = counts.reduce(world)
-                if not math.isfinite(metrics.loss):
+                if metrics.num_samples and not math.isfinite(metrics.loss):
                     raise DivergedError(
                         f"the training loss is {metrics.loss} at step {session.step}, which is not saved. "
                         "Lower schedule.learning_rate or lengthen schedule.warmup_epochs"
@@ -113,8 +115,38 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
                 images_per_s = (metrics.num_samples + metrics.num_failed) / seconds
                 record("train", metrics, learning_rate, images_per_s)
                 note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
+                if due:
+                    save(session, None)
+                if session.step < end:  # at the end of the epoch, after it is evaluated and saved
+                    stop_if_asked(session, saved=due)
                 counts, started = Counts(world.device), time.monotonic()
             progress.advance(1, note)
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+def stop_if_asked(session: Session, *, saved: bool = True) -> None:
+    """Stop all ranks, with the state saved, if a signal has reached any of them.
+
+    Called where a row has just been written, so that no count is under way, and the device was waited for.
+
+    Args:
+        saved: whether this step is saved already.
+    Raises:
+        InterruptedRunError: a rank was asked to stop.
+        SaveError: it was, and the state could not be saved.
+    """
+    if not session.trainer.world.any(bool(session.interrupt)):
+        return
+    if not saved:
+        save(session, None)
+    if session.unsaved is not None:
+        raise SaveError(f"asked to stop, and not saved: {session.unsaved}")
+    asked = session.interrupt.received or "another rank's signal"
+    raise InterruptedRunError(f"stopped by {asked} at step {session.step}, saved; go on with --resume auto")
 
 
 def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
@@ -146,40 +178,49 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
     return metrics
 
 
-def save(session: Session, epochs_done: int, metrics: Metrics) -> None:
+def save(session: Session, metrics: Metrics | None) -> None:
     """Rank 0 saves; all ranks wait until it has. The best checkpoint and the last few stay.
 
     A checkpoint that cannot be written does not end the run, since later ones may be; if the last one was
     not, the run's end says so.
+
+    Args:
+        metrics: of the validation split at this step; None inside an epoch.
     """
     session.unsaved = None
     if session.folder is not None:
         try:
-            _save(session, session.folder, epochs_done, metrics)
+            _save(session, session.folder, metrics)
         except SaveError as error:
             session.unsaved = str(error)
             log.error(f"{error}; training goes on, and the checkpoints before it are untouched")
     session.trainer.world.barrier()
 
 
-def _save(session: Session, folder: RunFolder, epochs_done: int, metrics: Metrics) -> None:
+def _save(session: Session, folder: RunFolder, metrics: Metrics | None) -> None:
+    figures: dict[str, float] = {}
+    if metrics is not None:
+        figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
     save_checkpoint(
         folder.checkpoints,
         model=session.trainer.network,
         optimizer=session.trainer.optimizer,
         scaler=session.trainer.scaler,
         step=session.step,
-        epoch=epochs_done,
+        epoch=session.step // session.steps_per_epoch,
         samples_seen=session.step * session.config.global_batch,
         config=session.config,
         classes=session.train_set.classes,
-        metrics={"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5},
+        metrics=figures,
     )
-    if session.best is None or metrics.top1 > session.best.top1:
-        session.best = Pointer(step=session.step, top1=metrics.top1)
-    folder.point("best", session.best)
-    folder.point("last", Pointer(step=session.step, top1=metrics.top1))
-    prune_checkpoints(folder.checkpoints, keep_last=session.config.keep_checkpoints, best=session.best.step)
+    top1 = figures.get("top1")
+    if top1 is not None and (session.best is None or top1 > (session.best.top1 or 0.0)):
+        session.best = Pointer(step=session.step, top1=top1)
+    if session.best is not None:
+        folder.point("best", session.best)
+    folder.point("last", Pointer(step=session.step, top1=top1))
+    best_step = session.best.step if session.best is not None else None
+    prune_checkpoints(folder.checkpoints, keep_last=session.config.keep_checkpoints, best=best_step)
 
 
 def _open_records(session: Session, stack: ExitStack) -> Recorder:

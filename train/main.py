@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.console import set_up_logging
 from data_pipeline.demo import DEMO_ROOT
-from data_pipeline.errors import CorruptFileError, DivergedError, SaveError, UserError
+from data_pipeline.errors import CorruptFileError, DivergedError, InterruptedRunError, SaveError, UserError
 from data_pipeline.faults import visible
 from train.config import RunConfig, make_config, to_json
 from train.distributed import env_rank, open_world
@@ -82,9 +82,11 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
-        except (UserError, CorruptFileError, DivergedError, SaveError) as error:
+        except (UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError) as error:
             if debug:
                 raise
+            if env_rank() != 0 and isinstance(error, InterruptedRunError):
+                sys.exit(error.exit_code)
             if env_rank() != 0:
                 # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
                 time.sleep(5)

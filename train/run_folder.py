@@ -151,17 +151,20 @@ def newest_whole(run: Path) -> Path:
     raise CorruptFileError(f"no checkpoint of {run} is whole; start a new run with --resume none")
 
 
-def best_until(run: Path, step: int) -> Pointer:
-    """The best checkpoint of a run up to a step, by what the manifests say; of equals, the earliest.
+def best_until(run: Path, step: int) -> Pointer | None:
+    """The best evaluated checkpoint of a run up to a step, by the manifests; of equals, the earliest.
 
-    `best.json` may name a later one, or one from before a crash. `step` itself is a whole checkpoint.
+    `best.json` may name a later one, or one from before a crash.
     """
-    manifests = []
+    found = []
     for folder in sorted((run / "checkpoints").glob("step-*")):
         with suppress(CorruptFileError):
-            manifests.append(read_manifest(folder))
-    best = max((m for m in manifests if m.step <= step), key=lambda m: m.metrics["top1"])
-    return Pointer(step=best.step, top1=best.metrics["top1"])
+            found.append(read_manifest(folder))
+    scored = [(m.metrics["top1"], -m.step) for m in found if m.step <= step and "top1" in m.metrics]
+    if not scored:
+        return None
+    top1, minus_step = max(scored)
+    return Pointer(step=-minus_step, top1=top1)
 
 
 def _run_config(run: Path) -> RunConfig:

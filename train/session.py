@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
 from train.distributed import World, cpu_share
 from train.engine import Trainer
+from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
 from train.optimizer import make_optimizer
@@ -43,6 +44,7 @@ class Session:
         step: optimiser steps finished.
         best: the best validation top-1 so far (rank 0).
         unsaved: why the last checkpoint could not be written, if so (rank 0).
+        interrupt: whether a signal has asked this rank to stop.
     """
 
     config: RunConfig
@@ -57,6 +59,7 @@ class Session:
     step: int
     best: Pointer | None
     unsaved: str | None = None
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
     @property
     def total_steps(self) -> int:
@@ -123,6 +126,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         steps_per_epoch=num_steps,
         step=checkpoint.step if checkpoint is not None else 0,
         best=best,
+        interrupt=stack.enter_context(remember_signals()),
     )
 
 
