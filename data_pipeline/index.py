@@ -4,44 +4,97 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import ImageError, printable
+from data_pipeline.names import PackedNames
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
 
 
+MAX_FILE_BYTES = 800_000_000
+"""The largest file that is read where nobody sets another limit."""
+
+
+class Source(Protocol):
+    """Where samples that are no files of their own come from. Threads may read at the same time."""
+
+    def read(self, index: int, max_bytes: int) -> bytes:
+        """The bytes of one sample; see `Dataset.read`."""
+
+    def name_at(self, index: int) -> str:
+        """Where one sample is, relative to the data folder."""
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Source:
+        """The source of some of the samples."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One split of labelled images. Sample `i` is the same file on every machine that has the same tree.
+    """One split of labelled images. Sample `i` is the same image on every machine that has the same data.
 
     Args:
         root: the data folder.
-        split: the folder below it, such as "train".
-        paths: (N) files relative to `root/split`, by class and then by name, both in byte order.
-        labels: (N) int64, the place of each file's class in `classes`.
-        classes: class names, in byte order.
+        split: the split's name, such as "train".
+        paths: (N) original names relative to `root/split`, by class and then by name, both in byte order.
+        labels: (N) int64, the place of each sample's class in `classes`.
+        classes: class names as the data has them (WordNet ids in ImageNet), in byte order.
+        labels_text: (len(classes)) names for people to read; empty where the data has none.
+        num_quarantined: samples that the quarantine list left out.
+        source: where the bytes are; None for a file `root/split/path` each.
     """
 
     root: Path
     split: str
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
+    labels_text: tuple[str, ...] = ()
+    num_quarantined: int = 0
+    source: Source | None = None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
+
+    @property
+    def class_labels(self) -> tuple[str, ...]:
+        """The names of the classes for people to read: `labels_text` where there are any, else `classes`."""
+        return self.labels_text or self.classes
+
+    def name_at(self, index: int) -> str:
+        """Where one sample is, relative to the data folder: its file, or its shard and the member in it."""
+        return f"{self.split}/{self.paths[index]}" if self.source is None else self.source.name_at(index)
 
     def path_at(self, index: int) -> Path:
-        """The file of one sample."""
-        return self.root / self.split / self.paths[index]
+        """Where one sample is, for messages."""
+        return self.root / self.name_at(index)
+
+    def read(self, index: int, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """The encoded image of one sample. Threads may read at the same time.
+
+        Raises:
+            ImageError: it cannot be read, is empty, or is larger than `max_bytes`.
+        """
+        if self.source is not None:
+            return self.source.read(index, max_bytes)
+        return read_file(f"{self.root}/{self.split}/{self.paths[index]}", max_bytes)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Dataset:
+        """Some of the samples, in the order given."""
+        return replace(
+            self,
+            paths=PackedNames.pack(self.paths[int(i)] for i in indices),
+            labels=self.labels[indices],
+            source=None if self.source is None else self.source.take(indices),
+        )
 
 
 def load_image_folder(root: Path, split: str) -> Dataset:
@@ -67,7 +120,7 @@ def load_image_folder(root: Path, split: str) -> Dataset:
         what = "its images lie side by side, not in class folders" if flat else "it holds no class folders"
         raise UserError(f"cannot learn from {printable(folder)}: {what}; {LAYOUT}")
 
-    paths: list[str] = []
+    paths: list[PackedNames] = []
     counts: list[int] = []
     for name in classes:
         found = sorted(_walk(folder / name, name), key=os.fsencode)
@@ -76,7 +129,7 @@ def load_image_folder(root: Path, split: str) -> Dataset:
                 f"class folder {printable(folder / name)} holds no images: "
                 f"add some ({', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder"
             )
-        paths += found
+        paths.append(PackedNames.pack(found))
         counts.append(len(found))
     if len(classes) == 1:
         raise UserError(
@@ -85,7 +138,9 @@ def load_image_folder(root: Path, split: str) -> Dataset:
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     labels.setflags(write=False)
-    return Dataset(root=Path(root), split=split, paths=tuple(paths), labels=labels, classes=classes)
+    return Dataset(
+        root=Path(root), split=split, paths=PackedNames.join(paths), labels=labels, classes=classes
+    )
 
 
 def check_same_classes(train: Dataset, val: Dataset) -> None:

@@ -19,7 +19,7 @@ from data_pipeline.augment import Augment
 from data_pipeline.errors import UserError
 from data_pipeline.faults import FaultLog
 from data_pipeline.geometry import Geometry, eval_geometry, train_geometry
-from data_pipeline.index import Dataset
+from data_pipeline.index import Dataset, read_file
 from data_pipeline.order import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
 from data_pipeline.pillow_backend import PillowBackend
 from data_pipeline.prefetch import Batch as Batch
@@ -186,7 +186,11 @@ def predict_batches(
         while files := tuple(islice(source, chunk)):
             indices = np.arange(first, first + len(files), dtype=np.int64)
             labels = np.full(len(files), -1, dtype=np.int64)
-            yield Request(files, labels, indices, indices, number, True, cut)
+
+            def read(place: int, max_bytes: int, files: tuple[Path, ...] = files) -> bytes:
+                return read_file(files[place], max_bytes)
+
+            yield Request(files, read, labels, indices, indices, number, True, cut)
             number, first = number + 1, first + len(files)
 
     return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
@@ -203,5 +207,8 @@ def _checked_chunk(micro_batch: int, backend: ImageBackend, needed: int) -> int:
 def _dataset_request(
     dataset: Dataset, indices: Int, positions: Int, step: int, last: bool, cut: Callable[[Int], Geometry]
 ) -> Request:
+    def read(place: int, max_bytes: int) -> bytes:
+        return dataset.read(int(indices[place]), max_bytes)
+
     paths = tuple(dataset.path_at(int(i)) for i in indices)
-    return Request(paths, dataset.labels[indices], indices, positions, step, last, cut)
+    return Request(paths, read, dataset.labels[indices], indices, positions, step, last, cut)

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from data_pipeline.faults import Failure, FaultLog, ImageError, printable
 from data_pipeline.geometry import Geometry
-from data_pipeline.index import read_file
 from data_pipeline.order import Int
 from data_pipeline.pillow_backend import Decoded, read_header
 
@@ -75,9 +74,16 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What one batch shall hold: files, and the recipe for their sizes. See `Batch` for the shared fields."""
+    """What one batch shall hold: files, and the recipe for their sizes. See `Batch` for the shared fields.
+
+    Args:
+        paths: (N) the files, as messages name them.
+        read: gives the bytes of the file at a place 0..N - 1, of at most so many bytes; raises `ImageError`.
+        geometry: recipes for the upright sizes of the N files.
+    """
 
     paths: tuple[Path, ...]
+    read: Callable[[int, int], bytes]
     labels: Int
     indices: Int
     positions: Int
@@ -163,9 +169,9 @@ class _Fetched:
     reason: str = ""
 
 
-def _fetch(path: Path, max_pixels: int) -> _Fetched:
+def _fetch(read: Callable[[int, int], bytes], place: int, max_pixels: int) -> _Fetched:
     try:
-        data = read_file(path, MAX_BYTES_PER_PIXEL * max_pixels)
+        data = read(place, MAX_BYTES_PER_PIXEL * max_pixels)
         return _Fetched(data, read_header(data, max_pixels))
     except ImageError as error:
         return _Fetched(None, reason=str(error))
@@ -176,7 +182,8 @@ def _read_ahead(
 ) -> Iterator[tuple[Request, list[_Fetched]]]:
     pending: deque[tuple[Request, list[Future[_Fetched]]]] = deque()
     for request in requests:
-        pending.append((request, [pool.submit(_fetch, path, max_pixels) for path in request.paths]))
+        places = range(len(request.paths))
+        pending.append((request, [pool.submit(_fetch, request.read, i, max_pixels) for i in places]))
         if len(pending) >= depth:
             first, futures = pending.popleft()
             yield first, [future.result() for future in futures]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -121,7 +120,7 @@ def spread(dataset: Dataset, limit: int) -> Dataset:
     if len(dataset) <= limit:
         return dataset
     chosen = np.arange(limit, dtype=np.int64) * len(dataset) // limit
-    return replace(dataset, paths=tuple(dataset.paths[int(i)] for i in chosen), labels=dataset.labels[chosen])
+    return dataset.take(chosen)
 
 
 def torch_runner(checkpoint: Checkpoint) -> Runner:

@@ -33,7 +33,7 @@ def test_samples_come_by_class_and_name_in_byte_order(tmp_path: Path) -> None:
     (tmp_path / "train" / "LICENSE").write_text("not a class")
     dataset = load_image_folder(tmp_path, "train")
     assert dataset.classes == ("a", "a-b", "b")
-    assert dataset.paths == ("a/deep/er/y.webp", "a/z.tiff", "a-b/x.png", "b/10.jpeg", "b/2.JPG")
+    assert list(dataset.paths) == ["a/deep/er/y.webp", "a/z.tiff", "a-b/x.png", "b/10.jpeg", "b/2.JPG"]
     assert dataset.labels.tolist() == [0, 0, 1, 2, 2]
     assert len(dataset) == 5 and dataset.path_at(4) == tmp_path / "train" / "b" / "2.JPG"
 
@@ -98,7 +98,7 @@ def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture
     name = os.fsdecode(b"caf\xe9.jpg")
     (tmp_path / "train" / "a" / name).write_bytes(JPEG)
     dataset = load_image_folder(tmp_path, "train")
-    assert dataset.paths == ("a/000.jpg", f"a/{name}", "b/000.jpg")
+    assert list(dataset.paths) == ["a/000.jpg", f"a/{name}", "b/000.jpg"]
     assert read_file(dataset.path_at(1), 10**6) == JPEG
     faults = FaultLog()
     with caplog.at_level(logging.WARNING, "data_pipeline"):

@@ -1,0 +1,69 @@
+"""Millions of file names in little memory: one run of bytes, and where each name ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+
+class PackedNames(Sequence[str]):
+    """Names as a read-only sequence of str; a million of 30 bytes take 38 MB rather than 90.
+
+    Args:
+        blob: all names in the file system's encoding, one after the other.
+        ends: (N) int64, where each name ends in `blob`, never falling.
+    """
+
+    def __init__(self, blob: bytes, ends: npt.NDArray[np.int64]) -> None:
+        self.blob = blob
+        self.ends = ends
+
+    @classmethod
+    def pack(cls, names: Iterable[str]) -> PackedNames:
+        """Pack names; they may hold bytes that are not UTF-8, as `os.fsdecode` gives them.
+
+        >>> list(PackedNames.pack(["a/1.jpg", "b/2.jpg"]))
+        ['a/1.jpg', 'b/2.jpg']
+        """
+        encoded = [os.fsencode(name) for name in names]
+        return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence[PackedNames]) -> PackedNames:
+        """All names of several packs, in order."""
+        ends, start = [np.zeros(0, dtype=np.int64)], 0
+        for part in parts:
+            ends.append(part.ends + start)
+            start += len(part.blob)
+        return cls(b"".join(part.blob for part in parts), np.concatenate(ends))
+
+    def take(self, indices: npt.NDArray[np.int64]) -> PackedNames:
+        """The names at some places."""
+        return PackedNames.pack(self[int(i)] for i in indices)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> PackedNames: ...
+    def __getitem__(self, index: int | slice) -> str | PackedNames:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self), dtype=np.int64)[index])
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"name {index} of {len(self)}")
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.blob[start : int(self.ends[index])])
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends.tolist():
+            yield os.fsdecode(self.blob[start:end])
+            start = end
