@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 EXIT_WRONG_USE = 2
 EXIT_SOME_UNREADABLE = 3
 
+GROUPS = {"checkpoint": "train.commands", "data": "data_pipeline.commands"}
+"""Groups of commands, and the modules that declare them; these import nothing but click."""
+
 TRAINING_PACKAGES = {"torch", "torchvision", "onnx", "onnxscript", "tensorboard", "sklearn"}
 """What a machine that only serves does not have."""
 
@@ -21,8 +25,23 @@ PATH = click.Path(path_type=Path)
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class OneLineErrors(click.Group):
-    """A failure is one line on stderr and an exit code; a traceback comes only with `--debug`."""
+class FrontDoor(click.Group):
+    """Commands declared here, and groups that are imported when they are named.
+
+    A failure is one line on stderr and an exit code; a traceback comes only with `--debug`.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, sorted."""
+        return sorted([*super().list_commands(ctx), *GROUPS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command; imports the module of a group."""
+        if cmd_name not in GROUPS:
+            return super().get_command(ctx, cmd_name)
+        group = getattr(importlib.import_module(GROUPS[cmd_name]), cmd_name)
+        assert isinstance(group, click.Group)
+        return group
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and turn an exception into its line and code."""
@@ -47,7 +66,7 @@ class OneLineErrors(click.Group):
             raise click.exceptions.Exit(code or 1) from error
 
 
-@click.group(cls=OneLineErrors, context_settings=HELP)
+@click.group(cls=FrontDoor, context_settings=HELP)
 @click.version_option(package_name="alexnet", prog_name="alexnet")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -206,25 +225,6 @@ def predict(**options: Any) -> None:
 
     if predict_images(**options).errors:
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)
-
-
-@main.group()
-def data() -> None:
-    """Data sets."""
-
-
-@data.command()
-@click.argument("folder", metavar="[DIR]", type=PATH, required=False)
-def demo(folder: Path | None) -> None:
-    """Write the demo data: 1,797 handwritten digits as 64-pixel JPEGs, in train/ and val/.
-
-    \b
-    alexnet data demo
-    """
-    from data_pipeline.demo import DEMO_ROOT, write_demo
-
-    write_demo(folder or DEMO_ROOT)
-    click.echo(folder or DEMO_ROOT)
 
 
 @main.command()

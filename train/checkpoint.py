@@ -177,8 +177,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         UserError: a checkpoint of a newer format, or a configuration that this version does not know.
     """
     manifest, path = verify_checkpoint(folder), folder / STATE
+    state = load_plain(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         config = decode_config(state["config"])
         return Checkpoint(
             folder=folder,
@@ -194,16 +194,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             optimizer_state=dict(state["optimizer"]),
             scaler_state=dict(state["scaler"]),
         )
-    except pickle.UnpicklingError as error:
-        raise CorruptFileError(
-            f"checkpoint {path} holds more than tensors and plain values, and was not loaded"
-        ) from error
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
-            f"checkpoint {path} cannot be read: {str(error).splitlines()[0][:200]}"
+            f"{path} is not a checkpoint of ours: {type(error).__name__} {error}"
         ) from error
+
+
+def load_plain(path: Path) -> Any:
+    """Tensors and plain values of a file that `torch.save` wrote. Nothing in it is executed.
+
+    Raises:
+        CorruptFileError: it holds anything else, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CorruptFileError(f"{path} holds more than tensors and plain values: not loaded") from error
+    except Exception as error:  # a damaged pickle can make its reader raise anything
+        raise CorruptFileError(f"{path} cannot be read: {type(error).__name__} {error}"[:300]) from error
 
 
 def verify_checkpoint(folder: Path) -> Manifest:

@@ -1,0 +1,192 @@
+"""Weights in and out: safetensors, torchvision's `alexnet`, and Caffe's BVLC AlexNet as ONNX.
+
+What comes in becomes a run with one checkpoint, so that it can be evaluated, exported and served like any
+other. Nothing that is read is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.preprocessing import Preprocessing
+from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_plain, load_weights, save_checkpoint
+from train.config import RunConfig, decode_config
+from train.model import make_model
+from train.optimizer import make_optimizer
+from train.run_folder import create_run
+
+Target = Literal["safetensors", "torchvision"]
+
+TORCHVISION = RunConfig(
+    recipe="torchvision", model=msgspec.structs.replace(RunConfig().model, name="owt", init="paper")
+)
+# Caffe feeds BGR in 0..255 less a mean, which is RGB in 0..1 less a 255th of it, times 255.
+CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
+CAFFE = RunConfig(
+    recipe="bvlc",
+    model=msgspec.structs.replace(RunConfig().model, name="caffe", init="caffe"),
+    preprocessing=Preprocessing(resize_px=256, crop_px=227, mean=CAFFE_MEAN, std=(1 / 255, 1 / 255, 1 / 255)),
+)
+
+
+def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
+    """Write a checkpoint's weights alone.
+
+    Args:
+        checkpoint: a verified checkpoint.
+        path: the file to write.
+        target: `safetensors`, with configuration and classes in its metadata; or `torchvision`, a state
+            dict that `torchvision.models.alexnet(num_classes=…)` loads.
+    Raises:
+        UserError: torchvision has no such network.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model_state.items()}
+    if target == "torchvision":
+        if checkpoint.config.model.name != "owt":
+            raise UserError(
+                f"torchvision's alexnet is `owt`; this checkpoint is `{checkpoint.config.model.name}`"
+            )
+        torch.save(weights, path)
+        return
+    metadata = {
+        "config": msgspec.json.encode(checkpoint.config).decode(),
+        "classes": msgspec.json.encode(checkpoint.classes).decode(),
+        "checkpoint_sha256": checkpoint.sha256,
+    }
+    save_file(weights, path, metadata=metadata)
+
+
+def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None) -> Path:
+    """Make a run with one checkpoint of weights from elsewhere.
+
+    Args:
+        path: `.safetensors` as `export_weights` writes it; `.pth` or `.pt`, a state dict of torchvision's
+            `alexnet`; `.onnx`, BVLC's AlexNet.
+        out: folder in which the run's folder is made.
+        classes: names, in the order of the logits; None for those in the file, else for "0", "1", ….
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        UserError: another kind of file, or another network's weights.
+        CorruptFileError: a file that cannot be read as what its name says.
+    """
+    readers = {
+        ".safetensors": _read_safetensors,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
+        ".onnx": _read_bvlc,
+    }
+    if path.suffix not in readers:
+        raise UserError(f"{path}: weights come in as {', '.join(readers)}")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    config, weights, named = readers[path.suffix](path)
+    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
+    if not matrices:
+        raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
+    num_classes = len(matrices[-1])
+    classes = classes or named or tuple(map(str, range(num_classes)))
+    if len(classes) != num_classes:
+        raise UserError(f"{path} tells {num_classes} classes apart, and {len(classes)} names were given")
+    model = make_model(config.model, num_classes=num_classes, crop_px=config.preprocessing.crop_px)
+    load_weights(model, weights, source=path)
+    folder = create_run(out, config)
+    saved = save_checkpoint(
+        folder.checkpoints,
+        model=model,
+        optimizer=make_optimizer(model, config.optimizer),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        step=0,
+        epoch=0,
+        samples_seen=0,
+        config=config,
+        classes=classes,
+        metrics={},
+    )
+    for name in ("best", "last"):
+        folder.point(name, Pointer(step=0, top1=None))
+    return saved
+
+
+Weights = tuple[RunConfig, dict[str, Tensor], tuple[str, ...] | None]
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} cannot be read as safetensors: {error}") from error
+    if "config" not in metadata or "classes" not in metadata:
+        raise UserError(
+            f"{path} does not say which network it is: it was not written by `checkpoint convert`"
+        )
+    try:
+        config = decode_config(msgspec.json.decode(metadata["config"]))
+        classes = msgspec.json.decode(metadata["classes"], type=tuple[str, ...])
+    except (msgspec.DecodeError, UserError) as error:
+        raise CorruptFileError(f"{path} has metadata that cannot be read: {error}") from error
+    model = make_model(config.model, num_classes=len(classes), crop_px=config.preprocessing.crop_px)
+    # In the order of the layers, which the file does not keep.
+    ordered = {name: weights[name] for name in model.state_dict() if name in weights}
+    return config, ordered | weights, classes
+
+
+def _read_torch(path: Path) -> Weights:
+    state = load_plain(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a state dict of tensors")
+    return TORCHVISION, dict(state), None
+
+
+def _read_bvlc(path: Path) -> Weights:
+    """BVLC's weights under our names, with the first convolution's channels turned from BGR to RGB."""
+    import onnx
+    import onnx.numpy_helper
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (DecodeError, OSError) as error:
+        raise CorruptFileError(f"{path} cannot be read as ONNX: {error}") from error
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    names = [f"features.conv{i}" for i in range(1, 6)] + [f"classifier.fc{i}" for i in range(6, 9)]
+    if len(layers) != len(names):
+        raise UserError(f"{path} has {len(layers)} layers with weights, BVLC's AlexNet has {len(names)}")
+    weights: dict[str, Any] = {}
+    for name, node in zip(names, layers, strict=True):
+        for part, source in zip(("weight", "bias"), node.input[1:3], strict=True):
+            if source not in values:
+                raise UserError(f"{path} does not hold the values of {source!r} itself")
+            weights[f"{name}.{part}"] = torch.from_numpy(onnx.numpy_helper.to_array(values[source]).copy())
+    weights["features.conv1.weight"] = weights["features.conv1.weight"].flip(1)
+    return CAFFE, weights, None
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a checkpoint is, as plain values; it is verified first."""
+    checkpoint = load_checkpoint(folder)
+    return {
+        "folder": str(folder),
+        "sha256": checkpoint.sha256,
+        "step": checkpoint.step,
+        "epoch": checkpoint.epoch,
+        "samples_seen": checkpoint.samples_seen,
+        "recipe": checkpoint.config.recipe,
+        "model": checkpoint.config.model.name,
+        "parameters": sum(tensor.numel() for tensor in checkpoint.model_state.values()),
+        "classes": len(checkpoint.classes),
+        "crop_px": checkpoint.preprocessing.crop_px,
+        "metrics": checkpoint.metrics,
+    }
