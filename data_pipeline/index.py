@@ -15,6 +15,7 @@ import numpy.typing as npt
 from data_pipeline.errors import UserError
 from data_pipeline.faults import ImageError, printable
 from data_pipeline.names import PackedNames
+from data_pipeline.watch import Watch
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
@@ -97,12 +98,13 @@ class Dataset:
         )
 
 
-def load_image_folder(root: Path, split: str) -> Dataset:
+def load_image_folder(root: Path, split: str, watch: Watch | None = None) -> Dataset:
     """Index `root/split/<class>/**`; hidden files, and files without an image's suffix, are passed over.
 
     Args:
         root: the data folder.
         split: "train", "val", ...
+        watch: told of each folder before it is listed.
     Returns:
         The samples, sorted.
     Raises:
@@ -113,17 +115,19 @@ def load_image_folder(root: Path, split: str) -> Dataset:
         raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
     if not folder.is_dir():
         raise UserError(f"no folder {printable(split)!r} in {printable(root)}: {LAYOUT}")
-    entries = _entries(folder)
+    if watch is not None:
+        watch.note(folder)
+    entries = list_entries(folder)
     classes = tuple(entry.name for entry in entries if entry.is_dir())
     if not classes:
-        flat = any(_is_image(entry.name) for entry in entries)
+        flat = any(is_image(entry.name) for entry in entries)
         what = "its images lie side by side, not in class folders" if flat else "it holds no class folders"
         raise UserError(f"cannot learn from {printable(folder)}: {what}; {LAYOUT}")
 
     paths: list[PackedNames] = []
     counts: list[int] = []
     for name in classes:
-        found = sorted(_walk(folder / name, name), key=os.fsencode)
+        found = sorted(_walk(folder / name, name, watch=watch), key=os.fsencode)
         if not found:
             raise UserError(
                 f"class folder {printable(folder / name)} holds no images: "
@@ -133,8 +137,8 @@ def load_image_folder(root: Path, split: str) -> Dataset:
         counts.append(len(found))
     if len(classes) == 1:
         raise UserError(
-            f"{printable(folder)} holds one class only ({printable(classes[0])}): "
-            "there is nothing to tell apart; add a folder for each further class"
+            f"{printable(folder)} holds one class only ({printable(classes[0])}), and no file says which "
+            "image is of which class: there is nothing to tell apart; add a folder for each class"
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     labels.setflags(write=False)
@@ -213,11 +217,17 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     return data
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image, and not a hidden one."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
-def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+def list_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds, hidden entries left out, in byte order.
+
+    Raises:
+        UserError: it cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -231,16 +241,19 @@ def _walk(
     prefix: str,
     recursive: bool = True,
     parents: frozenset[tuple[int, int]] = frozenset(),
+    watch: Watch | None = None,
 ) -> Iterator[str]:
     """Image files below `folder`, as `prefix/...`. A link back to a folder that we are in is not entered."""
     status = Path(folder).stat()
     identity = (status.st_dev, status.st_ino)
     if identity in parents:
         return
-    for entry in _entries(folder):
+    if watch is not None:
+        watch.note(folder)
+    for entry in list_entries(folder):
         name = f"{prefix}/{entry.name}" if prefix else entry.name
         if entry.is_dir():
             if recursive:
-                yield from _walk(entry.path, name, recursive, parents | {identity})
-        elif _is_image(entry.name):
+                yield from _walk(entry.path, name, recursive, parents | {identity}, watch)
+        elif is_image(entry.name):
             yield name
