@@ -101,13 +101,16 @@ def check_rank_count(local_world_size: int, device: Literal["cpu", "cuda"], num_
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """float32 means float32: no TensorFloat-32, which keeps 10 bits of the mantissa, and is cuDNN's way."""
-    backends: Any = torch.backends
-    before = backends.fp32_precision
-    backends.fp32_precision = "ieee"
+    # Each by itself: a library that has set one of them would not be overruled by the setting for all.
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        backends.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextmanager
