@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -26,3 +27,45 @@ def demo(folder: Path | None) -> None:
 
     write_demo(folder or DEMO_ROOT)
     click.echo(folder or DEMO_ROOT)
+
+
+@data.command()
+@click.argument("source", metavar="DIR", type=PATH)
+@click.argument("out", type=PATH)
+@click.option(
+    "--shard-size", default="512MB", show_default=True, metavar="SIZE", help="Of each tar: KB, MB or GB."
+)
+@click.option(
+    "--resize", "resize_px", type=int, help="Shorten longer short sides to so many pixels, as JPEG."
+)
+@click.option("--quality", default=90, show_default=True, help="JPEG quality of what is resized, 1 to 100.")
+@click.option("--workers", default=2, show_default=True, help="Shards written at once.")
+def shard(
+    source: Path, out: Path, shard_size: str, resize_px: int | None, quality: int, workers: int
+) -> None:
+    """Write a dataset as tar shards in the WebDataset layout, which train exactly as the files do.
+
+    The same input gives the same bytes; run again after a kill, it writes what is missing.
+
+    \b
+    alexnet data shard imagenet imagenet-shards --shard-size 512MB
+    """
+    from data_pipeline.errors import UserError
+    from data_pipeline.shard_writer import write_shards
+
+    size = re.fullmatch(r"([0-9]+)(KB|MB|GB)", shard_size.upper())
+    if size is None:
+        raise UserError(f"--shard-size takes a number with KB, MB or GB, not {shard_size!r}")
+    shard_bytes = int(size[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[size[2]]
+    report = write_shards(
+        source, out, shard_bytes=shard_bytes, resize_px=resize_px, quality=quality, workers=workers
+    )
+    click.echo(
+        f"{out}: {report.num_samples} samples in {report.num_shards} shards, {report.size_bytes} bytes"
+    )
+    if report.num_reused:
+        click.echo(f"{report.num_reused} shards were there already", err=True)
+    if resize_px is not None and report.num_unchanged:
+        click.echo(f"{report.num_unchanged} images were not resized: small enough, or unreadable", err=True)
+    if report.num_quarantined:
+        click.echo(f"{report.num_quarantined} samples in quarantine were left out", err=True)

@@ -14,7 +14,8 @@ import msgspec
 from data_pipeline.console import show_progress
 from data_pipeline.errors import UserError
 from data_pipeline.faults import visible
-from data_pipeline.index import find_images, load_image_folder
+from data_pipeline.index import find_images
+from data_pipeline.layouts import open_dataset
 from infer.backends import BackendName, DeviceName, choose_backend
 from infer.bundle import Bundle, find_bundle, load_bundle
 from infer.evaluate import Evaluation, evaluate_bundle
@@ -83,7 +84,7 @@ def evaluate_exported(path: Path, data: Path | None, *, split: str, device: Devi
     """
     bundle = load_bundle(find_bundle(path))
     root = data or _data_of_run(bundle)
-    dataset = load_image_folder(root, split)
+    dataset = open_dataset(root, split)
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):
         log.info(f"runs on: {choice.sentence}")

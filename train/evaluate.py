@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.errors import UserError
-from data_pipeline.index import Dataset, load_image_folder
+from data_pipeline.index import Dataset
+from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import eval_batches, make_backend
 from train.checkpoint import Checkpoint
 from train.distributed import cpu_share, open_world
@@ -28,7 +29,7 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset
     root = data or (Path(checkpoint.config.data.root) if checkpoint.config.data.root is not None else None)
     if root is None:
         raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with --data DIR")
-    dataset = load_image_folder(root, split)
+    dataset = open_dataset(root, split)
     if dataset.classes != checkpoint.classes:
         raise UserError(
             f"{root}/{split} has other classes than {checkpoint.folder} was trained on "

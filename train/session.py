@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipeline.demo import DEMO_ROOT, write_demo
 from data_pipeline.errors import UserError
 from data_pipeline.faults import FaultLog
-from data_pipeline.index import Dataset, check_same_classes, load_image_folder
+from data_pipeline.index import Dataset, check_same_classes
+from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, make_backend
 from data_pipeline.order import steps_per_epoch
 from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
@@ -181,6 +182,6 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         if world.local_rank == 0:
             write_demo(root)
         world.barrier()
-    train_set, val_set = load_image_folder(root, "train"), load_image_folder(root, "val")
+    train_set, val_set = open_dataset(root, "train"), open_dataset(root, "val")
     check_same_classes(train_set, val_set)
     return train_set, val_set
