@@ -43,6 +43,7 @@ def no_leaks() -> Iterator[None]:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+        logger.setLevel(logging.NOTSET)
     yield
     import torch.distributed as dist
 
