@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import click
@@ -33,7 +32,11 @@ def demo(folder: Path | None) -> None:
 @click.argument("source", metavar="DIR", type=PATH)
 @click.argument("out", type=PATH)
 @click.option(
-    "--shard-size", default="512MB", show_default=True, metavar="SIZE", help="Of each tar: KB, MB or GB."
+    "--shard-size",
+    default="512MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of each tar, such as 512MB or 1GiB.",
 )
 @click.option(
     "--resize", "resize_px", type=int, help="Shorten longer short sides to so many pixels, as JPEG."
@@ -50,15 +53,10 @@ def shard(
     \b
     alexnet data shard imagenet imagenet-shards --shard-size 512MB
     """
-    from data_pipeline.errors import UserError
-    from data_pipeline.shard_writer import write_shards
+    from data_pipeline.shard_writer import parse_size, write_shards
 
-    size = re.fullmatch(r"([0-9]+)(KB|MB|GB)", shard_size.upper())
-    if size is None:
-        raise UserError(f"--shard-size takes a number with KB, MB or GB, not {shard_size!r}")
-    shard_bytes = int(size[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[size[2]]
     report = write_shards(
-        source, out, shard_bytes=shard_bytes, resize_px=resize_px, quality=quality, workers=workers
+        source, out, shard_bytes=parse_size(shard_size), resize_px=resize_px, quality=quality, workers=workers
     )
     click.echo(
         f"{out}: {report.num_samples} samples in {report.num_shards} shards, {report.size_bytes} bytes"

@@ -37,7 +37,7 @@ def find_quarantine(root: Path, quarantine: Path | bool | None) -> Path | None:
         return path
     if quarantine is True:
         return None
-    raise UserError(f"no quarantine list {printable(path)}: `alexnet data verify` writes one")
+    raise UserError(f"no quarantine list {printable(path)}")
 
 
 def read_quarantine(path: Path) -> dict[str, str]:

@@ -39,9 +39,7 @@ def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: in
     except ImageError as error:
         if path.is_file() and path.stat().st_size == 0:  # it stays what it is: a sample without an image
             return b"", extension, resize_px is not None
-        raise UserError(
-            f"{printable(path)} {error}: restore it, or leave it out with `alexnet data verify`"
-        ) from error
+        raise UserError(f"{printable(path)} {error}: restore it, or remove it") from error
     if resize_px is None:
         return data, extension, False
     smaller = resized(data, resize_px, quality)
@@ -88,8 +86,7 @@ def sizes_of(dataset: Dataset) -> Int:
             sizes[i] = os.stat(path).st_size  # noqa: PTH116 - half the cost of Path.stat
         except OSError as error:
             raise UserError(
-                f"{printable(path)} cannot be read: {error.strerror}; restore it, or leave it out with "
-                "`alexnet data verify`"
+                f"{printable(path)} cannot be read: {error.strerror}; restore it, or remove it"
             ) from error
     if len(dataset) and sizes.max() > MAX_FILE_BYTES:
         big = int(sizes.argmax())

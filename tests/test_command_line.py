@@ -320,7 +320,7 @@ def test_training_without_torch_says_what_to_install(tmp_path: Path) -> None:
 
 def test_shards_are_written_once_and_a_wrong_size_is_told(demo_data: Path, tmp_path: Path) -> None:
     wrong = invoke("data", "shard", demo_data, tmp_path / "s", "--shard-size", "many")
-    assert_one_line(wrong, 2, "KB, MB or GB")
+    assert_one_line(wrong, 2, "'many' is not a size")
     first = invoke("data", "shard", demo_data, tmp_path / "s", "--shard-size", "1MB")
     assert first.exit_code == 0, first.stderr
     assert "1797 samples in " in first.stdout

@@ -350,7 +350,7 @@ def test_wrong_use_is_told(files: Path, shards: Path, tmp_path: Path) -> None:
         write_shards(files, tmp_path / "out", quality=0)
     write_folder(tmp_path / "in" / "train", {"a": 2, "b": 2})
     (tmp_path / "in" / "train" / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"gone.jpg cannot be read: No such file .*alexnet data verify"):
+    with pytest.raises(UserError, match=r"gone.jpg cannot be read: No such file .*restore it, or remove it"):
         write_shards(tmp_path / "in", tmp_path / "out")
     assert parse_size("1.5 gb") == 1_500_000_000
     for text in ("", "MB", "-1", "5TB"):
