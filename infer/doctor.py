@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 from importlib import metadata
 from types import ModuleType
 from typing import Any
+
+from infer.backends import probe_machine, usable_cores
 
 NOT_INSTALLED = "not installed"
 
@@ -24,7 +25,7 @@ def examine() -> dict[str, Any]:
         "python": {
             "version": platform.python_version(),
             "platform": platform.platform(),
-            "cpu_cores": len(os.sched_getaffinity(0)),
+            "cpu_cores": usable_cores(),
             "alexnet": _version("alexnet"),
         },
         "torch": _torch(torch),
@@ -128,8 +129,6 @@ def _training(torch: ModuleType | str) -> dict[str, Any]:
 
 
 def _prediction() -> dict[str, Any]:
-    from infer.backends import probe_machine
-
     try:
         machine = probe_machine()
     except ImportError as error:

@@ -21,6 +21,9 @@ from train.precision import Precision
 
 # Shapes: N samples of one batch, H and W rows and columns, C classes.
 
+EVAL_BATCH = 256
+"""Most images that one rank evaluates at once."""
+
 
 @dataclass(frozen=True)
 class Trainer:

@@ -12,12 +12,10 @@ from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import eval_batches, make_backend
 from train.checkpoint import Checkpoint
 from train.distributed import cpu_share, open_world
-from train.engine import evaluate
+from train.engine import EVAL_BATCH, evaluate
 from train.metrics import Metrics
 from train.model import Normalize
 from train.precision import choose_precision
-
-EVAL_BATCH = 256
 
 
 def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:

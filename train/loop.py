@@ -16,11 +16,11 @@ from data_pipeline.console import show_progress
 from data_pipeline.errors import DivergedError, InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
-from train.engine import evaluate, train_step
+from train.engine import EVAL_BATCH, evaluate, train_step
 from train.metrics import Counts, Metrics
 from train.run_folder import Row, RunFolder
 from train.schedule import lr_at
-from train.session import EVAL_BATCH, Session
+from train.session import Session
 
 log = logging.getLogger("train")
 

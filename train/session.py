@@ -21,7 +21,7 @@ from data_pipeline.order import steps_per_epoch
 from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
 from train.distributed import World, cpu_share
-from train.engine import Trainer
+from train.engine import EVAL_BATCH, Trainer
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
@@ -30,9 +30,6 @@ from train.precision import choose_precision
 from train.run_folder import RunFolder, best_until, create_run, find_resumable
 
 log = logging.getLogger("train")
-
-EVAL_BATCH = 256
-"""Most images that one rank evaluates at once."""
 
 
 @dataclass
