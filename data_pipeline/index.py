@@ -90,9 +90,10 @@ class Dataset:
 
     def take(self, indices: npt.NDArray[np.int64]) -> Dataset:
         """Some of the samples, in the order given."""
+        paths = self.paths if isinstance(self.paths, PackedNames) else PackedNames.pack(self.paths)
         return replace(
             self,
-            paths=PackedNames.pack(self.paths[int(i)] for i in indices),
+            paths=paths.take(indices),
             labels=self.labels[indices],
             source=None if self.source is None else self.source.take(indices),
         )

@@ -9,6 +9,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+_CHUNK = 1 << 16
+
 
 class PackedNames(Sequence[str]):
     """Names as a read-only sequence of str; a million of 30 bytes take 38 MB rather than 90.
@@ -43,7 +45,14 @@ class PackedNames(Sequence[str]):
 
     def take(self, indices: npt.NDArray[np.int64]) -> PackedNames:
         """The names at some places."""
-        return PackedNames.pack(self[int(i)] for i in indices)
+        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[indices]
+        sizes = self.ends[indices] - starts
+        source, parts = np.frombuffer(self.blob, dtype=np.uint8), []
+        for first in range(0, len(indices), _CHUNK):  # eight bytes are needed for each that is copied
+            begins, lengths = starts[first : first + _CHUNK], sizes[first : first + _CHUNK]
+            shifts = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+            parts.append(source[np.arange(len(shifts)) + shifts].tobytes())
+        return PackedNames(b"".join(parts), np.cumsum(sizes))
 
     def __len__(self) -> int:
         return len(self.ends)

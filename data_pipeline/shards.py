@@ -12,6 +12,8 @@ headers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
         UserError: shards without class labels.
     """
     manifest = read_manifest(root)
+    indices: Iterable[ShardIndex]
     if manifest is None:
         indices, classes, labels_text = index_foreign(root, split, shards)
     else:
@@ -51,7 +54,8 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
                 f"first in {printable(differing[0])}: the data is incomplete, or a shard was added; "
                 "write the shards again"
             )
-        indices = [read_index(path, manifest.plan) for path in shards]
+        # one after the other: the lists of a million samples would need ten times the memory of the arrays
+        indices = (read_index(path, manifest.plan) for path in shards)
         classes, labels_text = tuple(manifest.classes), tuple(manifest.labels_text)
     return _make_dataset(root, split, shards, indices, classes, labels_text)
 
@@ -60,14 +64,14 @@ def _make_dataset(
     root: Path,
     split: str,
     shards: list[Path],
-    indices: list[ShardIndex],
+    indices: Iterable[ShardIndex],
     classes: tuple[str, ...],
     labels_text: tuple[str, ...],
 ) -> Dataset:
-    parts: list[tuple[Int, Int, Int, Int]] = []
-    for shard, index in zip(shards, indices, strict=True):
-        parts.append(_check_index(shard, index, len(classes)))
-    numbers, offsets, sizes, labels = (np.concatenate([part[i] for part in parts]) for i in range(4))
+    parts = [_check_index(shard, index, len(classes)) for shard, index in zip(shards, indices, strict=True)]
+    numbers, offsets, sizes, labels = (
+        np.concatenate([part.numbers[row] for part in parts]) for row in range(4)
+    )
     if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
         raise CorruptFileError(
             f"the indices of {printable(root)}/{split} do not number each sample once: write the shards again"
@@ -75,9 +79,7 @@ def _make_dataset(
     if not len(numbers):
         raise UserError(f"the shards of {printable(root)}/{split} hold no samples")
     order = np.argsort(numbers, kind="stable")
-    shard_of = np.repeat(np.arange(len(shards)), [len(index.numbers) for index in indices])
-    members = PackedNames.join([PackedNames.pack(index.members) for index in indices])
-    names = PackedNames.join([PackedNames.pack(index.names) for index in indices])
+    shard_of = np.repeat(np.arange(len(shards)), [part.numbers.shape[1] for part in parts])
     source = ShardSource(
         root=root,
         shards=tuple(shards),
@@ -85,12 +87,12 @@ def _make_dataset(
         shard_of=shard_of[order],
         offsets=offsets[order],
         sizes=sizes[order],
-        members=members.take(order),
+        members=PackedNames.join([part.members for part in parts]).take(order),
     )
     return Dataset(
         root=Path(root),
         split=split,
-        paths=names.take(order),
+        paths=PackedNames.join([part.names for part in parts]).take(order),
         labels=labels[order],
         classes=classes,
         labels_text=labels_text,
@@ -98,16 +100,26 @@ def _make_dataset(
     )
 
 
-def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> tuple[Int, Int, Int, Int]:
-    """The index's numbers as arrays, every entry inside the shard."""
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """One index, compact: (4, N) numbers, offsets, sizes and labels; original names; names in the tar."""
+
+    numbers: Int
+    names: PackedNames
+    members: PackedNames
+
+
+def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
+    """An index as arrays, every entry inside the shard."""
     columns = [index.numbers, index.offsets, index.sizes, index.labels]
-    try:
-        numbers, offsets, sizes, labels = (np.asarray(column, dtype=np.int64) for column in columns)
-    except OverflowError as error:
-        raise CorruptFileError(f"{printable(index_path(shard))} is damaged: {error}") from error
-    count = len(numbers)
+    count = len(index.numbers)
     fits = {len(c) for c in columns} == {count} and len(index.names) == len(index.members) == count
     if fits and count:
+        try:
+            numbers = np.array(columns, dtype=np.int64)
+        except OverflowError as error:
+            raise CorruptFileError(f"{printable(index_path(shard))} is damaged: {error}") from error
+        _, offsets, sizes, labels = numbers
         # compared without adding, which could overflow
         fits = bool(
             (offsets >= BLOCK).all()
@@ -122,4 +134,6 @@ def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> tuple[Int,
             f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "
             "write the shards again"
         )
-    return numbers, offsets, sizes, labels
+    if not count:
+        numbers = np.zeros((4, 0), dtype=np.int64)
+    return _Columns(numbers, PackedNames.pack(index.names), PackedNames.pack(index.members))
