@@ -29,6 +29,26 @@ def demo(folder: Path | None) -> None:
 
 
 @data.command()
+@click.argument("name")
+@click.argument("folder", metavar="[DIR]", type=PATH, required=False)
+@click.option(
+    "--mirror", metavar="URL", help="A folder that serves the same file; its content is verified too."
+)
+def download(name: str, folder: Path | None, mirror: str | None) -> None:
+    """Fetch a published dataset, verify it and unpack it, into data/NAME unless DIR says otherwise.
+
+    The folder appears whole or not at all; run again after a break, the download goes on. A name that is not
+    known is answered with those that are.
+
+    \b
+    alexnet data download tiny-imagenet
+    """
+    from data_pipeline.download import download as fetch_dataset
+
+    click.echo(fetch_dataset(name, folder, mirror=mirror))
+
+
+@data.command()
 @click.argument("source", metavar="DIR", type=PATH)
 @click.argument("out", type=PATH)
 @click.option(

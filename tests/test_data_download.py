@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from alexnet import main
 from data_pipeline.archives import unpack
 from data_pipeline.catalog import CATALOG, Archive
 from data_pipeline.download import download
@@ -339,6 +341,20 @@ def test_tiny_imagenet_from_a_mirror(
         get_it(tmp_path / "made")
     with pytest.raises(UserError, match=r"no dataset 'tinyimagenet': did you mean tiny-imagenet\? there are"):
         download("tinyimagenet", tmp_path / "x")
+
+
+def test_the_command_line_downloads(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer(server, monkeypatch, packed(make_tiny(tmp_path / "made"), "tiny-imagenet-200"), "tiny-imagenet")
+    mirror = f"http://127.0.0.1:{server.server_port}/mirror/"
+    target = tmp_path / "tiny"
+    asked = ["data", "download", "tiny-imagenet", str(target), "--mirror", mirror]
+    shown = CliRunner().invoke(main, asked)
+    assert (shown.exit_code, shown.stdout.strip()) == (0, str(target))
+    assert len(open_dataset(target, "val")) == 8
+    shown = CliRunner().invoke(main, ["data", "download", "tinyimagenet"])
+    assert shown.exit_code == 2 and "did you mean tiny-imagenet?" in shown.stderr
 
 
 def test_an_archive_of_another_dataset_leaves_nothing(
