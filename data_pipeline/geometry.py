@@ -1,4 +1,4 @@
-"""How each image is cut, resized and mirrored: one recipe for training and evaluation, for every backend.
+"""How each image is cut, resized, mirrored and coloured: one recipe for all phases and all backends.
 
 Legend: N samples. Sizes and positions are in pixels, (y, x) and (height, width), of the upright image.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.augment import Augment
+from data_pipeline.color import Colors, colors_at
 from data_pipeline.order import (
     LANE_ANCHOR_X,
     LANE_ANCHOR_Y,
@@ -31,12 +32,15 @@ MAX_ASPECT = 16
 class Geometry:
     """Cut `windows` from the upright image, resize to `sizes`, cut the crop at `anchors`, mirror if `flips`.
 
+    Several views of an image are several anchors and flips of one resized window; V is their number.
+
     Args:
         windows: (N, 4) int64, y, x, height, width in the upright source image.
         sizes: (N, 2) int64, height and width to which the window is resized, each at least `crop_px`.
-        anchors: (N, 2) int64, y and x of the crop in the resized window.
-        flips: (N) bool, mirror left and right at the end.
+        anchors: (N, 2) or (N, V, 2) int64, y and x of the crop in the resized window.
+        flips: (N) or (N, V) bool, mirror left and right at the end.
         crop_px: side of the square that comes out.
+        colors: (N, 3, 4), see `data_pipeline.color`; None leaves the colours as they are.
     """
 
     windows: Int
@@ -44,15 +48,26 @@ class Geometry:
     anchors: Int
     flips: npt.NDArray[np.bool_]
     crop_px: int
+    colors: Colors | None = None
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Empty for one view of each image, else (V,): the axes behind N in the shape of the images."""
+        return self.flips.shape[1:]
 
     def take(self, indices: Sequence[int] | Int) -> Geometry:
         """The recipe of some of the samples."""
         picked = np.asarray(indices, dtype=np.int64)
         return Geometry(
-            self.windows[picked], self.sizes[picked], self.anchors[picked], self.flips[picked], self.crop_px
+            self.windows[picked],
+            self.sizes[picked],
+            self.anchors[picked],
+            self.flips[picked],
+            self.crop_px,
+            None if self.colors is None else self.colors[picked],
         )
 
 
@@ -72,6 +87,26 @@ def eval_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -
     return Geometry(windows, sizes, anchors, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
 
 
+def ten_crop_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> Geometry:
+    """The paper's ten views: four corners and centre of the centre `resize_px` square, and their mirrors.
+
+    Args: as `eval_geometry`.
+    Returns:
+        The recipe with V = 10: top left, top right, bottom left, bottom right, centre; then the same of the
+        mirrored image. To the pixel those of torchvision.
+    Source: Krizhevsky et al. 2012, section 4.1; torchvision, `Resize`, `CenterCrop`, `TenCrop`.
+    """
+    windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
+    spare = preprocessing.resize_px - preprocessing.crop_px
+    middle = round(spare / 2)
+    corners = np.array([[0, 0], [0, spare], [spare, 0], [spare, spare], [middle, middle]], dtype=np.int64)
+    # a view of the mirrored image is the mirror of the window opposite
+    views = np.concatenate([corners, corners * (1, -1) + (0, spare)])
+    square = np.rint((sizes - preprocessing.resize_px) / 2.0).astype(np.int64)
+    flips = np.tile(np.arange(10) >= 5, (len(sizes), 1))
+    return Geometry(windows, sizes, square[:, None] + views, flips, preprocessing.crop_px)
+
+
 def train_geometry(
     heights_widths: npt.ArrayLike,
     epoch: int,
@@ -88,7 +123,7 @@ def train_geometry(
         positions: (N) places in the epoch's order.
         seed: the run's seed.
         preprocessing: the contract.
-        augment: which cut, and how far it may go.
+        augment: which cut and colours, and how far they may go.
     Returns:
         The recipe.
     Source: torchvision, `RandomResizedCrop.get_params`: area, log-uniform ratio, ten tries, then the centre.
@@ -97,17 +132,18 @@ def train_geometry(
     positions_N = np.asarray(positions, dtype=np.int64)
     crop_px = preprocessing.crop_px
     flips = uniform_at(seed, epoch, positions_N, LANE_FLIP) < augment.flip
+    colors = colors_at(seed, epoch, positions_N, augment)
     if augment.crop == "random_resized":
         windows = _random_windows(sizes_N2, epoch, positions_N, seed, augment)
         sizes = np.full((len(windows), 2), crop_px, dtype=np.int64)
-        return Geometry(windows, sizes, np.zeros_like(sizes), flips, crop_px)
+        return Geometry(windows, sizes, np.zeros_like(sizes), flips, crop_px, colors)
     if augment.crop == "center":
         centre = eval_geometry(sizes_N2, preprocessing)
-        return Geometry(centre.windows, centre.sizes, centre.anchors, flips, crop_px)
+        return Geometry(centre.windows, centre.sizes, centre.anchors, flips, crop_px, colors)
     windows, sizes = _short_side(sizes_N2, preprocessing.resize_px)
     lanes = np.array([LANE_ANCHOR_Y, LANE_ANCHOR_X])
     draws = uniform_at(seed, epoch, positions_N[:, None], lanes)
-    return Geometry(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px)
+    return Geometry(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
 
 
 def _as_sizes(heights_widths: npt.ArrayLike) -> Int:

@@ -18,8 +18,9 @@ import numpy as np
 from data_pipeline.augment import Augment
 from data_pipeline.errors import UserError
 from data_pipeline.faults import FaultLog
-from data_pipeline.geometry import Geometry, eval_geometry, train_geometry
+from data_pipeline.geometry import Geometry, eval_geometry, ten_crop_geometry, train_geometry
 from data_pipeline.index import Dataset, read_file
+from data_pipeline.mix import PAIR, MixPlan, mix_plan_at
 from data_pipeline.order import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
 from data_pipeline.pillow_backend import PillowBackend
 from data_pipeline.prefetch import Batch as Batch
@@ -92,33 +93,43 @@ def train_batches(
         dataset: the training split.
         backend: decodes; its `max_batch` bounds the micro-batch.
         preprocessing: the contract.
-        augment: the random cut.
+        augment: the random cut and colours, and how samples are mixed.
         seed: the run's seed.
         global_batch: samples of one step over all ranks.
         rank: which rank, 0..world_size - 1.
         world_size: number of ranks.
         micro_batch: most samples in one batch that is yielded; None for the rank's whole share of the step.
+            Where samples are mixed, an odd number counts as the even one below it.
         start_step: first global step, 0-based, counted through all epochs.
         num_steps: how many steps; None for no end.
         read_threads: files read at once.
         prefetch: batches held ready, >= 1.
         faults: where bad files are named and counted.
     Yields:
-        Batches; `step` says which step, `last` whether it ends there.
+        Batches; `step` says which step, `last` whether it ends there, `mix` how its samples are mixed.
     Raises:
-        UserError: a global batch larger than the training set, or smaller than the number of ranks.
+        UserError: a global batch larger than the training set, or smaller than the number of ranks; with
+            mixing, fewer pairs than ranks, or a micro-batch of one.
     """
+    unit = PAIR if augment.mixes else 1
     steps_per_epoch(len(dataset), global_batch)
     if global_batch < world_size:
         raise UserError(f"global_batch {global_batch} is smaller than the number of ranks, {world_size}")
-    share = -(-global_batch // world_size)
-    chunk = _checked_chunk(micro_batch or share, backend, needed=share)
+    if -(-global_batch // unit) < world_size:
+        raise UserError(
+            f"mixup and cutmix mix pairs: global_batch {global_batch} has fewer pairs than there are ranks, "
+            f"{world_size}; set it to {unit * world_size} or more"
+        )
+    share = unit * -(-global_batch // (unit * world_size))
+    chunk = _checked_chunk(micro_batch or share, backend, needed=share) // unit * unit
+    if chunk == 0:
+        raise UserError("mixup and cutmix mix pairs: micro_batch must be at least 2, not 1")
     end_step = None if num_steps is None else start_step + num_steps
 
     def requests() -> Iterator[Request]:
         step = start_step
         while end_step is None or step < end_step:
-            epoch, positions = positions_at(step, len(dataset), global_batch, rank, world_size)
+            epoch, positions = positions_at(step, len(dataset), global_batch, rank, world_size, unit)
             indices = permutation_at(seed, epoch, len(dataset))[positions]
             for first in range(0, len(indices), chunk):
                 places = positions[first : first + chunk]
@@ -128,7 +139,8 @@ def train_batches(
                     return train_geometry(sizes, epoch, places, seed, preprocessing, augment)
 
                 last = first + chunk >= len(indices)
-                yield _dataset_request(dataset, chosen, places, step, last, cut)
+                mix = mix_plan_at(seed, epoch, places, augment, preprocessing.crop_px)
+                yield _dataset_request(dataset, chosen, places, step, last, cut, mix)
             step += 1
 
     return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
@@ -142,18 +154,20 @@ def eval_batches(
     micro_batch: int,
     rank: int = 0,
     world_size: int = 1,
+    ten_crop: bool = False,
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
 ) -> Generator[Batch, None, None]:
     """One rank's share of a split, every sample exactly once over all ranks; the last batch may be smaller.
 
-    Args: as `train_batches`.
+    Args: as `train_batches`, and
+        ten_crop: the paper's ten views of each image, (N, 10, crop, crop, 3), for averaging softmax outputs.
     Yields:
         Batches; none for a rank whose share is empty.
     """
     share = rank_slice(len(dataset), rank, world_size)
-    cut = partial(eval_geometry, preprocessing=preprocessing)
+    cut = partial(ten_crop_geometry if ten_crop else eval_geometry, preprocessing=preprocessing)
     chunk = _checked_chunk(micro_batch, backend, needed=share.stop - share.start)
 
     def requests() -> Iterator[Request]:
@@ -205,10 +219,16 @@ def _checked_chunk(micro_batch: int, backend: ImageBackend, needed: int) -> int:
 
 
 def _dataset_request(
-    dataset: Dataset, indices: Int, positions: Int, step: int, last: bool, cut: Callable[[Int], Geometry]
+    dataset: Dataset,
+    indices: Int,
+    positions: Int,
+    step: int,
+    last: bool,
+    cut: Callable[[Int], Geometry],
+    mix: MixPlan | None = None,
 ) -> Request:
     def read(place: int, max_bytes: int) -> bytes:
         return dataset.read(int(indices[place]), max_bytes)
 
     paths = tuple(dataset.path_at(int(i)) for i in indices)
-    return Request(paths, read, dataset.labels[indices], indices, positions, step, last, cut)
+    return Request(paths, read, dataset.labels[indices], indices, positions, step, last, cut, mix)

@@ -25,6 +25,9 @@ LANE_FLIP = 1
 LANE_ANCHOR_Y = 2
 LANE_ANCHOR_X = 3
 LANE_CROP_TRIES = 16  # 16 + 4 * try + (0 area, 1 ratio, 2 y, 3 x), so 16..55
+LANE_JITTER = 64  # 64 + (0 brightness, 1 contrast, 2 saturation, 3 hue)
+LANE_PCA = 72  # 72 + 2 * component + (0 radius, 1 angle), so 72..77
+LANE_MIX = 96  # 96 + (0 whether, 1 which, 2 weight, 3 box y, 4 box x)
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -87,15 +90,25 @@ def permutation_at(seed: int, epoch: int, num_samples: int) -> Int:
     return order
 
 
-def rank_slice(count: int, rank: int, world_size: int) -> slice:
+def rank_slice(count: int, rank: int, world_size: int, unit: int = 1) -> slice:
     """The contiguous share of one rank; the shares of all ranks, in order, are the whole, also when uneven.
+
+    Args:
+        count: how many to share.
+        rank: which rank, 0..world_size - 1.
+        world_size: number of ranks.
+        unit: so many neighbours, counted from 0, are never parted: 2 where samples are mixed in pairs.
 
     >>> [rank_slice(10, rank, 3) for rank in range(3)]
     [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
+    >>> [rank_slice(9, rank, 2, unit=2) for rank in range(2)]
+    [slice(0, 4, None), slice(4, 9, None)]
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
-    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+    units = -(-count // unit)
+    start, stop = rank * units // world_size * unit, (rank + 1) * units // world_size * unit
+    return slice(min(start, count), min(stop, count))
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
@@ -115,7 +128,7 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
 
 
 def positions_at(
-    step: int, num_samples: int, global_batch: int, rank: int, world_size: int
+    step: int, num_samples: int, global_batch: int, rank: int, world_size: int, unit: int = 1
 ) -> tuple[int, Int]:
     """The epoch of a step, and the positions in that epoch's order that one rank takes.
 
@@ -125,10 +138,11 @@ def positions_at(
         global_batch: samples of one step over all ranks.
         rank: which rank, 0..world_size - 1.
         world_size: number of ranks.
+        unit: see `rank_slice`.
     Returns:
         epoch, and (rank_batch) int64 positions in 0..num_samples - 1.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch))
-    share = rank_slice(global_batch, rank, world_size)
+    share = rank_slice(global_batch, rank, world_size, unit)
     first = step_in_epoch * global_batch
     return epoch, np.arange(first + share.start, first + share.stop, dtype=np.int64)

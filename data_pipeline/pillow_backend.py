@@ -46,7 +46,8 @@ class Decoded:
     """What a backend made of a batch.
 
     Args:
-        images: (N, crop, crop, 3) uint8 RGB, any object with `__dlpack__`; zeros where a file failed.
+        images: (N, crop, crop, 3) uint8 RGB, or (N, V, crop, crop, 3) for V views of each image; any object
+            with `__dlpack__`; zeros where a file failed.
         failures: the reason for each sample that failed, by its place in the batch.
         by_pillow: how many of the batch were decoded by Pillow on behalf of another backend.
     """
@@ -80,19 +81,18 @@ class PillowBackend:
         Returns:
             A NumPy array that the caller owns, and the failures.
         """
-        crop = geometry.crop_px
-        images_NHWC = np.zeros((len(encoded), crop, crop, 3), dtype=np.uint8)
+        images = blank_images(geometry)
 
         def work(i: int) -> str | None:
             try:
                 if (data := encoded[i]) is not None:
-                    images_NHWC[i] = decode_one(data, geometry, i)
+                    images[i] = decode_one(data, geometry, i)
             except ImageError as error:
                 return str(error)
             return None
 
         reasons = self._pool.map(work, range(len(encoded)))
-        return Decoded(images_NHWC, {i: reason for i, reason in enumerate(reasons) if reason is not None})
+        return Decoded(images, {i: reason for i, reason in enumerate(reasons) if reason is not None})
 
     def close(self) -> None:
         """Stop the threads."""
@@ -145,7 +145,7 @@ def decode_one(encoded: bytes, geometry: Geometry, index: int) -> npt.NDArray[np
         geometry: recipes.
         index: which of them.
     Returns:
-        (crop, crop, 3) uint8.
+        (crop, crop, 3) uint8, or (V, crop, crop, 3).
     Raises:
         ImageError: as `decode_rgb`, or pixels that are not as the header said.
     """
@@ -160,12 +160,37 @@ def decode_one(encoded: bytes, geometry: Geometry, index: int) -> npt.NDArray[np
             image = image.crop((x, y, x + w, y + h))
         else:  # `crop` applies Pillow's own pixel limit, which is a global of the process
             image = Image.fromarray(np.asarray(image)[y : y + h, x : x + w])
-    height, width = (int(value) for value in geometry.sizes[index])
-    top, left = (int(value) for value in geometry.anchors[index])
     # cut first, then resize: pixels outside the window must not bleed in, as `resize(box=...)` would let them
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-    pixels = pixels[top : top + geometry.crop_px, left : left + geometry.crop_px]
-    return pixels[:, ::-1] if geometry.flips[index] else pixels
+    return finish(image, geometry, index)
+
+
+def finish(window: Image.Image, geometry: Geometry, index: int) -> npt.NDArray[np.uint8]:
+    """What a recipe does with its window, once that is decoded and cut: resize, colour, crop, mirror.
+
+    Args:
+        window: RGB.
+        geometry: recipes.
+        index: which of them.
+    Returns:
+        (crop, crop, 3) uint8, or (V, crop, crop, 3).
+    """
+    height, width = (int(value) for value in geometry.sizes[index])
+    resized = window.resize((width, height), Image.Resampling.BILINEAR)
+    if geometry.colors is not None:
+        resized = resized.convert("RGB", tuple(geometry.colors[index].ravel().tolist()))
+    pixels, side = np.asarray(resized), geometry.crop_px
+    views = []
+    anchors, flips = geometry.anchors[index].reshape(-1, 2), geometry.flips[index].reshape(-1)
+    for (top, left), flip in zip(anchors.tolist(), flips.tolist(), strict=True):
+        view = pixels[top : top + side, left : left + side]
+        views.append(view[:, ::-1] if flip else view)
+    return np.stack(views) if geometry.views else views[0]
+
+
+def blank_images(geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """Zeros of the shape of a batch's images."""
+    side = geometry.crop_px
+    return np.zeros((len(geometry), *geometry.views, side, side, 3), dtype=np.uint8)
 
 
 def _readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:

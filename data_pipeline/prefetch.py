@@ -1,6 +1,7 @@
 """The loader's engine: requests in, batches out; files read ahead, decoding in the background.
 
-Knows nothing of training or prediction. One thread decodes, a pool reads; both end with the iterator.
+Knows nothing of training or prediction. A pool reads, another decodes two batches at a time, so that one
+resizes while the next is decoded; all threads end with the iterator.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import numpy.typing as npt
 
 from data_pipeline.faults import Failure, FaultLog, ImageError, printable
 from data_pipeline.geometry import Geometry
+from data_pipeline.mix import MixPlan
 from data_pipeline.order import Int
 from data_pipeline.pillow_backend import Decoded, read_header
 
 # No file need be larger than the largest image that we accept, uncompressed, in four channels of 16 bits.
 MAX_BYTES_PER_PIXEL = 8
 _POLL_S = 0.1
+_DECODING = 2
 
 
 class ImageBackend(Protocol):
@@ -47,7 +50,8 @@ class Batch:
     """Decoded samples, in order. A sample that failed keeps its place: zeros, and `valid` False.
 
     Args:
-        images: (N, crop, crop, 3) uint8 RGB, any object with `__dlpack__`, on the backend's device.
+        images: (N, crop, crop, 3) uint8 RGB, or (N, 10, crop, crop, 3) for ten crops; any object with
+            `__dlpack__`, on the backend's device.
         labels: (N) int64; -1 in prediction.
         valid: (N) bool, which samples were decoded.
         indices: (N) int64, which sample of the dataset (prediction: which of the paths).
@@ -56,6 +60,7 @@ class Batch:
         failures: one for each sample that is not valid, in order.
         step: global step in training; else the number of the batch.
         last: whether this is the last micro-batch of its step.
+        mix: how the images and labels are to be mixed, with failed samples left out; None for not at all.
     """
 
     images: Any
@@ -67,6 +72,7 @@ class Batch:
     failures: tuple[Failure, ...]
     step: int
     last: bool
+    mix: MixPlan | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,6 +96,7 @@ class Request:
     step: int
     last: bool
     geometry: Callable[[Int], Geometry]
+    mix: MixPlan | None = None
 
 
 def run_ahead(
@@ -107,7 +114,7 @@ def run_ahead(
         backend: decodes.
         max_pixels: cap on an image's pixels, by its header.
         read_threads: files read at once, >= 1.
-        prefetch: decoded batches held ready, >= 1. As many again are being read.
+        prefetch: decoded batches held ready, >= 1. Two more are being decoded, and as many again read.
         faults: names bad files once; None for a log of this iterator's own.
     Yields:
         One batch for each request. An error of the background thread is raised here.
@@ -117,6 +124,7 @@ def run_ahead(
         raise ValueError(f"read_threads and prefetch must be at least 1, not {read_threads} and {prefetch}")
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
     stop = threading.Event()
+    faults = FaultLog() if faults is None else faults
 
     def put(item: Batch | BaseException | None) -> None:
         while not stop.is_set():
@@ -126,19 +134,26 @@ def run_ahead(
 
     def produce() -> None:
         pool = ThreadPoolExecutor(read_threads, thread_name_prefix="read")
+        decoders = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
+        decoding: deque[Future[Batch]] = deque()
         try:
-            for request, fetched in _read_ahead(requests, pool, max_pixels, depth=prefetch + 1):
+            for request, fetched in _read_ahead(requests, pool, max_pixels, prefetch, faults):
                 if stop.is_set():
                     return
-                put(_decode(request, fetched, backend))
+                decoding.append(decoders.submit(_decode, request, fetched, backend))
+                if len(decoding) >= _DECODING:
+                    put(decoding.popleft().result())
+            while decoding and not stop.is_set():
+                put(decoding.popleft().result())
             put(None)
         except BaseException as error:  # raised again where the consumer waits
             put(error)
         finally:
             pool.shutdown(cancel_futures=True)
+            decoders.shutdown(cancel_futures=True)
 
     thread = threading.Thread(target=produce, name="decode", daemon=True)
-    return _consume(ready, stop, thread, FaultLog() if faults is None else faults)
+    return _consume(ready, stop, thread, faults)
 
 
 def _consume(
@@ -152,8 +167,9 @@ def _consume(
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            for failure in item.failures:
+            for failure, place in zip(item.failures, np.flatnonzero(~item.valid), strict=True):
                 faults.add(failure)
+                faults.set_aside(item.paths[place], failure.reason)
             yield item
     finally:
         stop.set()
@@ -169,21 +185,23 @@ class _Fetched:
     reason: str = ""
 
 
-def _fetch(read: Callable[[int, int], bytes], place: int, max_pixels: int) -> _Fetched:
+def _fetch(request: Request, place: int, max_pixels: int, faults: FaultLog) -> _Fetched:
+    if (reason := faults.reason_for(request.paths[place])) is not None:
+        return _Fetched(None, reason=reason)
     try:
-        data = read(place, MAX_BYTES_PER_PIXEL * max_pixels)
+        data = request.read(place, MAX_BYTES_PER_PIXEL * max_pixels)
         return _Fetched(data, read_header(data, max_pixels))
     except ImageError as error:
         return _Fetched(None, reason=str(error))
 
 
 def _read_ahead(
-    requests: Iterator[Request], pool: ThreadPoolExecutor, max_pixels: int, depth: int
+    requests: Iterator[Request], pool: ThreadPoolExecutor, max_pixels: int, depth: int, faults: FaultLog
 ) -> Iterator[tuple[Request, list[_Fetched]]]:
     pending: deque[tuple[Request, list[Future[_Fetched]]]] = deque()
     for request in requests:
         places = range(len(request.paths))
-        pending.append((request, [pool.submit(_fetch, request.read, i, max_pixels) for i in places]))
+        pending.append((request, [pool.submit(_fetch, request, i, max_pixels, faults) for i in places]))
         if len(pending) >= depth:
             first, futures = pending.popleft()
             yield first, [future.result() for future in futures]
@@ -208,4 +226,5 @@ def _decode(request: Request, fetched: Sequence[_Fetched], backend: ImageBackend
         failures=tuple(Failure(printable(request.paths[i]), reasons[i]) for i in sorted(reasons)),
         step=request.step,
         last=request.last,
+        mix=None if request.mix is None else request.mix.where(valid),
     )

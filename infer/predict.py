@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -85,6 +86,9 @@ class _RowsTellThem(FaultLog):
     """Says and keeps nothing: in prediction every bad file has its own row."""
 
     def add(self, failure: Failure) -> None:
+        pass
+
+    def set_aside(self, path: os.PathLike[str], reason: str) -> None:
         pass
 
 

@@ -1,0 +1,167 @@
+"""`alexnet bench data`: how fast images become batches, ours against torchvision's and DALI's own loaders.
+
+Everything is measured in one run and in turns, so that what else the machine does hits all alike; the figures
+are medians, and the ratios medians of the ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from data_pipeline.bench_images import make_bench_folder, write_bench_images
+from data_pipeline.errors import UserError
+from train.bench_subjects import BATCH
+
+
+class Rate(msgspec.Struct, frozen=True, kw_only=True):
+    """What one subject did on so many cores.
+
+    Args:
+        images_per_s: the median of its rounds.
+        rounds: images per second in each.
+    """
+
+    name: str
+    cores: int
+    images_per_s: float
+    rounds: list[float]
+
+
+class DataReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `bench_data` measured.
+
+    Args:
+        machine: processor, cores that may be used.
+        num_images: how many there are.
+        kilobytes: their mean size.
+        images_per_round: how many each figure is measured over.
+        rates: a row for each subject and number of cores.
+        ratios: by name; None where this machine cannot measure it, and `notes` says why.
+        notes: what a reader must know.
+    """
+
+    machine: str
+    num_images: int
+    kilobytes: float
+    images_per_round: int
+    rates: list[Rate]
+    ratios: dict[str, float | None]
+    notes: list[str]
+
+
+Ask = Callable[[int, float], float]
+Key = tuple[str, int]
+
+
+def bench_data(
+    folder: Path | None = None,
+    *,
+    num_images: int = 2000,
+    rounds: int = 5,
+    batches_per_round: int = 15,
+    tell: Callable[[str], None] = lambda text: None,
+) -> DataReport:
+    """Measure the loaders in turns.
+
+    Args:
+        folder: where the images are or are to be written; None for a folder kept among the temporary files.
+        num_images: how many to write.
+        rounds: turns.
+        batches_per_round: batches of 64 in each.
+        tell: called with a line on what is being done.
+    Returns:
+        The report.
+    Raises:
+        UserError: the folder holds something else, or fewer images than a batch.
+    """
+    if num_images < 2 * BATCH:
+        raise UserError(f"num_images must be at least {2 * BATCH}, not {num_images}")
+    folder = make_bench_folder() / str(num_images) if folder is None else folder
+    tell(f"{num_images} images in {folder}")
+    write_bench_images(folder, num_images)
+    cores = min(2, len(os.sched_getaffinity(0)))
+    subjects: list[Key] = [(name, cores) for name in ("dali", "torchvision", "dali_reader", "pillow")]
+    subjects += [] if cores == 1 else [("dali", 1), ("torchvision", 1)]
+    measured: dict[Key, list[float]] = {}
+    with ExitStack() as stack:
+        ask = {key: stack.enter_context(_subject(folder, *key)) for key in subjects}
+        for number in range(rounds):
+            tell(f"round {number + 1} of {rounds}")
+            for key in subjects:
+                measured.setdefault(key, []).append(ask[key](batches_per_round, 0))
+            step_s = BATCH / measured["dali", cores][-1]  # as long as a batch's decoding took just now
+            measured.setdefault(("overlap", cores), []).append(ask["dali", cores](batches_per_round, step_s))
+    ratios, notes = _ratios(measured, cores)
+    sizes = [path.stat().st_size for path in folder.rglob("*.jpg")]
+    return DataReport(
+        machine=f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        num_images=len(sizes),
+        kilobytes=round(statistics.mean(sizes) / 1000, 1),
+        images_per_round=BATCH * batches_per_round,
+        rates=[
+            Rate(name=name, cores=n, images_per_s=round(statistics.median(values), 1),
+                 rounds=[round(value, 1) for value in values])
+            for (name, n), values in measured.items()
+        ],
+        ratios=ratios,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _ratios(measured: dict[Key, list[float]], cores: int) -> tuple[dict[str, float | None], list[str]]:
+    pairs: dict[str, tuple[Key, Key]] = {
+        "dali_vs_torchvision_2_cores": (("dali", 2), ("torchvision", 2)),
+        "dali_vs_torchvision_1_core": (("dali", 1), ("torchvision", 1)),
+        "own_order_vs_dali_reader": (("dali", cores), ("dali_reader", cores)),
+        "shards_vs_files": (("shards", cores), ("dali", cores)),
+        "overlap": (("overlap", cores), ("dali", cores)),
+    }
+    ratios: dict[str, float | None] = {}
+    notes = ["overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding takes"]
+    for name, (ours, theirs) in pairs.items():
+        if ours in measured and theirs in measured:
+            each = [a / b for a, b in zip(measured[ours], measured[theirs], strict=True)]
+            ratios[name] = round(statistics.median(each), 3)
+        else:
+            ratios[name] = None
+            notes.append(f"{name}: not measured here")
+    return ratios, notes
+
+
+@contextmanager
+def _subject(folder: Path, name: str, cores: int) -> Iterator[Ask]:
+    """A process that measures one subject whenever it is asked, and does nothing in between."""
+    command = [sys.executable, "-m", "train.bench_subjects", name, str(folder), str(cores)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        answers = process.stdout
+
+        def answer() -> object:
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(
+                    f"the measurement of {name} on {cores} core(s) ended early: its message is above"
+                )
+            return json.loads(line)
+
+        def ask(num_batches: int, step_s: float) -> float:
+            print(num_batches, step_s, file=process.stdin, flush=True)
+            value = answer()
+            assert isinstance(value, float)
+            return value
+
+        answer()  # it is ready
+        try:
+            yield ask
+        finally:
+            process.stdin.close()

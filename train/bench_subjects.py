@@ -1,0 +1,141 @@
+"""What `train.bench_data` measures: each subject turns the benchmark's images into training batches, once.
+
+A subject runs in a process of its own, pinned to its cores, and does one round each time it is told to, so
+that the subjects can take turns. The command line of this file is for that process only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.augment import Augment
+from data_pipeline.index import load_image_folder
+from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.preprocessing import Preprocessing
+
+BATCH = 64
+CROP_PX = 224
+Round = Callable[[int], Iterator[int]]
+"""Makes so many batches and yields the number of images in each."""
+
+
+def ours(backend_name: Literal["dali", "pillow"], folder: Path, num_cores: int) -> Round:
+    """This project's loader."""
+    preprocessing = Preprocessing(crop_px=CROP_PX)
+    dataset = load_image_folder(folder, "train")
+    backend = make_backend(
+        backend_name, device="cpu", preprocessing=preprocessing, max_batch=BATCH, num_threads=num_cores
+    )
+    done = 0
+
+    def batches(count: int) -> Iterator[int]:
+        nonlocal done
+        stream = train_batches(
+            dataset,
+            backend,
+            preprocessing,
+            Augment(),
+            seed=0,
+            global_batch=BATCH,
+            start_step=done,
+            num_steps=count,
+        )
+        done += count
+        with closing(stream):
+            for batch in stream:
+                assert batch.valid.all()
+                yield len(batch)
+
+    return batches
+
+
+def torchvision_loader(folder: Path, num_cores: int) -> Round:
+    """torch's DataLoader with torchvision's v2 transforms, a worker for each core, uint8 out."""
+    import torch
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    steps = [v2.RandomResizedCrop(CROP_PX, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    images = ImageFolder(str(folder / "train"), transform=v2.Compose(steps))
+    torch.set_num_threads(1)
+    loader: Any = torch.utils.data.DataLoader(
+        images, BATCH, shuffle=True, num_workers=num_cores, drop_last=True, persistent_workers=True
+    )
+
+    def batches(count: int) -> Iterator[int]:
+        while count:
+            for pixels, _labels in loader:
+                yield len(pixels)
+                count -= 1
+                if not count:
+                    return
+
+    return batches
+
+
+def dali_reader(folder: Path, num_cores: int) -> Round:
+    """DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+    import numpy as np
+    import nvidia.dali
+
+    dali: Any = nvidia.dali
+    fn, types = dali.fn, dali.types
+    pipeline = dali.Pipeline(batch_size=BATCH, num_threads=num_cores, device_id=None, seed=1)
+    with pipeline:
+        encoded, labels = fn.readers.file(file_root=str(folder / "train"), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB)
+        images = fn.resize(images, size=[CROP_PX, CROP_PX], interp_type=types.INTERP_LINEAR, antialias=True)
+        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()), labels)
+    pipeline.build()
+
+    def batches(count: int) -> Iterator[int]:
+        for _ in range(count):
+            images, _labels = pipeline.run()
+            yield len(
+                np.array(images.as_array())
+            )  # a batch that outlives the next run, as every loader gives
+
+    return batches
+
+
+def make_subject(name: str, folder: Path, num_cores: int) -> Round:
+    """A subject by its name in the report."""
+    if name in ("dali", "overlap", "shards"):
+        return ours("dali", folder, num_cores)
+    if name == "pillow":
+        return ours("pillow", folder, num_cores)
+    return {"torchvision": torchvision_loader, "dali_reader": dali_reader}[name](folder, num_cores)
+
+
+def measure(round_: Round, num_batches: int, step_s: float) -> float:
+    """Images per second over a round; after each batch a device is busy for `step_s`."""
+    started, images = time.perf_counter(), 0
+    for count in round_(num_batches):
+        images += count
+        if step_s:
+            time.sleep(step_s)
+    return images / (time.perf_counter() - started)
+
+
+def serve(name: str, folder: Path, num_cores: int) -> None:
+    """Answer each line `batches step_s` on stdin with a line of images per second on stdout."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    round_ = make_subject(name, folder, num_cores)
+    measure(round_, 2, 0)
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        num_batches, step_s = line.split()
+        print(json.dumps(measure(round_, int(num_batches), float(step_s))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
