@@ -122,8 +122,11 @@ def train(nproc: str, print_config: bool, debug: bool, **options: Any) -> None:
 @click.option("--data", type=PATH, help="Folder with the split. Default: what it was trained on.")
 @click.option("--split", default="val", show_default=True, help="Which folder of the data.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--ten-crop", is_flag=True, help="Average the softmax of the paper's ten views of each image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(model: Path | None, data: Path | None, split: str, device: Any, as_json: bool) -> None:
+def evaluate(
+    model: Path | None, data: Path | None, split: str, device: Any, ten_crop: bool, as_json: bool
+) -> None:
     """Loss, top-1 and top-5 of a checkpoint or of an exported model.
 
     Default: the best checkpoint of the newest run.
@@ -139,7 +142,9 @@ def evaluate(model: Path | None, data: Path | None, split: str, device: Any, as_
     if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
         from infer.commands import evaluate_exported
 
-        metrics = msgspec.structs.asdict(evaluate_exported(model, data, split=split, device=device))
+        metrics = msgspec.structs.asdict(
+            evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
+        )
     else:
         from train.checkpoint import find_checkpoint, load_checkpoint
         from train.evaluate import evaluate_checkpoint, load_split
@@ -148,7 +153,9 @@ def evaluate(model: Path | None, data: Path | None, split: str, device: Any, as_
         click.echo(f"checkpoint: {folder}", err=True)
         checkpoint = load_checkpoint(folder)
         metrics = dataclasses.asdict(
-            evaluate_checkpoint(checkpoint, load_split(checkpoint, data, split), device=device)
+            evaluate_checkpoint(
+                checkpoint, load_split(checkpoint, data, split), device=device, ten_crop=ten_crop
+            )
         )
     if as_json:
         click.echo(msgspec.json.encode(metrics))

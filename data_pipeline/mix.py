@@ -145,7 +145,8 @@ def beta_quantile(draws: Float, alpha: float) -> Float:
         draws: uniform in [0, 1).
         alpha: > 0.
     Returns:
-        As many numbers in 0..1; the distribution is met to 1e-4 for alpha from 0.05 to 100.
+        As many numbers in 0..1; below 0.5 the table is coarse: at alpha 0.2 the distribution is met to
+        3e-4, at 0.05 to 0.08.
 
     >>> beta_quantile(np.array([0.25, 0.5]), 1.0).round(6).tolist()
     [0.25, 0.5]

@@ -71,7 +71,9 @@ def predict_images(
     return summary
 
 
-def evaluate_exported(path: Path, data: Path | None, *, split: str, device: DeviceName) -> Evaluation:
+def evaluate_exported(
+    path: Path, data: Path | None, *, split: str, device: DeviceName, ten_crop: bool = False
+) -> Evaluation:
     """Loss, top-1 and top-5 of a bundle.
 
     Args:
@@ -79,6 +81,7 @@ def evaluate_exported(path: Path, data: Path | None, *, split: str, device: Devi
         data: folder with the split; None for the data of the run that the bundle lies in.
         split: which folder of the data.
         device: see `infer.backends.choose_backend`.
+        ten_crop: see `evaluate_bundle`.
     Raises:
         UserError: no data, or other classes than the bundle's.
     """
@@ -88,7 +91,7 @@ def evaluate_exported(path: Path, data: Path | None, *, split: str, device: Devi
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):
         log.info(f"runs on: {choice.sentence}")
-        return evaluate_bundle(bundle, choice.backend, dataset)
+        return evaluate_bundle(bundle, choice.backend, dataset, ten_crop=ten_crop)
 
 
 def describe_export(bundle: Bundle) -> list[str]:

@@ -56,6 +56,7 @@ def evaluate_bundle(
     *,
     batch_size: int = DEFAULT_BATCH,
     decoder: DecoderName = "auto",
+    ten_crop: bool = False,
 ) -> Evaluation:
     """Run a bundle over a split, every image once.
 
@@ -65,6 +66,7 @@ def evaluate_bundle(
         dataset: a split with the bundle's classes.
         batch_size: images a batch; lowered, with a warning, to what the bundle takes.
         decoder: who decodes.
+        ten_crop: judge each image by the mean probabilities of the paper's ten views.
     Raises:
         UserError: other classes than the bundle's, or not one image that could be read.
     """
@@ -80,9 +82,11 @@ def evaluate_bundle(
         open_decoder(manifest.preprocessing, size, decoder) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
-        for batch in eval_batches(dataset, source, manifest.preprocessing, micro_batch=size):
+        for batch in eval_batches(
+            dataset, source, manifest.preprocessing, micro_batch=size, ten_crop=ten_crop
+        ):
             if batch.valid.any():
-                counts.add(backend.run(valid_images(batch)), batch.labels[batch.valid])
+                counts.add(_run(backend, valid_images(batch), size), batch.labels[batch.valid])
             num_failed += len(batch.failures)
             progress.advance(len(batch))
     assert counts.samples + num_failed == len(dataset), (counts.samples, num_failed, len(dataset))
@@ -95,3 +99,13 @@ def evaluate_bundle(
         num_samples=counts.samples,
         num_failed=num_failed,
     )
+
+
+def _run(backend: InferenceBackend, images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
+    """(n, classes) from (n, crop, crop, 3), or from (n, views, crop, crop, 3) as the mean over the views."""
+    if images.ndim == 4:
+        return backend.run(images)
+    flat = images.reshape(-1, *images.shape[2:])
+    parts = [backend.run(flat[i : i + size]) for i in range(0, len(flat), size)]
+    mean: NDArray[np.float32] = np.concatenate(parts).reshape(*images.shape[:2], -1).mean(axis=1)
+    return mean

@@ -48,7 +48,7 @@ def open_decoder(
 
 
 def valid_images(batch: Batch) -> NDArray[np.uint8]:
-    """The images of a batch that could be decoded, (n, crop, crop, 3) in host memory, in order."""
+    """The images of a batch that could be decoded, in order: (n, [V,] crop, crop, 3) in host memory."""
     images_NHWC = np.from_dlpack(batch.images)
     assert images_NHWC.dtype == np.uint8
     return np.ascontiguousarray(images_NHWC if batch.valid.all() else images_NHWC[batch.valid], np.uint8)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pytest
 from PIL import Image
 
 
@@ -118,3 +120,12 @@ def write_folder(root: Path, counts: dict[str, int], side: int = 40, suffix: str
             number += 1
             image = photo(side, side + 8 * (index % 3), seed=number)
             (root / name / f"{index:03d}{suffix}").write_bytes(encode(image, "JPEG", quality=90))
+
+
+def as_numpy(images: object) -> npt.NDArray[np.int64]:
+    """A batch on the host, wherever it was made."""
+    if isinstance(images, np.ndarray):
+        return images.astype(np.int64)
+    torch = pytest.importorskip("torch")
+    pixels: npt.NDArray[np.uint8] = torch.from_dlpack(images).cpu().numpy()
+    return pixels.astype(np.int64)

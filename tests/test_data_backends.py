@@ -18,7 +18,7 @@ from data_pipeline.geometry import Geometry, eval_geometry, train_geometry
 from data_pipeline.pillow_backend import PillowBackend, decode_rgb, read_header
 from data_pipeline.prefetch import ImageBackend
 from data_pipeline.preprocessing import Preprocessing
-from tests.images import broken, encode, exif, kinds, photo
+from tests.images import as_numpy, broken, encode, exif, kinds, photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
 KINDS = kinds()
@@ -48,15 +48,6 @@ def pillow() -> Iterator[PillowBackend]:
     backend = PillowBackend(num_threads=2, max_batch=48)
     yield backend
     backend.close()
-
-
-def as_numpy(images: object) -> npt.NDArray[np.int64]:
-    """A batch on the host, wherever it was made."""
-    if isinstance(images, np.ndarray):
-        return images.astype(np.int64)
-    torch = pytest.importorskip("torch")
-    pixels: npt.NDArray[np.uint8] = torch.from_dlpack(images).cpu().numpy()
-    return pixels.astype(np.int64)
 
 
 def recipes(files: list[bytes]) -> dict[str, Geometry]:

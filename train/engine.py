@@ -16,6 +16,7 @@ from data_pipeline.loader import Batch
 from data_pipeline.order import hash_at
 from train.distributed import World
 from train.metrics import Counts, Metrics
+from train.mixing import average_views, mix_inputs, mixed_losses
 from train.model import AlexNet, Normalize
 from train.precision import Precision
 
@@ -51,7 +52,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     """A batch's images, labels and validity as tensors on a device, without waiting for the copies.
 
     Returns:
-        uint8 (N, H, W, 3), int64 (N,), bool (N,).
+        uint8 (N, H, W, 3) or, for V views of each image, (N, V, H, W, 3); int64 (N,), bool (N,).
     """
     parts = (
         torch.utils.dlpack.from_dlpack(batch.images),
@@ -71,7 +72,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
 
     Every rank calls this with its own micro-batches, whose number may differ between the ranks. Gradients
     travel during the last backward pass only. Each sample weighs 1 / global_batch wherever it is computed, so
-    that the update does not depend on the number of ranks; a sample that could not be read weighs 0.
+    that the update does not depend on the number of ranks; a sample that could not be read weighs 0. Where
+    samples are mixed, the loss is against both labels, and top-1 and top-5 against a sample's own.
 
     Args:
         batches: this rank's micro-batches of the step, at least one.
@@ -92,9 +94,12 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         last = number == len(batches)
         with nullcontext() if last else trainer.parallel.no_sync():
+            inputs_NCHW = trainer.normalize(images_NHWC)
+            if batch.mix is not None:
+                inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
             with trainer.precision.autocast():
-                logits_NC = trainer.parallel(trainer.normalize(images_NHWC))
-            losses_N = cross_entropy(logits_NC.float(), labels_N, reduction="none")
+                logits_NC = trainer.parallel(inputs_NCHW)
+            losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix)
             # DDP averages over the ranks; times world_size makes that the sum.
             loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
             torch.autograd.backward(scaler.scale(loss))
@@ -121,7 +126,7 @@ def evaluate(
     """Loss, top-1 and top-5 over a split, every sample counted once on any number of ranks.
 
     Args:
-        batches: this rank's share of the split.
+        batches: this rank's share of the split; where they hold several views, their softmax is averaged.
         num_samples: size of the split, which the counts of all ranks must add up to.
     Returns:
         Metrics of the whole split, the same on every rank.
@@ -130,8 +135,11 @@ def evaluate(
     counts = Counts(world.device)
     for batch in batches:
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
+        views = images_NHWC.shape[1:-3]
         with precision.autocast():
-            logits_NC = network(normalize(images_NHWC)).float()
+            logits_NC = network(normalize(images_NHWC.flatten(0, len(views)))).float()
+        if views:
+            logits_NC = average_views(logits_NC, views[0])
         counts.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
     metrics = counts.reduce(world)
     counted = metrics.num_samples + metrics.num_failed

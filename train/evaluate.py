@@ -37,10 +37,16 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint, dataset: Dataset, *, device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    ten_crop: bool = False,
 ) -> Metrics:
     """Loss, top-1 and top-5 of a checkpoint over a split, every image once.
 
+    Args:
+        ten_crop: judge each image by the mean softmax of the paper's ten views.
     Raises:
         UserError: a device that is not here, or weights that do not fit.
     """
@@ -56,6 +62,9 @@ def evaluate_checkpoint(
             num_threads=cpu_share(1),
         )
         with closing(backend):
-            batches = eval_batches(dataset, backend, checkpoint.preprocessing, micro_batch=EVAL_BATCH)
+            size = EVAL_BATCH // 10 if ten_crop else EVAL_BATCH
+            batches = eval_batches(
+                dataset, backend, checkpoint.preprocessing, micro_batch=size, ten_crop=ten_crop
+            )
             precision = choose_precision("fp32", world.device)
             return evaluate(model, normalize, batches, precision, world, num_samples=len(dataset))

@@ -1,0 +1,70 @@
+"""MixUp, CutMix and ten crops on the device: what `data_pipeline.mix` plans, done to tensors.
+
+Legend: N samples, V views, C classes, H and W rows and columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from data_pipeline.mix import MixPlan
+
+
+def mix_inputs(inputs_NCHW: Tensor, plan: MixPlan) -> Tensor:
+    """Each sample mixed with its partner, as `data_pipeline.mix.mix_images` defines it.
+
+    Normalisation is affine and the weights of a pixel add up to 1, so it does not matter which comes first.
+
+    Args:
+        inputs_NCHW: float, any memory format, which is kept.
+        plan: for these N.
+    """
+    device = inputs_NCHW.device
+    partners = _to(plan.partners, device)
+    boxes_N4, weights_N = _to(plan.boxes, device), _to(plan.weights, device)
+    y, x = (torch.arange(size, device=device) for size in inputs_NCHW.shape[2:])
+    rows = (y >= boxes_N4[:, 0, None]) & (y < boxes_N4[:, 2, None])
+    columns = (x >= boxes_N4[:, 1, None]) & (x < boxes_N4[:, 3, None])
+    inside_NHW = rows[:, :, None] & columns[:, None, :]
+    shares = torch.where(inside_NHW, 0.0, weights_N[:, None, None])[:, None]
+    return torch.lerp(inputs_NCHW[partners], inputs_NCHW, shares)
+
+
+def mixed_losses(logits_NC: Tensor, labels_N: Tensor, plan: MixPlan | None) -> Tensor:
+    """Cross-entropy of each sample against its label, or against the labels that it was mixed of.
+
+    Args:
+        logits_NC: float32.
+        labels_N: int64.
+        plan: None where nothing was mixed.
+    Returns:
+        (N) float32.
+    """
+    own_N = cross_entropy(logits_NC, labels_N, reduction="none")
+    if plan is None:
+        return own_N
+    partners = _to(plan.partners, labels_N.device)
+    other_N = cross_entropy(logits_NC, labels_N[partners], reduction="none")
+    return torch.lerp(other_N, own_N, _to(plan.label_weights, labels_N.device))
+
+
+def average_views(logits: Tensor, num_views: int) -> Tensor:
+    """The logarithm of the mean softmax over the views of each image; a softmax of it changes nothing.
+
+    Args:
+        logits: (N * V, C), the views of an image one after another.
+        num_views: V.
+    Returns:
+        (N, C).
+    Source: Krizhevsky et al. 2012, section 4.1.
+    """
+    log_probabilities = log_softmax(logits.float(), dim=1).view(-1, num_views, logits.shape[1])
+    return log_probabilities.logsumexp(dim=1) - float(np.log(num_views))
+
+
+def _to(values: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
