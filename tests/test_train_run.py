@@ -40,7 +40,8 @@ def link_subset(source: Path, target: Path, *, num_train: int, num_val: int) -> 
 @pytest.fixture(scope="module")
 def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits under noise. On flat paper the windows of max pooling tie, rounding decides where their gradient
-    goes, and from there on two runs drift apart for reasons that are not the trainer's."""
+    goes, and from there on two runs drift apart for reasons that are not the trainer's. At a rate of 0.0005
+    that still happens now and then (2e-4 after 20 steps, by the CPU's kernels); at 0.0002 it stays below 1e-5."""
     base = tmp_path_factory.mktemp("subset")
     link_subset(demo_data, base / "links", num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)
     generator = np.random.default_rng(0)
@@ -59,7 +60,7 @@ def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("ranks")
     settings = (
         *TINY, "epochs=1", f"global_batch={BATCH}", "schedule.kind=constant", "schedule.warmup_epochs=0",
-        "schedule.learning_rate=0.0005", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
+        "schedule.learning_rate=0.0002", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
     )  # fmt: skip
     wanted = {"1": (1, ()), "2": (2, ()), "3": (3, ()), "2 accumulating": (2, ("micro_batch=5",))}
     return {
