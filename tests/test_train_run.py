@@ -41,7 +41,7 @@ def link_subset(source: Path, target: Path, *, num_train: int, num_val: int) -> 
 def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits under noise. On flat paper the windows of max pooling tie, rounding decides where their gradient
     goes, and from there on two runs drift apart for reasons that are not the trainer's. At a rate of 0.0005
-    that still happens now and then (2e-4 after 20 steps, by the CPU's kernels); at 0.0002 it stays below 1e-5."""
+    that still happens now and then (2e-4 after 20 steps); at 0.0002 two runs stay within 1e-5."""
     base = tmp_path_factory.mktemp("subset")
     link_subset(demo_data, base / "links", num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)
     generator = np.random.default_rng(0)
