@@ -19,6 +19,12 @@ class SaveError(RuntimeError):
     exit_code = 1
 
 
+class WorkerError(RuntimeError):
+    """A process that worked for this one ended before its work did."""
+
+    exit_code = 1
+
+
 class InterruptedRunError(RuntimeError):
     """Training that was asked to stop, and did so with its state saved: `--resume auto` goes on."""
 

@@ -34,6 +34,7 @@ class ShardSource:
     ) -> None:
         self.root, self.shards, self.handles = root, shards, handles
         self.shard_of, self.offsets, self.sizes, self.members = shard_of, offsets, sizes, members
+        self._names = tuple(os.path.relpath(shard, root) for shard in shards)
 
     def read(self, index: int, max_bytes: int) -> bytes:
         """The bytes of one sample, if the tar header before them is that of the member the index names."""
@@ -54,8 +55,7 @@ class ShardSource:
 
     def name_at(self, index: int) -> str:
         """Such as `train/shard-000000.tar/00000123.jpg`."""
-        shard = os.path.relpath(self.shards[int(self.shard_of[index])], self.root)
-        return f"{shard}/{self.members[index]}"
+        return f"{self._names[int(self.shard_of[index])]}/{self.members[index]}"
 
     def take(self, indices: Int) -> ShardSource:
         """The source of some of the samples; it shares the open files."""
@@ -95,6 +95,10 @@ class Handles:
         self._open: dict[int, int] = {}  # in the order of their last use
         self._users: dict[int, int] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._open)
+
+    def __reduce__(self) -> tuple[type[Handles], tuple[tuple[Path, ...]]]:
+        """Another process opens the shards for itself."""
+        return Handles, (self._shards,)
 
     def read(self, shard: int, size: int, offset: int) -> bytes:
         with self._lock:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.machine import usable_cores as usable_cores
 from infer.bundle import Bundle
 from infer.cuda import GpuScan, scan_gpus
 
@@ -250,10 +250,6 @@ def same_labels(metadata: dict[str, str], classes: tuple[str, ...]) -> bool:
         return msgspec.json.decode(metadata.get("classes", ""), type=tuple[str, ...]) == classes
     except msgspec.DecodeError:
         return False
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) -> Any:
