@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,6 +25,20 @@ LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
 
 MAX_FILE_BYTES = 800_000_000
 """The largest file that is read where nobody sets another limit."""
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """Which samples a split holds; two that are equal give the same stream.
+
+    Args:
+        num_samples: how many.
+        num_quarantined: how many more the quarantine list left out.
+        sha256: of their names, classes and order. Files and the shards made from them have the same.
+    """
+
+    num_samples: int
+    num_quarantined: int
+    sha256: str
 
 
 class Source(Protocol):
@@ -87,6 +103,18 @@ class Dataset:
         if self.source is not None:
             return self.source.read(index, max_bytes)
         return read_file(f"{self.root}/{self.split}/{self.paths[index]}", max_bytes)
+
+    def contents(self) -> Contents:
+        """What tells this split from another one; 0.1 s for a million samples. No file is read."""
+        names = self.paths if isinstance(self.paths, PackedNames) else PackedNames.pack(self.paths)
+        classes = PackedNames.pack(self.classes)
+        digest = hashlib.sha256()
+        for part in (classes.ends, classes.blob, names.ends, names.blob, self.labels):
+            content = part if isinstance(part, bytes) else part.astype("<i8").tobytes()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return Contents(
+            num_samples=len(self), num_quarantined=self.num_quarantined, sha256=digest.hexdigest()
+        )
 
     def take(self, indices: npt.NDArray[np.int64]) -> Dataset:
         """Some of the samples, in the order given."""

@@ -138,6 +138,12 @@ class Manifest(_Strict, frozen=True):
     versions: dict[str, str]
     engine: Engine | None = None
     report: GateReport | None = None
+    labels_text: tuple[str, ...] = ()
+
+    @property
+    def class_labels(self) -> tuple[str, ...]:
+        """The names of the classes for people, by class id: `labels_text`, else the classes themselves."""
+        return self.labels_text or self.classes
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -153,6 +159,8 @@ class Manifest(_Strict, frozen=True):
             raise ValueError("inputs or outputs do not fit the preprocessing and the classes")
         if not self.classes:
             raise ValueError("there are no classes")
+        if len(self.labels_text) not in (0, len(self.classes)):
+            raise ValueError(f"{len(self.labels_text)} labels for {len(self.classes)} classes")
         if not all(math.isfinite(v) for v in self.checkpoint.metrics.values()):
             raise ValueError("a metric is not a finite number")
 

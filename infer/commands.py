@@ -166,8 +166,8 @@ def _write(rows: Iterable[Row], format: str, output: Path | None, bundle: Bundle
     from rich.cells import cell_len
     from rich.console import Console
 
-    classes = bundle.manifest.classes
-    places, cells = top or min(DEFAULT_TOP, len(classes)), max(cell_len(visible(c)) for c in classes)
+    labels = bundle.manifest.class_labels
+    places, cells = top or min(DEFAULT_TOP, len(labels)), max(cell_len(visible(c)) for c in labels)
     if output is None:
         terminal = sys.stdout.isatty()
         write_table(

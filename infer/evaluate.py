@@ -71,7 +71,7 @@ def evaluate_bundle(
         UserError: other classes than the bundle's, or not one image that could be read.
     """
     manifest = bundle.manifest
-    if dataset.classes != manifest.classes:
+    if tuple(map(printable, dataset.classes)) != manifest.classes:
         raise UserError(
             f"{printable(dataset.root)}/{dataset.split} has other classes than the model "
             f"({len(dataset.classes)} and {len(manifest.classes)}): name its data with --data"

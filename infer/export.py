@@ -11,6 +11,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from data_pipeline.errors import UserError
+from data_pipeline.faults import printable
 from infer.backends import tensorrt_versions
 from infer.build_tensorrt import build_engine
 from infer.bundle import (
@@ -89,7 +90,8 @@ def export_model(
             format=format,
             precision=precision,
             max_batch=max_batch,
-            classes=checkpoint.classes,
+            classes=tuple(map(printable, checkpoint.classes)),
+            labels_text=tuple(map(printable, checkpoint.labels_text)),
             preprocessing=checkpoint.preprocessing,
             inputs=(image_input(crop_px),),
             outputs=(probability_output(len(checkpoint.classes)),),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from data_pipeline.faults import printable
 from infer.bundle import INPUT_NAME, OUTPUT_NAME
 from train.checkpoint import Checkpoint
 from train.model import Normalize
@@ -77,7 +78,8 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
     assert program is not None
     _strip(program.model)
     program.model.metadata_props.update(
-        classes=msgspec.json.encode(checkpoint.classes).decode(),
+        classes=msgspec.json.encode(tuple(map(printable, checkpoint.classes))).decode(),
+        labels=msgspec.json.encode(tuple(map(printable, checkpoint.class_labels))).decode(),
         preprocessing=msgspec.json.encode(checkpoint.preprocessing).decode(),
         checkpoint_sha256=checkpoint.sha256,
     )

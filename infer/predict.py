@@ -96,17 +96,17 @@ def _rows(
     paths: Iterable[Path], bundle: Bundle, backend: InferenceBackend, k: int, size: int, decoder: DecoderName
 ) -> Iterator[Row]:
     """The generator behind `predict`, apart so that wrong arguments are told at once."""
-    preprocessing, classes = bundle.manifest.preprocessing, bundle.manifest.classes
+    preprocessing, labels = bundle.manifest.preprocessing, bundle.manifest.class_labels
     with open_decoder(preprocessing, size, decoder) as source:
         batches = predict_batches(paths, source, preprocessing, micro_batch=size, faults=_RowsTellThem())
         for batch in batches:
-            yield from _rows_of(batch, backend, classes, k)
+            yield from _rows_of(batch, backend, labels, k)
 
 
-def _rows_of(batch: Batch, backend: InferenceBackend, classes: tuple[str, ...], k: int) -> Iterator[Row]:
+def _rows_of(batch: Batch, backend: InferenceBackend, labels: tuple[str, ...], k: int) -> Iterator[Row]:
     ok: Iterator[tuple[Prediction, ...]] = iter(())
     if batch.valid.any():
-        ok = iter(top_k(backend.run(valid_images(batch)), classes, k))
+        ok = iter(top_k(backend.run(valid_images(batch)), labels, k))
     failures = iter(batch.failures)
     for path, valid in zip(batch.paths, batch.valid, strict=True):
         if valid:
@@ -116,7 +116,7 @@ def _rows_of(batch: Batch, backend: InferenceBackend, classes: tuple[str, ...], 
 
 
 def top_k(
-    probabilities_NC: NDArray[np.float32], classes: tuple[str, ...], k: int
+    probabilities_NC: NDArray[np.float32], labels: tuple[str, ...], k: int
 ) -> list[tuple[Prediction, ...]]:
     """The `k` most probable classes of each image, the best first; of equals, the lower class first.
 
@@ -126,7 +126,7 @@ def top_k(
     ranked_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :k]
     return [
         tuple(
-            Prediction(class_id=int(c), label=printable(classes[c]), probability=min(float(row_C[c]), 1.0))
+            Prediction(class_id=int(c), label=printable(labels[c]), probability=min(float(row_C[c]), 1.0))
             for c in ranked_K
         )
         for row_C, ranked_K in zip(probabilities_NC, ranked_NK, strict=True)

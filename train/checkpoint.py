@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.files import fsync_path, sha256_of, write_atomic
+from data_pipeline.index import Contents
 from data_pipeline.preprocessing import Preprocessing
 from train.config import RunConfig, decode_config
 from train.model import AlexNet, make_model
@@ -56,6 +57,8 @@ class Checkpoint:
         samples_seen: training samples used, which is the position in the data stream.
         metrics: of the validation split at this step.
         model_state, optimizer_state, scaler_state: as `state_dict` gave them.
+        labels_text: names of the classes for people; empty where the data had none.
+        data: which samples the splits "train" and "val" held; empty in weights from elsewhere.
     """
 
     folder: Path
@@ -70,6 +73,13 @@ class Checkpoint:
     model_state: dict[str, Tensor]
     optimizer_state: dict[str, Any]
     scaler_state: dict[str, Any]
+    labels_text: tuple[str, ...] = ()
+    data: dict[str, Contents] = field(default_factory=dict)
+
+    @property
+    def class_labels(self) -> tuple[str, ...]:
+        """The names of the classes for people, else the classes themselves."""
+        return self.labels_text or self.classes
 
     @property
     def run_folder(self) -> Path:
@@ -119,11 +129,14 @@ def save_checkpoint(
     config: RunConfig,
     classes: tuple[str, ...],
     metrics: dict[str, float],
+    labels_text: tuple[str, ...] = (),
+    data: dict[str, Contents] | None = None,
 ) -> Path:
     """Write one checkpoint: temporary name, fsync of files and folders, rename.
 
     Args:
         folder: the run's `checkpoints/`; an existing folder for the same step is replaced.
+        labels_text, data: see `Checkpoint`.
     Returns:
         The step's folder.
     Raises:
@@ -143,6 +156,8 @@ def save_checkpoint(
         "samples_seen": samples_seen,
         "config": msgspec.to_builtins(config),
         "classes": list(classes),
+        "labels_text": list(labels_text),
+        "data": msgspec.to_builtins(data or {}),
         "preprocessing": msgspec.to_builtins(config.preprocessing),
     }
     try:
@@ -180,6 +195,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     state = load_plain(path)
     try:
         config = decode_config(state["config"])
+        if len(state.get("labels_text", ())) not in (0, len(state["classes"])):
+            raise ValueError("it has not a label for each class")
         return Checkpoint(
             folder=folder,
             sha256=manifest.sha256,
@@ -193,6 +210,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             model_state=dict(state["model"]),
             optimizer_state=dict(state["optimizer"]),
             scaler_state=dict(state["scaler"]),
+            # the first checkpoints had neither
+            labels_text=tuple(map(str, state.get("labels_text", ()))),
+            data=msgspec.convert(state.get("data", {}), dict[str, Contents]),
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error

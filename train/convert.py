@@ -6,6 +6,7 @@ other. Nothing that is read is executed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,9 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         return
     metadata = {
         "config": msgspec.json.encode(checkpoint.config).decode(),
-        "classes": msgspec.json.encode(checkpoint.classes).decode(),
+        # Python's own JSON: names of folders need not be UTF-8
+        "classes": json.dumps(checkpoint.classes),
+        "labels_text": json.dumps(checkpoint.labels_text),
         "checkpoint_sha256": checkpoint.sha256,
     }
     save_file(weights, path, metadata=metadata)
@@ -94,7 +97,10 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     if not matrices:
         raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
     num_classes = len(matrices[-1])
-    classes = classes or named or tuple(map(str, range(num_classes)))
+    labels_text: tuple[str, ...] = ()
+    if classes is None and named is not None:
+        classes, labels_text = named
+    classes = classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise UserError(f"{path} tells {num_classes} classes apart, and {len(classes)} names were given")
     model = make_model(config.model, num_classes=num_classes, crop_px=config.preprocessing.crop_px)
@@ -111,13 +117,17 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         config=config,
         classes=classes,
         metrics={},
+        labels_text=labels_text,
     )
     for name in ("best", "last"):
         folder.point(name, Pointer(step=0, top1=None))
     return saved
 
 
-Weights = tuple[RunConfig, dict[str, Tensor], tuple[str, ...] | None]
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+"""The classes, and their names for people, if any."""
+
+Weights = tuple[RunConfig, dict[str, Tensor], Names | None]
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -133,13 +143,16 @@ def _read_safetensors(path: Path) -> Weights:
         )
     try:
         config = decode_config(msgspec.json.decode(metadata["config"]))
-        classes = msgspec.json.decode(metadata["classes"], type=tuple[str, ...])
-    except (msgspec.DecodeError, UserError) as error:
+        classes = msgspec.convert(json.loads(metadata["classes"]), tuple[str, ...])
+        labels_text = msgspec.convert(json.loads(metadata.get("labels_text", "[]")), tuple[str, ...])
+        if len(labels_text) not in (0, len(classes)):
+            raise ValueError(f"{len(labels_text)} labels for {len(classes)} classes")
+    except (ValueError, RecursionError, UserError) as error:
         raise CorruptFileError(f"{path} has metadata that cannot be read: {error}") from error
     model = make_model(config.model, num_classes=len(classes), crop_px=config.preprocessing.crop_px)
     # In the order of the layers, which the file does not keep.
     ordered = {name: weights[name] for name in model.state_dict() if name in weights}
-    return config, ordered | weights, classes
+    return config, ordered | weights, (classes, labels_text)
 
 
 def _read_torch(path: Path) -> Weights:

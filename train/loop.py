@@ -212,6 +212,8 @@ def _save(session: Session, folder: RunFolder, metrics: Metrics | None) -> None:
         config=session.config,
         classes=session.train_set.classes,
         metrics=figures,
+        labels_text=session.train_set.labels_text,
+        data=session.data,
     )
     top1 = figures.get("top1")
     if top1 is not None and (session.best is None or top1 > (session.best.top1 or 0.0)):

@@ -33,7 +33,8 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
     """Train as configured, on the ranks that torchrun started (outside torchrun: one).
 
     Returns:
-        On rank 0, the result as one JSON object: run, step, best top-1, and the last validation metrics.
+        On rank 0, the result as one JSON object: run, step, best top-1, how many images of each split the
+        quarantine list left out, and the last validation metrics.
     Raises:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
@@ -46,6 +47,7 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         if session.folder is None:
             return None
         result: dict[str, Any] = {"run": str(session.folder.path), "step": session.step, "best": session.best}
+        result["num_quarantined"] = {split: c.num_quarantined for split, c in session.data.items()}
         if metrics is not None:
             result.update(asdict(metrics))
         return msgspec.json.encode(result).decode()

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.demo import DEMO_ROOT, write_demo
 from data_pipeline.errors import UserError
-from data_pipeline.faults import FaultLog
-from data_pipeline.index import Dataset, check_same_classes
+from data_pipeline.faults import FaultLog, printable
+from data_pipeline.index import Contents, Dataset, check_same_classes
 from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, make_backend
 from data_pipeline.order import steps_per_epoch
@@ -38,6 +38,7 @@ class Session:
 
     Args:
         folder: the run's folder; None on the ranks other than 0, which write nothing.
+        data: which samples the splits hold.
         micro_batch: most samples that this rank takes through the network at once.
         step: optimiser steps finished.
         best: the best validation top-1 so far (rank 0).
@@ -49,6 +50,7 @@ class Session:
     trainer: Trainer
     train_set: Dataset
     val_set: Dataset
+    data: dict[str, Contents]
     backend: ImageBackend
     faults: FaultLog
     folder: RunFolder | None
@@ -81,6 +83,9 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     resumed = find_resumable(out, resume, config)
     checkpoint = load_checkpoint(resumed) if resumed is not None else None
+    data = {dataset.split: dataset.contents() for dataset in (train_set, val_set)}
+    if checkpoint is not None:
+        check_same_data(checkpoint, data, train_set.root)
     trainer = make_trainer(config, train_set, world, checkpoint)
 
     rank_batch = -(-config.global_batch // world.world_size)
@@ -117,6 +122,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         trainer=trainer,
         train_set=train_set,
         val_set=val_set,
+        data=data,
         backend=backend,
         faults=FaultLog(),
         folder=folder,
@@ -164,6 +170,37 @@ def make_trainer(
         global_batch=config.global_batch,
         seed=config.seed,
     )
+
+
+def check_same_data(checkpoint: Checkpoint, data: dict[str, Contents], root: Path) -> None:
+    """Refuse to resume on other training images: a position in the stream would mean another sample.
+
+    Other validation images are told: the rows before and after do not compare.
+
+    Raises:
+        UserError: with both counts, and what to do.
+    """
+    if not checkpoint.data:
+        log.info(f"{checkpoint.folder} does not say which images it was trained on: taken to be the same")
+        return
+    for split, now in data.items():
+        then = checkpoint.data.get(split)
+        if then is None or then.sha256 == now.sha256:
+            continue
+        what = (
+            f"the {split} images of {printable(root)} are not those that {checkpoint.folder} was made with "
+            f"({_count(then)} then, {_count(now)} now)"
+        )
+        if split == "train":
+            raise UserError(
+                f"cannot resume: {what}, so the order would change; restore the data and its quarantine "
+                "list, or start a new run with --resume none"
+            )
+        log.warning(f"{what}: metrics before and after this point do not compare")
+
+
+def _count(contents: Contents) -> str:
+    return f"{contents.num_samples} and {contents.num_quarantined} in quarantine"
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
