@@ -30,7 +30,7 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run `alexnet` or any module of ours, from a folder of the test's."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COV_")}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd,
@@ -41,11 +41,18 @@ def run_command(
     )
 
 
-def torchrun_arguments(num_ranks: int, arguments: Sequence[str | Path]) -> list[str]:
-    """`torchrun … -m train.main …` as arguments of `run_command`."""
+def torchrun_arguments(
+    num_ranks: int,
+    arguments: Sequence[str | Path],
+    *,
+    faults: Sequence[dict[str, Any]] = (),
+    max_restarts: int = 0,
+) -> list[str]:
+    """`torchrun … -m train.main …` for `run_command`; with faults, those of `tests.faulty_rank`."""
+    module = ["tests.faulty_rank", msgspec.json.encode(faults).decode()] if faults else ["train.main"]
     return [
         "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}",
-        "-m", "train.main", *map(str, arguments),
+        f"--max-restarts={max_restarts}", "-m", *module, *map(str, arguments),
     ]  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class Checkpoint:
         step, epoch: optimiser steps and epochs finished.
         samples_seen: training samples used, which is the position in the data stream.
         metrics: of the validation split at this step.
-        model_state, optimizer_state, scaler_state: as `state_dict` gave them.
+        model_state, optimizer_state, scaler_state, guard_state: as `state_dict` gave them.
         labels_text: names of the classes for people; empty where the data had none.
         data: which samples the splits "train" and "val" held; empty in weights from elsewhere.
     """
@@ -73,6 +73,7 @@ class Checkpoint:
     model_state: dict[str, Tensor]
     optimizer_state: dict[str, Any]
     scaler_state: dict[str, Any]
+    guard_state: dict[str, Tensor]
     labels_text: tuple[str, ...] = ()
     data: dict[str, Contents] = field(default_factory=dict)
 
@@ -131,6 +132,7 @@ def save_checkpoint(
     metrics: dict[str, float],
     labels_text: tuple[str, ...] = (),
     data: dict[str, Contents] | None = None,
+    guard_state: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint: temporary name, fsync of files and folders, rename.
 
@@ -151,6 +153,7 @@ def save_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        "guard": guard_state or {},
         "step": step,
         "epoch": epoch,
         "samples_seen": samples_seen,
@@ -213,6 +216,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             # the first checkpoints had neither
             labels_text=tuple(map(str, state.get("labels_text", ()))),
             data=msgspec.convert(state.get("data", {}), dict[str, Contents]),
+            guard_state=dict(state.get("guard", {})),
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error

@@ -21,6 +21,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.preprocessing import Preprocessing
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Factor = Annotated[float, msgspec.Meta(gt=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Dropout = Annotated[float, msgspec.Meta(ge=0, lt=1)]
@@ -107,6 +108,9 @@ class RunConfig(_Config, frozen=True):
         cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
         log_every: optimiser steps between training rows.
         checkpoint_every: optimiser steps between checkpoints inside an epoch; None saves at its end only.
+        max_skipped: as many steps in a row whose gradient is not finite end the run; each one is skipped.
+        spike_factor: skip a step, too, whose gradient's norm is more than so many times its running mean;
+            None for no such check.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
     """
 
@@ -121,6 +125,8 @@ class RunConfig(_Config, frozen=True):
     log_every: Positive = 20
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 2
+    max_skipped: Positive = 10
+    spike_factor: Factor | None = None
     data: DataConfig = DataConfig()
     preprocessing: Preprocessing = Preprocessing()
     augment: Augment = Augment()

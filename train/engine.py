@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipeline.loader import Batch
 from data_pipeline.order import hash_at
 from train.distributed import World
+from train.guard import Guard, poison, restore_buffers
 from train.metrics import Counts, Metrics
 from train.mixing import average_views, mix_inputs, mixed_losses
 from train.model import AlexNet, Normalize
@@ -33,6 +34,7 @@ class Trainer:
     Args:
         network: the bare model, for evaluation and checkpoints.
         parallel: the same model under DistributedDataParallel, for training.
+        guard: keeps what is not finite from the weights.
         global_batch: samples of a step over all ranks; the loss is divided by it.
         seed: of the dropout masks.
     """
@@ -42,6 +44,7 @@ class Trainer:
     normalize: Normalize
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: Guard
     precision: Precision
     world: World
     global_batch: int
@@ -73,14 +76,15 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     Every rank calls this with its own micro-batches, whose number may differ between the ranks. Gradients
     travel during the last backward pass only. Each sample weighs 1 / global_batch wherever it is computed, so
     that the update does not depend on the number of ranks; a sample that could not be read weighs 0. Where
-    samples are mixed, the loss is against both labels, and top-1 and top-5 against a sample's own.
+    samples are mixed, the loss is against both labels, and top-1 and top-5 against a sample's own. Where
+    the guard finds the gradient bad, the step changes nothing but the guard's counts and float16's scale.
 
     Args:
         batches: this rank's micro-batches of the step, at least one.
         learning_rate: for this update.
         step: optimiser steps finished before this one.
     Returns:
-        This rank's counts, still on the device.
+        This rank's counts, still on the device; of a skipped step, none.
     """
     world, optimizer, scaler = trainer.world, trainer.optimizer, trainer.scaler
     # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
@@ -89,6 +93,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
         group["lr"] = learning_rate
     counts = Counts(world.device)
     trainer.network.train()
+    buffers = [buffer.clone() for buffer in trainer.network.buffers()]
     optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(batches, start=1):
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
@@ -102,11 +107,25 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
             losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix)
             # DDP averages over the ranks; times world_size makes that the sum.
             loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
-            torch.autograd.backward(scaler.scale(loss))
+            torch.autograd.backward(scaler.scale(poison(loss)))
         counts.add(logits_NC.detach(), losses_N.detach(), labels_N, valid_N)
-    scaler.step(optimizer)
+    scaler.unscale_(optimizer)
+    skip = trainer.guard.judge([p.grad for p in trainer.network.parameters() if p.grad is not None], step)
+    update(optimizer, skip)
     scaler.update()
+    restore_buffers(trainer.network, buffers, skip)
+    counts.keep_unless(skip)
     return counts
+
+
+def update(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One step of a fused optimiser, or none at all where `skip` is 1, which only the device knows.
+
+    Source: the attributes by which torch.amp.GradScaler tells fused optimisers the same.
+    """
+    optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 
 
 _LANE_DROPOUT = 1 << 32

@@ -13,9 +13,10 @@ import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.console import show_progress
-from data_pipeline.errors import DivergedError, InterruptedRunError, SaveError, UserError
+from data_pipeline.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
+from train.divergence import check_weights, heed_guard
 from train.engine import EVAL_BATCH, evaluate, train_step
 from train.metrics import Counts, Metrics
 from train.run_folder import Row, RunFolder
@@ -28,7 +29,9 @@ log = logging.getLogger("train")
 class Recorder(Protocol):
     """Where rows go."""
 
-    def __call__(self, split: str, metrics: Metrics, lr: float, images_per_s: float) -> None:
+    def __call__(
+        self, split: str, metrics: Metrics, lr: float, images_per_s: float, skipped: int = 0
+    ) -> None:
         """Write one row for the session's present step."""
 
 
@@ -38,7 +41,7 @@ def run_epochs(session: Session) -> Metrics | None:
     Returns:
         Validation metrics of the last epoch; None where the run was finished already.
     Raises:
-        DivergedError: the loss is no longer a number.
+        DivergedError: too many steps in a row were skipped, or the weights are not finite.
         InterruptedRunError: a signal asked to stop; the state is saved.
     """
     config, world = session.config, session.trainer.world
@@ -106,15 +109,12 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
             note, due = "", session.step < end and is_due(session.step, config.checkpoint_every)
             if due or is_due(session.step, config.log_every) or session.step == end:
                 metrics = counts.reduce(world)
-                if metrics.num_samples and not math.isfinite(metrics.loss):
-                    raise DivergedError(
-                        f"the training loss is {metrics.loss} at step {session.step}, which is not saved. "
-                        "Lower schedule.learning_rate or lengthen schedule.warmup_epochs"
-                    )
+                skipped = heed_guard(session)
                 seconds = time.monotonic() - started
                 images_per_s = (metrics.num_samples + metrics.num_failed) / seconds
-                record("train", metrics, learning_rate, images_per_s)
+                record("train", metrics, learning_rate, images_per_s, skipped)
                 note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
+                note += f", {session.skipped} step(s) skipped" if session.skipped else ""
                 if due:
                     save(session, None)
                 if session.step < end:  # at the end of the epoch, after it is evaluated and saved
@@ -186,7 +186,10 @@ def save(session: Session, metrics: Metrics | None) -> None:
 
     Args:
         metrics: of the validation split at this step; None inside an epoch.
+    Raises:
+        DivergedError: the weights are not finite; nothing is written, and nothing removed.
     """
+    check_weights(session)
     session.unsaved = None
     if session.folder is not None:
         try:
@@ -201,11 +204,13 @@ def _save(session: Session, folder: RunFolder, metrics: Metrics | None) -> None:
     figures: dict[str, float] = {}
     if metrics is not None:
         figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
     save_checkpoint(
         folder.checkpoints,
         model=session.trainer.network,
         optimizer=session.trainer.optimizer,
         scaler=session.trainer.scaler,
+        guard_state=session.trainer.guard.state_dict(),
         step=session.step,
         epoch=session.step // session.steps_per_epoch,
         samples_seen=session.step * session.config.global_batch,
@@ -229,27 +234,33 @@ def _open_records(session: Session, stack: ExitStack) -> Recorder:
     """Rows to `metrics.jsonl` and TensorBoard on rank 0; nowhere on the others."""
     folder = session.folder
     if folder is None:
-        return lambda split, metrics, lr, images_per_s: None
+        return lambda split, metrics, lr, images_per_s, skipped=0: None
     board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=session.step + 1)
     stack.callback(board.close)
 
-    def record(split: str, metrics: Metrics, lr: float, images_per_s: float) -> None:
+    def record(split: str, metrics: Metrics, lr: float, images_per_s: float, skipped: int = 0) -> None:
         row = Row(
             split=split,
             epoch=-(-session.step // session.steps_per_epoch),
             step=session.step,
             samples=metrics.num_samples,
             failed=metrics.num_failed,
-            loss=metrics.loss,
-            top1=metrics.top1,
-            top5=metrics.top5,
+            skipped=skipped,
+            loss=_finite(metrics.loss),
+            top1=_finite(metrics.top1),
+            top5=_finite(metrics.top5),
             lr=lr,
             images_per_s=images_per_s,
             time=time.time(),
         )
         folder.append(row)
         for name, value in msgspec.structs.asdict(row).items():
-            if name not in ("split", "epoch", "step", "time"):
+            if name not in ("split", "epoch", "step", "time") and value is not None:
                 board.add_scalar(f"{split}/{name}", value, session.step)
 
     return record
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: null stands for it."""
+    return value if math.isfinite(value) else None

@@ -34,7 +34,7 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
 
     Returns:
         On rank 0, the result as one JSON object: run, step, best top-1, how many images of each split the
-        quarantine list left out, and the last validation metrics.
+        quarantine list left out, skipped steps, and the last validation metrics.
     Raises:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
@@ -48,6 +48,7 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
             return None
         result: dict[str, Any] = {"run": str(session.folder.path), "step": session.step, "best": session.best}
         result["num_quarantined"] = {split: c.num_quarantined for split, c in session.data.items()}
+        result["skipped_steps"] = session.skipped
         if metrics is not None:
             result.update(asdict(metrics))
         return msgspec.json.encode(result).decode()

@@ -49,6 +49,11 @@ class Counts:
         )
         self.loss_sum += (losses_N.double() * valid_N).sum()
 
+    def keep_unless(self, skip: Tensor) -> None:
+        """Forget everything where `skip`, a number on the device, is 1; its loss need not be finite."""
+        self.integers = torch.where(skip.bool(), 0, self.integers)
+        self.loss_sum = torch.where(skip.bool(), 0.0, self.loss_sum)
+
     def merge(self, other: Counts) -> None:
         """Add another's counts to these."""
         self.integers += other.integers

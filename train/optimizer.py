@@ -30,3 +30,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD
         nesterov=config.nesterov,
         fused=True,
     )
+
+
+def start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every parameter without a momentum one of zero, which is what it starts from in any case.
+
+    The fused step would leave memory as it found it there, were the very first step skipped.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -18,21 +18,27 @@ from train.config import RunConfig, decode_config
 
 log = logging.getLogger("train")
 
-FREE_TO_CHANGE = ("data", "device", "cpu_threads", "micro_batch", "log_every", "keep_checkpoints")
+FREE_TO_CHANGE = (
+    "data", "device", "cpu_threads", "micro_batch", "log_every", "keep_checkpoints", "max_skipped",
+)  # fmt: skip
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `metrics.jsonl`. `top1` and `top5` are fractions; `images_per_s` is over all ranks."""
+    """One line of `metrics.jsonl`. `top1` and `top5` are fractions; `images_per_s` is over all ranks.
+
+    `skipped` steps changed nothing, and their samples count nowhere. What is not finite is null.
+    """
 
     split: str
     epoch: int
     step: int
     samples: int
     failed: int
-    loss: float
-    top1: float
-    top5: float
+    skipped: int = 0
+    loss: float | None
+    top1: float | None
+    top5: float | None
     lr: float
     images_per_s: float
     time: float

@@ -22,10 +22,11 @@ from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
 from train.distributed import World, cpu_share
 from train.engine import EVAL_BATCH, Trainer
+from train.guard import Guard
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
-from train.optimizer import make_optimizer
+from train.optimizer import make_optimizer, start_momentum
 from train.precision import choose_precision
 from train.run_folder import RunFolder, best_until, create_run, find_resumable
 
@@ -42,6 +43,7 @@ class Session:
         micro_batch: most samples that this rank takes through the network at once.
         step: optimiser steps finished.
         best: the best validation top-1 so far (rank 0).
+        skipped: steps that the guard has skipped since the run began.
         unsaved: why the last checkpoint could not be written, if so (rank 0).
         interrupt: whether a signal has asked this rank to stop.
     """
@@ -58,6 +60,7 @@ class Session:
     steps_per_epoch: int
     step: int
     best: Pointer | None
+    skipped: int = 0
     unsaved: str | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
 
@@ -130,6 +133,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         steps_per_epoch=num_steps,
         step=checkpoint.step if checkpoint is not None else 0,
         best=best,
+        skipped=trainer.guard.read().total,
         interrupt=stack.enter_context(remember_signals()),
     )
 
@@ -148,12 +152,15 @@ def make_trainer(
         config.model, num_classes=len(train_set.classes), crop_px=config.preprocessing.crop_px
     ).to(world.device)
     optimizer, scaler = make_optimizer(network, config.optimizer), precision.make_scaler()
+    guard = Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor)
     if checkpoint is not None:
         if checkpoint.classes != train_set.classes:
             raise UserError(f"{checkpoint.folder} was trained on other classes than {train_set.root} has")
         load_weights(network, checkpoint.model_state, source=checkpoint.folder)
         optimizer.load_state_dict(checkpoint.optimizer_state)
         scaler.load_state_dict(checkpoint.scaler_state)
+        guard.load_state_dict(checkpoint.guard_state)
+    start_momentum(optimizer)
     parallel = DistributedDataParallel(
         network,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
@@ -165,6 +172,7 @@ def make_trainer(
         normalize=Normalize(config.preprocessing).to(world.device),
         optimizer=optimizer,
         scaler=scaler,
+        guard=guard,
         precision=precision,
         world=world,
         global_batch=config.global_batch,

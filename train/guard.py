@@ -1,0 +1,123 @@
+"""What keeps a bad gradient from the weights: judged and counted on the device, read when a row is written.
+
+A step whose loss or gradient is not finite on any rank is skipped on all: gradients are judged after they
+were summed over the ranks, and a loss that is not finite is made to poison them (`poison`), so that every
+rank sees the same and none has to be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from data_pipeline.errors import CorruptFileError
+
+SPIKE_WARMUP = 20
+"""Accepted steps before a gradient can be called a spike: the mean means nothing before."""
+SPIKE_DECAY = 0.98
+"""Of the running mean of the gradient's norm: it remembers about 50 steps."""
+MIN_SCALE = 1.0
+"""float16's loss scale may not fall below this: it starts at 65536 and halves with each overflow."""
+
+
+@dataclass(frozen=True)
+class Skips:
+    """What the guard has counted since the run began.
+
+    Args:
+        total: steps skipped.
+        spikes: how many of them had a finite gradient that was too large.
+        in_row: steps skipped in a row, up to now.
+        first: where that row began, as steps finished before it.
+    """
+
+    total: int
+    spikes: int
+    in_row: int
+    first: int
+
+
+class Guard:
+    """Which steps may change the weights. Nothing waits for the device until `read`.
+
+    Args:
+        device: where gradients are.
+        max_skipped: as many skipped steps in a row end the run; from there on every step is skipped, so that
+            the weights are those of the last good step however late the row is noticed.
+        spike_factor: a gradient whose norm is more than so many times its running mean is skipped as well.
+    """
+
+    def __init__(self, device: torch.device, *, max_skipped: int, spike_factor: float | None) -> None:
+        self.max_skipped, self.spike_factor = max_skipped, spike_factor
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # as the fields of Skips
+        self.norms = torch.zeros(2, dtype=torch.float64, device=device)  # accepted steps, mean of their norms
+
+    def judge(self, gradients: Sequence[Tensor], step: int) -> Tensor:
+        """Whether a step is to be skipped.
+
+        Args:
+            gradients: summed over the ranks and free of any loss scale.
+            step: optimiser steps finished before this one.
+        Returns:
+            float32 (), 1 to skip and 0 to go on: what a fused optimiser takes as `found_inf`.
+        """
+        norm = get_total_norm(gradients).double()
+        finite = torch.isfinite(norm)
+        total, spikes, in_row, first = self.counts.unbind()
+        accepted, mean = self.norms.unbind()
+        bad = ~finite | (in_row >= self.max_skipped)
+        if self.spike_factor is not None:
+            spike = finite & (accepted >= SPIKE_WARMUP) & (norm > self.spike_factor * mean)
+            bad, spikes = bad | spike, spikes + spike
+        first = torch.where(bad & (in_row == 0), step, first)
+        self.counts = torch.stack([total + bad, spikes, torch.where(bad, in_row + 1, 0), first])
+        kept = torch.where(accepted == 0, norm, SPIKE_DECAY * mean + (1 - SPIKE_DECAY) * norm)
+        self.norms = torch.stack([accepted + ~bad, torch.where(bad, mean, kept)])
+        return bad.float()
+
+    def read(self) -> Skips:
+        """The counts. Waits for the device."""
+        return Skips(*self.counts.tolist())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to judge as this one would have."""
+        return {"counts": self.counts, "norms": self.norms}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state; an empty one, of a checkpoint from before there was a guard, starts anew.
+
+        Raises:
+            CorruptFileError: not what `state_dict` gave.
+        """
+        for name, tensor in self.state_dict().items() if state else ():
+            found = state.get(name)
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise CorruptFileError(f"the checkpoint's guard has no usable {name}")
+            tensor.copy_(found)
+
+
+def poison(loss: Tensor) -> Tensor:
+    """The same loss, to the bit, where it is finite; where it is not, all gradients behind it are NaN.
+
+    A loss can be infinite with finite gradients (logits far apart), and only gradients travel between ranks.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+def restore_buffers(network: nn.Module, before: Sequence[Tensor], skip: Tensor) -> None:
+    """Running statistics (BatchNorm's) as they were before a skipped step, which the forward pass changed."""
+    for buffer, old in zip(network.buffers(), before, strict=True):
+        buffer.copy_(torch.where(skip.bool(), old, buffer))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no number in any floating-point tensor is NaN or infinite. Waits for the device."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    # A sum is several times as fast as a look at each number; huge but finite ones are looked at again.
+    if all(torch.isfinite(torch.stack([t.sum(dtype=torch.float32) for t in floats])).tolist()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floats)
