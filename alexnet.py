@@ -96,14 +96,21 @@ class TrainCommand(click.Command):
 @click.option(
     "--nproc", default="auto", show_default=True, metavar="N|auto", help="Ranks: auto is one for each GPU."
 )
-def train(nproc: str, print_config: bool, debug: bool, **options: Any) -> None:
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    help="Start all ranks again, from the run's last checkpoint, when one dies; so often at most.",
+)
+def train(nproc: str, max_restarts: int, print_config: bool, debug: bool, **options: Any) -> None:
     """Train: starts torchrun on this machine.
 
     For several machines, start torchrun on each, with -m train.main and the same options.
 
     \b
     alexnet train --nproc 2
-    alexnet train --recipe tiny-imagenet --data tiny-imagenet-200
+    alexnet train --recipe tiny-imagenet --data tiny-imagenet-200 --max-restarts 3
     """
     from train.config import make_config, to_json
     from train.launch import choose_rank_count, launch, training_arguments
@@ -112,7 +119,8 @@ def train(nproc: str, print_config: bool, debug: bool, **options: Any) -> None:
     if print_config:
         click.echo(to_json(config))
         return
-    code = launch(choose_rank_count(nproc, config), training_arguments(**options, debug=debug))
+    arguments = training_arguments(**options, debug=debug)
+    code = launch(choose_rank_count(nproc, config), arguments, max_restarts)
     if code:
         raise click.exceptions.Exit(code)
 

@@ -31,6 +31,12 @@ class InterruptedRunError(RuntimeError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class RankLostError(RuntimeError):
+    """Another rank did not join a collective: it died, or hangs. `--max-restarts` starts all ranks again."""
+
+    exit_code = 1
+
+
 class DivergedError(RuntimeError):
     """Training that can only waste time from here on: the loss is no longer a number."""
 

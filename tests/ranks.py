@@ -72,3 +72,20 @@ def read_rows(run: Path, split: str) -> list[dict[str, Any]]:
     """The rows of one split in a run's `metrics.jsonl`."""
     rows = [msgspec.json.decode(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     return [row for row in rows if row["split"] == split]
+
+
+def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in ("time", "images_per_s")} for row in rows]
+
+
+def link_subset(source: Path, target: Path, *, num_train: int, num_val: int) -> Path:
+    """An ImageFolder of symbolic links to the first images of each class, in turn."""
+    for split, count in (("train", num_train), ("val", num_val)):
+        by_class = [sorted(folder.iterdir()) for folder in sorted((source / split).iterdir())]
+        for number in range(count):
+            image = by_class[number % 10][number // 10]
+            link = target / split / image.parent.name / image.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image)
+    return target

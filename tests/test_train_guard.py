@@ -16,8 +16,7 @@ from torch import Tensor
 from data_pipeline.errors import CorruptFileError, DivergedError
 from data_pipeline.loader import Batch, train_batches
 from tests.faulty_rank import fail
-from tests.ranks import TINY, read_rows, run_command, torchrun_arguments
-from tests.test_train_run import link_subset
+from tests.ranks import TINY, link_subset, read_rows, run_command, torchrun_arguments
 from train.checkpoint import load_checkpoint
 from train.config import make_config
 from train.distributed import open_world

@@ -106,6 +106,7 @@ class RunConfig(_Config, frozen=True):
         precision: `auto` is bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU.
         device: `auto` is CUDA where there is a GPU.
         cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
+        timeout_s: a rank that keeps the others waiting in a collective for longer ends the run.
         log_every: optimiser steps between training rows.
         checkpoint_every: optimiser steps between checkpoints inside an epoch; None saves at its end only.
         max_skipped: as many steps in a row whose gradient is not finite end the run; each one is skipped.
@@ -122,6 +123,7 @@ class RunConfig(_Config, frozen=True):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    timeout_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
     log_every: Positive = 20
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 2

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import RankLostError, UserError
 
-TIMEOUT = timedelta(minutes=10)
-"""A collective that one rank does not join within this time ends the run."""
+TIMEOUT_S = 600.0
+"""A collective that one rank does not join within this time ends the run, unless the configuration says."""
+
+REPORT_S = 3.0
+"""For so long ranks that timed out hear from each other who did; the others are the lost ones."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,30 +51,115 @@ class World:
 
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks, in place."""
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        with self.collective("the sum of counts"):
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all. Waits for the device."""
         flags = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
+        with self.collective("the question whether to stop"):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            return bool(flags.item())
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        dist.barrier()
+        with self.collective("a barrier"):
+            dist.barrier()
+
+    def from_main(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank; if it raises an exception, every rank raises it."""
+        answer: list[Any] = [None]
+        if self.is_main:
+            try:
+                answer = [decide()]
+            except Exception as error:
+                answer = [error]
+        with self.collective("the decision of rank 0"):
+            dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        decided: T = answer[0]
+        return decided
 
     def average_buffers(self, model: nn.Module) -> None:
         """Make running statistics (BatchNorm's) the same on every rank: their mean over the ranks."""
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world_size
+        with self.collective("the mean of running statistics"):
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.world_size
+
+    @contextmanager
+    def collective(self, name: str) -> Iterator[None]:
+        """Give the failure of a collective its name, and that of the rank which did not join it.
+
+        gloo raises where a rank is gone, or after the time-out. NCCL's own watchdog ends the process instead.
+
+        Raises:
+            RankLostError: in place of gloo's error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            timed_out = "imed out" in str(error)
+            reason = "timed out" if timed_out else "lost a connection"
+            lost = self._lost_ranks(REPORT_S if timed_out else REPORT_S / 5)  # a dead rank is known at once
+            who = f"rank {' and '.join(map(str, lost))} did not join it" if lost else "every rank reports so"
+            raise RankLostError(
+                f"rank {self.rank} {reason} in {name}: {who}. Start again with --resume auto, or let "
+                "torchrun do so with --max-restarts"
+            ) from error
+
+    def _lost_ranks(self, patience_s: float) -> list[int]:
+        """The ranks that do not say, within a short time, that they wait as this one does."""
+        missing = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            store = PrefixStore("waiting", dist.distributed_c10d._get_default_store())
+            store.set(str(self.rank), "")
+            end = time.monotonic() + patience_s
+            while missing and time.monotonic() < end:
+                missing = [rank for rank in missing if not store.check([str(rank)])]
+                time.sleep(0.1)
+        except RuntimeError:  # the store is gone with the launcher: nobody can be heard
+            pass
+        return missing
 
 
 def env_rank() -> int:
     """The rank that torchrun gave this process; 0 outside torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which torchrun started this process. A restart of the ranks is the same launch.
+
+    Args:
+        run_id: torchrun's `--rdzv-id`; made up anew each time with `--standalone`, `none` without either.
+        launcher: the torchrun process on this machine.
+        restarts: how often this launch has started its ranks again.
+    """
+
+    run_id: str
+    launcher: str
+    restarts: int
+
+
+def env_launch() -> Launch | None:
+    """This process's launch; None outside torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    parent = os.getppid()
+    # A process id comes back one day; with the time at which the process began, it does not.
+    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return Launch(
+        run_id=os.environ["TORCHELASTIC_RUN_ID"],
+        launcher=f"{socket.gethostname()}:{parent}:{began}",
+        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
 
 
 def cpu_share(local_world_size: int) -> int:
@@ -113,8 +208,17 @@ def exact_float32() -> Iterator[None]:
             setting.fp32_precision = precision
 
 
+def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Where the ranks find each other: torchrun's store, or one of our own where there is a single rank."""
+    if "RANK" not in os.environ:
+        return HashStore()
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    # torchrun keeps its store through a restart of the ranks: the dead ones' addresses are still in it.
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 @contextmanager
-def open_world(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
+def open_world(wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it on every path.
 
     Outside torchrun this is a group of one, so that nothing else has to tell the cases apart.
@@ -133,10 +237,10 @@ def open_world(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
         torch.backends.cudnn.benchmark = True
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        store=None if "RANK" in os.environ else torch._C._distributed_c10d.HashStore(),
+        store=_open_store(rank, world_size, timedelta(seconds=timeout_s)),
         rank=rank,
         world_size=world_size,
-        timeout=TIMEOUT,
+        timeout=timedelta(seconds=timeout_s),
         device_id=device if kind == "cuda" else None,
     )
     try:

@@ -98,7 +98,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     for number, batch in enumerate(batches, start=1):
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         last = number == len(batches)
-        with nullcontext() if last else trainer.parallel.no_sync():
+        share = nullcontext() if last else trainer.parallel.no_sync()
+        with share, world.collective(f"the sum of gradients of step {step + 1}"):
             inputs_NCHW = trainer.normalize(images_NHWC)
             if batch.mix is not None:
                 inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)

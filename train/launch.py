@@ -19,6 +19,9 @@ from train.distributed import check_rank_count, choose_device, cpu_share
 
 log = logging.getLogger("train")
 
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun passes on to the ranks: its own list, and Slurm's signal before the time is up."""
+
 
 def choose_rank_count(wanted: str, config: RunConfig) -> int:
     """How many ranks to start here.
@@ -39,18 +42,22 @@ def choose_rank_count(wanted: str, config: RunConfig) -> int:
     return int(wanted)
 
 
-def launch(num_ranks: int, arguments: Sequence[str]) -> int:
+def launch(num_ranks: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
     """Run `train.main` under torchrun on this machine.
 
     Args:
         num_ranks: processes to start.
         arguments: of `train.main`.
+        max_restarts: how often all ranks are started again after one of them fails.
     Returns:
         0, or the exit code of the rank that failed first; a rank has said why by then.
     """
     # torchrun would choose 1 and warn about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_share(num_ranks)))
-    options = ["--standalone", f"--nproc_per_node={num_ranks}", "-m", "train.main", *arguments]
+    options = [
+        "--standalone", f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
+        f"--signals-to-handle={SIGNALS}", "-m", "train.main", *arguments,
+    ]  # fmt: skip
     # Its own log repeats what the rank said, around a traceback of torchrun itself.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.multiprocessing.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

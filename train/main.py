@@ -16,15 +16,26 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.console import set_up_logging
 from data_pipeline.demo import DEMO_ROOT
-from data_pipeline.errors import CorruptFileError, DivergedError, InterruptedRunError, SaveError, UserError
+from data_pipeline.errors import (
+    CorruptFileError,
+    DivergedError,
+    InterruptedRunError,
+    RankLostError,
+    SaveError,
+    UserError,
+)
 from data_pipeline.faults import visible
 from train.config import RunConfig, make_config, to_json
-from train.distributed import env_rank, open_world
+from train.distributed import env_launch, env_rank, open_world
 from train.loop import run_epochs
 from train.options import DEFAULT_RECIPE, OPTIONS
+from train.restart import end_run
 from train.session import open_session
 
 log = logging.getLogger("train")
+
+OURS = (UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError, RankLostError)
+"""What a user is told in one line."""
 
 DEMO_NOTE = ", the embedded handwritten digits"
 
@@ -39,9 +50,14 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(open_world(config.device))
+        world = stack.enter_context(open_world(config.device, config.timeout_s))
         session = open_session(config, out, resume, world, stack)
-        metrics = run_epochs(session)
+        try:
+            metrics = run_epochs(session)
+        except (InterruptedRunError, DivergedError) as error:
+            if session.folder is not None:
+                end_run(session.folder, env_launch(), error)
+            raise
         if session.unsaved is not None:
             raise SaveError(f"the end of the run is not saved: {session.unsaved}")
         if session.folder is None:
@@ -85,12 +101,12 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
-        except (UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError) as error:
+        except OURS as error:
             if debug:
                 raise
             if env_rank() != 0 and isinstance(error, InterruptedRunError):
                 sys.exit(error.exit_code)
-            if env_rank() != 0:
+            if env_rank() != 0 and not isinstance(error, RankLostError):
                 # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
                 time.sleep(5)
             click.echo(f"error: {visible(str(error))}", err=True)

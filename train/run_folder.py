@@ -19,7 +19,8 @@ from train.config import RunConfig, decode_config
 log = logging.getLogger("train")
 
 FREE_TO_CHANGE = (
-    "data", "device", "cpu_threads", "micro_batch", "log_every", "keep_checkpoints", "max_skipped",
+    "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
+    "max_skipped",
 )  # fmt: skip
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 

@@ -20,7 +20,7 @@ from data_pipeline.loader import ImageBackend, make_backend
 from data_pipeline.order import steps_per_epoch
 from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
-from train.distributed import World, cpu_share
+from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
 from train.guard import Guard
 from train.interrupt import Interrupt, remember_signals
@@ -28,7 +28,8 @@ from train.metrics import TOP_K
 from train.model import Normalize, make_model
 from train.optimizer import make_optimizer, start_momentum
 from train.precision import choose_precision
-from train.run_folder import RunFolder, best_until, create_run, find_resumable
+from train.restart import choose_start, claim_run
+from train.run_folder import RunFolder, best_until, create_run
 
 log = logging.getLogger("train")
 
@@ -75,7 +76,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
 
     Args:
         out: folder in which the run's folder is made, or looked for.
-        resume: see `train.run_folder.find_resumable`.
+        resume: see `train.restart.choose_start`.
         stack: closes what must be closed.
     Raises:
         UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
@@ -84,8 +85,9 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
-    resumed = find_resumable(out, resume, config)
-    checkpoint = load_checkpoint(resumed) if resumed is not None else None
+    launch = env_launch()
+    start = world.from_main(lambda: choose_start(out, resume, config, launch))
+    checkpoint = load_checkpoint(start.checkpoint) if start.checkpoint is not None else None
     data = {dataset.split: dataset.contents() for dataset in (train_set, val_set)}
     if checkpoint is not None:
         check_same_data(checkpoint, data, train_set.root)
@@ -113,13 +115,14 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         )
         if len(train_set.classes) < TOP_K:
             log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
-        folder = RunFolder(resumed.parent.parent) if resumed is not None else create_run(out, config)
+        folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
+        claim_run(folder, launch)
         log.info(f"run folder: {folder.path}")
-    if resumed is not None and checkpoint is not None:
-        best = best_until(resumed.parent.parent, checkpoint.step)
-        if folder is not None:
-            dropped = folder.drop_rows_after(checkpoint.step)
-            log.info(f"resuming at step {checkpoint.step}; {dropped} later row(s) of metrics.jsonl dropped")
+    step = checkpoint.step if checkpoint is not None else 0
+    if start.run is not None and folder is not None:
+        best = best_until(start.run, step)
+        dropped = folder.drop_rows_after(step)
+        log.info(f"resuming at step {step}; {dropped} later row(s) of metrics.jsonl dropped")
     return Session(
         config=config,
         trainer=trainer,
@@ -131,7 +134,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         folder=folder,
         micro_batch=micro_batch,
         steps_per_epoch=num_steps,
-        step=checkpoint.step if checkpoint is not None else 0,
+        step=step,
         best=best,
         skipped=trainer.guard.read().total,
         interrupt=stack.enter_context(remember_signals()),
