@@ -154,7 +154,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(demo_data: Path,
     done = run_command(["train.main", f"--data={demo_data}", *sets], cwd=tmp_path)
     assert done.returncode == 1
     assert re.search(
-        r"^error: the training loss is (nan|inf) at step \d+, which is not saved", done.stderr, re.M
+        r"^error: 10 steps in a row, from step \d+ on, had a gradient that is not finite", done.stderr, re.M
     )
     assert not list(tmp_path.glob("runs/*/checkpoints/step-*"))
 

@@ -20,8 +20,7 @@ from data_pipeline.shard_writer import write_shards
 from infer.bundle import Bundle, load_bundle
 from tests.images import write_folder
 from tests.infer_samples import tiny_manifest
-from tests.ranks import TINY, read_rows, run_command
-from tests.test_train_run import link_subset
+from tests.ranks import TINY, link_subset, read_rows, run_command
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.convert import export_weights, import_weights
 
