@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,12 @@ NUM_STEPS = 20
 BATCH = 25  # divides by neither 2 nor 3
 NUM_VAL = 35  # nor does this
 
+COMPARABLE = (
+    *TINY, "epochs=1", f"global_batch={BATCH}", "schedule.kind=constant", "schedule.warmup_epochs=0",
+    "schedule.learning_rate=0.0002", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
+    "checkpoint_every=10",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,13 +61,9 @@ def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """20 steps with 1, 2 and 3 ranks, and with 2 ranks that accumulate."""
     out = tmp_path_factory.mktemp("ranks")
-    settings = (
-        *TINY, "epochs=1", f"global_batch={BATCH}", "schedule.kind=constant", "schedule.warmup_epochs=0",
-        "schedule.learning_rate=0.0002", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
-    )  # fmt: skip
     wanted = {"1": (1, ()), "2": (2, ()), "3": (3, ()), "2 accumulating": (2, ("micro_batch=5",))}
     return {
-        name: train_ranks(ranks, data=noisy_digits, out=out / name, overrides=(*settings, *more))
+        name: train_ranks(ranks, data=noisy_digits, out=out / name, overrides=(*COMPARABLE, *more))
         for name, (ranks, more) in wanted.items()
     }
 
@@ -84,6 +87,29 @@ def test_validation_counts_every_sample_once_on_any_number_of_ranks(
     assert one["top1"] * NUM_VAL == pytest.approx(round(one["top1"] * NUM_VAL), abs=1e-9)
     assert (many["top1"], many["top5"]) == (one["top1"], one["top5"])
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [("2", 1), ("1", 2), ("2 accumulating", 3)])
+def test_a_run_stopped_inside_an_epoch_goes_on_with_another_number_of_ranks(
+    before: str, after: int, runs_by_ranks: dict[str, Path], noisy_digits: Path, tmp_path: Path
+) -> None:
+    """As if it had been killed after step 10 of 20: same samples, and losses to 1e-4 of one rank's all through."""
+    run = tmp_path / "runs" / runs_by_ranks[before].name
+    shutil.copytree(runs_by_ranks[before], run)
+    shutil.rmtree(run / "checkpoints" / f"step-{NUM_STEPS:08d}")
+    overrides = (*COMPARABLE, "micro_batch=7") if after == 2 else COMPARABLE
+    resumed = train_ranks(
+        after, data=noisy_digits, out=tmp_path / "runs", overrides=overrides, options=["--resume=auto"]
+    )
+    assert resumed == run
+    expected, rows = read_rows(runs_by_ranks["1"], "train"), read_rows(run, "train")
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    assert rows[:10] == read_rows(runs_by_ranks[before], "train")[:10]
+    assert rows[10:] != read_rows(runs_by_ranks[before], "train")[10:], "nothing was done again"
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    assert [(row["samples"], row["lr"]) for row in rows] == [(row["samples"], row["lr"]) for row in expected]
+    (found,), (one,) = read_rows(run, "val"), read_rows(runs_by_ranks["1"], "val")
+    assert (found["samples"], found["top1"]) == (one["samples"], one["top1"])
 
 
 def test_a_checkpoint_holds_what_training_ended_with(
