@@ -93,7 +93,7 @@ def test_validation_counts_every_sample_once_on_any_number_of_ranks(
 def test_a_run_stopped_inside_an_epoch_goes_on_with_another_number_of_ranks(
     before: str, after: int, runs_by_ranks: dict[str, Path], noisy_digits: Path, tmp_path: Path
 ) -> None:
-    """As if it had been killed after step 10 of 20: same samples, and losses to 1e-4 of one rank's all through."""
+    """As if killed after step 10 of 20: same samples, and losses to 1e-4 of one rank's all through."""
     run = tmp_path / "runs" / runs_by_ranks[before].name
     shutil.copytree(runs_by_ranks[before], run)
     shutil.rmtree(run / "checkpoints" / f"step-{NUM_STEPS:08d}")
