@@ -179,18 +179,36 @@ def evaluate(
 @main.command()
 @click.argument("checkpoint", type=PATH, required=False)
 @click.option(
-    "--format", type=click.Choice(["onnx", "trt"]), default="onnx", show_default=True,
-    help="ONNX, or a TensorRT engine with the ONNX file beside it.",
+    "--format", "formats", default="onnx", show_default=True, metavar="onnx|trt|onnx,trt",
+    help="ONNX, or a TensorRT engine with the ONNX file beside it, or a bundle of each.",
 )  # fmt: skip
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
-@click.option("--out", type=PATH, help="Folder to write. Default: export/<format>-<precision> in the run.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
+    help="Of weights and arithmetic; LRN and softmax stay in float32.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", type=PATH,
+    help="Folder with train/ for int8's ranges. Default: what it was trained on.",
+)  # fmt: skip
+@click.option("--gpu", default="", metavar="sm89,…", help="Build the engine for these GPUs only.")
+@click.option(
+    "--out", type=PATH,
+    help="Folder to write; with two formats, the folder of both. Default: export/<format>-<precision>.",
+)  # fmt: skip
 @click.option("--data", type=PATH, help="Folder with val/ for the gate. Default: what it was trained on.")
 @click.option("--max-batch", type=int, default=64, show_default=True, help="Largest batch the model takes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the bundle's manifest as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the bundle's manifest as JSON; of two formats, both by name.",
+)
 def export(
     checkpoint: Path | None,
-    format: Any,
+    formats: str,
     precision: Any,
+    calibrate: Path | None,
+    gpu: str,
     out: Path | None,
     data: Path | None,
     max_batch: int,
@@ -202,22 +220,39 @@ def export(
 
     \b
     alexnet export --format onnx
-    alexnet export --format trt --max-batch 128
+    alexnet export --format onnx,trt --precision int8 --max-batch 128
+    alexnet export --format trt --precision fp16 --gpu sm89,sm120
     """
     import msgspec
 
     from infer.commands import describe_export
-    from infer.export import export_model
+    from infer.export import export_model, parse_formats
     from train.checkpoint import find_checkpoint
 
+    wanted = parse_formats(formats)
     folder = find_checkpoint(checkpoint)
     click.echo(f"checkpoint: {folder}", err=True)
-    bundle = export_model(folder, format, data=data, out=out, max_batch=max_batch, precision=precision)
+    bundles = {
+        format: export_model(
+            folder,
+            format,
+            data=data,
+            out=out / f"{format}-{precision}" if out is not None and len(wanted) > 1 else out,
+            max_batch=max_batch,
+            precision=precision,
+            calibrate=calibrate,
+            gpus=tuple(filter(None, gpu.split(","))) if format == "trt" or len(wanted) == 1 else (),
+        )
+        for format in wanted
+    }
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(bundle.manifest)))
+        manifests = {format: bundle.manifest for format, bundle in bundles.items()}
+        one = manifests[wanted[0]] if len(wanted) == 1 else manifests
+        click.echo(msgspec.json.format(msgspec.json.encode(one)))
         return
-    for line in describe_export(bundle):
-        click.echo(line)
+    for bundle in bundles.values():
+        for line in describe_export(bundle):
+            click.echo(line)
 
 
 @main.command()

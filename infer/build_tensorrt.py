@@ -25,7 +25,11 @@ log = logging.getLogger("infer")
 # The engine is tuned for this batch, which is also what prediction sends unless it is told otherwise.
 TUNED_BATCH = 32
 # "Cannot compile operation for Turing (SM75): FP32 GEMM is not supported", says tensorrt_rtx 1.7.
-_RTX_CANNOT: dict[Precision, frozenset[str]] = {"fp32": frozenset({"sm75"})}
+_RTX_CANNOT: dict[Precision, frozenset[str]] = {
+    "fp32": frozenset({"sm75"}),
+    "fp16": frozenset(),
+    "int8": frozenset({"sm75"}),
+}
 
 
 class BuildError(RuntimeError):
@@ -43,23 +47,29 @@ class Builder:
     note: str
 
 
-def choose_builder(versions: dict[str, str], scan: GpuScan) -> Builder:
+def choose_builder(versions: dict[str, str], scan: GpuScan, wanted: tuple[str, ...] = ()) -> Builder:
     """`tensorrt` where there is a GPU for it, else `tensorrt_rtx` ahead of time.
 
     Args:
         versions: the libraries that are installed, as `infer.backends.tensorrt_versions` lists them.
         scan: the GPUs of this machine.
+        wanted: architectures that were asked for; others than this machine's are TensorRT-RTX's.
     Returns:
         The builder; no `gpus` means all that the library offers for the precision.
     Raises:
         UserError: neither can build here; names the extra to install.
     """
-    if "tensorrt" in versions and scan.gpus:
+    if "tensorrt" in versions and scan.gpus and set(wanted) <= {scan.gpus[0].architecture}:
         gpu = scan.gpus[0]
         return Builder("tensorrt", (gpu.architecture,), f"for this machine's {gpu.name}")
     if "tensorrt_rtx" in versions:
-        why = scan.reason or "tensorrt is not installed"
-        return Builder("tensorrt_rtx", (), f"ahead of time, since {why}")
+        why = scan.reason or ("as asked" if wanted else "tensorrt is not installed")
+        return Builder("tensorrt_rtx", wanted, f"ahead of time, since {why}")
+    if "tensorrt" in versions and scan.gpus:
+        raise UserError(
+            f"--gpu {','.join(wanted)}: tensorrt builds for this machine's {scan.gpus[0].architecture} "
+            "alone; TensorRT-RTX builds for others: pip install 'alexnet[rtx]'"
+        )
     if "tensorrt" in versions:
         raise UserError(
             f"tensorrt builds on a GPU only, and {scan.reason}; TensorRT-RTX builds without one: "
@@ -89,6 +99,7 @@ def build_engine(
     crop_px: int,
     max_batch: int,
     precision: Precision,
+    gpus: tuple[str, ...] = (),
 ) -> Engine:
     """Build an engine and write it.
 
@@ -102,13 +113,14 @@ def build_engine(
         crop_px: side of the images, in pixels.
         max_batch: largest batch that the engine takes.
         precision: of the ONNX file.
+        gpus: architectures to build for, as `sm89`; none for all that the library offers.
     Returns:
         What was built, for the manifest.
     Raises:
         UserError: no TensorRT can build here.
         BuildError: the library refused the model; with its messages.
     """
-    builder = choose_builder(tensorrt_versions(), scan_gpus())
+    builder = choose_builder(tensorrt_versions(), scan_gpus(), gpus)
     trt = importlib.import_module(builder.library)
     batches = profile_batches(max_batch)
     started = time.monotonic()
@@ -160,7 +172,13 @@ def _build(
         raise BuildError(f"{who} refuses batches of {batches}: {_words(messages)}")
     gpus = chosen.gpus
     if chosen.library == "tensorrt_rtx":
-        gpus = tuple(gpu for gpu in _offered(trt) if gpu not in _RTX_CANNOT[precision])
+        offered = tuple(gpu for gpu in _offered(trt) if gpu not in _RTX_CANNOT[precision])
+        gpus = gpus or offered
+        if unknown := sorted(set(gpus) - set(offered)):
+            raise UserError(
+                f"--gpu {unknown[0]}: {who} builds for {', '.join(offered)} in {precision}; "
+                "others need tensorrt"
+            )
         config.num_compute_capabilities = len(gpus)
         for index, gpu in enumerate(gpus):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index):

@@ -18,14 +18,14 @@ from data_pipeline.preprocessing import Preprocessing
 
 MANIFEST_NAME = "bundle.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ONNX_NAME = "model.onnx"
 ENGINE_NAME = "model.engine"
 INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
 
 Format = Literal["onnx", "trt"]
-Precision = Literal["fp32"]
+Precision = Literal["fp32", "fp16", "int8"]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 # One component, no leading dot: a name can neither leave the folder nor hide in it.
@@ -72,12 +72,44 @@ class Engine(_Strict, frozen=True):
 
 
 class Limits(_Strict, frozen=True):
-    """What the gate demands; agreement in 0..1, differences in probability."""
+    """What the gate demands; agreement and accuracy in 0..1, differences in probability; None is no limit.
+
+    Args:
+        tie_margin: classes that the checkpoint holds to be equal within this are one and the same.
+        top5_margin: the same at the edge of the five best; None for `tie_margin`.
+        max_accuracy_loss: how far the accuracy may lie below the checkpoint's.
+    """
 
     min_top1_agreement: float
     min_top5_agreement: float
-    max_probability_difference: float
+    max_probability_difference: float | None
     tie_margin: float
+    top5_margin: float | None = None
+    max_accuracy_loss: float | None = None
+
+
+class Calibration(_Strict, frozen=True):
+    """The training images that the ranges of an int8 model come from."""
+
+    data: str
+    split: str
+    num_images: Count
+    method: Literal["minmax"]
+
+
+class Proof(_Strict, frozen=True):
+    """The precision of an ONNX file, as read from the file.
+
+    Args:
+        computed_in: for each kind of operator, how many take which type.
+        num_values: stored weights by type.
+        num_quantize, num_dequantize: Q and DQ nodes.
+    """
+
+    computed_in: dict[str, dict[str, int]]
+    num_values: dict[str, int]
+    num_quantize: Count
+    num_dequantize: Count
 
 
 class Agreement(_Strict, frozen=True):
@@ -137,6 +169,8 @@ class Manifest(_Strict, frozen=True):
     checkpoint: Origin
     versions: dict[str, str]
     engine: Engine | None = None
+    calibration: Calibration | None = None
+    proof: Proof | None = None
     report: GateReport | None = None
     labels_text: tuple[str, ...] = ()
 
@@ -154,6 +188,8 @@ class Manifest(_Strict, frozen=True):
             raise ValueError(f"a bundle of format {self.format} lists {', '.join(missing)}")
         if (self.engine is not None) != (self.format == "trt"):
             raise ValueError(f"format {self.format} and the engine's description contradict each other")
+        if (self.calibration is not None) != (self.precision == "int8"):
+            raise ValueError(f"precision {self.precision} and the calibration contradict each other")
         crop_px = self.preprocessing.crop_px
         if self.inputs != (image_input(crop_px),) or self.outputs != (probability_output(len(self.classes)),):
             raise ValueError("inputs or outputs do not fit the preprocessing and the classes")

@@ -17,7 +17,7 @@ from data_pipeline.faults import visible
 from data_pipeline.index import find_images
 from data_pipeline.layouts import open_dataset
 from infer.backends import BackendName, DeviceName, choose_backend
-from infer.bundle import Bundle, find_bundle, load_bundle
+from infer.bundle import Bundle, Limits, Proof, find_bundle, load_bundle
 from infer.evaluate import Evaluation, evaluate_bundle
 from infer.predict import DEFAULT_TOP, Row, predict
 from infer.report import RowCounter, Summary, write_jsonl, write_table
@@ -108,6 +108,11 @@ def describe_export(bundle: Bundle) -> list[str]:
         lines.append(
             f"  engine: {engine.library} {engine.version}, loads on GPUs of {', '.join(engine.gpus)}"
         )
+    if manifest.proof is not None:
+        lines.append(f"  precision, read from model.onnx: {_words(manifest.proof)}")
+    if manifest.calibration is not None:
+        by = manifest.calibration
+        lines.append(f"  calibrated on {by.num_images} images of {by.data}/{by.split} ({by.method})")
     gate = manifest.report
     if gate is not None:
         lines.append(
@@ -118,12 +123,23 @@ def describe_export(bundle: Bundle) -> list[str]:
         lines += [
             f"  {name}: top-1 agreement {found.top1_agreement:.2%}, top-5 {found.top5_agreement:.2%}, "
             f"largest probability difference {found.max_probability_difference:.1e} "
-            f"(limit {gate.limits.max_probability_difference:.0e}), accuracy {found.accuracy:.2%}"
+            f"({_limit(gate.limits)}), accuracy {found.accuracy:.2%}"
             for name, found in judged
         ]
         if gate.engine_not_run is not None:
             lines.append(f"  engine not run here: {gate.engine_not_run}")
     return lines
+
+
+def _words(proof: Proof) -> str:
+    """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
+    kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in proof.computed_in.items())
+    return f"{kinds}; {proof.num_quantize} Q and {proof.num_dequantize} DQ nodes"
+
+
+def _limit(limits: Limits) -> str:
+    most = limits.max_probability_difference
+    return "no limit" if most is None else f"limit {most:.0e}"
 
 
 def _data_of_run(bundle: Bundle) -> Path:

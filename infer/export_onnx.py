@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
-from infer.bundle import INPUT_NAME, OUTPUT_NAME
+from infer.bundle import INPUT_NAME, OUTPUT_NAME, Precision
 from train.checkpoint import Checkpoint
 from train.model import Normalize
 
@@ -29,20 +30,24 @@ _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 class ContractModel(nn.Module):
     """What is exported: pixels as decoded to probabilities.
 
+    Args:
+        checkpoint: what to export.
+        half: whether the network computes in float16; normalisation, LRN and softmax stay in float32.
     Shape:
         uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, half: bool = False) -> None:
         super().__init__()
         self.normalize = Normalize(checkpoint.preprocessing)
-        self.network = checkpoint.make_model()
+        self.dtype = torch.float16 if half else torch.float32
+        self.network = checkpoint.make_model().to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.softmax(self.network(self.normalize(images)), dim=1)
+        return torch.softmax(self.network(self.normalize(images).to(self.dtype)).float(), dim=1)
 
 
-def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
+def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "fp32") -> None:
     """Write a checkpoint as one ONNX file, weights included.
 
     LRN is written as ONNX's own operator, which TensorRT maps to its LRN layer. The file's metadata carries
@@ -51,10 +56,11 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
     Args:
         checkpoint: a verified checkpoint.
         path: where to write; its folder exists.
+        precision: fp32 or fp16; int8 starts from fp32 and is `infer.quantize`'s work.
     Raises:
         UserError: a model too large for one file.
     """
-    model = ContractModel(checkpoint).eval()
+    model = ContractModel(checkpoint, half=precision == "fp16").eval()
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > MAX_ONNX_BYTES:
         raise UserError(f"the weights take {size_bytes / 2**30:.1f} GiB, and an ONNX file holds at most 2")
@@ -77,7 +83,15 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
             log.warning("ONNX export: %s", " ".join(str(warning.message).split()))
     assert program is not None
     _strip(program.model)
+    program.model.producer_name, program.model.producer_version = "alexnet", version("alexnet")
+    program.model.doc_string = (
+        f"AlexNet ({checkpoint.config.model.name}) for {len(checkpoint.classes)} classes: "
+        f"uint8 RGB images of {crop_px}x{crop_px} pixels, NHWC, to probabilities"
+    )
     program.model.metadata_props.update(
+        model=checkpoint.config.model.name,
+        recipe=checkpoint.config.recipe,
+        step=str(checkpoint.step),
         classes=msgspec.json.encode(tuple(map(printable, checkpoint.classes))).decode(),
         labels=msgspec.json.encode(tuple(map(printable, checkpoint.class_labels))).decode(),
         preprocessing=msgspec.json.encode(checkpoint.preprocessing).decode(),

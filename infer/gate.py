@@ -29,6 +29,19 @@ LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(
         min_top1_agreement=1.0, min_top5_agreement=1.0, max_probability_difference=1e-4, tie_margin=2e-4
     ),
+    # float16 keeps 11 bits: a probability near one half moves by thousandths.
+    "fp16": Limits(
+        min_top1_agreement=0.999, min_top5_agreement=0.999, max_probability_difference=1e-2, tie_margin=2e-3
+    ),
+    # The best class is compared without ties; the order of the improbable ones is not int8's promise.
+    "int8": Limits(
+        min_top1_agreement=0.99,
+        min_top5_agreement=0.99,
+        max_probability_difference=None,
+        tie_margin=0.0,
+        top5_margin=0.05,
+        max_accuracy_loss=0.005,
+    ),
 }
 MAX_IMAGES = 1000
 MAX_GATE_BATCH = 32
@@ -155,14 +168,19 @@ class Tally:
             if not np.isfinite(values).all():
                 raise GateError(f"gate: {what} gives probabilities that are not finite; nothing was shipped")
         margin = self.limits.tie_margin
+        edge_margin = margin if self.limits.top5_margin is None else self.limits.top5_margin
         rows_N = np.arange(len(labels_N))
         expected_N, found_N = expected_NC.argmax(1), found_NC.argmax(1)
         same_N = expected_N == found_N
-        tied_N = ~same_N & (expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N] <= margin)
+        tied_N = (
+            ~same_N
+            & (margin > 0)
+            & (expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N] <= margin)
+        )
         k = min(TOP_K, expected_NC.shape[1])
         edge_N = np.sort(expected_NC, axis=1)[:, -k]
         found_NK = np.argpartition(found_NC, -k, axis=1)[:, -k:]
-        among_NK = np.take_along_axis(expected_NC, found_NK, axis=1) >= edge_N[:, None] - margin
+        among_NK = np.take_along_axis(expected_NC, found_NK, axis=1) >= edge_N[:, None] - edge_margin
         difference_NC = np.abs(expected_NC.astype(np.float64) - found_NC)
         self.num_images += len(labels_N)
         self.num_values += difference_NC.size
@@ -192,10 +210,14 @@ def _judge(name: str, found: Agreement, report: GateReport) -> None:
         ("top-5 agreement", found.top5_agreement, limits.min_top5_agreement),
     )
     beyond = [f"{what} {value:.2%}, below {limit:.2%}" for what, value, limit in least if value < limit]
-    if found.max_probability_difference > limits.max_probability_difference:
+    most = limits.max_probability_difference
+    if most is not None and found.max_probability_difference > most:
+        beyond.append(f"a probability differs by {found.max_probability_difference:.2g}, more than {most:g}")
+    loss = report.checkpoint_accuracy - found.accuracy
+    if limits.max_accuracy_loss is not None and loss > limits.max_accuracy_loss:
         beyond.append(
-            f"a probability differs by {found.max_probability_difference:.2g}, more than "
-            f"{limits.max_probability_difference:g}"
+            f"accuracy {found.accuracy:.2%}, {loss * 100:.2f} points below the checkpoint's; at most "
+            f"{limits.max_accuracy_loss * 100:g}"
         )
     if beyond:
         why = "; ".join(beyond)

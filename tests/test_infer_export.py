@@ -194,7 +194,7 @@ def test_builder_is_chosen_by_library_and_gpu() -> None:
 def test_export_that_differs_is_not_shipped(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, words: str
 ) -> None:
-    def alter(checkpoint: Checkpoint, path: Path) -> None:
+    def alter(checkpoint: Checkpoint, path: Path, *, precision: str) -> None:
         model = onnx.load(exported(base).onnx_path)
         (bias,) = (t for t in model.graph.initializer if t.name.endswith("fc8.bias"))
         values = onnx.numpy_helper.to_array(bias).copy()

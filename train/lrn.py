@@ -94,9 +94,11 @@ class LocalResponseNorm(nn.Module):
                 "beta": self.beta,
                 "bias": self.k,
             }
-            return torch.onnx.ops.symbolic(
-                "LRN", (x,), attrs=attributes, dtype=x.dtype, shape=x.shape, version=13
+            # In float32 even where the network is not: squares of float16 overflow from 256 on.
+            wide = torch.onnx.ops.symbolic(
+                "LRN", (x.float(),), attrs=attributes, dtype=torch.float32, shape=x.shape, version=13
             )
+            return wide.to(x.dtype)
         out: Tensor = _LocalResponseNorm.apply(x, self.size, self.alpha, self.beta, self.k)
         return out
 

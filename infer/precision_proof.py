@@ -1,0 +1,93 @@
+"""What precision a file really has, read from the file and not from the options that made it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from data_pipeline.errors import GateError
+from infer.bundle import Precision, Proof
+
+_HEAVY = ("Conv", "Gemm", "MatMul")
+_WIDE = ("LRN", "Softmax")
+# A plan holds each weight once, kernels and tables of a few MB beside them.
+_PLAN_BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.4, "fp16": 2.4, "int8": 1.4}
+_PLAN_OVERHEAD_BYTES = 12 * 2**20
+
+
+def prove_precision(path: Path, precision: Precision) -> Proof:
+    """Read a model's tensor types, and hold them against the precision that was asked for.
+
+    fp32: convolutions and matrix products take float32, and nothing is quantised. fp16: they take float16,
+    LRN and softmax float32. int8: both their inputs come out of int8 through DequantizeLinear.
+
+    Args:
+        path: an ONNX file.
+        precision: what it should be.
+    Returns:
+        What was found, for the manifest.
+    Raises:
+        GateError: it is something else.
+    """
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    graph = model.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    types |= {t.name: t.data_type for t in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    computed: dict[str, Counter[str]] = {}
+    for node in graph.node:
+        if node.op_type not in (*_HEAVY, *_WIDE):
+            continue
+        inputs = node.input[:2] if node.op_type in _HEAVY else node.input[:1]
+        found = {_type_of(name, types, made_by) for name in inputs}
+        computed.setdefault(node.op_type, Counter())["/".join(sorted(found))] += 1
+    weights: Counter[str] = Counter()
+    for tensor in graph.initializer:
+        count = int(np.prod(tensor.dims, dtype=np.int64))
+        weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += count
+    operators = Counter(node.op_type for node in graph.node)
+    proof = Proof(
+        computed_in={name: dict(counts) for name, counts in sorted(computed.items())},
+        num_values=dict(weights),
+        num_quantize=operators["QuantizeLinear"],
+        num_dequantize=operators["DequantizeLinear"],
+    )
+    heavy = {"fp32": "float", "fp16": "float16", "int8": "int8"}[precision]
+    wanted = {name: heavy if name in _HEAVY else "float" for name in computed}
+    wrong = [
+        f"{name} in {', '.join(found)} instead of {wanted[name]}"
+        for name, found in proof.computed_in.items()
+        if set(found) != {wanted[name]}
+    ]
+    if not set(computed) & set(_HEAVY):
+        wrong.append("no convolution and no matrix product")
+    if (proof.num_dequantize > 0) != (precision == "int8"):
+        wrong.append(f"{proof.num_dequantize} DequantizeLinear nodes")
+    if wrong:
+        raise GateError(f"gate: {path.name} is not {precision} ({'; '.join(wrong)}); nothing was shipped")
+    return proof
+
+
+def check_plan_size(path: Path, proof: Proof, precision: Precision) -> None:
+    """Hold a plan's size against its weights: one that kept float32 is twice or four times too large.
+
+    Raises:
+        GateError: it is too large for the precision.
+    """
+    limit = _PLAN_BYTES_PER_WEIGHT[precision] * sum(proof.num_values.values()) + _PLAN_OVERHEAD_BYTES
+    if path.stat().st_size > limit:
+        raise GateError(
+            f"gate: {path.name} has {path.stat().st_size / 1e6:.0f} MB, too much for weights in {precision} "
+            f"(up to {limit / 1e6:.0f} MB); nothing was shipped"
+        )
+
+
+def _type_of(name: str, types: dict[str, int], made_by: dict[str, onnx.NodeProto]) -> str:
+    """The type a value is computed in: of what is dequantised, if it is."""
+    node = made_by.get(name)
+    if node is not None and node.op_type == "DequantizeLinear":
+        name = node.input[0]
+    return str(onnx.TensorProto.DataType.Name(types.get(name, 0))).lower()
