@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 EXIT_WRONG_USE = 2
 EXIT_SOME_UNREADABLE = 3
 
-GROUPS = {"checkpoint": "train.commands", "data": "data_pipeline.commands"}
+GROUPS = {
+    "bench": "train.bench_commands",
+    "checkpoint": "train.commands",
+    "data": "data_pipeline.commands",
+}
 """Groups of commands, and the modules that declare them; these import nothing but click."""
 
 TRAINING_PACKAGES = {"torch", "torchvision", "onnx", "onnxscript", "tensorboard", "sklearn"}

@@ -20,6 +20,7 @@ import msgspec
 
 from data_pipeline.bench_images import make_bench_folder, write_bench_images
 from data_pipeline.errors import UserError
+from data_pipeline.shard_writer import write_shards
 from train.bench_subjects import BATCH
 
 
@@ -59,6 +60,7 @@ class DataReport(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
+SHARD_BYTES = 50_000_000
 Ask = Callable[[int, float], float]
 Key = tuple[str, int]
 
@@ -74,7 +76,8 @@ def bench_data(
     """Measure the loaders in turns.
 
     Args:
-        folder: where the images are or are to be written; None for a folder kept among the temporary files.
+        folder: where the images are or are to be written, with their shards in `FOLDER-shards`; None for a
+            folder kept among the temporary files.
         num_images: how many to write.
         rounds: turns.
         batches_per_round: batches of 64 in each.
@@ -89,12 +92,19 @@ def bench_data(
     folder = make_bench_folder() / str(num_images) if folder is None else folder
     tell(f"{num_images} images in {folder}")
     write_bench_images(folder, num_images)
+    shards = folder.with_name(folder.name + "-shards")
+    write_shards(folder, shards, shard_bytes=SHARD_BYTES)
     cores = min(2, len(os.sched_getaffinity(0)))
-    subjects: list[Key] = [(name, cores) for name in ("dali", "torchvision", "dali_reader", "pillow")]
+    subjects: list[Key] = [
+        (name, cores) for name in ("dali", "shards", "torchvision", "dali_reader", "pillow")
+    ]
     subjects += [] if cores == 1 else [("dali", 1), ("torchvision", 1)]
     measured: dict[Key, list[float]] = {}
     with ExitStack() as stack:
-        ask = {key: stack.enter_context(_subject(folder, *key)) for key in subjects}
+        ask = {
+            (name, n): stack.enter_context(_subject(shards if name == "shards" else folder, name, n))
+            for name, n in subjects
+        }
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
             for key in subjects:
@@ -118,6 +128,17 @@ def bench_data(
     )  # fmt: skip
 
 
+def describe(report: DataReport) -> str:
+    """The report for people: a row for each loader, then the ratios and the notes."""
+    lines = [f"{report.machine}: {report.num_images} JPEGs of {report.kilobytes} kB on average"]
+    lines += [f"{r.name:<12} {r.cores} core(s) {r.images_per_s:>8.1f} images/s" for r in report.rates]
+    lines += [
+        f"{name:<30} " + ("not measured" if ratio is None else f"{ratio:.2f}")
+        for name, ratio in report.ratios.items()
+    ]
+    return "\n".join([*lines, *report.notes])
+
+
 def _ratios(measured: dict[Key, list[float]], cores: int) -> tuple[dict[str, float | None], list[str]]:
     pairs: dict[str, tuple[Key, Key]] = {
         "dali_vs_torchvision_2_cores": (("dali", 2), ("torchvision", 2)),
@@ -127,7 +148,7 @@ def _ratios(measured: dict[Key, list[float]], cores: int) -> tuple[dict[str, flo
         "overlap": (("overlap", cores), ("dali", cores)),
     }
     ratios: dict[str, float | None] = {}
-    notes = ["overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding takes"]
+    notes = ["overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding took"]
     for name, (ours, theirs) in pairs.items():
         if ours in measured and theirs in measured:
             each = [a / b for a, b in zip(measured[ours], measured[theirs], strict=True)]

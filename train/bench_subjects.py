@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.augment import Augment
-from data_pipeline.index import load_image_folder
+from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import make_backend, train_batches
 from data_pipeline.preprocessing import Preprocessing
 
@@ -27,9 +27,9 @@ Round = Callable[[int], Iterator[int]]
 
 
 def ours(backend_name: Literal["dali", "pillow"], folder: Path, num_cores: int) -> Round:
-    """This project's loader."""
+    """This project's loader, on a folder of files or of shards."""
     preprocessing = Preprocessing(crop_px=CROP_PX)
-    dataset = load_image_folder(folder, "train")
+    dataset = open_dataset(folder, "train", quarantine=False)
     backend = make_backend(
         backend_name, device="cpu", preprocessing=preprocessing, max_batch=BATCH, num_threads=num_cores
     )
@@ -100,14 +100,14 @@ def dali_reader(folder: Path, num_cores: int) -> Round:
             images, _labels = pipeline.run()
             yield len(
                 np.array(images.as_array())
-            )  # a batch that outlives the next run, as every loader gives
+            )  # a copy: a batch outlives the next run, as with every loader
 
     return batches
 
 
 def make_subject(name: str, folder: Path, num_cores: int) -> Round:
     """A subject by its name in the report."""
-    if name in ("dali", "overlap", "shards"):
+    if name in ("dali", "shards"):
         return ours("dali", folder, num_cores)
     if name == "pillow":
         return ours("pillow", folder, num_cores)
@@ -115,13 +115,30 @@ def make_subject(name: str, folder: Path, num_cores: int) -> Round:
 
 
 def measure(round_: Round, num_batches: int, step_s: float) -> float:
-    """Images per second over a round; after each batch a device is busy for `step_s`."""
-    started, images = time.perf_counter(), 0
-    for count in round_(num_batches):
+    """Images per second once batches flow: from the first batch's arrival to that of the last.
+
+    Args:
+        num_batches: that are counted; one more is made, the first.
+        step_s: for so long a device is busy after each batch.
+    """
+    images = 0
+    batches = round_(num_batches + 1)
+    next(batches)
+    started = arrived = time.perf_counter()
+    for count in _after_steps(batches, step_s):
         images += count
+        arrived = time.perf_counter()
+    return images / (arrived - started)
+
+
+def _after_steps(batches: Iterator[int], step_s: float) -> Iterator[int]:
+    while True:
         if step_s:
             time.sleep(step_s)
-    return images / (time.perf_counter() - started)
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
 
 
 def serve(name: str, folder: Path, num_cores: int) -> None:
