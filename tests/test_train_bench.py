@@ -14,13 +14,13 @@ from train.bench_subjects import measure
 
 
 def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
-    options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=1"]
+    options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=4"]
     done = run_command(["alexnet", "bench", "data", *options], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     rates = {(row["name"], row["cores"]): row["rounds"][0] for row in report["rates"]}
     cores = max(n for _, n in rates)
-    assert report["num_images"] == 128 and report["images_per_round"] == 64
+    assert report["num_images"] == 128 and report["images_per_round"] == 256
     assert {name for name, n in rates if n == cores} == {
         "dali", "shards", "torchvision", "dali_reader", "pillow", "overlap"
     }  # fmt: skip

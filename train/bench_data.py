@@ -119,8 +119,8 @@ def bench_data(
         kilobytes=round(statistics.mean(sizes) / 1000, 1),
         images_per_round=BATCH * batches_per_round,
         rates=[
-            Rate(name=name, cores=n, images_per_s=round(statistics.median(values), 1),
-                 rounds=[round(value, 1) for value in values])
+            Rate(name=name, cores=n, images_per_s=four_digits(statistics.median(values)),
+                 rounds=[four_digits(value) for value in values])
             for (name, n), values in measured.items()
         ],
         ratios=ratios,
@@ -152,7 +152,7 @@ def _ratios(measured: dict[Key, list[float]], cores: int) -> tuple[dict[str, flo
     for name, (ours, theirs) in pairs.items():
         if ours in measured and theirs in measured:
             each = [a / b for a, b in zip(measured[ours], measured[theirs], strict=True)]
-            ratios[name] = round(statistics.median(each), 3)
+            ratios[name] = four_digits(statistics.median(each))
         else:
             ratios[name] = None
             notes.append(f"{name}: not measured here")
@@ -186,3 +186,12 @@ def _subject(folder: Path, name: str, cores: int) -> Iterator[Ask]:
             yield ask
         finally:
             process.stdin.close()
+
+
+def four_digits(value: float) -> float:
+    """A measured figure without digits that mean nothing; a small ratio keeps as many as a large rate.
+
+    >>> four_digits(0.00215155), four_digits(1234.56)
+    (0.002152, 1235.0)
+    """
+    return float(f"{value:.4g}")
