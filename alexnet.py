@@ -260,24 +260,47 @@ def export(
 
 
 @main.command()
-@click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--model", type=PATH, help="An exported model. Default: the newest export under runs/.")
 @click.option("--backend", type=click.Choice(["auto", "onnx", "trt"]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--decoder", type=click.Choice(["auto", "dali", "pillow"]), default="auto", show_default=True,
+    help="Who decodes: DALI where it is installed, on the GPU where the model runs there, else Pillow.",
+)  # fmt: skip
 @click.option("--top", type=int, help="Classes to report for each image. Default: 5, or all if fewer.")
+@click.option(
+    "--min-probability", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+    help="Leave out classes below.",
+)  # fmt: skip
+@click.option("--ten-crop", is_flag=True, help="Average the softmax of the paper's ten views of each image.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images a batch.")
-@click.option("--format", type=click.Choice(["table", "jsonl"]), default="table", show_default=True)
+@click.option(
+    "--recursive/--no-recursive", default=True, show_default=True, help="Enter folders inside folders."
+)
+@click.option("--strict", is_flag=True, help="Stop with code 1 at the first input that cannot be read.")
+@click.option(
+    "--format", type=click.Choice(["table", "jsonl", "csv", "parquet"]),
+    help="How rows are written. Default: as the name of --output ends, else table.",
+)  # fmt: skip
 @click.option("--output", type=PATH, help="Write the rows to this file instead of stdout.")
+@click.option("--resume", is_flag=True, help="Go on after the rows that --output already has.")
+@click.option("--html", type=PATH, help="Write a gallery besides, to sort and filter in a browser.")
 def predict(**options: Any) -> None:
-    """Predict the classes of images: files, and folders with all that is below them.
+    """Predict the classes of images.
+
+    PATH is an image, a folder, a tar shard, a glob, @list.txt (a file of paths), or - (a list on
+    stdin). One row for each input, in order; what cannot be read is a row with the reason.
 
     \b
     alexnet predict images/
-    alexnet predict images/ --format jsonl --output rows.jsonl
+    alexnet predict images/ --output rows.jsonl --html gallery.html
+    find /data -name '*.jpg' -print0 | alexnet predict - --output rows.parquet --resume
     """
-    from infer.commands import predict_images
+    from infer.predict_command import PredictOptions, predict_images
 
-    if predict_images(**options).errors:
+    summary = predict_images(PredictOptions(**options))
+    if summary.errors + summary.kept_errors:
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.faults import printable
 from data_pipeline.index import IMAGE_SUFFIXES
-from data_pipeline.shard_format import BLOCK, FORMAT, ShardIndex
+from data_pipeline.shard_format import FORMAT, ShardIndex, walk_tar
 
 CLASSES = "classes.txt"
 """Names of the classes, one a line, in the order of their numbers; without it they are called by number."""
@@ -53,7 +53,7 @@ def _index_shard(shard: Path, first: int) -> ShardIndex:
     labels: dict[str, int] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
+            for member in walk_tar(tar, shard):
                 folder, _, name = member.name.rpartition("/")
                 key, _, extension = name.partition(".")
                 key = f"{folder}/{key}"
@@ -63,11 +63,6 @@ def _index_shard(shard: Path, first: int) -> ShardIndex:
                     images[key] = (member.name, member.offset_data, member.size)
                 elif extension == "cls":
                     labels[key] = _label(tar, member, shard)
-            # Python's reader takes a tar that ends between two members, or within a header, for a whole one
-            with shard.open("rb") as file:
-                file.seek(tar.offset)
-                if file.read(BLOCK) != bytes(BLOCK):
-                    raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise CorruptFileError(f"shard {printable(shard)} is no whole tar file: {error}") from error
     without = next((name for key, (name, _, _) in images.items() if key not in labels), None)

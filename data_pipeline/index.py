@@ -1,11 +1,11 @@
-"""What there is to read: an ImageFolder split with its classes, or the images under given paths."""
+"""What there is to read: an ImageFolder split with its classes, or the images below a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -196,32 +196,6 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     )
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]], recursive: bool = True) -> list[Path]:
-    """The image files under files and folders, for prediction.
-
-    Args:
-        paths: a file named here is taken whatever its suffix; a folder is walked in byte order.
-        recursive: whether to enter folders inside folders.
-    Returns:
-        Files in the order of `paths`.
-    Raises:
-        UserError: a path that does not exist, or nothing found at all.
-    """
-    named = [Path(path) for path in paths]
-    found: list[Path] = []
-    for path in named:
-        if path.is_dir():
-            found += (path / name for name in _walk(path, "", recursive))
-        elif path.exists() or path.is_symlink():
-            found.append(path)
-        else:
-            raise UserError(f"no such file or folder: {printable(path)}")
-    if not found:
-        where = ", ".join(printable(path) for path in named) or "an empty list of paths"
-        raise UserError(f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
-
-
 def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """All bytes of one regular file.
 
@@ -263,6 +237,18 @@ def list_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise UserError(f"cannot list {printable(folder)}: {error.strerror or error}") from error
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))
+
+
+def walk_images(folder: str | os.PathLike[str], recursive: bool = True) -> Iterator[str]:
+    """Names of the image files below a folder, relative to it, in byte order.
+
+    Args:
+        folder: where to look.
+        recursive: whether to enter folders inside it.
+    Raises:
+        UserError: a folder that cannot be listed.
+    """
+    return _walk(folder, "", recursive)
 
 
 def _walk(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,18 @@ from data_pipeline.prefetch import Request, run_ahead
 from data_pipeline.preprocessing import Preprocessing
 
 log = logging.getLogger("data_pipeline")
+
+
+class Readable(NamedTuple):
+    """An encoded image that is no file of its own: how messages and rows name it, and what gives its bytes.
+
+    Args:
+        path: its name.
+        read: gives at most so many bytes, in any thread; raises `ImageError`.
+    """
+
+    path: Path
+    read: Callable[[int], bytes]
 
 
 def make_backend(
@@ -179,33 +191,37 @@ def eval_batches(
 
 
 def predict_batches(
-    paths: Iterable[Path],
+    inputs: Iterable[Path | Readable],
     backend: ImageBackend,
     preprocessing: Preprocessing,
     *,
     micro_batch: int,
+    ten_crop: bool = False,
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
 ) -> Generator[Batch, None, None]:
-    """Unlabelled files in the order given; `paths` is consumed as batches are read ahead, never as a whole.
+    """Unlabelled images in the order given; `inputs` is consumed as batches are read ahead, never as a whole.
 
-    Args: as `train_batches`.
+    Args: as `eval_batches`, and
+        inputs: files, and images that lie elsewhere.
     """
-    cut = partial(eval_geometry, preprocessing=preprocessing)
+    cut = partial(ten_crop_geometry if ten_crop else eval_geometry, preprocessing=preprocessing)
     chunk = _checked_chunk(micro_batch, backend, needed=micro_batch)
 
     def requests() -> Iterator[Request]:
-        source, number, first = iter(paths), 0, 0
-        while files := tuple(islice(source, chunk)):
-            indices = np.arange(first, first + len(files), dtype=np.int64)
-            labels = np.full(len(files), -1, dtype=np.int64)
+        source, number, first = iter(inputs), 0, 0
+        while group := tuple(islice(source, chunk)):
+            indices = np.arange(first, first + len(group), dtype=np.int64)
+            labels = np.full(len(group), -1, dtype=np.int64)
+            paths = tuple(item.path if isinstance(item, Readable) else item for item in group)
 
-            def read(place: int, max_bytes: int, files: tuple[Path, ...] = files) -> bytes:
-                return read_file(files[place], max_bytes)
+            def read(place: int, max_bytes: int, group: tuple[Path | Readable, ...] = group) -> bytes:
+                item = group[place]
+                return item.read(max_bytes) if isinstance(item, Readable) else read_file(item, max_bytes)
 
-            yield Request(files, read, labels, indices, indices, number, True, cut)
-            number, first = number + 1, first + len(files)
+            yield Request(paths, read, labels, indices, indices, number, True, cut)
+            number, first = number + 1, first + len(group)
 
     return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -128,3 +130,23 @@ def _load(path: Path, kind: type[T]) -> T:
         raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise CorruptFileError(f"{printable(path)} is damaged: {error}; write the shards again") from error
+
+
+def walk_tar(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar file, in little memory, and then that its end is there.
+
+    Python's reader takes a file that ends between two members, or within a header, for a whole one.
+
+    Args:
+        tar: opened with mode "r:", not read yet.
+        path: the same file.
+    Raises:
+        tarfile.TarError: it is damaged, or its end is missing.
+    """
+    for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # else all that passed would be kept
+        yield member
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise tarfile.ReadError("its end is missing")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.machine import usable_cores as usable_cores
-from infer.bundle import Bundle
+from infer.bundle import INPUT_NAME, OUTPUT_NAME, Bundle
 from infer.cuda import GpuScan, scan_gpus
 
 BackendName = Literal["auto", "onnx", "trt"]
@@ -46,6 +46,10 @@ class InferenceBackend(Protocol):
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (n, classes) for uint8 RGB images (n, crop, crop, 3), 1 <= n <= max_batch."""
+        ...
+
+    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """As `run`, for contiguous images in the memory of the model's own device."""
         ...
 
     def close(self) -> None:
@@ -217,6 +221,7 @@ class OnnxBackend:
         (provider, *_) = self._session.get_providers()
         self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
         self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
+        self._memory = device
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("checkpoint_sha256") != manifest.checkpoint.sha256 or not same_labels(
             metadata, manifest.classes
@@ -227,9 +232,16 @@ class OnnxBackend:
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         check_batch(images_NHWC, self.max_batch)
-        probabilities_NC: NDArray[np.float32] = self._session.run(["probabilities"], {"images": images_NHWC})[
-            0
-        ]
+        probabilities_NC: NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: images_NHWC})[0]
+        return probabilities_NC
+
+    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        _check_count(shape[0], self.max_batch)
+        binding = self._session.io_binding()
+        binding.bind_input(INPUT_NAME, self._memory, 0, np.uint8, shape, address)
+        binding.bind_output(OUTPUT_NAME)
+        self._session.run_with_iobinding(binding)
+        probabilities_NC: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
         return probabilities_NC
 
     def close(self) -> None:
@@ -238,8 +250,12 @@ class OnnxBackend:
 
 def check_batch(images_NHWC: NDArray[np.uint8], max_batch: int) -> None:
     """Raise ValueError for a batch that is empty or above the bundle's limit: it is never cut silently."""
-    if not 1 <= len(images_NHWC) <= max_batch:
-        raise ValueError(f"a batch of {len(images_NHWC)}; the model takes 1 to {max_batch}")
+    _check_count(len(images_NHWC), max_batch)
+
+
+def _check_count(count: int, max_batch: int) -> None:
+    if not 1 <= count <= max_batch:
+        raise ValueError(f"a batch of {count}; the model takes 1 to {max_batch}")
 
 
 def same_labels(metadata: dict[str, str], classes: tuple[str, ...]) -> bool:

@@ -3,72 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from data_pipeline.console import show_progress
 from data_pipeline.errors import UserError
-from data_pipeline.faults import visible
-from data_pipeline.index import find_images
 from data_pipeline.layouts import open_dataset
-from infer.backends import BackendName, DeviceName, choose_backend
+from infer.backends import DeviceName, choose_backend
 from infer.bundle import Bundle, Limits, Proof, find_bundle, load_bundle
 from infer.evaluate import Evaluation, evaluate_bundle
-from infer.predict import DEFAULT_TOP, Row, predict
-from infer.report import RowCounter, Summary, write_jsonl, write_table
 
 log = logging.getLogger("infer")
-
-TABLE_FILE_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe."""
-
-
-def predict_images(
-    paths: Iterable[Path],
-    *,
-    model: Path | None,
-    backend: BackendName,
-    device: DeviceName,
-    top: int | None,
-    batch_size: int,
-    format: Literal["table", "jsonl"],
-    output: Path | None,
-) -> Summary:
-    """Predict files and folders, and write a row for each, in order, as batches finish.
-
-    Args:
-        paths: image files, and folders that are searched with all below them.
-        model: a bundle; None for the newest export, which is named on stderr.
-        backend, device: see `infer.backends.choose_backend`.
-        top: classes a row; None for five, or all where the model has fewer.
-        batch_size: images a batch.
-        format: how rows are written.
-        output: the file to write; None for stdout.
-    Returns:
-        Counts, and what really ran; also said on stderr.
-    Raises:
-        UserError: no images, no model, or a backend or device that cannot be had.
-        CorruptFileError: a bundle that was changed.
-    """
-    files = find_images(paths)
-    bundle = load_bundle(find_bundle(model))
-    choice = choose_backend(bundle, backend=backend, device=device)
-    with closing(choice.backend):
-        log.info(f"model: {bundle.folder}")
-        log.info(f"runs on: {choice.sentence}")
-        counter = RowCounter(choice.backend)
-        rows = counter.count(predict(files, bundle, choice.backend, top=top, batch_size=batch_size))
-        # Rows that a person sees as they come are progress enough; a bar would be drawn into them.
-        shown = output is not None or not sys.stdout.isatty()
-        _write(_with_progress(rows, len(files), shown), format, output, bundle, top)
-        summary = counter.summary()
-    log.info(summary.sentence())
-    return summary
 
 
 def evaluate_exported(
@@ -162,33 +108,3 @@ class _RunConfig(msgspec.Struct):
     """What is wanted of a run's `config.json`."""
 
     data: _RunData
-
-
-def _with_progress(rows: Iterable[Row], total: int, shown: bool) -> Iterator[Row]:
-    with show_progress("predict", total, shown=shown) as progress:
-        for row in rows:
-            yield row
-            progress.advance(1)
-
-
-def _write(rows: Iterable[Row], format: str, output: Path | None, bundle: Bundle, top: int | None) -> None:
-    if format == "jsonl":
-        if output is None:
-            write_jsonl(rows, sys.stdout.buffer)
-        else:
-            with output.open("wb") as file:
-                write_jsonl(rows, file)
-        return
-    from rich.cells import cell_len
-    from rich.console import Console
-
-    labels = bundle.manifest.class_labels
-    places, cells = top or min(DEFAULT_TOP, len(labels)), max(cell_len(visible(c)) for c in labels)
-    if output is None:
-        terminal = sys.stdout.isatty()
-        write_table(
-            rows, Console(width=None if terminal else TABLE_FILE_WIDTH), top=places, label_cells=cells
-        )
-    else:
-        with output.open("w", encoding="utf-8") as file:
-            write_table(rows, Console(file=file, width=TABLE_FILE_WIDTH), top=places, label_cells=cells)

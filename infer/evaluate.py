@@ -13,7 +13,7 @@ from data_pipeline.index import Dataset
 from data_pipeline.loader import eval_batches
 from infer.backends import InferenceBackend
 from infer.bundle import Bundle
-from infer.images import DecoderName, fit_batch, open_decoder, valid_images
+from infer.images import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
 
 TOP_K = 5
 DEFAULT_BATCH = 32
@@ -79,14 +79,14 @@ def evaluate_bundle(
     counts, num_failed = _Counts(), 0
     size = fit_batch(batch_size, backend.max_batch)
     with (
-        open_decoder(manifest.preprocessing, size, decoder) as source,
+        open_decoder(manifest.preprocessing, size, decoder, decoding_device(backend, decoder)) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
         for batch in eval_batches(
             dataset, source, manifest.preprocessing, micro_batch=size, ten_crop=ten_crop
         ):
             if batch.valid.any():
-                counts.add(_run(backend, valid_images(batch), size), batch.labels[batch.valid])
+                counts.add(run_valid(backend, batch, size), batch.labels[batch.valid])
             num_failed += len(batch.failures)
             progress.advance(len(batch))
     assert counts.samples + num_failed == len(dataset), (counts.samples, num_failed, len(dataset))
@@ -99,13 +99,3 @@ def evaluate_bundle(
         num_samples=counts.samples,
         num_failed=num_failed,
     )
-
-
-def _run(backend: InferenceBackend, images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    """(n, classes) from (n, crop, crop, 3), or from (n, views, crop, crop, 3) as the mean over the views."""
-    if images.ndim == 4:
-        return backend.run(images)
-    flat = images.reshape(-1, *images.shape[2:])
-    parts = [backend.run(flat[i : i + size]) for i in range(0, len(flat), size)]
-    mean: NDArray[np.float32] = np.concatenate(parts).reshape(*images.shape[:2], -1).mean(axis=1)
-    return mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch, ImageBackend, make_backend
 from data_pipeline.preprocessing import Preprocessing
-from infer.backends import usable_cores
+from infer.backends import InferenceBackend, usable_cores
 
 log = logging.getLogger("infer")
 
@@ -35,11 +36,21 @@ def fit_batch(asked: int, max_batch: int) -> int:
 
 @contextmanager
 def open_decoder(
-    preprocessing: Preprocessing, max_batch: int, name: DecoderName = "auto"
+    preprocessing: Preprocessing,
+    max_batch: int,
+    name: DecoderName = "auto",
+    device: Literal["cpu", "gpu"] = "cpu",
 ) -> Iterator[ImageBackend]:
-    """A decoder into host memory, on as many threads as this process may use cores; closed afterwards."""
+    """A decoder, on as many threads as this process may use cores; closed afterwards.
+
+    Args:
+        preprocessing: the contract.
+        max_batch: most images in one batch.
+        name: who decodes.
+        device: "gpu" leaves the images in the first GPU's memory.
+    """
     decoder = make_backend(
-        name, device="cpu", preprocessing=preprocessing, max_batch=max_batch, num_threads=usable_cores()
+        name, device=device, preprocessing=preprocessing, max_batch=max_batch, num_threads=usable_cores()
     )
     try:
         yield decoder
@@ -52,3 +63,52 @@ def valid_images(batch: Batch) -> NDArray[np.uint8]:
     images_NHWC = np.from_dlpack(batch.images)
     assert images_NHWC.dtype == np.uint8
     return np.ascontiguousarray(images_NHWC if batch.valid.all() else images_NHWC[batch.valid], np.uint8)
+
+
+def decoding_device(backend: InferenceBackend, name: DecoderName) -> Literal["cpu", "gpu"]:
+    """Where to decode for a model: on its GPU where DALI is there to do it, and nowhere else."""
+    if backend.device == "cpu" or name == "pillow":
+        return "cpu"
+    return "gpu" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "cpu"
+
+
+def run_valid(backend: InferenceBackend, batch: Batch, size: int) -> NDArray[np.float32]:
+    """Probabilities (n, classes) of the n images of a batch that could be decoded, in order.
+
+    Images on a GPU are read there, by address; the failed ones among them are computed and dropped.
+
+    Args:
+        backend: the model.
+        batch: one with at least one valid image.
+        size: most images in one run; of ten crops, each counts.
+    """
+    if hasattr(batch.images, "__cuda_array_interface__"):
+        shape, address = tuple(batch.images.shape()), int(batch.images.data_ptr())
+        views = shape[:-3]
+        image_bytes, count = int(np.prod(shape[-3:])), int(np.prod(views))
+        parts = [
+            backend.run_at(address + first * image_bytes, (min(size, count - first), *shape[-3:]))
+            for first in range(0, count, size)
+        ]
+        probabilities = np.concatenate(parts).reshape(*views, -1)[batch.valid]
+        return probabilities if len(views) == 1 else mean_of_views(probabilities)
+    images = valid_images(batch)
+    if images.ndim == 4:
+        return backend.run(images)
+    flat = images.reshape(-1, *images.shape[2:])
+    parts = [backend.run(flat[first : first + size]) for first in range(0, len(flat), size)]
+    return mean_of_views(np.concatenate(parts).reshape(*images.shape[:2], -1))
+
+
+def mean_of_views(probabilities_NVC: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The mean over the views of each image: averaging softmax outputs, as the paper's section 6.1 does."""
+    mean: NDArray[np.float32] = probabilities_NVC.mean(axis=1)
+    return mean
+
+
+def host_pixels(batch: Batch) -> NDArray[np.uint8]:
+    """All images of a batch in host memory, (N, [V,] crop, crop, 3): for people to look at."""
+    images = batch.images
+    if hasattr(images, "__cuda_array_interface__"):
+        images = images.as_cpu()
+    return np.asarray(images)

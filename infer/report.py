@@ -1,16 +1,16 @@
-"""Rows of predictions for people and programs: a table on the terminal, JSON lines, and a summary."""
+"""Rows of predictions for people: a table, and a summary."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from data_pipeline.faults import visible
 from infer.backends import InferenceBackend
-from infer.predict import OkRow, Row
+from infer.predict import OkRow, Row, SeenRow
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     images: int
     errors: int
+    kept: int
+    kept_errors: int
     seconds: float
     images_per_s: float
     backend: str
@@ -36,10 +38,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     def sentence(self) -> str:
         """One line for stderr."""
+        kept = f" after {self.kept} of an earlier run" if self.kept else ""
         failed = f", {self.errors} of them could not be read" if self.errors else ""
         return (
-            f"{self.images} images{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) with "
-            f"{self.provider}, {self.precision}, on {self.device}"
+            f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
+            f"with {self.provider}, {self.precision}, on {self.device}"
         )
 
 
@@ -57,19 +60,30 @@ class RowCounter:
 
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The same rows, counted."""
-        started = time.perf_counter()
-        for row in rows:
-            self.images += 1
-            self.errors += not isinstance(row, OkRow)
-            self._seconds = time.perf_counter() - started
-            yield row
+        return (seen.row for seen in self.count_seen(SeenRow(row, None) for row in rows))
 
-    def summary(self) -> Summary:
-        """What passed until now."""
+    def count_seen(self, rows: Iterable[SeenRow]) -> Iterator[SeenRow]:
+        """The same rows with what they were made from, counted."""
+        started = time.perf_counter()
+        for seen in rows:
+            self.images += 1
+            self.errors += not isinstance(seen.row, OkRow)
+            self._seconds = time.perf_counter() - started
+            yield seen
+
+    def summary(self, kept: int = 0, kept_errors: int = 0) -> Summary:
+        """What passed until now.
+
+        Args:
+            kept: rows of an earlier run that this one went on with.
+            kept_errors: how many of them are errors.
+        """
         backend = self._backend
         return Summary(
             images=self.images,
             errors=self.errors,
+            kept=kept,
+            kept_errors=kept_errors,
             seconds=self._seconds,
             images_per_s=self.images / self._seconds if self._seconds else 0.0,
             backend=backend.name,
@@ -79,46 +93,39 @@ class RowCounter:
         )
 
 
-def write_jsonl(rows: Iterable[Row], stream: BinaryIO) -> None:
-    """Write one JSON object a line, in UTF-8, flushed row by row so that a reader sees them as they come."""
-    encoder = msgspec.json.Encoder()
-    for row in rows:
-        stream.write(encoder.encode(row) + b"\n")
-        stream.flush()
-
-
-def write_table(
-    rows: Iterable[Row], console: Console, *, top: int, label_cells: int = MAX_CLASS_CELLS
-) -> None:
-    """Print rows as a table, each as it comes: nothing is kept, and the columns do not move.
+class TableWriter:
+    """Prints rows as a table, each as it comes: nothing is kept, and the columns do not move.
 
     Long labels lose their end and long paths their beginning; percentages and reasons are never cut.
 
     Args:
-        rows: predictions.
-        console: where to; its width decides how many of the `top` classes have a place.
-        top: classes a row.
+        console: where to; its width decides how many of the `places` classes have room.
+        places: classes a row.
         label_cells: of the longest label; the columns are no wider than it needs.
     """
-    from rich.cells import set_cell_size
-    from rich.text import Text
 
-    path_cells, class_cells, shown = layout(console.width, top, label_cells)
-    header = Text(style="bold")
-    header.append(set_cell_size("image", path_cells))
-    for place in range(1, shown + 1):
-        header.append(GAP + set_cell_size(f"#{place}", class_cells))
-    _print(console, header)
-    for row in rows:
+    def __init__(self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS) -> None:
+        from rich.cells import set_cell_size
+        from rich.text import Text
+
+        self._console, self._text = console, Text
+        self._path_cells, self._class_cells, self._shown = layout(console.width, places, label_cells)
+        header = Text(style="bold")
+        header.append(set_cell_size("image", self._path_cells))
+        for place in range(1, self._shown + 1):
+            header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
+        _print(console, header)
+
+    def write(self, row: Row) -> None:
         if isinstance(row, OkRow):
-            line = Text(_tail(visible(row.path), path_cells))
-            for place, prediction in enumerate(row.predictions[:shown]):
-                label = _head(visible(prediction.label), class_cells - PERCENT_CELLS)
+            line = self._text(_tail(visible(row.path), self._path_cells))
+            for place, prediction in enumerate(row.predictions[: self._shown]):
+                label = _head(visible(prediction.label), self._class_cells - PERCENT_CELLS)
                 cell = f"{GAP}{label}{prediction.probability:>{PERCENT_CELLS}.1%}"
                 line.append(cell, style="bold green" if place == 0 else "dim")
         else:
-            line = Text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
-        _print(console, line)
+            line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
+        _print(self._console, line)
 
 
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:

@@ -74,8 +74,15 @@ class TensorRTBackend:
         self._cuda.activate()
         self._images[:n] = images_NHWC
         self._cuda.copy_in(self._images_gpu, self._images[:n])
-        if not self._context.set_input_shape(INPUT_NAME, tuple(images_NHWC.shape)):
-            raise RuntimeError(f"TensorRT refused images of shape {images_NHWC.shape}: {self._reason()}")
+        return self.run_at(self._images_gpu, tuple(images_NHWC.shape))
+
+    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        n = shape[0]
+        self._cuda.activate()
+        if not self._context.set_tensor_address(INPUT_NAME, address):
+            raise RuntimeError(f"TensorRT refused the address of {INPUT_NAME}: {self._reason()}")
+        if not self._context.set_input_shape(INPUT_NAME, shape):
+            raise RuntimeError(f"TensorRT refused images of shape {shape}: {self._reason()}")
         if not self._context.execute_async_v3(self._cuda.stream):
             raise RuntimeError(f"TensorRT could not run the engine: {self._reason()}")
         self._cuda.copy_out(self._probabilities[:n], self._probabilities_gpu)

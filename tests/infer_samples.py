@@ -26,6 +26,7 @@ from infer.bundle import (
 )
 from infer.export import export_model
 from infer.gate import LIMITS
+from infer.inputs import find_inputs
 from train.checkpoint import save_checkpoint
 from train.config import make_config
 from train.model import make_model
@@ -45,6 +46,11 @@ def data_folder(base: Path) -> Path:
             for file in sorted(folder.iterdir())[:IMAGES_PER_CLASS]:
                 shutil.copy(file, root / "val" / folder.name)
     return root
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files below a folder, in the order of prediction."""
+    return [item for item in find_inputs([folder]) if isinstance(item, Path)]
 
 
 def checkpoint_folder(base: Path, model: str = "paper") -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import Failure, FaultLog, ImageError, printable
-from data_pipeline.index import check_same_classes, find_images, load_image_folder, read_file
+from data_pipeline.index import check_same_classes, load_image_folder, read_file
 from tests.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")
@@ -64,33 +64,6 @@ def test_splits_must_have_the_same_classes(tmp_path: Path) -> None:
     check_same_classes(train, train)
     with pytest.raises(UserError, match="only in train: a; only in val: c, d, e and 1 more"):
         check_same_classes(train, val)
-
-
-def test_images_for_prediction(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"b": 2, "a": 1})
-    (tmp_path / "b" / "deep").mkdir()
-    (tmp_path / "b" / "deep" / "x.PNG").write_bytes(JPEG)
-    (tmp_path / "photo.data").write_bytes(JPEG)
-    names = ["a/000.jpg", "b/000.jpg", "b/001.jpg", "b/deep/x.PNG"]
-    assert find_images([tmp_path]) == [tmp_path / name for name in names]
-    assert find_images([tmp_path / "photo.data", tmp_path / "b"], recursive=False) == [
-        tmp_path / "photo.data",
-        tmp_path / "b" / "000.jpg",
-        tmp_path / "b" / "001.jpg",
-    ]
-    with pytest.raises(UserError, match=r"no such file or folder: .*missing"):
-        find_images([tmp_path / "missing"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no images in .*empty: looked for .bmp"):
-        find_images([tmp_path / "empty"])
-
-
-def test_a_link_to_its_own_parent_is_not_followed(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"a": 1})
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    (tmp_path / "linked").symlink_to(tmp_path / "a")
-    found = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path])]
-    assert found == ["a/000.jpg", "linked/000.jpg"]
 
 
 def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -19,16 +20,23 @@ from rich.console import Console
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import visible
-from data_pipeline.index import find_images, load_image_folder
+from data_pipeline.index import load_image_folder
 from infer.backends import OnnxBackend
 from infer.bundle import Bundle
 from infer.evaluate import evaluate_bundle
 from infer.gate import torch_runner
 from infer.images import DecoderName, open_decoder, valid_images
+from infer.outputs import JsonlWriter
 from infer.predict import ErrorRow, OkRow, Prediction, Row, predict, top_k
-from infer.report import RowCounter, layout, write_jsonl, write_table
-from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, exported
+from infer.report import RowCounter, TableWriter, layout
+from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, exported, images_in
 from train.checkpoint import load_checkpoint
+
+
+def write_jsonl(rows: Iterable[Row], stream: io.BytesIO) -> None:
+    writer = JsonlWriter(stream)
+    for row in rows:
+        writer.write(row)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +57,7 @@ def backend(bundle: Bundle) -> OnnxBackend:
 @pytest.fixture
 def inputs(base: Path, tmp_path: Path) -> list[Path]:
     """Eleven files: good ones, and a truncated, an empty, a missing and a text one among them."""
-    good = find_images([data_folder(base) / "val"])[::7]
+    good = images_in(data_folder(base) / "val")[::7]
     assert len(good) == 8
     whole = good[0].read_bytes()
     bad = {"truncated.jpg": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"hello"}
@@ -97,7 +105,7 @@ def test_rows_are_the_checkpoints_predictions(
 def test_rows_stream_and_inputs_are_not_all_taken_first(
     base: Path, bundle: Bundle, backend: OnnxBackend
 ) -> None:
-    image = find_images([data_folder(base) / "val"])[0]
+    image = images_in(data_folder(base) / "val")[0]
     taken = 0
 
     def endless() -> object:
@@ -125,7 +133,7 @@ def test_arguments_are_checked_before_the_first_row(
 
 
 def test_file_names_survive_json(base: Path, tmp_path: Path, bundle: Bundle, backend: OnnxBackend) -> None:
-    image = find_images([data_folder(base) / "val"])[0]
+    image = images_in(data_folder(base) / "val")[0]
     names = [b"caf\xe9.jpg", "größe 数.jpg".encode(), b'quo"te\n.jpg', b"-dash.jpg"]
     paths = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) for name in names]
     for path in paths:
@@ -174,7 +182,9 @@ ROWS: list[Row] = [
 def test_table_escapes_cuts_and_hides_no_reason(width: int) -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=True, color_system=None)
-    write_table(iter(ROWS), console, top=2)
+    writer = TableWriter(console, 2)
+    for row in ROWS:
+        writer.write(row)
     text = stream.getvalue()
     header, first, error, last = text.splitlines()
     assert header.split() == ["image", "#1", "#2"]
@@ -261,15 +271,17 @@ import sys
 from pathlib import Path
 for name in ("torch", "torchvision", "train", "onnx", "onnxscript", "nvidia"):
     sys.modules[name] = None  # importing it fails, as where it is not installed
-from data_pipeline.index import find_images
+from infer.inputs import find_inputs
 from infer.backends import choose_backend
 from infer.bundle import find_bundle, load_bundle
 from infer.predict import predict
-from infer.report import write_jsonl
+from infer.outputs import JsonlWriter
 bundle = load_bundle(find_bundle(Path(sys.argv[1])))
 backend, sentence = choose_backend(bundle)
 print(sentence, file=sys.stderr)
-write_jsonl(predict(find_images([sys.argv[2]])[:3], bundle, backend), sys.stdout.buffer)
+writer = JsonlWriter(sys.stdout.buffer)
+for row in predict(list(find_inputs([sys.argv[2]]))[:3], bundle, backend):
+    writer.write(row)
 """
     arguments = [sys.executable, "-c", code, str(bundle.folder), str(data_folder(base) / "val")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)

@@ -1,0 +1,170 @@
+"""What to predict: files, folders, globs, lists, and tar shards, in order and in little memory."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from data_pipeline.errors import UserError
+from data_pipeline.faults import ImageError, printable
+from data_pipeline.index import IMAGE_SUFFIXES, is_image, walk_images
+from data_pipeline.loader import Readable
+from data_pipeline.names import PackedNames
+from data_pipeline.shard_format import walk_tar
+from infer.predict import Item
+
+log = logging.getLogger("infer")
+
+STDIN = "-"
+LIST_MARK = "@"
+SHARD_SUFFIX = ".tar"
+_PIECE = 1 << 16
+
+_Part = Callable[[], Iterator[Item]]
+
+
+class Inputs:
+    """Inputs in order. What folders and lists name is found at once and kept packed; tar shards and stdin are
+    read as they are predicted.
+
+    Args:
+        parts: what gives the inputs of each argument.
+        total: how many there are; None where that is not known before the end.
+    """
+
+    def __init__(self, parts: Sequence[_Part], total: int | None) -> None:
+        self._parts = parts
+        self.total = total
+
+    def __iter__(self) -> Iterator[Item]:
+        for part in self._parts:
+            yield from part()
+
+
+def find_inputs(
+    arguments: Sequence[str | os.PathLike[str]], *, recursive: bool = True, stdin: BinaryIO | None = None
+) -> Inputs:
+    """The inputs that command-line arguments name.
+
+    Args:
+        arguments: each a file, whatever its suffix; a folder, whose images come in byte order; a tar shard,
+            whose images come as they lie in it; a glob (`**` enters folders), where no file has that name;
+            `@list.txt`, a file of paths; or `-`, such a list on stdin. In a list, paths end with their line,
+            or with a NUL if there is any, and a path in it that cannot be read becomes an error row.
+        recursive: whether to enter folders inside folders.
+        stdin: where `-` is read; None for the process's own.
+    Raises:
+        UserError: a file or folder that does not exist, a glob without a match, or no input at all.
+    """
+    parts: list[_Part] = []
+    counts: list[int | None] = []
+    for argument in arguments:
+        for part, count in _parts_of(os.fspath(argument), recursive, stdin):
+            parts.append(part)
+            counts.append(count)
+    known = [count for count in counts if count is not None]
+    if len(known) == len(counts) and not sum(known):
+        where = ", ".join(printable(argument) for argument in arguments) or "an empty list of paths"
+        raise UserError(
+            f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} "
+            "(tar shards are read where they are named: shards/*.tar)"
+        )
+    return Inputs(parts, sum(known) if len(known) == len(counts) else None)
+
+
+def _parts_of(argument: str, recursive: bool, stdin: BinaryIO | None) -> Iterator[tuple[_Part, int | None]]:
+    if argument == STDIN:
+        yield partial(_listed, stdin or sys.stdin.buffer), None
+    elif argument.startswith(LIST_MARK):
+        yield _packed(_read_list(argument[len(LIST_MARK) :]))
+    elif os.path.lexists(argument):
+        yield _existing(argument, recursive)
+    elif glob.has_magic(argument):
+        matches = sorted(glob.glob(argument, recursive=recursive), key=os.fsencode)  # noqa: PTH207 - as typed
+        if not matches:
+            raise UserError(f"no file or folder matches {printable(argument)}")
+        for match in matches:
+            yield _existing(match, recursive)
+    else:
+        raise UserError(f"no such file or folder: {printable(argument)}")
+
+
+def _existing(path: str, recursive: bool) -> tuple[_Part, int | None]:
+    if Path(path).is_dir():
+        names = PackedNames.pack(str(Path(path, name)) for name in walk_images(path, recursive))
+        if not len(names):
+            log.warning("no images in %s", printable(path))
+        return _packed(names)
+    if path.endswith(SHARD_SUFFIX):
+        return partial(_members, path), None
+    return _packed(PackedNames.pack([path]))
+
+
+def _packed(names: PackedNames) -> tuple[_Part, int]:
+    return lambda: map(Path, names), len(names)
+
+
+def _read_list(path: str) -> PackedNames:
+    try:
+        with Path(path).open("rb") as file:
+            return PackedNames.pack(os.fspath(name) for name in _listed(file))
+    except OSError as error:
+        raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
+
+
+def _listed(stream: BinaryIO) -> Iterator[Path]:
+    """The paths of a list, as they come; ended by NULs if the first piece holds one (`find -print0`)."""
+    piece, rest = stream.read1(_PIECE), b""  # type: ignore[attr-defined]
+    end = b"\0" if b"\0" in piece else b"\n"
+    while piece:
+        *names, rest = (rest + piece).split(end)
+        yield from _named(names, end)
+        piece = stream.read1(_PIECE)  # type: ignore[attr-defined]
+    yield from _named([rest], end)
+
+
+def _named(names: list[bytes], end: bytes) -> Iterator[Path]:
+    for name in names:
+        name = name if end == b"\0" else name.removesuffix(b"\r")
+        if name:
+            yield Path(os.fsdecode(name))
+
+
+def _members(shard: str) -> Iterator[Readable]:
+    """The images of a tar shard, by its headers alone; where it is damaged, one input that fails says so."""
+    found = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in walk_tar(tar, Path(shard)):
+                if member.isreg() and is_image(member.name.rpartition("/")[2]):
+                    found += 1
+                    read = partial(_read_member, shard, member.offset_data, member.size)
+                    yield Readable(Path(shard, member.name.lstrip("/")), read)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        reason = f"no whole tar file, {found} images before the damage: {error}"
+        yield Readable(Path(shard), partial(_fail, reason))
+
+
+def _read_member(shard: str, offset: int, size_bytes: int, max_bytes: int) -> bytes:
+    if size_bytes > max_bytes:
+        raise ImageError(f"file of {size_bytes} bytes is above the limit of {max_bytes}")
+    try:
+        with open(shard, "rb") as file:  # noqa: PTH123 - half the cost of Path.open for small files
+            file.seek(offset)
+            data = file.read(size_bytes)
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    if len(data) < size_bytes:
+        raise ImageError(f"the shard ends after {len(data)} of {size_bytes} bytes")
+    return data
+
+
+def _fail(reason: str, max_bytes: int) -> bytes:
+    raise ImageError(reason)

@@ -1,0 +1,70 @@
+"""Arrays and Pillow images as inputs: encoded without loss, so that they take the way that files take."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline.faults import ImageError
+from data_pipeline.loader import Readable
+
+_AS_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
+
+
+def from_array(array: NDArray[Any], number: int) -> Readable:
+    """An array (height, width, 3) or (height, width) of uint8, RGB or gray, as an input.
+
+    Args:
+        array: read when its batch is; do not change it before its row has come.
+        number: its place among the inputs, which its row is named by.
+    """
+    return Readable(Path(f"<input {number}>"), partial(_encode_array, array))
+
+
+def from_image(image: Image.Image, number: int) -> Readable:
+    """A Pillow image as an input; its EXIF orientation is applied, as it is to a file.
+
+    Args:
+        image: as `from_array`.
+        number: as `from_array`.
+    """
+    return Readable(Path(f"<input {number}>"), partial(_encode_image, image))
+
+
+def _encode_array(array: NDArray[Any], max_bytes: int) -> bytes:
+    gray = array.ndim == 2
+    if array.dtype != np.uint8 or not (gray or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
+        raise ImageError(
+            f"an array of {array.dtype} and shape {array.shape}: expected uint8 (height, width, 3), RGB, "
+            "or (height, width), gray"
+        )
+    return _save(Image.fromarray(array), "BMP", max_bytes)
+
+
+def _encode_image(image: Image.Image, max_bytes: int) -> bytes:
+    try:
+        exif = image.info.get("exif") or image.getexif().tobytes()
+        if image.mode == "CMYK":
+            turned = image.convert("RGB")  # PNG has no CMYK
+        elif image.mode in _AS_PNG:
+            turned = image
+        else:
+            turned = image.convert("RGB")
+        return _save(turned, "PNG", max_bytes, compress_level=1, exif=exif)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"this Pillow image cannot be read: {error}") from error
+
+
+def _save(image: Image.Image, format: str, max_bytes: int, **options: Any) -> bytes:
+    size_bytes = image.width * image.height * max(1, len(image.getbands()))
+    if size_bytes > max_bytes:
+        raise ImageError(f"{image.width} x {image.height} pixels are above the limit")
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

@@ -1,0 +1,126 @@
+"""Prediction from Python: load a bundle once, give it images, get rows.
+
+    from infer import Predictor, find_inputs
+
+    with Predictor("runs/demo-20260101T000000Z/export/onnx-fp32") as predictor:
+        for row in predictor(["cat.jpg", array, pillow_image]):
+            print(row.path, row.status)
+        rows = list(predictor(find_inputs(["images/"])))
+
+The command line is built on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline.loader import Readable
+from infer.backends import BackendName, DeviceName, choose_backend
+from infer.bundle import find_bundle, load_bundle
+from infer.images import DecoderName
+from infer.predict import DEFAULT_BATCH, Item, Row, SeenRow, check_top, predict, predict_seen
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    Input = str | os.PathLike[str] | Readable | NDArray[np.uint8] | Image
+
+
+class Predictor:
+    """A loaded model; one thread at a time.
+
+    Args:
+        bundle: the exported folder; None for the newest export under runs/.
+        backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
+        device: `cpu`, `cuda`, or `auto`.
+        decoder: `dali`, `pillow`, or `auto`: DALI where it is installed.
+        top: classes a row; None for five, or all where the model has fewer.
+        batch_size: images a batch.
+        min_probability: classes below are left out of a row.
+        ten_crop: average the softmax of the paper's ten views of each image.
+    Raises:
+        UserError: no such bundle, or what was asked for cannot be had here.
+        CorruptFileError: a bundle that was changed.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | None = None,
+        *,
+        backend: BackendName = "auto",
+        device: DeviceName = "auto",
+        decoder: DecoderName = "auto",
+        top: int | None = None,
+        batch_size: int = DEFAULT_BATCH,
+        min_probability: float = 0.0,
+        ten_crop: bool = False,
+    ) -> None:
+        self.bundle = load_bundle(find_bundle(None if bundle is None else Path(bundle)))
+        self.top = check_top(self.bundle, top)
+        choice = choose_backend(self.bundle, backend=backend, device=device)
+        self.backend = choice.backend
+        self.runs_on = choice.sentence
+        self._how: dict[str, Any] = {
+            "top": self.top,
+            "batch_size": batch_size,
+            "decoder": decoder,
+            "min_probability": min_probability,
+            "ten_crop": ten_crop,
+        }
+
+    def __call__(self, inputs: Input | Iterable[Input]) -> Iterator[Row]:
+        """A row for each input, in order, as batches finish.
+
+        Args:
+            inputs: one or many: paths of files, uint8 arrays (height, width, 3) in RGB or (height, width) in
+                gray, Pillow images, or what `find_inputs` found. What cannot be read is an error row.
+        """
+        return predict(_items(inputs), self.bundle, self.backend, **self._how)
+
+    def seen(self, inputs: Input | Iterable[Input]) -> Iterator[SeenRow]:
+        """As a call, with the pixels that the model saw, which are good until the next row is asked for."""
+        return predict_seen(_items(inputs), self.bundle, self.backend, **self._how)
+
+    def close(self) -> None:
+        """Free the model; a second call does nothing."""
+        self.backend.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
+    from PIL.Image import Image
+
+    single = isinstance(inputs, (str, os.PathLike, Readable, np.ndarray, Image))
+    for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
+        yield _item(one, number)
+
+
+def _item(one: object, number: int) -> Item:
+    from PIL.Image import Image
+
+    from infer.pixels import from_array, from_image
+
+    if isinstance(one, Readable):
+        return one
+    if isinstance(one, (str, os.PathLike)):
+        return Path(one)
+    if isinstance(one, np.ndarray):
+        return from_array(one, number)
+    if isinstance(one, Image):
+        return from_image(one, number)
+    kind = type(one).__name__
+    raise TypeError(f"input {number} is a {kind}: expected a path, a uint8 array or a Pillow image")

@@ -1,0 +1,138 @@
+"""What arguments name: files, folders, globs, lists and tar shards, in order."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from data_pipeline.errors import UserError
+from data_pipeline.faults import ImageError, printable
+from data_pipeline.loader import Readable
+from infer.inputs import Inputs, find_inputs
+from infer.predict import path_of
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+
+
+def names(inputs: Inputs, root: Path) -> list[str]:
+    return [str(path_of(item).relative_to(root)) for item in inputs]
+
+
+def test_files_folders_and_globs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "b/0.jpg", "b/deep/x.PNG", "a/1.jpg", "a/.hidden.jpg", "a/notes.txt", "photo.data")
+    assert names(find_inputs([tmp_path]), tmp_path) == ["a/1.jpg", "b/0.jpg", "b/deep/x.PNG"]
+    some = find_inputs([tmp_path / "photo.data", tmp_path / "b"], recursive=False)
+    assert names(some, tmp_path) == ["photo.data", "b/0.jpg"] and some.total == 2
+    assert names(some, tmp_path) == ["photo.data", "b/0.jpg"], "it can be walked again"
+    assert names(find_inputs([f"{tmp_path}/*/?.jpg"]), tmp_path) == ["a/1.jpg", "b/0.jpg"]
+    assert names(find_inputs([f"{tmp_path}/**/*.PNG"]), tmp_path) == ["b/deep/x.PNG"]
+    touch(tmp_path, "[x].jpg", "x.jpg")
+    assert names(find_inputs([tmp_path / "[x].jpg"]), tmp_path) == ["[x].jpg"], (
+        "a file of that name comes first"
+    )
+    (tmp_path / "empty").mkdir()
+    assert find_inputs([tmp_path / "empty", tmp_path / "a"]).total == 1
+    assert caplog.messages == [f"no images in {tmp_path / 'empty'}"]
+
+
+def test_what_is_not_there_is_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for argument, words in {
+        "missing.jpg": "no such file or folder: .*missing.jpg",
+        "*.jpg": "no file or folder matches .*",
+        "empty": r"no images in .*empty: looked for .bmp.*shards/\*.tar",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            find_inputs([tmp_path / argument])
+    with pytest.raises(UserError, match=r"cannot read the list .*gone.txt: No such file"):
+        find_inputs([f"@{tmp_path}/gone.txt"])
+
+
+def test_a_link_to_its_own_parent_is_not_followed(tmp_path: Path) -> None:
+    touch(tmp_path, "a/0.jpg")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    assert names(find_inputs([tmp_path]), tmp_path) == ["a/0.jpg", "linked/0.jpg"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\0"])
+def test_lists_name_paths_that_need_not_be_there(tmp_path: Path, end: bytes) -> None:
+    lines = [b"/a/b.jpg", b"", b"caf\xe9.jpg", b" spaced .jpg", b"last.jpg"]
+    (tmp_path / "list.txt").write_bytes(end.join(lines))
+    expected = ["/a/b.jpg", os.fsdecode(b"caf\xe9.jpg"), " spaced .jpg", "last.jpg"]
+    from_file = find_inputs([f"@{tmp_path}/list.txt"])
+    assert [str(item) for item in from_file] == expected and from_file.total == 4
+    from_stdin = find_inputs(["-"], stdin=io.BytesIO(end.join(lines)))
+    assert [str(item) for item in from_stdin] == expected and from_stdin.total is None
+
+
+def test_names_with_line_ends_in_a_list_of_nuls() -> None:
+    found = find_inputs(["-"], stdin=io.BytesIO(b"a\nb.jpg\0c\n\nd.jpg\0"))
+    assert [str(item) for item in found] == ["a\nb.jpg", "c\n\nd.jpg"]
+
+
+def write_shard(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name in ("000.jpg", "000.cls", "deep/001.PNG", "._x.jpg", "002.webp"):
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+        link = tarfile.TarInfo("003.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+
+
+def test_tar_shards_give_their_images_and_follow_no_links(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar")
+    found = list(find_inputs([tmp_path / "*.tar"]))
+    assert names(find_inputs([tmp_path / "s.tar"]), tmp_path) == [
+        "s.tar/000.jpg", "s.tar/deep/001.PNG", "s.tar/002.webp"
+    ]  # fmt: skip
+    assert all(isinstance(item, Readable) for item in found)
+    assert [item.read(100) for item in found if isinstance(item, Readable)] == [
+        b"000.jpg", b"deep/001.PNG", b"002.webp"
+    ]  # fmt: skip
+    with pytest.raises(ImageError, match="7 bytes is above the limit of 6"):
+        found[0].read(6)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zip", "gone"])
+def test_a_damaged_shard_is_an_input_that_says_so(tmp_path: Path, damage: str) -> None:
+    shard = tmp_path / "s.tar"
+    write_shard(shard)
+    inputs = find_inputs([shard])
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[: 4 * 512 + 100])
+    elif damage == "zip":
+        shard.write_bytes(b"PK\3\4" + b"x" * 2000)
+    else:
+        shard.unlink()
+    *images, last = inputs
+    assert len(images) == (1 if damage == "cut" else 0)
+    assert isinstance(last, Readable) and printable(last.path) == str(shard)
+    with pytest.raises(ImageError, match=f"no whole tar file, {len(images)} images before the damage"):
+        last.read(10**6)
+
+
+def test_an_endless_list_is_not_read_to_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    class Endless(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+            buffer[:8] = b"abc.jpg\n"
+            return 8
+
+    with caplog.at_level(logging.INFO):
+        walk = iter(find_inputs(["-"], stdin=io.BufferedReader(cast(Any, Endless()))))
+        assert [str(next(walk)) for _ in range(3)] == ["abc.jpg"] * 3

@@ -1,0 +1,146 @@
+"""Rows as files: what is written can be read back, and a run that was cut off goes on after its last row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.parquet
+import pytest
+
+from data_pipeline.errors import CorruptFileError, UserError
+from infer.outputs import CsvWriter, Format, JsonlWriter, kept_rows, open_output, skip_kept
+from infer.predict import ErrorRow, OkRow, Prediction, Row
+
+FORMATS: tuple[Literal["jsonl", "csv", "parquet"], ...] = ("jsonl", "csv", "parquet")
+ROWS: list[Row] = [
+    OkRow(
+        path='-a "b",\n=c.jpg',
+        predictions=(
+            Prediction(class_id=1, label="=cmd|' /C calc'!A0", probability=0.75),
+            Prediction(class_id=0, label="猫", probability=0.2),
+        ),
+    ),
+    ErrorRow(path="+gone.jpg", error="@odd\treason"),
+    OkRow(path="none.jpg", predictions=()),
+]
+PATHS = [Path(row.path) for row in ROWS]
+
+
+def write(format: Literal["jsonl", "csv", "parquet"], path: Path, rows: list[Row], append: bool) -> None:
+    with open_output(format, path, 2, append=append, stdout=io.BytesIO()) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def read(format: Format, path: Path) -> list[dict[str, object]]:
+    if format == "jsonl":
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    if format == "csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            return [dict(row) for row in csv.DictReader(file)]
+    rows: list[dict[str, object]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+def test_csv_cells_are_no_formulas(tmp_path: Path) -> None:
+    write("csv", tmp_path / "rows.csv", ROWS, append=False)
+    first, error, none = read("csv", tmp_path / "rows.csv")
+    assert first["path"] == '\'-a "b",\n=c.jpg' and first["label_1"] == "'=cmd|' /C calc'!A0"
+    assert (first["class_id_1"], first["probability_1"], first["label_2"]) == ("1", "0.75", "猫")
+    assert (error["path"], error["status"], error["error"]) == ("'+gone.jpg", "error", "'@odd\treason")
+    assert none["status"] == "ok" and none["class_id_1"] == none["label_2"] == ""
+
+
+def test_parquet_holds_types_and_lists(tmp_path: Path) -> None:
+    write("parquet", tmp_path / "rows.parquet", ROWS, append=False)
+    first, error, none = read("parquet", tmp_path / "rows.parquet")
+    assert first["predictions"][0] == {  # type: ignore[index]
+        "class_id": 1, "label": "=cmd|' /C calc'!A0", "probability": 0.75
+    }  # fmt: skip
+    assert first["error"] is None and error["error"] == "@odd\treason" and error["predictions"] is None
+    assert none["predictions"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"], "the rows' journal is gone"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_going_on_gives_the_file_of_one_run(
+    tmp_path: Path, format: Literal["jsonl", "csv", "parquet"]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    write(format, whole, ROWS, append=False)
+    write(format, parts, ROWS[:2], append=False)
+    items = iter(PATHS)
+    assert skip_kept(kept_rows(format, parts, 2), items, format, parts) == (2, 1)
+    write(format, parts, ROWS[2:], append=True)
+    assert next(items) == PATHS[2]
+    assert read(format, parts) == read(format, whole)
+    if format != "parquet":
+        assert parts.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_a_row_that_was_cut_anywhere_is_done_again(
+    tmp_path: Path, format: Literal["jsonl", "csv"], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows"
+    write(format, path, ROWS, append=False)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        kept = list(kept_rows(format, path, 2))
+        write(format, path, ROWS[len(kept) :], append=True)
+        assert path.read_bytes() == whole, size
+    assert "rows ended within a row, which is done again" in caplog.messages[-1]
+
+
+def test_parquet_that_was_cut_off_goes_on_from_its_journal(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_output("parquet", path, 2, append=False, stdout=io.BytesIO()) as writer,
+    ):
+        writer.write(ROWS[0])
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet.rows.jsonl"]
+    items = iter(PATHS)
+    assert skip_kept(kept_rows("parquet", path, 2), items, "parquet", path) == (1, 0)
+    write("parquet", path, ROWS[1:], append=True)
+    assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
+
+
+def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write("jsonl", path, ROWS, append=False)
+    with pytest.raises(
+        UserError, match=r"row 2 of .*rows.jsonl is of \+gone.jpg, and that input is other.jpg"
+    ):
+        skip_kept(kept_rows("jsonl", path, 2), iter([PATHS[0], Path("other.jpg")]), "jsonl", path)
+    with pytest.raises(UserError, match="has more rows than there are inputs"):
+        skip_kept(kept_rows("jsonl", path, 2), iter(PATHS[:2]), "jsonl", path)
+    path.write_bytes(b'{"path":1}\n')
+    with pytest.raises(CorruptFileError, match=r"row 1 of .*rows.jsonl is damaged"):
+        list(kept_rows("jsonl", path, 2))
+    write("csv", path, ROWS, append=False)
+    with pytest.raises(UserError, match="has other columns; give --top as it was begun with"):
+        list(kept_rows("csv", path, 3))
+    with pytest.raises(CorruptFileError, match="no whole Parquet file"):
+        list(kept_rows("parquet", path, 2))
+    with pytest.raises(UserError, match="a table cannot be read back"):
+        list(kept_rows("table", path, 2))
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
+        write("jsonl", tmp_path, ROWS, append=False)
+
+
+def test_rows_are_seen_as_they_are_written() -> None:
+    for make in (JsonlWriter, lambda stream: CsvWriter(stream, 2)):
+        stream = io.BytesIO()
+        writer = make(stream)
+        sizes = []
+        for row in ROWS:
+            writer.write(row)
+            sizes.append(len(stream.getvalue()))
+        assert sizes == sorted(set(sizes))

@@ -1,0 +1,254 @@
+"""The Python interface and the command built on it: arrays, Pillow images, shards, ten crops, the gallery."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from alexnet import main
+from data_pipeline.errors import UserError
+from data_pipeline.index import load_image_folder
+from data_pipeline.loader import eval_batches
+from infer import Predictor, find_inputs
+from infer.backends import OnnxBackend
+from infer.bundle import Bundle
+from infer.images import open_decoder, run_valid, valid_images
+from infer.predict import ErrorRow, OkRow, Row
+from tests.infer_samples import data_folder, exported, images_in
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return exported(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return images_in(data_folder(tmp_path_factory.getbasetemp()) / "val")[::5]
+
+
+def found(row: Row) -> list[tuple[int, float]]:
+    assert isinstance(row, OkRow), row
+    return [(p.class_id, p.probability) for p in row.predictions]
+
+
+def test_arrays_and_pillow_images_give_the_rows_of_their_files(bundle: Bundle, files: list[Path]) -> None:
+    opened = [Image.open(path) for path in files[:3]]
+    arrays = [np.asarray(image.convert("RGB")) for image in opened]
+    with Predictor(bundle.folder, device="cpu", batch_size=8, decoder="pillow") as predictor:
+        expected = [found(row) for row in predictor(files[:3])]
+        assert [found(row) for row in predictor([str(path) for path in files[:3]])] == expected
+        assert [found(row) for row in predictor(arrays)] == expected
+        assert [found(row) for row in predictor(opened)] == expected
+        mixed = list(predictor([files[0], arrays[1], opened[2]]))
+        assert [found(row) for row in mixed] == expected
+        assert [row.path for row in mixed] == [str(files[0]), "<input 1>", "<input 2>"]
+        (single,) = predictor(arrays[0])
+        assert found(single) == expected[0]
+    for image in opened:
+        image.close()
+
+
+def test_what_is_no_image_is_an_error_row_and_what_is_no_input_an_error(bundle: Bundle) -> None:
+    bad: list[Any] = [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ]
+    with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
+        rows = list(predictor(bad))
+        assert all(isinstance(row, ErrorRow) for row in rows)
+        assert "an array of float32 and shape (4, 4, 3): expected uint8" in rows[0].error  # type: ignore[union-attr]
+        gray = np.full((70, 60), 200, np.uint8)
+        (one, three) = predictor([gray, np.stack([gray] * 3, axis=2)])
+        assert found(one) == found(three)
+        with pytest.raises(TypeError, match="input 1 is a int: expected a path, a uint8 array or a Pillow"):
+            list(predictor([gray, 7]))  # type: ignore[list-item]
+    with pytest.raises(UserError, match="--min-probability 2: 0 to 1"):
+        Predictor(bundle.folder, device="cpu", min_probability=2)("x.jpg")
+
+
+def test_exif_of_a_pillow_image_is_applied_as_to_its_file(
+    bundle: Bundle, files: list[Path], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(files[7]) as image:
+        image.save(tmp_path / "turned.png", exif=exif)
+    with Predictor(bundle.folder, device="cpu", decoder="pillow", batch_size=8) as predictor:
+        with Image.open(tmp_path / "turned.png") as turned:
+            plain, file, pillow = predictor([files[7], tmp_path / "turned.png", turned])
+        assert found(file) == found(pillow) != found(plain)
+
+
+def test_images_are_read_by_address_as_by_value(bundle: Bundle, files: list[Path]) -> None:
+    backend = OnnxBackend(bundle, "cpu")
+    images = np.random.default_rng(0).integers(0, 256, (5, 56, 56, 3)).astype(np.uint8)
+    by_address = backend.run_at(images.ctypes.data, images.shape)
+    assert by_address.shape == (5, 10) and np.array_equal(by_address, backend.run(images))
+    with pytest.raises(ValueError, match="a batch of 9; the model takes 1 to 8"):
+        backend.run_at(images.ctypes.data, (9, 56, 56, 3))
+    backend.close()
+
+
+def test_ten_crops_average_the_softmax_of_the_views(bundle: Bundle, files: list[Path]) -> None:
+    dataset = load_image_folder(files[0].parents[2], "val")
+    preprocessing = bundle.manifest.preprocessing
+    with (
+        Predictor(bundle.folder, device="cpu", batch_size=4, ten_crop=True, top=10) as predictor,
+        open_decoder(preprocessing, 4) as decoder,
+    ):
+        batch = next(eval_batches(dataset, decoder, preprocessing, micro_batch=4, ten_crop=True))
+        views = valid_images(batch)
+        expected = np.mean([predictor.backend.run(views[:, v].copy()) for v in range(10)], axis=0)
+        assert run_valid(predictor.backend, batch, 4) == pytest.approx(expected, abs=1e-6)
+        rows = list(predictor([dataset.path_at(i) for i in range(4)]))
+        for row, probabilities in zip(rows, expected, strict=True):
+            assert dict(found(row)) == pytest.approx(dict(enumerate(probabilities.tolist())), abs=1e-6)
+        seen = next(iter(predictor.seen([dataset.path_at(0)])))
+        assert seen.pixels is not None and np.array_equal(seen.pixels, views[0, 4])
+
+
+def invoke(*arguments: object, stdin: bytes = b"") -> Result:
+    return CliRunner().invoke(main, ["predict", *map(str, arguments)], input=stdin)
+
+
+def rows_of(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_kind_of_input_gives_the_same_rows(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    for number, file in enumerate(files[:4]):
+        shutil.copy(file, images / ("deep" if number == 3 else "") / f"{3 - number}{file.suffix}")
+    (images / "1.png").write_bytes(b"hello")
+    paths = [str(path) for path in images_in(images)]
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, Path(path).name)
+    (tmp_path / "list.txt").write_text("\n".join(paths))
+    options = ("--model", bundle.folder, "--device", "cpu", "--format", "jsonl", "--batch-size", 3)
+    expected = invoke(images, *options)
+    assert expected.exit_code == 3 and "of them could not be read" in expected.stderr
+    for argument, stdin in ((f"@{tmp_path}/list.txt", b""), ("-", "\0".join(paths).encode())):
+        result = invoke(argument, *options, stdin=stdin)
+        assert (result.exit_code, result.stdout) == (3, expected.stdout)
+    shard = rows_of(invoke(tmp_path / "shard.tar", *options))
+    assert [row.pop("path") for row in shard] == [f"{tmp_path}/shard.tar/{Path(p).name}" for p in paths]
+    assert shard == [{k: v for k, v in row.items() if k != "path"} for row in rows_of(expected)]
+    flat = rows_of(invoke(images, *options, "--no-recursive"))
+    assert [row["path"] for row in flat] == [p for p in paths if "deep" not in p]
+    likely = [
+        row for row in rows_of(invoke(images, *options, "--min-probability", 0.5)) if row["status"] == "ok"
+    ]
+    assert all(p["probability"] >= 0.5 for row in likely for p in row["predictions"])
+    assert {len(row["predictions"]) for row in likely} <= {0, 1}
+    strict = invoke(images, *options, "--strict")
+    bad = next(i for i, row in enumerate(rows_of(expected)) if row["status"] == "error")
+    assert strict.exit_code == 1 and "not an image of a known format" in strict.stderr
+    assert rows_of(strict) == rows_of(expected)[: bad + 1]
+    nothing = invoke("-", *options)
+    assert nothing.exit_code == 2 and "name no images" in nothing.stderr
+
+
+def test_resume_goes_on_in_the_file(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
+    listed = [*files[:3], tmp_path / "gone.jpg", *files[3:6]]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, listed)))
+    options = (f"@{tmp_path}/list.txt", "--model", bundle.folder, "--device", "cpu", "--batch-size", 2)
+    assert invoke(*options, "--output", tmp_path / "whole.jsonl").exit_code == 3
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    result = invoke(*options, "--output", tmp_path / "part.jsonl", "--resume")
+    assert result.exit_code == 3, result.stderr
+    assert "5 rows are there already, 1 of them errors" in result.stderr
+    assert "ended within a row" in result.stderr and "2 images after 5 of an earlier run" in result.stderr
+    ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in (
+        (tmp_path / "part.jsonl").read_bytes(), whole))  # fmt: skip
+    assert [row["path"] for row in ours] == [row["path"] for row in theirs] and ours[:6] == theirs[:6]
+    refused = invoke(files[1], "--model", bundle.folder, "--output", tmp_path / "part.jsonl", "--resume")
+    assert refused.exit_code == 2 and "row 1 of" in refused.stderr and refused.stderr.count("\n") <= 4
+    for wrong, words in {
+        ("--resume",): "name it with --output",
+        ("--resume", "--output", "rows.txt"): "a table cannot be read back",
+        ("--format", "parquet"): "needs a file",
+        ("--resume", "--output", "rows.csv", "--html", "x.html"): "a gallery shows one whole run",
+    }.items():
+        refused = invoke(*options, *wrong)
+        assert refused.exit_code == 2 and words in refused.stderr
+
+
+def write_gallery(bundle: Bundle, files: list[Path], folder: Path) -> Path:
+    shutil.copy(files[0], folder / "<b>&'\".png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    output = folder / "gallery.html"
+    inputs = [*files[:5], folder / "<b>&'\".png", folder / "broken.jpg", folder / "gone.jpg"]
+    rows = folder / "rows.jsonl"
+    options = ("--model", bundle.folder, "--device", "cpu", "--output", rows, "--html", output)
+    result = invoke(*inputs[:-1], *options)
+    assert result.exit_code == 3, result.stderr
+    assert len((folder / "rows.jsonl").read_bytes().splitlines()) == 7
+    return output
+
+
+def test_the_gallery_is_escaped_and_holds_everything(
+    bundle: Bundle, files: list[Path], tmp_path: Path
+) -> None:
+    page = write_gallery(bundle, files, tmp_path).read_text()
+    assert page.count('<img alt="" src="data:image/jpeg;base64,') == 6 and page.count('class="error"') == 1
+    assert "&lt;b&gt;&amp;&#x27;&quot;.png" in page and "<b>" not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "http" not in page.replace("http-equiv", "")
+    assert "default-src &#x27;none" in page or "default-src 'none'" in page
+    assert "7 images, 1 of them could not be read" in page
+
+
+def test_the_gallery_sorts_and_filters_in_a_browser(
+    bundle: Bundle, files: list[Path], tmp_path: Path
+) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs a Chromium; there is none here")
+    page = write_gallery(bundle, files, tmp_path)
+
+    def shown(state: str) -> tuple[list[str], str]:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command = [browser, *flags, f"--user-data-dir={tmp_path}/profile", f"{page.as_uri()}#{state}"]
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True, env=environment
+        )
+        rows = re.findall(r"<tr([^>]*)><td>", done.stdout)
+        visible = [row for row in rows if "hidden" not in row]
+        message = re.search(r"<output>([^<]*)</output>", done.stdout)
+        assert len(rows) == 7 and message is not None
+        return [re.search(r'data-n="(\d+)"', row)[1] for row in visible], message[1]  # type: ignore[index]
+
+    assert shown("") == ([str(n) for n in range(7)], "7 of 7 shown")
+    assert shown("errors=1") == (["6"], "1 of 7 shown")
+    assert shown("find=%3Cb%3E") == (["5"], "1 of 7 shown")
+    by_probability, _ = shown("sort=probability")
+    text = page.read_text()
+    values = {n: float(p) for n, p in re.findall(r'data-n="(\d+)" data-p="([-\d.]+)"', text)}
+    assert by_probability == sorted(values, key=lambda n: (values[n], int(n))) != sorted(values)
+    below, _ = shown("below=60")
+    assert below == [n for n in sorted(values) if 0 <= values[n] < 0.6]
+
+
+def test_find_inputs_feeds_the_predictor(bundle: Bundle, files: list[Path]) -> None:
+    buffer = io.BytesIO("\n".join(map(str, files[:2])).encode())
+    with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
+        rows = list(predictor(find_inputs(["-"], stdin=buffer)))
+        assert [row.path for row in rows] == [str(path) for path in files[:2]]
