@@ -28,10 +28,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _environment() -> dict[str, str]:
-    # pytest names the running test there; torch names its own cache folder on first use.
-    return {
-        k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
-    }
+    # pytest names the running test there; torch its own cache folder, and Inductor a function, on first use.
+    passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
+    return {k: v for k, v in os.environ.items() if k not in passing}
 
 
 @pytest.fixture(autouse=True)

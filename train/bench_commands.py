@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,4 +49,51 @@ def data(folder: Path | None, images: int, rounds: int, batches: int, as_json: b
         batches_per_round=batches,
         tell=lambda line: click.echo(line, err=True),
     )
+    click.echo(msgspec.json.encode(report) if as_json else describe(report))
+
+
+@bench.command()
+@click.option(
+    "--variant", "variants", multiple=True, type=click.Choice(["owt", "paper", "caffe", "bn"]),
+    default=("owt", "paper"), show_default=True, help="A network to measure. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(2), default=(128,), show_default=True,
+    help="Images of a step. Repeatable; the ratios are of the first.",
+)  # fmt: skip
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Repeatable; the ratios are of the first. Default: what training chooses here, and fp32.",
+)  # fmt: skip
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns that every subject takes."
+)
+@click.option(
+    "--crop", "crop_px", type=click.IntRange(63), default=224, show_default=True, help="Side of the images."
+)
+@click.option("--compile", "compiled", is_flag=True, help="Measure each network compiled as a whole, too.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where the JPEGs are kept. Default: a temporary folder.",
+)
+@click.option(
+    "--images", type=click.IntRange(2), default=2000, show_default=True, help="How many JPEGs to write."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def train(as_json: bool, images: int, **options: Any) -> None:
+    """Images/s of training and its fraction of the arithmetic peak; torchvision's AlexNet beside it.
+
+    Forward, backward, step, and end to end with the loader; subjects take turns. Ten minutes on two cores.
+
+    \b
+    alexnet bench train
+    alexnet bench train --json --variant owt --rounds 3
+    """
+    import msgspec
+
+    from train.bench_train import bench_train, describe
+
+    report = bench_train(num_images=images, tell=lambda line: click.echo(line, err=True), **options)
     click.echo(msgspec.json.encode(report) if as_json else describe(report))

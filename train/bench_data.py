@@ -6,14 +6,11 @@ are medians, and the ratios medians of the ratios within a turn.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -22,6 +19,7 @@ from data_pipeline.bench_images import make_bench_folder, write_bench_images
 from data_pipeline.errors import UserError
 from data_pipeline.shard_writer import write_shards
 from train.bench_subjects import BATCH
+from train.bench_turns import four_digits, open_subject
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +59,6 @@ class DataReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 SHARD_BYTES = 50_000_000
-Ask = Callable[[int, float], float]
 Key = tuple[str, int]
 
 
@@ -102,7 +99,11 @@ def bench_data(
     measured: dict[Key, list[float]] = {}
     with ExitStack() as stack:
         ask = {
-            (name, n): stack.enter_context(_subject(shards if name == "shards" else folder, name, n))
+            (name, n): stack.enter_context(
+                open_subject(
+                    "train.bench_subjects", [name, str(shards if name == "shards" else folder), str(n)]
+                )
+            )
             for name, n in subjects
         }
         for number in range(rounds):
@@ -157,41 +158,3 @@ def _ratios(measured: dict[Key, list[float]], cores: int) -> tuple[dict[str, flo
             ratios[name] = None
             notes.append(f"{name}: not measured here")
     return ratios, notes
-
-
-@contextmanager
-def _subject(folder: Path, name: str, cores: int) -> Iterator[Ask]:
-    """A process that measures one subject whenever it is asked, and does nothing in between."""
-    command = [sys.executable, "-m", "train.bench_subjects", name, str(folder), str(cores)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        answers = process.stdout
-
-        def answer() -> object:
-            line = answers.readline()
-            if not line:
-                raise RuntimeError(
-                    f"the measurement of {name} on {cores} core(s) ended early: its message is above"
-                )
-            return json.loads(line)
-
-        def ask(num_batches: int, step_s: float) -> float:
-            print(num_batches, step_s, file=process.stdin, flush=True)
-            value = answer()
-            assert isinstance(value, float)
-            return value
-
-        answer()  # it is ready
-        try:
-            yield ask
-        finally:
-            process.stdin.close()
-
-
-def four_digits(value: float) -> float:
-    """A measured figure without digits that mean nothing; a small ratio keeps as many as a large rate.
-
-    >>> four_digits(0.00215155), four_digits(1234.56)
-    (0.002152, 1235.0)
-    """
-    return float(f"{value:.4g}")

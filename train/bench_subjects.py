@@ -6,7 +6,6 @@ that the subjects can take turns. The command line of this file is for that proc
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ from data_pipeline.augment import Augment
 from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import make_backend, train_batches
 from data_pipeline.preprocessing import Preprocessing
+from train.bench_turns import answer_lines
 
 BATCH = 64
 CROP_PX = 224
@@ -142,16 +142,15 @@ def _after_steps(batches: Iterator[int], step_s: float) -> Iterator[int]:
 
 
 def serve(name: str, folder: Path, num_cores: int) -> None:
-    """Answer each line `batches step_s` on stdin with a line of images per second on stdout."""
+    """Answer each line `batches step_s` with images per second."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    round_ = make_subject(name, folder, num_cores)
-    measure(round_, 2, 0)
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        num_batches, step_s = line.split()
-        print(json.dumps(measure(round_, int(num_batches), float(step_s))), file=answers, flush=True)
+
+    def make() -> Callable[[list[str]], float]:
+        round_ = make_subject(name, folder, num_cores)
+        measure(round_, 2, 0)
+        return lambda words: measure(round_, int(words[0]), float(words[1]))
+
+    answer_lines(make)
 
 
 if __name__ == "__main__":

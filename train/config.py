@@ -107,6 +107,8 @@ class RunConfig(_Config, frozen=True):
         device: `auto` is CUDA where there is a GPU.
         cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
         timeout_s: a rank that keeps the others waiting in a collective for longer ends the run.
+        lrn: `fused` compiles local response normalisation, `eager` does not; `auto` does in runs long enough.
+        compile: compile the network's passes as a whole where that is measured to be faster, at the start.
         log_every: optimiser steps between training rows.
         checkpoint_every: optimiser steps between checkpoints inside an epoch; None saves at its end only.
         max_skipped: as many steps in a row whose gradient is not finite end the run; each one is skipped.
@@ -124,6 +126,8 @@ class RunConfig(_Config, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
+    lrn: Literal["auto", "fused", "eager"] = "auto"
+    compile: bool = False
     log_every: Positive = 20
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 2

@@ -2,17 +2,23 @@
 
 `nn.LocalResponseNorm` composes padding, a 3-d average pooling and a power, keeps each intermediate for the
 backward pass, and has no bfloat16 kernel on the CPU. Here both passes are written out, accumulate in
-float32 whatever the input's type is, and save only the input and one scale per element.
+float32 whatever the input's type is, and save only the input and one scale per element. Each is one pass over
+memory, or few, where Inductor has fused it (C++ on a CPU, Triton on a GPU), and several without a compiler.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 # Shapes: N batch, C channels, H and W rows and columns.
+
+WindowSum = Callable[[Tensor, int], Tensor]
 
 
 def window_sum(x_NCHW: Tensor, size: int) -> Tensor:
@@ -35,6 +41,16 @@ def window_sum(x_NCHW: Tensor, size: int) -> Tensor:
     return total
 
 
+def padded_window_sum(x_NCHW: Tensor, size: int) -> Tensor:
+    """The same as `window_sum`, in the form that Inductor turns into one pass without a copy."""
+    reach, channels = size // 2, x_NCHW.shape[1]
+    padded = pad(x_NCHW, (0, 0) * (x_NCHW.ndim - 2) + (reach, reach))
+    total = padded[:, :channels]
+    for shift in range(1, size):
+        total = total + padded[:, shift : shift + channels]
+    return total
+
+
 def _power_minus_beta(scale: Tensor, beta: float) -> Tensor:
     # s^-0.75 = rsqrt(s) * sqrt(rsqrt(s)): two square roots are several times cheaper than a power.
     if beta == 0.75:
@@ -43,26 +59,63 @@ def _power_minus_beta(scale: Tensor, beta: float) -> Tensor:
     return scale.pow(-beta)
 
 
+def _forward(
+    x: Tensor, size: int, alpha: float, beta: float, k: float, sum_over: WindowSum
+) -> tuple[Tensor, Tensor]:
+    """The output, and the scale that the backward pass needs."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = sum_over(wide * wide, size).mul_(alpha / size).add_(k)
+    return (_power_minus_beta(scale, beta) * wide).to(x.dtype), scale
+
+
+def _backward(
+    grad: Tensor, x: Tensor, scale: Tensor, size: int, alpha: float, beta: float, sum_over: WindowSum
+) -> Tensor:
+    x_wide, grad_wide = x.to(scale.dtype), grad.to(scale.dtype)
+    # dx = g * s^-b - (2ab/n) * x * window_sum(g * x * s^(-b-1))
+    direct = _power_minus_beta(scale, beta).mul_(grad_wide)
+    inner = sum_over(direct * x_wide / scale, size)
+    return direct.addcmul_(inner, x_wide, value=-2 * alpha * beta / size).to(x.dtype)
+
+
+@cache
+def _fused() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """Both passes compiled by Inductor: each shape once a process, and kept on disk between processes."""
+    return torch.compile(_forward, dynamic=False), torch.compile(_backward, dynamic=False)
+
+
 class _LocalResponseNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = window_sum(wide * wide, size).mul_(alpha / size).add_(k)
+    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float, fused: bool) -> Tensor:
+        ctx.constants = (size, alpha, beta, fused)
+        if fused:
+            out, scale = _fused()[0](_any_batch(x), size, alpha, beta, k, padded_window_sum)
+        else:
+            out, scale = _forward(x, size, alpha, beta, k, window_sum)
         ctx.save_for_backward(x, scale)
-        ctx.constants = (size, alpha, beta)
-        return (_power_minus_beta(scale, beta) * wide).to(x.dtype)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad,) = grads
         x, scale = ctx.saved_tensors
-        size, alpha, beta = ctx.constants
-        x_wide, grad_wide = x.to(scale.dtype), grad.to(scale.dtype)
-        # dx = g * s^-b - (2ab/n) * x * window_sum(g * x * s^(-b-1))
-        direct = _power_minus_beta(scale, beta).mul_(grad_wide)
-        inner = window_sum(direct * x_wide / scale, size)
-        dx = direct.addcmul_(inner, x_wide, value=-2 * alpha * beta / size)
-        return dx.to(x.dtype), None, None, None, None
+        size, alpha, beta, fused = ctx.constants
+        if fused:
+            known = _any_batch(grad), _any_batch(x), _any_batch(scale)
+            dx = _fused()[1](*known, size, alpha, beta, padded_window_sum)
+        else:
+            dx = _backward(grad, x, scale, size, alpha, beta, window_sum)
+        return dx, None, None, None, None, None
+
+
+def _any_batch(tensor: Tensor) -> Tensor:
+    """The same numbers, so marked that one kernel serves every batch size: the last one is often smaller.
+
+    Without their history, too: both passes are written out, and the compiler need not look for another.
+    """
+    tensor = tensor.detach()
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
 
 
 class LocalResponseNorm(nn.Module):
@@ -74,6 +127,8 @@ class LocalResponseNorm(nn.Module):
     Args:
         size: channels in the window, odd.
         alpha, beta, k: the constants of the formula (k is called `bias` in ONNX).
+    Attributes:
+        fused: whether Inductor's kernels do the work; `train.fusion` sets it where that pays.
     Shape:
         (N, C, H, W) -> (N, C, H, W), same type and memory format.
     Source: Krizhevsky et al. 2012, section 3.3.
@@ -84,6 +139,7 @@ class LocalResponseNorm(nn.Module):
         if size < 1 or size % 2 == 0:
             raise ValueError(f"size must be odd and positive, not {size}")
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.fused = False
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
@@ -99,7 +155,7 @@ class LocalResponseNorm(nn.Module):
                 "LRN", (x.float(),), attrs=attributes, dtype=torch.float32, shape=x.shape, version=13
             )
             return wide.to(x.dtype)
-        out: Tensor = _LocalResponseNorm.apply(x, self.size, self.alpha, self.beta, self.k)
+        out: Tensor = _LocalResponseNorm.apply(x, self.size, self.alpha, self.beta, self.k, self.fused)
         return out
 
     def extra_repr(self) -> str:

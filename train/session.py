@@ -22,6 +22,7 @@ from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
 from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
+from train.fusion import prepare_lrn, prepare_step
 from train.guard import Guard
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
@@ -123,6 +124,18 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         best = best_until(start.run, step)
         dropped = folder.drop_rows_after(step)
         log.info(f"resuming at step {step}; {dropped} later row(s) of metrics.jsonl dropped")
+    prepare_lrn(
+        trainer.network,
+        config.lrn,
+        crop_px=config.preprocessing.crop_px,
+        num_images=config.epochs * len(train_set),
+        precision=trainer.precision,
+        world=world,
+    )
+    if config.compile:
+        run = folder.path if folder is not None else None
+        crop_px = config.preprocessing.crop_px
+        prepare_step(trainer.parallel, micro_batch, crop_px, trainer.precision, world, run)
     return Session(
         config=config,
         trainer=trainer,
