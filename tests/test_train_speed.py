@@ -23,7 +23,7 @@ from train.config import make_config
 from train.distributed import World, open_world
 from train.engine import Trainer, train_step
 from train.flops import count_flops
-from train.fusion import count_numbers, prepare_lrn
+from train.fusion import compile_step, count_numbers, prepare_lrn, prepare_step
 from train.lrn import LocalResponseNorm, padded_window_sum, window_sum
 from train.metrics import Counts
 from train.model import make_model
@@ -134,6 +134,30 @@ def test_fused_lrn_gradient_in_float64() -> None:
     module.fused = True
     x = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (x,))
+
+
+@pytest.mark.usefixtures("no_compile_threads")
+def test_a_compiled_network_is_kept_only_where_it_is_faster_and_computes_the_same(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.0") for _ in range(2))
+    before = {name: value.clone() for name, value in other.network.state_dict().items()}
+    with caplog.at_level(logging.INFO, "train"):
+        chosen = prepare_step(other.parallel, 4, 32, other.precision, world, tmp_path)
+        assert prepare_step(other.parallel, 4, 32, other.precision, world, tmp_path) is chosen
+    first, second = (record.message for record in caplog.records if record.name == "train")
+    word = "" if chosen else "not "
+    assert f"s as it is: the network is {word}compiled" in first
+    assert second == f"the network is {word}compiled, as it was when the run began"
+    assert json.loads((tmp_path / "compiled.json").read_text()) is chosen
+    assert all(torch.equal(value, before[name]) for name, value in other.network.state_dict().items())
+    compile_step(other.network)
+    losses = [
+        [train_step(t, [small_batch()], 1e-3, step).reduce(world).loss for step in range(2)]
+        for t in (eager, other)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
 
 
 def test_without_a_compiler_a_line_says_so_and_training_goes_on(

@@ -114,7 +114,7 @@ class OurSteps:
         elif spec.lrn == "fused":
             fuse_lrn(self.trainer.network, bench.crop_px, self.trainer.precision, world)
         if spec.compiled:
-            compile_step(self.trainer.parallel)
+            compile_step(self.trainer.network)
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (spec.batch, bench.crop_px, bench.crop_px, 3), dtype=np.uint8)
         labels, places = random.integers(0, NUM_CLASSES, spec.batch), np.arange(spec.batch)

@@ -157,7 +157,8 @@ def evaluate(
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         views = images_NHWC.shape[1:-3]
         with precision.autocast():
-            logits_NC = network(normalize(images_NHWC.flatten(0, len(views)))).float()
+            # Past a compiled call: every size of batch would be compiled anew, for a pass without a gradient.
+            logits_NC = network.forward(normalize(images_NHWC.flatten(0, len(views)))).float()
         if views:
             logits_NC = average_views(logits_NC, views[0])
         counts.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,14 +114,16 @@ def count_numbers(network: AlexNet, crop_px: int) -> int:
     return sum(counted)
 
 
-def compile_step(parallel: DistributedDataParallel) -> None:
+def compile_step(network: AlexNet) -> None:
     """Compile the forward and backward pass of a network as a whole, in place, at its next call.
 
     LRN stays a call of its own: inlined into the pooling behind it, it would be computed 9 times.
     """
-    for layer in lrn_layers(parallel):
+    for layer in lrn_layers(network):
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
-    parallel.compile(dynamic=False)
+    # Inductor's front end looks at the gradient of what LRN returns, and warns of its own look.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+    network.compile(dynamic=False)
 
 
 def prepare_step(
@@ -145,7 +148,7 @@ def prepare_step(
     known = world.from_main(lambda: _read_choice(run))
     if known is not None:
         if known:
-            compile_step(parallel)
+            compile_step(parallel.module)
         if world.is_main:
             log.info(f"the network is {'' if known else 'not '}compiled, as it was when the run began")
         return known
@@ -154,7 +157,7 @@ def prepare_step(
         eager_s = _time_passes(parallel, images, precision)
         started, failure, compiled_s = time.monotonic(), "", float("inf")
         try:
-            compile_step(parallel)
+            compile_step(parallel.module)
             _time_passes(parallel, images, precision, rounds=1)
             compile_s = time.monotonic() - started
             compiled_s = _time_passes(parallel, images, precision)
@@ -163,7 +166,7 @@ def prepare_step(
     failed = world.any(bool(failure))
     faster = world.from_main(lambda: not failed and compiled_s < eager_s)
     if not faster:
-        parallel._compiled_call_impl = None
+        parallel.module._compiled_call_impl = None
         for layer in lrn_layers(parallel):
             vars(layer).pop("forward", None)
     if failed:
