@@ -160,12 +160,15 @@ def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Ma
     return Decision("onnx", "cuda", about_engine or "the fastest there is for it here")
 
 
-def choose_backend(bundle: Bundle, *, backend: BackendName = "auto", device: DeviceName = "auto") -> Choice:
+def choose_backend(
+    bundle: Bundle, *, backend: BackendName = "auto", device: DeviceName = "auto", threads: int = 0
+) -> Choice:
     """Load a bundle with what was asked for, or with the best there is here.
 
     Args:
         backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
         device: `cpu`, `cuda`, or `auto`: the GPU where there is one that the runtime can use.
+        threads: see `OnnxBackend`.
     Raises:
         UserError: what was asked for cannot be had here.
         CorruptFileError: a file of the bundle that does not belong to its manifest.
@@ -184,12 +187,12 @@ def choose_backend(bundle: Bundle, *, backend: BackendName = "auto", device: Dev
             decision = decide(bundle, "onnx", device, probe_machine())
     if decision.device == "cuda":
         try:
-            return _say(OnnxBackend(bundle, "cuda"), why)
+            return _say(OnnxBackend(bundle, "cuda", threads=threads), why)
         except UserError as error:
             if device == "cuda":
                 raise
             why = f"{why}; {error}" if why.startswith("not its engine") else str(error)
-    return _say(OnnxBackend(bundle, "cpu"), why)
+    return _say(OnnxBackend(bundle, "cpu", threads=threads), why)
 
 
 def _say(backend: InferenceBackend, why: str) -> Choice:

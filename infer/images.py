@@ -40,17 +40,23 @@ def open_decoder(
     max_batch: int,
     name: DecoderName = "auto",
     device: Literal["cpu", "gpu"] = "cpu",
+    threads: int | None = None,
 ) -> Iterator[ImageBackend]:
-    """A decoder, on as many threads as this process may use cores; closed afterwards.
+    """A decoder; closed afterwards.
 
     Args:
         preprocessing: the contract.
         max_batch: most images in one batch.
         name: who decodes.
         device: "gpu" leaves the images in the first GPU's memory.
+        threads: decoding threads; None for one for each core that this process may use.
     """
     decoder = make_backend(
-        name, device=device, preprocessing=preprocessing, max_batch=max_batch, num_threads=usable_cores()
+        name,
+        device=device,
+        preprocessing=preprocessing,
+        max_batch=max_batch,
+        num_threads=threads or usable_cores(),
     )
     try:
         yield decoder

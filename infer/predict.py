@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
-from data_pipeline.faults import Failure, FaultLog, printable
-from data_pipeline.loader import Batch, Readable, predict_batches
+from data_pipeline.faults import printable
+from data_pipeline.loader import Batch, Readable
 from infer.backends import InferenceBackend
 from infer.bundle import Bundle
-from infer.images import DecoderName, decoding_device, fit_batch, host_pixels, open_decoder, run_valid
+from infer.decoding import Decoding
+from infer.images import DecoderName, host_pixels, run_valid
 
 DEFAULT_BATCH = 32
 DEFAULT_TOP = 5
@@ -92,34 +92,16 @@ def predict(
         UserError: `top` or `batch_size` below 1, `top` above the number of classes, or `min_probability`
             outside 0..1.
     """
-    make = _RowMaker(bundle, backend, check_top(bundle, top), min_probability)
-    batches = _batches(inputs, bundle, backend, batch_size, decoder, ten_crop)
-    return (row for batch, size in batches for row in make.rows(batch, size))
+    make = RowMaker(bundle, backend, top=top, min_probability=min_probability, ten_crop=ten_crop)
+    decoding = Decoding(
+        bundle.manifest.preprocessing, backend, name=decoder, batch_size=batch_size, ten_crop=ten_crop
+    )
 
+    def rows() -> Iterator[Row]:
+        with closing(decoding):
+            yield from make.rows(inputs, decoding)
 
-def predict_seen(
-    inputs: Iterable[Item],
-    bundle: Bundle,
-    backend: InferenceBackend,
-    *,
-    top: int | None = None,
-    batch_size: int = DEFAULT_BATCH,
-    decoder: DecoderName = "auto",
-    min_probability: float = 0.0,
-    ten_crop: bool = False,
-) -> Iterator[SeenRow]:
-    """As `predict`, with what the model saw of each image; of ten crops, the one in the centre."""
-    make = _RowMaker(bundle, backend, check_top(bundle, top), min_probability)
-    batches = _batches(inputs, bundle, backend, batch_size, decoder, ten_crop)
-
-    def seen() -> Iterator[SeenRow]:
-        for batch, size in batches:
-            pixels = host_pixels(batch)
-            centre = pixels[:, CENTRE_VIEW] if ten_crop else pixels
-            for place, row in enumerate(make.rows(batch, size)):
-                yield SeenRow(row, centre[place] if isinstance(row, OkRow) else None)
-
-    return seen()
+    return rows()
 
 
 def check_top(bundle: Bundle, top: int | None) -> int:
@@ -139,53 +121,51 @@ def path_of(item: Item) -> Path:
     return item.path if isinstance(item, Readable) else item
 
 
-class _RowsTellThem(FaultLog):
-    """Says and keeps nothing: in prediction every bad file has its own row."""
+class RowMaker:
+    """Inputs to rows, by one model.
 
-    def add(self, failure: Failure) -> None:
-        pass
+    Args:
+        bundle: a verified bundle.
+        backend: it, loaded.
+        top, min_probability, ten_crop: see `predict`.
+    Raises:
+        UserError: see `predict`.
+    """
 
-    def set_aside(self, path: os.PathLike[str], reason: str) -> None:
-        pass
-
-
-def _batches(
-    inputs: Iterable[Item],
-    bundle: Bundle,
-    backend: InferenceBackend,
-    batch_size: int,
-    decoder: DecoderName,
-    ten_crop: bool,
-) -> Iterator[tuple[Batch, int]]:
-    """Decoded batches and their largest size; wrong arguments are told at once."""
-    size, preprocessing = fit_batch(batch_size, backend.max_batch), bundle.manifest.preprocessing
-
-    def generate() -> Iterator[tuple[Batch, int]]:
-        with open_decoder(preprocessing, size, decoder, decoding_device(backend, decoder)) as source:
-            faults = _RowsTellThem()
-            batches = predict_batches(
-                inputs, source, preprocessing, micro_batch=size, ten_crop=ten_crop, faults=faults
-            )
-            with closing(batches):
-                yield from ((batch, size) for batch in batches)
-
-    return generate()
-
-
-class _RowMaker:
-    """Batches to rows."""
-
-    def __init__(self, bundle: Bundle, backend: InferenceBackend, top: int, min_probability: float) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: InferenceBackend,
+        *,
+        top: int | None,
+        min_probability: float,
+        ten_crop: bool,
+    ) -> None:
+        self.top = check_top(bundle, top)
         if not 0 <= min_probability <= 1:
             raise UserError(f"--min-probability {min_probability}: 0 to 1")
         self._labels, self._backend = bundle.manifest.class_labels, backend
-        self._top, self._least = top, min_probability
+        self._least, self._ten_crop = min_probability, ten_crop
 
-    def rows(self, batch: Batch, size: int) -> Iterator[Row]:
-        """A row for each image of a batch, in order."""
+    def rows(self, inputs: Iterable[Item], decoding: Decoding) -> Iterator[Row]:
+        """A row for each input, in order."""
+        with closing(decoding.batches(inputs)) as batches:
+            for batch in batches:
+                yield from self._rows(batch, decoding.size)
+
+    def seen(self, inputs: Iterable[Item], decoding: Decoding) -> Iterator[SeenRow]:
+        """As `rows`, with what the model saw of each image; of ten crops, the one in the centre."""
+        with closing(decoding.batches(inputs)) as batches:
+            for batch in batches:
+                pixels = host_pixels(batch)
+                centre = pixels[:, CENTRE_VIEW] if self._ten_crop else pixels
+                for place, row in enumerate(self._rows(batch, decoding.size)):
+                    yield SeenRow(row, centre[place] if isinstance(row, OkRow) else None)
+
+    def _rows(self, batch: Batch, size: int) -> Iterator[Row]:
         ok: Iterator[tuple[Prediction, ...]] = iter(())
         if batch.valid.any():
-            ok = iter(top_k(run_valid(self._backend, batch, size), self._labels, self._top))
+            ok = iter(top_k(run_valid(self._backend, batch, size), self._labels, self.top))
         failures = iter(batch.failures)
         for path, valid in zip(batch.paths, batch.valid, strict=True):
             if valid:

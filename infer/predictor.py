@@ -16,15 +16,16 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.loader import Readable
 from infer.backends import BackendName, DeviceName, choose_backend
 from infer.bundle import find_bundle, load_bundle
+from infer.decoding import Decoding
 from infer.images import DecoderName
-from infer.predict import DEFAULT_BATCH, Item, Row, SeenRow, check_top, predict, predict_seen
+from infer.predict import DEFAULT_BATCH, Item, Row, RowMaker, SeenRow, check_top
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,6 +46,7 @@ class Predictor:
         batch_size: images a batch.
         min_probability: classes below are left out of a row.
         ten_crop: average the softmax of the paper's ten views of each image.
+        threads: for decoding, and for the model on a CPU; None for one for each core this process may use.
     Raises:
         UserError: no such bundle, or what was asked for cannot be had here.
         CorruptFileError: a bundle that was changed.
@@ -61,19 +63,29 @@ class Predictor:
         batch_size: int = DEFAULT_BATCH,
         min_probability: float = 0.0,
         ten_crop: bool = False,
+        threads: int | None = None,
     ) -> None:
         self.bundle = load_bundle(find_bundle(None if bundle is None else Path(bundle)))
-        self.top = check_top(self.bundle, top)
-        choice = choose_backend(self.bundle, backend=backend, device=device)
+        check_top(self.bundle, top)
+        choice = choose_backend(self.bundle, backend=backend, device=device, threads=threads or 0)
         self.backend = choice.backend
         self.runs_on = choice.sentence
-        self._how: dict[str, Any] = {
-            "top": self.top,
-            "batch_size": batch_size,
-            "decoder": decoder,
-            "min_probability": min_probability,
-            "ten_crop": ten_crop,
-        }
+        try:
+            self._make = RowMaker(
+                self.bundle, self.backend, top=top, min_probability=min_probability, ten_crop=ten_crop
+            )
+            self._decoding = Decoding(
+                self.bundle.manifest.preprocessing,
+                self.backend,
+                name=decoder,
+                batch_size=batch_size,
+                ten_crop=ten_crop,
+                threads=threads,
+            )
+        except BaseException:
+            self.backend.close()
+            raise
+        self.top = self._make.top
 
     def __call__(self, inputs: Input | Iterable[Input]) -> Iterator[Row]:
         """A row for each input, in order, as batches finish.
@@ -82,14 +94,15 @@ class Predictor:
             inputs: one or many: paths of files, uint8 arrays (height, width, 3) in RGB or (height, width) in
                 gray, Pillow images, or what `find_inputs` found. What cannot be read is an error row.
         """
-        return predict(_items(inputs), self.bundle, self.backend, **self._how)
+        return self._make.rows(_items(inputs), self._decoding)
 
     def seen(self, inputs: Input | Iterable[Input]) -> Iterator[SeenRow]:
         """As a call, with the pixels that the model saw, which are good until the next row is asked for."""
-        return predict_seen(_items(inputs), self.bundle, self.backend, **self._how)
+        return self._make.seen(_items(inputs), self._decoding)
 
     def close(self) -> None:
-        """Free the model; a second call does nothing."""
+        """Free the decoder and the model; a second call does nothing."""
+        self._decoding.close()
         self.backend.close()
 
     def __enter__(self) -> Predictor:

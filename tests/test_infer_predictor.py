@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from data_pipeline.loader import eval_batches
 from infer import Predictor, find_inputs
 from infer.backends import OnnxBackend
 from infer.bundle import Bundle
-from infer.images import open_decoder, run_valid, valid_images
+from infer.images import DecoderName, open_decoder, run_valid, valid_images
 from infer.predict import ErrorRow, OkRow, Row
 from tests.infer_samples import data_folder, exported, images_in
 
@@ -59,6 +60,20 @@ def test_arrays_and_pillow_images_give_the_rows_of_their_files(bundle: Bundle, f
         assert found(single) == expected[0]
     for image in opened:
         image.close()
+
+
+@pytest.mark.parametrize("decoder", ["dali", "pillow"])
+def test_a_predictor_is_called_again_and_within_a_call(
+    bundle: Bundle, files: list[Path], decoder: DecoderName
+) -> None:
+    before = set(threading.enumerate())
+    with Predictor(bundle.folder, device="cpu", batch_size=2, decoder=decoder, threads=1) as predictor:
+        expected = [found(row) for row in predictor(files[:5])]
+        first, second = predictor(files[:5]), predictor(files[2:5])
+        mixed = [(found(next(first)), found(next(second))) for _ in range(3)]
+        assert mixed == list(zip(expected[:3], expected[2:], strict=True))
+        assert [found(row) for row in first] == expected[3:]
+    assert set(threading.enumerate()) == before, "closing ends the threads of the decoder"
 
 
 def test_what_is_no_image_is_an_error_row_and_what_is_no_input_an_error(bundle: Bundle) -> None:
