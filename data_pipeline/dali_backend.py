@@ -26,6 +26,7 @@ from PIL import Image
 from data_pipeline.dali_graph import make_graph, run_graph
 from data_pipeline.faults import ImageError
 from data_pipeline.geometry import Geometry
+from data_pipeline.jpeg_markers import markers_are_sound
 from data_pipeline.pillow_backend import Decoded, blank_images, decode_rgb, finish
 
 log = logging.getLogger("data_pipeline")
@@ -174,12 +175,11 @@ class _Work:
 
 
 def _is_for_pillow(data: bytes) -> bool:
-    """Files that DALI does not know (GIF, extended WebP), reads although cut short (TIFF, JPEG), or cannot
-    read and complains of on stderr besides (PNG that is cut short, JPEG without an image).
+    """Files that DALI does not know (GIF, extended WebP), reads although cut short (TIFF) or rotten (JPEG),
+    or cannot read and complains of on stderr besides (PNG that is cut short, JPEG without an image).
     """
     if data.startswith(b"\xff\xd8"):
-        # the end marker stands at the end, or before what a camera appended; a thumbnail's comes early
-        return b"\xff\xd9" not in data[-64:] and data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda")
+        return not markers_are_sound(data)
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-64:]
     return data.startswith((b"GIF8", b"II*\0", b"MM\0*")) or data[8:16] == b"WEBPVP8X"

@@ -8,7 +8,7 @@ The policy for every kind of file is here, once, for training and prediction:
 | grayscale, palette, 1-bit | RGB |
 | transparency | dropped: the colours as stored, over nothing |
 | 16 bits a channel | scaled to 8 |
-| CMYK, Adobe's inverted CMYK | RGB, without a colour profile |
+| CMYK | RGB, without a colour profile; inverted first where Adobe's marker says that it is stored so |
 | animation, several pages | the first frame |
 | truncated, or otherwise not wholly readable | `ImageError` |
 | more pixels than `max_pixels`, by the header | `ImageError`, before anything is decoded |
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image, ImageChops, ImageFile
 
 from data_pipeline.faults import ImageError
 from data_pipeline.geometry import Geometry
@@ -257,6 +257,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
         raise ImageError("floating-point pixels are not supported")
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for one of Adobe's
     image.info.pop("transparency", None)  # else a palette with transparency converts with a warning
     return image.convert("RGB")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -54,13 +54,15 @@ def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
         "jpeg 4:4:4": encode(image, "JPEG", quality=90, subsampling=0),
         "jpeg progressive": encode(image, "JPEG", quality=90, progressive=True),
         "jpeg gray": encode(gray, "JPEG"),
-        "jpeg cmyk": encode(image.convert("CMYK"), "JPEG"),
+        "jpeg cmyk, adobe": encode(image.convert("CMYK"), "JPEG"),
+        "jpeg cmyk, plain": _without_adobe_marker(encode(ImageChops.invert(image.convert("CMYK")), "JPEG")),
         "png": encode(image, "PNG"),
         "png gray": encode(gray, "PNG"),
         "png palette": encode(palette, "PNG"),
         "png palette alpha": encode(palette, "PNG", transparency=bytes(range(64))),
         "png 1 bit": encode(image.convert("1"), "PNG"),
-        "png 16 bit": encode(Image.fromarray(deep), "PNG"),
+        "png 16 bit gray": encode(Image.fromarray(deep), "PNG"),
+        "png 16 bit rgb": _deep_png(image),
         "png alpha": encode(alpha, "PNG"),
         "png gray alpha": encode(alpha.convert("LA"), "PNG"),
         "png turned": encode(image, "PNG", exif=exif(6)),
@@ -79,6 +81,25 @@ def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
     return files
 
 
+def _without_adobe_marker(jpeg: bytes) -> bytes:
+    """Pillow writes CMYK as Adobe does: inverted, and marked so. Without the mark it is not inverted."""
+    at = jpeg.index(b"\xff\xee")
+    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+
+
+def _deep_png(image: Image.Image) -> bytes:
+    """16 bits a channel in RGB, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    rows = (np.asarray(image).astype(">u2") * 257).astype(">u2")
+    header = image.width.to_bytes(4, "big") + image.height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
 def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
     """Files that are no whole image, by what is wrong."""
     jpeg = encode(photo(height, width), "JPEG", quality=90)
@@ -90,6 +111,7 @@ def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
         "jpeg, half": jpeg[: len(jpeg) // 2],
         "jpeg, 20 bytes short": jpeg[:-20],
         "jpeg, header only": jpeg[:300],
+        "jpeg, bit rot": jpeg[: len(jpeg) // 2] + b"\xff\x24" + jpeg[len(jpeg) // 2 + 2 :],
         "jpeg progressive, half": progressive[: len(progressive) // 2],
         "png, 2000 bytes short": png[:-2000],
         "png, bit rot": bytes(rotten),
