@@ -23,8 +23,8 @@ from data_pipeline.order import Int, permutation_at
 from data_pipeline.parallel import map_ahead
 from data_pipeline.pillow_backend import decode_rgb, read_header
 from data_pipeline.pixel_sums import PixelStatistics, PixelSums
-from data_pipeline.prefetch import MAX_BYTES_PER_PIXEL
 from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.shard_source import ShardSource
 
 log = logging.getLogger("data_pipeline")

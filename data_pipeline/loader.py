@@ -27,6 +27,7 @@ from data_pipeline.prefetch import Batch as Batch
 from data_pipeline.prefetch import ImageBackend as ImageBackend
 from data_pipeline.prefetch import Request, run_ahead
 from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.readers import ReaderPool as ReaderPool
 
 log = logging.getLogger("data_pipeline")
 
@@ -98,6 +99,7 @@ def train_batches(
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
+    readers: ReaderPool | None = None,
 ) -> Generator[Batch, None, None]:
     """One rank's share of training steps, in order. Any start gives what a run from step 0 would have given.
 
@@ -117,6 +119,7 @@ def train_batches(
         read_threads: files read at once.
         prefetch: batches held ready, >= 1.
         faults: where bad files are named and counted.
+        readers: processes that read the dataset's files, in place of threads.
     Yields:
         Batches; `step` says which step, `last` whether it ends there, `mix` how its samples are mixed.
     Raises:
@@ -155,7 +158,7 @@ def train_batches(
                 yield _dataset_request(dataset, chosen, places, step, last, cut, mix)
             step += 1
 
-    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
+    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers)
 
 
 def eval_batches(
@@ -170,6 +173,7 @@ def eval_batches(
     read_threads: int = 4,
     prefetch: int = 2,
     faults: FaultLog | None = None,
+    readers: ReaderPool | None = None,
 ) -> Generator[Batch, None, None]:
     """One rank's share of a split, every sample exactly once over all ranks; the last batch may be smaller.
 
@@ -187,7 +191,7 @@ def eval_batches(
             indices = np.arange(first, min(first + chunk, share.stop), dtype=np.int64)
             yield _dataset_request(dataset, indices, indices, number, True, cut)
 
-    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
+    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers)
 
 
 def predict_batches(
@@ -247,4 +251,4 @@ def _dataset_request(
         return dataset.read(int(indices[place]), max_bytes)
 
     paths = tuple(dataset.path_at(int(i)) for i in indices)
-    return Request(paths, read, dataset.labels[indices], indices, positions, step, last, cut, mix)
+    return Request(paths, read, dataset.labels[indices], indices, positions, step, last, cut, mix, dataset)

@@ -19,14 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.faults import Failure, FaultLog, ImageError, printable
+from data_pipeline.faults import Failure, FaultLog, printable
 from data_pipeline.geometry import Geometry
+from data_pipeline.index import Dataset
 from data_pipeline.mix import MixPlan
 from data_pipeline.order import Int
-from data_pipeline.pillow_backend import Decoded, read_header
+from data_pipeline.pillow_backend import Decoded
+from data_pipeline.readers import Fetched, ReaderPool, fetch
 
-# No file need be larger than the largest image that we accept, uncompressed, in four channels of 16 bits.
-MAX_BYTES_PER_PIXEL = 8
 _POLL_S = 0.1
 _DECODING = 2
 
@@ -86,6 +86,7 @@ class Request:
         paths: (N) the files, as messages name them.
         read: gives the bytes of the file at a place 0..N - 1, of at most so many bytes; raises `ImageError`.
         geometry: recipes for the upright sizes of the N files.
+        dataset: where the `indices` are; None for images that are in none.
     """
 
     paths: tuple[Path, ...]
@@ -97,6 +98,7 @@ class Request:
     last: bool
     geometry: Callable[[Int], Geometry]
     mix: MixPlan | None = None
+    dataset: Dataset | None = None
 
 
 def run_ahead(
@@ -106,6 +108,7 @@ def run_ahead(
     read_threads: int,
     prefetch: int,
     faults: FaultLog | None,
+    readers: ReaderPool | None = None,
 ) -> Generator[Batch, None, None]:
     """Fulfil requests in order, up to `prefetch` batches ahead of the consumer.
 
@@ -116,6 +119,7 @@ def run_ahead(
         read_threads: files read at once, >= 1.
         prefetch: decoded batches held ready, >= 1. Two more are being decoded, and as many again read.
         faults: names bad files once; None for a log of this iterator's own.
+        readers: processes that read in place of threads, what is in their datasets.
     Yields:
         One batch for each request. An error of the background thread is raised here.
         Closing the iterator ends the threads.
@@ -133,11 +137,12 @@ def run_ahead(
                 return
 
     def produce() -> None:
-        pool = ThreadPoolExecutor(read_threads, thread_name_prefix="read")
+        threads = read_threads if readers is None else readers.num_processes
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         decoders = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
         decoding: deque[Future[Batch]] = deque()
         try:
-            for request, fetched in _read_ahead(requests, pool, max_pixels, prefetch, faults):
+            for request, fetched in _read_ahead(requests, pool, readers, max_pixels, prefetch, faults):
                 if stop.is_set():
                     return
                 decoding.append(decoders.submit(_decode, request, fetched, backend))
@@ -176,41 +181,51 @@ def _consume(
         thread.join()
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    """One file's bytes and upright size; or, without bytes, the reason why there are none."""
-
-    data: bytes | None
-    height_width: tuple[int, int] = (1, 1)
-    reason: str = ""
-
-
-def _fetch(request: Request, place: int, max_pixels: int, faults: FaultLog) -> _Fetched:
+def _fetch(request: Request, place: int, max_pixels: int, faults: FaultLog) -> list[Fetched]:
     if (reason := faults.reason_for(request.paths[place])) is not None:
-        return _Fetched(None, reason=reason)
-    try:
-        data = request.read(place, MAX_BYTES_PER_PIXEL * max_pixels)
-        return _Fetched(data, read_header(data, max_pixels))
-    except ImageError as error:
-        return _Fetched(None, reason=str(error))
+        return [Fetched(None, reason=reason)]
+    return [fetch(lambda max_bytes: request.read(place, max_bytes), max_pixels)]
+
+
+def _fetch_all(request: Request, readers: ReaderPool, max_pixels: int, faults: FaultLog) -> list[Fetched]:
+    """All files of a request by one process, but for those in quarantine."""
+    assert request.dataset is not None
+    files = [Fetched(None, reason=faults.reason_for(path) or "") for path in request.paths]
+    wanted = [place for place, file in enumerate(files) if not file.reason]
+    for place, file in zip(
+        wanted, readers.fetch(request.dataset, request.indices[wanted], max_pixels), strict=True
+    ):
+        files[place] = file
+    return files
 
 
 def _read_ahead(
-    requests: Iterator[Request], pool: ThreadPoolExecutor, max_pixels: int, depth: int, faults: FaultLog
-) -> Iterator[tuple[Request, list[_Fetched]]]:
-    pending: deque[tuple[Request, list[Future[_Fetched]]]] = deque()
+    requests: Iterator[Request],
+    pool: ThreadPoolExecutor,
+    readers: ReaderPool | None,
+    max_pixels: int,
+    depth: int,
+    faults: FaultLog,
+) -> Iterator[tuple[Request, list[Fetched]]]:
+    pending: deque[tuple[Request, list[Future[list[Fetched]]]]] = deque()
+    depth = max(depth, 0 if readers is None else readers.num_processes)
     for request in requests:
-        places = range(len(request.paths))
-        pending.append((request, [pool.submit(_fetch, request, i, max_pixels, faults) for i in places]))
+        if readers is not None and readers.holds(request.dataset):
+            futures = [pool.submit(_fetch_all, request, readers, max_pixels, faults)]
+        else:
+            futures = [pool.submit(_fetch, request, i, max_pixels, faults) for i in range(len(request.paths))]
+        pending.append((request, futures))
         if len(pending) >= depth:
-            first, futures = pending.popleft()
-            yield first, [future.result() for future in futures]
+            yield _fetched(*pending.popleft())
     while pending:
-        first, futures = pending.popleft()
-        yield first, [future.result() for future in futures]
+        yield _fetched(*pending.popleft())
 
 
-def _decode(request: Request, fetched: Sequence[_Fetched], backend: ImageBackend) -> Batch:
+def _fetched(request: Request, futures: list[Future[list[Fetched]]]) -> tuple[Request, list[Fetched]]:
+    return request, [file for future in futures for file in future.result()]
+
+
+def _decode(request: Request, fetched: Sequence[Fetched], backend: ImageBackend) -> Batch:
     sizes = np.array([file.height_width for file in fetched], dtype=np.int64)
     decoded = backend.decode([file.data for file in fetched], request.geometry(sizes))
     reasons = {i: file.reason for i, file in enumerate(fetched) if file.data is None} | decoded.failures

@@ -24,7 +24,6 @@ from data_pipeline.machine import usable_cores
 from data_pipeline.order import Int
 from data_pipeline.parallel import map_ahead
 from data_pipeline.pillow_backend import decode_rgb, read_header
-from data_pipeline.prefetch import MAX_BYTES_PER_PIXEL
 from data_pipeline.preprocessing import Preprocessing
 from data_pipeline.quarantine import (
     QUARANTINE,
@@ -33,6 +32,7 @@ from data_pipeline.quarantine import (
     read_quarantine,
     write_quarantine,
 )
+from data_pipeline.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.shard_format import read_manifest
 from data_pipeline.shard_source import ShardSource
 

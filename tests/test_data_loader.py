@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.augment import Augment
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, WorkerError
 from data_pipeline.faults import FaultLog
 from data_pipeline.geometry import Geometry
 from data_pipeline.index import Dataset, load_image_folder
 from data_pipeline.loader import (
     Batch,
     ImageBackend,
+    ReaderPool,
     eval_batches,
     make_backend,
     predict_batches,
@@ -96,6 +101,37 @@ def test_threads_do_not_change_the_stream(dataset: Dataset, backend: ImageBacken
     assert one == many
 
 
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_processes_that_read_do_not_change_the_stream(
+    dataset: Dataset, backend: ImageBackend, num_processes: int
+) -> None:
+    threads = by_step(stream(dataset, backend, num_steps=6))
+    with closing(ReaderPool([dataset], num_processes)) as readers:
+        assert by_step(stream(dataset, backend, num_steps=6, readers=readers)) == threads
+        assert by_step(stream(dataset, backend, num_steps=6, readers=readers, micro_batch=3)) == threads
+        other = replace(dataset)  # not the pool's: read by threads, to the same end
+        assert by_step(stream(other, backend, num_steps=6, readers=readers)) == threads
+
+
+def test_a_killed_reader_is_one_line(dataset: Dataset) -> None:
+    with closing(ReaderPool([dataset], 1)) as readers:
+        (child,) = [process for process in children() if "data_pipeline.readers" in process[1]]
+        os.kill(child[0], signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"was killed, for lack of memory perhaps: set data\.readers"):
+            readers.fetch(dataset, np.arange(3), 10**8)
+    assert not children()
+
+
+def children() -> list[tuple[int, str]]:
+    """Process id and command line of this process's children."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text():
+                found.append((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")))
+    return found
+
+
 def test_micro_batches_say_where_a_step_ends(dataset: Dataset, backend: ImageBackend) -> None:
     batches = list(stream(dataset, backend, num_steps=2, micro_batch=3))
     assert [(b.step, len(b), b.last) for b in batches] == [
@@ -125,12 +161,14 @@ def test_evaluation_counts_every_sample_once(
     assert seen == list(range(29))
 
 
+@pytest.mark.parametrize("num_processes", [0, 2])
 def test_bad_files_are_named_once_and_lose_no_neighbours(
-    tmp_path: Path, backend: ImageBackend, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, backend: ImageBackend, caplog: pytest.LogCaptureFixture, num_processes: int
 ) -> None:
     write_folder(tmp_path / "train", {"a": 8, "b": 8})
     clean = load_image_folder(tmp_path, "train")
-    augment, options = Augment(), {"seed": 1, "global_batch": 16}
+    augment = Augment()
+    options: dict[str, Any] = {"seed": 1, "global_batch": 16}
     want = next(
         iter(train_batches(clean, backend, PREPROCESSING, augment, seed=1, global_batch=16, num_steps=1))
     )
@@ -141,10 +179,12 @@ def test_bad_files_are_named_once_and_lose_no_neighbours(
     vanished = clean.path_at(15)
     vanished.unlink()
     faults = FaultLog()
+    readers = ReaderPool([clean], num_processes) if num_processes else None
+    options |= {"num_steps": 3, "faults": faults, "readers": readers}
     with caplog.at_level(logging.WARNING, "data_pipeline"):
-        batches = list(
-            train_batches(clean, backend, PREPROCESSING, augment, **options, num_steps=3, faults=faults)
-        )
+        batches = list(train_batches(clean, backend, PREPROCESSING, augment, **options))
+    if readers is not None:
+        readers.close()
     got = batches[0]
     valid = [path not in bad and path != vanished for path in got.paths]
     assert got.valid.tolist() == valid and sum(valid) == 9

@@ -39,12 +39,15 @@ class DataConfig(_Config, frozen=True):
         root: folder with `train/` and `val/`; `data/demo-digits` is written when it is not there.
         backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
         threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
+        readers: processes a rank that read files ahead; 0 for threads of the rank's own. None: processes
+            where a GPU decodes, since it is faster than threads read, and threads on a CPU, which is not.
         prefetch: batches decoded ahead.
     """
 
     root: str | None = None
     backend: Literal["auto", "dali", "pillow"] = "auto"
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+    readers: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
     prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
 
 

@@ -62,6 +62,7 @@ def run_epochs(session: Session) -> Metrics | None:
             num_steps=session.total_steps - session.step,
             prefetch=config.data.prefetch,
             faults=session.faults,
+            readers=session.readers,
         )
         stack.enter_context(closing(batches))
         steps = by_step(batches)
@@ -162,6 +163,7 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
         world_size=trainer.world.world_size,
         prefetch=session.config.data.prefetch,
         faults=session.faults,
+        readers=session.readers,
     )
     metrics = evaluate(
         trainer.network,

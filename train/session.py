@@ -16,7 +16,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.faults import FaultLog, printable
 from data_pipeline.index import Contents, Dataset, check_same_classes
 from data_pipeline.layouts import open_dataset
-from data_pipeline.loader import ImageBackend, make_backend
+from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
 from data_pipeline.order import steps_per_epoch
 from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
 from train.config import RunConfig
@@ -34,6 +34,9 @@ from train.run_folder import RunFolder, best_until, create_run
 
 log = logging.getLogger("train")
 
+READERS = 4
+"""Most processes that read for a GPU, unless the configuration says otherwise."""
+
 
 @dataclass
 class Session:
@@ -44,6 +47,7 @@ class Session:
         data: which samples the splits hold.
         micro_batch: most samples that this rank takes through the network at once.
         step: optimiser steps finished.
+        readers: processes that read ahead, if any.
         best: the best validation top-1 so far (rank 0).
         skipped: steps that the guard has skipped since the run began.
         unsaved: why the last checkpoint could not be written, if so (rank 0).
@@ -56,6 +60,7 @@ class Session:
     val_set: Dataset
     data: dict[str, Contents]
     backend: ImageBackend
+    readers: ReaderPool | None
     faults: FaultLog
     folder: RunFolder | None
     micro_batch: int
@@ -105,12 +110,19 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         num_threads=config.data.threads or cpu_share(world.local_world_size),
     )
     stack.enter_context(closing(backend))
+    num_readers = config.data.readers
+    if num_readers is None:
+        num_readers = min(READERS, cpu_share(world.local_world_size)) if backend.device == "gpu" else 0
+    readers = ReaderPool((train_set, val_set), num_readers) if num_readers else None
+    if readers is not None:
+        stack.enter_context(closing(readers))
 
     folder = best = None
     if world.is_main:
         log.info(
             f"{world.world_size} rank(s) on {world.device_name}, {trainer.precision.name} "
-            f"({trainer.precision.reason}), {backend.name} decoding on the {backend.device}; "
+            f"({trainer.precision.reason}), {backend.name} decoding on the {backend.device}, "
+            f"{f'{num_readers} process(es)' if readers is not None else 'threads'} reading; "
             f"batch {config.global_batch} in {math.ceil(rank_batch / micro_batch)} pass(es) "
             f"of up to {micro_batch} a rank"
         )
@@ -143,6 +155,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         val_set=val_set,
         data=data,
         backend=backend,
+        readers=readers,
         faults=FaultLog(),
         folder=folder,
         micro_batch=micro_batch,
