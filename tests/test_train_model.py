@@ -15,7 +15,7 @@ from torch import nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.preprocessing import Preprocessing
-from train.config import Init, ModelConfig
+from train.config_parts import Init, ModelConfig
 from train.lrn import LocalResponseNorm
 from train.model import AlexNet, Normalize, make_model
 
@@ -139,6 +139,9 @@ def test_initialisation_follows_its_source() -> None:
     he = dict(tiny("paper", "he").named_modules())
     fan_in = 48 * 5 * 5  # conv2 has groups of 2, so each filter sees half of the 96 channels
     assert he["features.conv2"].weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
+    default = dict(tiny("paper", "torch").named_modules())["features.conv2"]
+    assert default.weight.std().item() == pytest.approx((1 / (3 * fan_in)) ** 0.5, rel=0.02)
+    assert default.weight.abs().max().item() <= fan_in**-0.5 and default.bias.abs().max() > 0
 
 
 def test_a_crop_that_leaves_nothing_is_refused_with_advice() -> None:

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import sha256_of
 from train.checkpoint import MANIFEST, STATE, Manifest, Pointer, write_json
-from train.config import OptimizerConfig, make_config
+from train.config import make_config
 from train.distributed import check_rank_count, choose_device, cpu_share, open_world
 from train.launch import choose_rank_count
 from train.metrics import Counts
-from train.model import make_model
-from train.optimizer import make_optimizer
 from train.precision import choose_precision
 from train.run_folder import Row, best_until, create_run, find_resumable
 
@@ -68,33 +65,6 @@ def test_precision_says_why() -> None:
     assert chosen.name in ("bf16", "fp32")
     assert "CPU" in chosen.reason or "hardware" in chosen.reason
     assert not chosen.make_scaler().is_enabled()
-
-
-@pytest.mark.parametrize("everything", [False, True])
-def test_weight_decay_spares_biases_and_norms_unless_told(everything: bool) -> None:
-    model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1, decay_bias_and_norm=everything))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        spared = not everything and (name.endswith("bias") or "norm" in name)
-        assert decay[id(parameter)] == (0.0 if spared else 0.1), name
-
-
-def test_the_update_is_sgd_with_momentum_and_decay() -> None:
-    """Against the formula: v = 0.9 v + g + 5e-4 w; w = w - lr v."""
-    layer = nn.Linear(3, 2, bias=False)
-    optimizer = make_optimizer(layer, OptimizerConfig())
-    weight, velocity = layer.weight.detach().clone(), torch.zeros(2, 3)
-    for learning_rate in (0.1, 0.05, 0.01):
-        gradient = torch.randn(2, 3)
-        layer.weight.grad = gradient.clone()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        velocity = 0.9 * velocity + gradient + 5e-4 * weight
-        weight = weight - learning_rate * velocity
-        torch.testing.assert_close(layer.weight.detach(), weight)
 
 
 def test_counts_are_integers_and_leave_out_what_could_not_be_read() -> None:

@@ -46,6 +46,16 @@ class Pointer(msgspec.Struct, frozen=True, kw_only=True):
     top1: float | None
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run remembers of its own course.
+
+    Args:
+        val_errors: validation error (1 - top-1) after each epoch so far, by which `plateau` lowers the rate.
+    """
+
+    val_errors: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint in memory, on the CPU.
@@ -57,6 +67,7 @@ class Checkpoint:
         samples_seen: training samples used, which is the position in the data stream.
         metrics: of the validation split at this step.
         model_state, optimizer_state, scaler_state, guard_state: as `state_dict` gave them.
+        progress: the run's course; empty in checkpoints from before it was kept.
         labels_text: names of the classes for people; empty where the data had none.
         data: which samples the splits "train" and "val" held; empty in weights from elsewhere.
     """
@@ -74,6 +85,7 @@ class Checkpoint:
     optimizer_state: dict[str, Any]
     scaler_state: dict[str, Any]
     guard_state: dict[str, Tensor]
+    progress: Progress
     labels_text: tuple[str, ...] = ()
     data: dict[str, Contents] = field(default_factory=dict)
 
@@ -133,12 +145,13 @@ def save_checkpoint(
     labels_text: tuple[str, ...] = (),
     data: dict[str, Contents] | None = None,
     guard_state: dict[str, Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write one checkpoint: temporary name, fsync of files and folders, rename.
 
     Args:
         folder: the run's `checkpoints/`; an existing folder for the same step is replaced.
-        labels_text, data: see `Checkpoint`.
+        labels_text, data, progress: see `Checkpoint`.
     Returns:
         The step's folder.
     Raises:
@@ -154,6 +167,7 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "guard": guard_state or {},
+        "progress": msgspec.to_builtins(progress or Progress()),
         "step": step,
         "epoch": epoch,
         "samples_seen": samples_seen,
@@ -213,10 +227,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             model_state=dict(state["model"]),
             optimizer_state=dict(state["optimizer"]),
             scaler_state=dict(state["scaler"]),
-            # the first checkpoints had neither
+            # the first checkpoints had none of these
             labels_text=tuple(map(str, state.get("labels_text", ()))),
             data=msgspec.convert(state.get("data", {}), dict[str, Contents]),
             guard_state=dict(state.get("guard", {})),
+            progress=msgspec.convert(state.get("progress", {}), Progress),
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error

@@ -19,84 +19,19 @@ import msgspec
 from data_pipeline.augment import Augment
 from data_pipeline.errors import UserError
 from data_pipeline.preprocessing import Preprocessing
+from train.config_parts import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Positive,
+    ScheduleConfig,
+    Table,
+)
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Factor = Annotated[float, msgspec.Meta(gt=1)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Dropout = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-Init = Literal["he", "paper", "caffe"]
 
 
-class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all configuration values: immutable, and closed to unknown keys."""
-
-
-class DataConfig(_Config, frozen=True):
-    """Where the images are and who decodes them.
-
-    Args:
-        root: folder with `train/` and `val/`; `data/demo-digits` is written when it is not there.
-        backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
-        threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
-        readers: processes a rank that read files ahead; 0 for threads of the rank's own. None: processes
-            where a GPU decodes, since it is faster than threads read, and threads on a CPU, which is not.
-        prefetch: batches decoded ahead.
-    """
-
-    root: str | None = None
-    backend: Literal["auto", "dali", "pillow"] = "auto"
-    threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
-    readers: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
-    prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
-
-
-class ModelConfig(_Config, frozen=True):
-    """Which network, see `train.model`. `stem_stride` is the first convolution's: 4 for 224 pixels."""
-
-    name: Literal["paper", "caffe", "owt", "bn"] = "paper"
-    stem_stride: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
-    dropout: Dropout = 0.5
-    init: Init = "he"
-
-
-class OptimizerConfig(_Config, frozen=True):
-    """SGD with momentum. Weight decay spares biases and norms unless `decay_bias_and_norm` is set."""
-
-    name: Literal["sgd"] = "sgd"
-    momentum: Dropout = 0.9
-    weight_decay: NotNegative = 5e-4
-    nesterov: bool = False
-    decay_bias_and_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-
-
-class ScheduleConfig(_Config, frozen=True):
-    """The learning rate over the run, see `train.schedule.lr_at`. Times are in epochs.
-
-    Args:
-        learning_rate: the rate after the warm-up.
-        kind: `step` multiplies by `factor` at each of `milestones`; `cosine` falls to 0; `constant` stays.
-        warmup_epochs: epochs of linear warm-up from `learning_rate / 100`.
-        milestones: ascending epochs at which `step` lowers the rate.
-        factor: what it is multiplied by, 0..1.
-    """
-
-    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 0.01
-    kind: Literal["step", "cosine", "constant"] = "step"
-    warmup_epochs: NotNegative = 0.0
-    milestones: tuple[float, ...] = ()
-    factor: Fraction = 0.1
-
-    def __post_init__(self) -> None:
-        if any(b <= a for a, b in zip((0.0, *self.milestones), self.milestones, strict=False)):
-            raise ValueError(f"milestones must be epochs above 0 in ascending order, not {self.milestones}")
-
-
-class RunConfig(_Config, frozen=True):
+class RunConfig(Table, frozen=True):
     """Everything that decides a run's result.
 
     Args:

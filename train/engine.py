@@ -19,6 +19,7 @@ from train.guard import Guard, poison, restore_buffers
 from train.metrics import Counts, Metrics
 from train.mixing import average_views, mix_inputs, mixed_losses
 from train.model import AlexNet, Normalize
+from train.optimizer import set_rate
 from train.precision import Precision
 
 # Shapes: N samples of one batch, H and W rows and columns, C classes.
@@ -89,8 +90,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     world, optimizer, scaler = trainer.world, trainer.optimizer, trainer.scaler
     # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
     torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, lane=_LANE_DROPOUT)) >> 1)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rate(optimizer, learning_rate)
     counts = Counts(world.device)
     trainer.network.train()
     buffers = [buffer.clone() for buffer in trainer.network.buffers()]

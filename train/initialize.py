@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from train.config import Init
+from train.config_parts import Init
 
 
 def initialize(model: nn.Module, init: Init) -> None:
@@ -13,11 +13,13 @@ def initialize(model: nn.Module, init: Init) -> None:
     - `he`: normal with variance 2 / fan_in, biases 0. Leaves the plateau within an epoch or two.
     - `paper`: N(0, 0.01), biases 1 in the 2nd, 4th and 5th convolution and both hidden layers, else 0.
     - `caffe`: as `paper`, but 0.1 for those biases and standard deviation 0.005 in the two hidden layers.
+    - `torch`: PyTorch's own, uniform with a sixth of He's variance, as torchvision trained its `alexnet`. The
+      loss can sit at ln(classes) for epochs.
 
     Args:
         model: convolutions and linear layers in the order in which they are applied.
-        init: which of the three.
-    Source: He et al. 2015, section 2.2; Krizhevsky et al. 2012, section 5; BVLC `bvlc_alexnet`.
+        init: which of the four.
+    Source: He et al. 2015, section 2.2; Krizhevsky et al. 2012, section 5; BVLC `bvlc_alexnet`; torch.nn.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -25,6 +27,9 @@ def initialize(model: nn.Module, init: Init) -> None:
     hidden = {id(m) for m in linears[:2]}
     layers: list[nn.Conv2d | nn.Linear] = [*convolutions, *linears]
     for layer in layers:
+        if init == "torch":
+            layer.reset_parameters()
+            continue
         if init == "he":
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         else:

@@ -20,7 +20,7 @@ from train.divergence import check_weights, heed_guard
 from train.engine import EVAL_BATCH, evaluate, train_step
 from train.metrics import Counts, Metrics
 from train.run_folder import Row, RunFolder
-from train.schedule import lr_at
+from train.schedule import base_rate_for, lr_at, plateau_drops
 from train.session import Session
 
 log = logging.getLogger("train")
@@ -71,11 +71,19 @@ def run_epochs(session: Session) -> Metrics | None:
         for epoch in range(session.step // session.steps_per_epoch, config.epochs):
             train_epoch(session, epoch, steps, record)
             metrics = evaluate_epoch(session, record)
+            drops = count_drops(session)
+            session.val_errors += (1 - metrics.top1,)
             if world.is_main:
                 log.info(
                     f"epoch {epoch + 1}/{config.epochs}: validation loss {metrics.loss:.4f}, "
                     f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%} of {metrics.num_samples} images"
                 )
+                if count_drops(session) > drops:
+                    log.info(
+                        f"no better top-1 for {config.schedule.patience} epoch(s): the learning rate is "
+                        f"multiplied by {config.schedule.factor:g} (drop {drops + 1} of "
+                        f"{config.schedule.max_drops})"
+                    )
             save(session, metrics)
             stop_if_asked(session)
     return metrics
@@ -96,6 +104,7 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
     config, world = session.config, session.trainer.world
     end = (epoch + 1) * session.steps_per_epoch
     counts, started = Counts(world.device), time.monotonic()
+    base_rate, drops = base_rate_for(config.schedule, config.global_batch), count_drops(session)
     title = f"epoch {epoch + 1}/{config.epochs}"
     with show_progress(title, end - session.step, shown=world.is_main) as progress:
         while session.step < end:
@@ -104,6 +113,8 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
                 config.schedule,
                 steps_per_epoch=session.steps_per_epoch,
                 total_steps=session.total_steps,
+                base_rate=base_rate,
+                drops=drops,
             )
             counts.merge(train_step(session.trainer, next(steps), learning_rate, session.step))
             session.step += 1
@@ -122,6 +133,11 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
                     stop_if_asked(session, saved=due)
                 counts, started = Counts(world.device), time.monotonic()
             progress.advance(1, note)
+
+
+def count_drops(session: Session) -> int:
+    """How often the plateau schedule has lowered the rate by now; the same on all ranks."""
+    return plateau_drops(session.val_errors, session.config.schedule)
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -213,6 +229,7 @@ def _save(session: Session, folder: RunFolder, metrics: Metrics | None) -> None:
         optimizer=session.trainer.optimizer,
         scaler=session.trainer.scaler,
         guard_state=session.trainer.guard.state_dict(),
+        progress=session.progress,
         step=session.step,
         epoch=session.step // session.steps_per_epoch,
         samples_seen=session.step * session.config.global_batch,

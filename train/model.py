@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.preprocessing import Preprocessing
-from train.config import ModelConfig
+from train.config_parts import ModelConfig
 from train.initialize import initialize
 from train.lrn import LocalResponseNorm
 

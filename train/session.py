@@ -18,7 +18,7 @@ from data_pipeline.index import Contents, Dataset, check_same_classes
 from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
 from data_pipeline.order import steps_per_epoch
-from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_weights
+from train.checkpoint import Checkpoint, Pointer, Progress, load_checkpoint, load_weights
 from train.config import RunConfig
 from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
@@ -27,10 +27,11 @@ from train.guard import Guard
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
-from train.optimizer import make_optimizer, start_momentum
+from train.optimizer import load_optimizer, make_optimizer, start_momentum
 from train.precision import choose_precision
 from train.restart import choose_start, claim_run
 from train.run_folder import RunFolder, best_until, create_run
+from train.schedule import describe_rate
 
 log = logging.getLogger("train")
 
@@ -49,6 +50,7 @@ class Session:
         step: optimiser steps finished.
         readers: processes that read ahead, if any.
         best: the best validation top-1 so far (rank 0).
+        val_errors: validation error (1 - top-1) after each epoch so far; the same on all ranks.
         skipped: steps that the guard has skipped since the run began.
         unsaved: why the last checkpoint could not be written, if so (rank 0).
         interrupt: whether a signal has asked this rank to stop.
@@ -67,6 +69,7 @@ class Session:
     steps_per_epoch: int
     step: int
     best: Pointer | None
+    val_errors: tuple[float, ...] = ()
     skipped: int = 0
     unsaved: str | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
@@ -75,6 +78,11 @@ class Session:
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def progress(self) -> Progress:
+        """What a resumed run needs to know of this one's course."""
+        return Progress(val_errors=self.val_errors)
 
 
 def open_session(config: RunConfig, out: Path, resume: str, world: World, stack: ExitStack) -> Session:
@@ -126,6 +134,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
             f"batch {config.global_batch} in {math.ceil(rank_batch / micro_batch)} pass(es) "
             f"of up to {micro_batch} a rank"
         )
+        log.info(describe_rate(config.schedule, config.global_batch))
         if len(train_set.classes) < TOP_K:
             log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
         folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
@@ -162,6 +171,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         steps_per_epoch=num_steps,
         step=step,
         best=best,
+        val_errors=checkpoint.progress.val_errors if checkpoint is not None else (),
         skipped=trainer.guard.read().total,
         interrupt=stack.enter_context(remember_signals()),
     )
@@ -186,7 +196,7 @@ def make_trainer(
         if checkpoint.classes != train_set.classes:
             raise UserError(f"{checkpoint.folder} was trained on other classes than {train_set.root} has")
         load_weights(network, checkpoint.model_state, source=checkpoint.folder)
-        optimizer.load_state_dict(checkpoint.optimizer_state)
+        load_optimizer(optimizer, checkpoint.optimizer_state)
         scaler.load_state_dict(checkpoint.scaler_state)
         guard.load_state_dict(checkpoint.guard_state)
     start_momentum(optimizer)

@@ -1,0 +1,42 @@
+"""What a run remembers of its own course, on two ranks and after a break: the plateau schedule's drops."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import TINY, comparable, link_subset, read_rows, train_ranks
+from train.checkpoint import find_checkpoint, load_checkpoint
+
+EPOCHS = 4
+SETTINGS = (
+    *TINY, "model.name=bn", f"epochs={EPOCHS}", "global_batch=20", "schedule.kind=plateau",
+    "schedule.learning_rate=0.01", "schedule.warmup_epochs=0", "schedule.patience=1",
+    "schedule.min_improvement=0.9", "schedule.max_drops=1",
+    "optimizer.name=lars", "optimizer.momentum_form=paper",
+)  # fmt: skip
+
+
+def test_a_broken_off_run_goes_on_with_the_same_rates_and_ends_with_the_same_bits(
+    demo_data: Path, tmp_path: Path
+) -> None:
+    """No epoch improves by 0.9, so that the rate falls after the second, and then no more."""
+    data = link_subset(demo_data, tmp_path / "data", num_train=20, num_val=10)
+    run = train_ranks(2, data=data, out=tmp_path / "runs", overrides=SETTINGS)
+    rows = {split: comparable(read_rows(run, split)) for split in ("train", "val")}
+    assert [row["lr"] for row in rows["train"]] == pytest.approx([0.01, 0.01, 0.001, 0.001])
+    last = find_checkpoint(run, pointer="last")
+    expected = load_checkpoint(last)
+    shutil.rmtree(last)
+    resumed = train_ranks(2, data=data, out=run.parent, overrides=SETTINGS, options=["--resume=auto"])
+    assert resumed == run
+    assert {split: comparable(read_rows(run, split)) for split in rows} == rows
+    found = load_checkpoint(last)
+    assert found.step == expected.step == EPOCHS
+    assert found.progress == expected.progress
+    assert list(found.progress.val_errors) == [1 - row["top1"] for row in rows["val"]]
+    for name, value in expected.model_state.items():
+        assert torch.equal(found.model_state[name], value), name
