@@ -2,7 +2,7 @@
 # Everything that only a machine with an NVIDIA GPU can show, in one run:  bash scripts/gpu_check.sh
 #
 # Installs (with TensorRT), then runs each check and goes on after a failure. Ends with one line a check, and
-# exit code 1 if any failed. Output of each check: gpu-check/<check>.log. Needs about 15 minutes after installing.
+# exit code 1 if any failed. Output of each check: gpu-check/<check>.log. Needs about 25 minutes after installing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -95,6 +95,8 @@ check all-tests pytest
 check demo make demo
 for name in fp32 bf16 fp16; do check "precision-$name" precision "$name"; done
 check predictions predictions
+check bench-data alexnet bench data --json  # dali_gpu: images/s with decoding on the GPU
+check bench-train alexnet bench train --json --rounds 3
 if [ "$num_gpus" -ge 2 ]; then
   check two-gpus two_gpus
 else

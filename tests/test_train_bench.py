@@ -36,6 +36,19 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
         else:
             assert report["ratios"][name] is None and any(name in note for note in report["notes"])
     assert "round 1 of 1" in done.stderr
+    assert len(report["memory_mb"]) == 20 and min(report["memory_mb"]) > 50
+
+
+def test_bench_startup_finds_the_index_and_sees_that_it_is_out_of_date(tmp_path: Path) -> None:
+    options = ["--json", "--files=12000", f"--folder={tmp_path / 'links'}"]
+    done = run_command(["alexnet", "bench", "startup", *options], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [report[start]["num_images"] for start in ("first", "again", "changed")] == [12000, 12000, 12001]
+    assert all(
+        report[start]["seconds"] > 0 and report[start]["memory_mb"] > 50 for start in ("first", "again")
+    )
+    assert len(list((tmp_path / "links" / "train").rglob("*.jpg"))) == 12000
 
 
 def test_a_round_is_timed_from_the_first_batch_to_the_last() -> None:

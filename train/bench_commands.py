@@ -54,6 +54,30 @@ def data(folder: Path | None, images: int, rounds: int, batches: int, as_json: b
 
 @bench.command()
 @click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where the files are kept. Default: a temporary folder."
+)
+@click.option(
+    "--files", type=click.IntRange(256), default=1_281_167, show_default=True,
+    help="How many to make: hard links, which need no room.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def startup(folder: Path | None, files: int, as_json: bool) -> None:
+    """Seconds to the first batch, and memory, on as many files as ImageNet has: first, again, and changed.
+
+    \b
+    alexnet bench startup
+    alexnet bench startup --files 20000 --json
+    """
+    import msgspec
+
+    from train.bench_startup import bench_startup, describe
+
+    report = bench_startup(folder, num_files=files, tell=lambda line: click.echo(line, err=True))
+    click.echo(msgspec.json.encode(report) if as_json else describe(report))
+
+
+@bench.command()
+@click.option(
     "--variant", "variants", multiple=True, type=click.Choice(["owt", "paper", "caffe", "bn"]),
     default=("owt", "paper"), show_default=True, help="A network to measure. Repeatable.",
 )  # fmt: skip

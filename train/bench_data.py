@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
+import torch
 
 from data_pipeline.bench_images import make_bench_folder, write_bench_images
 from data_pipeline.errors import UserError
@@ -46,6 +47,7 @@ class DataReport(msgspec.Struct, frozen=True, kw_only=True):
         images_per_round: how many each figure is measured over.
         rates: a row for each subject and number of cores.
         ratios: by name; None where this machine cannot measure it, and `notes` says why.
+        memory_mb: resident memory of the loader's process after each of `MEMORY_EPOCHS` epochs.
         notes: what a reader must know.
     """
 
@@ -55,9 +57,11 @@ class DataReport(msgspec.Struct, frozen=True, kw_only=True):
     images_per_round: int
     rates: list[Rate]
     ratios: dict[str, float | None]
+    memory_mb: list[float]
     notes: list[str]
 
 
+MEMORY_EPOCHS = 20
 SHARD_BYTES = 50_000_000
 Key = tuple[str, int]
 
@@ -96,6 +100,7 @@ def bench_data(
         (name, cores) for name in ("dali", "shards", "torchvision", "dali_reader", "pillow")
     ]
     subjects += [] if cores == 1 else [("dali", 1), ("torchvision", 1)]
+    subjects += [("dali_gpu", len(os.sched_getaffinity(0)))] if torch.cuda.is_available() else []
     measured: dict[Key, list[float]] = {}
     with ExitStack() as stack:
         ask = {
@@ -112,6 +117,9 @@ def bench_data(
                 measured.setdefault(key, []).append(ask[key](batches_per_round, 0))
             step_s = BATCH / measured["dali", cores][-1]  # as long as a batch's decoding took just now
             measured.setdefault(("overlap", cores), []).append(ask["dali", cores](batches_per_round, step_s))
+    tell(f"memory over {MEMORY_EPOCHS} epochs")
+    with open_subject("train.bench_subjects", ["memory", str(folder), str(cores)]) as ask_memory:
+        memory = [four_digits(value) for value in ask_memory(MEMORY_EPOCHS)]
     ratios, notes = _ratios(measured, cores)
     sizes = [path.stat().st_size for path in folder.rglob("*.jpg")]
     return DataReport(
@@ -125,6 +133,7 @@ def bench_data(
             for (name, n), values in measured.items()
         ],
         ratios=ratios,
+        memory_mb=memory,
         notes=notes,
     )  # fmt: skip
 
@@ -137,6 +146,8 @@ def describe(report: DataReport) -> str:
         f"{name:<30} " + ("not measured" if ratio is None else f"{ratio:.2f}")
         for name, ratio in report.ratios.items()
     ]
+    memory = report.memory_mb
+    lines.append(f"memory after epochs 2, 10, {len(memory)}: {memory[1]}, {memory[9]}, {memory[-1]} MB")
     return "\n".join([*lines, *report.notes])
 
 
@@ -147,6 +158,7 @@ def _ratios(measured: dict[Key, list[float]], cores: int) -> tuple[dict[str, flo
         "own_order_vs_dali_reader": (("dali", cores), ("dali_reader", cores)),
         "shards_vs_files": (("shards", cores), ("dali", cores)),
         "overlap": (("overlap", cores), ("dali", cores)),
+        "dali_gpu_vs_torchvision": (("dali_gpu", len(os.sched_getaffinity(0))), ("torchvision", cores)),
     }
     ratios: dict[str, float | None] = {}
     notes = ["overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding took"]

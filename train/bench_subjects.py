@@ -14,11 +14,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from data_pipeline.augment import Augment
 from data_pipeline.layouts import open_dataset
-from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.loader import ReaderPool, make_backend, train_batches
 from data_pipeline.preprocessing import Preprocessing
 from train.bench_turns import answer_lines
+from train.config import READERS
 
 BATCH = 64
 CROP_PX = 224
@@ -26,13 +29,27 @@ Round = Callable[[int], Iterator[int]]
 """Makes so many batches and yields the number of images in each."""
 
 
-def ours(backend_name: Literal["dali", "pillow"], folder: Path, num_cores: int) -> Round:
-    """This project's loader, on a folder of files or of shards."""
+def ours(
+    backend_name: Literal["dali", "pillow"],
+    folder: Path,
+    num_cores: int,
+    *,
+    device: Literal["cpu", "gpu"] = "cpu",
+    num_images: int | None = None,
+) -> Round:
+    """This project's loader, on a folder of files or of shards; as in training, processes read for a GPU.
+
+    Args:
+        num_images: how many of the images are used; None for all.
+    """
     preprocessing = Preprocessing(crop_px=CROP_PX)
     dataset = open_dataset(folder, "train", quarantine=False)
+    if num_images is not None:
+        dataset = dataset.take(np.arange(num_images))
     backend = make_backend(
-        backend_name, device="cpu", preprocessing=preprocessing, max_batch=BATCH, num_threads=num_cores
+        backend_name, device=device, preprocessing=preprocessing, max_batch=BATCH, num_threads=num_cores
     )
+    readers = ReaderPool([dataset], READERS) if device == "gpu" else None
     done = 0
 
     def batches(count: int) -> Iterator[int]:
@@ -46,6 +63,7 @@ def ours(backend_name: Literal["dali", "pillow"], folder: Path, num_cores: int) 
             global_batch=BATCH,
             start_step=done,
             num_steps=count,
+            readers=readers,
         )
         done += count
         with closing(stream):
@@ -82,7 +100,6 @@ def torchvision_loader(folder: Path, num_cores: int) -> Round:
 
 def dali_reader(folder: Path, num_cores: int) -> Round:
     """DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
-    import numpy as np
     import nvidia.dali
 
     dali: Any = nvidia.dali
@@ -109,9 +126,27 @@ def make_subject(name: str, folder: Path, num_cores: int) -> Round:
     """A subject by its name in the report."""
     if name in ("dali", "shards"):
         return ours("dali", folder, num_cores)
+    if name == "dali_gpu":
+        return ours("dali", folder, num_cores, device="gpu")
     if name == "pillow":
         return ours("pillow", folder, num_cores)
     return {"torchvision": torchvision_loader, "dali_reader": dali_reader}[name](folder, num_cores)
+
+
+def memory_over_epochs(folder: Path, num_cores: int, num_epochs: int) -> list[float]:
+    """Resident memory after each epoch over two batches of images, in one loader, in MB."""
+    num_images = 2 * BATCH
+    batches = ours("dali", folder, num_cores, num_images=num_images)(num_epochs * num_images // BATCH)
+    memory = []
+    for number, _ in enumerate(batches, start=1):
+        if number * BATCH % num_images == 0:
+            memory.append(_resident_mb())
+    return memory
+
+
+def _resident_mb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(float(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1000
 
 
 def measure(round_: Round, num_batches: int, step_s: float) -> float:
@@ -142,10 +177,12 @@ def _after_steps(batches: Iterator[int], step_s: float) -> Iterator[int]:
 
 
 def serve(name: str, folder: Path, num_cores: int) -> None:
-    """Answer each line `batches step_s` with images per second."""
+    """Answer each line `batches step_s` with images per second, or `epochs` with memory in MB after each."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
 
-    def make() -> Callable[[list[str]], float]:
+    def make() -> Callable[[list[str]], object]:
+        if name == "memory":
+            return lambda words: memory_over_epochs(folder, num_cores, int(words[0]))
         round_ = make_subject(name, folder, num_cores)
         measure(round_, 2, 0)
         return lambda words: measure(round_, int(words[0]), float(words[1]))

@@ -30,6 +30,9 @@ from train.config_parts import (
 
 Factor = Annotated[float, msgspec.Meta(gt=1)]
 
+READERS = 4
+"""Most processes that read for a GPU, unless `data.readers` says otherwise."""
+
 
 class RunConfig(Table, frozen=True):
     """Everything that decides a run's result.

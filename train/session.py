@@ -19,7 +19,7 @@ from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
 from data_pipeline.order import steps_per_epoch
 from train.checkpoint import Checkpoint, Pointer, Progress, load_checkpoint, load_weights
-from train.config import RunConfig
+from train.config import READERS, RunConfig
 from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
 from train.fusion import prepare_lrn, prepare_step
@@ -34,9 +34,6 @@ from train.run_folder import RunFolder, best_until, create_run
 from train.schedule import describe_rate
 
 log = logging.getLogger("train")
-
-READERS = 4
-"""Most processes that read for a GPU, unless the configuration says otherwise."""
 
 
 @dataclass
