@@ -75,7 +75,7 @@ def bench_startup(
     folder = make_bench_folder() / f"links-{num_files}" if folder is None else folder
     _write_links(folder, num_files)
     shutil.rmtree(folder / ".alexnet", ignore_errors=True)
-    starts = []
+    starts: list[Start] = []
     for what in ("without an index", "with the index kept", "after a file was added"):
         tell(f"start {what}")
         if len(starts) == 2:
