@@ -197,10 +197,13 @@ def make_trainer(
         scaler.load_state_dict(checkpoint.scaler_state)
         guard.load_state_dict(checkpoint.guard_state)
     start_momentum(optimizer)
+    rank_batch = -(-config.global_batch // world.world_size)
     parallel = DistributedDataParallel(
         network,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        # its first backward pass must be one that sums: none may come before it within the step
+        static_graph=config.micro_batch is None or config.micro_batch >= rank_batch,
     )
     return Trainer(
         network=network,
