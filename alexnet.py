@@ -161,9 +161,10 @@ def evaluate(
         from train.checkpoint import find_checkpoint, load_checkpoint
         from train.evaluate import evaluate_checkpoint, load_split
 
-        folder = find_checkpoint(model)
-        click.echo(f"checkpoint: {folder}", err=True)
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load_checkpoint(find_checkpoint(model))
+        click.echo(f"checkpoint: {checkpoint.description}", err=True)
+        if checkpoint.config.ten_crop and not ten_crop:
+            click.echo("its run was judged by ten views of each image, as --ten-crop does", err=True)
         metrics = dataclasses.asdict(
             evaluate_checkpoint(
                 checkpoint, load_split(checkpoint, data, split), device=device, ten_crop=ten_crop

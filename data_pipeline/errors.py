@@ -38,7 +38,7 @@ class RankLostError(RuntimeError):
 
 
 class DivergedError(RuntimeError):
-    """Training that can only waste time from here on: the loss is no longer a number."""
+    """Training that can only waste time from here on: the loss is no longer a number, or learns nothing."""
 
     exit_code = 1
 

@@ -52,13 +52,14 @@ class FileEntry(_Strict, frozen=True):
 
 
 class Origin(_Strict, frozen=True):
-    """The checkpoint that was exported."""
+    """The checkpoint that was exported; `weights`: those of its last step, or their average over training."""
 
     sha256: Sha256
     step: Count
     epoch: Count
     recipe: str
     model: str
+    weights: Literal["last", "average"] = "last"
     metrics: dict[str, float] = {}
 
 

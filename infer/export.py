@@ -107,6 +107,8 @@ def export_model(
     if gpus and format != "trt":
         raise UserError("--gpu is for --format trt: an ONNX file runs on any GPU")
     checkpoint = load_checkpoint(checkpoint_folder)
+    if checkpoint.average_state:
+        log.info(f"exporting {checkpoint.description}")
     dataset = load_split(checkpoint, data, "val")
     target = out or checkpoint.run_folder / "export" / f"{format}-{precision}"
     crop_px = checkpoint.preprocessing.crop_px
@@ -190,6 +192,7 @@ def _origin(checkpoint: Checkpoint) -> Origin:
         epoch=checkpoint.epoch,
         recipe=checkpoint.config.recipe,
         model=checkpoint.config.model.name,
+        weights=checkpoint.weights_name,
         metrics={name: value for name, value in checkpoint.metrics.items() if math.isfinite(value)},
     )
 

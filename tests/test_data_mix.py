@@ -121,6 +121,10 @@ def test_mixing_on_the_device_is_the_references() -> None:
     expected = -(soft * logits.log_softmax(1)).sum(1)
     ours = mixed_losses(logits, torch.from_numpy(labels), plan)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    even = 0.9 * soft + 0.1 / 10
+    expected = -(even * logits.log_softmax(1)).sum(1)
+    ours = mixed_losses(logits, torch.from_numpy(labels), plan, label_smoothing=0.1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_who_could_not_be_read_is_not_mixed_in() -> None:

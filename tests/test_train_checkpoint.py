@@ -147,8 +147,25 @@ def test_a_whole_file_of_something_else_is_not_a_checkpoint(copied: Path) -> Non
     with pytest.raises(CorruptFileError, match="is not a checkpoint of ours: KeyError"):
         load_checkpoint(copied)
     forge(copied, format=99)
-    with pytest.raises(UserError, match="has format 99; this version reads up to 1"):
+    with pytest.raises(UserError, match="has format 99; this version reads up to 2"):
         load_checkpoint(copied)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(copied: Path) -> None:
+    state = torch.load(copied / STATE, weights_only=True)
+    for part in ("average", "progress", "guard", "labels_text", "data"):
+        del state[part]
+    for key in ("ema_decay", "label_smoothing", "flat_loss_grace", "ten_crop"):
+        del state["config"][key]
+    (copied / STATE).unlink()
+    torch.save({**state, "format": 1}, copied / STATE)
+    forge(copied, format=1)
+    checkpoint = load_checkpoint(copied)
+    assert checkpoint.config == small_config()
+    assert (checkpoint.weights_name, checkpoint.weights is checkpoint.model_state) == ("last", True)
+    # of the loss before it nothing is known, so that no step counts as flat
+    flat = checkpoint.progress.flat_loss
+    assert (checkpoint.progress.val_errors, flat.since, flat.num_steps) == ((), 3, 0)
 
 
 def test_another_models_weights_are_refused_with_the_difference(saved: tuple[Path, AlexNet]) -> None:

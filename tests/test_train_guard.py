@@ -36,8 +36,8 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def session(digits: Path, tmp_path: Path) -> Iterator[Session]:
-    """A run of one rank, about to begin, of the network with running statistics."""
-    sets = [*TINY, "model.name=bn", f"global_batch={BATCH}", "epochs=1"]
+    """A run of one rank, about to begin, of the network with running statistics, and an average of both."""
+    sets = [*TINY, "model.name=bn", "ema_decay=0.9", f"global_batch={BATCH}", "epochs=1"]
     with ExitStack() as stack:
         world = stack.enter_context(open_world("cpu"))
         yield open_session(make_config("demo", sets, digits), tmp_path, "none", world, stack)
@@ -62,10 +62,12 @@ def fail_next(session: Session, kind: str) -> Any:
 
 
 def held(session: Session) -> list[Tensor]:
-    """Weights, running statistics and momenta, copied."""
+    """Weights, running statistics, momenta and the average of the weights, copied."""
     trainer = session.trainer
+    assert trainer.average is not None
     momenta = [s["momentum_buffer"] for s in trainer.optimizer.state.values()]
-    return [t.clone() for t in (*trainer.network.state_dict().values(), *momenta)]
+    averages = trainer.average.values.values()
+    return [t.clone() for t in (*trainer.network.state_dict().values(), *momenta, *averages)]
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])

@@ -73,9 +73,12 @@ def small_batch(*, last: bool = True) -> Batch:
     return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits_for_the_device(world: World, precision: str) -> None:
-    trainer = small_trainer(world, f"precision={precision}", "spike_factor=20", "model.name=bn")
+LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9", "label_smoothing=0.1")
+
+
+@pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
+def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
+    trainer = small_trainer(world, *more, "spike_factor=20", "model.name=bn")
     total = Counts(world.device)
     with WaitsForDevice() as waits:
         for step in range(2):

@@ -11,7 +11,7 @@ import pickle
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -22,14 +22,22 @@ from data_pipeline.files import fsync_path, sha256_of, write_atomic
 from data_pipeline.index import Contents
 from data_pipeline.preprocessing import Preprocessing
 from train.config import RunConfig, decode_config
+from train.flat_loss import FlatLoss
 from train.model import AlexNet, make_model
 
-FORMAT = 1
+FORMAT = 2
+"""1 had no average of the weights, and is read as such."""
 STATE, MANIFEST = "state.pt", "manifest.json"
+Weights = Literal["last", "average"]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands beside a state file, and is believed before it."""
+    """What stands beside a state file, and is believed before it.
+
+    Args:
+        metrics: of the validation split, with the weights that `weights` tells.
+        weights: those of the last step, or their average over training.
+    """
 
     format: int
     step: int
@@ -37,6 +45,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     size_bytes: int
     metrics: dict[str, float]
+    weights: Weights = "last"
 
 
 class Pointer(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,9 +60,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         val_errors: validation error (1 - top-1) after each epoch so far, by which `plateau` lowers the rate.
+        flat_loss: how long the training loss has been flat.
     """
 
     val_errors: tuple[float, ...] = ()
+    flat_loss: FlatLoss = FlatLoss()
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,9 @@ class Checkpoint:
         step, epoch: optimiser steps and epochs finished.
         samples_seen: training samples used, which is the position in the data stream.
         metrics: of the validation split at this step.
-        model_state, optimizer_state, scaler_state, guard_state: as `state_dict` gave them.
+        model_state: the weights that training goes on with.
+        average_state: their average, where the run keeps one (`ema_decay`); else empty.
+        optimizer_state, scaler_state, guard_state: as `state_dict` gave them.
         progress: the run's course; empty in checkpoints from before it was kept.
         labels_text: names of the classes for people; empty where the data had none.
         data: which samples the splits "train" and "val" held; empty in weights from elsewhere.
@@ -86,6 +99,7 @@ class Checkpoint:
     scaler_state: dict[str, Any]
     guard_state: dict[str, Tensor]
     progress: Progress
+    average_state: dict[str, Tensor] = field(default_factory=dict)
     labels_text: tuple[str, ...] = ()
     data: dict[str, Contents] = field(default_factory=dict)
 
@@ -95,12 +109,28 @@ class Checkpoint:
         return self.labels_text or self.classes
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that were evaluated, and that are exported: the average where there is one."""
+        return self.average_state or self.model_state
+
+    @property
+    def weights_name(self) -> Weights:
+        """Which of the two they are."""
+        return "average" if self.average_state else "last"
+
+    @property
+    def description(self) -> str:
+        """What a person is told is used."""
+        average = f": the average of its weights (ema_decay {self.config.ema_decay:g})"
+        return f"{self.folder}{average if self.average_state else ''}"
+
+    @property
     def run_folder(self) -> Path:
         """The run that this checkpoint belongs to."""
         return self.folder.parent.parent
 
     def make_model(self) -> AlexNet:
-        """The network with the checkpoint's weights, in evaluation mode.
+        """The network with the weights that were evaluated, in evaluation mode.
 
         Raises:
             UserError: weights that do not fit the configuration saved with them.
@@ -108,7 +138,7 @@ class Checkpoint:
         model = make_model(
             self.config.model, num_classes=len(self.classes), crop_px=self.preprocessing.crop_px
         )
-        load_weights(model, self.model_state, source=self.folder)
+        load_weights(model, self.weights, source=self.folder)
         return model.eval()
 
 
@@ -145,13 +175,14 @@ def save_checkpoint(
     labels_text: tuple[str, ...] = (),
     data: dict[str, Contents] | None = None,
     guard_state: dict[str, Tensor] | None = None,
+    average_state: dict[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write one checkpoint: temporary name, fsync of files and folders, rename.
 
     Args:
         folder: the run's `checkpoints/`; an existing folder for the same step is replaced.
-        labels_text, data, progress: see `Checkpoint`.
+        labels_text, data, average_state, progress: see `Checkpoint`.
     Returns:
         The step's folder.
     Raises:
@@ -167,6 +198,7 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "guard": guard_state or {},
+        "average": average_state or {},
         "progress": msgspec.to_builtins(progress or Progress()),
         "step": step,
         "epoch": epoch,
@@ -191,6 +223,7 @@ def save_checkpoint(
         sha256=sha256_of(temporary / STATE),
         size_bytes=(temporary / STATE).stat().st_size,
         metrics=metrics,
+        weights="average" if average_state else "last",
     )
     write_json(temporary / MANIFEST, manifest)
     fsync_path(temporary)
@@ -231,7 +264,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             labels_text=tuple(map(str, state.get("labels_text", ()))),
             data=msgspec.convert(state.get("data", {}), dict[str, Contents]),
             guard_state=dict(state.get("guard", {})),
-            progress=msgspec.convert(state.get("progress", {}), Progress),
+            average_state=dict(state.get("average", {})),
+            progress=_read_progress(state),
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error
@@ -239,6 +273,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CorruptFileError(
             f"{path} is not a checkpoint of ours: {type(error).__name__} {error}"
         ) from error
+
+
+def _read_progress(state: dict[str, Any]) -> Progress:
+    if "progress" in state:
+        return msgspec.convert(state["progress"], Progress)
+    step = int(state["step"])  # nothing is known of the loss before this step
+    return Progress(flat_loss=FlatLoss(since=step, window_start=step))
 
 
 def load_plain(path: Path) -> Any:

@@ -20,6 +20,8 @@ from data_pipeline.augment import Augment
 from data_pipeline.errors import UserError
 from data_pipeline.preprocessing import Preprocessing
 from train.config_parts import (
+    BelowOne,
+    Count,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -55,6 +57,12 @@ class RunConfig(Table, frozen=True):
         max_skipped: as many steps in a row whose gradient is not finite end the run; each one is skipped.
         spike_factor: skip a step, too, whose gradient's norm is more than so many times its running mean;
             None for no such check.
+        flat_loss_grace: a training loss that sits at ln(classes) for so many steps ends the run, see
+            `train.flat_loss`; 0 turns that off.
+        label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
+        ema_decay: keep a running average of the weights, which is evaluated and exported in place of the last
+            ones (`train.averaging`); 0 keeps none.
+        ten_crop: judge each validation image by the mean of ten views, as the paper, not by the centre alone.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
     """
 
@@ -74,6 +82,10 @@ class RunConfig(Table, frozen=True):
     keep_checkpoints: Positive = 2
     max_skipped: Positive = 10
     spike_factor: Factor | None = None
+    flat_loss_grace: Count = 10_000
+    label_smoothing: BelowOne = 0.0
+    ema_decay: BelowOne = 0.0
+    ten_crop: bool = False
     data: DataConfig = DataConfig()
     preprocessing: Preprocessing = Preprocessing()
     augment: Augment = Augment()

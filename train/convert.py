@@ -50,7 +50,7 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
     Raises:
         UserError: torchvision has no such network.
     """
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model_state.items()}
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
         if checkpoint.config.model.name != "owt":
             raise UserError(
@@ -198,6 +198,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "samples_seen": checkpoint.samples_seen,
         "recipe": checkpoint.config.recipe,
         "model": checkpoint.config.model.name,
+        "weights": checkpoint.weights_name,
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_state.values()),
         "classes": len(checkpoint.classes),
         "crop_px": checkpoint.preprocessing.crop_px,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,6 +89,12 @@ class World:
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= self.world_size
+
+    def share_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by rank 0's, in place."""
+        with self.collective("the running statistics of rank 0"):
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:

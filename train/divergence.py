@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import msgspec
 import torch
 
 from data_pipeline.errors import DivergedError
 from data_pipeline.faults import printable
 from data_pipeline.order import permutation_at, positions_at
 from train.checkpoint import write_json
+from train.flat_loss import describe_flat, flat_level
 from train.guard import MIN_SCALE, all_finite
+from train.metrics import Metrics
 from train.run_folder import RunFolder
 from train.session import Session
 
@@ -52,6 +55,25 @@ def heed_guard(session: Session) -> int:
             "schedule.learning_rate"
         )
     return new
+
+
+def heed_flat_loss(session: Session, metrics: Metrics) -> None:
+    """Watch the training loss since the last row; all ranks call this, and all see the same.
+
+    Args:
+        metrics: of the samples since the last row, over all ranks.
+    Raises:
+        DivergedError: it has sat at ln(classes) for `flat_loss_grace` steps.
+    """
+    config, labels, num_classes = session.config, session.train_set.labels, len(session.train_set.classes)
+    if config.flat_loss_grace == 0:
+        return
+    level = flat_level(labels, num_classes, config.label_smoothing)
+    flat = session.progress.flat_loss.after(session.step, metrics, level, config.flat_loss_grace)
+    session.progress = msgspec.structs.replace(session.progress, flat_loss=flat)
+    if flat.num_steps >= config.flat_loss_grace:
+        said = describe_flat(level, num_classes, flat.num_steps, config)
+        raise DivergedError(f"{said}. {_last_good(session.folder)}".rstrip(". "))
 
 
 def check_weights(session: Session) -> None:

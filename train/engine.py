@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.loader import Batch
 from data_pipeline.order import hash_at
+from train.averaging import WeightAverage
 from train.distributed import World
 from train.guard import Guard, poison, restore_buffers
 from train.metrics import Counts, Metrics
@@ -38,6 +39,8 @@ class Trainer:
         guard: keeps what is not finite from the weights.
         global_batch: samples of a step over all ranks; the loss is divided by it.
         seed: of the dropout masks.
+        label_smoothing: see `train.mixing.mixed_losses`.
+        average: of the weights, where one is kept; it is what is evaluated.
     """
 
     network: AlexNet
@@ -50,6 +53,8 @@ class Trainer:
     world: World
     global_batch: int
     seed: int
+    label_smoothing: float = 0.0
+    average: WeightAverage | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +110,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
                 inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
             with trainer.precision.autocast():
                 logits_NC = trainer.parallel(inputs_NCHW)
-            losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix)
+            losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, trainer.label_smoothing)
             # DDP averages over the ranks; times world_size makes that the sum.
             loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
             torch.autograd.backward(scaler.scale(poison(loss)))
@@ -115,6 +120,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     update(optimizer, skip)
     scaler.update()
     restore_buffers(trainer.network, buffers, skip)
+    if trainer.average is not None:
+        trainer.average.update(trainer.network, step, skip)
     counts.keep_unless(skip)
     return counts
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Protocol
 
 import msgspec
@@ -16,7 +16,7 @@ from data_pipeline.console import show_progress
 from data_pipeline.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
-from train.divergence import check_weights, heed_guard
+from train.divergence import check_weights, heed_flat_loss, heed_guard
 from train.engine import EVAL_BATCH, evaluate, train_step
 from train.metrics import Counts, Metrics
 from train.run_folder import Row, RunFolder
@@ -72,7 +72,8 @@ def run_epochs(session: Session) -> Metrics | None:
             train_epoch(session, epoch, steps, record)
             metrics = evaluate_epoch(session, record)
             drops = count_drops(session)
-            session.val_errors += (1 - metrics.top1,)
+            errors = (*session.progress.val_errors, 1 - metrics.top1)
+            session.progress = msgspec.structs.replace(session.progress, val_errors=errors)
             if world.is_main:
                 log.info(
                     f"epoch {epoch + 1}/{config.epochs}: validation loss {metrics.loss:.4f}, "
@@ -125,6 +126,7 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
                 seconds = time.monotonic() - started
                 images_per_s = (metrics.num_samples + metrics.num_failed) / seconds
                 record("train", metrics, learning_rate, images_per_s, skipped)
+                heed_flat_loss(session, metrics)
                 note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
                 note += f", {session.skipped} step(s) skipped" if session.skipped else ""
                 if due:
@@ -137,7 +139,7 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
 
 def count_drops(session: Session) -> int:
     """How often the plateau schedule has lowered the rate by now; the same on all ranks."""
-    return plateau_drops(session.val_errors, session.config.schedule)
+    return plateau_drops(session.progress.val_errors, session.config.schedule)
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -167,28 +169,35 @@ def stop_if_asked(session: Session, *, saved: bool = True) -> None:
 
 
 def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
-    """Metrics of the whole validation split, and their row."""
-    trainer, started = session.trainer, time.monotonic()
+    """Metrics of the whole validation split, and their row: of the average of the weights, if one is kept."""
+    config, trainer, started = session.config, session.trainer, time.monotonic()
     trainer.world.average_buffers(trainer.network)
+    weights: AbstractContextManager[None] = nullcontext()
+    if trainer.average is not None:
+        # The weights are the same on all ranks; of running statistics, rank 0's are those that are saved.
+        trainer.world.share_from_main(trainer.average.statistics(trainer.network))
+        weights = trainer.average.in_place(trainer.network)
     batches = eval_batches(
         session.val_set,
         session.backend,
-        session.config.preprocessing,
-        micro_batch=EVAL_BATCH,
+        config.preprocessing,
+        micro_batch=EVAL_BATCH // 10 if config.ten_crop else EVAL_BATCH,
         rank=trainer.world.rank,
         world_size=trainer.world.world_size,
-        prefetch=session.config.data.prefetch,
+        prefetch=config.data.prefetch,
         faults=session.faults,
+        ten_crop=config.ten_crop,
         readers=session.readers,
     )
-    metrics = evaluate(
-        trainer.network,
-        trainer.normalize,
-        batches,
-        trainer.precision,
-        trainer.world,
-        num_samples=len(session.val_set),
-    )
+    with weights:
+        metrics = evaluate(
+            trainer.network,
+            trainer.normalize,
+            batches,
+            trainer.precision,
+            trainer.world,
+            num_samples=len(session.val_set),
+        )
     if metrics.num_samples == 0:
         raise UserError(f"none of the {metrics.num_failed} validation images could be read")
     images_per_s = len(session.val_set) / (time.monotonic() - started)
@@ -229,6 +238,7 @@ def _save(session: Session, folder: RunFolder, metrics: Metrics | None) -> None:
         optimizer=session.trainer.optimizer,
         scaler=session.trainer.scaler,
         guard_state=session.trainer.guard.state_dict(),
+        average_state=session.trainer.average.values if session.trainer.average is not None else None,
         progress=session.progress,
         step=session.step,
         epoch=session.step // session.steps_per_epoch,

@@ -33,21 +33,25 @@ def mix_inputs(inputs_NCHW: Tensor, plan: MixPlan) -> Tensor:
     return torch.lerp(inputs_NCHW[partners], inputs_NCHW, shares)
 
 
-def mixed_losses(logits_NC: Tensor, labels_N: Tensor, plan: MixPlan | None) -> Tensor:
+def mixed_losses(
+    logits_NC: Tensor, labels_N: Tensor, plan: MixPlan | None, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of each sample against its label, or against the labels that it was mixed of.
 
     Args:
         logits_NC: float32.
         labels_N: int64.
         plan: None where nothing was mixed.
+        label_smoothing: share of each label that is spread over all classes. Source: Szegedy et al. 2016,
+            section 7.
     Returns:
         (N) float32.
     """
-    own_N = cross_entropy(logits_NC, labels_N, reduction="none")
+    own_N = cross_entropy(logits_NC, labels_N, reduction="none", label_smoothing=label_smoothing)
     if plan is None:
         return own_N
     partners = _to(plan.partners, labels_N.device)
-    other_N = cross_entropy(logits_NC, labels_N[partners], reduction="none")
+    other_N = cross_entropy(logits_NC, labels_N[partners], reduction="none", label_smoothing=label_smoothing)
     return torch.lerp(other_N, own_N, _to(plan.label_weights, labels_N.device))
 
 

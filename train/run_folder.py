@@ -20,7 +20,7 @@ log = logging.getLogger("train")
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
-    "max_skipped",
+    "max_skipped", "flat_loss_grace",
 )  # fmt: skip
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 

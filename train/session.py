@@ -18,6 +18,7 @@ from data_pipeline.index import Contents, Dataset, check_same_classes
 from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
 from data_pipeline.order import steps_per_epoch
+from train.averaging import WeightAverage
 from train.checkpoint import Checkpoint, Pointer, Progress, load_checkpoint, load_weights
 from train.config import READERS, RunConfig
 from train.distributed import World, cpu_share, env_launch
@@ -47,7 +48,7 @@ class Session:
         step: optimiser steps finished.
         readers: processes that read ahead, if any.
         best: the best validation top-1 so far (rank 0).
-        val_errors: validation error (1 - top-1) after each epoch so far; the same on all ranks.
+        progress: the run's course so far, which is the same on all ranks.
         skipped: steps that the guard has skipped since the run began.
         unsaved: why the last checkpoint could not be written, if so (rank 0).
         interrupt: whether a signal has asked this rank to stop.
@@ -66,7 +67,7 @@ class Session:
     steps_per_epoch: int
     step: int
     best: Pointer | None
-    val_errors: tuple[float, ...] = ()
+    progress: Progress
     skipped: int = 0
     unsaved: str | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
@@ -75,11 +76,6 @@ class Session:
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
-
-    @property
-    def progress(self) -> Progress:
-        """What a resumed run needs to know of this one's course."""
-        return Progress(val_errors=self.val_errors)
 
 
 def open_session(config: RunConfig, out: Path, resume: str, world: World, stack: ExitStack) -> Session:
@@ -132,6 +128,8 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
             f"of up to {micro_batch} a rank"
         )
         log.info(describe_rate(config.schedule, config.global_batch))
+        if trainer.average is not None:
+            log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
         if len(train_set.classes) < TOP_K:
             log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
         folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
@@ -168,7 +166,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         steps_per_epoch=num_steps,
         step=step,
         best=best,
-        val_errors=checkpoint.progress.val_errors if checkpoint is not None else (),
+        progress=checkpoint.progress if checkpoint is not None else Progress(),
         skipped=trainer.guard.read().total,
         interrupt=stack.enter_context(remember_signals()),
     )
@@ -197,6 +195,9 @@ def make_trainer(
         scaler.load_state_dict(checkpoint.scaler_state)
         guard.load_state_dict(checkpoint.guard_state)
     start_momentum(optimizer)
+    average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
+    if average is not None and checkpoint is not None:
+        average.load(checkpoint.average_state)
     rank_batch = -(-config.global_batch // world.world_size)
     parallel = DistributedDataParallel(
         network,
@@ -216,6 +217,8 @@ def make_trainer(
         world=world,
         global_batch=config.global_batch,
         seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        average=average,
     )
 
 
