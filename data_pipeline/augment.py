@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-Crop = Literal["random_resized", "random", "center"]
+Crop = Literal["random_resized", "random", "random_square", "center"]
 Triple = tuple[float, float, float]
 
 IMAGENET_EIGENVALUES: Triple = (0.2175, 0.0188, 0.0045)
@@ -23,7 +23,8 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     Args:
         crop: "random_resized" takes a window of random area and shape and resizes it to the crop;
-            "random" resizes the short side and cuts the crop anywhere, as the paper; "center" its middle.
+            "random" resizes the short side and cuts the crop anywhere; "random_square" anywhere in the centre
+            `resize_px` square, as the paper; "center" its middle.
         scale: smallest and largest window as a fraction of the image's area, 0 < low <= high <= 1.
         ratio: smallest and largest width / height of the window, 0 < low <= high.
         flip: probability of mirroring left and right, 0..1. Digits and text must not be mirrored: 0.
@@ -39,7 +40,7 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         mix_probability: share of the samples that are mixed at all, 0..1.
     Raises:
         ValueError: a value outside its range.
-    Source: Krizhevsky et al. 2012, section 4.1 ("random", PCA); Szegedy et al. 2014, section 6
+    Source: Krizhevsky et al. 2012, section 4.1 ("random_square", PCA); Szegedy et al. 2014, section 6
         ("random_resized"); fb.resnet.torch (ImageNet's eigenvalues); torchvision's ColorJitter (ranges);
         Zhang et al. 2018 (MixUp); Yun et al. 2019 (CutMix).
     """

@@ -82,8 +82,7 @@ def eval_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -
     Source: torchvision, `Resize(int)`, `CenterCrop`: int(size * long / short), int(round((side - crop) / 2)).
     """
     windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
-    # np.rint and Python's round both take a half to the even side
-    anchors = np.rint((sizes - preprocessing.crop_px) / 2.0).astype(np.int64)
+    anchors = _centre_square(sizes, preprocessing.crop_px)
     return Geometry(windows, sizes, anchors, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
 
 
@@ -102,7 +101,7 @@ def ten_crop_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessin
     corners = np.array([[0, 0], [0, spare], [spare, 0], [spare, spare], [middle, middle]], dtype=np.int64)
     # a view of the mirrored image is the mirror of the window opposite
     views = np.concatenate([corners, corners * (1, -1) + (0, spare)])
-    square = np.rint((sizes - preprocessing.resize_px) / 2.0).astype(np.int64)
+    square = _centre_square(sizes, preprocessing.resize_px)
     flips = np.tile(np.arange(10) >= 5, (len(sizes), 1))
     return Geometry(windows, sizes, square[:, None] + views, flips, preprocessing.crop_px)
 
@@ -143,7 +142,11 @@ def train_geometry(
     windows, sizes = _short_side(sizes_N2, preprocessing.resize_px)
     lanes = np.array([LANE_ANCHOR_Y, LANE_ANCHOR_X])
     draws = uniform_at(seed, epoch, positions_N[:, None], lanes)
-    return Geometry(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
+    if augment.crop == "random":
+        return Geometry(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
+    spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
+    anchors = _centre_square(sizes, preprocessing.resize_px) + _pick(draws, spare + 1)
+    return Geometry(windows, sizes, anchors, flips, crop_px, colors)
 
 
 def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
@@ -155,6 +158,11 @@ def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
 def _pick(draws: npt.NDArray[np.float64], count: Int) -> Int:
     """Uniform integers in 0..count - 1. The minimum guards against a product rounded up to `count`."""
     return np.minimum((draws * count).astype(np.int64), count - 1)
+
+
+def _centre_square(sizes: Int, side: int) -> Int:
+    """Top left corners of centre squares. np.rint and Python's round both take a half to the even side."""
+    return np.rint((sizes - side) / 2.0).astype(np.int64)
 
 
 def _short_side(heights_widths: Int, resize_px: int) -> tuple[Int, Int]:

@@ -32,6 +32,7 @@ PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
 AUGMENTS = {
     "random_resized": Augment(),
     "random": Augment(crop="random"),
+    "random_square": Augment(crop="random_square"),
     "center": Augment(crop="center"),
 }
 HASHES = [4966141403971580267, 12598945478509486037, 11314130586898338672]
@@ -182,6 +183,15 @@ def test_evaluation_crops_are_torchvisions_to_the_pixel(
     images = decoded.images
     assert isinstance(images, np.ndarray)
     assert np.array_equal(images[0], np.asarray(expected))
+
+
+def test_the_papers_crops_lie_in_the_centre_square() -> None:
+    """375 x 500 becomes 72 x 96: the square is columns 12 to 84, in which a crop of 64 has 9 places."""
+    cut = train_geometry([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random_square"])
+    assert sorted(set(cut.anchors[:, 0].tolist())) == list(range(9))
+    assert sorted(set(cut.anchors[:, 1].tolist())) == list(range(12, 21))
+    whole = train_geometry([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random"])
+    assert sorted(set(whole.anchors[:, 1].tolist())) == list(range(33))
 
 
 def test_flips_come_as_often_as_asked() -> None:
