@@ -139,7 +139,7 @@ def export_model(
             inputs=(image_input(crop_px),),
             outputs=(probability_output(len(checkpoint.classes)),),
             files=measure_files(staging, (ONNX_NAME, ENGINE_NAME) if engine else (ONNX_NAME,)),
-            checkpoint=_origin(checkpoint),
+            checkpoint=make_origin(checkpoint),
             versions=_versions(),
             engine=engine,
             calibration=calibration,
@@ -185,7 +185,8 @@ def _write_onnx(
     )
 
 
-def _origin(checkpoint: Checkpoint) -> Origin:
+def make_origin(checkpoint: Checkpoint) -> Origin:
+    """What a bundle says of the checkpoint that it was made of."""
     return Origin(
         sha256=checkpoint.sha256,
         step=checkpoint.step,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import sha256_of
+from infer.export import make_origin
 from train.checkpoint import (
     MANIFEST,
     STATE,
@@ -24,6 +27,7 @@ from train.checkpoint import (
     write_json,
 )
 from train.config import RunConfig, make_config
+from train.convert import export_weights
 from train.model import AlexNet, make_model
 from train.optimizer import make_optimizer
 
@@ -161,11 +165,24 @@ def test_a_checkpoint_of_the_first_format_is_read(copied: Path) -> None:
     torch.save({**state, "format": 1}, copied / STATE)
     forge(copied, format=1)
     checkpoint = load_checkpoint(copied)
-    assert checkpoint.config == small_config()
+    assert checkpoint.config == msgspec.structs.replace(small_config(), flat_loss_grace=10_000)
     assert (checkpoint.weights_name, checkpoint.weights is checkpoint.model_state) == ("last", True)
     # of the loss before it nothing is known, so that no step counts as flat
     flat = checkpoint.progress.flat_loss
     assert (checkpoint.progress.val_errors, flat.since, flat.num_steps) == ((), 3, 0)
+
+
+def test_the_average_is_what_is_evaluated_exported_and_taken_out(
+    saved: tuple[Path, AlexNet], tmp_path: Path
+) -> None:
+    average = {name: value + 1 for name, value in saved[1].state_dict().items()}
+    checkpoint = dataclasses.replace(load_checkpoint(saved[0]), average_state=average)
+    assert checkpoint.weights_name == "average"
+    export_weights(checkpoint, tmp_path / "weights.safetensors", "safetensors")
+    for weights in (checkpoint.make_model().state_dict(), load_file(tmp_path / "weights.safetensors")):
+        assert all(torch.equal(weights[name], value) for name, value in average.items())
+    assert make_origin(checkpoint).weights == "average"
+    assert make_origin(load_checkpoint(saved[0])).weights == "last"
 
 
 def test_another_models_weights_are_refused_with_the_difference(saved: tuple[Path, AlexNet]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -130,27 +132,43 @@ def numpy_lars(
     return weights
 
 
+@contextmanager
+def never_waiting(device: str) -> Iterator[None]:
+    """On a GPU, fail where something waits for it; `tests.test_train_speed` looks at operators."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("form", ["torch", "paper"])
-def test_lars_is_the_numpy_reference(form: Form) -> None:
+def test_lars_is_the_numpy_reference(form: Form, device: str) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
     nn.init.zeros_(network[3].weight)  # type: ignore[arg-type]  # no ratio can be told of weights that are 0
+    network.to(device)
     config = OptimizerConfig(name="lars", momentum_form=form, weight_decay=0.01, trust_coefficient=0.02)
     optimizer = make_optimizer(network, config)
     start_momentum(optimizer)
     parameters, random = list(network.parameters()), np.random.default_rng(0)
-    start = [p.detach().double().numpy().copy() for p in parameters]
+    start = [p.detach().double().cpu().numpy() for p in parameters]
     rates = [0.5, 2.0, 1.0, 0.1, 0.1]
     gradients = [[random.normal(size=p.shape) * 10.0**-i for p in parameters] for i in range(len(rates))]
     gradients[1][0] = np.zeros(parameters[0].shape)
     for rate, step in zip(rates, gradients, strict=True):
         for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = torch.from_numpy(gradient).float()
+            parameter.grad = torch.from_numpy(gradient).float().to(device)
         set_rate(optimizer, rate)
-        update(optimizer, NO)
+        skip = NO.to(device)
+        with never_waiting(device):
+            update(optimizer, skip)
     expected = numpy_lars(start, gradients, rates, config)
     for parameter, value, before in zip(parameters, expected, start, strict=True):
-        np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(parameter.detach().cpu().numpy(), value, rtol=1e-4, atol=1e-6)
         assert np.abs(value - before).max() > 0.01
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -172,10 +173,12 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_recipe_trains_and_is_judged_in_a_small_form(name: str, digits: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_and_is_judged_in_a_small_form(
+    name: str, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its network, initialisation, augmentation, loss, optimiser, average and evaluation; one step."""
     config = make_config(name, SMALL, digits)
-    with ExitStack() as stack:
+    with ExitStack() as stack, caplog.at_level(logging.INFO, "train"):
         world = stack.enter_context(open_world("cpu"))
         session = open_session(config, tmp_path, "none", world, stack)
         network = session.trainer.network
@@ -192,4 +195,6 @@ def test_a_recipe_trains_and_is_judged_in_a_small_form(name: str, digits: Path, 
     assert judged.num_samples == 10 and judged.loss == judged.loss
     still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
     assert still == []
-    assert (session.trainer.average is not None) is (name == "tiny-imagenet-best")
+    assert describe_rate(config.schedule, 8) in caplog.messages
+    averaged = "the average of the weights (ema_decay 0.999) is evaluated and exported" in caplog.messages
+    assert averaged is (session.trainer.average is not None) is (name == "tiny-imagenet-best")
