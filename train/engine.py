@@ -20,6 +20,7 @@ from train.guard import Guard, poison, restore_buffers
 from train.metrics import Counts, Metrics
 from train.mixing import average_views, mix_inputs, mixed_losses
 from train.model import AlexNet, Normalize
+from train.noise_scale import NoiseMeter
 from train.optimizer import set_rate
 from train.precision import Precision
 
@@ -41,6 +42,7 @@ class Trainer:
         seed: of the dropout masks.
         label_smoothing: see `train.mixing.mixed_losses`.
         average: of the weights, where one is kept; it is what is evaluated.
+        noise: measures the gradient noise scale; None where nobody asks.
     """
 
     network: AlexNet
@@ -55,6 +57,7 @@ class Trainer:
     seed: int
     label_smoothing: float = 0.0
     average: WeightAverage | None = None
+    noise: NoiseMeter | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +95,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     Returns:
         This rank's counts, still on the device; of a skipped step, none.
     """
-    world, optimizer, scaler = trainer.world, trainer.optimizer, trainer.scaler
+    world, optimizer, scaler, noise = trainer.world, trainer.optimizer, trainer.scaler, trainer.noise
     # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
     torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, lane=_LANE_DROPOUT)) >> 1)
     set_rate(optimizer, learning_rate)
@@ -113,10 +116,17 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
             losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, trainer.label_smoothing)
             # DDP averages over the ranks; times world_size makes that the sum.
             loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
+            if noise is not None:
+                noise.start_part()
             torch.autograd.backward(scaler.scale(poison(loss)))
+        if noise is not None:
+            noise.end_part(valid_N)
         counts.add(logits_NC.detach(), losses_N.detach(), labels_N, valid_N)
     scaler.unscale_(optimizer)
-    skip = trainer.guard.judge([p.grad for p in trainer.network.parameters() if p.grad is not None], step)
+    gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    skip = trainer.guard.judge(gradients, step)
+    if noise is not None:
+        noise.end_step(gradients, scaler.scale(torch.ones((), device=world.device)), skip)
     update(optimizer, skip)
     scaler.update()
     restore_buffers(trainer.network, buffers, skip)

@@ -19,6 +19,8 @@ from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
 from train.divergence import check_weights, heed_flat_loss, heed_guard
 from train.engine import EVAL_BATCH, evaluate, train_step
 from train.metrics import Counts, Metrics
+from train.noise_rows import NoiseRows
+from train.noise_scale import NoiseEstimate
 from train.run_folder import Row, RunFolder
 from train.schedule import base_rate_for, lr_at, plateau_drops
 from train.session import Session
@@ -30,7 +32,13 @@ class Recorder(Protocol):
     """Where rows go."""
 
     def __call__(
-        self, split: str, metrics: Metrics, lr: float, images_per_s: float, skipped: int = 0
+        self,
+        split: str,
+        metrics: Metrics,
+        lr: float,
+        images_per_s: float,
+        skipped: int = 0,
+        noise: NoiseEstimate | None = None,
     ) -> None:
         """Write one row for the session's present step."""
 
@@ -125,7 +133,8 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
                 skipped = heed_guard(session)
                 seconds = time.monotonic() - started
                 images_per_s = (metrics.num_samples + metrics.num_failed) / seconds
-                record("train", metrics, learning_rate, images_per_s, skipped)
+                noise = session.trainer.noise.read() if session.trainer.noise is not None else None
+                record("train", metrics, learning_rate, images_per_s, skipped, noise)
                 heed_flat_loss(session, metrics)
                 note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
                 note += f", {session.skipped} step(s) skipped" if session.skipped else ""
@@ -263,11 +272,19 @@ def _open_records(session: Session, stack: ExitStack) -> Recorder:
     """Rows to `metrics.jsonl` and TensorBoard on rank 0; nowhere on the others."""
     folder = session.folder
     if folder is None:
-        return lambda split, metrics, lr, images_per_s, skipped=0: None
+        return lambda split, metrics, lr, images_per_s, skipped=0, noise=None: None
     board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=session.step + 1)
     stack.callback(board.close)
+    noise_rows = NoiseRows(folder.rows()) if session.config.log_noise_scale else None
 
-    def record(split: str, metrics: Metrics, lr: float, images_per_s: float, skipped: int = 0) -> None:
+    def record(
+        split: str,
+        metrics: Metrics,
+        lr: float,
+        images_per_s: float,
+        skipped: int = 0,
+        noise: NoiseEstimate | None = None,
+    ) -> None:
         row = Row(
             split=split,
             epoch=-(-session.step // session.steps_per_epoch),
@@ -281,10 +298,11 @@ def _open_records(session: Session, stack: ExitStack) -> Recorder:
             lr=lr,
             images_per_s=images_per_s,
             time=time.time(),
+            **(noise_rows.fields(noise) if noise_rows is not None and split == "train" else {}),
         )
         folder.append(row)
         for name, value in msgspec.structs.asdict(row).items():
-            if name not in ("split", "epoch", "step", "time") and value is not None:
+            if name not in ("split", "epoch", "step", "time") and isinstance(value, int | float):
                 board.add_scalar(f"{split}/{name}", value, session.step)
 
     return record

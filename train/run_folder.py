@@ -20,7 +20,7 @@ log = logging.getLogger("train")
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
-    "max_skipped", "flat_loss_grace",
+    "max_skipped", "flat_loss_grace", "log_noise_scale",
 )  # fmt: skip
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 
@@ -29,6 +29,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `metrics.jsonl`. `top1` and `top5` are fractions; `images_per_s` is over all ranks.
 
     `skipped` steps changed nothing, and their samples count nowhere. What is not finite is null.
+    With `log_noise_scale`, training rows have `grad_square` and `grad_trace`, estimates of |G|² and tr(S)
+    over the row's steps, and `noise_scale`, the ratio of their running sums, in samples.
     """
 
     split: str
@@ -43,6 +45,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     lr: float
     images_per_s: float
     time: float
+    grad_square: float | msgspec.UnsetType | None = msgspec.UNSET
+    grad_trace: float | msgspec.UnsetType | None = msgspec.UNSET
+    noise_scale: float | msgspec.UnsetType | None = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class RunFolder:
         """Add a row to `metrics.jsonl`."""
         with self.metrics.open("ab") as file:
             file.write(msgspec.json.encode(row) + b"\n")
+
+    def rows(self) -> list[Row]:
+        """The rows so far, in order; not half a line at the end."""
+        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
+        return [row for line in lines if (row := _row(line)) is not None]
 
     def drop_rows_after(self, step: int) -> int:
         """Forget the rows of steps that a resumed run will do again, and half a line at the end.

@@ -28,6 +28,7 @@ from train.guard import Guard
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
+from train.noise_scale import NoiseMeter
 from train.optimizer import load_optimizer, make_optimizer, start_momentum
 from train.precision import choose_precision
 from train.restart import choose_start, claim_run
@@ -102,6 +103,11 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
 
     rank_batch = -(-config.global_batch // world.world_size)
     micro_batch = min(config.micro_batch or rank_batch, rank_batch)
+    if config.log_noise_scale and world.world_size == 1 and micro_batch == config.global_batch:
+        raise UserError(
+            "log_noise_scale compares the gradients of a batch's parts, and here a batch is one part: use "
+            f"more ranks, or --set micro_batch={max(1, micro_batch // 2)}"
+        )
     backend = make_backend(
         config.data.backend,
         device="gpu" if world.device.type == "cuda" and config.data.backend != "pillow" else "cpu",
@@ -219,6 +225,7 @@ def make_trainer(
         seed=config.seed,
         label_smoothing=config.label_smoothing,
         average=average,
+        noise=NoiseMeter(network, world, config.global_batch) if config.log_noise_scale else None,
     )
 
 
