@@ -287,6 +287,15 @@ def export(
 @click.option("--output", type=PATH, help="Write the rows to this file instead of stdout.")
 @click.option("--resume", is_flag=True, help="Go on after the rows that --output already has.")
 @click.option("--html", type=PATH, help="Write a gallery besides, to sort and filter in a browser.")
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="ray: workers of a Ray cluster write --output, a folder of Parquet or JSONL parts.",
+)  # fmt: skip
+@click.option("--address", help="The Ray cluster, as ray.init takes it. Default: one of its own, here.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Ray: workers. Default: one on each GPU, or as the CPUs allow."
+)
+@click.option("--part-rows", type=click.IntRange(1), help="Ray: inputs a part. Default: 256 to 4096.")
 def predict(**options: Any) -> None:
     """Predict the classes of images.
 
@@ -297,6 +306,7 @@ def predict(**options: Any) -> None:
     alexnet predict images/
     alexnet predict images/ --output rows.jsonl --html gallery.html
     find /data -name '*.jpg' -print0 | alexnet predict - --output rows.parquet --resume
+    alexnet predict shards/*.tar --engine ray --output rows/ --workers 8 --resume
     """
     from infer.predict_command import PredictOptions, predict_images
 

@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -145,26 +146,46 @@ def _members(shard: str) -> Iterator[Readable]:
             for member in walk_tar(tar, Path(shard)):
                 if member.isreg() and is_image(member.name.rpartition("/")[2]):
                     found += 1
-                    read = partial(_read_member, shard, member.offset_data, member.size)
+                    read = ShardMember(shard, member.offset_data, member.size)
                     yield Readable(Path(shard, member.name.lstrip("/")), read)
     except (tarfile.TarError, OSError, EOFError) as error:
         reason = f"no whole tar file, {found} images before the damage: {error}"
-        yield Readable(Path(shard), partial(_fail, reason))
+        yield Readable(Path(shard), Unreadable(reason))
 
 
-def _read_member(shard: str, offset: int, size_bytes: int, max_bytes: int) -> bytes:
-    if size_bytes > max_bytes:
-        raise ImageError(f"file of {size_bytes} bytes is above the limit of {max_bytes}")
-    try:
-        with open(shard, "rb") as file:  # noqa: PTH123 - half the cost of Path.open for small files
-            file.seek(offset)
-            data = file.read(size_bytes)
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from error
-    if len(data) < size_bytes:
-        raise ImageError(f"the shard ends after {len(data)} of {size_bytes} bytes")
-    return data
+@dataclass(frozen=True)
+class ShardMember:
+    """Reads one image of a tar shard, by its place there.
+
+    Args:
+        shard: the tar file.
+        offset: where the image's bytes begin.
+        size_bytes: how many there are.
+    """
+
+    shard: str
+    offset: int
+    size_bytes: int
+
+    def __call__(self, max_bytes: int) -> bytes:
+        if self.size_bytes > max_bytes:
+            raise ImageError(f"file of {self.size_bytes} bytes is above the limit of {max_bytes}")
+        try:
+            with open(self.shard, "rb") as file:  # noqa: PTH123 - half the cost of Path.open for small files
+                file.seek(self.offset)
+                data = file.read(self.size_bytes)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+        if len(data) < self.size_bytes:
+            raise ImageError(f"the shard ends after {len(data)} of {self.size_bytes} bytes")
+        return data
 
 
-def _fail(reason: str, max_bytes: int) -> bytes:
-    raise ImageError(reason)
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands for an input that is known to fail, and why."""
+
+    reason: str
+
+    def __call__(self, max_bytes: int) -> bytes:
+        raise ImageError(self.reason)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -40,6 +41,10 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
         format: how rows are written; None for what the name of `output` says, else a table.
         output: the file to write; None for stdout.
         html: a gallery to write besides.
+        engine: who does the work: this process, or workers of a Ray cluster that write a folder of parts.
+        address: which Ray cluster; None for one of its own on this machine.
+        workers: how many; None for as many as the cluster has room for.
+        part_rows: inputs a part; None for a number that suits how many there are.
     """
 
     paths: Sequence[str]
@@ -57,6 +62,10 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     format: Format | None = None
     output: Path | None = None
     html: Path | None = None
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    workers: int | None = None
+    part_rows: int | None = None
 
 
 def predict_images(options: PredictOptions) -> Summary:
@@ -69,6 +78,12 @@ def predict_images(options: PredictOptions) -> Summary:
             of other inputs.
         CorruptFileError: a bundle that was changed; with `strict`, an input that cannot be read.
     """
+    if list(options.paths).count(STDIN) > 1:
+        raise UserError("- is given twice: there is one stdin")
+    if options.engine == "ray":
+        from infer.ray_engine import predict_on_ray
+
+        return predict_on_ray(options)
     format = _format_of(options)
     if options.html is not None and options.resume:
         raise UserError("--html with --resume: a gallery shows one whole run; leave one of them out")
@@ -127,8 +142,9 @@ def _format_of(options: PredictOptions) -> Format:
         raise UserError("--resume goes on with a file: name it with --output")
     if options.resume and format == "table":
         raise UserError("--resume needs --format jsonl, csv or parquet: a table cannot be read back")
-    if list(options.paths).count(STDIN) > 1:
-        raise UserError("- is given twice: there is one stdin")
+    for name in ("address", "workers", "part_rows"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --engine ray")
     if format == "parquet" and options.output is None:
         raise UserError("--format parquet needs a file: --output rows.parquet")
     return format
