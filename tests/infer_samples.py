@@ -27,9 +27,9 @@ from infer.bundle import (
 from infer.export import export_model
 from infer.gate import LIMITS
 from infer.inputs import find_inputs
-from train.checkpoint import save_checkpoint
 from train.config import make_config
 from train.model import make_model
+from train.saving import State, save_checkpoint
 
 IMAGES_PER_CLASS = 5
 CLASSES = tuple("0123456789")
@@ -68,15 +68,15 @@ def checkpoint_folder(base: Path, model: str = "paper") -> Path:
                     parameter.normal_(std=0.1)  # the exporter drops biases that are all zero
         save_checkpoint(
             folder.parent,
-            model=network,
-            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            step=7,
-            epoch=1,
-            samples_seen=448,
-            config=config,
-            classes=CLASSES,
-            metrics={"top1": 0.5, "loss": 1.5},
+            State(
+                step=7,
+                epoch=1,
+                samples_seen=448,
+                config=config,
+                classes=CLASSES,
+                metrics={"top1": 0.5, "loss": 1.5},
+                parts={"model": network.state_dict()},
+            ),
         )
     return folder
 

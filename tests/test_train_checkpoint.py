@@ -21,15 +21,14 @@ from train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_weights,
-    prune_checkpoints,
     read_pointer,
-    save_checkpoint,
     write_json,
 )
 from train.config import RunConfig, make_config
 from train.convert import export_weights
 from train.model import AlexNet, make_model
-from train.optimizer import make_optimizer
+from train.retention import prune_checkpoints
+from train.saving import State, save_checkpoint
 
 CLASSES = tuple("0123456789")
 
@@ -43,19 +42,16 @@ def small_config() -> RunConfig:
 def save(folder: Path, step: int = 3, top1: float = 0.5) -> tuple[Path, AlexNet]:
     config = small_config()
     model = make_model(config.model, num_classes=10, crop_px=32)
-    path = save_checkpoint(
-        folder,
-        model=model,
-        optimizer=make_optimizer(model, config.optimizer),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    state = State(
         step=step,
         epoch=1,
         samples_seen=step * 64,
         config=config,
         classes=CLASSES,
         metrics={"top1": top1},
+        parts={"model": model.state_dict()},
     )
-    return path, model
+    return save_checkpoint(folder, state), model
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +154,7 @@ def test_a_whole_file_of_something_else_is_not_a_checkpoint(copied: Path) -> Non
 def test_a_checkpoint_of_the_first_format_is_read(copied: Path) -> None:
     state = torch.load(copied / STATE, weights_only=True)
     for part in ("average", "progress", "guard", "labels_text", "data"):
-        del state[part]
+        state.pop(part, None)
     for key in ("ema_decay", "label_smoothing", "flat_loss_grace", "ten_crop"):
         del state["config"][key]
     (copied / STATE).unlink()
@@ -176,7 +172,8 @@ def test_the_average_is_what_is_evaluated_exported_and_taken_out(
     saved: tuple[Path, AlexNet], tmp_path: Path
 ) -> None:
     average = {name: value + 1 for name, value in saved[1].state_dict().items()}
-    checkpoint = dataclasses.replace(load_checkpoint(saved[0]), average_state=average)
+    checkpoint = load_checkpoint(saved[0])
+    checkpoint = dataclasses.replace(checkpoint, parts=checkpoint.parts | {"average": average})
     assert checkpoint.weights_name == "average"
     export_weights(checkpoint, tmp_path / "weights.safetensors", "safetensors")
     for weights in (checkpoint.make_model().state_dict(), load_file(tmp_path / "weights.safetensors")):
@@ -210,5 +207,5 @@ def test_finding_by_run_by_step_and_by_newest(copied: Path, tmp_path: Path) -> N
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:08d}").mkdir()
-    prune_checkpoints(tmp_path, keep_last=2, best=1)
+    prune_checkpoints(tmp_path, keep_last=2, keep_every=None, best=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]

@@ -47,5 +47,7 @@ def test_a_broken_off_run_goes_on_with_the_same_rates_and_ends_with_the_same_bit
     assert found.weights_name == "average" and found.description.endswith("(ema_decay 0.5)")
     judged = evaluate_checkpoint(found, load_split(found, None, "val"))
     assert judged.loss == pytest.approx(rows["val"][-1]["loss"], rel=1e-4)
-    last = evaluate_checkpoint(dataclasses.replace(found, average_state={}), load_split(found, None, "val"))
+    last = evaluate_checkpoint(
+        dataclasses.replace(found, parts=found.parts | {"average": {}}), load_split(found, None, "val")
+    )
     assert abs(last.loss - judged.loss) > 1e-3

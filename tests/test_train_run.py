@@ -169,8 +169,10 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_p
     assert found.step == expected.step == 16
     for name, value in expected.model_state.items():
         assert torch.equal(found.model_state[name], value), name
-    for key, state in expected.optimizer_state["state"].items():
-        assert torch.equal(found.optimizer_state["state"][key]["momentum_buffer"], state["momentum_buffer"])
+    for key, state in expected.parts["optimizer"]["state"].items():
+        assert torch.equal(
+            found.parts["optimizer"]["state"][key]["momentum_buffer"], state["momentum_buffer"]
+        )
     for split in ("train", "val"):
         assert comparable(read_rows(resumed, split)) == comparable(read_rows(whole, split))
 

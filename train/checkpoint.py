@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not exist, and are verified before they are believed.
+"""Checkpoints are verified before they are believed; `train.saving` writes them.
 
 runs/<run>/checkpoints/step-00001234/state.pt       model, optimizer, scaler, position, configuration
                                     /manifest.json  sha256 and size of state.pt, step, metrics
@@ -8,7 +8,6 @@ runs/<run>/checkpoints/{best,last}.json             {"step": 1234, "top1": 0.5}
 from __future__ import annotations
 
 import pickle
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +16,20 @@ import msgspec
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.files import fsync_path, sha256_of, write_atomic
+from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.files import sha256_of, write_atomic
 from data_pipeline.index import Contents
 from data_pipeline.preprocessing import Preprocessing
 from train.config import RunConfig, decode_config
 from train.flat_loss import FlatLoss
 from train.model import AlexNet, make_model
+from train.retention import step_folder
 
 FORMAT = 2
 """1 had no average of the weights, and is read as such."""
 STATE, MANIFEST = "state.pt", "manifest.json"
+PARTS = ("model", "average", "optimizer", "scaler", "guard")
+"""What has a state of its own in a checkpoint, as its `state_dict` gave it; an older file may lack some."""
 Weights = Literal["last", "average"]
 
 
@@ -77,9 +79,7 @@ class Checkpoint:
         step, epoch: optimiser steps and epochs finished.
         samples_seen: training samples used, which is the position in the data stream.
         metrics: of the validation split at this step.
-        model_state: the weights that training goes on with.
-        average_state: their average, where the run keeps one (`ema_decay`); else empty.
-        optimizer_state, scaler_state, guard_state: as `state_dict` gave them.
+        parts: the state of each of `PARTS`; empty where the run has no such part, or the checkpoint is older.
         progress: the run's course; empty in checkpoints from before it was kept.
         labels_text: names of the classes for people; empty where the data had none.
         data: which samples the splits "train" and "val" held; empty in weights from elsewhere.
@@ -94,14 +94,20 @@ class Checkpoint:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     metrics: dict[str, float]
-    model_state: dict[str, Tensor]
-    optimizer_state: dict[str, Any]
-    scaler_state: dict[str, Any]
-    guard_state: dict[str, Tensor]
+    parts: dict[str, dict[str, Any]]
     progress: Progress
-    average_state: dict[str, Tensor] = field(default_factory=dict)
     labels_text: tuple[str, ...] = ()
     data: dict[str, Contents] = field(default_factory=dict)
+
+    @property
+    def model_state(self) -> dict[str, Tensor]:
+        """The weights that training goes on with."""
+        return self.parts["model"]
+
+    @property
+    def average_state(self) -> dict[str, Tensor]:
+        """Their average, where the run keeps one (`ema_decay`); else empty."""
+        return self.parts["average"]
 
     @property
     def class_labels(self) -> tuple[str, ...]:
@@ -160,80 +166,6 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path)
     model.load_state_dict(state)
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    step: int,
-    epoch: int,
-    samples_seen: int,
-    config: RunConfig,
-    classes: tuple[str, ...],
-    metrics: dict[str, float],
-    labels_text: tuple[str, ...] = (),
-    data: dict[str, Contents] | None = None,
-    guard_state: dict[str, Tensor] | None = None,
-    average_state: dict[str, Tensor] | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Write one checkpoint: temporary name, fsync of files and folders, rename.
-
-    Args:
-        folder: the run's `checkpoints/`; an existing folder for the same step is replaced.
-        labels_text, data, average_state, progress: see `Checkpoint`.
-    Returns:
-        The step's folder.
-    Raises:
-        SaveError: the disk is full, or cannot be written to; what was there before is untouched.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    state = {
-        "format": FORMAT,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "guard": guard_state or {},
-        "average": average_state or {},
-        "progress": msgspec.to_builtins(progress or Progress()),
-        "step": step,
-        "epoch": epoch,
-        "samples_seen": samples_seen,
-        "config": msgspec.to_builtins(config),
-        "classes": list(classes),
-        "labels_text": list(labels_text),
-        "data": msgspec.to_builtins(data or {}),
-        "preprocessing": msgspec.to_builtins(config.preprocessing),
-    }
-    try:
-        with (temporary / STATE).open("wb") as file:
-            torch.save(state, file)
-        fsync_path(temporary / STATE)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"checkpoint {final} could not be written: {str(error).splitlines()[0]}") from error
-    manifest = Manifest(
-        format=FORMAT,
-        step=step,
-        epoch=epoch,
-        sha256=sha256_of(temporary / STATE),
-        size_bytes=(temporary / STATE).stat().st_size,
-        metrics=metrics,
-        weights="average" if average_state else "last",
-    )
-    write_json(temporary / MANIFEST, manifest)
-    fsync_path(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    fsync_path(folder)
-    return final
-
-
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint's hash, then read it. Nothing in it is executed.
 
@@ -257,14 +189,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             classes=tuple(map(str, state["classes"])),
             preprocessing=msgspec.convert(state["preprocessing"], Preprocessing),
             metrics=manifest.metrics,
-            model_state=dict(state["model"]),
-            optimizer_state=dict(state["optimizer"]),
-            scaler_state=dict(state["scaler"]),
+            parts={"model": dict(state["model"])} | {name: dict(state.get(name, {})) for name in PARTS},
             # the first checkpoints had none of these
             labels_text=tuple(map(str, state.get("labels_text", ()))),
             data=msgspec.convert(state.get("data", {}), dict[str, Contents]),
-            guard_state=dict(state.get("guard", {})),
-            average_state=dict(state.get("average", {})),
             progress=_read_progress(state),
         )
     except UserError as error:
@@ -361,15 +289,7 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
     if not pointer_file.is_file():
         what = "does not exist" if not path.exists() else "is neither a checkpoint nor a run with one"
         raise UserError(f"{path} {what}")
-    return path / "checkpoints" / f"step-{read_pointer(pointer_file).step:08d}"
-
-
-def prune_checkpoints(folder: Path, *, keep_last: int, best: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one from a run's `checkpoints/`."""
-    steps = sorted(folder.glob("step-*"))
-    for path in steps[:-keep_last]:
-        if best is None or path.name != f"step-{best:08d}":
-            shutil.rmtree(path)
+    return step_folder(path / "checkpoints", read_pointer(pointer_file).step)
 
 
 def read_pointer(path: Path) -> Pointer:

@@ -41,8 +41,9 @@ def verify(run: Path) -> None:
     """
     from data_pipeline.errors import CorruptFileError, UserError
     from train.checkpoint import verify_checkpoint
+    from train.retention import saved_steps
 
-    folders = sorted((run / "checkpoints").glob("step-*"))
+    folders = list(saved_steps(run / "checkpoints").values())
     if not folders:
         raise UserError(f"{run} is not a run with checkpoints")
     damaged = 0

@@ -66,6 +66,7 @@ class RunConfig(Table, frozen=True):
             ones (`train.averaging`); 0 keeps none.
         ten_crop: judge each validation image by the mean of ten views, as the paper, not by the centre alone.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays as well.
     """
 
     recipe: str = "custom"
@@ -83,6 +84,7 @@ class RunConfig(Table, frozen=True):
     log_noise_scale: bool = False
     checkpoint_every: Positive | None = None
     keep_checkpoints: Positive = 2
+    keep_every: Positive | None = None
     max_skipped: Positive = 10
     spike_factor: Factor | None = None
     flat_loss_grace: Count = 10_000

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.preprocessing import Preprocessing
-from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_plain, load_weights, save_checkpoint
+from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_plain, load_weights
 from train.config import RunConfig, decode_config
 from train.model import make_model
 from train.optimizer import make_optimizer
 from train.run_folder import create_run
+from train.saving import State, save_checkpoint
 
 Target = Literal["safetensors", "torchvision"]
 
@@ -108,16 +109,19 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     folder = create_run(out, config)
     saved = save_checkpoint(
         folder.checkpoints,
-        model=model,
-        optimizer=make_optimizer(model, config.optimizer),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        step=0,
-        epoch=0,
-        samples_seen=0,
-        config=config,
-        classes=classes,
-        metrics={},
-        labels_text=labels_text,
+        State(
+            step=0,
+            epoch=0,
+            samples_seen=0,
+            config=config,
+            classes=classes,
+            metrics={},
+            parts={
+                "model": model.state_dict(),
+                "optimizer": make_optimizer(model, config.optimizer).state_dict(),
+            },
+            labels_text=labels_text,
+        ),
     )
     for name in ("best", "last"):
         folder.point(name, Pointer(step=0, top1=None))

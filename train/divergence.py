@@ -15,7 +15,7 @@ from train.checkpoint import write_json
 from train.flat_loss import describe_flat, flat_level
 from train.guard import MIN_SCALE, all_finite
 from train.metrics import Metrics
-from train.run_folder import RunFolder
+from train.retention import saved_steps
 from train.session import Session
 
 log = logging.getLogger("train")
@@ -45,13 +45,13 @@ def heed_guard(session: Session) -> int:
         raise DivergedError(
             f"{limit} steps in a row, from step {skips.first + 1} on, had a gradient that is not finite"
             f"{'' if session.config.spike_factor is None else ' or a spike'}; the weights are those of step "
-            f"{skips.first}. {_evidence(session, skips.first, limit)}{_last_good(session.folder)}Start anew "
+            f"{skips.first}. {_evidence(session, skips.first, limit)}{_last_good(session)}Start anew "
             "with a lower schedule.learning_rate or a longer schedule.warmup_epochs"
         )
     if scaler.is_enabled() and (scale := scaler.get_scale()) < MIN_SCALE:
         raise DivergedError(
             f"float16's loss scale fell to {scale:g} by step {session.step}: gradients overflow without any "
-            f"scaling. {_last_good(session.folder)}Use precision=bf16 or fp32, or a lower "
+            f"scaling. {_last_good(session)}Use precision=bf16 or fp32, or a lower "
             "schedule.learning_rate"
         )
     return new
@@ -73,7 +73,7 @@ def heed_flat_loss(session: Session, metrics: Metrics) -> None:
     session.progress = msgspec.structs.replace(session.progress, flat_loss=flat)
     if flat.num_steps >= config.flat_loss_grace:
         said = describe_flat(level, num_classes, flat.num_steps, config)
-        raise DivergedError(f"{said}. {_last_good(session.folder)}".rstrip(". "))
+        raise DivergedError(f"{said}. {_last_good(session)}".rstrip(". "))
 
 
 def check_weights(session: Session) -> None:
@@ -88,7 +88,7 @@ def check_weights(session: Session) -> None:
     if not all_finite(held):
         raise DivergedError(
             f"the weights or their momentum are not finite at step {session.step}, which is not saved. "
-            f"{_last_good(session.folder)}Start anew with a lower schedule.learning_rate"
+            f"{_last_good(session)}Start anew with a lower schedule.learning_rate"
         )
 
 
@@ -114,9 +114,10 @@ def _evidence(session: Session, first: int, num_steps: int) -> str:
     return f"Their samples, {shown} and so on, are in {path}. "
 
 
-def _last_good(folder: RunFolder | None) -> str:
-    """The newest checkpoint, as part of a message."""
-    if folder is None:
+def _last_good(session: Session) -> str:
+    """The newest checkpoint, as part of a message; one that is being written is waited for."""
+    if session.folder is None or session.saver is None:
         return ""
-    saved = sorted(folder.checkpoints.glob("step-*"))
+    session.saver.wait()
+    saved = list(saved_steps(session.folder.checkpoints).values())
     return f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. "

@@ -15,15 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 from data_pipeline.console import show_progress
 from data_pipeline.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
-from train.checkpoint import Pointer, prune_checkpoints, save_checkpoint
 from train.divergence import check_weights, heed_flat_loss, heed_guard
 from train.engine import EVAL_BATCH, evaluate, train_step
 from train.metrics import Counts, Metrics
 from train.noise_rows import NoiseRows
 from train.noise_scale import NoiseEstimate
-from train.run_folder import Row, RunFolder
+from train.run_folder import Row
 from train.schedule import base_rate_for, lr_at, plateau_drops
 from train.session import Session
+from train.snapshot import snapshot
 
 log = logging.getLogger("train")
 
@@ -95,6 +95,7 @@ def run_epochs(session: Session) -> Metrics | None:
                     )
             save(session, metrics)
             stop_if_asked(session)
+    finish_saving(session)
     return metrics
 
 
@@ -171,6 +172,7 @@ def stop_if_asked(session: Session, *, saved: bool = True) -> None:
         return
     if not saved:
         save(session, None)
+    finish_saving(session)
     if session.unsaved is not None:
         raise SaveError(f"asked to stop, and not saved: {session.unsaved}")
     asked = session.interrupt.received or "another rank's signal"
@@ -215,7 +217,7 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
 
 
 def save(session: Session, metrics: Metrics | None) -> None:
-    """Rank 0 saves; all ranks wait until it has. The best checkpoint and the last few stay.
+    """Copy the state, and write it while training goes on; at most one checkpoint is being written.
 
     A checkpoint that cannot be written does not end the run, since later ones may be; if the last one was
     not, the run's end says so.
@@ -225,47 +227,25 @@ def save(session: Session, metrics: Metrics | None) -> None:
     Raises:
         DivergedError: the weights are not finite; nothing is written, and nothing removed.
     """
+    started = time.monotonic()
     check_weights(session)
-    session.unsaved = None
-    if session.folder is not None:
-        try:
-            _save(session, session.folder, metrics)
-        except SaveError as error:
-            session.unsaved = str(error)
-            log.error(f"{error}; training goes on, and the checkpoints before it are untouched")
-    session.trainer.world.barrier()
+    if session.saver is not None:
+        session.saver.wait(f"step {session.step}")
+    state = snapshot(session, metrics)
+    if session.saver is not None and state is not None:
+        session.saver.start(state)
+    session.held_up_s += time.monotonic() - started
 
 
-def _save(session: Session, folder: RunFolder, metrics: Metrics | None) -> None:
-    figures: dict[str, float] = {}
-    if metrics is not None:
-        figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
-        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
-    save_checkpoint(
-        folder.checkpoints,
-        model=session.trainer.network,
-        optimizer=session.trainer.optimizer,
-        scaler=session.trainer.scaler,
-        guard_state=session.trainer.guard.state_dict(),
-        average_state=session.trainer.average.values if session.trainer.average is not None else None,
-        progress=session.progress,
-        step=session.step,
-        epoch=session.step // session.steps_per_epoch,
-        samples_seen=session.step * session.config.global_batch,
-        config=session.config,
-        classes=session.train_set.classes,
-        metrics=figures,
-        labels_text=session.train_set.labels_text,
-        data=session.data,
-    )
-    top1 = figures.get("top1")
-    if top1 is not None and (session.best is None or top1 > (session.best.top1 or 0.0)):
-        session.best = Pointer(step=session.step, top1=top1)
-    if session.best is not None:
-        folder.point("best", session.best)
-    folder.point("last", Pointer(step=session.step, top1=top1))
-    best_step = session.best.step if session.best is not None else None
-    prune_checkpoints(folder.checkpoints, keep_last=session.config.keep_checkpoints, best=best_step)
+def finish_saving(session: Session) -> None:
+    """Wait, on all ranks, for the checkpoint in flight; all then know from `unsaved` what became of it."""
+
+    def on_main() -> str | None:
+        assert session.saver is not None
+        session.saver.wait()
+        return session.saver.unsaved
+
+    session.unsaved = session.trainer.world.from_main(on_main)
 
 
 def _open_records(session: Session, stack: ExitStack) -> Recorder:

@@ -45,26 +45,38 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
 
     Returns:
         On rank 0, the result as one JSON object: run, step, best top-1, how many images of each split the
-        quarantine list left out, skipped steps, and the last validation metrics.
+        quarantine list left out, skipped steps, how many checkpoints were written and for what share of the
+        time training was held up by them, and the last validation metrics.
     Raises:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
     with ExitStack() as stack:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
         session = open_session(config, out, resume, world, stack)
+        started = time.monotonic()
         try:
             metrics = run_epochs(session)
         except (InterruptedRunError, DivergedError) as error:
             if session.folder is not None:
                 end_run(session.folder, env_launch(), error)
             raise
+        seconds = time.monotonic() - started
         if session.unsaved is not None:
             raise SaveError(f"the end of the run is not saved: {session.unsaved}")
-        if session.folder is None:
+        if session.folder is None or session.saver is None:
             return None
-        result: dict[str, Any] = {"run": str(session.folder.path), "step": session.step, "best": session.best}
+        result: dict[str, Any] = {
+            "run": str(session.folder.path),
+            "step": session.step,
+            "best": session.saver.best,
+        }
         result["num_quarantined"] = {split: c.num_quarantined for split, c in session.data.items()}
         result["skipped_steps"] = session.skipped
+        result["checkpoints"] = {
+            "num_saved": session.saver.num_saved,
+            "held_up_s": session.held_up_s,
+            "held_up_share": session.held_up_s / seconds,
+        }
         if metrics is not None:
             result.update(asdict(metrics))
         return msgspec.json.encode(result).decode()

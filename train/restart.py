@@ -16,6 +16,7 @@ from data_pipeline.errors import DivergedError, InterruptedRunError
 from train.checkpoint import write_json
 from train.config import RunConfig
 from train.distributed import Launch
+from train.retention import saved_steps
 from train.run_folder import RunFolder, find_resumable, newest_whole
 
 log = logging.getLogger("train")
@@ -65,7 +66,7 @@ def choose_start(out: Path, resume: str, config: RunConfig, launch: Launch | Non
     if run is None:
         checkpoint = find_resumable(out, resume, config)
         return Start(checkpoint.parent.parent if checkpoint is not None else None, checkpoint)
-    saved = any((run / "checkpoints").glob("step-*"))
+    saved = saved_steps(run / "checkpoints")
     log.info(
         f"the ranks were started again: going on with {run}{'' if saved else ', which has no checkpoint yet'}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -11,16 +12,17 @@ from typing import Any
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.files import fsync_path, write_atomic
 from train.checkpoint import Pointer, find_checkpoint, read_manifest, verify_checkpoint, write_json
 from train.config import RunConfig, decode_config
+from train.retention import remove_leftovers, saved_steps, set_aside_after
 
 log = logging.getLogger("train")
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
-    "max_skipped", "flat_loss_grace", "log_noise_scale",
+    "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale",
 )  # fmt: skip
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 
@@ -88,11 +90,15 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return 0
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (row := _row(line)) is not None and row.step <= step]
-        if len(kept) < len(lines):
-            write_atomic(self.metrics, b"".join(kept))
-        return len(lines) - len(kept)
+        content = self.metrics.read_bytes()
+        lines = content.splitlines(keepends=True)
+        kept = b"".join(line for line in lines if (row := _row(line)) is not None and row.step <= step)
+        if content.startswith(kept):  # cutting needs no room on the disk
+            os.truncate(self.metrics, len(kept))
+            fsync_path(self.metrics)
+        else:
+            write_atomic(self.metrics, kept)
+        return len(lines) - kept.count(b"\n")
 
 
 def _row(line: bytes) -> Row | None:
@@ -133,7 +139,9 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
     if resume == "none":
         return None
     if resume != "auto":
-        folder = find_checkpoint(Path(resume), pointer="last")
+        folder = Path(resume)
+        # Of a run, whatever its pointers say, the newest whole one: a crash can leave them behind.
+        folder = newest_whole(folder) if saved_steps(folder / "checkpoints") else find_checkpoint(folder)
         if folder.parent.name != "checkpoints":
             raise UserError(
                 f"{folder} does not lie in a run's checkpoints/, so there is no run to go on with; "
@@ -142,14 +150,14 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         read_manifest(folder)
         _check_same(config, _run_config(folder.parent.parent), folder.parent.parent)
         return folder
-    runs = [f.parent.parent for f in out.glob(f"{config.recipe}-*/checkpoints/last.json")]
-    runs = [run for run in runs if _run_config(run).recipe == config.recipe]
-    if not runs:
-        log.info("--resume auto: no run of recipe %s under %s/ yet; starting a new one", config.recipe, out)
-        return None
-    newest = max(runs, key=lambda run: run.name)
-    _check_same(config, _run_config(newest), newest)
-    return newest_whole(newest)
+    for run in sorted(out.glob(f"{config.recipe}-*"), key=lambda run: run.name, reverse=True):
+        folder = run / "checkpoints"
+        begun = saved_steps(folder) or (folder / "last.json").exists()
+        if begun and (earlier := _run_config(run)).recipe == config.recipe:
+            _check_same(config, earlier, run)
+            return newest_whole(run)
+    log.info("--resume auto: no run of recipe %s under %s/ yet; starting a new one", config.recipe, out)
+    return None
 
 
 def newest_whole(run: Path) -> Path:
@@ -158,7 +166,7 @@ def newest_whole(run: Path) -> Path:
     Raises:
         CorruptFileError: none is whole.
     """
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(saved_steps(run / "checkpoints").values()):
         try:
             verify_checkpoint(folder)
         except CorruptFileError as error:
@@ -174,14 +182,45 @@ def best_until(run: Path, step: int) -> Pointer | None:
     `best.json` may name a later one, or one from before a crash.
     """
     found = []
-    for folder in sorted((run / "checkpoints").glob("step-*")):
+    for saved, folder in saved_steps(run / "checkpoints").items():
         with suppress(CorruptFileError):
-            found.append(read_manifest(folder))
-    scored = [(m.metrics["top1"], -m.step) for m in found if m.step <= step and "top1" in m.metrics]
-    if not scored:
-        return None
-    top1, minus_step = max(scored)
-    return Pointer(step=-minus_step, top1=top1)
+            top1 = read_manifest(folder).metrics.get("top1")
+            if saved <= step and top1 is not None:
+                found.append((top1, -saved, folder))
+    for top1, minus_step, folder in sorted(found, reverse=True):
+        with suppress(CorruptFileError):
+            verify_checkpoint(folder)
+            return Pointer(step=-minus_step, top1=top1)
+    return None
+
+
+def go_back_to(folder: RunFolder, step: int) -> Pointer | None:
+    """Make a run what it was at a step: no checkpoint, row or pointer from behind it counts any more.
+
+    In this order: a kill in between must not leave rows missing for a checkpoint that would be resumed.
+
+    Returns:
+        The best checkpoint up to there.
+    Raises:
+        SaveError: the disk does not allow it.
+    """
+    try:
+        aside = set_aside_after(folder.checkpoints, step)
+        dropped = folder.drop_rows_after(step)
+        remove_leftovers(folder.checkpoints)
+        best = best_until(folder.path, step)
+        if best is None:
+            (folder.checkpoints / "best.json").unlink(missing_ok=True)
+        else:
+            folder.point("best", best)
+    except OSError as error:
+        raise SaveError(
+            f"{folder.path} cannot be gone on with: {error.filename}: {error.strerror}"
+        ) from error
+    if aside:
+        log.info(f"{len(aside)} checkpoint(s) after step {step} are set aside until the next one is written")
+    log.info(f"resuming at step {step}; {dropped} later row(s) of metrics.jsonl dropped")
+    return best
 
 
 def _run_config(run: Path) -> RunConfig:

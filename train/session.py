@@ -19,7 +19,7 @@ from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
 from data_pipeline.order import steps_per_epoch
 from train.averaging import WeightAverage
-from train.checkpoint import Checkpoint, Pointer, Progress, load_checkpoint, load_weights
+from train.checkpoint import Checkpoint, Progress, load_checkpoint, load_weights
 from train.config import READERS, RunConfig
 from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
@@ -32,7 +32,8 @@ from train.noise_scale import NoiseMeter
 from train.optimizer import load_optimizer, make_optimizer, start_momentum
 from train.precision import choose_precision
 from train.restart import choose_start, claim_run
-from train.run_folder import RunFolder, best_until, create_run
+from train.run_folder import RunFolder, create_run, go_back_to
+from train.saver import Saver
 from train.schedule import describe_rate
 
 log = logging.getLogger("train")
@@ -48,10 +49,11 @@ class Session:
         micro_batch: most samples that this rank takes through the network at once.
         step: optimiser steps finished.
         readers: processes that read ahead, if any.
-        best: the best validation top-1 so far (rank 0).
+        saver: what writes checkpoints; None on the ranks other than 0.
         progress: the run's course so far, which is the same on all ranks.
         skipped: steps that the guard has skipped since the run began.
-        unsaved: why the last checkpoint could not be written, if so (rank 0).
+        unsaved: why the last checkpoint could not be written, if so; known when the run ends or is stopped.
+        held_up_s: for how long training has waited for checkpoints, in seconds.
         interrupt: whether a signal has asked this rank to stop.
     """
 
@@ -67,10 +69,11 @@ class Session:
     micro_batch: int
     steps_per_epoch: int
     step: int
-    best: Pointer | None
+    saver: Saver | None
     progress: Progress
     skipped: int = 0
     unsaved: str | None = None
+    held_up_s: float = 0.0
     interrupt: Interrupt = field(default_factory=Interrupt)
 
     @property
@@ -124,7 +127,8 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
     if readers is not None:
         stack.enter_context(closing(readers))
 
-    folder = best = None
+    folder = saver = None
+    step = checkpoint.step if checkpoint is not None else 0
     if world.is_main:
         log.info(
             f"{world.world_size} rank(s) on {world.device_name}, {trainer.precision.name} "
@@ -141,11 +145,8 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
         claim_run(folder, launch)
         log.info(f"run folder: {folder.path}")
-    step = checkpoint.step if checkpoint is not None else 0
-    if start.run is not None and folder is not None:
-        best = best_until(start.run, step)
-        dropped = folder.drop_rows_after(step)
-        log.info(f"resuming at step {step}; {dropped} later row(s) of metrics.jsonl dropped")
+        best = go_back_to(folder, step) if start.run is not None else None
+        saver = stack.enter_context(closing(Saver(folder, config, best)))
     prepare_lrn(
         trainer.network,
         config.lrn,
@@ -171,7 +172,7 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         micro_batch=micro_batch,
         steps_per_epoch=num_steps,
         step=step,
-        best=best,
+        saver=saver,
         progress=checkpoint.progress if checkpoint is not None else Progress(),
         skipped=trainer.guard.read().total,
         interrupt=stack.enter_context(remember_signals()),
@@ -197,9 +198,11 @@ def make_trainer(
         if checkpoint.classes != train_set.classes:
             raise UserError(f"{checkpoint.folder} was trained on other classes than {train_set.root} has")
         load_weights(network, checkpoint.model_state, source=checkpoint.folder)
-        load_optimizer(optimizer, checkpoint.optimizer_state)
-        scaler.load_state_dict(checkpoint.scaler_state)
-        guard.load_state_dict(checkpoint.guard_state)
+        if not checkpoint.parts["optimizer"]:
+            raise UserError(f"{checkpoint.folder} holds weights alone: there is nothing to go on with")
+        load_optimizer(optimizer, checkpoint.parts["optimizer"])
+        scaler.load_state_dict(checkpoint.parts["scaler"])
+        guard.load_state_dict(checkpoint.parts["guard"])
     start_momentum(optimizer)
     average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
     if average is not None and checkpoint is not None:
