@@ -143,6 +143,12 @@ def open_output(
         target.unlink()
 
 
+def has_rows(format: Format, output: Path) -> bool:
+    """Whether an earlier run began to write this file."""
+    files = (output, _journal(output)) if format == "parquet" else (output,)
+    return any(file.is_file() and file.stat().st_size for file in files)
+
+
 def skip_kept(
     kept: Iterable[KeptRow], items: Iterator[Item], format: Format, output: Path
 ) -> tuple[int, int]:

@@ -17,10 +17,11 @@ from data_pipeline.faults import printable, visible
 from infer.backends import BackendName, DeviceName
 from infer.images import DecoderName
 from infer.inputs import STDIN, find_inputs
-from infer.outputs import SUFFIXES, Format, RowWriter, kept_rows, open_output, skip_kept
+from infer.outputs import SUFFIXES, Format, RowWriter, has_rows, kept_rows, open_output, skip_kept
 from infer.predict import DEFAULT_BATCH, ErrorRow, SeenRow
 from infer.predictor import Predictor
 from infer.report import RowCounter, Summary, TableWriter
+from infer.run_identity import check_saved_identity, identity_of, save_identity
 
 log = logging.getLogger("infer")
 
@@ -106,13 +107,23 @@ def predict_images(options: PredictOptions) -> Summary:
         log.info(f"model: {predictor.bundle.folder}")
         log.info(f"runs on: {predictor.runs_on}")
         items, kept, kept_errors = iter(inputs), 0, 0
+        identity = identity_of(
+            predictor.bundle,
+            top=predictor.top,
+            min_probability=options.min_probability,
+            ten_crop=options.ten_crop,
+        )
         if options.resume:
             assert options.output is not None
+            if has_rows(format, options.output):
+                check_saved_identity(options.output, identity)
             rows = kept_rows(format, options.output, predictor.top)
             kept, kept_errors = skip_kept(rows, items, format, options.output)
             log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
         counter = RowCounter(predictor.backend)
         writer = stack.enter_context(_open_writer(format, options, predictor))
+        if options.output is not None and format != "table":
+            save_identity(options.output, identity)
         seen: Iterator[SeenRow] = (SeenRow(row, None) for row in counter.count(predictor(items)))
         if options.html is not None:
             from infer.gallery import open_gallery

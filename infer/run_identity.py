@@ -65,21 +65,28 @@ def check_identity(begun: RunIdentity, now: RunIdentity, rows: Path) -> None:
             )
 
 
-def load_identity(rows: Path) -> RunIdentity | None:
-    """What `save_identity` kept beside a file of rows; None where there is nothing.
+def check_saved_identity(rows: Path, now: RunIdentity) -> None:
+    """Hold a run against what `save_identity` kept beside the rows; where it kept nothing, that is said.
 
     Raises:
-        CorruptFileError: it is damaged.
+        UserError: the rows are of another model or other options.
+        CorruptFileError: what was kept is damaged.
     """
     path = identity_path(rows)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=RunIdentity)
+        begun = msgspec.json.decode(path.read_bytes(), type=RunIdentity)
     except FileNotFoundError:
-        return None
+        log.warning(
+            "%s is not there: nobody knows whether the rows in %s are of this model",
+            printable(path),
+            printable(rows),
+        )
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(
             f"{printable(path)} is damaged: {error}; remove it to go on without this check"
         ) from error
+    else:
+        check_identity(begun, now, rows)
 
 
 def save_identity(rows: Path, identity: RunIdentity) -> None:

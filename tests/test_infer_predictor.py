@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -194,6 +195,25 @@ def test_resume_goes_on_in_the_file(bundle: Bundle, files: list[Path], tmp_path:
     ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in (
         (tmp_path / "part.jsonl").read_bytes(), whole))  # fmt: skip
     assert [row["path"] for row in ours] == [row["path"] for row in theirs] and ours[:6] == theirs[:6]
+    other = msgspec.json.decode((bundle.folder / "bundle.json").read_bytes())
+    (tmp_path / "other").mkdir()
+    shutil.copy(bundle.folder / "model.onnx", tmp_path / "other")
+    shutil.copy(bundle.folder / "model.engine", tmp_path / "other")
+    other["created"] = "2026-01-02T03:04:05.000000+00:00"  # a model of another manifest, else alike
+    (tmp_path / "other" / "bundle.json").write_bytes(msgspec.json.encode(other))
+    go_on = ("--output", tmp_path / "part.jsonl", "--resume")
+    before = (tmp_path / "part.jsonl").read_bytes()
+    for changed, words in {
+        ("--model", tmp_path / "other"): "are of another model (its bundle.json has SHA-256 ",
+        ("--model", bundle.folder, "--top", 3): "begun with top 5, and now it is 3",
+        ("--model", bundle.folder, "--ten-crop"): "begun with ten_crop False, and now it is True",
+    }.items():
+        refused = invoke(options[0], *changed, "--device", "cpu", *go_on)
+        assert refused.exit_code == 2 and words in refused.stderr
+    assert (tmp_path / "part.jsonl").read_bytes() == before
+    (tmp_path / ".part.jsonl.run.json").unlink()
+    unknown = invoke(*options, *go_on)
+    assert unknown.exit_code == 3 and "nobody knows whether the rows in" in unknown.stderr
     refused = invoke(files[1], "--model", bundle.folder, "--output", tmp_path / "part.jsonl", "--resume")
     assert refused.exit_code == 2 and "row 1 of" in refused.stderr and refused.stderr.count("\n") <= 4
     for wrong, words in {
