@@ -1,7 +1,8 @@
 """Predictions as one HTML file: what the model saw of each image; sortable, filtered, self-contained.
 
 The filters and the order are kept in the address behind `#`, so that a view can be linked to:
-`gallery.html#errors=1`, `#below=50`, `#find=cat`, `#sort=probability`.
+`gallery.html#errors=1`, `#below=50`, `#find=cat`, `#sort=probability`, `#sort=-probability`. A second press
+on a column's name turns its order round.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ THUMBNAIL_PX = 96
 THUMBNAIL_QUALITY = 80
 
 _STYLE = """
-:root{color-scheme:light dark;font:15px/1.4 system-ui,sans-serif}
+:root{color-scheme:light dark;font:15px/1.4 system-ui,sans-serif;--red:light-dark(#b3261e,#f2827b)}
 body{margin:0 auto;max-width:1100px;padding:1rem}
 h1{font-size:1.3rem;margin:0}
 p{margin:.3rem 0 1rem;opacity:.75}
-form{position:sticky;top:0;display:flex;flex-wrap:wrap;gap:1rem;align-items:center;padding:.6rem;
+form{position:sticky;top:0;display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:center;padding:.6rem;
 background:Canvas;border-bottom:1px solid #8886;z-index:1}
 form input[type=search]{min-width:14rem}
 form input[type=number]{width:4.5rem}
@@ -40,32 +41,47 @@ output{margin-left:auto;font-variant-numeric:tabular-nums}
 table{width:100%;border-collapse:collapse}
 th{text-align:left;padding:.4rem}
 th button{font:inherit;font-weight:600;background:none;border:0;padding:0;cursor:pointer;color:inherit}
-th button[aria-pressed=true]::after{content:" \\2193"}
+th button[data-sorted=up]::after{content:" \\2191"}
+th button[data-sorted=down]::after{content:" \\2193"}
 td{border-top:1px solid #8884;padding:.4rem;vertical-align:top}
 td:first-child{width:96px}
 td.path{overflow-wrap:anywhere;width:35%}
-img{display:block;width:96px;height:96px;object-fit:cover;border-radius:4px}
-.none{width:96px;height:96px;border-radius:4px;background:#c334;display:grid;place-items:center;font-size:2rem}
-.bar{display:grid;grid-template-columns:minmax(6rem,12rem) 1fr 4rem;gap:.6rem;align-items:center}
-.bar i{height:.6rem;border-radius:3px;background:#3a7bd5;min-width:1px}
+img,.none{display:block;width:96px;height:96px;border-radius:4px}
+img{object-fit:cover}
+.none{height:3rem;background:color-mix(in srgb,var(--red) 15%,Canvas);display:grid;place-items:center;
+font-size:1.5rem}
+.bar{display:grid;grid-template-columns:minmax(4rem,12rem) minmax(3rem,1fr) 4rem;gap:.6rem;
+align-items:center}
+.bar span:first-child{overflow-wrap:anywhere}
+.bar i{height:.6rem;border-radius:3px;background:#3a7bd5}
 .bar span:last-child{text-align:right;font-variant-numeric:tabular-nums}
-.bar:not(:first-child){opacity:.6;font-size:.9em}
-.error td{color:#c33}
-tr[hidden]{display:none}
+.bar:not(:first-child){opacity:.65;font-size:.9em}
+.error td{color:var(--red)}
+tr[hidden]{display:none!important}
+@media(max-width:640px){
+tr{display:grid;grid-template-columns:110px 1fr}
+thead tr{display:flex;flex-wrap:wrap;gap:0 1rem}
+td.path,td:last-child{grid-column:2;width:auto}
+td.path+td{border-top:0;padding-top:0}
+td:first-child{grid-row:1/3}
+}
 """
 
 _SCRIPT = """
 const form=document.forms[0],body=document.querySelector("tbody"),rows=[...body.rows];
+const buttons=[...document.querySelectorAll("th button")],paragraphs=document.querySelectorAll("p");
+const failed=r=>r.classList.contains("error");
 const keys={order:r=>+r.dataset.n,path:r=>r.dataset.path,label:r=>r.dataset.label,
 probability:r=>+r.dataset.p};
+const texts=new Map(rows.map(r=>[r,(r.dataset.path+" "+r.dataset.label).toLowerCase()]));
 let sort="order";
 function show(){
   const find=form.find.value.toLowerCase(),below=form.below.value===""?Infinity:+form.below.value/100;
   let shown=0;
   for(const r of rows){
-    const error=r.classList.contains("error");
+    const error=failed(r);
     r.hidden=(form.errors.checked&&!error)||(below!==Infinity&&(error||+r.dataset.p>=below))||
-      !(r.dataset.path+" "+r.dataset.label).toLowerCase().includes(find);
+      !texts.get(r).includes(find);
     shown+=!r.hidden;
   }
   document.querySelector("output").textContent=shown+" of "+rows.length+" shown";
@@ -77,20 +93,31 @@ function show(){
   history.replaceState(null,"","#"+state);
 }
 function order(by){
-  sort=by in keys?by:"order";
-  const key=keys[sort];
-  rows.sort((a,b)=>{const x=key(a),y=key(b);return x<y?-1:x>y?1:a.dataset.n-b.dataset.n});
-  body.append(...rows);
-  for(const b of document.querySelectorAll("th button"))b.setAttribute("aria-pressed",b.value===sort);
+  const down=by.startsWith("-"),name=down?by.slice(1):by;
+  sort=name in keys?by:"order";
+  const key=keys[name in keys?name:"order"],sign=down?-1:1;
+  const last=r=>name==="probability"||name==="label"?failed(r):false;
+  rows.sort((a,b)=>{
+    const x=key(a),y=key(b);
+    return last(a)-last(b)||sign*(x<y?-1:x>y?1:0)||a.dataset.n-b.dataset.n;
+  });
+  const sorted=document.createDocumentFragment();
+  for(const r of rows)sorted.append(r);
+  body.append(sorted);
+  for(const b of buttons)b.dataset.sorted=b.value!==name?"":down?"down":"up";
 }
+const errors=rows.filter(failed).length;
+document.querySelector("#count").textContent=" ("+errors+")";
+paragraphs[0].textContent=paragraphs[1].textContent+". "+paragraphs[0].textContent;
+paragraphs[1].hidden=true;
 const start=new URLSearchParams(location.hash.slice(1));
 form.find.value=start.get("find")||"";
 form.errors.checked=start.get("errors")==="1";
 form.below.value=start.get("below")||"";
 form.addEventListener("input",show);
 form.addEventListener("submit",e=>e.preventDefault());
-for(const b of document.querySelectorAll("th button"))
-  b.addEventListener("click",()=>{order(b.value);show()});
+for(const b of buttons)
+  b.addEventListener("click",()=>{order(sort===b.value?"-"+b.value:b.value);show()});
 order(start.get("sort")||"order");
 show();
 """
@@ -158,8 +185,8 @@ def open_gallery(path: Path, bundle: Bundle, counter: RowCounter) -> Iterator[Ga
             f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
             f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p>Each picture is what the model saw.</p>"
             '<form><input type="search" name="find" placeholder="path or class" aria-label="path or class">'
-            '<label><input type="checkbox" name="errors"> errors only</label>'
-            '<label>below <input type="number" name="below" min="0" max="100"> %</label>'
+            '<label><input type="checkbox" name="errors"> errors only<span id="count"></span></label>'
+            '<label>best class below <input type="number" name="below" min="0" max="100"> %</label>'
             "<output></output></form><table><thead><tr>"
             '<th><button type="button" value="order">image</button></th>'
             '<th><button type="button" value="path">path</button></th>'
