@@ -27,6 +27,7 @@ from data_pipeline.dali_graph import make_graph, run_graph
 from data_pipeline.faults import ImageError
 from data_pipeline.geometry import Geometry
 from data_pipeline.jpeg_markers import markers_are_sound
+from data_pipeline.machine import share_memory_arenas
 from data_pipeline.pillow_backend import Decoded, blank_images, decode_rgb, finish
 
 log = logging.getLogger("data_pipeline")
@@ -55,6 +56,8 @@ class DaliBackend:
         num_threads: int,
         whole_graph: bool | None = None,
     ) -> None:
+        if device == "cpu":
+            share_memory_arenas()
         self.device: str = device
         self.max_batch = max_batch
         self._whole_graph = device == "gpu" if whole_graph is None else whole_graph

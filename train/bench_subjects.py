@@ -14,8 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from data_pipeline.augment import Augment
 from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ReaderPool, make_backend, train_batches
@@ -35,17 +33,10 @@ def ours(
     num_cores: int,
     *,
     device: Literal["cpu", "gpu"] = "cpu",
-    num_images: int | None = None,
 ) -> Round:
-    """This project's loader, on a folder of files or of shards; as in training, processes read for a GPU.
-
-    Args:
-        num_images: how many of the images are used; None for all.
-    """
+    """This project's loader, on a folder of files or of shards; as in training, processes read for a GPU."""
     preprocessing = Preprocessing(crop_px=CROP_PX)
     dataset = open_dataset(folder, "train", quarantine=False)
-    if num_images is not None:
-        dataset = dataset.take(np.arange(num_images))
     backend = make_backend(
         backend_name, device=device, preprocessing=preprocessing, max_batch=BATCH, num_threads=num_cores
     )
@@ -100,6 +91,7 @@ def torchvision_loader(folder: Path, num_cores: int) -> Round:
 
 def dali_reader(folder: Path, num_cores: int) -> Round:
     """DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+    import numpy as np
     import nvidia.dali
 
     dali: Any = nvidia.dali
@@ -134,12 +126,11 @@ def make_subject(name: str, folder: Path, num_cores: int) -> Round:
 
 
 def memory_over_epochs(folder: Path, num_cores: int, num_epochs: int) -> list[float]:
-    """Resident memory after each epoch over two batches of images, in one loader, in MB."""
-    num_images = 2 * BATCH
-    batches = ours("dali", folder, num_cores, num_images=num_images)(num_epochs * num_images // BATCH)
+    """Resident memory after each epoch over all images, in one loader, in MB."""
+    batches_per_epoch = len(open_dataset(folder, "train", quarantine=False)) // BATCH
     memory = []
-    for number, _ in enumerate(batches, start=1):
-        if number * BATCH % num_images == 0:
+    for number, _ in enumerate(ours("dali", folder, num_cores)(num_epochs * batches_per_epoch), start=1):
+        if number % batches_per_epoch == 0:
             memory.append(_resident_mb())
     return memory
 
