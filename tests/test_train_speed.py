@@ -78,7 +78,7 @@ LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9",
 
 @pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
 def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
-    trainer = small_trainer(world, *more, "spike_factor=20", "model.name=bn")
+    trainer = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
     total = Counts(world.device)
     with WaitsForDevice() as waits:
         for step in range(2):

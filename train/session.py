@@ -207,13 +207,12 @@ def make_trainer(
     average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
     if average is not None and checkpoint is not None:
         average.load(checkpoint.average_state)
-    rank_batch = -(-config.global_batch // world.world_size)
     parallel = DistributedDataParallel(
         network,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # its first backward pass must be one that sums: none may come before it within the step
-        static_graph=config.micro_batch is None or config.micro_batch >= rank_batch,
+        # its first backward pass must be one that sums: no other may come before it within the step
+        static_graph=config.micro_batch is None,
     )
     return Trainer(
         network=network,
