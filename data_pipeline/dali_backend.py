@@ -28,7 +28,7 @@ from data_pipeline.faults import ImageError
 from data_pipeline.geometry import Geometry
 from data_pipeline.jpeg_markers import markers_are_sound
 from data_pipeline.machine import share_memory_arenas
-from data_pipeline.pillow_backend import Decoded, blank_images, decode_rgb, finish
+from data_pipeline.pillow_backend import Decoded, blank_images, decode_rgb, finish, spread
 
 log = logging.getLogger("data_pipeline")
 
@@ -107,7 +107,7 @@ class DaliBackend:
                 if i not in work.blank:
                     images[i] = finish(Image.fromarray(output.at(i)), work.geometry, i)
 
-            list(self._pool.map(resize, range(len(images))))
+            spread(resize, len(images), self._pool, self._num_threads)
             return images
         if self.device == "cpu":
             return np.array(output.as_array())
