@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
@@ -34,3 +35,63 @@ def write_atomic(path: Path, content: bytes) -> None:
     fsync_path(temporary)
     temporary.replace(path)
     fsync_path(path.parent)
+
+
+class PatientFile:
+    """A file that grows by whole pieces. What the disk does not take is kept, and goes before what follows.
+
+    Any thread may use it.
+
+    Args:
+        path: of the file; it and its folder are made when there is something to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def append(self, piece: bytes) -> OSError | None:
+        """Write a piece behind all others.
+
+        Returns:
+            Why it, and what was kept before, is not in the file yet, if so.
+        """
+        with self._lock:
+            self._kept.append(piece)
+            try:
+                self._write()
+            except OSError as error:
+                return error
+            return None
+
+    def sync(self) -> None:
+        """Return when all pieces so far are on the disk.
+
+        Raises:
+            OSError: the disk does not take them; they are kept.
+        """
+        with self._lock:
+            self._write()
+            if self.path.exists():
+                fsync_path(self.path)
+
+    def _write(self) -> None:
+        if not self._kept:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                size_bytes = file.tell()
+                content, written = memoryview(b"".join(self._kept)), 0
+                try:
+                    while written < len(content):
+                        written += file.write(content[written:])
+                except OSError:
+                    if written:
+                        file.truncate(size_bytes)  # half a piece would spoil the next
+                    raise
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+        self._kept.clear()

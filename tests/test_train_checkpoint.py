@@ -27,7 +27,7 @@ from train.checkpoint import (
 from train.config import RunConfig, make_config
 from train.convert import export_weights
 from train.model import AlexNet, make_model
-from train.retention import prune_checkpoints
+from train.retention import REPLACED, prune_checkpoints, restore_replaced
 from train.saving import State, save_checkpoint
 
 CLASSES = tuple("0123456789")
@@ -209,3 +209,17 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         (tmp_path / f"step-{step:08d}").mkdir()
     prune_checkpoints(tmp_path, keep_last=2, keep_every=None, best=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]
+
+
+def test_a_kill_while_a_checkpoint_of_the_same_step_is_replaced_leaves_one_of_them(tmp_path: Path) -> None:
+    """The old one steps aside for the new one; a kill in between must not leave the step without any."""
+    folder, _ = save(tmp_path / "checkpoints")
+    aside = folder.with_name(f"{REPLACED}{folder.name}")
+    folder.rename(aside)
+    restore_replaced(folder.parent)
+    assert load_checkpoint(folder).step == 3
+    folder.rename(aside)
+    second, _ = save(tmp_path / "checkpoints", top1=0.75)
+    restore_replaced(folder.parent)
+    assert load_checkpoint(second).metrics == {"top1": 0.75}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

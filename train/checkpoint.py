@@ -28,7 +28,7 @@ from train.retention import step_folder
 FORMAT = 2
 """1 had no average of the weights, and is read as such."""
 STATE, MANIFEST = "state.pt", "manifest.json"
-PARTS = ("model", "average", "optimizer", "scaler", "guard")
+PARTS = ("model", "average", "optimizer", "scaler", "guard", "row")
 """What has a state of its own in a checkpoint, as its `state_dict` gave it; an older file may lack some."""
 Weights = Literal["last", "average"]
 

@@ -55,12 +55,32 @@ class World:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over the ranks; the same answer on all. Waits for the device."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self.collective("the question whether to stop"):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            answer: list[float] = largest.tolist()
+        return answer
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all. Waits for the device."""
-        flags = torch.tensor(int(flag), device=self.device)
-        with self.collective("the question whether to stop"):
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            return bool(flags.item())
+        return bool(self.max(float(flag))[0])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, of one shape on all: (world_size, ...), on every rank."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        with self.collective("the gathering of counts"):
+            dist.all_gather(gathered, tensor)
+        return torch.stack(gathered)
+
+    def tell(self, topic: str) -> None:
+        """Let every rank know, without a collective, that something has come up; see `was_told`."""
+        PrefixStore("told", dist.distributed_c10d._get_default_store()).set(topic, "")
+
+    def was_told(self, topic: str) -> bool:
+        """Whether any rank has told so by now. The ranks may hear of it at different times."""
+        return PrefixStore("told", dist.distributed_c10d._get_default_store()).check([topic])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

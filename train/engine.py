@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ from train.precision import Precision
 
 EVAL_BATCH = 256
 """Most images that one rank evaluates at once."""
+
+
+class BrokenOffError(Exception):
+    """An evaluation that was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +163,25 @@ def evaluate(
     world: World,
     *,
     num_samples: int,
+    stop: Callable[[], bool] | None = None,
 ) -> Metrics:
     """Loss, top-1 and top-5 over a split, every sample counted once on any number of ranks.
 
     Args:
         batches: this rank's share of the split; where they hold several views, their softmax is averaged.
         num_samples: size of the split, which the counts of all ranks must add up to.
+        stop: asked before each batch whether to break off; the ranks need not agree.
     Returns:
         Metrics of the whole split, the same on every rank.
+    Raises:
+        BrokenOffError: any rank broke off; on every rank.
     """
     network.eval()
-    counts = Counts(world.device)
+    counts, stopped = Counts(world.device), False
     for batch in batches:
+        if stop is not None and stop():
+            stopped = True
+            break
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         views = images_NHWC.shape[1:-3]
         with precision.autocast():
@@ -179,6 +190,8 @@ def evaluate(
         if views:
             logits_NC = average_views(logits_NC, views[0])
         counts.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
+    if stop is not None and world.any(stopped):
+        raise BrokenOffError("the evaluation was broken off")
     metrics = counts.reduce(world)
     counted = metrics.num_samples + metrics.num_failed
     assert counted == num_samples, f"counted {counted} of {num_samples} samples"

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from typing import Protocol
 
 import msgspec
-from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.console import show_progress
 from data_pipeline.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.divergence import check_weights, heed_flat_loss, heed_guard
-from train.engine import EVAL_BATCH, evaluate, train_step
-from train.metrics import Counts, Metrics
-from train.noise_rows import NoiseRows
-from train.noise_scale import NoiseEstimate
-from train.run_folder import Row
+from train.engine import EVAL_BATCH, BrokenOffError, evaluate, train_step
+from train.metrics import Metrics
+from train.records import Recorder, make_recorder
 from train.schedule import base_rate_for, lr_at, plateau_drops
 from train.session import Session
 from train.snapshot import snapshot
 
 log = logging.getLogger("train")
-
-
-class Recorder(Protocol):
-    """Where rows go."""
-
-    def __call__(
-        self,
-        split: str,
-        metrics: Metrics,
-        lr: float,
-        images_per_s: float,
-        skipped: int = 0,
-        noise: NoiseEstimate | None = None,
-    ) -> None:
-        """Write one row for the session's present step."""
 
 
 def run_epochs(session: Session) -> Metrics | None:
@@ -55,7 +35,7 @@ def run_epochs(session: Session) -> Metrics | None:
     config, world = session.config, session.trainer.world
     metrics = None
     with ExitStack() as stack:
-        record = _open_records(session, stack)
+        record = make_recorder(session)
         batches = train_batches(
             session.train_set,
             session.backend,
@@ -74,28 +54,45 @@ def run_epochs(session: Session) -> Metrics | None:
         )
         stack.enter_context(closing(batches))
         steps = by_step(batches)
-        if session.step >= session.total_steps:
+        if session.unevaluated:
+            metrics = finish_epoch(session, record)
+        elif session.step >= session.total_steps:
             log.info(f"nothing to do: this run is finished, at step {session.step}")
-        for epoch in range(session.step // session.steps_per_epoch, config.epochs):
-            train_epoch(session, epoch, steps, record)
-            metrics = evaluate_epoch(session, record)
-            drops = count_drops(session)
-            errors = (*session.progress.val_errors, 1 - metrics.top1)
-            session.progress = msgspec.structs.replace(session.progress, val_errors=errors)
-            if world.is_main:
-                log.info(
-                    f"epoch {epoch + 1}/{config.epochs}: validation loss {metrics.loss:.4f}, "
-                    f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%} of {metrics.num_samples} images"
-                )
-                if count_drops(session) > drops:
-                    log.info(
-                        f"no better top-1 for {config.schedule.patience} epoch(s): the learning rate is "
-                        f"multiplied by {config.schedule.factor:g} (drop {drops + 1} of "
-                        f"{config.schedule.max_drops})"
-                    )
-            save(session, metrics)
-            stop_if_asked(session)
+        while session.step < session.total_steps:
+            train_epoch(session, session.step // session.steps_per_epoch, steps, record)
+            metrics = finish_epoch(session, record)
     finish_saving(session)
+    return metrics
+
+
+def finish_epoch(session: Session, record: Recorder) -> Metrics:
+    """Evaluate and save after the last step of an epoch, and stop there if asked to and more is to come.
+
+    Raises:
+        InterruptedRunError: a signal asked to stop; a resumed run evaluates first, if this one could not.
+    """
+    config, epoch = session.config, session.step // session.steps_per_epoch
+    try:
+        metrics = evaluate_epoch(session, record)
+    except BrokenOffError:
+        stop_if_asked(session, saved=False)
+        raise
+    drops = count_drops(session)
+    errors = (*session.progress.val_errors, 1 - metrics.top1)
+    session.progress = msgspec.structs.replace(session.progress, val_errors=errors)
+    if session.trainer.world.is_main:
+        log.info(
+            f"epoch {epoch}/{config.epochs}: validation loss {metrics.loss:.4f}, "
+            f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%} of {metrics.num_samples} images"
+        )
+        if count_drops(session) > drops:
+            log.info(
+                f"no better top-1 for {config.schedule.patience} epoch(s): the learning rate is "
+                f"multiplied by {config.schedule.factor:g} (drop {drops + 1} of {config.schedule.max_drops})"
+            )
+    save(session, metrics)
+    if session.step < session.total_steps:
+        stop_if_asked(session)
     return metrics
 
 
@@ -111,9 +108,10 @@ def by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
 
 def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], record: Recorder) -> None:
     """The steps of one epoch from where the session stands; a training row every `log_every` steps."""
-    config, world = session.config, session.trainer.world
+    config, world, row = session.config, session.trainer.world, session.row
     end = (epoch + 1) * session.steps_per_epoch
-    counts, started = Counts(world.device), time.monotonic()
+    if row.num_steps == 0:
+        row.begin()
     base_rate, drops = base_rate_for(config.schedule, config.global_batch), count_drops(session)
     title = f"epoch {epoch + 1}/{config.epochs}"
     with show_progress(title, end - session.step, shown=world.is_main) as progress:
@@ -126,25 +124,27 @@ def train_epoch(session: Session, epoch: int, steps: Iterator[list[Batch]], reco
                 base_rate=base_rate,
                 drops=drops,
             )
-            counts.merge(train_step(session.trainer, next(steps), learning_rate, session.step))
+            row.add(train_step(session.trainer, next(steps), learning_rate, session.step))
             session.step += 1
             note, due = "", session.step < end and is_due(session.step, config.checkpoint_every)
-            if due or is_due(session.step, config.log_every) or session.step == end:
-                metrics = counts.reduce(world)
+            row_due = due or is_due(session.step, config.log_every) or session.step == end
+            if row_due:
+                metrics = row.counts.reduce(world)
                 skipped = heed_guard(session)
-                seconds = time.monotonic() - started
-                images_per_s = (metrics.num_samples + metrics.num_failed) / seconds
+                images_per_s = (metrics.num_samples + metrics.num_failed) / row.seconds
                 noise = session.trainer.noise.read() if session.trainer.noise is not None else None
                 record("train", metrics, learning_rate, images_per_s, skipped, noise)
                 heed_flat_loss(session, metrics)
                 note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
                 note += f", {session.skipped} step(s) skipped" if session.skipped else ""
-                if due:
-                    save(session, None)
-                if session.step < end:  # at the end of the epoch, after it is evaluated and saved
-                    stop_if_asked(session, saved=due)
-                counts, started = Counts(world.device), time.monotonic()
+                row.begin()
+            if due:
+                save(session, None)
+            # At the end of the epoch the question comes after it is evaluated and saved, or between.
+            if session.step < end and (row_due or session.interrupt.is_due(session.step)):
+                stop_if_asked(session, saved=due)
             progress.advance(1, note)
+    world.average_buffers(session.trainer.network)
 
 
 def count_drops(session: Session) -> int:
@@ -158,9 +158,7 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def stop_if_asked(session: Session, *, saved: bool = True) -> None:
-    """Stop all ranks, with the state saved, if a signal has reached any of them.
-
-    Called where a row has just been written, so that no count is under way, and the device was waited for.
+    """Stop all ranks, with the state saved, if a signal has reached any of them. Waits for the device.
 
     Args:
         saved: whether this step is saved already.
@@ -168,7 +166,7 @@ def stop_if_asked(session: Session, *, saved: bool = True) -> None:
         InterruptedRunError: a rank was asked to stop.
         SaveError: it was, and the state could not be saved.
     """
-    if not session.trainer.world.any(bool(session.interrupt)):
+    if not session.interrupt.ask(session.trainer.world, session.step):
         return
     if not saved:
         save(session, None)
@@ -180,9 +178,12 @@ def stop_if_asked(session: Session, *, saved: bool = True) -> None:
 
 
 def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
-    """Metrics of the whole validation split, and their row: of the average of the weights, if one is kept."""
+    """Metrics of the whole validation split, and their row: of the average of the weights, if one is kept.
+
+    Raises:
+        BrokenOffError: a signal has asked a rank to stop.
+    """
     config, trainer, started = session.config, session.trainer, time.monotonic()
-    trainer.world.average_buffers(trainer.network)
     weights: AbstractContextManager[None] = nullcontext()
     if trainer.average is not None:
         # The weights are the same on all ranks; of running statistics, rank 0's are those that are saved.
@@ -200,7 +201,7 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
         ten_crop=config.ten_crop,
         readers=session.readers,
     )
-    with weights:
+    with weights, closing(batches):
         metrics = evaluate(
             trainer.network,
             trainer.normalize,
@@ -208,6 +209,7 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
             trainer.precision,
             trainer.world,
             num_samples=len(session.val_set),
+            stop=lambda: session.interrupt.heard(trainer.world),
         )
     if metrics.num_samples == 0:
         raise UserError(f"none of the {metrics.num_failed} validation images could be read")
@@ -246,48 +248,3 @@ def finish_saving(session: Session) -> None:
         return session.saver.unsaved
 
     session.unsaved = session.trainer.world.from_main(on_main)
-
-
-def _open_records(session: Session, stack: ExitStack) -> Recorder:
-    """Rows to `metrics.jsonl` and TensorBoard on rank 0; nowhere on the others."""
-    folder = session.folder
-    if folder is None:
-        return lambda split, metrics, lr, images_per_s, skipped=0, noise=None: None
-    board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=session.step + 1)
-    stack.callback(board.close)
-    noise_rows = NoiseRows(folder.rows()) if session.config.log_noise_scale else None
-
-    def record(
-        split: str,
-        metrics: Metrics,
-        lr: float,
-        images_per_s: float,
-        skipped: int = 0,
-        noise: NoiseEstimate | None = None,
-    ) -> None:
-        row = Row(
-            split=split,
-            epoch=-(-session.step // session.steps_per_epoch),
-            step=session.step,
-            samples=metrics.num_samples,
-            failed=metrics.num_failed,
-            skipped=skipped,
-            loss=_finite(metrics.loss),
-            top1=_finite(metrics.top1),
-            top5=_finite(metrics.top5),
-            lr=lr,
-            images_per_s=images_per_s,
-            time=time.time(),
-            **(noise_rows.fields(noise) if noise_rows is not None and split == "train" else {}),
-        )
-        folder.append(row)
-        for name, value in msgspec.structs.asdict(row).items():
-            if name not in ("split", "epoch", "step", "time") and isinstance(value, int | float):
-                board.add_scalar(f"{split}/{name}", value, session.step)
-
-    return record
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: null stands for it."""
-    return value if math.isfinite(value) else None

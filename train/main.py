@@ -27,6 +27,7 @@ from data_pipeline.errors import (
 from data_pipeline.faults import visible
 from train.config import RunConfig, make_config, to_json
 from train.distributed import env_launch, env_rank, open_world
+from train.interrupt import remember_signals
 from train.loop import run_epochs
 from train.options import DEFAULT_RECIPE, OPTIONS
 from train.restart import end_run
@@ -51,8 +52,9 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
     with ExitStack() as stack:
+        interrupt = stack.enter_context(remember_signals())  # the last to go: a second signal finds it, too
         world = stack.enter_context(open_world(config.device, config.timeout_s))
-        session = open_session(config, out, resume, world, stack)
+        session = open_session(config, out, resume, world, stack, interrupt)
         started = time.monotonic()
         try:
             metrics = run_epochs(session)

@@ -147,6 +147,21 @@ class NoiseMeter:
         self._steps.append(row)
         self._parts.clear()
 
+    def unread(self) -> Tensor:
+        """What this rank knows of the steps since `read`, for `load` to go on with: float64 (steps, 5)."""
+        return torch.stack(self._steps) if self._steps else torch.zeros(0, 5, dtype=torch.float64)
+
+    def load(self, ranks: Tensor) -> None:
+        """Go on from what every rank knew, with the same or another number of ranks.
+
+        Args:
+            ranks: `unread` of each, (world_size then, steps, 5).
+        """
+        mine = ranks[min(self.world.rank, len(ranks) - 1)].clone()
+        if len(ranks) != self.world.world_size:  # parts add up over the ranks; the rest is the same on all
+            mine[:, :3] = ranks[:, :, :3].sum(0) if self.world.is_main else 0.0
+        self._steps = list(mine.to(self.world.device))
+
     def read(self) -> NoiseEstimate | None:
         """The estimate of the steps since the last call. Waits for the device; every rank must call it.
 

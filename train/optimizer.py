@@ -121,7 +121,7 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over velocities; all else is the configuration's, which a checkpoint may be older than.
+    """Take over velocities and the present rate; all else is the configuration's, which may be newer.
 
     Raises:
         UserError: a state for other parameters.
@@ -129,7 +129,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
     if [group["params"] for group in own] != [group["params"] for group in saved]:
         raise UserError("the checkpoint's velocities are of other parameters: it was made by another recipe")
-    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+    groups = [{**group, "lr": before["lr"]} for group, before in zip(own, saved, strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def start_momentum(optimizer: torch.optim.SGD) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.errors import DivergedError, InterruptedRunError
 from train.checkpoint import write_json
 from train.config import RunConfig
 from train.distributed import Launch
-from train.retention import saved_steps
+from train.retention import restore_replaced, saved_steps
 from train.run_folder import RunFolder, find_resumable, newest_whole
 
 log = logging.getLogger("train")
@@ -66,6 +66,7 @@ def choose_start(out: Path, resume: str, config: RunConfig, launch: Launch | Non
     if run is None:
         checkpoint = find_resumable(out, resume, config)
         return Start(checkpoint.parent.parent if checkpoint is not None else None, checkpoint)
+    restore_replaced(run / "checkpoints")
     saved = saved_steps(run / "checkpoints")
     log.info(
         f"the ranks were started again: going on with {run}{'' if saved else ', which has no checkpoint yet'}"

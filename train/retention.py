@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-WRITING, REMOVING, SET_ASIDE = ".writing-", ".removing-", ".aside-"
-"""Names of what is no checkpoint yet, is none any more, or lies behind the step that a run went back to."""
+WRITING, REMOVING, SET_ASIDE, REPLACED = ".writing-", ".removing-", ".aside-", ".replaced-"
+"""Names of what is no checkpoint yet, is none any more, lies behind the step that a run went back to, or
+makes room for another one of the same step."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -59,8 +60,19 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None, b
     remove_leftovers(folder, aside=True)
 
 
+def restore_replaced(folder: Path) -> None:
+    """Bring back a checkpoint that a killed process had made room for, and not yet filled it."""
+    for path in folder.glob(f"{REPLACED}*"):
+        final = folder / path.name[len(REPLACED) :]
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
+
+
 def remove_leftovers(folder: Path, *, aside: bool = False) -> None:
     """Remove what a killed process was writing or removing; with `aside` what was set aside, too."""
+    restore_replaced(folder)
     for prefix in (WRITING, REMOVING, *([SET_ASIDE] if aside else [])):
         for path in folder.glob(f"{prefix}*"):
             shutil.rmtree(path)

@@ -7,16 +7,17 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.files import fsync_path, write_atomic
+from data_pipeline.files import PatientFile, fsync_path, write_atomic
 from train.checkpoint import Pointer, find_checkpoint, read_manifest, verify_checkpoint, write_json
 from train.config import RunConfig, decode_config
-from train.retention import remove_leftovers, saved_steps, set_aside_after
+from train.retention import remove_leftovers, restore_replaced, saved_steps, set_aside_after
 
 log = logging.getLogger("train")
 
@@ -72,10 +73,28 @@ class RunFolder:
         """Make `best` or `last` name a step."""
         write_json(self.checkpoints / f"{name}.json", pointer)
 
-    def append(self, row: Row) -> None:
-        """Add a row to `metrics.jsonl`."""
-        with self.metrics.open("ab") as file:
-            file.write(msgspec.json.encode(row) + b"\n")
+    def append(self, row: Row) -> OSError | None:
+        """Add a row to `metrics.jsonl`.
+
+        Returns:
+            Why it, and what was kept before, is not in the file yet, if so.
+        """
+        return self._rows_file.append(msgspec.json.encode(row) + b"\n")
+
+    def sync_rows(self) -> None:
+        """Return when all rows so far are on the disk: a checkpoint that knows of them may follow.
+
+        Raises:
+            SaveError: the disk does not take them; they are kept.
+        """
+        try:
+            self._rows_file.sync()
+        except OSError as error:
+            raise SaveError(f"the rows of {self.metrics} could not be written: {error.strerror}") from error
+
+    @cached_property
+    def _rows_file(self) -> PatientFile:
+        return PatientFile(self.metrics)
 
     def rows(self) -> list[Row]:
         """The rows so far, in order; not half a line at the end."""
@@ -119,6 +138,8 @@ def create_run(out: Path, config: RunConfig) -> RunFolder:
             continue
         write_json(path / "config.json", config)
         (path / "checkpoints").mkdir()
+        fsync_path(path)
+        fsync_path(out)
         return RunFolder(path)
     raise UserError(f"{out} holds a thousand runs of this second")
 
@@ -140,6 +161,7 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         return None
     if resume != "auto":
         folder = Path(resume)
+        restore_replaced(folder / "checkpoints")
         # Of a run, whatever its pointers say, the newest whole one: a crash can leave them behind.
         folder = newest_whole(folder) if saved_steps(folder / "checkpoints") else find_checkpoint(folder)
         if folder.parent.name != "checkpoints":
@@ -152,6 +174,7 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         return folder
     for run in sorted(out.glob(f"{config.recipe}-*"), key=lambda run: run.name, reverse=True):
         folder = run / "checkpoints"
+        restore_replaced(folder)
         begun = saved_steps(folder) or (folder / "last.json").exists()
         if begun and (earlier := _run_config(run)).recipe == config.recipe:
             _check_same(config, earlier, run)

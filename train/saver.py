@@ -68,9 +68,13 @@ class Saver:
         self._thread.shutdown(wait=True)
 
     def _write(self, state: State) -> None:
-        """What the thread does: nothing points to it, and nothing is removed, before it is on the disk."""
+        """What the thread does: nothing points to it, and nothing is removed, before it is on the disk.
+
+        Nor is it there before the rows up to it, which a resumed run would not write again.
+        """
         top1 = state.metrics.get("top1")
         try:
+            self.folder.sync_rows()
             save_checkpoint(self.folder.checkpoints, state)
             if top1 is not None and (self.best is None or top1 > (self.best.top1 or 0.0)):
                 self.best = Pointer(step=state.step, top1=top1)

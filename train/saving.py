@@ -18,7 +18,7 @@ from data_pipeline.files import fsync_path
 from data_pipeline.index import Contents
 from train.checkpoint import FORMAT, MANIFEST, STATE, Manifest, Progress, write_json
 from train.config import RunConfig
-from train.retention import REMOVING, WRITING, step_folder
+from train.retention import REPLACED, WRITING, step_folder
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def save_checkpoint(folder: Path, state: State) -> Path:
     Raises:
         SaveError: the disk is full, or cannot be written to; what was there before is untouched.
     """
-    final, temporary = step_folder(folder, state.step), folder / f"{WRITING}{state.step:08d}"
+    final = step_folder(folder, state.step)
+    temporary, replaced = folder / f"{WRITING}{final.name}", folder / f"{REPLACED}{final.name}"
     state.wait_until_copied()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,11 @@ def save_checkpoint(folder: Path, state: State) -> Path:
         write_json(temporary / MANIFEST, manifest)
         fsync_path(temporary)
         if final.exists():
-            final.rename(folder / f"{REMOVING}{final.name}")
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         fsync_path(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(f"checkpoint {final} could not be written: {error.strerror}") from error

@@ -29,6 +29,7 @@ from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
 from train.noise_scale import NoiseMeter
+from train.open_row import OpenRow
 from train.optimizer import load_optimizer, make_optimizer, start_momentum
 from train.precision import choose_precision
 from train.restart import choose_start, claim_run
@@ -50,8 +51,10 @@ class Session:
         step: optimiser steps finished.
         readers: processes that read ahead, if any.
         saver: what writes checkpoints; None on the ranks other than 0.
+        row: what was counted since the last training row.
+        unevaluated: whether the epoch that ended with the last step has not been evaluated yet.
         progress: the run's course so far, which is the same on all ranks.
-        skipped: steps that the guard has skipped since the run began.
+        skipped: steps that the guard had skipped when the last row was written.
         unsaved: why the last checkpoint could not be written, if so; known when the run ends or is stopped.
         held_up_s: for how long training has waited for checkpoints, in seconds.
         interrupt: whether a signal has asked this rank to stop.
@@ -70,6 +73,8 @@ class Session:
     steps_per_epoch: int
     step: int
     saver: Saver | None
+    row: OpenRow
+    unevaluated: bool
     progress: Progress
     skipped: int = 0
     unsaved: str | None = None
@@ -82,13 +87,22 @@ class Session:
         return self.config.epochs * self.steps_per_epoch
 
 
-def open_session(config: RunConfig, out: Path, resume: str, world: World, stack: ExitStack) -> Session:
+def open_session(
+    config: RunConfig,
+    out: Path,
+    resume: str,
+    world: World,
+    stack: ExitStack,
+    interrupt: Interrupt | None = None,
+) -> Session:
     """Load the data, build or resume the model, choose backend and precision; rank 0 says what was chosen.
 
     Args:
         out: folder in which the run's folder is made, or looked for.
         resume: see `train.restart.choose_start`.
         stack: closes what must be closed.
+        interrupt: remembers signals from the end of this call on; before that there is nothing to save, and
+            a signal ends the process. None to make one.
     Raises:
         UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
     """
@@ -159,6 +173,10 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         run = folder.path if folder is not None else None
         crop_px = config.preprocessing.crop_px
         prepare_step(trainer.parallel, micro_batch, crop_px, trainer.precision, world, run)
+    row, open_row = OpenRow(world, trainer.noise), checkpoint.parts["row"] if checkpoint is not None else {}
+    row.load_state_dict(open_row)
+    interrupt = interrupt or stack.enter_context(remember_signals())
+    interrupt.listen()
     return Session(
         config=config,
         trainer=trainer,
@@ -173,9 +191,11 @@ def open_session(config: RunConfig, out: Path, resume: str, world: World, stack:
         steps_per_epoch=num_steps,
         step=step,
         saver=saver,
+        row=row,
+        unevaluated=step > 0 and step % num_steps == 0 and not (checkpoint and "top1" in checkpoint.metrics),
         progress=checkpoint.progress if checkpoint is not None else Progress(),
-        skipped=trainer.guard.read().total,
-        interrupt=stack.enter_context(remember_signals()),
+        skipped=int(open_row.get("skipped", trainer.guard.read().total)),
+        interrupt=interrupt,
     )
 
 

@@ -40,7 +40,7 @@ def snapshot(session: Session, metrics: Metrics | None) -> State | None:
     Returns:
         On rank 0 the state; on the others None.
     """
-    parts = gather_parts(session.trainer)
+    parts = gather_parts(session.trainer) | {"row": session.row.state_dict(session.skipped)}
     if session.saver is None:
         return None
     figures = {}

@@ -1,0 +1,63 @@
+"""Ranks whose run is stopped after every step and gone on with: torchrun … -m tests.stopping_ranks OPTIONS...
+
+OPTIONS are overrides of the demo recipe. Two runs are made in `whole/` and `stopped/`: one undisturbed, and
+one in which a rank, in turn, sends itself SIGUSR1: in the middle of the first step after each start, or,
+where a start evaluates first, in that evaluation. Rank 0 prints as JSON at which steps it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from data_pipeline.errors import InterruptedRunError
+from train.config import make_config
+from train.distributed import env_rank
+from train.main import train
+from train.model import AlexNet
+
+
+class Sender:
+    """Sends this process the signal in the second training pass of a session, or in its first evaluation."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.passes = 0
+        whole = AlexNet.forward
+
+        def forward(network: AlexNet, images: Tensor) -> Tensor:
+            self.passes += 1
+            if self.armed and (self.passes == 2 or not network.training):
+                self.armed = False
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return whole(network, images)
+
+        AlexNet.forward = forward  # type: ignore[assignment, method-assign]
+
+
+def main(overrides: list[str]) -> None:
+    """Make both runs."""
+    del os.environ["TORCHELASTIC_RUN_ID"]  # each start is to count as a launch of its own
+    config, sender, stops, start = make_config("demo", overrides), Sender(), [], 0
+    train(config, Path("whole"), "none")
+    while True:
+        start += 1
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)  # a new place to meet
+        sender.passes, sender.armed = 0, start % 2 == env_rank()
+        try:
+            train(config, Path("stopped"), "auto")
+        except InterruptedRunError as error:
+            stops.append(int(str(error).split(" at step ")[1].split(",")[0]))
+        else:
+            break
+    if env_rank() == 0:
+        print(json.dumps(stops))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,83 @@
+"""A run may be stopped anywhere: it goes on to the same bits, and its files tell the truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.ranks import TINY, comparable, link_subset, read_rows, run_command
+from train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from train.distributed import World
+from train.metrics import Counts
+from train.open_row import OpenRow
+
+ANYWHERE = (
+    *TINY, "log_every=2", "model.name=bn", "model.dropout=0.5", "epochs=2", "global_batch=30",
+    "micro_batch=5", "augment.crop=random_resized", "augment.mixup=0.2", "ema_decay=0.5",
+    "log_noise_scale=true", "keep_checkpoints=1",
+)  # fmt: skip
+
+
+def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
+    """All that two checkpoints hold is equal, to the bit; apart from what the clock says."""
+    assert found.step == expected.step
+    assert (found.samples_seen, found.progress) == (expected.samples_seen, expected.progress)
+    for name, part in expected.parts.items():
+        for path, value in leaves(part):
+            assert equal(dict(leaves(found.parts[name]))[path], value), (name, path)
+    assert found.metrics == expected.metrics
+
+
+def leaves(value: object, *path: object) -> list[tuple[tuple[object, ...], object]]:
+    """What stands in nested dicts and lists, each with its path."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, *path, key)]
+    if isinstance(value, list | tuple):
+        return [leaf for number, inner in enumerate(value) for leaf in leaves(inner, *path, number)]
+    return [(path, value)]
+
+
+def equal(one: object, other: object) -> bool:
+    """Whether two values are the same, tensors to the bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
+
+
+def test_a_run_stopped_after_every_step_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
+    """Stopped in the middle of accumulation, of a row, and of evaluation, by one rank or the other."""
+    data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=20)
+    sets = [*ANYWHERE, f"data.root={data}"]
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = run_command([*launcher, "-m", "tests.stopping_ranks", *sets], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # At the end of an epoch twice: its evaluation is broken off, and made by the next start.
+    assert json.loads(done.stdout) == [1, 2, 3, 3, 4, 5, 6]
+    (whole,), (stopped,) = (list((tmp_path / name).iterdir()) for name in ("whole", "stopped"))
+    assert_same(*(load_checkpoint(find_checkpoint(run, pointer="last")) for run in (stopped, whole)))
+    assert [row["step"] for row in read_rows(whole, "train")] == [2, 3, 4, 6]
+    for split in ("train", "val"):
+        assert comparable(read_rows(stopped, split)) == comparable(read_rows(whole, split))
+
+
+def test_a_row_that_was_being_counted_is_gone_on_with_by_other_numbers_of_ranks() -> None:
+    """Two ranks' counts, as a checkpoint has them; nothing is lost or doubled on 2, 1 and 3 ranks."""
+    state = {
+        "integers": torch.tensor([[5, 1, 2, 0], [7, 3, 4, 1]]),
+        "loss_sums": torch.tensor([0.5, 0.25], dtype=torch.float64),
+        "noise": None, "num_steps": 2, "skipped": 0, "seconds": 3.0,
+    }  # fmt: skip
+    for world_size, expected in ((2, [[5, 1, 2, 0], [7, 3, 4, 1]]), (1, [[12, 4, 6, 1]]),
+                                 (3, [[12, 4, 6, 1], [0] * 4, [0] * 4])):  # fmt: skip
+        rows = []
+        for rank in range(world_size):
+            row = OpenRow(World(rank, world_size, rank, world_size, torch.device("cpu")), None)
+            row.load_state_dict(state)
+            rows.append(row)
+            assert row.num_steps == 2 and 3 <= row.seconds < 60
+        assert [row.counts.integers.tolist() for row in rows] == expected
+        assert sum(row.counts.loss_sum.item() for row in rows) == 0.75
+        rows[0].add(Counts(torch.device("cpu")))
+        assert rows[0].num_steps == 3
