@@ -215,9 +215,19 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
             data = file.read()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path, which no file system has
+        raise ImageError(f"cannot be read: {error}") from error
     if not data:
         raise ImageError("empty file")
     return data
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link in a circle is not, and fails when it is read."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_image(name: str) -> bool:
@@ -267,7 +277,7 @@ def _walk(
         watch.note(folder)
     for entry in list_entries(folder):
         name = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_dir():
+        if _is_folder(entry):
             if recursive:
                 yield from _walk(entry.path, name, recursive, parents | {identity}, watch)
         elif is_image(entry.name):

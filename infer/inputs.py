@@ -26,6 +26,8 @@ log = logging.getLogger("infer")
 STDIN = "-"
 LIST_MARK = "@"
 SHARD_SUFFIX = ".tar"
+MAX_PATH_BYTES = 1 << 16
+"""Of a line in a list: far above what Linux takes for a path."""
 _PIECE = 1 << 16
 
 _Part = Callable[[], Iterator[Item]]
@@ -58,11 +60,13 @@ def find_inputs(
         arguments: each a file, whatever its suffix; a folder, whose images come in byte order; a tar shard,
             whose images come as they lie in it; a glob (`**` enters folders), where no file has that name;
             `@list.txt`, a file of paths; or `-`, such a list on stdin. In a list, paths end with their line,
-            or with a NUL if there is any, and a path in it that cannot be read becomes an error row.
+            or with a NUL if there is any; tar shards in it are read, and what cannot be read becomes an
+            error row.
         recursive: whether to enter folders inside folders.
         stdin: where `-` is read; None for the process's own.
     Raises:
-        UserError: a file or folder that does not exist, a glob without a match, or no input at all.
+        UserError: a file or folder that does not exist, a glob without a match, what is no list, or no input
+            at all.
     """
     parts: list[_Part] = []
     counts: list[int | None] = []
@@ -82,9 +86,11 @@ def find_inputs(
 
 def _parts_of(argument: str, recursive: bool, stdin: BinaryIO | None) -> Iterator[tuple[_Part, int | None]]:
     if argument == STDIN:
-        yield partial(_listed, stdin or sys.stdin.buffer), None
+        yield partial(_items, partial(_listed, stdin or sys.stdin.buffer, "stdin")), None
     elif argument.startswith(LIST_MARK):
-        yield _packed(_read_list(argument[len(LIST_MARK) :]))
+        names = _read_list(argument[len(LIST_MARK) :])
+        shards = any(name.endswith(SHARD_SUFFIX) for name in names)
+        yield partial(_items, partial(map, Path, names)), None if shards else len(names)
     elif os.path.lexists(argument):
         yield _existing(argument, recursive)
     elif glob.has_magic(argument):
@@ -115,18 +121,31 @@ def _packed(names: PackedNames) -> tuple[_Part, int]:
 def _read_list(path: str) -> PackedNames:
     try:
         with Path(path).open("rb") as file:
-            return PackedNames.pack(os.fspath(name) for name in _listed(file))
+            return PackedNames.pack(os.fspath(name) for name in _listed(file, path))
     except OSError as error:
         raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
 
 
-def _listed(stream: BinaryIO) -> Iterator[Path]:
+def _items(paths: Callable[[], Iterator[Path]]) -> Iterator[Item]:
+    """What a list's paths stand for: of a tar shard, its images."""
+    for path in paths():
+        if path.suffix == SHARD_SUFFIX:
+            yield from _members(str(path))
+        else:
+            yield path
+
+
+def _listed(stream: BinaryIO, name: str) -> Iterator[Path]:
     """The paths of a list, as they come; ended by NULs if the first piece holds one (`find -print0`)."""
     piece, rest = stream.read1(_PIECE), b""  # type: ignore[attr-defined]
     end = b"\0" if b"\0" in piece else b"\n"
     while piece:
         *names, rest = (rest + piece).split(end)
         yield from _named(names, end)
+        if len(rest) > MAX_PATH_BYTES:
+            raise UserError(
+                f"{printable(name)} is no list of paths: a line has more than {MAX_PATH_BYTES} bytes"
+            )
         piece = stream.read1(_PIECE)  # type: ignore[attr-defined]
     yield from _named([rest], end)
 
@@ -144,9 +163,10 @@ def _members(shard: str) -> Iterator[Readable]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in walk_tar(tar, Path(shard)):
-                if member.isreg() and is_image(member.name.rpartition("/")[2]):
+                if not member.isdir() and is_image(member.name.rpartition("/")[2]):
                     found += 1
-                    read = ShardMember(shard, member.offset_data, member.size)
+                    plain = member.isreg() and not member.issparse()
+                    read = ShardMember(shard, member.offset_data, member.size) if plain else _NO_FILE
                     yield Readable(Path(shard, member.name.lstrip("/")), read)
     except (tarfile.TarError, OSError, EOFError) as error:
         reason = f"no whole tar file, {found} images before the damage: {error}"
@@ -189,3 +209,6 @@ class Unreadable:
 
     def __call__(self, max_bytes: int) -> bytes:
         raise ImageError(self.reason)
+
+
+_NO_FILE = Unreadable("a link or another thing in a tar shard that is no plain file: it is not followed")

@@ -13,6 +13,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import ImageError, printable
+from data_pipeline.index import read_file
 from data_pipeline.loader import Readable
 from infer.inputs import Inputs, find_inputs
 from infer.predict import path_of
@@ -62,7 +63,11 @@ def test_a_link_to_its_own_parent_is_not_followed(tmp_path: Path) -> None:
     touch(tmp_path, "a/0.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "a")
-    assert names(find_inputs([tmp_path]), tmp_path) == ["a/0.jpg", "linked/0.jpg"]
+    (tmp_path / "circle.jpg").symlink_to("circle.jpg")
+    assert names(find_inputs([tmp_path]), tmp_path) == ["a/0.jpg", "circle.jpg", "linked/0.jpg"]
+    for path, words in ((tmp_path / "circle.jpg", "Too many levels"), (Path("nul\0.jpg"), "embedded null")):
+        with pytest.raises(ImageError, match=f"cannot be read: {words}"):
+            read_file(path, 1000)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\0"])
@@ -76,6 +81,29 @@ def test_lists_name_paths_that_need_not_be_there(tmp_path: Path, end: bytes) -> 
     assert [str(item) for item in from_stdin] == expected and from_stdin.total is None
 
 
+def test_shards_in_a_list_are_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar")
+    lines = [tmp_path / "a.jpg", tmp_path / "s.tar", tmp_path / "gone.tar"]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, lines)))
+    found = find_inputs([f"@{tmp_path}/list.txt"])
+    assert found.total is None, "nobody knows how many images a shard holds"
+    members = [f"s.tar/{name}" for name in ("000.jpg", "deep/001.PNG", "002.webp", "003.jpg", "004.jpg")]
+    for _ in range(2):
+        assert names(found, tmp_path) == ["a.jpg", *members, "gone.tar"]
+    stdin = io.BytesIO((tmp_path / "list.txt").read_bytes())
+    assert names(find_inputs(["-"], stdin=stdin), tmp_path) == ["a.jpg", *members, "gone.tar"]
+
+
+def test_what_is_no_list_is_refused_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"a.jpg\n" + b"x" * (1 << 18))
+    with pytest.raises(UserError, match=r"list.txt is no list of paths: a line has more than 65536 bytes"):
+        find_inputs([f"@{tmp_path}/list.txt"])
+    walk = iter(find_inputs(["-"], stdin=io.BytesIO((tmp_path / "list.txt").read_bytes())))
+    assert str(next(walk)) == "a.jpg"
+    with pytest.raises(UserError, match="stdin is no list of paths"):
+        next(walk)
+
+
 def test_names_with_line_ends_in_a_list_of_nuls() -> None:
     found = find_inputs(["-"], stdin=io.BytesIO(b"a\nb.jpg\0c\n\nd.jpg\0"))
     assert [str(item) for item in found] == ["a\nb.jpg", "c\n\nd.jpg"]
@@ -87,21 +115,29 @@ def write_shard(path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(name)
             tar.addfile(info, io.BytesIO(name.encode()))
-        link = tarfile.TarInfo("003.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
+        for name, kind in (
+            ("003.jpg", tarfile.SYMTYPE),
+            ("004.jpg", tarfile.LNKTYPE),
+            ("f.jpg", tarfile.DIRTYPE),
+        ):
+            odd = tarfile.TarInfo(name)
+            odd.type, odd.linkname = kind, "/etc/passwd"
+            tar.addfile(odd)
 
 
 def test_tar_shards_give_their_images_and_follow_no_links(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar")
     found = list(find_inputs([tmp_path / "*.tar"]))
     assert names(find_inputs([tmp_path / "s.tar"]), tmp_path) == [
-        "s.tar/000.jpg", "s.tar/deep/001.PNG", "s.tar/002.webp"
+        "s.tar/000.jpg", "s.tar/deep/001.PNG", "s.tar/002.webp", "s.tar/003.jpg", "s.tar/004.jpg"
     ]  # fmt: skip
     assert all(isinstance(item, Readable) for item in found)
-    assert [item.read(100) for item in found if isinstance(item, Readable)] == [
+    assert [item.read(100) for item in found[:3] if isinstance(item, Readable)] == [
         b"000.jpg", b"deep/001.PNG", b"002.webp"
     ]  # fmt: skip
+    for link in found[3:]:
+        with pytest.raises(ImageError, match=r"a link or another thing .* it is not followed"):
+            link.read(100)  # type: ignore[union-attr]
     with pytest.raises(ImageError, match="7 bytes is above the limit of 6"):
         found[0].read(6)  # type: ignore[union-attr]
 
