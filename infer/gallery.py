@@ -38,30 +38,30 @@ background:Canvas;border-bottom:1px solid #8886;z-index:1}
 form input[type=search]{min-width:14rem}
 form input[type=number]{width:4.5rem}
 output{margin-left:auto;font-variant-numeric:tabular-nums}
-table{width:100%;border-collapse:collapse}
+table{width:100%;border-collapse:collapse;table-layout:fixed}
 th{text-align:left;padding:.4rem}
 th button{font:inherit;font-weight:600;background:none;border:0;padding:0;cursor:pointer;color:inherit}
 th button[data-sorted=up]::after{content:" \\2191"}
 th button[data-sorted=down]::after{content:" \\2193"}
-td{border-top:1px solid #8884;padding:.4rem;vertical-align:top}
-td:first-child{width:96px}
-td.path{overflow-wrap:anywhere;width:35%}
+th:first-child{width:96px}
+th:nth-child(2){width:33%}
+td{border-top:1px solid #8884;padding:.4rem;vertical-align:top;overflow-wrap:anywhere}
 img,.none{display:block;width:96px;height:96px;border-radius:4px}
 img{object-fit:cover}
 .none{height:3rem;background:color-mix(in srgb,var(--red) 15%,Canvas);display:grid;place-items:center;
 font-size:1.5rem}
 .bar{display:grid;grid-template-columns:minmax(4rem,12rem) minmax(3rem,1fr) 4rem;gap:.6rem;
-align-items:center}
-.bar span:first-child{overflow-wrap:anywhere}
-.bar i{height:.6rem;border-radius:3px;background:#3a7bd5}
+align-items:start}
+.bar i{height:.6em;margin-top:.4em;border-radius:3px;background:#3a7bd5}
 .bar span:last-child{text-align:right;font-variant-numeric:tabular-nums}
 .bar:not(:first-child){opacity:.65;font-size:.9em}
 .error td{color:var(--red)}
 tr[hidden]{display:none!important}
 @media(max-width:640px){
-tr{display:grid;grid-template-columns:110px 1fr}
+tr{display:grid;grid-template-columns:110px minmax(0,1fr)}
 thead tr{display:flex;flex-wrap:wrap;gap:0 1rem}
-td.path,td:last-child{grid-column:2;width:auto}
+thead tr th{width:auto}
+td.path,td:last-child{grid-column:2}
 td.path+td{border-top:0;padding-top:0}
 td:first-child{grid-row:1/3}
 }

@@ -1,16 +1,12 @@
-"""The Python interface and the command built on it: arrays, Pillow images, shards, ten crops, the gallery."""
+"""The Python interface and the command built on it: arrays, Pillow images, shards, ten crops, going on."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import re
 import shutil
-import subprocess
 import tarfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,99 +221,6 @@ def test_resume_goes_on_in_the_file(bundle: Bundle, files: list[Path], tmp_path:
     }.items():
         refused = invoke(*options, *wrong)
         assert refused.exit_code == 2 and words in refused.stderr
-
-
-def write_gallery(bundle: Bundle, files: list[Path], folder: Path) -> Path:
-    shutil.copy(files[0], folder / "<b>&'\".png")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
-    output = folder / "gallery.html"
-    inputs = [*files[:5], folder / "<b>&'\".png", folder / "broken.jpg", folder / "gone.jpg"]
-    rows = folder / "rows.jsonl"
-    options = ("--model", bundle.folder, "--device", "cpu", "--output", rows, "--html", output)
-    result = invoke(*inputs[:-1], *options)
-    assert result.exit_code == 3, result.stderr
-    assert len((folder / "rows.jsonl").read_bytes().splitlines()) == 7
-    return output
-
-
-def test_the_gallery_is_escaped_and_holds_everything(
-    bundle: Bundle, files: list[Path], tmp_path: Path
-) -> None:
-    page = write_gallery(bundle, files, tmp_path).read_text()
-    assert page.count('<img alt="" src="data:image/jpeg;base64,') == 6 and page.count('class="error"') == 1
-    assert "&lt;b&gt;&amp;&#x27;&quot;.png" in page and "<b>" not in page
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "http" not in page.replace("http-equiv", "")
-    assert "default-src &#x27;none" in page or "default-src 'none'" in page
-    assert "7 images, 1 of them could not be read" in page
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """A real Chromium without a window: gives the page as its script left it."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium); there is none here")
-    profile = tmp_path_factory.mktemp("profile")
-
-    def open_page(address: str, *options: str) -> str:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-        done = subprocess.run(
-            [program, *flags, f"--user-data-dir={profile}", *options, address],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-            env={**os.environ, "HOME": str(profile)},
-        )
-        return done.stdout
-
-    return open_page
-
-
-def test_the_gallery_sorts_and_filters_in_a_browser(
-    bundle: Bundle, files: list[Path], tmp_path: Path, browser: Callable[..., str]
-) -> None:
-    page = write_gallery(bundle, files, tmp_path)
-
-    def shown(state: str) -> tuple[list[str], str]:
-        document = browser(f"{page.as_uri()}#{state}")
-        rows = re.findall(r"<tr([^>]*)><td>", document)
-        visible = [row for row in rows if "hidden" not in row]
-        message = re.search(r"<output>([^<]*)</output>", document)
-        assert len(rows) == 7 and message is not None
-        assert 'errors only<span id="count"> (1)</span>' in document
-        return [re.search(r'data-n="(\d+)"', row)[1] for row in visible], message[1]  # type: ignore[index]
-
-    assert shown("") == ([str(n) for n in range(7)], "7 of 7 shown")
-    assert shown("errors=1") == (["6"], "1 of 7 shown")
-    assert shown("find=%3Cb%3E") == (["5"], "1 of 7 shown")
-    text = page.read_text()
-    values = {n: float(p) for n, p in re.findall(r'data-n="(\d+)" data-p="([-\d.]+)"', text) if n != "6"}
-    least_first, _ = shown("sort=probability")
-    assert least_first == [*sorted(values, key=lambda n: (values[n], int(n))), "6"] != sorted([*values, "6"])
-    best_first, _ = shown("sort=-probability")
-    assert best_first == [*sorted(values, key=lambda n: (-values[n], int(n))), "6"]
-    below, _ = shown("below=60")
-    assert below == [n for n in sorted(values) if values[n] < 0.6]
-
-
-@pytest.mark.parametrize("width", [1200, 500])
-def test_the_gallery_shows_pictures_and_bars_at_any_width(
-    bundle: Bundle, files: list[Path], tmp_path: Path, browser: Callable[..., str], width: int
-) -> None:
-    page, picture = write_gallery(bundle, files, tmp_path), tmp_path / "page.png"
-    browser(page.as_uri(), f"--screenshot={picture}", f"--window-size={width},1500")
-    with Image.open(picture) as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    assert pixels.shape == (1500, width, 3)
-    blue = np.abs(pixels - (0x3A, 0x7B, 0xD5)).max(axis=2) < 8
-    red = (pixels[..., 0] - pixels[..., 1:].max(axis=2) > 80).sum()
-    assert blue.any(axis=0).sum() > 48, "the longest bar is no line"
-    assert blue.any(axis=1).sum() > 6 * 6, "six bars of best classes"
-    assert red > 100, "the error's text"
-    for margin in (pixels[:, :14], pixels[:, -14:]):
-        assert margin.min() > 240, "nothing runs out of the page"
 
 
 def test_find_inputs_feeds_the_predictor(bundle: Bundle, files: list[Path]) -> None:
