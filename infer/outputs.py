@@ -25,7 +25,7 @@ SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "pa
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class KeptRow(NamedTuple):

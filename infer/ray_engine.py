@@ -111,10 +111,9 @@ def _run(
     options: PredictOptions, job: JobFolder, bundle: Bundle, missing: list[int], kept_rows: int
 ) -> Iterator[PartResult]:
     """The results of parts, as they come; a failure ends the run."""
-    wants_gpu = options.device == "cuda" or options.backend == "trt"
     no_gpus = options.device == "cpu"
     with ray_cluster(options.address or LOCAL, workers=options.workers, no_gpus=no_gpus) as ray:
-        share = _share(machines_of(ray), options, wants_gpu)
+        share = share_cluster(machines_of(ray), options)
         told = WorkerOptions(
             folder=str(job.folder),
             job_sha256=digest_of(job.folder),
@@ -142,9 +141,17 @@ def _run(
                 yield result
 
 
-def _share(machines: list[tuple[int, int]], options: PredictOptions, wants_gpu: bool) -> Share:
+def share_cluster(machines: list[tuple[int, int]], options: PredictOptions) -> Share:
+    """How many workers, and what each holds: a GPU where there are any, unless they are not wanted.
+
+    Args:
+        machines: cores and GPUs of each machine.
+        options: the command's.
+    Raises:
+        UserError: a GPU was asked for and there is none, or more workers than there is room for.
+    """
     has_gpu = any(gpus for _, gpus in machines)
-    if wants_gpu and not has_gpu:
+    if not has_gpu and (options.device == "cuda" or options.backend == "trt"):
         what = "--device cuda" if options.device == "cuda" else "--backend trt"
         raise UserError(f"{what} cannot be had: the Ray cluster has no GPU")
     if has_gpu and options.device != "cpu":

@@ -109,6 +109,10 @@ def check_contract(engine: Any, bundle: Bundle) -> None:
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     if names != {INPUT_NAME, OUTPUT_NAME}:
         raise CorruptFileError(f"{bundle.engine_path} has other tensors than its bundle: {sorted(names)}")
+    if (profiles := engine.num_optimization_profiles) != 1:  # a context serves one profile
+        raise CorruptFileError(
+            f"{bundle.engine_path} has {profiles} optimisation profiles, and its bundle one"
+        )
     dtypes = {name: engine.get_tensor_dtype(name).name.lower() for name in names}
     if dtypes != {INPUT_NAME: "uint8", OUTPUT_NAME: "float"}:
         raise CorruptFileError(f"{bundle.engine_path} has other types than its bundle: {dtypes}")

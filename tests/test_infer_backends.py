@@ -186,6 +186,7 @@ def test_calls_of_the_engine_match_tensorrts_own_signatures() -> None:
             assert part in getattr(owner, name).__doc__, (name, getattr(owner, name).__doc__)
     assert isinstance(trt.ICudaEngine.name, property)
     assert isinstance(trt.ICudaEngine.num_io_tensors, property)
+    assert isinstance(trt.ICudaEngine.num_optimization_profiles, property)
     assert (trt.DataType.UINT8.name, trt.DataType.FLOAT.name) == ("UINT8", "FLOAT")
     messages: list[str] = []
     logger = make_logger(trt, messages)

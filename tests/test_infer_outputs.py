@@ -112,6 +112,23 @@ def test_parquet_that_was_cut_off_goes_on_from_its_journal(tmp_path: Path) -> No
     assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
 
 
+def test_a_parquet_journal_that_was_cut_within_a_row_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, journal = tmp_path / "rows.parquet", tmp_path / "rows.parquet.rows.jsonl"
+    write("jsonl", journal, ROWS, append=False)
+    whole = journal.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1, len(whole)):
+        journal.write_bytes(whole[:size])
+        kept = list(kept_rows("parquet", path, 2))
+        assert len(kept) == whole[:size].count(b"\n")
+        write("parquet", path, ROWS[len(kept) :], append=True)
+        assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
+        assert not journal.exists()
+        path.unlink()
+    assert "rows.parquet.rows.jsonl ended within a row, which is done again" in caplog.text
+
+
 def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write("jsonl", path, ROWS, append=False)

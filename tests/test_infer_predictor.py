@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import tarfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet import main
@@ -21,10 +23,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.index import load_image_folder
 from data_pipeline.loader import eval_batches
 from infer import Predictor, find_inputs
-from infer.backends import OnnxBackend
+from infer.backends import BackendName, OnnxBackend, probe_machine, why_no_engine
 from infer.bundle import Bundle
 from infer.images import DecoderName, open_decoder, run_valid, valid_images
-from infer.predict import ErrorRow, OkRow, Row
+from infer.predict import ErrorRow, OkRow, Row, predict
+from tests.images import broken, encode, kinds, photo
 from tests.infer_samples import data_folder, exported, images_in
 
 
@@ -228,3 +231,72 @@ def test_find_inputs_feeds_the_predictor(bundle: Bundle, files: list[Path]) -> N
     with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
         rows = list(predictor(find_inputs(["-"], stdin=buffer)))
         assert [row.path for row in rows] == [str(path) for path in files[:2]]
+
+
+def files_of_every_kind(folder: Path) -> list[Path]:
+    """Every kind of file that we promise to read, photos of many sizes, and files that are no whole image."""
+    photos = {
+        f"photo {i}": encode(photo(200 + 61 * i, 500 - 47 * i, i), "JPEG", quality=75) for i in range(6)
+    }
+    paths = []
+    for number, content in enumerate((kinds() | photos | broken()).values()):
+        paths.append(folder / f"{number:02d}")
+        paths[-1].write_bytes(content)
+    return paths
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_dali_and_pillow_give_the_same_rows(
+    bundle: Bundle, tmp_path: Path, device: Literal["cpu", "cuda"]
+) -> None:
+    paths = files_of_every_kind(tmp_path)
+    rows = {}
+    for decoder in ("dali", "pillow"):
+        with Predictor(bundle.folder, device=device, decoder=decoder, batch_size=8, top=10) as predictor:
+            rows[decoder] = list(predictor(paths))
+    errors = [row for row in rows["pillow"] if isinstance(row, ErrorRow)]
+    assert len(rows["pillow"]) == len(paths) and len(errors) == len(broken())
+    for one, other in zip(rows["dali"], rows["pillow"], strict=True):
+        if isinstance(other, ErrorRow):
+            assert one == other, "the same reason"
+        else:
+            assert dict(found(one)) == pytest.approx(dict(found(other)), abs=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["onnx", "trt"])
+def test_on_a_gpu_the_model_reads_what_dali_decoded_there(
+    bundle: Bundle, tmp_path: Path, name: BackendName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "trt" and (reason := why_no_engine(bundle, probe_machine())):
+        pytest.skip(reason)
+    paths = files_of_every_kind(tmp_path)
+    with Predictor(bundle.folder, device="cpu", decoder="pillow", batch_size=8, top=10) as predictor:
+        expected = list(predictor(paths))
+    with Predictor(bundle.folder, backend=name, device="cuda", batch_size=8, top=10) as predictor:
+        monkeypatch.setattr(predictor.backend, "run", None)  # what takes images from the host
+        for one, other in zip(predictor(paths), expected, strict=True):
+            if isinstance(other, OkRow):
+                assert dict(found(one)) == pytest.approx(dict(found(other)), abs=2e-3)
+            else:
+                assert one == other
+
+
+@pytest.mark.parametrize("decoder", ["dali", "pillow"])
+def test_batches_are_full_and_the_last_is_partial(
+    bundle: Bundle, files: list[Path], decoder: DecoderName
+) -> None:
+    sizes = []
+
+    class Watched(OnnxBackend):
+        def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            sizes.append(len(images_NHWC))
+            return super().run(images_NHWC)
+
+    backend = Watched(bundle, "cpu")
+    for batch_size, expected in ((4, [4, 4, 4, 4, 3]), (8, [8, 8, 3]), (1, [1] * 19)):
+        sizes.clear()
+        inputs = itertools.islice(itertools.cycle(files), 19)  # no length to look at
+        rows = list(predict(inputs, bundle, backend, batch_size=batch_size, decoder=decoder))
+        assert len(rows) == 19 and sizes == expected
+    backend.close()

@@ -21,8 +21,12 @@ import pytest
 from click.testing import CliRunner
 
 from alexnet import main
+from data_pipeline.errors import UserError
 from infer import Predictor, find_inputs
 from infer.bundle import Bundle
+from infer.predict_command import PredictOptions
+from infer.ray_cluster import Share
+from infer.ray_engine import share_cluster
 from tests.images import encode, photo
 from tests.infer_samples import data_folder, exported, images_in
 from tests.ranks import REPOSITORY
@@ -157,6 +161,17 @@ def test_a_killed_job_goes_on_elsewhere_to_the_rows_of_one_process(
 def invoke(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(main, ["predict", *map(str, arguments)])
     return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"), [({"device": "cuda"}, "--device cuda"), ({"backend": "trt"}, "--ba")]
+)
+def test_a_gpu_that_the_cluster_has_not_is_an_error(asked: dict[str, Any], what: str) -> None:
+    options = PredictOptions(paths=["x"], engine="ray", **asked)
+    with pytest.raises(UserError, match=f"{what}.* cannot be had: the Ray cluster has no GPU"):
+        share_cluster([(8, 0), (4, 0)], options)
+    assert share_cluster([(8, 0), (16, 2)], options) == Share(workers=2, threads=8, gpus=1)
+    assert share_cluster([(8, 0), (4, 0)], PredictOptions(paths=["x"])) == Share(workers=3, threads=4, gpus=0)
 
 
 def test_wrong_use_is_told_before_a_cluster_is_started(
