@@ -53,7 +53,7 @@ def fail(kind: str, logits_NC: Tensor) -> Tensor:
     if kind == "nan":
         return logits_NC * float("nan")
     if kind == "inf":
-        return logits_NC * 0 + torch.linspace(-3e38, 3e38, logits_NC.shape[1])
+        return logits_NC * 0 + torch.linspace(-3e38, 3e38, logits_NC.shape[1], device=logits_NC.device)
     if kind in ("gradient", "spike"):
         factor = 1000.0 if kind == "spike" else float("nan")
         logits_NC.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]

@@ -59,16 +59,21 @@ def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """20 steps with 1, 2 and 3 ranks, and with 2 ranks that accumulate."""
+    """20 steps with 1, 2 and 3 ranks, with 2 ranks that accumulate, and with split layers on 2 and 4."""
     out = tmp_path_factory.mktemp("ranks")
-    wanted = {"1": (1, ()), "2": (2, ()), "3": (3, ()), "2 accumulating": (2, ("micro_batch=5",))}
+    hybrid = "parallel=hybrid"
+    wanted: dict[str, tuple[int, tuple[str, ...]]] = {
+        "1": (1, ()), "2": (2, ()), "3": (3, ()), "2 accumulating": (2, ("micro_batch=5",)),
+        "2 hybrid": (2, (hybrid, "micro_batch=4")),  # 3 micro-batches on one rank, 4 on the other
+        "4 hybrid": (4, (hybrid,)),
+    }  # fmt: skip
     return {
         name: train_ranks(ranks, data=noisy_digits, out=out / name, overrides=(*COMPARABLE, *more))
         for name, (ranks, more) in wanted.items()
     }
 
 
-@pytest.mark.parametrize("other", ["2", "3", "2 accumulating"])
+@pytest.mark.parametrize("other", ["2", "3", "2 accumulating", "2 hybrid", "4 hybrid"])
 def test_the_same_losses_on_any_number_of_ranks(runs_by_ranks: dict[str, Path], other: str) -> None:
     one, many = read_rows(runs_by_ranks["1"], "train"), read_rows(runs_by_ranks[other], "train")
     assert len(one) == len(many) == NUM_STEPS
@@ -78,7 +83,7 @@ def test_the_same_losses_on_any_number_of_ranks(runs_by_ranks: dict[str, Path], 
     assert [row["samples"] for row in many] == [BATCH] * NUM_STEPS
 
 
-@pytest.mark.parametrize("other", ["2", "3", "2 accumulating"])
+@pytest.mark.parametrize("other", ["2", "3", "2 accumulating", "2 hybrid", "4 hybrid"])
 def test_validation_counts_every_sample_once_on_any_number_of_ranks(
     runs_by_ranks: dict[str, Path], other: str
 ) -> None:
@@ -89,17 +94,34 @@ def test_validation_counts_every_sample_once_on_any_number_of_ranks(
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("before", "after"), [("2", 1), ("1", 2), ("2 accumulating", 3)])
-def test_a_run_stopped_inside_an_epoch_goes_on_with_another_number_of_ranks(
-    before: str, after: int, runs_by_ranks: dict[str, Path], noisy_digits: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("before", "after", "overrides"),
+    [
+        ("2", 1, ()),
+        ("1", 2, ("micro_batch=7",)),
+        ("2 accumulating", 3, ()),
+        ("2 hybrid", 1, ()),
+        ("2", 2, ("parallel=hybrid",)),
+    ],
+)
+def test_a_run_stopped_inside_an_epoch_goes_on_with_other_ranks_or_in_another_mode(
+    before: str,
+    after: int,
+    overrides: tuple[str, ...],
+    runs_by_ranks: dict[str, Path],
+    noisy_digits: Path,
+    tmp_path: Path,
 ) -> None:
     """As if killed after step 10 of 20: same samples, and losses to 1e-4 of one rank's all through."""
     run = tmp_path / "runs" / runs_by_ranks[before].name
     shutil.copytree(runs_by_ranks[before], run)
     shutil.rmtree(run / "checkpoints" / f"step-{NUM_STEPS:08d}")
-    overrides = (*COMPARABLE, "micro_batch=7") if after == 2 else COMPARABLE
     resumed = train_ranks(
-        after, data=noisy_digits, out=tmp_path / "runs", overrides=overrides, options=["--resume=auto"]
+        after,
+        data=noisy_digits,
+        out=tmp_path / "runs",
+        overrides=(*COMPARABLE, *overrides),
+        options=["--resume=auto"],
     )
     assert resumed == run
     expected, rows = read_rows(runs_by_ranks["1"], "train"), read_rows(run, "train")

@@ -50,6 +50,8 @@ class RunConfig(Table, frozen=True):
         device: `auto` is CUDA where there is a GPU.
         cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
         timeout_s: a rank that keeps the others waiting in a collective for longer ends the run.
+        parallel: `ddp` gives every rank the whole network; `hybrid` splits the fully connected layers over
+            the ranks, so that less travels (`train.hybrid`).
         lrn: `fused` compiles local response normalisation, `eager` does not; `auto` does in runs long enough.
         compile: compile the network's passes as a whole where that is measured to be faster, at the start.
         log_every: optimiser steps between training rows.
@@ -78,6 +80,7 @@ class RunConfig(Table, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
+    parallel: Literal["ddp", "hybrid"] = "ddp"
     lrn: Literal["auto", "fused", "eager"] = "auto"
     compile: bool = False
     log_every: Positive = 20
@@ -97,6 +100,24 @@ class RunConfig(Table, frozen=True):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        if self.parallel != "hybrid":
+            return
+        if self.compile:
+            raise ValueError(
+                "compile=true compiles the network as a whole, and parallel=hybrid splits it: choose one"
+            )
+        if self.optimizer.name == "lars":
+            raise ValueError(
+                "lars needs the norm of each whole layer, of which parallel=hybrid leaves a rank a part; and "
+                "with batches as large as lars is for, ddp sends less (docs/scaling.md): use parallel=ddp"
+            )
+        if self.log_noise_scale:
+            raise ValueError(
+                "log_noise_scale compares each rank's own gradients, and under parallel=hybrid no rank has "
+                "one of the fully connected layers: use parallel=ddp"
+            )
 
 
 def recipe_names() -> list[str]:

@@ -80,12 +80,12 @@ def check_weights(session: Session) -> None:
     """Let no weights that are not finite become a checkpoint, or push a good one out.
 
     Raises:
-        DivergedError: a weight or a momentum is NaN or infinite; on all ranks, which hold the same.
+        DivergedError: a weight or a momentum is NaN or infinite on any rank; all raise it.
     """
     trainer = session.trainer
     momenta = [value for state in trainer.optimizer.state.values() for value in state.values()]
     held = [*trainer.network.state_dict().values(), *(m for m in momenta if isinstance(m, torch.Tensor))]
-    if not all_finite(held):
+    if trainer.world.any(not all_finite(held)):
         raise DivergedError(
             f"the weights or their momentum are not finite at step {session.step}, which is not saved. "
             f"{_last_good(session)}Start anew with a lower schedule.learning_rate"

@@ -10,13 +10,13 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.loader import Batch
 from data_pipeline.order import hash_at
 from train.averaging import WeightAverage
 from train.distributed import World
 from train.guard import Guard, poison, restore_buffers
+from train.hybrid import HybridParallel, Parallel
 from train.metrics import Counts, Metrics
 from train.mixing import average_views, mix_inputs, mixed_losses
 from train.model import AlexNet, Normalize
@@ -39,8 +39,9 @@ class Trainer:
     """What a step needs and does not change: the parts, put together once by `train.main`.
 
     Args:
-        network: the bare model, for evaluation and checkpoints.
-        parallel: the same model under DistributedDataParallel, for training.
+        network: the bare model; under hybrid parallelism with this rank's part of the fully connected layers
+            (`train.hybrid.whole_network` has all of them, for evaluation and checkpoints).
+        parallel: the same model over all ranks, for training.
         guard: keeps what is not finite from the weights.
         global_batch: samples of a step over all ranks; the loss is divided by it.
         seed: of the dropout masks.
@@ -50,7 +51,7 @@ class Trainer:
     """
 
     network: AlexNet
-    parallel: DistributedDataParallel
+    parallel: Parallel
     normalize: Normalize
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -100,6 +101,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
         This rank's counts, still on the device; of a skipped step, none.
     """
     world, optimizer, scaler, noise = trainer.world, trainer.optimizer, trainer.scaler, trainer.noise
+    parallel = trainer.parallel
     # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
     torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, lane=_LANE_DROPOUT)) >> 1)
     set_rate(optimizer, learning_rate)
@@ -107,16 +109,19 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     trainer.network.train()
     buffers = [buffer.clone() for buffer in trainer.network.buffers()]
     optimizer.zero_grad(set_to_none=True)
+    if isinstance(parallel, HybridParallel):
+        with world.collective(f"the start of step {step + 1}"):
+            parallel.start_step(len(batches), trainer.precision)
     for number, batch in enumerate(batches, start=1):
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         last = number == len(batches)
-        share = nullcontext() if last else trainer.parallel.no_sync()
+        share = nullcontext() if last else parallel.no_sync()
         with share, world.collective(f"the sum of gradients of step {step + 1}"):
             inputs_NCHW = trainer.normalize(images_NHWC)
             if batch.mix is not None:
                 inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
             with trainer.precision.autocast():
-                logits_NC = trainer.parallel(inputs_NCHW)
+                logits_NC = parallel(inputs_NCHW)
             losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, trainer.label_smoothing)
             # DDP averages over the ranks; times world_size makes that the sum.
             loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
@@ -128,6 +133,9 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
         counts.add(logits_NC.detach(), losses_N.detach(), labels_N, valid_N)
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    if isinstance(parallel, HybridParallel):
+        with world.collective(f"the norm of the gradient of step {step + 1}"):
+            gradients = parallel.agree(scaler, optimizer)
     skip = trainer.guard.judge(gradients, step)
     if noise is not None:
         noise.end_step(gradients, scaler.scale(torch.ones((), device=world.device)), skip)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.checkpoint import write_json
 from train.distributed import World
+from train.hybrid import Parallel
 from train.lrn import LocalResponseNorm
 from train.model import AlexNet
 from train.precision import Precision
@@ -127,7 +128,7 @@ def compile_step(network: AlexNet) -> None:
 
 
 def prepare_step(
-    parallel: DistributedDataParallel,
+    parallel: Parallel,
     batch: int,
     crop_px: int,
     precision: Precision,
@@ -145,6 +146,7 @@ def prepare_step(
     Returns:
         Whether they are compiled now.
     """
+    assert isinstance(parallel, DistributedDataParallel), "a configuration of both is refused"
     known = world.from_main(lambda: _read_choice(run))
     if known is not None:
         if known:

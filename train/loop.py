@@ -14,6 +14,7 @@ from data_pipeline.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.divergence import check_weights, heed_flat_loss, heed_guard
 from train.engine import EVAL_BATCH, BrokenOffError, evaluate, train_step
+from train.hybrid import whole_network
 from train.metrics import Metrics
 from train.records import Recorder, make_recorder
 from train.schedule import base_rate_for, lr_at, plateau_drops
@@ -203,7 +204,7 @@ def evaluate_epoch(session: Session, record: Recorder) -> Metrics:
     )
     with weights, closing(batches):
         metrics = evaluate(
-            trainer.network,
+            whole_network(trainer.parallel),
             trainer.normalize,
             batches,
             trainer.precision,

@@ -23,7 +23,7 @@ log = logging.getLogger("train")
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
-    "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale",
+    "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
 )  # fmt: skip
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 

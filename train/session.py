@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.demo import DEMO_ROOT, write_demo
 from data_pipeline.errors import UserError
@@ -25,12 +24,14 @@ from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
 from train.fusion import prepare_lrn, prepare_step
 from train.guard import Guard
+from train.hybrid import HybridParallel, part_optimizer_state, part_tensors
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
 from train.noise_scale import NoiseMeter
 from train.open_row import OpenRow
 from train.optimizer import load_optimizer, make_optimizer, start_momentum
+from train.parallel import batch_sizes, make_parallel
 from train.precision import choose_precision
 from train.restart import choose_start, claim_run
 from train.run_folder import RunFolder, create_run, go_back_to
@@ -118,8 +119,7 @@ def open_session(
         check_same_data(checkpoint, data, train_set.root)
     trainer = make_trainer(config, train_set, world, checkpoint)
 
-    rank_batch = -(-config.global_batch // world.world_size)
-    micro_batch = min(config.micro_batch or rank_batch, rank_batch)
+    rank_batch, micro_batch = batch_sizes(config, world)
     if config.log_noise_scale and world.world_size == 1 and micro_batch == config.global_batch:
         raise UserError(
             "log_noise_scale compares the gradients of a batch's parts, and here a batch is one part: use "
@@ -151,6 +151,12 @@ def open_session(
             f"batch {config.global_batch} in {math.ceil(rank_batch / micro_batch)} pass(es) "
             f"of up to {micro_batch} a rank"
         )
+        if config.parallel == "hybrid":
+            log.info(
+                f"hybrid: the fully connected layers are split over {world.world_size} ranks"
+                if isinstance(trainer.parallel, HybridParallel)
+                else "hybrid on one rank: there is nobody to split the fully connected layers with"
+            )
         log.info(describe_rate(config.schedule, config.global_batch))
         if trainer.average is not None:
             log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
@@ -202,7 +208,7 @@ def open_session(
 def make_trainer(
     config: RunConfig, train_set: Dataset, world: World, checkpoint: Checkpoint | None
 ) -> Trainer:
-    """The network with its optimiser, from the seed or from a checkpoint, under DistributedDataParallel.
+    """The network with its optimiser, from the seed or from a checkpoint, over the ranks as configured.
 
     Raises:
         UserError: a checkpoint of another model or of other classes.
@@ -212,28 +218,23 @@ def make_trainer(
     network = make_model(
         config.model, num_classes=len(train_set.classes), crop_px=config.preprocessing.crop_px
     ).to(world.device)
-    optimizer, scaler = make_optimizer(network, config.optimizer), precision.make_scaler()
-    guard = Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor)
     if checkpoint is not None:
         if checkpoint.classes != train_set.classes:
             raise UserError(f"{checkpoint.folder} was trained on other classes than {train_set.root} has")
         load_weights(network, checkpoint.model_state, source=checkpoint.folder)
         if not checkpoint.parts["optimizer"]:
             raise UserError(f"{checkpoint.folder} holds weights alone: there is nothing to go on with")
-        load_optimizer(optimizer, checkpoint.parts["optimizer"])
+    parallel = make_parallel(network, config, world)
+    optimizer, scaler = make_optimizer(network, config.optimizer), precision.make_scaler()
+    guard = Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor)
+    if checkpoint is not None:
+        load_optimizer(optimizer, part_optimizer_state(parallel, optimizer, checkpoint.parts["optimizer"]))
         scaler.load_state_dict(checkpoint.parts["scaler"])
         guard.load_state_dict(checkpoint.parts["guard"])
     start_momentum(optimizer)
     average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
     if average is not None and checkpoint is not None:
-        average.load(checkpoint.average_state)
-    parallel = DistributedDataParallel(
-        network,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        # its first backward pass must be one that sums: no other may come before it within the step
-        static_graph=config.micro_batch is None,
-    )
+        average.load(part_tensors(parallel, checkpoint.average_state))
     return Trainer(
         network=network,
         parallel=parallel,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from train.engine import Trainer
+from train.hybrid import whole_optimizer_state, whole_tensors
 from train.metrics import Metrics
 from train.saver import copied
 from train.saving import State
@@ -21,10 +22,11 @@ def gather_parts(trainer: Trainer) -> dict[str, dict[str, Any]]:
     Every rank calls this at the same step, so that what is split over the ranks can be put together here;
     rank 0's answer is the one that counts. Nothing is copied yet.
     """
+    average = trainer.average.values if trainer.average is not None else {}
     return {
-        "model": trainer.network.state_dict(),
-        "average": trainer.average.values if trainer.average is not None else {},
-        "optimizer": trainer.optimizer.state_dict(),
+        "model": whole_tensors(trainer.parallel, trainer.network.state_dict()),
+        "average": whole_tensors(trainer.parallel, average),
+        "optimizer": whole_optimizer_state(trainer.parallel, trainer.optimizer),
         "scaler": trainer.scaler.state_dict(),
         "guard": trainer.guard.state_dict(),
     }
