@@ -1,0 +1,65 @@
+"""A small disk of its own for a run, which can be filled to the last byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SIZE_MB = 1024
+"""Room for the demo's checkpoints (162 MB each): two kept, the best one, and two being written or removed."""
+
+
+class Disk:
+    """A folder on a file system of its own; `fill` and `free` do what their names say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._filler = folder / "filler"
+
+    def fill(self) -> int:
+        """Write until nothing more can be written.
+
+        Returns:
+            How many bytes that were.
+        """
+        written = 0
+        with self._filler.open("ab", buffering=0) as file:
+            for size in (1 << 20, 4096, 1):
+                block = bytes(size)
+                with suppress(OSError):
+                    while True:
+                        written += file.write(block)
+        return written
+
+    def free(self) -> None:
+        """Give the room back."""
+        self._filler.unlink(missing_ok=True)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Disk | str]:
+    """Mount a small tmpfs on a folder for as long as the context lasts.
+
+    Yields:
+        The disk; or, where mounting is not allowed, the reason in one line. The folder serves either way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() != 0:
+        yield f"mounting a small file system needs root ({os.strerror(errno.EPERM)})"
+        return
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE_MB}m", "soak", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode != 0:
+        yield f"mounting a small file system failed: {mounted.stderr.strip()}"
+        return
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
