@@ -159,7 +159,7 @@ def judge(
         )
     failed = sorted({index for step in evidence.steps.values() for index in step.failed})
     problems += not_once + check_corrupted(course, disturbed, evidence, failed)
-    weights_equal = rows_equal = None
+    state_equal = rows_equal = None
     if reference is not None and not disturbed.problems:
         if any(
             evidence.steps[n].failed != step.failed
@@ -169,8 +169,8 @@ def judge(
             problems.append(
                 "the undisturbed run read a corrupted image at another place: the two do not compare"
             )
-        weights_equal, rows_equal = compare_runs(disturbed.run, reference)
-        problems += [] if weights_equal else ["the last state differs from the undisturbed run's"]
+        state_equal, rows_equal = compare_runs(disturbed.run, reference)
+        problems += [] if state_equal else ["the last state differs from the undisturbed run's"]
         problems += [] if rows_equal else ["the rows of metrics.jsonl differ from the undisturbed run's"]
     path_at = load_image_folder(course.folder / "data", "train").path_at
     return Round(
@@ -180,7 +180,7 @@ def judge(
         too_late=disturbed.too_late,
         steps=course.total_steps,
         steps_done=evidence.num_done,
-        weights_equal=weights_equal,
+        state_equal=state_equal,
         rows_equal=rows_equal,
         samples_once=not not_once,
         stream_equal=not odd,

@@ -1,8 +1,8 @@
-"""`train.main`, with evidence of what went into each step: torchrun … -m scripts.soaking.rank FOLDER LAUNCH …
+"""`train.main` with evidence of what went into each step: torchrun … -m scripts.soaking.rank FOLDER LAUNCH …
 
-Each rank of each attempt writes a file of its own, FOLDER/<launch>-<restart>-rank-<rank>-of-<world>.jsonl, and
-touches none from before. A line is written when a step's update is done, from the very batches that the loader
-gave to it: what was planned does not enter.
+Each rank of each attempt writes a file of its own, FOLDER/<launch>-<restart>-rank-<rank>-of-<world>.jsonl,
+and touches none from before. A line is written when a step's update is done, from the very batches that the
+loader gave to it: what was planned does not enter.
 """
 
 from __future__ import annotations

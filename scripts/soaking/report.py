@@ -38,7 +38,7 @@ class Round(msgspec.Struct, kw_only=True):
         ranks: of each launch, in order.
         too_late: faults for which the run was over too soon.
         steps, steps_done: of the run; and of all its attempts together.
-        weights_equal, rows_equal: to the undisturbed run's, bit for bit; None where the ranks' number changed.
+        state_equal, rows_equal: to the undisturbed run's, bit for bit; None where ranks came or went.
         samples_once: every sample of every epoch was seen exactly once.
         stream_equal: each step held the samples that the undisturbed run's step held.
         failed_images: corrupted images that a step met, by name.
@@ -51,7 +51,7 @@ class Round(msgspec.Struct, kw_only=True):
     too_late: int
     steps: int
     steps_done: int
-    weights_equal: bool | None
+    state_equal: bool | None
     rows_equal: bool | None
     samples_once: bool
     stream_equal: bool
@@ -108,7 +108,7 @@ def readable(report: Report) -> str:
         "ranks",
         "faults",
         "steps + again",
-        "weights",
+        "last state",
         "rows",
         "samples once",
         "corrupt",
@@ -152,7 +152,7 @@ def _run_cells(report: Report) -> list[list[str]]:
             " ".join(map(str, each.ranks)),
             str(len(each.hits)),
             f"{each.steps} + {each.steps_done - each.steps}",
-            _verdict(each.weights_equal),
+            _verdict(each.state_equal),
             _verdict(each.rows_equal),
             "yes" if each.samples_once and each.stream_equal else "NO",
             str(len(each.failed_images)),

@@ -27,7 +27,7 @@ from scripts.soaking.plan import (
     steps_of,
 )
 from scripts.soaking.report import Hit
-from train.checkpoint import find_checkpoint, load_checkpoint
+from train.checkpoint import STATE, find_checkpoint, load_plain, verify_checkpoint
 
 log = logging.getLogger("train")
 
@@ -205,12 +205,16 @@ def train_undisturbed(
 
 
 def compare_runs(run: Path, undisturbed: Path) -> tuple[bool, bool]:
-    """Whether two finished runs have the same last state and the same rows, bit for bit."""
-    one, other = (load_checkpoint(find_checkpoint(path, pointer="last")) for path in (run, undisturbed))
-    states = [
-        (c.model_state, c.optimizer_state, c.scaler_state, c.guard_state, c.step, c.samples_seen)
-        for c in (one, other)
-    ]
+    """Whether two finished runs have the same last state and the same rows, bit for bit.
+
+    The state is everything in the last checkpoint: weights, momentum, counters, position. Only the
+    configuration differs, by the folders that it names.
+    """
+    states = []
+    for path in (run, undisturbed):
+        folder = find_checkpoint(path, pointer="last")
+        verify_checkpoint(folder)
+        states.append({k: v for k, v in load_plain(folder / STATE).items() if k != "config"})
     return same(*states), rows_of(run) == rows_of(undisturbed)
 
 
