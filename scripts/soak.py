@@ -31,7 +31,7 @@ def main(minutes: float, seed: int, out: Path, as_json: bool) -> None:
     corrupted, the disk filled (as root, who can mount a small one; else this is left out, and said).
     Half of the runs keep their number of ranks, and must end with the bits of an undisturbed run;
     the others change it with every launch, and must have seen every sample of every epoch once.
-    docs/soak.md says how that is found out. Needs 2 cores, 3 GB of memory and 1 GB of disk.
+    docs/soak.md says how that is found out. Needs 2 cores, 4 GB of memory and 1 GB of disk.
 
     Exit code: 0 all good; 1 something was lost, or a fault was not survived.
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SIZE_MB = 1024
-"""Room for the demo's checkpoints (162 MB each): two kept, the best one, and two being written or removed."""
+SIZE_MB = 1280
+"""Room for the demo's checkpoints, 162 MB each: two kept, the best one, and others that come and go."""
 
 
 class Disk:

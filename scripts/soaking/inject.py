@@ -19,7 +19,7 @@ from scripts.soaking.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of
 from scripts.soaking.report import Hit
 from train.checkpoint import MANIFEST, STATE, verify_checkpoint
 
-UNWRITTEN = "could not be written"
+UNWRITTEN = "training goes on, and the checkpoints before it are untouched"
 """What a run says of a checkpoint that found no room."""
 
 PASSED_OVER = "going on from the checkpoint before it"
