@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import DivergedError, InterruptedRunError
+from data_pipeline.errors import DivergedError, InterruptedRunError, SaveError
 from train.checkpoint import write_json
 from train.config import RunConfig
 from train.distributed import Launch
@@ -100,9 +100,17 @@ def find_own_run(out: Path, config: RunConfig, launch: Launch) -> Path | None:
 
 
 def claim_run(folder: RunFolder, launch: Launch | None) -> None:
-    """Write down that this launch works on the run."""
-    if launch is not None:
+    """Write down that this launch works on the run.
+
+    Raises:
+        SaveError: the disk is full, or cannot be written to.
+    """
+    if launch is None:
+        return
+    try:
         write_json(folder.path / FILE, LaunchRecord(run_id=launch.run_id, launcher=launch.launcher))
+    except OSError as error:
+        raise SaveError(f"{folder.path / FILE} could not be written: {error.strerror}") from error
 
 
 def end_run(folder: RunFolder, launch: Launch | None, error: InterruptedRunError | DivergedError) -> None:
