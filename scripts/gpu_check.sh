@@ -3,8 +3,9 @@
 #
 # Installs (with TensorRT), then runs each check and goes on after a failure. Ends with one line a check, and
 # exit code 1 if any failed. Output of each check: gpu-check/<check>.log. Needs about 25 minutes after installing.
+# shellcheck disable=SC2329  # functions are called by their names, through check
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 if ! nvidia-smi -L; then
   echo "error: no NVIDIA GPU here (nvidia-smi finds none); there is nothing to check" >&2

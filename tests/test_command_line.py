@@ -141,7 +141,11 @@ def test_a_data_folder_that_cannot_be_learned_from_is_one_line_and_code_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_alexnet_train_passes_on_the_ranks_one_line_and_code(tmp_path: Path) -> None:
+def test_alexnet_train_passes_on_the_ranks_one_line_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a cluster has told torchrun, which nobody asked for, to wait for another machine."""
+    monkeypatch.setenv("PET_NNODES", "2")
     done = run_command(["alexnet", "train", "--nproc=2", "--data=nowhere"], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1

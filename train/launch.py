@@ -1,11 +1,13 @@
-"""`alexnet train`: start torchrun on this machine, and answer with the ranks' exit code."""
+"""`alexnet train`: be this machine's torchrun, and answer with the ranks' exit code."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +23,49 @@ log = logging.getLogger("train")
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What torchrun passes on to the ranks: its own list, and Slurm's signal before the time is up."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the torchruns of several machines find each other; the same on all of them.
+
+    Args:
+        num_nodes: how many machines there are: `2`, or `1:4` where they may come and go.
+        endpoint: `HOST[:PORT]` of one of them, which holds the meeting.
+        run_id: a name for this launch.
+    """
+
+    num_nodes: str
+    endpoint: str
+    run_id: str
+
+    def options(self) -> list[str]:
+        """As torchrun's options."""
+        return [
+            f"--nnodes={self.num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-id={self.run_id}",
+        ]  # fmt: skip
+
+
+def make_rendezvous(num_nodes: str, endpoint: str | None, run_id: str | None) -> Rendezvous | None:
+    """What the options of `alexnet train` say of other machines; None where there are none.
+
+    Raises:
+        UserError: machines that could not find each other.
+    """
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", num_nodes):
+        raise UserError(f"--nnodes takes a number of machines, or MIN:MAX, not {num_nodes!r}")
+    least, _, most = num_nodes.partition(":")
+    if most and int(most) < int(least):
+        raise UserError(f"--nnodes {num_nodes}: the largest number is below the smallest")
+    if endpoint is None and run_id is None and num_nodes == "1":
+        return None
+    if endpoint is None or not run_id or run_id == "none":
+        raise UserError(
+            "several machines meet at --rdzv-endpoint HOST:PORT, under a name of this launch, --rdzv-id; "
+            "give both, and the same on every machine"
+        )
+    return Rendezvous(num_nodes, endpoint, run_id)
 
 
 def choose_rank_count(wanted: str, config: RunConfig) -> int:
@@ -42,20 +87,25 @@ def choose_rank_count(wanted: str, config: RunConfig) -> int:
     return int(wanted)
 
 
-def launch(num_ranks: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
+def launch(
+    num_ranks: int, arguments: Sequence[str], max_restarts: int = 0, rendezvous: Rendezvous | None = None
+) -> int:
     """Run `train.main` under torchrun on this machine.
 
     Args:
-        num_ranks: processes to start.
+        num_ranks: processes to start here.
         arguments: of `train.main`.
         max_restarts: how often all ranks are started again after one of them fails.
+        rendezvous: with other machines; None where there are none.
     Returns:
         0, or the exit code of the rank that failed first; a rank has said why by then.
     """
     # torchrun would choose 1 and warn about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_share(num_ranks)))
+    # Said in full, since torchrun fills in what is not from variables that a cluster may have set (PET_…).
+    meeting = rendezvous.options() if rendezvous is not None else ["--standalone", "--nnodes=1"]
     options = [
-        "--standalone", f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
+        *meeting, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
         f"--signals-to-handle={SIGNALS}", "-m", "train.main", *arguments,
     ]  # fmt: skip
     # Its own log repeats what the rank said, around a traceback of torchrun itself.
