@@ -7,6 +7,25 @@ from typing import Any
 
 import click
 
+RECIPE = [
+    click.option("--recipe", default="demo", show_default=True, help="Name of a recipe, or its file."),
+    click.option("--data", "root", type=click.Path(path_type=Path), help="Folder with train/ and val/."),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set a key, as in training. Repeatable.",
+    ),
+]
+
+
+def recipe_options(command: Any) -> Any:
+    """Options that name what to train, for commands that train a recipe's own steps."""
+    for option in reversed(RECIPE):
+        command = option(command)
+    return command
+
 
 @click.group()
 def bench() -> None:
@@ -120,4 +139,44 @@ def train(as_json: bool, images: int, **options: Any) -> None:
     from train.bench_train import bench_train, describe
 
     report = bench_train(num_images=images, tell=lambda line: click.echo(line, err=True), **options)
+    click.echo(msgspec.json.encode(report) if as_json else describe(report))
+
+
+@bench.command()
+@recipe_options
+@click.option("--from", "low", type=click.FloatRange(0, min_open=True), help="First rate. [1e-4; lars: 0.01]")
+@click.option("--to", "high", type=click.FloatRange(0, min_open=True), help="Last rate. [1; lars: 100]")
+@click.option(
+    "--steps", "num_steps", type=click.IntRange(10), default=100, show_default=True, help="Of each sweep."
+)
+@click.option(
+    "--sweeps", "num_sweeps", type=click.IntRange(1), default=3, show_default=True,
+    help="How often, from other seeds.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path), default=Path("bench-lr.png"), show_default=True,
+    help="The picture: .png, .svg or .pdf.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def lr(
+    recipe: str, root: Path | None, overrides: tuple[str, ...], plot: Path, as_json: bool, **options: Any
+) -> None:
+    """Learning-rate range test: the loss as the rate grows, its plot, and a recommended rate.
+
+    Trains a recipe's network on its data, on one device: a batch means the same on any number of ranks.
+
+    \b
+    alexnet bench lr
+    alexnet bench lr --recipe tiny-imagenet --data tiny-imagenet-200 --steps 300
+    """
+    import msgspec
+
+    from train.bench_lr import bench_rates, describe, draw
+    from train.config import make_config
+    from train.plots import check_picture
+
+    check_picture(plot)
+    report = bench_rates(make_config(recipe, overrides, root), **options)
+    draw(report, plot)
+    click.echo(f"picture: {plot}", err=True)
     click.echo(msgspec.json.encode(report) if as_json else describe(report))

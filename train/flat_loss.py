@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train.config import RunConfig
+from train.config_parts import ModelConfig
 from train.metrics import Metrics
 
 BELOW, ABOVE = 0.995, 1.05
@@ -70,13 +71,19 @@ def flat_level(labels: npt.NDArray[np.int64], num_classes: int, label_smoothing:
     return float(-(seen * np.log(seen)).sum())
 
 
+def what_to_change(model: ModelConfig) -> list[str]:
+    """What may make a network learn that only guesses."""
+    changes = []
+    if model.init != "he":
+        changes.append(f"model.init=he in place of {model.init}")
+    if model.name != "bn":
+        changes.append("batch normalisation (model.name=bn)")
+    return changes
+
+
 def describe_flat(level: float, num_classes: int, num_steps: int, config: RunConfig) -> str:
     """What the guard says as it ends a run, and what to change."""
-    model, advice = config.model, []
-    if model.init != "he":
-        advice.append(f"model.init=he in place of {model.init}")
-    if model.name != "bn":
-        advice.append("batch normalisation (model.name=bn)")
+    advice = what_to_change(config.model)
     advice.append(f"another schedule.learning_rate than {config.schedule.learning_rate:g}")
     return (
         f"the training loss has been within half a percent of {level:.4f} for {num_steps} steps. That is "

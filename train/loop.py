@@ -33,28 +33,10 @@ def run_epochs(session: Session) -> Metrics | None:
         DivergedError: too many steps in a row were skipped, or the weights are not finite.
         InterruptedRunError: a signal asked to stop; the state is saved.
     """
-    config, world = session.config, session.trainer.world
     metrics = None
     with ExitStack() as stack:
         record = make_recorder(session)
-        batches = train_batches(
-            session.train_set,
-            session.backend,
-            config.preprocessing,
-            config.augment,
-            seed=config.seed,
-            global_batch=config.global_batch,
-            rank=world.rank,
-            world_size=world.world_size,
-            micro_batch=session.micro_batch,
-            start_step=session.step,
-            num_steps=session.total_steps - session.step,
-            prefetch=config.data.prefetch,
-            faults=session.faults,
-            readers=session.readers,
-        )
-        stack.enter_context(closing(batches))
-        steps = by_step(batches)
+        steps = open_steps(session, stack, session.total_steps - session.step)
         if session.unevaluated:
             metrics = finish_epoch(session, record)
         elif session.step >= session.total_steps:
@@ -95,6 +77,33 @@ def finish_epoch(session: Session, record: Recorder) -> Metrics:
     if session.step < session.total_steps:
         stop_if_asked(session)
     return metrics
+
+
+def open_steps(session: Session, stack: ExitStack, num_steps: int | None) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step from where the session stands; the stack ends the reading ahead.
+
+    Args:
+        num_steps: how many; None for no end.
+    """
+    config, world = session.config, session.trainer.world
+    batches = train_batches(
+        session.train_set,
+        session.backend,
+        config.preprocessing,
+        config.augment,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch=session.micro_batch,
+        start_step=session.step,
+        num_steps=num_steps,
+        prefetch=config.data.prefetch,
+        faults=session.faults,
+        readers=session.readers,
+    )
+    stack.enter_context(closing(batches))
+    return by_step(batches)
 
 
 def by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:

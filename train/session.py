@@ -33,7 +33,7 @@ from train.open_row import OpenRow
 from train.optimizer import load_optimizer, make_optimizer, start_momentum
 from train.parallel import batch_sizes, make_parallel
 from train.precision import choose_precision
-from train.restart import choose_start, claim_run
+from train.restart import Start, choose_start, claim_run
 from train.run_folder import RunFolder, create_run, go_back_to
 from train.saver import Saver
 from train.schedule import describe_rate
@@ -90,7 +90,7 @@ class Session:
 
 def open_session(
     config: RunConfig,
-    out: Path,
+    out: Path | None,
     resume: str,
     world: World,
     stack: ExitStack,
@@ -99,7 +99,7 @@ def open_session(
     """Load the data, build or resume the model, choose backend and precision; rank 0 says what was chosen.
 
     Args:
-        out: folder in which the run's folder is made, or looked for.
+        out: folder in which the run's folder is made, or looked for; None for steps that leave nothing.
         resume: see `train.restart.choose_start`.
         stack: closes what must be closed.
         interrupt: remembers signals from the end of this call on; before that there is nothing to save, and
@@ -111,8 +111,9 @@ def open_session(
         torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
-    launch = env_launch()
-    start = world.from_main(lambda: choose_start(out, resume, config, launch))
+    launch, start = env_launch(), Start(run=None, checkpoint=None)
+    if out is not None:
+        start = world.from_main(lambda: choose_start(out, resume, config, launch))
     checkpoint = load_checkpoint(start.checkpoint) if start.checkpoint is not None else None
     data = {dataset.split: dataset.contents() for dataset in (train_set, val_set)}
     if checkpoint is not None:
@@ -157,6 +158,7 @@ def open_session(
                 if isinstance(trainer.parallel, HybridParallel)
                 else "hybrid on one rank: there is nobody to split the fully connected layers with"
             )
+    if world.is_main and out is not None:
         log.info(describe_rate(config.schedule, config.global_batch))
         if trainer.average is not None:
             log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
