@@ -200,80 +200,69 @@ def evaluate(
 
 
 @main.command()
-@click.argument("checkpoint", type=PATH, required=False)
+@click.argument("source", metavar="[CHECKPOINT|BUNDLE]", type=PATH, required=False)
 @click.option(
-    "--format", "formats", default="onnx", show_default=True, metavar="onnx|trt|onnx,trt",
-    help="ONNX, or a TensorRT engine with the ONNX file beside it, or a bundle of each.",
+    "--format", "formats", metavar="onnx|trt|onnx,trt",
+    help="ONNX (the default), or a TensorRT engine with the ONNX file beside it, or a bundle of each. "
+    "Of a BUNDLE, trt builds the engine again from its ONNX file.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
-    help="Of weights and arithmetic; LRN and softmax stay in float32.",
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Of weights and arithmetic; LRN and softmax stay in float32. Default: fp32.",
 )  # fmt: skip
 @click.option(
     "--calibrate", type=PATH,
     help="Folder with train/ for int8's ranges. Default: what it was trained on.",
 )  # fmt: skip
+@click.option("--max-batch", type=int, help="Largest batch the model takes. Default: 64, or the bundle's.")
+@click.option("--opt-batch", type=int, help="Batch that the engine is tuned for. Default: 32 or the largest.")
+@click.option("--builder-level", type=int, help="0 builds soonest, 5 searches longest. Default: 3.")
+@click.option(
+    "--timing-cache",
+    type=PATH,
+    help="TensorRT's kernel timings, read and written: the next build is shorter.",
+)
 @click.option("--gpu", default="", metavar="sm89,…", help="Build the engine for these GPUs only.")
 @click.option(
     "--out", type=PATH,
-    help="Folder to write; with two formats, the folder of both. Default: export/<format>-<precision>.",
+    help="Folder to write; with two formats, the folder of both. Default: export/<format>-<precision>, or "
+    "the bundle's own.",
 )  # fmt: skip
 @click.option("--data", type=PATH, help="Folder with val/ for the gate. Default: what it was trained on.")
-@click.option("--max-batch", type=int, default=64, show_default=True, help="Largest batch the model takes.")
+@click.option("--triton", type=PATH, metavar="DIR", help="Write models for Triton Inference Server as well.")
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
     help="Print the bundle's manifest as JSON; of two formats, both by name.",
 )
-def export(
-    checkpoint: Path | None,
-    formats: str,
-    precision: Any,
-    calibrate: Path | None,
-    gpu: str,
-    out: Path | None,
-    data: Path | None,
-    max_batch: int,
-    as_json: bool,
-) -> None:
+def export(as_json: bool, **options: Any) -> None:
     """Export a checkpoint to ONNX or TensorRT, if it agrees with the checkpoint on validation images.
 
-    Default: the best checkpoint of the newest run.
+    Default: the best checkpoint of the newest run. Of a BUNDLE, --format trt builds the engine for
+    this machine from the ONNX file in it, and --triton writes a model repository.
 
     \b
     alexnet export --format onnx
     alexnet export --format onnx,trt --precision int8 --max-batch 128
-    alexnet export --format trt --precision fp16 --gpu sm89,sm120
+    alexnet export --format trt --precision fp16 --gpu sm89,sm120 --builder-level 5
+    alexnet export runs/demo-20260101T000000Z/export/trt-fp32 --format trt
     """
     import msgspec
 
-    from infer.commands import describe_export
-    from infer.export import export_model, parse_formats
-    from train.checkpoint import find_checkpoint
+    from infer.describe import describe_export
+    from infer.export_command import ExportOptions
+    from infer.export_command import export as run_export
 
-    wanted = parse_formats(formats)
-    folder = find_checkpoint(checkpoint)
-    click.echo(f"checkpoint: {folder}", err=True)
-    bundles = {
-        format: export_model(
-            folder,
-            format,
-            data=data,
-            out=out / f"{format}-{precision}" if out is not None and len(wanted) > 1 else out,
-            max_batch=max_batch,
-            precision=precision,
-            calibrate=calibrate,
-            gpus=tuple(filter(None, gpu.split(","))) if format == "trt" or len(wanted) == 1 else (),
-        )
-        for format in wanted
-    }
+    made = run_export(ExportOptions(**options))
+    for model in made.triton:
+        click.echo(f"triton model: {model}", err=as_json)
     if as_json:
-        manifests = {format: bundle.manifest for format, bundle in bundles.items()}
-        one = manifests[wanted[0]] if len(wanted) == 1 else manifests
+        manifests = {format: bundle.manifest for format, bundle in made.bundles.items()}
+        one = next(iter(manifests.values())) if len(manifests) == 1 else manifests
         click.echo(msgspec.json.format(msgspec.json.encode(one)))
         return
-    for bundle in bundles.values():
+    for bundle in made.bundles.values():
         for line in describe_export(bundle):
             click.echo(line)
 

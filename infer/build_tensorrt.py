@@ -10,20 +10,21 @@ import importlib
 import logging
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from msgspec.structs import replace
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
 from infer.backends import tensorrt_versions
 from infer.bundle import INPUT_NAME, Engine, Precision
-from infer.cuda import GpuScan, scan_gpus
+from infer.cuda import scan_gpus
+from infer.engine_options import Builder, EngineOptions, choose_builder, profile_batches
 from infer.tensorrt_log import make_logger
 
 log = logging.getLogger("infer")
 
-# The engine is tuned for this batch, which is also what prediction sends unless it is told otherwise.
-TUNED_BATCH = 32
 # "Cannot compile operation for Turing (SM75): FP32 GEMM is not supported", says tensorrt_rtx 1.7.
 _RTX_CANNOT: dict[Precision, frozenset[str]] = {
     "fp32": frozenset({"sm75"}),
@@ -38,59 +39,6 @@ class BuildError(RuntimeError):
     exit_code = 1
 
 
-@dataclass(frozen=True)
-class Builder:
-    """A TensorRT library that can build here, and for which GPUs it will."""
-
-    library: Literal["tensorrt", "tensorrt_rtx"]
-    gpus: tuple[str, ...]
-    note: str
-
-
-def choose_builder(versions: dict[str, str], scan: GpuScan, wanted: tuple[str, ...] = ()) -> Builder:
-    """`tensorrt` where there is a GPU for it, else `tensorrt_rtx` ahead of time.
-
-    Args:
-        versions: the libraries that are installed, as `infer.backends.tensorrt_versions` lists them.
-        scan: the GPUs of this machine.
-        wanted: architectures that were asked for; others than this machine's are TensorRT-RTX's.
-    Returns:
-        The builder; no `gpus` means all that the library offers for the precision.
-    Raises:
-        UserError: neither can build here; names the extra to install.
-    """
-    if "tensorrt" in versions and scan.gpus and set(wanted) <= {scan.gpus[0].architecture}:
-        gpu = scan.gpus[0]
-        return Builder("tensorrt", (gpu.architecture,), f"for this machine's {gpu.name}")
-    if "tensorrt_rtx" in versions:
-        why = scan.reason or ("as asked" if wanted else "tensorrt is not installed")
-        return Builder("tensorrt_rtx", wanted, f"ahead of time, since {why}")
-    if "tensorrt" in versions and scan.gpus:
-        raise UserError(
-            f"--gpu {','.join(wanted)}: tensorrt builds for this machine's {scan.gpus[0].architecture} "
-            "alone; TensorRT-RTX builds for others: pip install 'alexnet[rtx]'"
-        )
-    if "tensorrt" in versions:
-        raise UserError(
-            f"tensorrt builds on a GPU only, and {scan.reason}; TensorRT-RTX builds without one: "
-            "pip install 'alexnet[rtx]'"
-        )
-    extra = "alexnet[trt]" if scan.gpus else "alexnet[rtx]"
-    raise UserError(
-        f"no TensorRT here: pip install '{extra}' (alexnet[trt] builds for this machine's GPU, alexnet[rtx] "
-        "ahead of time and without a GPU)"
-    )
-
-
-def profile_batches(max_batch: int) -> tuple[int, int, int]:
-    """Smallest, tuned and largest batch of an engine's one optimisation profile.
-
-    >>> profile_batches(64)
-    (1, 32, 64)
-    """
-    return 1, min(TUNED_BATCH, max_batch), max_batch
-
-
 def build_engine(
     onnx_path: Path,
     engine_path: Path,
@@ -99,7 +47,7 @@ def build_engine(
     crop_px: int,
     max_batch: int,
     precision: Precision,
-    gpus: tuple[str, ...] = (),
+    options: EngineOptions | None = None,
 ) -> Engine:
     """Build an engine and write it.
 
@@ -113,82 +61,142 @@ def build_engine(
         crop_px: side of the images, in pixels.
         max_batch: largest batch that the engine takes.
         precision: of the ONNX file.
-        gpus: architectures to build for, as `sm89`; none for all that the library offers.
+        options: see `EngineOptions`.
     Returns:
         What was built, for the manifest.
     Raises:
-        UserError: no TensorRT can build here.
+        UserError: no TensorRT can build here, or not so.
         BuildError: the library refused the model; with its messages.
     """
-    builder = choose_builder(tensorrt_versions(), scan_gpus(), gpus)
-    trt = importlib.import_module(builder.library)
-    batches = profile_batches(max_batch)
+    options = options or EngineOptions()
+    scan = scan_gpus()
+    chosen = choose_builder(tensorrt_versions(), scan, options.gpus)
+    if options.timing_cache is not None and chosen.library == "tensorrt_rtx":
+        raise UserError(
+            "--timing-cache is for tensorrt, and the engine is built with tensorrt_rtx, which times nothing "
+            "while it builds; what it compiles on a GPU is kept in the user's cache"
+        )
+    trt = importlib.import_module(chosen.library)
     started = time.monotonic()
-    plan, gpus = _build(trt, builder, onnx_path, f"alexnet {checkpoint_sha256}", crop_px, batches, precision)
+    build = _Build(trt, precision)
+    plan, engine = build.run(chosen, onnx_path, f"alexnet {checkpoint_sha256}", crop_px, max_batch, options)
     engine_path.write_bytes(plan)
     seconds = time.monotonic() - started
+    gpus = ", ".join(engine.gpus)
     log.info(
         "%s %s built %s, %.0f MB in %.1f s; loads on %s",
-        *(builder.library, trt.__version__, builder.note, len(plan) / 1e6, seconds, ", ".join(gpus)),
+        *(engine.library, engine.version, chosen.note, len(plan) / 1e6, seconds, gpus),
     )
-    if builder.library == "tensorrt_rtx":
+    if chosen.library == "tensorrt_rtx":
         missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(trt))))
         without = f" and, in {precision}, on {missing}" if missing else ""
         log.info(
             "TensorRT-RTX engines do not load on Hopper (sm90)%s: there, build with alexnet[trt]", without
         )
-    return Engine(library=builder.library, version=trt.__version__, gpus=gpus, profile_batches=batches)
+        return engine
+    return replace(engine, built_on=scan.gpus[0].name)
 
 
-def _build(
-    trt: Any,
-    chosen: Builder,
-    onnx_path: Path,
-    name: str,
-    crop_px: int,
-    batches: tuple[int, int, int],
-    precision: Precision,
-) -> tuple[memoryview, tuple[str, ...]]:
-    """The serialised plan and the GPU architectures that it is for."""
-    messages: list[str] = []
-    who = f"{trt.__name__} {trt.__version__}"
-    logger = make_logger(trt, messages)
-    builder = trt.Builder(logger)
-    flags = trt.NetworkDefinitionCreationFlag
-    # TensorRT 11 has no other networks and may drop the flag.
-    strongly_typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-    network = builder.create_network(strongly_typed)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx_path.read_bytes()):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise BuildError(f"{who} cannot parse the model: {_words(errors or messages)}")
-    network.name = name
-    config = builder.create_builder_config()
-    if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)
-    profile = builder.create_optimization_profile()
-    profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
-    if config.add_optimization_profile(profile) < 0:
-        raise BuildError(f"{who} refuses batches of {batches}: {_words(messages)}")
-    gpus = chosen.gpus
-    if chosen.library == "tensorrt_rtx":
-        offered = tuple(gpu for gpu in _offered(trt) if gpu not in _RTX_CANNOT[precision])
-        gpus = gpus or offered
+class _Build:
+    """One build: the library's objects, and the messages that it leaves."""
+
+    def __init__(self, trt: Any, precision: Precision) -> None:
+        self.trt, self.precision = trt, precision
+        self.messages: list[str] = []
+        self.who = f"{trt.__name__} {trt.__version__}"
+        self.logger = make_logger(trt, self.messages)
+        self.builder = trt.Builder(self.logger)
+        self.config = self.builder.create_builder_config()
+
+    def run(
+        self,
+        chosen: Builder,
+        onnx_path: Path,
+        name: str,
+        crop_px: int,
+        max_batch: int,
+        options: EngineOptions,
+    ) -> tuple[memoryview, Engine]:
+        """The serialised plan, and what it is."""
+        trt, config = self.trt, self.config
+        network = self._parse(onnx_path)
+        network.name = name
+        if hasattr(trt.BuilderFlag, "TF32"):
+            config.clear_flag(trt.BuilderFlag.TF32)
+        batches = profile_batches(max_batch, options.tuned_batch)
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{self.who} refuses batches of {batches}: {_words(self.messages)}")
+        if options.builder_level is not None:
+            config.builder_optimization_level = options.builder_level
+        gpus = chosen.gpus
+        if chosen.library == "tensorrt_rtx":
+            gpus = self._target(gpus)
+        cache = None
+        if options.timing_cache is not None:
+            cache = self.attach_timing_cache(options.timing_cache)
+        plan = self.builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BuildError(f"{self.who} cannot build the engine: {_words(self.messages)}")
+        if cache is not None and options.timing_cache is not None:
+            write_atomic(options.timing_cache, bytes(memoryview(cache.serialize())))
+        for message in self.messages:
+            log.warning("%s: %s", trt.__name__, message)
+        return memoryview(plan), Engine(
+            library=chosen.library,
+            version=trt.__version__,
+            gpus=gpus,
+            profile_batches=batches,
+            builder_level=int(config.builder_optimization_level),
+        )
+
+    def _parse(self, onnx_path: Path) -> Any:
+        """The network that an ONNX file describes."""
+        flags = self.trt.NetworkDefinitionCreationFlag
+        # TensorRT 11 has no other networks and may drop the flag.
+        strongly_typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+        network = self.builder.create_network(strongly_typed)
+        parser = self.trt.OnnxParser(network, self.logger)
+        if not parser.parse(onnx_path.read_bytes()):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise BuildError(f"{self.who} cannot parse the model: {_words(errors or self.messages)}")
+        return network
+
+    def _target(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Set the GPUs that TensorRT-RTX builds for: those wanted, or all that it offers."""
+        offered = tuple(gpu for gpu in _offered(self.trt) if gpu not in _RTX_CANNOT[self.precision])
+        gpus = wanted or offered
         if unknown := sorted(set(gpus) - set(offered)):
             raise UserError(
-                f"--gpu {unknown[0]}: {who} builds for {', '.join(offered)} in {precision}; "
+                f"--gpu {unknown[0]}: {self.who} builds for {', '.join(offered)} in {self.precision}; "
                 "others need tensorrt"
             )
-        config.num_compute_capabilities = len(gpus)
+        self.config.num_compute_capabilities = len(gpus)
         for index, gpu in enumerate(gpus):
-            if not config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index):
-                raise BuildError(f"{who} does not build for {gpu}: {_words(messages)}")
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BuildError(f"{who} cannot build the engine: {_words(messages)}")
-    for message in messages:
-        log.warning("%s: %s", trt.__name__, message)
-    return memoryview(plan), gpus
+            if not self.config.set_compute_capability(
+                getattr(self.trt.ComputeCapability, gpu.upper()), index
+            ):
+                raise BuildError(f"{self.who} does not build for {gpu}: {_words(self.messages)}")
+        return gpus
+
+    def attach_timing_cache(self, path: Path) -> Any:
+        """The timing cache of this build: that of the file, or an empty one where there is no file.
+
+        Raises:
+            UserError: a file that is no timing cache of this library, version and GPU.
+        """
+        content = path.read_bytes() if path.exists() else b""
+        num_before = len(self.messages)
+        cache = self.config.create_timing_cache(content)
+        # Of a file that it cannot use, the library makes an empty cache and a warning.
+        usable = cache is not None and len(self.messages) == num_before
+        if not usable or not self.config.set_timing_cache(cache, False):
+            why = _words(self.messages[num_before:])
+            raise UserError(
+                f"--timing-cache {path}: not one of {self.who} for this GPU; name another file ({why})"
+            )
+        return cache
 
 
 def _offered(trt: Any) -> list[str]:

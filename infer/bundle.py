@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import sha256_of
 from data_pipeline.preprocessing import Preprocessing
+from infer.evidence import Agreement as Agreement
+from infer.evidence import Calibration as Calibration
+from infer.evidence import Count, Rebuild, Strict
+from infer.evidence import Engine as Engine
+from infer.evidence import GateReport as GateReport
+from infer.evidence import Limits as Limits
+from infer.evidence import Precision as Precision
+from infer.evidence import Proof as Proof
 
 MANIFEST_NAME = "bundle.json"
+SEAL = "manifest_sha256"
 MAX_MANIFEST_BYTES = 16 * 2**20
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_SEALED_SINCE = 3
 ONNX_NAME = "model.onnx"
 ENGINE_NAME = "model.engine"
 INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
 
 Format = Literal["onnx", "trt"]
-Precision = Literal["fp32", "fp16", "int8"]
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 # One component, no leading dot: a name can neither leave the folder nor hide in it.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every part of the manifest is: immutable, and an unknown key is an error."""
-
-
-class TensorSpec(_Strict, frozen=True):
+class TensorSpec(Strict, frozen=True):
     """An input or output of the model; a name in `shape` is a dynamic dimension."""
 
     name: str
@@ -44,14 +49,14 @@ class TensorSpec(_Strict, frozen=True):
     shape: tuple[int | str, ...]
 
 
-class FileEntry(_Strict, frozen=True):
+class FileEntry(Strict, frozen=True):
     """What a file of the bundle must be, byte for byte."""
 
     sha256: Sha256
     size_bytes: Count
 
 
-class Origin(_Strict, frozen=True):
+class Origin(Strict, frozen=True):
     """The checkpoint that was exported; `weights`: those of its last step, or their average over training."""
 
     sha256: Sha256
@@ -60,97 +65,10 @@ class Origin(_Strict, frozen=True):
     recipe: str
     model: str
     weights: Literal["last", "average"] = "last"
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
 
 
-class Engine(_Strict, frozen=True):
-    """A TensorRT plan: who built it, and on which GPUs it loads (`sm89`, ...)."""
-
-    library: Literal["tensorrt", "tensorrt_rtx"]
-    version: str
-    gpus: tuple[Annotated[str, msgspec.Meta(pattern="^sm[0-9]+[a-z]?$")], ...]
-    profile_batches: tuple[int, int, int]
-
-
-class Limits(_Strict, frozen=True):
-    """What the gate demands; agreement and accuracy in 0..1, differences in probability; None is no limit.
-
-    Args:
-        tie_margin: classes that the checkpoint holds to be equal within this are one and the same.
-        top5_margin: the same at the edge of the five best; None for `tie_margin`.
-        max_accuracy_loss: how far the accuracy may lie below the checkpoint's.
-    """
-
-    min_top1_agreement: float
-    min_top5_agreement: float
-    max_probability_difference: float | None
-    tie_margin: float
-    top5_margin: float | None = None
-    max_accuracy_loss: float | None = None
-
-
-class Calibration(_Strict, frozen=True):
-    """The training images that the ranges of an int8 model come from."""
-
-    data: str
-    split: str
-    num_images: Count
-    method: Literal["minmax"]
-
-
-class Proof(_Strict, frozen=True):
-    """The precision of an ONNX file, as read from the file.
-
-    Args:
-        computed_in: for each kind of operator, how many take which type.
-        num_values: stored weights by type.
-        num_quantize, num_dequantize: Q and DQ nodes.
-    """
-
-    computed_in: dict[str, dict[str, int]]
-    num_values: dict[str, int]
-    num_quantize: Count
-    num_dequantize: Count
-
-
-class Agreement(_Strict, frozen=True):
-    """One artefact against the checkpoint, over `num_images` images of the gate.
-
-    Args:
-        top1_agreement: share of images with the same best class, ties included.
-        top5_agreement: share of images with the same five best classes, ties included.
-        num_ties: images whose best class differs, between classes that the checkpoint holds to be equal
-            within `Limits.tie_margin`.
-        max_probability_difference: largest difference of any class on any image.
-        mean_probability_difference: mean over all classes and images.
-        accuracy: top-1 accuracy of the artefact on these images.
-    """
-
-    top1_agreement: float
-    top5_agreement: float
-    num_ties: Count
-    max_probability_difference: float
-    mean_probability_difference: float
-    accuracy: float
-
-
-class GateReport(_Strict, frozen=True):
-    """The verdict that the export was shipped on."""
-
-    data: str
-    split: str
-    num_images: Count
-    num_available: Count
-    num_failed: Count
-    checkpoint_accuracy: float
-    limits: Limits
-    onnx: Agreement
-    onnx_provider: str
-    engine: Agreement | None = None
-    engine_not_run: str | None = None
-
-
-class Manifest(_Strict, frozen=True):
+class Manifest(Strict, frozen=True):
     """`bundle.json`. `report` is None only while an export is being made: nothing ungated is shipped.
 
     Raises:
@@ -174,6 +92,7 @@ class Manifest(_Strict, frozen=True):
     proof: Proof | None = None
     report: GateReport | None = None
     labels_text: tuple[str, ...] = ()
+    rebuild: Rebuild | None = None
 
     @property
     def class_labels(self) -> tuple[str, ...]:
@@ -191,6 +110,8 @@ class Manifest(_Strict, frozen=True):
             raise ValueError(f"format {self.format} and the engine's description contradict each other")
         if (self.calibration is not None) != (self.precision == "int8"):
             raise ValueError(f"precision {self.precision} and the calibration contradict each other")
+        if self.engine is None and self.rebuild is not None:
+            raise ValueError("an engine was built again, and there is none")
         crop_px = self.preprocessing.crop_px
         if self.inputs != (image_input(crop_px),) or self.outputs != (probability_output(len(self.classes)),):
             raise ValueError("inputs or outputs do not fit the preprocessing and the classes")
@@ -230,28 +151,33 @@ def probability_output(num_classes: int) -> TensorSpec:
     return TensorSpec(name=OUTPUT_NAME, dtype="float32", shape=("batch", num_classes))
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(path: Path, *, without: Collection[str] = ()) -> Bundle:
     """Read a bundle and verify every file of it before anything uses one.
 
     Args:
         path: the bundle's folder, or its `bundle.json`.
+        without: files that the caller will replace and not use; they are not looked at.
     Raises:
         UserError: there is no bundle here, or a newer version of this program wrote it.
         CorruptFileError: the manifest is damaged, or a file is missing, a link, or not what was written.
     """
     folder = path.parent if path.name == MANIFEST_NAME else path
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.report is None:
         raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
     for name, entry in manifest.files.items():
-        file = folder / name
-        if file.is_symlink() or not file.is_file():
-            raise CorruptFileError(f"{file}: missing, or not a plain file; export the checkpoint again")
-        if file.stat().st_size != entry.size_bytes or sha256_of(file) != entry.sha256:
-            raise CorruptFileError(
-                f"{file}: not what was exported (another size or SHA-256); export the checkpoint again"
-            )
+        if name not in without and (problem := file_problem(folder / name, entry)):
+            raise CorruptFileError(f"{folder / name}: {problem}; export the checkpoint again")
     return Bundle(folder, manifest)
+
+
+def file_problem(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file of a bundle, or None. A file of another size is not read."""
+    if path.is_symlink() or not path.is_file():
+        return "missing, or not a plain file"
+    if path.stat().st_size != entry.size_bytes or sha256_of(path) != entry.sha256:
+        return "not what was exported (another size or SHA-256)"
+    return None
 
 
 def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
@@ -292,7 +218,7 @@ def _created(folder: Path) -> float:
     So a damaged newest export is still the one that is chosen, and loading it says what is wrong.
     """
     try:
-        return datetime.fromisoformat(_read_manifest(folder).created).timestamp()
+        return datetime.fromisoformat(read_manifest(folder).created).timestamp()
     except (UserError, CorruptFileError, ValueError):
         return (folder / MANIFEST_NAME).stat().st_mtime
 
@@ -302,11 +228,34 @@ def now_utc() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
-class _Version(msgspec.Struct):
-    schema_version: int
+def encode_manifest(manifest: Manifest) -> bytes:
+    """`bundle.json` as it is written: the manifest, and the seal over all of it."""
+    plain = msgspec.json.decode(msgspec.json.encode(manifest))
+    return msgspec.json.format(msgspec.json.encode({**plain, SEAL: seal_text(plain)}), indent=2) + b"\n"
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def seal_of(folder: Path) -> str | None:
+    """The SHA-256 that a bundle's manifest carries over itself: with it, the whole bundle has one name.
+
+    Returns:
+        None for a bundle of an older schema, which has none.
+    """
+    seal = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes()).get(SEAL)
+    return None if seal is None else str(seal)
+
+
+def seal_text(plain: dict[str, Any]) -> str:
+    """The seal of a manifest's other keys, whatever their order and spacing in the file."""
+    return hashlib.sha256(msgspec.json.encode(plain, order="sorted")).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder says of itself. Nothing of it is verified but the manifest: see `load_bundle`.
+
+    Raises:
+        UserError: there is no bundle here, or a newer version of this program wrote it.
+        CorruptFileError: the manifest is damaged, was changed, or contradicts itself.
+    """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{folder} holds no {MANIFEST_NAME}: name a folder that `alexnet export` wrote")
@@ -315,11 +264,17 @@ def _read_manifest(folder: Path) -> Manifest:
     if len(text) > MAX_MANIFEST_BYTES:
         raise CorruptFileError(f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB; not a manifest of ours")
     try:
-        version = msgspec.json.decode(text, type=_Version).schema_version
+        plain = msgspec.json.decode(text, type=dict[str, Any])
+        version = msgspec.convert(plain.get("schema_version"), int)
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"{path} has schema {version}, and this program reads up to {SCHEMA_VERSION}: upgrade alexnet"
             )
-        return msgspec.json.decode(text, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        seal = plain.pop(SEAL, None)
+        if (version >= _SEALED_SINCE or seal is not None) and seal != seal_text(plain):
+            raise CorruptFileError(
+                f"{path}: not what was exported (it does not match its {SEAL}); export the checkpoint again"
+            )
+        return msgspec.convert(plain, Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: {error}; export the checkpoint again") from error

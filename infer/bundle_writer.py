@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import fsync_path, sha256_of
-from infer.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest, load_bundle
+from infer.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest, encode_manifest, load_bundle
 
 
 @contextmanager
@@ -77,8 +75,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
         The bundle, read back and verified.
     """
     assert manifest.report is not None, "only what passed the gate is shipped"
-    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    (staging / MANIFEST_NAME).write_bytes(text)
+    (staging / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     for name in (*manifest.files, MANIFEST_NAME):
         (staging / name).chmod(0o644)
         fsync_path(staging / name)

@@ -6,10 +6,11 @@ import importlib.metadata
 import logging
 import math
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from msgspec.structs import replace
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
+from data_pipeline.index import Dataset
 from data_pipeline.loader import eval_batches
 from infer.backends import tensorrt_versions
 from infer.build_tensorrt import build_engine
@@ -35,36 +37,77 @@ from infer.bundle import (
     probability_output,
 )
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
+from infer.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
 from infer.export_onnx import export_onnx
 from infer.gate import run_gate, spread
 from infer.images import open_decoder, valid_images
-from infer.precision_proof import check_plan_size, prove_precision
+from infer.plan_proof import check_plan_size
+from infer.precision_proof import prove_precision
 from infer.quantize import quantize_onnx
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.evaluate import load_split
 
 log = logging.getLogger("infer")
 
-DEFAULT_MAX_BATCH = 64
 CALIBRATION_IMAGES = 256
 CALIBRATION_BATCH = 16
 _USED_TO_BUILD = ("alexnet", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "numpy", "pillow")
 
 
-def parse_formats(text: str) -> tuple[Format, ...]:
-    """The formats of `--format`, in the order given.
+def export_models(
+    checkpoint_folder: Path,
+    formats: tuple[Format, ...],
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    max_batch: int = DEFAULT_MAX_BATCH,
+    precision: Precision = "fp32",
+    calibrate: Path | None = None,
+    options: EngineOptions | None = None,
+) -> dict[Format, Bundle]:
+    """Export a checkpoint in one format or in both, each as a bundle that agrees with it.
 
+    Of two bundles the second has the first one's ONNX file, byte for byte, and its verdict.
+
+    Args:
+        checkpoint_folder: a step's folder, as `train.checkpoint.find_checkpoint` gives it.
+        formats: `onnx`, and `trt` for an engine with the ONNX file that it was built from beside it.
+        data: folder with the `val/` images of the gate; None for the data that the run was trained on.
+        out: the bundle's folder, or of two formats the folder of both; None for the run's `export/`. An
+            earlier export there is replaced, once the new one has passed the gate.
+        max_batch: largest batch that the model takes, 1..4096.
+        precision: of the weights and the arithmetic; LRN and softmax are computed in float32 in each.
+        calibrate: for int8, folder with the `train/` images that set the ranges; None for the data that the
+            run was trained on.
+        options: how a TensorRT engine is built.
+    Returns:
+        The bundles by format, verified on the disk.
     Raises:
-        UserError: anything but onnx, trt, or both.
-
-    >>> parse_formats("onnx,trt")
-    ('onnx', 'trt')
+        UserError: no validation images, no TensorRT, an `out` that is not ours to replace.
+        CorruptFileError: a damaged checkpoint.
+        BuildError: TensorRT refused the model.
+        GateError: the export does not agree with the checkpoint.
     """
-    names = tuple(text.split(","))
-    formats = tuple(known for name in names for known in get_args(Format) if name == known)
-    if len(formats) != len(names) or len(set(names)) != len(names):
-        raise UserError(f"--format {text}: onnx, trt, or onnx,trt")
-    return formats
+    check_max_batch(max_batch)
+    if calibrate is not None and precision != "int8":
+        raise UserError(f"--calibrate is for --precision int8; {precision} needs no calibration")
+    options = options or EngineOptions()
+    if "trt" in formats:
+        profile_batches(max_batch, options.tuned_batch)
+    elif asked := options.asked():
+        raise UserError(f"{asked} is for --format trt: an ONNX file runs on any GPU")
+    checkpoint = load_checkpoint(checkpoint_folder)
+    if checkpoint.average_state:
+        log.info(f"exporting {checkpoint.description}")
+    dataset = load_split(checkpoint, data, "val")
+    export = _Export(checkpoint, dataset, max_batch, precision, calibrate, options)
+    root = out or checkpoint.run_folder / "export"
+    bundles: dict[Format, Bundle] = {}
+    for format in sorted(formats):  # ONNX first: an engine is built from it
+        one_place = out is not None and len(formats) == 1
+        target = root if one_place else root / f"{format}-{precision}"
+        bundles[format] = export.write(format, target, bundles.get("onnx"))
+    return {format: bundles[format] for format in formats}
 
 
 def export_model(
@@ -76,77 +119,85 @@ def export_model(
     max_batch: int = DEFAULT_MAX_BATCH,
     precision: Precision = "fp32",
     calibrate: Path | None = None,
-    gpus: tuple[str, ...] = (),
+    options: EngineOptions | None = None,
 ) -> Bundle:
-    """Export a checkpoint as a bundle that agrees with it.
+    """Export a checkpoint in one format: see `export_models`."""
+    return export_models(
+        checkpoint_folder,
+        (format,),
+        data=data,
+        out=out,
+        max_batch=max_batch,
+        precision=precision,
+        calibrate=calibrate,
+        options=options,
+    )[format]
 
-    Args:
-        checkpoint_folder: a step's folder, as `train.checkpoint.find_checkpoint` gives it.
-        format: `onnx`, or `trt` for an engine with the ONNX file that it was built from beside it.
-        data: folder with the `val/` images of the gate; None for the data that the run was trained on.
-        out: the bundle's folder; None for `<run>/export/<format>-<precision>`. An earlier export there is
-            replaced, once the new one has passed the gate.
-        max_batch: largest batch that the model takes, 1..4096.
-        precision: of the weights and the arithmetic; LRN and softmax are computed in float32 in each.
-        calibrate: for int8, folder with the `train/` images that set the ranges; None for the data that the
-            run was trained on.
-        gpus: architectures that a TensorRT engine is built for, as `sm89`; none for all that the library
-            offers.
-    Returns:
-        The bundle, verified on the disk.
-    Raises:
-        UserError: no validation images, no TensorRT, an `out` that is not ours to replace.
-        CorruptFileError: a damaged checkpoint.
-        BuildError: TensorRT refused the model.
-        GateError: the export does not agree with the checkpoint.
-    """
-    if not 1 <= max_batch <= 4096:
-        raise UserError(f"--max-batch {max_batch}: a number from 1 to 4096")
-    if calibrate is not None and precision != "int8":
-        raise UserError(f"--calibrate is for --precision int8; {precision} needs no calibration")
-    if gpus and format != "trt":
-        raise UserError("--gpu is for --format trt: an ONNX file runs on any GPU")
-    checkpoint = load_checkpoint(checkpoint_folder)
-    if checkpoint.average_state:
-        log.info(f"exporting {checkpoint.description}")
-    dataset = load_split(checkpoint, data, "val")
-    target = out or checkpoint.run_folder / "export" / f"{format}-{precision}"
-    crop_px = checkpoint.preprocessing.crop_px
-    with staging_folder(target) as staging:
-        calibration = _write_onnx(checkpoint, staging / ONNX_NAME, precision, calibrate)
-        proof = prove_precision(staging / ONNX_NAME, precision)
-        engine = None
-        if format == "trt":
-            engine = build_engine(
-                staging / ONNX_NAME,
-                staging / ENGINE_NAME,
-                checkpoint_sha256=checkpoint.sha256,
-                crop_px=crop_px,
-                max_batch=max_batch,
+
+@dataclass(frozen=True)
+class _Export:
+    """One checkpoint on its way into bundles."""
+
+    checkpoint: Checkpoint
+    dataset: Dataset
+    max_batch: int
+    precision: Precision
+    calibrate: Path | None
+    options: EngineOptions
+
+    def write(self, format: Format, target: Path, given: Bundle | None) -> Bundle:
+        """Write one bundle.
+
+        Args:
+            format: which.
+            target: its folder.
+            given: the bundle of format `onnx` of this export, if there is one: its ONNX file is taken.
+        """
+        checkpoint, precision = self.checkpoint, self.precision
+        crop_px = checkpoint.preprocessing.crop_px
+        with staging_folder(target) as staging:
+            onnx_path, engine_path = staging / ONNX_NAME, staging / ENGINE_NAME
+            if given is None:
+                calibration = _write_onnx(checkpoint, onnx_path, precision, self.calibrate)
+            else:
+                shutil.copyfile(given.onnx_path, onnx_path)
+                calibration = given.manifest.calibration
+            proof = prove_precision(onnx_path, precision)
+            engine = None
+            if format == "trt":
+                engine = build_engine(
+                    onnx_path,
+                    engine_path,
+                    checkpoint_sha256=checkpoint.sha256,
+                    crop_px=crop_px,
+                    max_batch=self.max_batch,
+                    precision=precision,
+                    options=self.options,
+                )
+                check_plan_size(engine_path, proof, precision)
+            draft = Manifest(
+                schema_version=SCHEMA_VERSION,
+                created=now_utc(),
+                format=format,
                 precision=precision,
-                gpus=gpus,
+                max_batch=self.max_batch,
+                classes=tuple(map(printable, checkpoint.classes)),
+                labels_text=tuple(map(printable, checkpoint.labels_text)),
+                preprocessing=checkpoint.preprocessing,
+                inputs=(image_input(crop_px),),
+                outputs=(probability_output(len(checkpoint.classes)),),
+                files=measure_files(staging, (ONNX_NAME, ENGINE_NAME) if engine else (ONNX_NAME,)),
+                checkpoint=make_origin(checkpoint),
+                versions=_versions(),
+                engine=engine,
+                calibration=calibration,
+                proof=proof,
             )
-            check_plan_size(staging / ENGINE_NAME, proof, precision)
-        draft = Manifest(
-            schema_version=SCHEMA_VERSION,
-            created=now_utc(),
-            format=format,
-            precision=precision,
-            max_batch=max_batch,
-            classes=tuple(map(printable, checkpoint.classes)),
-            labels_text=tuple(map(printable, checkpoint.labels_text)),
-            preprocessing=checkpoint.preprocessing,
-            inputs=(image_input(crop_px),),
-            outputs=(probability_output(len(checkpoint.classes)),),
-            files=measure_files(staging, (ONNX_NAME, ENGINE_NAME) if engine else (ONNX_NAME,)),
-            checkpoint=make_origin(checkpoint),
-            versions=_versions(),
-            engine=engine,
-            calibration=calibration,
-            proof=proof,
-        )
-        report = run_gate(Bundle(staging, draft), checkpoint, dataset)
-        return write_bundle(staging, target, replace(draft, report=report))
+            proven = None
+            if given is not None and draft.files[ONNX_NAME] == given.manifest.files[ONNX_NAME]:
+                proven = given.manifest.report
+            report = run_gate(Bundle(staging, draft), checkpoint, self.dataset, proven)
+            return write_bundle(staging, target, replace(draft, report=report))
 
 
 def _write_onnx(

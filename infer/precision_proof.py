@@ -13,9 +13,6 @@ from infer.bundle import Precision, Proof
 
 _HEAVY = ("Conv", "Gemm", "MatMul")
 _WIDE = ("LRN", "Softmax")
-# A plan holds each weight once, kernels and tables of a few MB beside them.
-_PLAN_BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.4, "fp16": 2.4, "int8": 1.4}
-_PLAN_OVERHEAD_BYTES = 12 * 2**20
 
 
 def prove_precision(path: Path, precision: Precision) -> Proof:
@@ -54,6 +51,8 @@ def prove_precision(path: Path, precision: Precision) -> Proof:
         num_values=dict(weights),
         num_quantize=operators["QuantizeLinear"],
         num_dequantize=operators["DequantizeLinear"],
+        opset=next((entry.version for entry in model.opset_import if not entry.domain), None),
+        ir_version=model.ir_version,
     )
     heavy = {"fp32": "float", "fp16": "float16", "int8": "int8"}[precision]
     wanted = {name: heavy if name in _HEAVY else "float" for name in computed}
@@ -69,20 +68,6 @@ def prove_precision(path: Path, precision: Precision) -> Proof:
     if wrong:
         raise GateError(f"gate: {path.name} is not {precision} ({'; '.join(wrong)}); nothing was shipped")
     return proof
-
-
-def check_plan_size(path: Path, proof: Proof, precision: Precision) -> None:
-    """Hold a plan's size against its weights: one that kept float32 is twice or four times too large.
-
-    Raises:
-        GateError: it is too large for the precision.
-    """
-    limit = _PLAN_BYTES_PER_WEIGHT[precision] * sum(proof.num_values.values()) + _PLAN_OVERHEAD_BYTES
-    if path.stat().st_size > limit:
-        raise GateError(
-            f"gate: {path.name} has {path.stat().st_size / 1e6:.0f} MB, too much for weights in {precision} "
-            f"(up to {limit / 1e6:.0f} MB); nothing was shipped"
-        )
 
 
 def _type_of(name: str, types: dict[str, int], made_by: dict[str, onnx.NodeProto]) -> str:

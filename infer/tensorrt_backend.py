@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.errors import CorruptFileError, GateError, UserError
 from infer.backends import check_batch
 from infer.bundle import INPUT_NAME, OUTPUT_NAME, Bundle
 from infer.cuda import CudaError, CudaSession, scan_gpus
@@ -99,8 +99,20 @@ class TensorRTBackend:
         return self._messages[-1] if self._messages else "no reason was given"
 
 
+def load_for_gate(bundle: Bundle) -> TensorRTBackend:
+    """The engine of a draft bundle, on the GPU that it was built for.
+
+    Raises:
+        GateError: it does not load, though everything says that it should.
+    """
+    try:
+        return TensorRTBackend(bundle)
+    except UserError as error:
+        raise GateError(f"gate: the engine should run on this GPU and does not: {error}") from error
+
+
 def check_contract(engine: Any, bundle: Bundle) -> None:
-    """Hold an engine against its manifest: tensor names, types, and the largest batch.
+    """Hold an engine against its manifest: tensor names, types, and the optimisation profile.
 
     Raises:
         CorruptFileError: they differ.
@@ -116,7 +128,8 @@ def check_contract(engine: Any, bundle: Bundle) -> None:
     dtypes = {name: engine.get_tensor_dtype(name).name.lower() for name in names}
     if dtypes != {INPUT_NAME: "uint8", OUTPUT_NAME: "float"}:
         raise CorruptFileError(f"{bundle.engine_path} has other types than its bundle: {dtypes}")
-    largest = tuple(engine.get_tensor_profile_shape(INPUT_NAME, 0)[2])
-    crop_px = manifest.preprocessing.crop_px
-    if largest != (manifest.max_batch, crop_px, crop_px, 3):
-        raise CorruptFileError(f"{bundle.engine_path} takes up to {largest}, not what its bundle says")
+    crop_px, facts = manifest.preprocessing.crop_px, manifest.engine
+    assert facts is not None
+    found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(INPUT_NAME, 0))
+    if found != tuple((batch, crop_px, crop_px, 3) for batch in facts.profile_batches):
+        raise CorruptFileError(f"{bundle.engine_path} takes up to {found[2]}, not what its bundle says")

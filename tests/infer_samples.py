@@ -20,6 +20,7 @@ from infer.bundle import (
     GateReport,
     Manifest,
     Origin,
+    encode_manifest,
     image_input,
     load_bundle,
     probability_output,
@@ -149,5 +150,5 @@ def write_tiny(
         name: FileEntry(sha256=sha256_of(folder / name), size_bytes=len(content)) for name in manifest.files
     }
     manifest = msgspec.structs.replace(manifest, files=files)
-    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     return folder

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import infer.build_tensorrt
+import infer.engine_options
 import infer.predict
 import infer.report
 from data_pipeline.errors import CorruptFileError, UserError
@@ -212,7 +212,7 @@ def test_engine_is_held_against_its_manifest(bundle: Bundle) -> None:
 
 
 def test_examples_in_the_docstrings() -> None:
-    for module in (infer.build_tensorrt, infer.predict, infer.report):
+    for module in (infer.engine_options, infer.predict, infer.report):
         result = doctest.testmod(module)
         assert result.failed == 0 and result.attempted > 0, module
 

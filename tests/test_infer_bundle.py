@@ -10,14 +10,17 @@ import msgspec
 import pytest
 
 from data_pipeline.errors import CorruptFileError, UserError
-from infer.bundle import MANIFEST_NAME, SCHEMA_VERSION, find_bundle, load_bundle
+from infer.bundle import MANIFEST_NAME, SCHEMA_VERSION, SEAL, find_bundle, load_bundle, seal_text
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
 from tests.infer_samples import tiny_manifest, write_tiny
 
 
 def edit(folder: Path, **changes: object) -> None:
+    """Change a manifest and seal it again, as somebody would who knows how."""
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    plain = {**json.loads(path.read_text()), **changes}
+    plain.pop(SEAL)
+    path.write_bytes(msgspec.json.encode({**plain, SEAL: seal_text(plain)}))
 
 
 def test_written_bundle_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

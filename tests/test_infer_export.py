@@ -17,9 +17,10 @@ import torch
 import infer.export
 from data_pipeline.errors import GateError, UserError
 from data_pipeline.preprocessing import Preprocessing
-from infer.build_tensorrt import BuildError, build_engine, choose_builder, profile_batches
+from infer.build_tensorrt import BuildError, build_engine
 from infer.bundle import Bundle, load_bundle
 from infer.cuda import Gpu, GpuScan
+from infer.engine_options import choose_builder, profile_batches
 from infer.export import export_model
 from infer.export_onnx import export_onnx
 from infer.gate import LIMITS, Tally, spread, torch_runner

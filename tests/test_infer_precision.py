@@ -10,16 +10,19 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from alexnet import main
 from data_pipeline.errors import GateError, UserError
-from infer.build_tensorrt import build_engine, choose_builder
+from infer.build_tensorrt import build_engine
 from infer.bundle import Bundle, load_bundle
 from infer.cuda import Gpu, GpuScan
-from infer.export import export_model, parse_formats
+from infer.engine_options import EngineOptions, choose_builder, parse_formats
+from infer.export import export_model
 from infer.export_onnx import export_onnx
-from infer.gate import LIMITS, Tally, _judge, torch_runner
-from infer.precision_proof import check_plan_size, prove_precision
+from infer.gate import LIMITS, Tally, judge, torch_runner
+from infer.plan_proof import check_plan_size
+from infer.precision_proof import prove_precision
 from tests.infer_samples import checkpoint_folder, data_folder, exported, tiny_manifest
 from train.checkpoint import load_checkpoint
 
@@ -94,6 +97,8 @@ def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> No
     if engine.library == "tensorrt_rtx":
         assert engine.gpus[0] == "sm75"
     check_plan_size(tmp_path / "e", proof, "fp16")
+    with pytest.raises(GateError, match=r"e has \d+ MB, too little for weights in fp32 \(\d+ to \d+ MB\)"):
+        check_plan_size(tmp_path / "e", proof, "fp32")
     with pytest.raises(GateError, match=r"not fp32 \(Conv in float16 instead of float"):
         prove_precision(path, "fp32")
 
@@ -118,7 +123,7 @@ def test_engine_is_built_for_the_gpus_asked_for_or_says_which_there_are(
     def build(*gpus: str) -> tuple[str, ...]:
         return build_engine(
             bundle.onnx_path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4,
-            precision="fp32", gpus=gpus,
+            precision="fp32", options=EngineOptions(gpus=gpus),
         ).gpus  # fmt: skip
 
     assert build("sm89", "sm120") == ("sm89", "sm120")
@@ -133,14 +138,17 @@ def test_int8_that_lost_accuracy_does_not_pass() -> None:
     found[0] = found[0, ::-1]
     tally = Tally(LIMITS["int8"])
     tally.add(expected, found, np.zeros(100, np.int64))
+    found_99 = tally.agreement()
     report = tiny_manifest().report
-    assert report is not None and tally.agreement().top1_agreement == 0.99
-    report = msgspec.structs.replace(report, limits=LIMITS["int8"], checkpoint_accuracy=1.0)
+    assert report is not None and found_99.top1_agreement == 0.99
+    report = replace(report, limits=LIMITS["int8"], checkpoint_accuracy=1.0)
     with pytest.raises(
-        GateError, match=r"accuracy 99\.00%, 1\.00 points below the checkpoint's; at most 0\.5"
+        GateError, match=r"accuracy 99\.00%, 1\.00 points below the reference's; at most 0\.5"
     ):
-        _judge("model.onnx", tally.agreement(), report)
-    _judge("model.onnx", msgspec.structs.replace(tally.agreement(), accuracy=0.996), report)
+        judge(replace(report, onnx=found_99))
+    judge(replace(report, onnx=replace(found_99, accuracy=0.995)))  # half a point is within half a point
+    with pytest.raises(GateError, match=r"accuracy 99\.49%, 0\.51 points"):
+        judge(replace(report, onnx=replace(found_99, accuracy=0.9949)))
 
 
 def test_wrong_uses_are_told(base: Path) -> None:
@@ -148,7 +156,7 @@ def test_wrong_uses_are_told(base: Path) -> None:
     with pytest.raises(UserError, match="--calibrate is for --precision int8"):
         export_model(folder, "onnx", calibrate=base)
     with pytest.raises(UserError, match="--gpu is for --format trt"):
-        export_model(folder, "onnx", gpus=("sm89",))
+        export_model(folder, "onnx", options=EngineOptions(gpus=("sm89",)))
     with pytest.raises(UserError, match="no folder 'train'"):
         export_model(folder, "onnx", precision="int8", out=base / "none")
     for text in ("onnx,onnx", "xml", ""):
