@@ -323,15 +323,32 @@ def predict(**options: Any) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=PATH, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+def doctor(bundle: Path | None, as_json: bool) -> None:
     """What this machine has, and what training and prediction would use here.
+
+    Of a BUNDLE: whether its files are what was exported, where it comes from, how the gate judged it,
+    which GPUs and libraries load it, and what of it loads and runs here. Code 1 if it is damaged.
 
     \b
     alexnet doctor
+    alexnet doctor runs/demo-20260101T000000Z/export/trt-fp32
     """
     import msgspec
 
+    if bundle is not None:
+        from infer.bundle_doctor import examine_bundle, report_lines
+
+        found = examine_bundle(bundle)
+        if as_json:
+            click.echo(msgspec.json.format(msgspec.json.encode(found)))
+        else:
+            click.echo("\n".join(report_lines(found)))
+        if not found.healthy:
+            click.echo("error: the bundle is damaged: export the checkpoint again", err=True)
+            raise click.exceptions.Exit(1)
+        return
     from infer.doctor import examine
 
     report = examine()

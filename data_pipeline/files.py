@@ -95,3 +95,16 @@ class PatientFile:
             error.filename = error.filename or str(self.path)
             raise
         self._kept.clear()
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again: `$XDG_CACHE_HOME/alexnet`, or `~/.cache/alexnet`.
+
+    Raises:
+        OSError: a user without a home folder, as in some containers.
+    Source: XDG Base Directory Specification.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no place for a cache: {error}") from error

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.faults import printable
+from data_pipeline.files import user_cache
 from data_pipeline.index import Dataset
 from data_pipeline.names import PackedNames
 from data_pipeline.watch import Signature, Watch, signature_of
@@ -95,11 +96,13 @@ def save_index(dataset: Dataset, watch: Watch) -> Path | None:
     return None
 
 
-def _places(root: Path, split: str) -> tuple[Path, Path]:
+def _places(root: Path, split: str) -> list[Path]:
     name = f"index-{split}.bin"
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    places = [Path(root) / CACHE_FOLDER / name]
     identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
-    return Path(root) / CACHE_FOLDER / name, user / "alexnet" / identity / name
+    with suppress(OSError):
+        places.append(user_cache() / identity / name)
+    return places
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -170,23 +170,3 @@ class Tally:
             mean_probability_difference=self.total / self.num_values,
             accuracy=self.correct / self.num_images,
         )
-
-
-def beyond_limits(found: Agreement, limits: Limits, reference_accuracy: float) -> list[str]:
-    """In what an artefact is beyond its limits, one phrase each; empty if it passes."""
-    least = (
-        ("top-1 agreement", found.top1_agreement, limits.min_top1_agreement),
-        ("top-5 agreement", found.top5_agreement, limits.min_top5_agreement),
-    )
-    beyond = [f"{what} {value:.2%}, below {limit:.2%}" for what, value, limit in least if value < limit]
-    most = limits.max_probability_difference
-    if most is not None and found.max_probability_difference > most:
-        beyond.append(f"a probability differs by {found.max_probability_difference:.2g}, more than {most:g}")
-    loss = reference_accuracy - found.accuracy
-    # A hair more than the limit, so that exactly half a point is within it in floating point, too.
-    if limits.max_accuracy_loss is not None and loss > limits.max_accuracy_loss + 1e-9:
-        beyond.append(
-            f"accuracy {found.accuracy:.2%}, {loss * 100:.2f} points below the reference's; at most "
-            f"{limits.max_accuracy_loss * 100:g}"
-        )
-    return beyond

@@ -17,6 +17,8 @@ from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.machine import usable_cores as usable_cores
 from infer.bundle import INPUT_NAME, OUTPUT_NAME, Bundle
 from infer.cuda import GpuScan, scan_gpus
+from infer.describe import rebuild_advice
+from infer.onnx_metadata import foreign_metadata
 
 BackendName = Literal["auto", "onnx", "trt"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -145,7 +147,10 @@ def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Ma
         if device == "cpu":
             raise UserError("--backend trt with --device cpu: a TensorRT engine runs on a GPU only")
         if no_engine:
-            raise UserError(f"--backend trt cannot be had: {no_engine}")
+            advice = rebuild_advice(
+                bundle.folder, has_gpu=bool(machine.scan.gpus), has_tensorrt=bool(machine.tensorrt)
+            )
+            raise UserError(f"--backend trt cannot be had: {'; '.join(filter(None, (no_engine, advice)))}")
         return Decision("trt", "cuda", "as asked")
     if backend == "auto" and device != "cpu" and not no_engine:
         return Decision("trt", "cuda", "its engine fits this GPU")
@@ -225,13 +230,8 @@ class OnnxBackend:
         self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
         self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
         self._memory = device
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        if metadata.get("checkpoint_sha256") != manifest.checkpoint.sha256 or not same_labels(
-            metadata, manifest.classes
-        ):
-            raise CorruptFileError(
-                f"{bundle.onnx_path} belongs to another checkpoint or other labels than its bundle.json says"
-            )
+        if strange := foreign_metadata(self._session.get_modelmeta().custom_metadata_map, manifest):
+            raise CorruptFileError(f"{bundle.onnx_path} has {strange} than its bundle.json says")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         check_batch(images_NHWC, self.max_batch)
@@ -259,16 +259,6 @@ def check_batch(images_NHWC: NDArray[np.uint8], max_batch: int) -> None:
 def _check_count(count: int, max_batch: int) -> None:
     if not 1 <= count <= max_batch:
         raise ValueError(f"a batch of {count}; the model takes 1 to {max_batch}")
-
-
-def same_labels(metadata: dict[str, str], classes: tuple[str, ...]) -> bool:
-    """Whether the labels stored in an ONNX file are these."""
-    import msgspec
-
-    try:
-        return msgspec.json.decode(metadata.get("classes", ""), type=tuple[str, ...]) == classes
-    except msgspec.DecodeError:
-        return False
 
 
 def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) -> Any:

@@ -18,7 +18,7 @@ from data_pipeline.files import sha256_of
 from data_pipeline.preprocessing import Preprocessing
 from infer.evidence import Agreement as Agreement
 from infer.evidence import Calibration as Calibration
-from infer.evidence import Count, Rebuild, Strict
+from infer.evidence import Count, Rebuild, Strict, beyond_limits
 from infer.evidence import Engine as Engine
 from infer.evidence import GateReport as GateReport
 from infer.evidence import Limits as Limits
@@ -112,6 +112,8 @@ class Manifest(Strict, frozen=True):
             raise ValueError(f"precision {self.precision} and the calibration contradict each other")
         if self.engine is None and self.rebuild is not None:
             raise ValueError("an engine was built again, and there is none")
+        if self.report is not None:
+            self._check_report(self.report)
         crop_px = self.preprocessing.crop_px
         if self.inputs != (image_input(crop_px),) or self.outputs != (probability_output(len(self.classes)),):
             raise ValueError("inputs or outputs do not fit the preprocessing and the classes")
@@ -121,6 +123,20 @@ class Manifest(Strict, frozen=True):
             raise ValueError(f"{len(self.labels_text)} labels for {len(self.classes)} classes")
         if not all(math.isfinite(v) for v in self.checkpoint.metrics.values()):
             raise ValueError("a metric is not a finite number")
+
+    def _check_report(self, gate: GateReport) -> None:
+        """Hold the gate's report against its own limits: what is beyond them was never shipped."""
+        if (self.engine is None) != (gate.engine is None and gate.engine_not_run is None):
+            raise ValueError("the gate's report and the engine's description contradict each other")
+        judged = [
+            (found, gate.checkpoint_accuracy) for found in (gate.onnx, gate.engine) if found is not None
+        ]
+        if self.rebuild is not None and self.rebuild.agreement is not None:
+            assert self.rebuild.onnx_accuracy is not None
+            judged.append((self.rebuild.agreement, self.rebuild.onnx_accuracy))
+        for found, accuracy in judged:
+            if beyond := beyond_limits(found, gate.limits, accuracy):
+                raise ValueError(f"the gate's report is beyond its own limits: {beyond[0]}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, Proof
 from infer.evidence import Agreement, Engine, GateReport, Limits, Rebuild
 
@@ -111,3 +113,10 @@ def _row(name: str, found: Agreement) -> str:
         f"{found.mean_probability_difference:.1e}",
         f"{found.accuracy:.2%}",
     )
+
+
+def rebuild_advice(folder: Path, *, has_gpu: bool, has_tensorrt: bool) -> str | None:
+    """How to get an engine for this machine from a bundle whose own does not run here, if there is a way."""
+    if not has_gpu or not has_tensorrt:
+        return None
+    return f"build one for this machine: alexnet export {folder} --format trt"

@@ -13,12 +13,13 @@ from data_pipeline.errors import GateError
 from data_pipeline.faults import printable
 from data_pipeline.index import Dataset
 from infer.agreement import LIMITS as LIMITS
-from infer.agreement import Probabilities, Runner, beyond_limits, compare
+from infer.agreement import Probabilities, Runner, compare
 from infer.agreement import Tally as Tally
 from infer.agreement import spread as spread
 from infer.backends import InferenceBackend, OnnxBackend, probe_machine, why_no_engine
 from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, GateReport
 from infer.describe import gate_lines
+from infer.evidence import beyond_limits
 from infer.tensorrt_backend import load_for_gate
 from train.checkpoint import Checkpoint
 from train.model import Normalize

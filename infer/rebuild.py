@@ -19,7 +19,7 @@ from data_pipeline.errors import CorruptFileError, GateError, UserError
 from data_pipeline.faults import printable
 from data_pipeline.index import Dataset
 from data_pipeline.layouts import open_dataset
-from infer.agreement import LIMITS, beyond_limits, compare
+from infer.agreement import LIMITS, compare
 from infer.backends import OnnxBackend, probe_machine, tensorrt_versions, why_no_engine
 from infer.build_tensorrt import build_engine
 from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, now_utc, read_manifest
@@ -27,7 +27,7 @@ from infer.bundle_writer import measure_files, staging_folder, write_bundle
 from infer.commands import data_of_run
 from infer.describe import rebuild_lines
 from infer.engine_options import EngineOptions, check_max_batch
-from infer.evidence import Engine, Rebuild
+from infer.evidence import Engine, Rebuild, beyond_limits
 from infer.plan_proof import check_plan_size
 from infer.tensorrt_backend import load_for_gate
 
@@ -88,7 +88,7 @@ def rebuild_engine(
             files=files,
             versions=_versions(manifest.versions),
             engine=engine,
-            report=replace(manifest.report, engine=None, engine_not_run=None),
+            report=replace(manifest.report, engine=None, engine_not_run="built again after the export"),
             rebuild=None,
         )
         rebuild = _evidence(Bundle(staging, draft), bundle, data, manifest.engine)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import CorruptFileError, GateError, UserError
 from infer.backends import check_batch
-from infer.bundle import INPUT_NAME, OUTPUT_NAME, Bundle
+from infer.bundle import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME, Bundle
 from infer.cuda import CudaError, CudaSession, scan_gpus
+from infer.runtime_cache import RuntimeCache, cache_path
 from infer.tensorrt_log import make_logger
 
 
@@ -36,6 +37,7 @@ class TensorRTBackend:
         self.provider = f"{engine_facts.library} {trt.__version__}"
         self.device = scan_gpus().gpus[0].name
         self._messages: list[str] = []
+        self._compiled: RuntimeCache | None = None
         try:
             self._cuda = CudaSession()
         except CudaError as error:
@@ -56,7 +58,12 @@ class TensorRTBackend:
         if manifest.checkpoint.sha256 not in self._engine.name:
             raise CorruptFileError(f"{bundle.engine_path} belongs to another checkpoint than its bundle")
         check_contract(self._engine, bundle)
-        self._context = self._engine.create_execution_context()
+        if hasattr(trt, "IRuntimeCache"):
+            sha256, gpu = manifest.files[ENGINE_NAME].sha256, scan_gpus().gpus[0].architecture
+            self._compiled = RuntimeCache(self._engine, cache_path(sha256, trt.__version__, gpu))
+            self._context = self._compiled.context
+        else:
+            self._context = self._engine.create_execution_context()
         if self._context is None:
             raise UserError(f"{self.provider} has no memory for the engine: {self._reason()}")
         crop_px, num_classes = manifest.preprocessing.crop_px, len(manifest.classes)
@@ -90,8 +97,11 @@ class TensorRTBackend:
         return self._probabilities[:n].copy()
 
     def close(self) -> None:
+        if self._compiled is not None:
+            self._cuda.activate()
+            self._compiled.save()
         # TensorRT's objects first, in the reverse of the order in which they were made.
-        self._context = self._engine = self._runtime = None
+        self._context = self._compiled = self._engine = self._runtime = None
         self._images = self._probabilities = np.empty(0, np.uint8)
         self._cuda.close()
 
@@ -109,6 +119,23 @@ def load_for_gate(bundle: Bundle) -> TensorRTBackend:
         return TensorRTBackend(bundle)
     except UserError as error:
         raise GateError(f"gate: the engine should run on this GPU and does not: {error}") from error
+
+
+def library_says(bundle: Bundle) -> str | None:
+    """What the library makes of a plan before it loads it: `valid`, `suboptimal`, or `invalid (why)`.
+
+    Returns:
+        None for `tensorrt`, which only says so by loading; `tensorrt_rtx` can be asked, without a GPU too.
+    """
+    facts, path = bundle.manifest.engine, bundle.engine_path
+    assert facts is not None and path is not None
+    trt = importlib.import_module(facts.library)
+    if not hasattr(trt.Runtime, "get_engine_validity"):
+        return None
+    verdict, reasons = trt.Runtime(make_logger(trt, [])).get_engine_validity(path.read_bytes())
+    why = [name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if reasons & int(bit)]
+    words = ", ".join(name.lower().replace("_", " ") for name in why)
+    return f"{verdict.name.lower()}{f' ({words})' if words else ''}"
 
 
 def check_contract(engine: Any, bundle: Bundle) -> None:
