@@ -19,13 +19,14 @@ from infer.bundle import (
     MANIFEST_NAME,
     ONNX_NAME,
     Bundle,
+    Origin,
     file_problem,
     find_bundle,
     read_manifest,
     seal_of,
 )
 from infer.describe import engine_words, gate_lines, proof_words, rebuild_advice
-from infer.evidence import Calibration, Engine, GateReport, Origin, Proof, Rebuild
+from infer.evidence import Calibration, Engine, GateReport, Proof, Rebuild
 
 log = logging.getLogger("infer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -13,6 +14,7 @@ from data_pipeline.files import sha256_of
 from infer.bundle import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    SEAL,
     Agreement,
     Bundle,
     Engine,
@@ -24,6 +26,7 @@ from infer.bundle import (
     image_input,
     load_bundle,
     probability_output,
+    seal_text,
 )
 from infer.export import export_model
 from infer.gate import LIMITS
@@ -135,7 +138,14 @@ def with_engine(
     engine = msgspec.convert(
         {"library": library, "version": version, "gpus": gpus, "profile_batches": (1, 8, 8)}, Engine
     )
-    return tiny_manifest(format="trt", engine=engine, files={"model.onnx": nothing, "model.engine": nothing})
+    report = tiny_manifest().report
+    assert report is not None
+    return tiny_manifest(
+        format="trt",
+        engine=engine,
+        files={"model.onnx": nothing, "model.engine": nothing},
+        report=msgspec.structs.replace(report, engine_not_run="no NVIDIA driver"),
+    )
 
 
 def write_tiny(
@@ -152,3 +162,11 @@ def write_tiny(
     manifest = msgspec.structs.replace(manifest, files=files)
     (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     return folder
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    """Change keys of a manifest and seal it again, as somebody would who knows how; `...` removes a key."""
+    path = folder / MANIFEST_NAME
+    plain = {**msgspec.json.decode(path.read_bytes(), type=dict[str, Any]), **changes}
+    plain = {key: value for key, value in plain.items() if value is not ... and key != SEAL}
+    path.write_bytes(msgspec.json.encode({**plain, SEAL: seal_text(plain)}))

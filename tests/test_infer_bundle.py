@@ -10,17 +10,9 @@ import msgspec
 import pytest
 
 from data_pipeline.errors import CorruptFileError, UserError
-from infer.bundle import MANIFEST_NAME, SCHEMA_VERSION, SEAL, find_bundle, load_bundle, seal_text
+from infer.bundle import MANIFEST_NAME, SCHEMA_VERSION, find_bundle, load_bundle
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
-from tests.infer_samples import tiny_manifest, write_tiny
-
-
-def edit(folder: Path, **changes: object) -> None:
-    """Change a manifest and seal it again, as somebody would who knows how."""
-    path = folder / MANIFEST_NAME
-    plain = {**json.loads(path.read_text()), **changes}
-    plain.pop(SEAL)
-    path.write_bytes(msgspec.json.encode({**plain, SEAL: seal_text(plain)}))
+from tests.infer_samples import edit_manifest, tiny_manifest, write_tiny
 
 
 def test_written_bundle_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -79,7 +71,7 @@ def test_missing_and_linked_files_are_refused(tmp_path: Path) -> None:
 def test_file_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     folder = write_tiny(tmp_path / "b")
     files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
-    edit(folder, files={**files, name: files["model.onnx"]})
+    edit_manifest(folder, files={**files, name: files["model.onnx"]})
     with pytest.raises(CorruptFileError, match="leaves the bundle's folder"):
         load_bundle(folder)
 
@@ -100,7 +92,7 @@ def test_manifest_that_contradicts_itself_is_refused(
     tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
     folder = write_tiny(tmp_path / "b")
-    edit(folder, **changes)
+    edit_manifest(folder, **changes)
     with pytest.raises(CorruptFileError, match=words):
         load_bundle(folder)
 
@@ -121,7 +113,7 @@ def test_manifest_that_is_not_json_or_too_large_is_refused(
 
 def test_newer_schema_is_the_users_to_solve(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "b")
-    edit(folder, schema_version=SCHEMA_VERSION + 1, something_new=True)
+    edit_manifest(folder, schema_version=SCHEMA_VERSION + 1, something_new=True)
     with pytest.raises(UserError, match="upgrade alexnet"):
         load_bundle(folder)
 
