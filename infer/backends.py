@@ -213,7 +213,7 @@ class OnnxBackend:
         device: `cpu`, or `cuda` for the first GPU.
         threads: of the CPU provider; 0 lets ONNX Runtime take one for each core this process may use.
     Raises:
-        UserError: the CUDA provider cannot be used here, with ONNX Runtime's reason.
+        UserError: the model cannot be loaded, or the CUDA provider not used, with ONNX Runtime's reason.
         CorruptFileError: the labels or the preprocessing in the model are not those of the manifest.
     """
 
@@ -272,7 +272,10 @@ def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) 
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     if device == "cpu":
-        return onnxruntime.InferenceSession(bundle.onnx_path, options, providers=["CPUExecutionProvider"])
+        try:
+            return onnxruntime.InferenceSession(bundle.onnx_path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base but this
+            raise UserError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
     # Without this, a session that was asked for CUDA alone silently runs on the CPU.
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # TF32 keeps 10 bits of the mantissa: it is not the fp32 that the bundle promises.

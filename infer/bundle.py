@@ -29,6 +29,7 @@ MANIFEST_NAME = "bundle.json"
 SEAL = "manifest_sha256"
 MAX_MANIFEST_BYTES = 16 * 2**20
 SCHEMA_VERSION = 3
+_OLDEST_SCHEMA = 2
 _SEALED_SINCE = 3
 ONNX_NAME = "model.onnx"
 ENGINE_NAME = "model.engine"
@@ -269,7 +270,7 @@ def read_manifest(folder: Path) -> Manifest:
     """What a folder says of itself. Nothing of it is verified but the manifest: see `load_bundle`.
 
     Raises:
-        UserError: there is no bundle here, or a newer version of this program wrote it.
+        UserError: there is no bundle here, or a version of this program wrote it that is newer or too old.
         CorruptFileError: the manifest is damaged, was changed, or contradicts itself.
     """
     path = folder / MANIFEST_NAME
@@ -285,6 +286,11 @@ def read_manifest(folder: Path) -> Manifest:
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"{path} has schema {version}, and this program reads up to {SCHEMA_VERSION}: upgrade alexnet"
+            )
+        if version < _OLDEST_SCHEMA:
+            raise UserError(
+                f"{path} has schema {version}, and this program reads {_OLDEST_SCHEMA} to {SCHEMA_VERSION}: "
+                "export the checkpoint again"
             )
         seal = plain.pop(SEAL, None)
         if (version >= _SEALED_SINCE or seal is not None) and seal != seal_text(plain):

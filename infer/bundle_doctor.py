@@ -30,9 +30,10 @@ from infer.evidence import Calibration, Engine, GateReport, Proof, Rebuild
 
 log = logging.getLogger("infer")
 
+_ON_CPU, _ON_GPU = f"{ONNX_NAME} on the CPU", f"{ONNX_NAME} on the GPU"
 # The first ONNX Runtime that knows an opset and an IR version; source: its docs/Versioning.md.
-_OPSET_SINCE = {18: "1.14", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.20", 23: "1.22"}
-_IR_SINCE = {8: "1.14", 9: "1.16", 10: "1.18", 11: "1.22"}
+_OPSET_SINCE = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18"}
+_IR_SINCE = {8: "1.14", 9: "1.16", 10: "1.18"}
 
 
 class FileStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +140,7 @@ def examine_bundle(path: Path) -> BundleReport:
         rebuild=manifest.rebuild,
         loads_on=_loads_on(bundle),
         here=here,
-        predict_would_use=_choice(bundle, machine) if sound else None,
+        predict_would_use=_choice(bundle, machine, here) if sound else None,
         advice=advice,
     )
 
@@ -206,14 +207,13 @@ def _loads_on(bundle: Bundle) -> dict[str, str]:
 def _try_here(bundle: Bundle, machine: Machine, whole: set[str]) -> dict[str, str]:
     """Load each file on each device that there is, and run it once."""
     onnx, here = ONNX_NAME in whole, {}
-    here[f"{ONNX_NAME} on the CPU"] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if onnx else "damaged"
-    on_gpu = f"{ONNX_NAME} on a GPU"
+    here[_ON_CPU] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if onnx else "damaged"
     if not machine.scan.gpus:
-        here[on_gpu] = f"no: {machine.scan.reason}"
+        here[_ON_GPU] = f"no: {machine.scan.reason}"
     elif not machine.cuda_provider:
-        here[on_gpu] = "no: this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+        here[_ON_GPU] = "no: this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
     else:
-        here[on_gpu] = _try(lambda: OnnxBackend(bundle, "cuda"), bundle) if onnx else "damaged"
+        here[_ON_GPU] = _try(lambda: OnnxBackend(bundle, "cuda"), bundle) if onnx else "damaged"
     if bundle.manifest.engine is None:
         return here
     if ENGINE_NAME not in whole:
@@ -245,7 +245,13 @@ def _try(load: Any, bundle: Bundle) -> str:
         return f"no: {error}"
 
 
-def _choice(bundle: Bundle, machine: Machine) -> str:
+def _choice(bundle: Bundle, machine: Machine, here: dict[str, str]) -> str | None:
+    """What `alexnet predict` comes to: its choice, or, where that fails, what it takes in its place."""
+    usable = [name for name in (ENGINE_NAME, _ON_GPU, _ON_CPU) if here.get(name, "").startswith("ok")]
+    if not usable:
+        return None
     decision = decide(bundle, "auto", "auto", machine)
-    runtime = "its engine" if decision.runtime == "trt" else ONNX_NAME
-    return f"{runtime} on {'the GPU' if decision.device == 'cuda' else 'the CPU'} ({decision.why})"
+    on_gpu = _ON_GPU if decision.runtime == "onnx" else ENGINE_NAME
+    chosen = on_gpu if decision.device == "cuda" else _ON_CPU
+    why = decision.why if chosen == usable[0] else f"{chosen} fails"
+    return f"{'its engine on the GPU' if usable[0] == ENGINE_NAME else usable[0]} ({why})"

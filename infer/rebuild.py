@@ -63,7 +63,7 @@ def rebuild_engine(
     if manifest.proof is None:
         raise UserError(f"{bundle.folder} is older than the proof of precision: export the checkpoint again")
     target = _target(bundle, out)
-    largest = max_batch or manifest.max_batch
+    largest = manifest.max_batch if max_batch is None else max_batch
     check_max_batch(largest)
     with staging_folder(target) as staging:
         shutil.copyfile(bundle.onnx_path, staging / ONNX_NAME)

@@ -165,8 +165,15 @@ def write_tiny(
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
-    """Change keys of a manifest and seal it again, as somebody would who knows how; `...` removes a key."""
+    """Change keys of a manifest and seal it again, as somebody would who knows how."""
+    plain = unseal_manifest(folder, **changes)
+    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode({**plain, SEAL: seal_text(plain)}))
+
+
+def unseal_manifest(folder: Path, **changes: object) -> dict[str, Any]:
+    """Change keys of a manifest (`...` removes one) and take its seal away; returns what is in it now."""
     path = folder / MANIFEST_NAME
     plain = {**msgspec.json.decode(path.read_bytes(), type=dict[str, Any]), **changes}
     plain = {key: value for key, value in plain.items() if value is not ... and key != SEAL}
-    path.write_bytes(msgspec.json.encode({**plain, SEAL: seal_text(plain)}))
+    path.write_bytes(msgspec.json.encode(plain))
+    return plain

@@ -280,8 +280,12 @@ def test_an_export_beyond_the_gates_limits_is_code_4_and_not_shipped(
 def test_export_says_what_it_did(run: Path, tmp_path: Path) -> None:
     result = invoke("export", run / "checkpoints" / "step-00000007", "--out", tmp_path / "b")
     assert result.exit_code == 0, result.stderr
-    assert "top-1 agreement 100.00%" in result.stdout
-    assert "largest probability difference" in result.stdout
+    assert re.search(r"^ +top-1 +top-5 +ties +largest +mean +accuracy$", result.stdout, re.MULTILINE)
+    row = re.search(r"^ +model\.onnx +100\.00% +100\.00% +0 +(\S+) +(\S+) ", result.stdout, re.MULTILINE)
+    assert row is not None and 0 < float(row[2]) < float(row[1]) < 1e-4
+    assert "  limits: top-1 agreement of at least 1, top-5 of at least 1, probabilities within 1e-04" in (
+        result.stdout
+    )
     result = invoke(
         "export", run / "checkpoints" / "step-00000007", "--out", tmp_path / "b", "--json", "--max-batch", "4"
     )
