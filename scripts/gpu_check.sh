@@ -90,12 +90,48 @@ sys.exit(worst > 1e-3)
 PYTHON
 }
 
+# One precision: the engine runs here and is gated, the doctor loads and runs everything, and the engine is built
+# again from the ONNX file and held against it.
+exported() {
+  local target="$out/export-$1"
+  rm -rf "$target"
+  alexnet export --format onnx,trt --precision "$1" --out "$target" --json >"$target.json" &&
+    alexnet doctor "$target/trt-$1" --json >"$target-doctor.json" &&
+    alexnet export "$target/trt-$1" --format trt --data data/demo-digits --json >"$target-rebuilt.json" || return 1
+  python - "$target" <<'PYTHON'
+import json, sys
+
+made, doctor, rebuilt = (json.load(open(sys.argv[1] + end)) for end in (".json", "-doctor.json", "-rebuilt.json"))
+print("gate:", json.dumps(made["trt"]["report"]))
+print("here:", json.dumps(doctor["here"]), "predict would use", doctor["predict_would_use"])
+print("rebuilt:", json.dumps(rebuilt["rebuild"]))
+assert made["trt"]["report"]["engine"], made["trt"]["report"]["engine_not_run"]
+assert all(words.startswith("ok") for words in doctor["here"].values()), doctor["here"]
+assert rebuilt["rebuild"]["agreement"], rebuilt["rebuild"]["unknown"]
+PYTHON
+}
+
+# TensorRT's timing cache shortens the second build; Triton's repository has the engine.
+tensorrt_only() {
+  rm -rf "$out/timed" "$out/triton" "$out/timings"
+  for _ in 1 2; do
+    alexnet export --format trt --builder-level 5 --timing-cache "$out/timings" --out "$out/timed" || return 1
+  done
+  alexnet export "$out/timed" --triton "$out/triton" && cat "$out"/triton/*/config.pbtxt
+}
+
 check doctor alexnet doctor
 check gpu-tests gpu_tests
 check all-tests pytest
 check demo make demo
 for name in fp32 bf16 fp16; do check "precision-$name" precision "$name"; done
 check predictions predictions
+for name in fp32 fp16 int8; do check "export-$name" exported "$name"; done
+if python -c 'import tensorrt' 2>/dev/null; then
+  check tensorrt-only tensorrt_only
+else
+  summary+=("skipped tensorrt-only (timing cache, Triton's engine: tensorrt is not installed)")
+fi
 check bench-data alexnet bench data --json  # dali_gpu: images/s with decoding on the GPU
 check bench-train alexnet bench train --json --rounds 3
 if [ "$num_gpus" -ge 2 ]; then
