@@ -25,7 +25,7 @@ from infer.bundle import (
     read_manifest,
     seal_of,
 )
-from infer.describe import engine_words, gate_lines, proof_words, rebuild_advice
+from infer.describe import calibration_words, engine_words, gate_lines, proof_words, rebuild_advice
 from infer.evidence import Calibration, Engine, GateReport, Proof, Rebuild
 
 log = logging.getLogger("infer")
@@ -170,8 +170,7 @@ def report_lines(report: BundleReport) -> list[str]:
     if report.proof is not None:
         lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(report.proof)}")
     if report.calibration is not None:
-        by = report.calibration
-        lines.append(f"  calibrated on {by.num_images} images of {by.data}/{by.split} ({by.method})")
+        lines.append(f"  {calibration_words(report.calibration)}")
     lines += gate_lines(report.gate, report.rebuild)
     if not report.gate_limits_are_todays:
         lines.append("  (those were the limits of its version; this one has others)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, Proof
-from infer.evidence import Agreement, Engine, GateReport, Limits, Rebuild
+from infer.evidence import Agreement, Calibration, Engine, GateReport, Limits, Rebuild
 
 _COLUMNS = "    {:<12}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
 _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
@@ -25,8 +25,7 @@ def describe_export(bundle: Bundle) -> list[str]:
     if manifest.proof is not None:
         lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(manifest.proof)}")
     if manifest.calibration is not None:
-        by = manifest.calibration
-        lines.append(f"  calibrated on {by.num_images} images of {by.data}/{by.split} ({by.method})")
+        lines.append(f"  {calibration_words(manifest.calibration)}")
     if manifest.report is not None:
         lines += [f"  {line}" for line in gate_lines(manifest.report, manifest.rebuild)]
     return lines
@@ -88,6 +87,11 @@ def proof_words(proof: Proof) -> str:
     """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
     kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in proof.computed_in.items())
     return f"{kinds}; {proof.num_quantize} Q and {proof.num_dequantize} DQ nodes"
+
+
+def calibration_words(by: Calibration) -> str:
+    """`calibrated on 256 images of digits/train (minmax)`."""
+    return f"calibrated on {by.num_images} images of {by.data}/{by.split} ({by.method})"
 
 
 def limit_words(limits: Limits) -> str:
