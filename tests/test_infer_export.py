@@ -73,6 +73,9 @@ def test_metadata_reaches_onnx_runtime(bundle: Bundle, checkpoint: Checkpoint) -
     assert tuple(json.loads(metadata["classes"])) == CLASSES
     assert msgspec.json.decode(metadata["preprocessing"], type=Preprocessing) == checkpoint.preprocessing
     assert metadata["checkpoint_sha256"] == checkpoint.sha256 == bundle.manifest.checkpoint.sha256
+    assert tuple(json.loads(metadata["labels"])) == bundle.manifest.class_labels
+    assert (metadata["model"], metadata["recipe"], metadata["step"]) == ("paper", "demo", "7")
+    assert session.get_modelmeta().producer_name == "alexnet"
 
 
 def test_files_name_nothing_of_this_machine(bundle: Bundle) -> None:
