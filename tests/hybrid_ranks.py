@@ -28,7 +28,6 @@ from train.distributed import World, open_world
 from train.engine import Trainer, train_step
 from train.hybrid import HybridParallel, part_optimizer_state, whole_optimizer_state, whole_tensors
 from train.optimizer import load_optimizer
-from train.parallel import batch_sizes
 from train.session import make_trainer
 
 GLOBAL_BATCH = 25
@@ -44,15 +43,12 @@ def make(world: World, *overrides: str) -> Trainer:
     return make_trainer(config, dataset, world, None)
 
 
-def batches_at(world: World, step: int) -> list[Batch]:
+def batches_at(world: World, step: int, micro_batch: int = 4) -> list[Batch]:
     """This rank's micro-batches of noise, which are the same samples on any number of ranks."""
     random = np.random.default_rng(step)
     images = random.integers(0, 256, (GLOBAL_BATCH, 32, 32, 3), dtype=np.uint8)
     labels = random.integers(0, len(CLASSES), GLOBAL_BATCH)
     share = rank_slice(GLOBAL_BATCH, world.rank, world.world_size)
-    _, micro_batch = batch_sizes(
-        make_config("demo", [f"global_batch={GLOBAL_BATCH}", "micro_batch=4"]), world
-    )
     made = []
     for start in range(share.start, share.stop, micro_batch):
         places = np.arange(start, min(start + micro_batch, share.stop))

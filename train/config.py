@@ -52,6 +52,10 @@ class RunConfig(Table, frozen=True):
         timeout_s: a rank that keeps the others waiting in a collective for longer ends the run.
         parallel: `ddp` gives every rank the whole network; `hybrid` splits the fully connected layers over
             the ranks, so that less travels (`train.hybrid`).
+        compress: how gradients travel under plain ddp: `bf16` rounds them on their way; `powersgd` sends two
+            thin matrices a layer, and remembers what they left out (`train.compression`).
+        powersgd_rank: of those matrices; more is nearer, and more bytes.
+        powersgd_start: as many first steps of a run send whole gradients.
         lrn: `fused` compiles local response normalisation, `eager` does not; `auto` does in runs long enough.
         compile: compile the network's passes as a whole where that is measured to be faster, at the start.
         log_every: optimiser steps between training rows.
@@ -81,6 +85,9 @@ class RunConfig(Table, frozen=True):
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
     parallel: Literal["ddp", "hybrid"] = "ddp"
+    compress: Literal["none", "bf16", "powersgd"] = "none"
+    powersgd_rank: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    powersgd_start: Annotated[int, msgspec.Meta(ge=2)] = 1000
     lrn: Literal["auto", "fused", "eager"] = "auto"
     compile: bool = False
     log_every: Positive = 20
@@ -102,8 +109,18 @@ class RunConfig(Table, frozen=True):
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self) -> None:
+        if self.compress == "powersgd" and self.log_noise_scale:
+            raise ValueError(
+                "log_noise_scale compares parts of a gradient with their sum, which compress=powersgd "
+                "changes: use compress=bf16 or none"
+            )
         if self.parallel != "hybrid":
             return
+        if self.compress != "none":
+            raise ValueError(
+                f"compress={self.compress} is for plain ddp: parallel=hybrid sends no gradients of the large "
+                "layers; choose one"
+            )
         if self.compile:
             raise ValueError(
                 "compile=true compiles the network as a whole, and parallel=hybrid splits it: choose one"

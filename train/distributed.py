@@ -26,6 +26,9 @@ TIMEOUT_S = 600.0
 REPORT_S = 3.0
 """For so long ranks that timed out hear from each other who did; the others are the lost ones."""
 
+REST_S = 0.1
+"""For so long gloo's threads may free what they hold of the last collective, before Python ends."""
+
 T = TypeVar("T")
 
 
@@ -274,3 +277,6 @@ def open_world(wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOU
             yield World(rank, world_size, local_rank, local_world_size, device)
     finally:
         dist.destroy_process_group()
+        if kind == "cpu":
+            # A thread that frees a tensor while the interpreter ends takes the process down with SIGABRT.
+            time.sleep(REST_S)

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from data_pipeline.loader import Batch
 from data_pipeline.order import hash_at
 from train.averaging import WeightAverage
+from train.compression import PowerSGD
 from train.distributed import World
 from train.guard import Guard, poison, restore_buffers
 from train.hybrid import HybridParallel, Parallel
@@ -47,6 +48,7 @@ class Trainer:
         seed: of the dropout masks.
         label_smoothing: see `train.mixing.mixed_losses`.
         average: of the weights, where one is kept; it is what is evaluated.
+        powersgd: what compression by PowerSGD remembers; None without it.
         noise: measures the gradient noise scale; None where nobody asks.
     """
 
@@ -62,6 +64,7 @@ class Trainer:
     seed: int
     label_smoothing: float = 0.0
     average: WeightAverage | None = None
+    powersgd: PowerSGD | None = None
     noise: NoiseMeter | None = None
 
 
@@ -137,6 +140,8 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
         with world.collective(f"the norm of the gradient of step {step + 1}"):
             gradients = parallel.agree(scaler, optimizer)
     skip = trainer.guard.judge(gradients, step)
+    if trainer.powersgd is not None:
+        trainer.powersgd.end_step(skip)
     if noise is not None:
         noise.end_step(gradients, scaler.scale(torch.ones((), device=world.device)), skip)
     update(optimizer, skip)

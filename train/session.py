@@ -24,14 +24,14 @@ from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
 from train.fusion import prepare_lrn, prepare_step
 from train.guard import Guard
-from train.hybrid import HybridParallel, part_optimizer_state, part_tensors
+from train.hybrid import part_optimizer_state, part_tensors
 from train.interrupt import Interrupt, remember_signals
 from train.metrics import TOP_K
 from train.model import Normalize, make_model
 from train.noise_scale import NoiseMeter
 from train.open_row import OpenRow
 from train.optimizer import load_optimizer, make_optimizer, start_momentum
-from train.parallel import batch_sizes, make_parallel
+from train.parallel import batch_sizes, compress_gradients, describe_parallel, make_parallel
 from train.precision import choose_precision
 from train.restart import Start, choose_start, claim_run
 from train.run_folder import RunFolder, create_run, go_back_to
@@ -152,12 +152,8 @@ def open_session(
             f"batch {config.global_batch} in {math.ceil(rank_batch / micro_batch)} pass(es) "
             f"of up to {micro_batch} a rank"
         )
-        if config.parallel == "hybrid":
-            log.info(
-                f"hybrid: the fully connected layers are split over {world.world_size} ranks"
-                if isinstance(trainer.parallel, HybridParallel)
-                else "hybrid on one rank: there is nobody to split the fully connected layers with"
-            )
+        if config.parallel != "ddp" or config.compress != "none":
+            log.info(describe_parallel(config, world, step))
     if world.is_main and out is not None:
         log.info(describe_rate(config.schedule, config.global_batch))
         if trainer.average is not None:
@@ -227,6 +223,7 @@ def make_trainer(
         if not checkpoint.parts["optimizer"]:
             raise UserError(f"{checkpoint.folder} holds weights alone: there is nothing to go on with")
     parallel = make_parallel(network, config, world)
+    powersgd = compress_gradients(parallel, config, precision, checkpoint.step if checkpoint else 0)
     optimizer, scaler = make_optimizer(network, config.optimizer), precision.make_scaler()
     guard = Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor)
     if checkpoint is not None:
@@ -240,6 +237,7 @@ def make_trainer(
     return Trainer(
         network=network,
         parallel=parallel,
+        powersgd=powersgd,
         normalize=Normalize(config.preprocessing).to(world.device),
         optimizer=optimizer,
         scaler=scaler,
