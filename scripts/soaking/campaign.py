@@ -45,7 +45,7 @@ class Size:
 
 
 def soak(minutes: float, seed: int, out: Path) -> Report:
-    """Train under faults for so many minutes, at least one pair of runs.
+    """Train under faults for about so many minutes: as many pairs of runs as come closest, at least one.
 
     Each pair has a seed of its own. Its first run keeps its number of ranks, and is then held against an
     undisturbed one; its second changes it with every launch, and is held against the same one's samples.
@@ -63,7 +63,7 @@ def soak(minutes: float, seed: int, out: Path) -> Report:
     size = Size(2, 7, 3) if minutes < SHORT_MINUTES else Size(6, 10, 8)
     rounds: list[Round] = []
     not_injected: dict[str, str] = {}
-    while not rounds or time.monotonic() - started + longest <= 60 * minutes:
+    while not rounds or time.monotonic() - started + longest / 2 <= 60 * minutes:
         began, pair_seed = time.monotonic(), seed + len(rounds) // 2
         rounds += soak_pair(pair_seed, size, out / f"pair-{pair_seed}", demo, not_injected)
         longest = max(longest, time.monotonic() - began)
