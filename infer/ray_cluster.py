@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -127,7 +128,8 @@ def ray_cluster(address: str, *, workers: int | None, no_gpus: bool) -> Iterator
             what = "Ray cannot be started" if local else f"no Ray cluster at --address {address}"
             raise UserError(f"{what}: {reason}") from error
         try:
-            yield ray
+            with contextlib.redirect_stdout(sys.stderr):  # Ray prints there that a worker died
+                yield ray
         finally:
             started = _descendants(os.getpid()) if local else set()
             ray.shutdown()

@@ -69,11 +69,14 @@ sys.exit(worst > 1e-3)
 PYTHON
 }
 
-# The same images through the engine, through ONNX Runtime on the GPU, and on the CPU.
+# The same images through the engine, through ONNX Runtime on the GPU, through a Ray worker, and on the CPU.
 predictions() {
   alexnet predict images/ --backend trt --format jsonl --output "$out/trt.jsonl" &&
     alexnet predict images/ --backend onnx --device cuda --format jsonl --output "$out/cuda.jsonl" &&
     alexnet predict images/ --backend onnx --device cpu --format jsonl --output "$out/cpu.jsonl" || return 1
+  rm -rf "$out/ray"
+  alexnet predict images/ --engine ray --device cuda --format jsonl --output "$out/ray" &&
+    cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" || return 1
   python - "$out" <<'PYTHON'
 import json, pathlib, sys
 
@@ -81,7 +84,7 @@ def rows(name):
     return [json.loads(line)["predictions"] for line in pathlib.Path(sys.argv[1], f"{name}.jsonl").open()]
 
 worst = 0.0
-for name in ("trt", "cuda"):
+for name in ("trt", "cuda", "ray"):
     for found, expected in zip(rows(name), rows("cpu"), strict=True):
         assert found[0]["class_id"] == expected[0]["class_id"], (name, found, expected)
         worst = max(worst, abs(found[0]["probability"] - expected[0]["probability"]))

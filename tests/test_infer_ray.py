@@ -32,7 +32,7 @@ from tests.infer_samples import data_folder, exported, images_in
 from tests.ranks import REPOSITORY
 
 PART_ROWS = 3
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,14 @@ def scratch() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def processes_of(scratch: Path) -> list[str]:
+def processes_of(scratch: Path) -> dict[int, str]:
     """The living processes that were started with this folder as their place for temporary files."""
-    found = []
+    found = {}
     mark = b"TMPDIR=" + os.fsencode(scratch)
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
     return found
@@ -128,6 +128,9 @@ def test_a_killed_job_goes_on_elsewhere_to_the_rows_of_one_process(
     try:
         address = machines.stdout.readline().strip()
         resumed = start([*command, "--resume", "--address", address], tmp_path, scratch, **token)
+        wait_for(lambda: resumed.poll() is not None or len(list(folder.glob("part-*.jsonl"))) > len(before))
+        pids = [pid for pid, name in processes_of(scratch).items() if name.startswith("ray::MapWorker")]
+        os.kill(pids[0], signal.SIGKILL)  # another takes its place, and does its part again
         out, err = resumed.communicate(timeout=TIMEOUT_S)
     finally:
         machines.communicate(timeout=TIMEOUT_S)
