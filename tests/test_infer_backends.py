@@ -102,6 +102,12 @@ def test_auto_says_why_it_does_not(
         ("onnx", "cuda", CPU_MACHINE, "--device cuda cannot be had"),
         ("onnx", "cuda", Machine(L4, {}, False), "no CUDA provider"),
         ("trt", "cuda", Machine(L4, {}, True), r"pip install 'alexnet\[rtx\]'"),
+        (
+            "trt",
+            "cuda",
+            Machine(L4, {"tensorrt_rtx": "1.8"}, True),
+            "and 1.8 is installed; build one for this machine: alexnet export nowhere --format trt$",
+        ),
     ],
 )
 def test_what_was_asked_for_and_cannot_be_had_is_an_error(
