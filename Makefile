@@ -32,6 +32,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
+	$(BIN)/yamllint --strict $$(git ls-files '*.yml' '*.yaml')
+	$(BIN)/hadolint $$(git ls-files '*Dockerfile')
 
 test: lint
 	$(BIN)/pytest
