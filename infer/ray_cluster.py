@@ -51,7 +51,7 @@ def share_cores(cores: list[int], workers: int | None) -> Share:
         UserError: more workers than cores.
 
     >>> share_cores([2], None), share_cores([16, 6], None)
-    (Share(workers=1, threads=2, gpus=0), Share(workers=7, threads=3, gpus=0))
+    (Share(workers=1, threads=2, gpus=0), Share(workers=11, threads=2, gpus=0))
     >>> share_cores([2], 2), share_cores([8, 8], 3)
     (Share(workers=2, threads=1, gpus=0), Share(workers=3, threads=4, gpus=0))
     """

@@ -115,6 +115,7 @@ def test_processes_that_read_do_not_change_the_stream(
 
 def test_a_killed_reader_is_one_line(dataset: Dataset) -> None:
     with closing(ReaderPool([dataset], 1)) as readers:
+        readers.fetch(dataset, np.arange(3), 10**8)  # until it answers, it may not yet show its name
         (child,) = reader_processes()
         os.kill(child, signal.SIGKILL)
         with pytest.raises(WorkerError, match=r"was killed, for lack of memory perhaps: set data\.readers"):

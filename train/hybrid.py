@@ -48,7 +48,7 @@ def round_rows(global_batch: int, world_size: int, micro_batch: int, unit: int =
         unit: so many samples are never parted.
 
     >>> round_rows(25, 2, micro_batch=5)
-    [5, 5, 5]
+    [5, 5, 3]
     >>> round_rows(25, 2, micro_batch=4)
     [4, 4, 4, 4]
     """
