@@ -8,10 +8,14 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from data_pipeline.console import LOGGERS
+
+if TYPE_CHECKING:
+    from infer.bundle import Bundle
 
 
 @lru_cache(maxsize=1)
@@ -60,3 +64,29 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     write_demo(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoint, data and exports of `tests.infer_samples` are, made once for all tests."""
+    from tests.infer_samples import exported
+
+    folder = tmp_path_factory.getbasetemp()
+    exported(folder)  # outside of any test: torch's exporter sets environment variables
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(base: Path) -> Bundle:
+    """A gated export of both formats, with its checkpoint's run around it."""
+    from tests.infer_samples import exported
+
+    return exported(base)
+
+
+@pytest.fixture(scope="session")
+def files(base: Path) -> list[Path]:
+    """Ten images, one of each class."""
+    from tests.infer_samples import data_folder, images_in
+
+    return images_in(data_folder(base) / "val")[::5]

@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from alexnet import main
 from infer.bundle import Bundle
 from infer.gate import LIMITS
-from tests.infer_samples import exported
 from tests.ranks import REPOSITORY, TINY, run_command
 
 CONTEXT = click.Context(main)
@@ -164,12 +163,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(demo_data: Path,
 
 
 # --- checkpoints and exported models ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A run with a checkpoint and a gated export in both formats."""
-    return exported(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

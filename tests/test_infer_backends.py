@@ -28,18 +28,13 @@ from infer.bundle import Bundle, Manifest
 from infer.cuda import CudaError, CudaSession, Gpu, GpuScan, scan_gpus
 from infer.tensorrt_backend import TensorRTBackend
 from infer.tensorrt_log import make_logger
-from tests.infer_samples import exported, tiny_manifest, with_engine
+from tests.infer_samples import tiny_manifest, with_engine
 
 NO_GPU = GpuScan((), None, "no NVIDIA driver")
 L4 = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
 HOPPER = GpuScan((Gpu(0, "NVIDIA H200", "sm90"),), "13.0", None)
 CPU_MACHINE = Machine(NO_GPU, {"tensorrt_rtx": "1.7"}, cuda_provider=True)
 GPU_MACHINE = Machine(L4, {"tensorrt_rtx": "1.7"}, cuda_provider=True)
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.getbasetemp())
 
 
 def bundle_of(manifest: Manifest) -> Bundle:

@@ -22,21 +22,10 @@ from infer.cuda import scan_gpus
 from tests.infer_samples import (
     data_folder,
     edit_manifest,
-    exported,
     tiny_manifest,
     unseal_manifest,
     write_tiny,
 )
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture(scope="session")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
 
 
 @pytest.fixture

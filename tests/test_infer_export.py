@@ -31,18 +31,6 @@ NO_GPU = GpuScan((), None, "no NVIDIA driver")
 ONE_GPU = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.getbasetemp()
-    exported(folder)  # once, and outside of any test: torch's exporter sets environment variables
-    return folder
-
-
-@pytest.fixture(scope="session")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
-
-
 @pytest.fixture
 def checkpoint(base: Path) -> Checkpoint:
     return load_checkpoint(checkpoint_folder(base))

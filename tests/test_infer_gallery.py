@@ -23,17 +23,6 @@ from infer.gallery import open_gallery
 from infer.predict import ErrorRow, OkRow, Prediction, SeenRow
 from infer.report import RowCounter
 from tests.images import photo
-from tests.infer_samples import data_folder, exported, images_in
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return images_in(data_folder(tmp_path_factory.getbasetemp()) / "val")[::5]
 
 
 def write_gallery(bundle: Bundle, files: list[Path], folder: Path) -> Path:

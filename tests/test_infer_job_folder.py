@@ -23,19 +23,8 @@ from infer.job_inputs import FailedInput, FileInput, MemberInput
 from infer.part_files import KeptPart, kept_parts
 from infer.ray_worker import PartResult, PartWorker, WorkerOptions
 from infer.run_identity import RunIdentity, identity_of
-from tests.infer_samples import data_folder, exported, images_in
 
 IDENTITY = RunIdentity(model_sha256="1" * 64, top=5, min_probability=0.0, ten_crop=False)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return images_in(data_folder(tmp_path_factory.getbasetemp()) / "val")[::5]
 
 
 def plan(folder: Path, paths: Sequence[str | Path], resume: bool = False, **changes: Any) -> JobFolder:

@@ -27,18 +27,6 @@ from tests.infer_samples import checkpoint_folder, data_folder, exported, tiny_m
 from train.checkpoint import load_checkpoint
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.getbasetemp()
-    exported(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
-
-
 def test_int8_is_calibrated_on_training_images_gated_and_built_for_the_gpus_asked_for(
     base: Path, tmp_path: Path
 ) -> None:

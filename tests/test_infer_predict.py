@@ -29,7 +29,7 @@ from infer.images import DecoderName, open_decoder, valid_images
 from infer.outputs import JsonlWriter
 from infer.predict import ErrorRow, OkRow, Prediction, Row, predict, top_k
 from infer.report import RowCounter, TableWriter, layout
-from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, exported, images_in
+from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, images_in
 from train.checkpoint import load_checkpoint
 
 
@@ -37,16 +37,6 @@ def write_jsonl(rows: Iterable[Row], stream: io.BytesIO) -> None:
     writer = JsonlWriter(stream)
     for row in rows:
         writer.write(row)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture(scope="session")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
 
 
 @pytest.fixture(scope="session")

@@ -27,17 +27,7 @@ from infer.bundle import Bundle
 from infer.images import DecoderName, open_decoder, run_valid, valid_images
 from infer.predict import ErrorRow, OkRow, Row, predict
 from tests.images import broken, encode, kinds, photo
-from tests.infer_samples import data_folder, edit_manifest, exported, images_in
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return images_in(data_folder(tmp_path_factory.getbasetemp()) / "val")[::5]
+from tests.infer_samples import edit_manifest, images_in
 
 
 def found(row: Row) -> list[tuple[int, float]]:

@@ -28,16 +28,11 @@ from infer.predict_command import PredictOptions
 from infer.ray_cluster import Share
 from infer.ray_engine import share_cluster
 from tests.images import encode, photo
-from tests.infer_samples import data_folder, exported, images_in
+from tests.infer_samples import data_folder, images_in
 from tests.ranks import REPOSITORY
 
 PART_ROWS = 3
 TIMEOUT_S = 300.0
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return exported(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
@@ -96,9 +91,9 @@ def write_shards(folder: Path, files: list[Path]) -> list[str]:
 
 
 def test_a_killed_job_goes_on_elsewhere_to_the_rows_of_one_process(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, scratch: Path
+    tmp_path: Path, base: Path, bundle: Bundle, scratch: Path
 ) -> None:
-    files = images_in(data_folder(tmp_path_factory.getbasetemp()) / "val")[::4][:12]
+    files = images_in(data_folder(base) / "val")[::4][:12]
     shards = write_shards(tmp_path, files)
     command = [
         "-m", "alexnet", "predict", *shards, "--model", bundle.folder, "--engine", "ray", "--output", "rows",
@@ -178,9 +173,9 @@ def test_a_gpu_that_the_cluster_has_not_is_an_error(asked: dict[str, Any], what:
 
 
 def test_wrong_use_is_told_before_a_cluster_is_started(
-    bundle: Bundle, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = images_in(data_folder(tmp_path_factory.getbasetemp()) / "val")[0]
+    image = images_in(data_folder(base) / "val")[0]
     ray: Any = (image, "--model", bundle.folder, "--engine", "ray")
     for options, words in {
         (): "writes a folder of parts: name it with --output DIR",

@@ -26,22 +26,11 @@ from infer.engine_options import EngineOptions
 from tests.infer_samples import (
     data_folder,
     edit_manifest,
-    exported,
     tiny_manifest,
     write_tiny,
 )
 
 NO_GPU_HERE = pytest.mark.skipif(bool(scan_gpus().gpus), reason="this machine has a GPU")
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture(scope="session")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
 
 
 @pytest.fixture

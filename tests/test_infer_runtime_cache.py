@@ -13,7 +13,6 @@ import pytest
 from infer.backends import probe_machine, why_no_engine
 from infer.bundle import Bundle
 from infer.runtime_cache import cache_path
-from tests.infer_samples import exported
 
 
 def test_the_file_differs_by_engine_version_and_gpu(
@@ -48,9 +47,8 @@ def test_calls_match_tensorrts_own_signatures() -> None:
 
 @pytest.mark.gpu
 def test_a_second_process_finds_what_the_first_compiled(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle: Bundle = exported(tmp_path_factory.getbasetemp())
     engine = bundle.manifest.engine
     assert engine is not None
     if engine.library != "tensorrt_rtx":

@@ -20,21 +20,10 @@ from infer.triton import config_text, write_repository
 from tests.infer_samples import (
     checkpoint_folder,
     data_folder,
-    exported,
     tiny_manifest,
     with_engine,
     write_tiny,
 )
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture(scope="session")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
 
 
 @pytest.fixture(scope="session")

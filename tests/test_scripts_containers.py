@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from infer.bundle import Bundle
-from tests.infer_samples import data_folder, exported, images_in
+from tests.infer_samples import data_folder, images_in
 from tests.ranks import REPOSITORY
 
 if sys.version_info >= (3, 11):
@@ -42,16 +42,6 @@ def sources(dockerfile: Path) -> list[str]:
 def names(requirements: list[str]) -> set[str]:
     """The packages that are required."""
     return {Requirement(line).name for line in requirements}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture(scope="module")
-def bundle(base: Path) -> Bundle:
-    return exported(base)
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
