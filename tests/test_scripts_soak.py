@@ -25,7 +25,7 @@ from scripts.soaking.plan import (
 )
 from scripts.soaking.rank import Line, file_name
 from scripts.soaking.report import Report, readable
-from scripts.soaking.rounds import same
+from scripts.soaking.rounds import Course, Disturbed, same
 from tests.ranks import REPOSITORY
 
 
@@ -126,3 +126,11 @@ def test_the_two_minute_soak(tmp_path: Path) -> None:
     assert len(fixed.failed_images) == 1
     assert report.steps_done_again > 0 and report.lost_s > 0
     assert (tmp_path / "soak" / "report.json").is_file()
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_the_one_that_is_judged(tmp_path: Path) -> None:
+    course = Course(seed=0, epochs=1, folder=tmp_path, demo=tmp_path)
+    disturbed = Disturbed(course, [], (), tmp_path / "runs", None)
+    for name in ("demo-20260101T000000Z", "demo-20260101T000009Z"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert disturbed.run.name == "demo-20260101T000009Z"

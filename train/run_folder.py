@@ -179,7 +179,11 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         if begun and (earlier := _run_config(run)).recipe == config.recipe:
             _check_same(config, earlier, run)
             return newest_whole(run)
-    log.info("--resume auto: no run of recipe %s under %s/ yet; starting a new one", config.recipe, out)
+    log.info(
+        "--resume auto: no run of recipe %s under %s/ has a checkpoint; starting a new one",
+        config.recipe,
+        out,
+    )
     return None
 
 

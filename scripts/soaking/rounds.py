@@ -102,9 +102,8 @@ class Disturbed:
 
     @property
     def run(self) -> Path:
-        """The run's folder."""
-        (folder,) = (path for path in self.runs.iterdir() if path.is_dir())
-        return folder
+        """The newest run's folder; a launch killed before its first checkpoint may have left another."""
+        return max(path for path in self.runs.iterdir() if path.is_dir())
 
     def train(self) -> None:
         """Go through the whole run; what went wrong is in `problems` and in the hits."""
@@ -125,6 +124,9 @@ class Disturbed:
                 self._log_before = launch.said()
                 ranks = next_ranks(self.course.seed + len(self.ranks), ranks, self.choices)
         self.wall_s = time.monotonic() - started
+        with_checkpoints = {path.parent.parent for path in self.runs.glob("*/checkpoints/step-*")}
+        if len(with_checkpoints) > 1:
+            self.problems.append(f"{len(with_checkpoints)} runs have checkpoints: one was not gone on with")
 
     def _watch(self, launch: Launch) -> None:
         while launch.running:
