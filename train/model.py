@@ -63,6 +63,10 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
     def forward(self, images_NHWC: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            # The same numbers. ONNX Runtime's CPU kernels take a plane at a time, and not three values.
+            images_NCHW = images_NHWC.float().permute(0, 3, 1, 2)
+            return images_NCHW * self.scale[:, None, None] + self.shift[:, None, None]
         return (images_NHWC.float() * self.scale + self.shift).permute(0, 3, 1, 2)
 
 
@@ -162,15 +166,20 @@ FEATURES: dict[str, Callable[[int], nn.Sequential]] = {
 }
 
 
-def _feature_map(features: nn.Module, crop_px: int) -> tuple[int, int]:
-    """Channels and side of the last feature map, without computing one."""
-    with torch.device("meta"):
-        image = torch.empty(1, 3, crop_px, crop_px)
-    try:
-        shape = features.to("meta")(image).shape
-    except RuntimeError:
-        return 0, 0
-    return int(shape[1]), int(shape[2])
+def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
+    """Channels and side of the last feature map, without computing one; a side of 0 where nothing is left."""
+    channels, side = 3, crop_px
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            channels = layer.out_channels
+            side = (side + 2 * int(layer.padding[0]) - layer.kernel_size[0]) // layer.stride[0] + 1
+        elif isinstance(layer, nn.MaxPool2d):
+            assert isinstance(layer.kernel_size, int) and isinstance(layer.stride, int) and not layer.padding
+            beyond = side - layer.kernel_size  # pixels that are not under the first window
+            side = (-(-beyond // layer.stride) if layer.ceil_mode else beyond // layer.stride) + 1
+        if side < 1:
+            return channels, 0
+    return channels, side
 
 
 def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNet:
