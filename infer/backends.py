@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -212,6 +213,7 @@ class OnnxBackend:
         bundle: a verified bundle.
         device: `cpu`, or `cuda` for the first GPU.
         threads: of the CPU provider; 0 lets ONNX Runtime take one for each core this process may use.
+        file: which ONNX file of the bundle; None for the one that is meant for the device.
     Raises:
         UserError: the model cannot be loaded, or the CUDA provider not used, with ONNX Runtime's reason.
         CorruptFileError: the labels or the preprocessing in the model are not those of the manifest.
@@ -219,19 +221,23 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"], *, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, device: Literal["cpu", "cuda"], *, threads: int = 0, file: str | None = None
+    ) -> None:
         import onnxruntime
 
         manifest = bundle.manifest
         self.precision: str = manifest.precision
         self.max_batch = manifest.max_batch
-        self._session = _make_session(bundle, device, threads or usable_cores())
+        path = bundle.cpu_path if device == "cpu" else bundle.onnx_path
+        path = path if file is None else bundle.folder / file
+        self._session = _make_session(path, device, threads or usable_cores())
         (provider, *_) = self._session.get_providers()
         self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
         self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
         self._memory = device
         if strange := foreign_metadata(self._session.get_modelmeta().custom_metadata_map, manifest):
-            raise CorruptFileError(f"{bundle.onnx_path} has {strange} than its bundle.json says")
+            raise CorruptFileError(f"{path} has {strange} than its bundle.json says")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         check_batch(images_NHWC, self.max_batch)
@@ -261,7 +267,7 @@ def _check_count(count: int, max_batch: int) -> None:
         raise ValueError(f"a batch of {count}; the model takes 1 to {max_batch}")
 
 
-def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) -> Any:
+def _make_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> Any:
     import contextlib
     import io
 
@@ -273,7 +279,7 @@ def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) 
     options.log_severity_level = 3
     if device == "cpu":
         try:
-            return onnxruntime.InferenceSession(bundle.onnx_path, options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base but this
             raise UserError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
     # Without this, a session that was asked for CUDA alone silently runs on the CPU.
@@ -287,7 +293,7 @@ def _make_session(bundle: Bundle, device: Literal["cpu", "cuda"], threads: int) 
     try:
         with contextlib.redirect_stdout(chatter):  # preload_dlls prints what it misses
             onnxruntime.preload_dlls()
-        session = onnxruntime.InferenceSession(bundle.onnx_path, options, providers=[provider])
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions share no base but this
         if "fallback to CPU" in str(error):
             # What it says when its CUDA provider could not be loaded at all.

@@ -19,6 +19,7 @@ from data_pipeline.preprocessing import Preprocessing
 from infer.evidence import Agreement as Agreement
 from infer.evidence import Calibration as Calibration
 from infer.evidence import Count, Rebuild, Strict, beyond_limits
+from infer.evidence import CpuModel as CpuModel
 from infer.evidence import Engine as Engine
 from infer.evidence import GateReport as GateReport
 from infer.evidence import Limits as Limits
@@ -28,10 +29,11 @@ from infer.evidence import Proof as Proof
 MANIFEST_NAME = "bundle.json"
 SEAL = "manifest_sha256"
 MAX_MANIFEST_BYTES = 16 * 2**20
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _OLDEST_SCHEMA = 2
 _SEALED_SINCE = 3
 ONNX_NAME = "model.onnx"
+CPU_NAME = "model.cpu.onnx"
 ENGINE_NAME = "model.engine"
 INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
@@ -94,6 +96,7 @@ class Manifest(Strict, frozen=True):
     report: GateReport | None = None
     labels_text: tuple[str, ...] = ()
     rebuild: Rebuild | None = None
+    cpu: CpuModel | None = None
 
     @property
     def class_labels(self) -> tuple[str, ...]:
@@ -107,6 +110,8 @@ class Manifest(Strict, frozen=True):
         wanted = {ONNX_NAME, ENGINE_NAME} if self.format == "trt" else {ONNX_NAME}
         if missing := sorted(wanted - self.files.keys()):
             raise ValueError(f"a bundle of format {self.format} lists {', '.join(missing)}")
+        if (self.cpu is None) != (CPU_NAME not in self.files) or (self.cpu and self.cpu.file != CPU_NAME):
+            raise ValueError(f"the files and the description of {CPU_NAME} contradict each other")
         if (self.engine is not None) != (self.format == "trt"):
             raise ValueError(f"format {self.format} and the engine's description contradict each other")
         if (self.calibration is not None) != (self.precision == "int8"):
@@ -129,8 +134,12 @@ class Manifest(Strict, frozen=True):
         """Hold the gate's report against its own limits: what is beyond them was never shipped."""
         if (self.engine is None) != (gate.engine is None and gate.engine_not_run is None):
             raise ValueError("the gate's report and the engine's description contradict each other")
+        if (self.cpu is None) != (gate.cpu is None):
+            raise ValueError(f"the gate's report and the description of {CPU_NAME} contradict each other")
         judged = [
-            (found, gate.checkpoint_accuracy) for found in (gate.onnx, gate.engine) if found is not None
+            (found, gate.checkpoint_accuracy)
+            for found in (gate.onnx, gate.cpu, gate.engine)
+            if found is not None
         ]
         if self.rebuild is not None and self.rebuild.agreement is not None:
             assert self.rebuild.onnx_accuracy is not None
@@ -151,6 +160,11 @@ class Bundle:
     def onnx_path(self) -> Path:
         """The ONNX file; every bundle has one."""
         return self.folder / ONNX_NAME
+
+    @property
+    def cpu_path(self) -> Path:
+        """What ONNX Runtime runs on a CPU: a form of the model for it, or the ONNX file."""
+        return self.folder / (self.manifest.cpu.file if self.manifest.cpu else ONNX_NAME)
 
     @property
     def engine_path(self) -> Path | None:

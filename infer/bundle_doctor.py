@@ -15,6 +15,7 @@ from data_pipeline.errors import CorruptFileError, UserError
 from infer.agreement import LIMITS
 from infer.backends import InferenceBackend, Machine, OnnxBackend, decide, probe_machine, why_no_engine
 from infer.bundle import (
+    CPU_NAME,
     ENGINE_NAME,
     MANIFEST_NAME,
     ONNX_NAME,
@@ -25,12 +26,12 @@ from infer.bundle import (
     read_manifest,
     seal_of,
 )
-from infer.describe import calibration_words, engine_words, gate_lines, proof_words, rebuild_advice
+from infer.describe import calibration_words, cpu_words, engine_words, gate_lines, proof_words, rebuild_advice
 from infer.evidence import Calibration, Engine, GateReport, Proof, Rebuild
 
 log = logging.getLogger("infer")
 
-_ON_CPU, _ON_GPU = f"{ONNX_NAME} on the CPU", f"{ONNX_NAME} on the GPU"
+_ON_GPU = f"{ONNX_NAME} on the GPU"
 # The first ONNX Runtime that knows an opset and an IR version; source: its docs/Versioning.md.
 _OPSET_SINCE = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18"}
 _IR_SINCE = {8: "1.14", 9: "1.16", 10: "1.18"}
@@ -200,13 +201,19 @@ def _loads_on(bundle: Bundle) -> dict[str, str]:
         needs = f"opset {proof.opset}, IR {proof.ir_version}"
         words = f"ONNX Runtime {since} or later, CPU and GPUs ({needs}); {words}"
     engine = manifest.engine
-    return {ONNX_NAME: words, **({ENGINE_NAME: engine_words(engine)} if engine else {})}
+    for_cpu = {CPU_NAME: cpu_words(manifest.cpu)} if manifest.cpu else {}
+    return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine_words(engine)} if engine else {})}
+
+
+def _on_cpu(bundle: Bundle) -> str:
+    return f"{bundle.cpu_path.name} on the CPU"
 
 
 def _try_here(bundle: Bundle, machine: Machine, whole: set[str]) -> dict[str, str]:
     """Load each file on each device that there is, and run it once."""
     onnx, here = ONNX_NAME in whole, {}
-    here[_ON_CPU] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if onnx else "damaged"
+    whole_cpu = onnx and bundle.cpu_path.name in whole  # it may read its weights from the other
+    here[_on_cpu(bundle)] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if whole_cpu else "damaged"
     if not machine.scan.gpus:
         here[_ON_GPU] = f"no: {machine.scan.reason}"
     elif not machine.cuda_provider:
@@ -246,11 +253,12 @@ def _try(load: Any, bundle: Bundle) -> str:
 
 def _choice(bundle: Bundle, machine: Machine, here: dict[str, str]) -> str | None:
     """What `alexnet predict` comes to: its choice, or, where that fails, what it takes in its place."""
-    usable = [name for name in (ENGINE_NAME, _ON_GPU, _ON_CPU) if here.get(name, "").startswith("ok")]
+    on_cpu = _on_cpu(bundle)
+    usable = [name for name in (ENGINE_NAME, _ON_GPU, on_cpu) if here.get(name, "").startswith("ok")]
     if not usable:
         return None
     decision = decide(bundle, "auto", "auto", machine)
     on_gpu = _ON_GPU if decision.runtime == "onnx" else ENGINE_NAME
-    chosen = on_gpu if decision.device == "cuda" else _ON_CPU
+    chosen = on_gpu if decision.device == "cuda" else on_cpu
     why = decision.why if chosen == usable[0] else f"{chosen} fails"
     return f"{'its engine on the GPU' if usable[0] == ENGINE_NAME else usable[0]} ({why})"

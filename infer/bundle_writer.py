@@ -10,7 +10,17 @@ from pathlib import Path
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import fsync_path, sha256_of
-from infer.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest, encode_manifest, load_bundle
+from infer.bundle import (
+    CPU_NAME,
+    ENGINE_NAME,
+    MANIFEST_NAME,
+    ONNX_NAME,
+    Bundle,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    load_bundle,
+)
 
 
 @contextmanager
@@ -46,7 +56,7 @@ def check_replaceable(target: Path) -> None:
         ours = load_bundle(target).manifest.files.keys() | {MANIFEST_NAME}
     except CorruptFileError:
         # A damaged export is what exporting again is the cure for; its file names are all ours.
-        ours = {MANIFEST_NAME, "model.onnx", "model.engine"}
+        ours = {MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME}
     except UserError:
         ours = set()
     if strange := sorted(names - ours):

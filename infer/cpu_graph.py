@@ -11,7 +11,7 @@ place there, as ONNX's external data.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -37,49 +37,55 @@ def write_cpu_graph(source: Path, target: Path) -> bool:
         return False
     share_weights(model, source)
     onnx.save(model, target)
+    onnx.checker.check_model(target, full_check=True)
     return True
 
 
-def expand_lrn(model: onnx.ModelProto) -> int:
+class LrnForm(NamedTuple):
+    """Where an LRN went: how its nodes' names begin, those that weigh and add; its power."""
+
+    prefix: str
+    sum: str
+    scale: str
+    beta: float
+
+
+def expand_lrn(model: onnx.ModelProto, *, channels_last: bool = False) -> list[LrnForm]:
     """Replace every LRN: y = x / (bias + alpha/size · Σ x²)^beta, the sum over `size` channels.
 
+    Args:
+        channels_last: the sum as a matrix product over the last axis, in a transposition that the runtime
+            cancels where its neighbours are channels-last, too; else as a 1×1 convolution.
     Returns:
-        How many there were.
+        One for each.
     Source: ONNX operator LRN; for beta = 0.75, s^0.75 = sqrt(s) · sqrt(sqrt(s)).
     """
-    graph = model.graph
-    count: int = sum(node.op_type == "LRN" for node in graph.node)
-    if not count:
-        return 0
     shapes = onnx.shape_inference.infer_shapes(model).graph.value_info
     channels = {
         value.name: value.type.tensor_type.shape.dim[1].dim_value
         for value in shapes
         if len(value.type.tensor_type.shape.dim) == 4
     }
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "LRN":
-            more, constants = _lrn_nodes(node, channels[node.input[0]])
-            nodes += more
-            graph.initializer.extend(constants)
-        else:
-            nodes.append(node)
+    found = []
+    for node in [node for node in model.graph.node if node.op_type == "LRN"]:
+        form, nodes, constants = _lrn_nodes(node, channels[node.input[0]], channels_last)
+        model.graph.initializer.extend(constants)
+        replace_nodes(model.graph, {node.name: nodes})
+        found.append(form)
+    return found
+
+
+def replace_nodes(graph: Any, by_name: dict[str, list[onnx.NodeProto]]) -> None:
+    """Put other nodes in the place of some."""
+    nodes = [new for node in graph.node for new in by_name.get(node.name, [node])]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
-    onnx.checker.check_model(model, full_check=True)
-    return count
+    graph.node.extend(copies)
 
 
-def band_names(model: onnx.ModelProto) -> list[str]:
-    """The names of the convolutions that `expand_lrn` made; their sums of squares are not for 8 bits."""
-    return [node.name for node in model.graph.node if node.name.endswith(_BAND)]
-
-
-_BAND = "_window_sum"
-
-
-def _lrn_nodes(node: onnx.NodeProto, channels: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+def _lrn_nodes(
+    node: onnx.NodeProto, channels: int, channels_last: bool
+) -> tuple[LrnForm, list[onnx.NodeProto], list[TensorProto]]:
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     size, alpha = int(given["size"]), float(given.get("alpha", 1e-4))
     beta, bias = float(given.get("beta", 0.75)), float(given.get("bias", 1.0))
@@ -93,24 +99,40 @@ def _lrn_nodes(node: onnx.NodeProto, channels: int) -> tuple[list[onnx.NodeProto
         return f"{y}_{name}"
 
     def add(operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        output = y if not name else f"{y}{name}"
-        nodes.append(helper.make_node(operator, inputs, [output], name=f"{y}{name or '_out'}", **attributes))
+        output = y if name == LAST else f"{y}_{name}"
+        nodes.append(helper.make_node(operator, inputs, [output], name=f"{y}_{name}", **attributes))
         return output
 
     distance = np.subtract.outer(np.arange(channels), np.arange(channels))
     # ONNX sums from floor((size - 1)/2) channels below to ceil((size - 1)/2) above.
-    band = (distance <= (size - 1) // 2) & (-distance <= size // 2)
-    weight = constant("band", alpha / size * band[:, :, None, None])
-    square = add("Mul", [x, x], "_square")
-    offset = constant("bias", np.full(channels, bias))
-    scale = add("Conv", [square, weight, offset], _BAND, kernel_shape=[1, 1])
-    if beta == 0.75:
-        root = add("Sqrt", [scale], "_sqrt")
-        power = add("Mul", [root, add("Sqrt", [root], "_sqrt_sqrt")], "_power")
+    band = alpha / size * ((distance <= (size - 1) // 2) & (-distance <= size // 2))
+    if channels_last:
+        x = add("Transpose", [x], "nhwc", perm=[0, 2, 3, 1])
+        weight, offset = constant("band", band.T), constant("bias", bias)
+        total = add("MatMul", [add("Mul", [x, x], "square"), weight], SUM)
+        scale = add("Add", [total, offset], SCALE)
     else:
-        power = add("Pow", [scale, constant("beta", beta)], "_power")
-    add("Div", [x, power], "")
-    return nodes, constants
+        weight, offset = constant("band", band[:, :, None, None]), constant("bias", np.full(channels, bias))
+        square = add("Mul", [x, x], "square")
+        scale = add("Conv", [square, weight, offset], SUM, kernel_shape=[1, 1])
+    if beta == 0.75:
+        root = add("Sqrt", [scale], "root")
+        power = add("Mul", [root, add("Sqrt", [root], "root_of_root")], "power")
+    else:
+        power = add("Pow", [scale, constant("beta", beta)], "power")
+    if channels_last:
+        add("Transpose", [add("Div", [x, power], "quotient")], LAST, perm=[0, 3, 1, 2])
+    else:
+        add("Div", [x, power], LAST)
+    return LrnForm(y, f"{y}_{SUM}", f"{y}_{SCALE}", beta), nodes, constants
+
+
+def is_of_lrn(node: onnx.NodeProto) -> bool:
+    """Whether a convolution or matrix product is an LRN's sum, which is in float32 in every precision."""
+    return bool(node.name.endswith(SUM))
+
+
+SUM, SCALE, LAST = "sum_of_squares", "scale", "out"
 
 
 def share_weights(model: onnx.ModelProto, source: Path) -> None:
@@ -129,3 +151,9 @@ def share_weights(model: onnx.ModelProto, source: Path) -> None:
         for key, value in (("location", source.name), ("offset", str(offset)), ("length", str(length))):
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
+
+
+def has_shared_weights(path: Path) -> bool:
+    """Whether a file reads weights from another one."""
+    model = onnx.load(path, load_external_data=False)
+    return any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, Proof
-from infer.evidence import Agreement, Calibration, Engine, GateReport, Limits, Rebuild
+from infer.bundle import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, Proof
+from infer.evidence import Agreement, Calibration, CpuModel, Engine, GateReport, Limits, Rebuild
 
-_COLUMNS = "    {:<12}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
+_COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
 _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
 
 
@@ -24,6 +24,8 @@ def describe_export(bundle: Bundle) -> list[str]:
         lines.append(f"  engine: {engine_words(manifest.engine)}")
     if manifest.proof is not None:
         lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(manifest.proof)}")
+    if manifest.cpu is not None:
+        lines.append(f"  {CPU_NAME}: {cpu_words(manifest.cpu)}")
     if manifest.calibration is not None:
         lines.append(f"  {calibration_words(manifest.calibration)}")
     if manifest.report is not None:
@@ -45,6 +47,7 @@ def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
         _COLUMNS.format(*_HEADER),
         _COLUMNS.format("checkpoint", "", "", "", "", "", f"{gate.checkpoint_accuracy:.2%}"),
         _row(ONNX_NAME, gate.onnx),
+        *([_row(CPU_NAME, gate.cpu)] if gate.cpu is not None else []),
     ]
     if rebuild is not None:
         return lines + rebuild_lines(rebuild)
@@ -87,6 +90,12 @@ def proof_words(proof: Proof) -> str:
     """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
     kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in proof.computed_in.items())
     return f"{kinds}; {proof.num_quantize} Q and {proof.num_dequantize} DQ nodes"
+
+
+def cpu_words(cpu: CpuModel) -> str:
+    """`for ONNX Runtime on a CPU, weights in model.onnx; Conv int8/uint8, …`."""
+    weights = f", weights in {cpu.reads}" if cpu.reads else ""
+    return f"for ONNX Runtime on a CPU{weights}; {proof_words(cpu.proof)}"
 
 
 def calibration_words(by: Calibration) -> str:

@@ -75,6 +75,20 @@ class Proof(Strict, frozen=True):
     ir_version: int | None = None
 
 
+class CpuModel(Strict, frozen=True):
+    """The form of the model that ONNX Runtime's CPU provider runs, where it is not `model.onnx` itself.
+
+    Args:
+        file: its name in the bundle.
+        reads: the file that holds the weights which it has not itself; empty where it has all.
+        proof: its precision, as read from the file; the sums of LRN, in float32 always, are not counted.
+    """
+
+    file: str
+    reads: str
+    proof: Proof
+
+
 class Agreement(Strict, frozen=True):
     """One artefact against the checkpoint, over `num_images` images of the gate.
 
@@ -110,6 +124,7 @@ class GateReport(Strict, frozen=True):
     onnx_provider: str
     engine: Agreement | None = None
     engine_not_run: str | None = None
+    cpu: Agreement | None = None
 
 
 class Rebuild(Strict, frozen=True):

@@ -23,11 +23,13 @@ from data_pipeline.loader import eval_batches
 from infer.backends import tensorrt_versions
 from infer.build_tensorrt import build_engine
 from infer.bundle import (
+    CPU_NAME,
     ENGINE_NAME,
     ONNX_NAME,
     SCHEMA_VERSION,
     Bundle,
     Calibration,
+    CpuModel,
     Format,
     Manifest,
     Origin,
@@ -37,6 +39,8 @@ from infer.bundle import (
     probability_output,
 )
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
+from infer.cpu_graph import has_shared_weights, write_cpu_graph
+from infer.cpu_int8 import quantize_for_cpu
 from infer.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
 from infer.export_onnx import export_onnx
 from infer.gate import run_gate, spread
@@ -158,11 +162,13 @@ class _Export:
         with staging_folder(target) as staging:
             onnx_path, engine_path = staging / ONNX_NAME, staging / ENGINE_NAME
             if given is None:
-                calibration = _write_onnx(checkpoint, onnx_path, precision, self.calibrate)
+                calibration = _write_onnx(checkpoint, staging, precision, self.calibrate)
             else:
-                shutil.copyfile(given.onnx_path, onnx_path)
+                for name in {given.onnx_path.name, given.cpu_path.name}:
+                    shutil.copyfile(given.folder / name, staging / name)
                 calibration = given.manifest.calibration
             proof = prove_precision(onnx_path, precision)
+            cpu = _describe_cpu(staging / CPU_NAME, precision)
             engine = None
             if format == "trt":
                 engine = build_engine(
@@ -186,26 +192,40 @@ class _Export:
                 preprocessing=checkpoint.preprocessing,
                 inputs=(image_input(crop_px),),
                 outputs=(probability_output(len(checkpoint.classes)),),
-                files=measure_files(staging, (ONNX_NAME, ENGINE_NAME) if engine else (ONNX_NAME,)),
+                files=measure_files(staging, sorted(path.name for path in staging.iterdir())),
                 checkpoint=make_origin(checkpoint),
                 versions=_versions(),
                 engine=engine,
                 calibration=calibration,
                 proof=proof,
+                cpu=cpu,
             )
             proven = None
-            if given is not None and draft.files[ONNX_NAME] == given.manifest.files[ONNX_NAME]:
+            same = ONNX_NAME, CPU_NAME
+            if given is not None and all(
+                draft.files.get(name) == given.manifest.files.get(name) for name in same
+            ):
                 proven = given.manifest.report
             report = run_gate(Bundle(staging, draft), checkpoint, self.dataset, proven)
             return write_bundle(staging, target, replace(draft, report=report))
 
 
+def _describe_cpu(path: Path, precision: Precision) -> CpuModel | None:
+    """What the form for a CPU is, if there is one."""
+    if not path.exists():
+        return None
+    reads = ONNX_NAME if has_shared_weights(path) else ""
+    return CpuModel(file=path.name, reads=reads, proof=prove_precision(path, precision))
+
+
 def _write_onnx(
-    checkpoint: Checkpoint, path: Path, precision: Precision, calibrate: Path | None
+    checkpoint: Checkpoint, folder: Path, precision: Precision, calibrate: Path | None
 ) -> Calibration | None:
-    """Write the model in its precision; say what int8 was calibrated on."""
+    """Write the model in its precision, and its form for a CPU; say what int8 was calibrated on."""
+    path = folder / ONNX_NAME
     if precision != "int8":
         export_onnx(checkpoint, path, precision=precision)
+        write_cpu_graph(path, folder / CPU_NAME)
         return None
     whole = load_split(checkpoint, calibrate, "train")
     sample = spread(whole, CALIBRATION_IMAGES)
@@ -227,8 +247,10 @@ def _write_onnx(
 
     source = path.with_name("float32.onnx")
     export_onnx(checkpoint, source)
+    batches = list(images())
     try:
-        quantize_onnx(source, path, images())
+        quantize_onnx(source, path, batches)
+        quantize_for_cpu(source, folder / CPU_NAME, batches)
     finally:
         source.unlink()
     return Calibration(

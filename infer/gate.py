@@ -17,7 +17,7 @@ from infer.agreement import Probabilities, Runner, compare
 from infer.agreement import Tally as Tally
 from infer.agreement import spread as spread
 from infer.backends import InferenceBackend, OnnxBackend, probe_machine, why_no_engine
-from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, GateReport
+from infer.bundle import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, GateReport
 from infer.describe import gate_lines
 from infer.evidence import beyond_limits
 from infer.tensorrt_backend import load_for_gate
@@ -32,8 +32,9 @@ def run_gate(
 ) -> GateReport:
     """Compare a draft bundle's files with the checkpoint, and say yes or raise.
 
-    The ONNX file runs in ONNX Runtime on the CPU, the checkpoint in torch in float32 on the CPU, the engine
-    on the GPU where it can run. All see the same decoded validation images: see `infer.agreement.compare`.
+    The ONNX file, and the form of it for a CPU if there is one, run in ONNX Runtime on the CPU, the
+    checkpoint in torch in float32 on the CPU, the engine on the GPU where it can run. All see the same
+    decoded validation images: see `infer.agreement.compare`.
 
     Args:
         bundle: its files are written and measured; its report is not there yet.
@@ -52,7 +53,9 @@ def run_gate(
     candidates: dict[str, InferenceBackend] = {}
     try:
         if proven is None:
-            candidates[ONNX_NAME] = OnnxBackend(bundle, "cpu")
+            candidates[ONNX_NAME] = OnnxBackend(bundle, "cpu", file=ONNX_NAME)
+            if manifest.cpu is not None:
+                candidates[CPU_NAME] = OnnxBackend(bundle, "cpu")
         if manifest.engine and engine_not_run is None:
             candidates[ENGINE_NAME] = load_for_gate(bundle)
         if proven is not None and not candidates:
@@ -84,6 +87,7 @@ def run_gate(
             limits=limits,
             onnx=found.agreements[ONNX_NAME],
             onnx_provider=provider,
+            cpu=found.agreements.get(CPU_NAME),
             engine=engine,
             engine_not_run=engine_not_run,
         )
@@ -97,7 +101,8 @@ def judge(report: GateReport) -> None:
     Raises:
         GateError: with what is beyond which limit.
     """
-    judged = {ONNX_NAME: report.onnx, **({ENGINE_NAME: report.engine} if report.engine else {})}
+    named = {ONNX_NAME: report.onnx, CPU_NAME: report.cpu, ENGINE_NAME: report.engine}
+    judged = {name: agreement for name, agreement in named.items() if agreement is not None}
     beyond = {
         name: why
         for name, agreement in judged.items()

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,14 +18,34 @@ from numpy.typing import NDArray
 
 from infer.bundle import INPUT_NAME
 
-QUANTIZED_OPERATORS = ("Conv", "Gemm", "MatMul")
-_OPTIONS = {
-    "ActivationSymmetric": True,
-    "WeightSymmetric": True,
-    "DedicatedQDQPair": True,
-    "AddQDQPairToWeight": True,
-    "QuantizeBias": False,  # an int32 bias is what TensorRT does not parse
-}
+
+class Scheme(NamedTuple):
+    """How a graph is quantised.
+
+    Args:
+        operators: which kinds.
+        unsigned_activations: uint8 with a zero point, in place of int8 around zero.
+        options: ONNX Runtime's extra options.
+        reduce_range: weights of 7 bits, for processors whose 8-bit products overflow.
+    """
+
+    operators: tuple[str, ...]
+    unsigned_activations: bool
+    options: dict[str, bool]
+    reduce_range: bool = False
+
+
+TENSORRT_SCHEME = Scheme(
+    operators=("Conv", "Gemm", "MatMul"),
+    unsigned_activations=False,
+    options={
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "DedicatedQDQPair": True,
+        "AddQDQPairToWeight": True,
+        "QuantizeBias": False,  # an int32 bias is what TensorRT does not parse
+    },
+)
 
 
 def quantize_onnx(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
@@ -35,6 +55,20 @@ def quantize_onnx(source: Path, target: Path, batches: Iterable[NDArray[np.uint8
         source: a float32 model as `infer.export_onnx` writes it.
         target: where to write.
         batches: decoded images (n, crop, crop, 3), read once.
+    """
+    quantize_graph(source, target, batches, TENSORRT_SCHEME)
+    model = onnx.load(target)
+    keep_logits(model.graph)
+    copy_identity(source, model)
+    onnx.save(model, target)
+    onnx.checker.check_model(target, full_check=True)
+
+
+def quantize_graph(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], scheme: Scheme) -> None:
+    """Static quantisation in the Q/DQ format, a scale for each channel of a weight.
+
+    Args:
+        source, target, batches: as `quantize_onnx`.
     Source: ONNX Runtime, "Quantize ONNX models", static quantisation in the QDQ format.
     """
     from onnxruntime.quantization import (
@@ -66,22 +100,21 @@ def quantize_onnx(source: Path, target: Path, batches: Iterable[NDArray[np.uint8
                 str(target),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(QUANTIZED_OPERATORS),
+                op_types_to_quantize=list(scheme.operators),
                 per_channel=True,
-                activation_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8 if scheme.unsigned_activations else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options=_OPTIONS,
+                reduce_range=scheme.reduce_range,
+                extra_options=dict(scheme.options),
             )
     finally:
         chatter.setLevel(level)
-    _finish(source, target)
 
 
-def _finish(source: Path, target: Path) -> None:
-    """Leave the logits in float32, and give the file the names and the metadata of its source."""
-    model, before = onnx.load(target), onnx.load(source, load_external_data=False)
-    _keep_logits(model.graph)
+def copy_identity(source: Path, model: onnx.ModelProto) -> None:
+    """Give a model the names and the metadata of the file that it was made from, and take out notes."""
+    before = onnx.load(source, load_external_data=False)
     model.producer_name, model.producer_version = before.producer_name, before.producer_version
     model.doc_string = before.doc_string
     del model.metadata_props[:]
@@ -89,11 +122,10 @@ def _finish(source: Path, target: Path) -> None:
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
-    onnx.save(model, target)
-    onnx.checker.check_model(target, full_check=True)
 
 
-def _keep_logits(graph: Any) -> None:
+def keep_logits(graph: Any) -> None:
+    """Leave the logits in float32."""
     # In 256 steps over their whole range, the two best of 1000 logits are too often equal.
     made_by = {name: node for node in graph.node for name in node.output}
     (softmax,) = (node for node in graph.node if node.op_type == "Softmax")

@@ -22,7 +22,7 @@ from data_pipeline.layouts import open_dataset
 from infer.agreement import LIMITS, compare
 from infer.backends import OnnxBackend, probe_machine, tensorrt_versions, why_no_engine
 from infer.build_tensorrt import build_engine
-from infer.bundle import ENGINE_NAME, ONNX_NAME, Bundle, now_utc, read_manifest
+from infer.bundle import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, now_utc, read_manifest
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
 from infer.commands import data_of_run
 from infer.describe import rebuild_lines
@@ -66,7 +66,9 @@ def rebuild_engine(
     largest = manifest.max_batch if max_batch is None else max_batch
     check_max_batch(largest)
     with staging_folder(target) as staging:
-        shutil.copyfile(bundle.onnx_path, staging / ONNX_NAME)
+        onnx_names = (ONNX_NAME, CPU_NAME) if manifest.cpu is not None else (ONNX_NAME,)
+        for name in onnx_names:
+            shutil.copyfile(bundle.folder / name, staging / name)
         engine = build_engine(
             staging / ONNX_NAME,
             staging / ENGINE_NAME,
@@ -77,9 +79,10 @@ def rebuild_engine(
             options=options,
         )
         check_plan_size(staging / ENGINE_NAME, manifest.proof, manifest.precision)
-        files = measure_files(staging, (ONNX_NAME, ENGINE_NAME))
-        if files[ONNX_NAME] != manifest.files[ONNX_NAME]:
-            raise CorruptFileError(f"{bundle.onnx_path} changed while it was copied")
+        files = measure_files(staging, (*onnx_names, ENGINE_NAME))
+        for name in onnx_names:
+            if files[name] != manifest.files[name]:
+                raise CorruptFileError(f"{bundle.folder / name} changed while it was copied")
         assert manifest.report is not None
         draft = replace(
             manifest,

@@ -93,7 +93,7 @@ def train(setting: Setting, seed: int, overrides: Sequence[str]) -> Run:
             setting=setting,
             seed=seed,
             epochs=[msgspec.convert(row, Epoch) for row in rows if row["split"] == "val"],
-            ended=ended.removeprefix("error: "),
+            ended=ended.removeprefix("error: ").partition(". ")[0],  # the rest names folders
             seconds=round(time.monotonic() - started, 1),
         )
 
@@ -158,7 +158,8 @@ def draw(runs: Sequence[Run], path: Path, total_epochs: int) -> None:
                 epochs = range(1, max((len(run.epochs) for run in its), default=0) + 1)
                 by_epoch = [[100 * r.epochs[e - 1].top1 for r in its if len(r.epochs) >= e] for e in epochs]
                 means = [statistics.mean(values) for values in by_epoch]
-                name = NAMES[question](setting) + (" (ended: flat)" if any(run.ended for run in its) else "")
+                flat = sum(bool(run.ended) for run in its)
+                name = NAMES[question](setting) + (f" ({flat} of {len(its)} ended: flat)" if flat else "")
                 panel.plot(epochs, means, style, color=color, label=name)
                 panel.fill_between(
                     epochs,
@@ -169,7 +170,7 @@ def draw(runs: Sequence[Run], path: Path, total_epochs: int) -> None:
                     lw=0,
                 )
             panel.set(xlabel="epoch", ylim=(0, 102), xlim=(1, max(2, total_epochs)), title=question)
-            panel.legend(loc="lower right", fontsize=8)
+            panel.legend(loc="center right" if question == "initialisation" else "lower right", fontsize=8)
         panels[0].set_ylabel("top-1 of 355 held-out digits, %")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_a_whole_bundle_is_told_with_its_provenance_gate_and_where_it_loads(bund
     ) or found["loads_on"]["model.onnx"].startswith("ONNX Runtime 1.18 or later")
     assert manifest.engine is not None
     assert f"loads on GPUs of {', '.join(manifest.engine.gpus)}" in found["loads_on"]["model.engine"]
-    assert found["here"]["model.onnx on the CPU"].startswith("ok: ran on cpu with ONNX Runtime")
+    assert found["here"]["model.cpu.onnx on the CPU"].startswith("ok: ran on cpu with ONNX Runtime")
 
     lines = doctor(bundle.folder).stdout.splitlines()
     for entry in manifest.files.values():
@@ -76,7 +77,8 @@ def test_a_whole_bundle_is_told_with_its_provenance_gate_and_where_it_loads(bund
     assert f"  checkpoint: SHA-256 {manifest.checkpoint.sha256}" in lines
     assert "  paper, recipe demo, step 7, epoch 1; top1 0.5, loss 1.5" in lines
     assert any(line.startswith("gate: 50 of 50 images of digits/val") for line in lines)
-    assert any(line.startswith("    model.onnx     100.00%   100.00%") for line in lines), lines
+    for name in ("model.onnx", "model.cpu.onnx"):
+        assert any(re.match(rf"    {name} +100\.00% +100\.00%", line) for line in lines), lines
 
 
 @pytest.mark.skipif(bool(scan_gpus().gpus), reason="this machine has a GPU")
@@ -85,11 +87,13 @@ def test_without_a_gpu_the_engine_is_said_not_to_run_and_what_runs_instead(bundl
     assert found.here["model.engine"] == f"no: {scan_gpus().reason}"
     assert found.here["model.onnx on the GPU"] == f"no: {scan_gpus().reason}"
     assert found.predict_would_use is not None
-    assert found.predict_would_use.startswith("model.onnx on the CPU (not its engine, since no NVIDIA driver")
+    assert found.predict_would_use.startswith(
+        "model.cpu.onnx on the CPU (not its engine, since no NVIDIA driver"
+    )
     assert found.advice is None  # nothing can be built for a GPU that is not there
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.engine"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.cpu.onnx", "model.engine"])
 @pytest.mark.parametrize("how", ["bit", "cut", "longer", "gone", "link"])
 def test_a_changed_file_is_code_1_and_nothing_runs_it(base: Path, copy: Path, name: str, how: str) -> None:
     path = copy / name
@@ -112,8 +116,8 @@ def test_a_changed_file_is_code_1_and_nothing_runs_it(base: Path, copy: Path, na
     words = "missing, or not a plain file" if how in ("gone", "link") else "not what was exported (another"
     problems = {f["name"]: f["problem"] for f in found["files"]}
     assert problems.pop(name).startswith(words) and set(problems.values()) == {None}
-    here = {key: value for key, value in found["here"].items() if key.startswith(name)}
-    assert here[name if name == "model.engine" else "model.onnx on the CPU"] == "damaged"
+    # The form for the CPU reads its weights from the other file.
+    assert found["here"][name if name == "model.engine" else "model.cpu.onnx on the CPU"] == "damaged"
     assert found["predict_would_use"] is None
     assert f"{name}: {words}" in doctor(copy).stdout
     with pytest.raises(CorruptFileError, match=name):
@@ -161,16 +165,16 @@ def test_a_gate_report_beyond_its_limits_is_refused_though_it_is_sealed(copy: Pa
 
 
 def test_a_model_of_another_checkpoint_is_found_though_all_hashes_fit(copy: Path, bundle: Bundle) -> None:
-    model = onnx.load(copy / "model.onnx")
+    model = onnx.load(copy / "model.cpu.onnx", load_external_data=False)
     (entry,) = (p for p in model.metadata_props if p.key == "checkpoint_sha256")
     entry.value = "2" * 64
-    onnx.save(model, copy / "model.onnx")
+    onnx.save(model, copy / "model.cpu.onnx")
     remeasure(copy)
     result = doctor(copy, "--json")
     assert result.exit_code == 1
     found = msgspec.json.decode(result.stdout)
-    assert found["here"]["model.onnx on the CPU"].startswith("damaged:")
-    assert "another checkpoint than its bundle.json says" in found["here"]["model.onnx on the CPU"]
+    assert found["here"]["model.cpu.onnx on the CPU"].startswith("damaged:")
+    assert "another checkpoint than its bundle.json says" in found["here"]["model.cpu.onnx on the CPU"]
     with pytest.raises(CorruptFileError, match="another checkpoint"):
         OnnxBackend(load_bundle(copy), "cpu")
 
@@ -209,8 +213,8 @@ def test_an_unsealed_bundle_of_schema_2_is_read_and_the_doctor_says_what_it_lack
 
 def test_older_and_newer_schemas_are_one_line_each(copy: Path) -> None:
     for version, words in (
-        (1, "has schema 1, and this program reads 2 to 3: export the checkpoint again"),
-        (4, "has schema 4, and this program reads up to 3: upgrade alexnet"),
+        (1, "has schema 1, and this program reads 2 to 4: export the checkpoint again"),
+        (5, "has schema 5, and this program reads up to 4: upgrade alexnet"),
     ):
         unseal_manifest(copy, schema_version=version, gate={})
         for command in (["doctor"], ["predict", str(copy / "bundle.json"), "--model"], ["evaluate"]):
@@ -222,13 +226,16 @@ def test_older_and_newer_schemas_are_one_line_each(copy: Path) -> None:
 
 
 def as_schema_2(folder: Path) -> None:
-    """Take away what schema 3 added."""
+    """Take away what schemas 3 and 4 added."""
+    (folder / "model.cpu.onnx").unlink()
     plain = msgspec.to_builtins(read_manifest(folder))
+    del plain["files"]["model.cpu.onnx"], plain["report"]["cpu"]
     for key in ("builder_level", "built_on"):
         del plain["engine"][key]
     for key in ("opset", "ir_version"):
         del plain["proof"][key]
-    unseal_manifest(folder, schema_version=2, engine=plain["engine"], proof=plain["proof"], rebuild=...)
+    same = {key: plain[key] for key in ("engine", "proof", "files", "report")}
+    unseal_manifest(folder, schema_version=2, rebuild=..., cpu=..., **same)
 
 
 def test_wrong_paths_are_code_2(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_a_damaged_onnx_file_builds_nothing(copy: Path) -> None:
 def test_a_bundle_without_an_engine_gets_one_beside_it_and_stays(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "export" / "onnx-fp32"
     folder.mkdir(parents=True)
-    shutil.copy(bundle.onnx_path, folder)
+    for path in (bundle.onnx_path, bundle.cpu_path):
+        shutil.copy(path, folder)
     plain = msgspec.to_builtins(bundle.manifest)
     plain["files"].pop("model.engine")
     plain |= {"format": "onnx", "engine": None, "report": {**plain["report"], "engine_not_run": None}}
