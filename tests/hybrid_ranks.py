@@ -33,12 +33,15 @@ from train.session import make_trainer
 GLOBAL_BATCH = 25
 CLASSES = tuple("0123456789")
 RATE = 0.0003
+CROP_PX = 32
+SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}", "model.hidden_units=4096")
+"""As large as published behind the convolutions, which is what is split and compressed."""
 NUM_STEPS = 2
 
 
 def make(world: World, *overrides: str) -> Trainer:
     """A trainer as a run would make it."""
-    config = make_config("demo", [*TINY, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
+    config = make_config("demo", [*TINY, *SIZE, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
     dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
     return make_trainer(config, dataset, world, None)
 
@@ -46,7 +49,7 @@ def make(world: World, *overrides: str) -> Trainer:
 def batches_at(world: World, step: int, micro_batch: int = 4) -> list[Batch]:
     """This rank's micro-batches of noise, which are the same samples on any number of ranks."""
     random = np.random.default_rng(step)
-    images = random.integers(0, 256, (GLOBAL_BATCH, 32, 32, 3), dtype=np.uint8)
+    images = random.integers(0, 256, (GLOBAL_BATCH, CROP_PX, CROP_PX, 3), dtype=np.uint8)
     labels = random.integers(0, len(CLASSES), GLOBAL_BATCH)
     share = rank_slice(GLOBAL_BATCH, world.rank, world.world_size)
     made = []
@@ -147,7 +150,7 @@ def masks(world: World) -> dict[str, Any]:
     for step in (0, 0, 1):
         share = rank_slice(GLOBAL_BATCH, world.rank, world.world_size)
         places = np.arange(share.start, share.stop)
-        images = np.zeros((len(places), 32, 32, 3), np.uint8)
+        images = np.zeros((len(places), CROP_PX, CROP_PX, 3), np.uint8)
         batch = Batch(images, places % 10, places >= 0, places, places, (), (), step, True)
         train_step(trainer, [batch], 0.0, step)
         runs.append(dict(seen))

@@ -15,10 +15,12 @@ REPOSITORY = Path(__file__).parent.parent
 
 # A small AlexNet on small crops, in float32, without dropout: what makes runs of 1, 2 and 3 ranks comparable.
 TINY = (
-    "preprocessing.resize_px=32",
-    "preprocessing.crop_px=32",
+    "preprocessing.resize_px=22",
+    "preprocessing.crop_px=22",
     "model.stem_stride=1",
+    "model.hidden_units=64",
     "model.dropout=0.0",
+    "device=cpu",
     "precision=fp32",
     "log_every=1",
     "cpu_threads=1",

@@ -1,4 +1,4 @@
-"""Ranks whose run is stopped after every step and gone on with: torchrun … -m tests.stopping_ranks OPTIONS...
+"""Ranks whose run is stopped after every step and gone on with: tests.stopping_ranks OPTIONS...
 
 OPTIONS are overrides of the demo recipe. Two runs are made in `whole/` and `stopped/`: one undisturbed, and
 one in which a rank, in turn, sends itself SIGUSR1: in the middle of the first step after each start, or,
@@ -42,7 +42,6 @@ class Sender:
 
 def main(overrides: list[str]) -> None:
     """Make both runs."""
-    del os.environ["TORCHELASTIC_RUN_ID"]  # each start is to count as a launch of its own
     config, sender, stops, start = make_config("demo", overrides), Sender(), [], 0
     train(config, Path("whole"), "none")
     while True:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.files import sha256_of
 from infer.export import make_origin
+from tests.ranks import TINY
 from train.checkpoint import (
     MANIFEST,
     STATE,
@@ -34,14 +35,12 @@ CLASSES = tuple("0123456789")
 
 
 def small_config() -> RunConfig:
-    return make_config(
-        "demo", ["preprocessing.resize_px=32", "preprocessing.crop_px=32", "model.stem_stride=1"]
-    )
+    return make_config("demo", TINY)
 
 
 def save(folder: Path, step: int = 3, top1: float = 0.5) -> tuple[Path, AlexNet]:
     config = small_config()
-    model = make_model(config.model, num_classes=10, crop_px=32)
+    model = make_model(config.model, num_classes=10, crop_px=22)
     state = State(
         step=step,
         epoch=1,

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.errors import UserError
 from tests.compression_ranks import NUM_COMPRESSED
 from tests.hybrid_ranks import CLASSES, GLOBAL_BATCH
-from tests.ranks import run_command
+from tests.warm_ranks import run_ranks
 from train.config import make_config
 from train.distributed import World, open_world
 from train.model import make_model
@@ -26,8 +26,7 @@ POWERSGD = ["compress=powersgd", "powersgd_start=500"]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the ranks found, in the order of their numbers."""
-    arguments = ["torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_RANKS}", "-m"]
-    done = run_command([*arguments, "tests.compression_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
+    done = run_ranks(NUM_RANKS, ["tests.compression_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
     assert done.returncode == 0, done.stderr
     ranks: list[dict[str, Any]] = json.loads(done.stdout)
     assert len(ranks) == NUM_RANKS

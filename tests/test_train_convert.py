@@ -31,7 +31,9 @@ def test_safetensors_and_back(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(back.model_state[name], value), name
     assert find_checkpoint(None, runs=tmp_path / "runs") == back.folder
-    with pytest.raises(UserError, match="torchvision's alexnet is `owt`"):
+    with pytest.raises(
+        UserError, match="is `owt` with 4096 hidden units; this checkpoint is `paper` with 64"
+    ):
         export_weights(checkpoint, tmp_path / "w.pth", "torchvision")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import TINY, comparable, link_subset, read_rows, train_ranks
+from tests.ranks import TINY, comparable, link_subset, read_rows
+from tests.warm_ranks import train_warm
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.evaluate import evaluate_checkpoint, load_split
 
@@ -27,13 +28,13 @@ def test_a_broken_off_run_goes_on_with_the_same_rates_and_ends_with_the_same_bit
 ) -> None:
     """No epoch improves by 0.9, so that the rate falls after the second, and then no more."""
     data = link_subset(demo_data, tmp_path / "data", num_train=20, num_val=10)
-    run = train_ranks(2, data=data, out=tmp_path / "runs", overrides=SETTINGS)
+    run = train_warm(2, data=data, out=tmp_path / "runs", overrides=SETTINGS)
     rows = {split: comparable(read_rows(run, split)) for split in ("train", "val")}
     assert [row["lr"] for row in rows["train"]] == pytest.approx([0.01, 0.01, 0.001, 0.001])
     folder = find_checkpoint(run, pointer="last")
     expected = load_checkpoint(folder)
     shutil.rmtree(folder)
-    resumed = train_ranks(2, data=data, out=run.parent, overrides=SETTINGS, options=["--resume=auto"])
+    resumed = train_warm(2, data=data, out=run.parent, overrides=SETTINGS, options=["--resume=auto"])
     assert resumed == run
     assert {split: comparable(read_rows(run, split)) for split in rows} == rows
     found = load_checkpoint(folder)

@@ -20,7 +20,8 @@ from data_pipeline.shard_writer import write_shards
 from infer.bundle import Bundle, load_bundle
 from tests.images import write_folder
 from tests.infer_samples import tiny_manifest
-from tests.ranks import TINY, link_subset, read_rows, run_command
+from tests.ranks import TINY, link_subset, read_rows
+from tests.warm_ranks import run_ranks
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.convert import export_weights, import_weights
 
@@ -29,8 +30,8 @@ SETTINGS = [f"--set={s}" for s in (*TINY, "epochs=1", "global_batch=25", "checkp
 
 
 def train(data: Path, cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """On one rank, as `python -m train.main` does outside torchrun."""
-    return run_command(["train.main", f"--data={data}", "--out=runs", *SETTINGS, *options], cwd=cwd)
+    """On one rank."""
+    return run_ranks(1, ["train.main", f"--data={data}", "--out=runs", *SETTINGS, *options], cwd=cwd)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from torch import Tensor
 from data_pipeline.errors import CorruptFileError, DivergedError
 from data_pipeline.loader import Batch, train_batches
 from tests.faulty_rank import fail
-from tests.ranks import TINY, link_subset, read_rows, run_command, torchrun_arguments
+from tests.ranks import TINY, link_subset, read_rows
+from tests.warm_ranks import run_ranks
 from train.checkpoint import load_checkpoint
 from train.config import make_config
 from train.distributed import open_world
@@ -170,8 +171,8 @@ def test_ranks_skip_alike_and_too_many_in_a_row_end_the_run_with_the_samples_nam
         "max_skipped=3",
     )
     sets = [f"--set={s}" for s in settings]
-    arguments = torchrun_arguments(2, [f"--data={digits}", "--out=runs", *sets], faults=faults)
-    done = run_command(arguments, cwd=tmp_path)
+    module = ["tests.faulty_rank", msgspec.json.encode(faults).decode()]
+    done = run_ranks(2, [*module, f"--data={digits}", "--out=runs", *sets], cwd=tmp_path)
     assert done.returncode == 1
     (run,) = (tmp_path / "runs").iterdir()
     rows = read_rows(run, "train")

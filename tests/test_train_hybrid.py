@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import UserError
 from data_pipeline.order import rank_slice
 from tests.ranks import run_command
+from tests.warm_ranks import run_ranks
 from train.config import make_config
 from train.hybrid import round_rows
 from train.split_layers import part_bounds
@@ -29,8 +30,7 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the ranks found, in the order of their numbers."""
-    arguments = ["torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_RANKS}", "-m"]
-    done = run_command([*arguments, "tests.hybrid_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
+    done = run_ranks(NUM_RANKS, ["tests.hybrid_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
     assert done.returncode == 0, done.stderr
     ranks: Found = json.loads(done.stdout)
     assert len(ranks) == NUM_RANKS

@@ -144,6 +144,16 @@ def test_initialisation_follows_its_source() -> None:
     assert default.weight.abs().max().item() <= fan_in**-0.5 and default.bias.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_last_feature_map_is_as_large_as_worked_out(name: str) -> None:
+    for stride, crop_px in ((1, 21), (1, 32), (1, 64), (2, 56), (2, 101), (4, 113), (4, 224), (4, 227)):
+        if name == "caffe" and crop_px == 21:
+            continue
+        config = ModelConfig(name=name, stem_stride=stride, hidden_units=5)  # type: ignore[arg-type]
+        model = make_model(config, num_classes=3, crop_px=crop_px).eval()
+        assert model(torch.zeros(1, 3, crop_px, crop_px)).shape == (1, 3)
+
+
 def test_a_crop_that_leaves_nothing_is_refused_with_advice() -> None:
     with pytest.raises(
         UserError, match=r"crop_px 56 is too small for `paper` with stem_stride 4.*smaller stem_stride"

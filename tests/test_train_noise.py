@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.index import Dataset
 from data_pipeline.loader import Batch
-from tests.ranks import TINY, link_subset, read_rows, train_ranks
+from tests.ranks import TINY, link_subset, read_rows
+from tests.warm_ranks import train_warm
 from train.config import make_config
 from train.distributed import World, open_world
 from train.engine import Trainer, to_device, train_step
@@ -88,7 +89,7 @@ def noise_batches(sizes: Sequence[int]) -> list[Batch]:
     """Images of noise, on which no windows of max pooling tie: there rounding decides where gradients go."""
     random, batches = np.random.default_rng(0), []
     for number, size in enumerate(sizes, start=1):
-        images = random.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+        images = random.integers(0, 256, (size, 22, 22, 3), dtype=np.uint8)
         labels, places = random.integers(0, 10, size), np.arange(size)
         last = number == len(sizes)
         batches.append(Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=last))
@@ -132,7 +133,7 @@ def test_a_step_of_the_trainer_against_gradients_sample_by_sample(world: World) 
 
 def test_two_ranks_log_what_one_rank_with_the_same_parts_does(digits: Path, tmp_path: Path) -> None:
     sets = [*NOISY, f"global_batch={BATCH}"]
-    runs = [train_ranks(2, data=digits, out=tmp_path / "two", overrides=sets)]
+    runs = [train_warm(2, data=digits, out=tmp_path / "two", overrides=sets)]
     assert train(make_config("demo", [*sets, "micro_batch=12"], digits), tmp_path / "one", "none") is not None
     runs += (tmp_path / "one").iterdir()
     two, one = (read_rows(run, "train") for run in runs)

@@ -17,16 +17,8 @@ import torch
 from PIL import Image
 
 from data_pipeline.index import load_image_folder
-from tests.ranks import (
-    REPOSITORY,
-    TINY,
-    comparable,
-    link_subset,
-    read_rows,
-    run_command,
-    torchrun_arguments,
-    train_ranks,
-)
+from tests.ranks import TINY, comparable, link_subset, read_rows, torchrun_arguments
+from tests.warm_ranks import ranks_of, run_ranks, train_warm
 from train.checkpoint import find_checkpoint, load_checkpoint
 
 NUM_STEPS = 20
@@ -68,7 +60,7 @@ def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) 
         "4 hybrid": (4, (hybrid,)),
     }  # fmt: skip
     return {
-        name: train_ranks(ranks, data=noisy_digits, out=out / name, overrides=(*COMPARABLE, *more))
+        name: train_warm(ranks, data=noisy_digits, out=out / name, overrides=(*COMPARABLE, *more))
         for name, (ranks, more) in wanted.items()
     }
 
@@ -116,7 +108,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_with_other_ranks_or_in_another_mo
     run = tmp_path / "runs" / runs_by_ranks[before].name
     shutil.copytree(runs_by_ranks[before], run)
     shutil.rmtree(run / "checkpoints" / f"step-{NUM_STEPS:08d}")
-    resumed = train_ranks(
+    resumed = train_warm(
         after,
         data=noisy_digits,
         out=tmp_path / "runs",
@@ -145,50 +137,27 @@ def test_a_checkpoint_holds_what_training_ended_with(
     assert any((runs_by_ranks["2"] / "tensorboard").iterdir())
 
 
-def _kill_after_first_checkpoint(arguments: list[str], out: Path) -> None:
-    """Start a run, and SIGKILL all its processes as soon as a checkpoint is there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(out.glob("*/checkpoints/last.json")):
-            assert process.poll() is None, "the run ended before it saved"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        # The ranks are sessions of their own under torchrun; find them by their parent.
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.kill()
-        for child in children:
-            os.kill(int(child), signal.SIGKILL)
-        process.wait()
-
-
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=100, num_val=NUM_VAL)
     # Dropout and every augmentation on: masks and crops must continue as well as weights and momentum.
     settings = (
-        *TINY, "model.dropout=0.5", "epochs=4", f"global_batch={BATCH}", "schedule.kind=cosine",
+        *TINY, "model.dropout=0.5", "epochs=6", f"global_batch={BATCH}", "schedule.kind=cosine",
         "augment.crop=random_resized", "augment.flip=0.5",
     )  # fmt: skip
-    whole = train_ranks(2, data=data, out=tmp_path / "whole", overrides=settings)
+    whole = train_warm(2, data=data, out=tmp_path / "whole", overrides=settings)
     out = tmp_path / "killed"
     sets = [f"--set={s}" for s in settings]
-    _kill_after_first_checkpoint(torchrun_arguments(2, [f"--data={data}", f"--out={out}", *sets]), out)
+    with ranks_of(2, ["train.main", f"--data={data}", f"--out={out}", *sets], cwd=tmp_path) as ranks:
+        ranks.wait_for(lambda: any(out.glob("*/checkpoints/last.json")))
+        ranks.kill()
     (killed,) = out.iterdir()
-    assert len(read_rows(killed, "val")) < 4, "the kill came too late to test anything"
-    resumed = train_ranks(2, data=data, out=out, overrides=settings, options=["--resume=auto"])
+    assert len(read_rows(killed, "val")) < 6, "the kill came too late to test anything"
+    resumed = train_warm(2, data=data, out=out, overrides=settings, options=["--resume=auto"])
     assert resumed == killed
 
     expected = load_checkpoint(find_checkpoint(whole, pointer="last"))
     found = load_checkpoint(find_checkpoint(resumed, pointer="last"))
-    assert found.step == expected.step == 16
+    assert found.step == expected.step == 24
     for name, value in expected.model_state.items():
         assert torch.equal(found.model_state[name], value), name
     for key, state in expected.parts["optimizer"]["state"].items():
@@ -207,7 +176,7 @@ def test_a_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: 
         link.unlink()
         link.write_bytes(content[:300])
     sets = [f"--set={s}" for s in (*TINY, "epochs=2", f"global_batch={BATCH}")]
-    done = run_command(torchrun_arguments(2, [f"--data={data}", "--out=runs", *sets]), cwd=tmp_path)
+    done = run_ranks(2, ["train.main", f"--data={data}", "--out=runs", *sets], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     rows = read_rows(run, "train")
@@ -255,7 +224,7 @@ def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """Data, and a run on it that nothing stopped."""
     base = tmp_path_factory.mktemp("undisturbed")
     data = link_subset(demo_data, base / "data", num_train=300, num_val=20)
-    return data, train_ranks(2, data=data, out=base / "runs", overrides=STOPPABLE)
+    return data, train_warm(2, data=data, out=base / "runs", overrides=STOPPABLE)
 
 
 @pytest.mark.parametrize("to_launcher", [True, False])
@@ -291,7 +260,7 @@ def test_a_signal_stops_all_ranks_with_the_state_saved_and_resume_ends_with_the_
     if not to_launcher:
         assert re.search(r"exitcode\s*: 75", said)
 
-    resumed = train_ranks(2, data=data, out=tmp_path / "runs", overrides=STOPPABLE, options=["--resume=auto"])
+    resumed = train_warm(2, data=data, out=tmp_path / "runs", overrides=STOPPABLE, options=["--resume=auto"])
     assert resumed == run
     expected, found = (load_checkpoint(find_checkpoint(r, pointer="last")) for r in (whole, resumed))
     assert found.step == expected.step == 24

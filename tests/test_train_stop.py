@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tests.ranks import TINY, comparable, link_subset, read_rows, run_command
+from tests.ranks import TINY, comparable, link_subset, read_rows
+from tests.warm_ranks import run_ranks
 from train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from train.distributed import World
 from train.metrics import Counts
@@ -50,8 +51,7 @@ def test_a_run_stopped_after_every_step_ends_with_the_same_bits(demo_data: Path,
     """Stopped in the middle of accumulation, of a row, and of evaluation, by one rank or the other."""
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=20)
     sets = [*ANYWHERE, f"data.root={data}"]
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = run_command([*launcher, "-m", "tests.stopping_ranks", *sets], cwd=tmp_path)
+    done = run_ranks(2, ["tests.stopping_ranks", *sets], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     # At the end of an epoch twice: its evaluation is broken off, and made by the next start.
     assert json.loads(done.stdout) == [1, 2, 3, 3, 4, 5, 6]

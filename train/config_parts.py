@@ -39,10 +39,17 @@ class DataConfig(Table, frozen=True):
 
 
 class ModelConfig(Table, frozen=True):
-    """Which network, see `train.model`. `stem_stride` is the first convolution's: 4 for 224 pixels."""
+    """Which network, see `train.model`.
+
+    Args:
+        stem_stride: the first convolution's: 4 for 224 pixels.
+        hidden_units: of each of the two fully connected layers before the last one; 4096 as published, fewer
+            for small data.
+    """
 
     name: Literal["paper", "caffe", "owt", "bn"] = "paper"
     stem_stride: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
+    hidden_units: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4096
     dropout: BelowOne = 0.5
     init: Init = "he"
 

@@ -53,9 +53,11 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
     """
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
-        if checkpoint.config.model.name != "owt":
+        model = checkpoint.config.model
+        if (model.name, model.hidden_units) != ("owt", 4096):
             raise UserError(
-                f"torchvision's alexnet is `owt`; this checkpoint is `{checkpoint.config.model.name}`"
+                "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
+                f"`{model.name}` with {model.hidden_units}"
             )
         torch.save(weights, path)
         return

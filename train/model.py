@@ -92,16 +92,16 @@ def _paper_features(stem_stride: int, stem_padding: int, k: float, last_pool_cei
     )
 
 
-def _paper_classifier(num_features: int, num_classes: int, dropout: float) -> nn.Sequential:
+def _paper_classifier(num_features: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
-            fc6=nn.Linear(num_features, 4096),
+            fc6=nn.Linear(num_features, width),
             relu6=nn.ReLU(inplace=True),
             drop6=nn.Dropout(dropout),
-            fc7=nn.Linear(4096, 4096),
+            fc7=nn.Linear(width, width),
             relu7=nn.ReLU(inplace=True),
             drop7=nn.Dropout(dropout),
-            fc8=nn.Linear(4096, num_classes),
+            fc8=nn.Linear(width, num_classes),
         )
     )
 
@@ -146,15 +146,15 @@ def _owt_features(stem_stride: int) -> nn.Sequential:
     )
 
 
-def _owt_classifier(num_features: int, num_classes: int, dropout: float) -> nn.Sequential:
+def _owt_classifier(num_features: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         nn.Dropout(dropout),
-        nn.Linear(num_features, 4096),
+        nn.Linear(num_features, width),
         nn.ReLU(inplace=True),
         nn.Dropout(dropout),
-        nn.Linear(4096, 4096),
+        nn.Linear(width, width),
         nn.ReLU(inplace=True),
-        nn.Linear(4096, num_classes),
+        nn.Linear(width, num_classes),
     )
 
 
@@ -186,7 +186,7 @@ def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNe
     """Build and initialise one of the family, in float32 and channels_last, on torch's default generator.
 
     Args:
-        config: which network, its stem stride, dropout and initialisation.
+        config: which network, its stem stride, hidden units, dropout and initialisation.
         num_classes: number of logits, at least 2.
         crop_px: side of the images it will see, in pixels.
     Returns:
@@ -210,7 +210,7 @@ def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNe
         side = min(side, 6)
         pool = nn.AdaptiveAvgPool2d((side, side))
     make_classifier = _owt_classifier if config.name == "owt" else _paper_classifier
-    classifier = make_classifier(channels * side * side, num_classes, config.dropout)
+    classifier = make_classifier(channels * side * side, config.hidden_units, num_classes, config.dropout)
     model = AlexNet(make_features(config.stem_stride), pool, classifier)
     initialize(model, config.init)
     return model.to(memory_format=torch.channels_last)

@@ -27,9 +27,18 @@ def batch_sizes(config: RunConfig, world: World) -> tuple[int, int]:
 
 
 def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel:
-    """The network over the ranks; under hybrid parallelism this rank keeps its part of the last layers."""
+    """The network over the ranks; under hybrid parallelism this rank keeps its part of the last layers.
+
+    Raises:
+        UserError: more ranks than there are units to split.
+    """
     _, micro_batch = batch_sizes(config, world)
     if config.parallel == "hybrid" and world.world_size > 1:
+        if config.model.hidden_units < world.world_size:
+            raise UserError(
+                f"parallel=hybrid splits {config.model.hidden_units} hidden unit(s) over {world.world_size} "
+                "ranks: use parallel=ddp"
+            )
         unit = PAIR if config.augment.mixes else 1
         rows = round_rows(config.global_batch, world.world_size, micro_batch, unit)
         return HybridParallel(network, world, rows)
