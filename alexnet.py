@@ -16,7 +16,7 @@ EXIT_WRONG_USE = 2
 EXIT_SOME_UNREADABLE = 3
 
 GROUPS = {
-    "bench": "train.bench_commands",
+    "bench": "infer.bench_commands",
     "checkpoint": "train.commands",
     "data": "data_pipeline.commands",
 }
@@ -315,9 +315,16 @@ def predict(**options: Any) -> None:
     find /data -name '*.jpg' -print0 | alexnet predict - --output rows.parquet --resume
     alexnet predict shards/*.tar --engine ray --output rows/ --workers 8 --resume
     """
-    from infer.predict_command import PredictOptions, predict_images
+    from concurrent.futures import ThreadPoolExecutor
 
-    summary = predict_images(PredictOptions(**options))
+    from infer.bundle import open_bundle
+
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+        # Hashing a model and importing what runs it take about as long, and the one needs no interpreter.
+        verified = pool.submit(open_bundle, options["model"])
+        from infer.predict_command import PredictOptions, predict_images
+
+        summary = predict_images(PredictOptions(**options), verified.result)
     if summary.errors + summary.kept_errors:
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)
 

@@ -203,8 +203,8 @@ def blank_images(geometry: Geometry) -> npt.NDArray[np.uint8]:
     return np.zeros((len(geometry), *geometry.views, side, side, 3), dtype=np.uint8)
 
 
-def _readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
-    """First bytes, name and reader of each format that we accept.
+def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
+    """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
 
     Not `Image.open`: it tries every plugin, runs Ghostscript for PostScript, and its pixel limit is a global.
     """
@@ -231,7 +231,7 @@ def _readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.Image
 def _open(encoded: bytes) -> ImageFile.ImageFile:
     if not encoded:
         raise ImageError("empty file")
-    for magic, name, reader in _readers():
+    for magic, name, reader in image_readers():
         if encoded.startswith(magic):
             try:
                 return reader(io.BytesIO(encoded))

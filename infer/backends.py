@@ -5,9 +5,9 @@ What was asked for is what runs, or it is a `UserError`; what `auto` chose, and 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -73,7 +73,7 @@ class Machine:
 
     Args:
         scan: GPUs, as the driver shows them.
-        tensorrt: versions of the TensorRT libraries that are installed, by import name.
+        tensorrt: versions of the TensorRT libraries that are installed, by import name; none without a GPU.
         cuda_provider: whether ONNX Runtime was built with its CUDA provider.
     """
 
@@ -90,26 +90,32 @@ class Decision(NamedTuple):
     why: str
 
 
+@lru_cache(maxsize=1)
 def probe_machine() -> Machine:
-    """Look at this machine. Loads ONNX Runtime, but no TensorRT."""
+    """Look at this machine. Loads ONNX Runtime, but no TensorRT; without a GPU none is looked for."""
     import onnxruntime
 
+    scan = scan_gpus()
     return Machine(
-        scan_gpus(), tensorrt_versions(), "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        scan,
+        tensorrt_versions() if scan.gpus else {},
+        "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
     )
 
 
 def tensorrt_versions() -> dict[str, str]:
     """Versions of the TensorRT libraries that can be imported here, without importing them."""
+    from importlib import metadata
+
     versions = {}
     for library, distributions in _DISTRIBUTIONS.items():
         if importlib.util.find_spec(library) is None:
             continue
         for distribution in distributions:
             try:
-                versions[library] = importlib.metadata.version(distribution)
+                versions[library] = metadata.version(distribution)
                 break
-            except importlib.metadata.PackageNotFoundError:
+            except metadata.PackageNotFoundError:
                 versions[library] = "unknown"
     return versions
 
@@ -276,6 +282,8 @@ def _make_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> A
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Between batches its threads would wait by computing, on the cores that decode.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     if device == "cpu":
         try:

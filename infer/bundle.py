@@ -202,6 +202,11 @@ def load_bundle(path: Path, *, without: Collection[str] = ()) -> Bundle:
     return Bundle(folder, manifest)
 
 
+def open_bundle(path: Path | None) -> Bundle:
+    """Find a bundle and verify it: see `find_bundle` and `load_bundle`."""
+    return load_bundle(find_bundle(path))
+
+
 def file_problem(path: Path, entry: FileEntry) -> str | None:
     """What is wrong with a file of a bundle, or None. A file of another size is not read."""
     if path.is_symlink() or not path.is_file():

@@ -8,7 +8,7 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from infer.backends import probe_machine, usable_cores
+from infer.backends import probe_machine, tensorrt_versions, usable_cores
 
 NOT_INSTALLED = "not installed"
 
@@ -134,7 +134,7 @@ def _prediction() -> dict[str, Any]:
     except ImportError as error:
         return {"status": f"needs ONNX Runtime ({error})"}
     gpu = machine.scan.gpus[0] if machine.scan.gpus else None
-    engines = [f"{name} {version}" for name, version in machine.tensorrt.items()]
+    engines = [f"{name} {version}" for name, version in tensorrt_versions().items()]
     cuda = gpu is not None and machine.cuda_provider
     return {
         "status": "ok",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,9 @@ import msgspec
 from data_pipeline.console import show_progress
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.faults import printable, visible
-from infer.backends import BackendName, DeviceName
+from data_pipeline.pillow_backend import image_readers
+from infer.backends import BackendName, DeviceName, probe_machine
+from infer.bundle import Bundle
 from infer.images import DecoderName
 from infer.inputs import STDIN, find_inputs
 from infer.outputs import SUFFIXES, Format, RowWriter, has_rows, kept_rows, open_output, skip_kept
@@ -69,9 +71,12 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     part_rows: int | None = None
 
 
-def predict_images(options: PredictOptions) -> Summary:
+def predict_images(options: PredictOptions, verified: Callable[[], Bundle] | None = None) -> Summary:
     """Predict images, and write a row for each, in order, as batches finish.
 
+    Args:
+        options: what is wanted.
+        verified: gives the bundle that `options.model` names, once it is verified; None to do that here.
     Returns:
         Counts, and what really ran; also said on stderr.
     Raises:
@@ -91,10 +96,13 @@ def predict_images(options: PredictOptions) -> Summary:
     if options.html is not None and options.html == options.output:
         raise UserError("--html and --output name the same file")
     inputs = find_inputs(options.paths, recursive=options.recursive)
+    # Imported while the bundle is being verified, since both take a while.
+    probe_machine()
+    image_readers()
     with ExitStack() as stack:
         predictor = stack.enter_context(
             Predictor(
-                options.model,
+                verified() if verified is not None else options.model,
                 backend=options.backend,
                 device=options.device,
                 decoder=options.decoder,
@@ -102,6 +110,7 @@ def predict_images(options: PredictOptions) -> Summary:
                 batch_size=options.batch_size,
                 min_probability=options.min_probability,
                 ten_crop=options.ten_crop,
+                expected=inputs.total,
             )
         )
         log.info(f"model: {predictor.bundle.folder}")

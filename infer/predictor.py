@@ -13,18 +13,18 @@ The command line is built on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.loader import Readable
+from data_pipeline.loader import Batch, Readable
 from infer.backends import BackendName, DeviceName, choose_backend
-from infer.bundle import find_bundle, load_bundle
+from infer.bundle import Bundle, open_bundle
 from infer.decoding import Decoding
-from infer.images import DecoderName
+from infer.images import DecoderName, quick_decoder
 from infer.predict import DEFAULT_BATCH, Item, Row, RowMaker, SeenRow, check_top
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Predictor:
     """A loaded model; one thread at a time.
 
     Args:
-        bundle: the exported folder; None for the newest export under runs/.
+        bundle: the exported folder; None for the newest export under runs/; or one that is verified already.
         backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
         device: `cpu`, `cuda`, or `auto`.
         decoder: `dali`, `pillow`, or `auto`: DALI where it is installed.
@@ -47,6 +47,7 @@ class Predictor:
         min_probability: classes below are left out of a row.
         ten_crop: average the softmax of the paper's ten views of each image.
         threads: for decoding, and for the model on a CPU; None for one for each core this process may use.
+        expected: how many images there will be, if that is known: see `infer.images.quick_decoder`.
     Raises:
         UserError: no such bundle, or what was asked for cannot be had here.
         CorruptFileError: a bundle that was changed.
@@ -54,7 +55,7 @@ class Predictor:
 
     def __init__(
         self,
-        bundle: str | os.PathLike[str] | None = None,
+        bundle: str | os.PathLike[str] | Bundle | None = None,
         *,
         backend: BackendName = "auto",
         device: DeviceName = "auto",
@@ -64,8 +65,11 @@ class Predictor:
         min_probability: float = 0.0,
         ten_crop: bool = False,
         threads: int | None = None,
+        expected: int | None = None,
     ) -> None:
-        self.bundle = load_bundle(find_bundle(None if bundle is None else Path(bundle)))
+        if not isinstance(bundle, Bundle):
+            bundle = open_bundle(None if bundle is None else Path(bundle))
+        self.bundle = bundle
         check_top(self.bundle, top)
         choice = choose_backend(self.bundle, backend=backend, device=device, threads=threads or 0)
         self.backend = choice.backend
@@ -77,7 +81,7 @@ class Predictor:
             self._decoding = Decoding(
                 self.bundle.manifest.preprocessing,
                 self.backend,
-                name=decoder,
+                name=quick_decoder(decoder, self.backend, expected),
                 batch_size=batch_size,
                 ten_crop=ten_crop,
                 threads=threads,
@@ -99,6 +103,10 @@ class Predictor:
     def seen(self, inputs: Input | Iterable[Input]) -> Iterator[SeenRow]:
         """As a call, with the pixels that the model saw, which are good until the next row is asked for."""
         return self._make.seen(_items(inputs), self._decoding)
+
+    def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:
+        """The inputs as a call decodes them for the model, batch by batch. Close it when done."""
+        return self._decoding.batches(_items(inputs))
 
     def close(self) -> None:
         """Free the decoder and the model; a second call does nothing."""

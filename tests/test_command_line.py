@@ -71,7 +71,7 @@ def test_help_imports_no_work(tmp_path: Path) -> None:
         "import sys, runpy; sys.argv = ['alexnet', '--help']\n"
         "try: runpy.run_module('alexnet', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'onnxruntime', 'rich', 'msgspec', 'PIL', 'infer'}\n"
+        "heavy = {'torch', 'numpy', 'onnxruntime', 'rich', 'PIL', 'msgspec', 'infer.bundle'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -230,6 +230,7 @@ def test_onnx_bundle_of_one_image_a_batch(base: Path, tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "one") == bundle
     assert bundle.engine_path is None and sorted(p.name for p in bundle.folder.iterdir()) == [
         "bundle.json",
+        "model.cpu.onnx",
         "model.onnx",
     ]
 
