@@ -7,8 +7,12 @@ import os
 import threading
 from pathlib import Path
 
+from data_pipeline.errors import CorruptFileError
+
 _HASH_BYTES = 1 << 22
 """Large, since a thread that hashes waits for the interpreter between two pieces."""
+MAX_SMALL_BYTES = 1 << 20
+"""Of a manifest or another of our JSON files, which are a hundredth of it."""
 
 
 def sha256_of(path: Path) -> str:
@@ -18,6 +22,22 @@ def sha256_of(path: Path) -> str:
         while length := file.readinto(buffer):
             digest.update(buffer[:length])
     return digest.hexdigest()
+
+
+def read_small(path: Path) -> bytes:
+    """Content of a manifest or the like, which may come from a stranger.
+
+    Raises:
+        CorruptFileError: it is no regular file, or larger than any of ours.
+        OSError: it cannot be read.
+    """
+    if not path.is_file() and path.exists():
+        raise CorruptFileError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_SMALL_BYTES + 1)
+    if len(content) > MAX_SMALL_BYTES:
+        raise CorruptFileError(f"{path} is larger than {MAX_SMALL_BYTES} bytes, so it is none of ours")
+    return content
 
 
 def fsync_path(path: Path) -> None:

@@ -7,7 +7,6 @@ runs/<run>/checkpoints/{best,last}.json             {"step": 1234, "top1": 0.5}
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import sha256_of, write_atomic
+from data_pipeline.files import read_small, sha256_of, write_atomic
 from data_pipeline.index import Contents
 from data_pipeline.preprocessing import Preprocessing
 from train.config import RunConfig, decode_config
+from train.config_parts import ModelConfig
 from train.flat_loss import FlatLoss
-from train.model import AlexNet, make_model
+from train.foreign import Content, Progress, load_plain
+from train.model import AlexNet, count_hidden_weights, make_model
 from train.retention import step_folder
 
 FORMAT = 2
@@ -55,18 +56,6 @@ class Pointer(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     top1: float | None
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run remembers of its own course.
-
-    Args:
-        val_errors: validation error (1 - top-1) after each epoch so far, by which `plateau` lowers the rate.
-        flat_loss: how long the training loss has been flat.
-    """
-
-    val_errors: tuple[float, ...] = ()
-    flat_loss: FlatLoss = FlatLoss()
 
 
 @dataclass(frozen=True)
@@ -141,11 +130,29 @@ class Checkpoint:
         Raises:
             UserError: weights that do not fit the configuration saved with them.
         """
-        model = make_model(
-            self.config.model, num_classes=len(self.classes), crop_px=self.preprocessing.crop_px
+        return make_loaded(
+            self.config.model, self.weights, len(self.classes), self.preprocessing.crop_px, self.folder
+        ).eval()
+
+
+def make_loaded(
+    config: ModelConfig, weights: dict[str, Tensor], num_classes: int, crop_px: int, source: Path
+) -> AlexNet:
+    """A network of weights that came with its configuration; only one of their size is built.
+
+    Raises:
+        UserError: weights that do not fit the configuration, with how they differ.
+    """
+    wanted = count_hidden_weights(config, num_classes=num_classes, crop_px=crop_px)
+    held = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
+    if wanted != held:
+        raise UserError(
+            f"{source} holds another model's weights (its fully connected layers have {held} weights, those "
+            f"of its configuration {wanted})"
         )
-        load_weights(model, self.weights, source=self.folder)
-        return model.eval()
+    model = make_model(config, num_classes=num_classes, crop_px=crop_px)
+    load_weights(model, weights, source=source)
+    return model
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:
@@ -176,52 +183,30 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     manifest, path = verify_checkpoint(folder), folder / STATE
     state = load_plain(path)
     try:
-        config = decode_config(state["config"])
-        if len(state.get("labels_text", ())) not in (0, len(state["classes"])):
-            raise ValueError("it has not a label for each class")
+        content = msgspec.convert(state, Content)
+        if content.step != manifest.step:
+            raise ValueError(f"it is of step {content.step}, its manifest of step {manifest.step}")
         return Checkpoint(
             folder=folder,
             sha256=manifest.sha256,
-            step=int(state["step"]),
-            epoch=int(state["epoch"]),
-            samples_seen=int(state["samples_seen"]),
-            config=config,
-            classes=tuple(map(str, state["classes"])),
-            preprocessing=msgspec.convert(state["preprocessing"], Preprocessing),
+            step=content.step,
+            epoch=content.epoch,
+            samples_seen=content.samples_seen,
+            config=decode_config(content.config),
+            classes=content.classes,
+            preprocessing=content.preprocessing,
             metrics=manifest.metrics,
-            parts={"model": dict(state["model"])} | {name: dict(state.get(name, {})) for name in PARTS},
-            # the first checkpoints had none of these
-            labels_text=tuple(map(str, state.get("labels_text", ()))),
-            data=msgspec.convert(state.get("data", {}), dict[str, Contents]),
-            progress=_read_progress(state),
+            parts={name: dict(state.get(name, {})) for name in PARTS},
+            # of the loss before a checkpoint of the first format nothing is known
+            progress=content.progress
+            or Progress(flat_loss=FlatLoss(since=content.step, window_start=content.step)),
+            labels_text=content.labels_text,
+            data=content.data,
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(
-            f"{path} is not a checkpoint of ours: {type(error).__name__} {error}"
-        ) from error
-
-
-def _read_progress(state: dict[str, Any]) -> Progress:
-    if "progress" in state:
-        return msgspec.convert(state["progress"], Progress)
-    step = int(state["step"])  # nothing is known of the loss before this step
-    return Progress(flat_loss=FlatLoss(since=step, window_start=step))
-
-
-def load_plain(path: Path) -> Any:
-    """Tensors and plain values of a file that `torch.save` wrote. Nothing in it is executed.
-
-    Raises:
-        CorruptFileError: it holds anything else, or is damaged.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CorruptFileError(f"{path} holds more than tensors and plain values: not loaded") from error
-    except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise CorruptFileError(f"{path} cannot be read: {type(error).__name__} {error}"[:300]) from error
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not a checkpoint of ours: {error}") from error
 
 
 def verify_checkpoint(folder: Path) -> Manifest:
@@ -233,10 +218,14 @@ def verify_checkpoint(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     path = folder / STATE
+    if folder.parent.name == "checkpoints" and folder != step_folder(folder.parent, manifest.step):
+        raise CorruptFileError(f"checkpoint {folder} has the manifest of step {manifest.step}")
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
         raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
+    if not path.is_file():
+        raise CorruptFileError(f"checkpoint {path} is no regular file")
     if size_bytes != manifest.size_bytes:
         raise CorruptFileError(
             f"checkpoint {path} is damaged: it has {size_bytes} of {manifest.size_bytes} bytes; "
@@ -253,7 +242,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json` of one checkpoint; see `load_checkpoint` for the errors."""
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(read_small(path), type=Manifest)
     except OSError as error:
         raise CorruptFileError(f"checkpoint {folder} has no readable {MANIFEST}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -299,7 +288,7 @@ def read_pointer(path: Path) -> Pointer:
         CorruptFileError: not what `write_json` wrote.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Pointer)
+        return msgspec.json.decode(read_small(path), type=Pointer)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
 

@@ -109,6 +109,10 @@ class RunConfig(Table, frozen=True):
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^/\0.][^/\0]{0,99}", self.recipe):
+            raise ValueError(
+                f"recipe {self.recipe[:100]!r} names a run's folder: 1 to 100 characters, no / and no . first"
+            )
         if self.compress == "powersgd" and self.log_noise_scale:
             raise ValueError(
                 "log_noise_scale compares parts of a gradient with their sum, which compress=powersgd "
@@ -228,9 +232,8 @@ def _check_keys(values: Mapping[str, Any], schema: type[Any], prefix: str) -> No
     for key, value in values.items():
         if key not in fields:
             every = [f"{prefix}{name}" for name in fields]
-            raise UserError(
-                f"unknown key {prefix + key!r}{_nearest(prefix + key, every, _all_keys(RunConfig))}"
-            )
+            shown = (prefix + str(key))[:100]  # it may come from a stranger's checkpoint
+            raise UserError(f"unknown key {shown!r}{_nearest(shown, every, _all_keys(RunConfig))}")
         inner = fields[key]
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             if not isinstance(value, Mapping):

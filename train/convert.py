@@ -19,9 +19,9 @@ from torch import Tensor
 
 from data_pipeline.errors import CorruptFileError, UserError
 from data_pipeline.preprocessing import Preprocessing
-from train.checkpoint import Checkpoint, Pointer, load_checkpoint, load_plain, load_weights
+from train.checkpoint import Checkpoint, Pointer, load_checkpoint, make_loaded
 from train.config import RunConfig, decode_config
-from train.model import make_model
+from train.foreign import check_tensors, load_plain
 from train.optimizer import make_optimizer
 from train.run_folder import create_run
 from train.saving import State, save_checkpoint
@@ -96,18 +96,17 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     config, weights, named = readers[path.suffix](path)
-    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
-    if not matrices:
+    layers = [name for name, tensor in weights.items() if tensor.ndim == 2]
+    if not layers:
         raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
-    num_classes = len(matrices[-1])
+    num_classes = len(weights[max(layers)])  # fc6, fc7, fc8; or 1, 4, 6
     labels_text: tuple[str, ...] = ()
     if classes is None and named is not None:
         classes, labels_text = named
     classes = classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise UserError(f"{path} tells {num_classes} classes apart, and {len(classes)} names were given")
-    model = make_model(config.model, num_classes=num_classes, crop_px=config.preprocessing.crop_px)
-    load_weights(model, weights, source=path)
+    model = make_loaded(config.model, weights, num_classes, config.preprocessing.crop_px, path)
     folder = create_run(out, config)
     saved = save_checkpoint(
         folder.checkpoints,
@@ -155,17 +154,17 @@ def _read_safetensors(path: Path) -> Weights:
             raise ValueError(f"{len(labels_text)} labels for {len(classes)} classes")
     except (ValueError, RecursionError, UserError) as error:
         raise CorruptFileError(f"{path} has metadata that cannot be read: {error}") from error
-    model = make_model(config.model, num_classes=len(classes), crop_px=config.preprocessing.crop_px)
-    # In the order of the layers, which the file does not keep.
-    ordered = {name: weights[name] for name in model.state_dict() if name in weights}
-    return config, ordered | weights, (classes, labels_text)
+    return config, weights, (classes, labels_text)
 
 
 def _read_torch(path: Path) -> Weights:
     state = load_plain(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict of tensors")
-    return TORCHVISION, dict(state), None
+    try:
+        weights = msgspec.convert(state, dict[str, Tensor])
+        check_tensors(weights.values())
+    except ValueError as error:
+        raise UserError(f"{path} is not a state dict of tensors: {error}") from error
+    return TORCHVISION, weights, None
 
 
 def _read_bvlc(path: Path) -> Weights:
@@ -186,7 +185,7 @@ def _read_bvlc(path: Path) -> Weights:
     weights: dict[str, Any] = {}
     for name, node in zip(names, layers, strict=True):
         for part, source in zip(("weight", "bias"), node.input[1:3], strict=True):
-            if source not in values:
+            if source not in values or values[source].data_location == onnx.TensorProto.EXTERNAL:
                 raise UserError(f"{path} does not hold the values of {source!r} itself")
             weights[f"{name}.{part}"] = torch.from_numpy(onnx.numpy_helper.to_array(values[source]).copy())
     weights["features.conv1.weight"] = weights["features.conv1.weight"].flip(1)

@@ -182,6 +182,32 @@ def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
     return channels, side
 
 
+def _last_map(config: ModelConfig, crop_px: int) -> tuple[int, int]:
+    """Channels and side of what the fully connected layers read.
+
+    Raises:
+        UserError: nothing.
+    """
+    channels, side = _feature_map(FEATURES[config.name](config.stem_stride), crop_px)
+    if side < 1:
+        raise UserError(
+            f"crop_px {crop_px} is too small for `{config.name}` with stem_stride {config.stem_stride}: "
+            "no pixel is left after the last pooling; use a larger crop or a smaller stem_stride"
+        )
+    # torchvision averages to 6x6 whatever comes in; smaller maps keep their size.
+    return channels, min(side, 6) if config.name == "owt" else side
+
+
+def count_hidden_weights(config: ModelConfig, *, num_classes: int, crop_px: int) -> int:
+    """How many weights the fully connected layers of a network have, biases apart, without building them.
+
+    >>> count_hidden_weights(ModelConfig(name="owt"), num_classes=1000, crop_px=224)
+    58621952
+    """
+    channels, side = _last_map(config, crop_px)
+    return config.hidden_units * (channels * side * side + config.hidden_units + num_classes)
+
+
 def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNet:
     """Build and initialise one of the family, in float32 and channels_last, on torch's default generator.
 
@@ -197,20 +223,10 @@ def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNe
     """
     if num_classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, not {num_classes}")
-    make_features = FEATURES[config.name]
-    channels, side = _feature_map(make_features(config.stem_stride), crop_px)
-    if side < 1:
-        raise UserError(
-            f"crop_px {crop_px} is too small for `{config.name}` with stem_stride {config.stem_stride}: "
-            "no pixel is left after the last pooling; use a larger crop or a smaller stem_stride"
-        )
-    pool: nn.Module = nn.Identity()
-    if config.name == "owt":
-        # torchvision averages to 6x6 whatever comes in; smaller maps keep their size.
-        side = min(side, 6)
-        pool = nn.AdaptiveAvgPool2d((side, side))
+    channels, side = _last_map(config, crop_px)
+    pool = nn.AdaptiveAvgPool2d((side, side)) if config.name == "owt" else nn.Identity()
     make_classifier = _owt_classifier if config.name == "owt" else _paper_classifier
     classifier = make_classifier(channels * side * side, config.hidden_units, num_classes, config.dropout)
-    model = AlexNet(make_features(config.stem_stride), pool, classifier)
+    model = AlexNet(FEATURES[config.name](config.stem_stride), pool, classifier)
     initialize(model, config.init)
     return model.to(memory_format=torch.channels_last)

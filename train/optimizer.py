@@ -129,6 +129,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
     if [group["params"] for group in own] != [group["params"] for group in saved]:
         raise UserError("the checkpoint's velocities are of other parameters: it was made by another recipe")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            if value is not None and (number >= len(parameters) or value.shape != parameters[number].shape):
+                raise UserError(f"the checkpoint's {name} {number} is of another shape than its parameter")
     groups = [{**group, "lr": before["lr"]} for group, before in zip(own, saved, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 

@@ -6,13 +6,15 @@ end alike.
 
 from __future__ import annotations
 
+import glob
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import DivergedError, InterruptedRunError, SaveError
+from data_pipeline.errors import CorruptFileError, DivergedError, InterruptedRunError, SaveError
+from data_pipeline.files import read_small
 from train.checkpoint import write_json
 from train.config import RunConfig
 from train.distributed import Launch
@@ -80,10 +82,12 @@ def find_own_run(out: Path, config: RunConfig, launch: Launch) -> Path | None:
     Raises:
         InterruptedRunError, DivergedError: as that run ended.
     """
-    for path in sorted(out.glob(f"{config.recipe}-*/{FILE}"), key=lambda p: p.parent.name, reverse=True):
+    for path in sorted(
+        out.glob(f"{glob.escape(config.recipe)}-*/{FILE}"), key=lambda p: p.parent.name, reverse=True
+    ):
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=LaunchRecord)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            record = msgspec.json.decode(read_small(path), type=LaunchRecord)
+        except (OSError, CorruptFileError, msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning(f"{path} cannot be read, and is passed over: {error}")
             continue
         # Rank 0 may have moved to another machine; the name of a launch, where it has one, moves with it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 
 from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.files import PatientFile, fsync_path, write_atomic
+from data_pipeline.files import PatientFile, fsync_path, read_small, write_atomic
 from train.checkpoint import Pointer, find_checkpoint, read_manifest, verify_checkpoint, write_json
 from train.config import RunConfig, decode_config
 from train.retention import remove_leftovers, restore_replaced, saved_steps, set_aside_after
@@ -172,7 +173,7 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         read_manifest(folder)
         _check_same(config, _run_config(folder.parent.parent), folder.parent.parent)
         return folder
-    for run in sorted(out.glob(f"{config.recipe}-*"), key=lambda run: run.name, reverse=True):
+    for run in sorted(out.glob(f"{glob.escape(config.recipe)}-*"), key=lambda run: run.name, reverse=True):
         folder = run / "checkpoints"
         restore_replaced(folder)
         begun = saved_steps(folder) or (folder / "last.json").exists()
@@ -253,7 +254,7 @@ def go_back_to(folder: RunFolder, step: int) -> Pointer | None:
 def _run_config(run: Path) -> RunConfig:
     path = run / "config.json"
     try:
-        return decode_config(msgspec.json.decode(path.read_bytes()))
+        return decode_config(msgspec.json.decode(read_small(path)))
     except OSError as error:
         raise CorruptFileError(f"run {run} has no readable config.json: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

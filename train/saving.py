@@ -16,8 +16,9 @@ from torch.utils.serialization import config as serialization
 from data_pipeline.errors import SaveError
 from data_pipeline.files import fsync_path
 from data_pipeline.index import Contents
-from train.checkpoint import FORMAT, MANIFEST, STATE, Manifest, Progress, write_json
+from train.checkpoint import FORMAT, MANIFEST, STATE, Manifest, write_json
 from train.config import RunConfig
+from train.foreign import Progress
 from train.retention import REPLACED, WRITING, step_folder
 
 

@@ -18,10 +18,11 @@ from data_pipeline.layouts import open_dataset
 from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
 from data_pipeline.order import steps_per_epoch
 from train.averaging import WeightAverage
-from train.checkpoint import Checkpoint, Progress, load_checkpoint, load_weights
+from train.checkpoint import Checkpoint, load_checkpoint, load_weights
 from train.config import READERS, RunConfig
 from train.distributed import World, cpu_share, env_launch
 from train.engine import EVAL_BATCH, Trainer
+from train.foreign import Progress
 from train.fusion import prepare_lrn, prepare_step
 from train.guard import Guard
 from train.hybrid import part_optimizer_state, part_tensors

@@ -27,7 +27,8 @@ from scripts.soaking.plan import (
     steps_of,
 )
 from scripts.soaking.report import Hit
-from train.checkpoint import STATE, find_checkpoint, load_plain, verify_checkpoint
+from train.checkpoint import STATE, find_checkpoint, verify_checkpoint
+from train.foreign import load_plain
 
 log = logging.getLogger("train")
 
