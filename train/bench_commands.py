@@ -180,3 +180,51 @@ def lr(
     draw(report, plot)
     click.echo(f"picture: {plot}", err=True)
     click.echo(msgspec.json.encode(report) if as_json else describe(report))
+
+
+@bench.command()
+@click.option(
+    "--variant", type=click.Choice(["owt", "paper", "caffe", "bn"]), default="owt", show_default=True,
+    help="The network.",
+)  # fmt: skip
+@click.option(
+    "--mode", "modes", multiple=True, type=click.Choice(["ddp", "ddp+bf16", "ddp+powersgd", "hybrid"]),
+    default=("ddp", "ddp+bf16", "hybrid"), show_default=True, help="A way to train. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--ranks", multiple=True, type=click.IntRange(1, 64), default=(1, 2, 4), show_default=True,
+    help="How many. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--link", "links", multiple=True, metavar="RATE",
+    help="Measure on two hosts, too, joined by a wire of this rate, such as 1gbit: network namespaces on "
+    "this machine, which take root on Linux. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--batch", "rank_batch", type=click.IntRange(2), default=64, show_default=True, help="Of a rank."
+)
+@click.option("--crop", "crop_px", type=click.IntRange(22), default=224, show_default=True)
+@click.option("--classes", "num_classes", type=click.IntRange(2), default=1000, show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of every mode.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Timed in each turn.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As in training. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def scaling(as_json: bool, **options: Any) -> None:
+    """Step time, efficiency and bytes sent of several ranks: plain, compressed and hybrid.
+
+    Over loopback, and with --link over a wire of some rate. Ten minutes on two cores.
+
+    \b
+    alexnet bench scaling
+    sudo alexnet bench scaling --ranks 2 --link 500mbit --json
+    """
+    import msgspec
+
+    from train.bench_scaling import bench_scaling, describe
+
+    report = bench_scaling(tell=lambda line: click.echo(line, err=True), **options)
+    click.echo(msgspec.json.encode(report) if as_json else describe(report))

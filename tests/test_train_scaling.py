@@ -1,0 +1,94 @@
+"""`alexnet bench scaling` and the two hosts that it can run on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from train.bench_scaling import SCRIPT, ScalingReport, bench_scaling, describe
+
+
+def bench_tiny(links: tuple[str, ...] = ()) -> ScalingReport:
+    return bench_scaling(
+        ranks=(2,), links=links, rank_batch=4, crop_px=63, num_classes=10, precision="fp32", device="cpu",
+        rounds=1, steps=2, overrides=("model.hidden_units=128",),
+    )  # fmt: skip
+
+
+def two_hosts(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = ["/bin/bash", str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def why_no_hosts() -> str | None:
+    """Why two hosts cannot be made here; None if they can."""
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            return f"needs {tool} (Debian: apt-get install iproute2); it is not here"
+    if os.getuid() != 0:
+        return "network namespaces take root"
+    name = f"axtest{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+        return "this root may not make network namespaces"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return None
+
+
+def test_bytes_are_those_of_the_formulas_and_every_way_is_compared_with_steps_alone() -> None:
+    report = bench_tiny()
+    assert [(row.link, row.ranks, row.mode) for row in report.rows] == [
+        ("loopback", 2, mode) for mode in ("ddp", "ddp+bf16", "hybrid")
+    ]
+    for row in report.rows:
+        assert row.sent_mb == pytest.approx(row.formula_mb, rel=0.01)
+        assert 0 < row.efficiency < 3 and row.images_per_s == pytest.approx(8 / row.step_s, rel=0.01)
+        assert row.vs_one_rank is None  # one rank was not measured
+    by_mode = {row.mode: row.sent_mb for row in report.rows}
+    assert by_mode["ddp"] == pytest.approx(2 * (by_mode["ddp+bf16"] or 0), rel=0.01)
+    assert msgspec.json.decode(msgspec.json.encode(report), type=ScalingReport) == report
+    assert "loopback        2  hybrid" in describe(report)
+
+
+@pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
+def test_two_hosts_are_joined_by_a_wire_of_the_rate_asked_for_and_are_gone_afterwards() -> None:
+    slow = [row for row in bench_tiny(("80mbit",)).rows if row.link == "80mbit"]
+    assert [row.mode for row in slow] == ["ddp", "ddp+bf16", "hybrid"]
+    for row in slow:
+        assert row.sent_mb is not None
+        # The bucket lets half a megabyte through at once; the rest takes its 0.1 s a megabyte.
+        assert row.step_s > (row.sent_mb - 0.6) / 10, row
+        assert row.step_s < 4 * row.sent_mb / 10 + 1, row
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not [name for name in left.split() if name.startswith("ax")]
+
+
+@pytest.fixture
+def tools() -> Iterator[Path]:
+    """A folder of programs that everybody may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_where_two_hosts_cannot_be_made_it_says_why(tools: Path) -> None:
+    arguments = ("1gbit", "1", "--", "-m", "train.main")
+    done = two_hosts("1gbit")
+    assert done.returncode == 2 and "netns_two_hosts.sh RATE RANKS_PER_HOST --" in done.stderr
+    for tool in ("uname", "id", "sed"):
+        path = shutil.which(tool)
+        assert path is not None
+        (tools / tool).symlink_to(path)
+    done = two_hosts(*arguments, env={"PATH": str(tools)})
+    assert done.returncode == 2 and done.stderr.startswith("error: no two hosts here: ip is not installed")
+    for tool in ("ip", "tc"):
+        (tools / tool).symlink_to("/bin/true")
+    nobody = {"user": 65534} if os.getuid() == 0 else {}
+    done = two_hosts(*arguments, env={"PATH": str(tools)}, cwd="/", **nobody)
+    assert done.returncode == 2 and "takes root" in done.stderr
