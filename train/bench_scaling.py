@@ -1,8 +1,8 @@
 """`alexnet bench scaling`: what more ranks bring, by what travels between them, over loopback or a slow wire.
 
 Every rank keeps its batch (weak scaling), and its share of the cores. Beside the ways to train, the same
-steps run on the same ranks at the same time and send nothing. Efficiency is their time over that of a step: so
-it tells what the traffic costs, and not what ranks take from each other that share a machine, as
+steps run on the same ranks at the same time and send nothing. Efficiency is their time over that of a step:
+so it tells what the traffic costs, and not what ranks take from each other that share a machine, as
 `vs_one_rank` does.
 """
 
