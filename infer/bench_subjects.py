@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,12 @@ class Ours:
 
     def __init__(self, bundle: Path, photos: list[Path], device: Any) -> None:
         self._bundle, self._photos, self._device = bundle, photos, device
-        self._predictors: dict[int, Predictor] = {}
+        self._open = ExitStack()
+        self._predictor: tuple[int, Predictor] | None = None
 
     def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
         """Seconds for each of so many batches; all together of `decode` and `end_to_end`, which overlap."""
-        if batch not in self._predictors:
-            self._predictors[batch] = Predictor(self._bundle, device=self._device, batch_size=batch)
-            list(self._predictors[batch](self._photos[:batch]))  # graphs and threads are there from now on
-        predictor = self._predictors[batch]
+        predictor = self._with_batch(batch)
         if phase == "end_to_end":
             return [self._seconds(lambda: self._all_ok(predictor, batch * num_batches))]
         if phase == "one_batch":
@@ -58,6 +56,15 @@ class Ours:
             with closing(predictor.decode(islice(cycle(self._photos), batch * num_batches))) as batches:
                 return [self._seconds(lambda: deque(map(self._check, batches)))]
         return [self._seconds(work) for work in islice(self._works(predictor, phase, batch), num_batches)]
+
+    def _with_batch(self, batch: int) -> Predictor:
+        """One at a time, since each holds the model; its graphs and threads are there from now on."""
+        if self._predictor is None or self._predictor[0] != batch:
+            self._open.close()
+            made = Predictor(self._bundle, device=self._device, batch_size=batch)
+            self._predictor = batch, self._open.enter_context(made)
+            self._all_ok(made, batch)
+        return self._predictor[1]
 
     def about(self) -> dict[str, str]:
         """Who really computes."""

@@ -59,6 +59,7 @@ node() { # HOST NODE_RANK TORCHRUN_ARGUMENTS…
   local host=$1 node_rank=$2
   shift 2
   exec ip netns exec "$host" env GLOO_SOCKET_IFNAME="$host" NCCL_SOCKET_IFNAME="$host" NCCL_IB_DISABLE=1 \
+    TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" \
     "${PYTHON:-python}" -m torch.distributed.run --nnodes=2 --nproc_per_node="$ranks" --node_rank="$node_rank" \
     --master_addr=10.213.0.1 --master_port=29500 "$@"
 }

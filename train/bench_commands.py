@@ -183,6 +183,46 @@ def lr(
 
 
 @bench.command()
+@recipe_options
+@click.option("--from", "smallest", type=click.IntRange(2), default=8, show_default=True, help="First size.")
+@click.option("--to", "largest", type=click.IntRange(2), default=512, show_default=True, help="Last size.")
+@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Timed at each size.")
+@click.option(
+    "--noise-steps", type=click.IntRange(6), default=60, show_default=True,
+    help="Of training, for the noise scale.",
+)  # fmt: skip
+@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="To recommend for.")
+@click.option("--limit-mb", type=click.FloatRange(1), help="Memory of a step. [90% of what is there]")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), default=Path("bench-batch.png"), show_default=True,
+    help="The picture: .png, .svg or .pdf.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def batch(
+    recipe: str, root: Path | None, overrides: tuple[str, ...], plot: Path, as_json: bool, **options: Any
+) -> None:
+    """Throughput and memory by batch size, the gradient noise scale, and the global_batch that follows.
+
+    The network, data and rate are a recipe's; sizes double until one does not fit.
+
+    \b
+    alexnet bench batch
+    alexnet bench batch --recipe imagenet-owt --data DIR --to 2048 --ranks 8
+    """
+    import msgspec
+
+    from train.bench_batch import bench_batches, describe, draw
+    from train.config import make_config
+    from train.plots import check_picture
+
+    check_picture(plot)
+    report = bench_batches(make_config(recipe, overrides, root), **options)
+    draw(report, plot)
+    click.echo(f"picture: {plot}", err=True)
+    click.echo(msgspec.json.encode(report) if as_json else describe(report))
+
+
+@bench.command()
 @click.option(
     "--variant", type=click.Choice(["owt", "paper", "caffe", "bn"]), default="owt", show_default=True,
     help="The network.",
