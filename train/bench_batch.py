@@ -16,7 +16,6 @@ import msgspec
 
 from data_pipeline.console import show_progress
 from data_pipeline.errors import UserError
-from data_pipeline.layouts import open_dataset
 from train.batch_fit import Fit, memory_limit_mb
 from train.bench_turns import four_digits, open_subject
 from train.config import RunConfig
@@ -111,11 +110,10 @@ def bench_batches(
         raise UserError(f"--from must not be above --to, not {smallest} and {largest}")
     device = choose_device(config.device)
     limit = limit_mb or USABLE * memory_limit_mb(device)
-    num_classes = len(open_dataset(_root(config), "train").classes)
+    noise, scale, name, num_classes = _measure_noise(config, noise_steps)
     rows, did_not_fit = _measure_sizes(config, num_classes, smallest, largest, steps, limit)
     if not rows:
         raise UserError(f"a batch of {did_not_fit}: try a smaller --from")
-    noise, scale, name = _measure_noise(config, noise_steps)
     knee = find_knee(rows)
     estimate = extrapolate(rows, limit)
     global_batch, why = advise_batch(knee, scale, min(estimate, 2**20), ranks)
@@ -134,12 +132,6 @@ def bench_batches(
         global_batch=global_batch,
         why=why,
     )
-
-
-def _root(config: RunConfig) -> Path:
-    if config.data.root is None:
-        raise UserError("no data folder: name it with --data")
-    return Path(config.data.root)
 
 
 def _measure_sizes(
@@ -175,8 +167,8 @@ def _measure_sizes(
     return rows, None
 
 
-def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], float | None, str]:
-    """The recipe's own first steps, at its own rate and batch, each in parts."""
+def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], float | None, str, int]:
+    """The recipe's own first steps, each in parts; the device, and how many classes there are."""
     parts = max(1, config.global_batch // PARTS)
     probed = msgspec.structs.replace(
         config, log_noise_scale=True, micro_batch=parts, compress="none", parallel="ddp"
@@ -204,8 +196,8 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
                 scale = None if found.scale is None else four_digits(found.scale)
                 rows.append(NoiseRow(step=number, noise_scale=scale, loss=four_digits(loss)))
             progress.advance(1, f"step {number}, loss {losses[-1]:.3f}")
-        name = session.trainer.world.device_name
-    return rows, None if sums is None else sums.scale, name
+        name, num_classes = session.trainer.world.device_name, len(session.train_set.classes)
+    return rows, None if sums is None else sums.scale, name, num_classes
 
 
 def find_knee(rows: Sequence[BatchRow]) -> int:
