@@ -132,7 +132,14 @@ def bench_infer(
         tell("the first row, and --help")
         processes = _measure_processes(bundles[models[-1], precisions[0]], data, rounds)
     rates = [
-        _rate(model, precision, batch, about[model, precision], _verdict(bundles[model, precision]), seconds)
+        _rate(
+            model,
+            precision,
+            batch,
+            about[model, precision],
+            _verdict(bundles[model, precision], device),
+            seconds,
+        )
         for model in models
         for precision in precisions
         for batch in batches
@@ -211,11 +218,11 @@ def _measure_processes(bundle: Bundle, data: Path, rounds: int) -> dict[str, lis
     return seconds
 
 
-def _verdict(bundle: Bundle) -> Agreement:
+def _verdict(bundle: Bundle, device: str) -> Agreement:
     """What the gate found of the file that runs here."""
     report = bundle.manifest.report
     assert report is not None
-    return report.cpu or report.onnx
+    return report.cpu if device == "cpu" and report.cpu is not None else report.onnx
 
 
 def _speed(seconds: dict[Key, list[float]], key: Key) -> float:

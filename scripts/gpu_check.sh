@@ -2,7 +2,7 @@
 # Everything that only a machine with an NVIDIA GPU can show, in one run:  bash scripts/gpu_check.sh
 #
 # Installs (with TensorRT), then runs each check and goes on after a failure. Ends with one line a check, and
-# exit code 1 if any failed. Output of each check: gpu-check/<check>.log. Needs about 25 minutes after installing.
+# exit code 1 if any failed. Output of each check: gpu-check/<check>.log. Needs about 35 minutes after installing.
 # shellcheck disable=SC2329  # functions are called by their names, through check
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -137,8 +137,11 @@ else
 fi
 check bench-data alexnet bench data --json  # dali_gpu: images/s with decoding on the GPU
 check bench-train alexnet bench train --json --rounds 3
+check bench-infer alexnet bench infer --json --device cuda --precision fp32 --precision fp16 --rounds 3
+check bench-batch alexnet bench batch --to 4096 --plot "$out/bench-batch.png"
 if [ "$num_gpus" -ge 2 ]; then
   check two-gpus two_gpus
+  check bench-scaling alexnet bench scaling --json --ranks 1 --ranks 2 --batch 128 --steps 20
 else
   summary+=("skipped two-gpus (this machine has one GPU)")
 fi
