@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from data_pipeline.index import Dataset
-from data_pipeline.loader import Batch
-from train.bench_steps import peak_memory_mb, wait_for
+from train.bench_steps import noise_batch, peak_memory_mb, wait_for
 from train.bench_turns import answer_lines
 from train.config import RunConfig
 from train.distributed import cpu_share, open_world
@@ -61,11 +60,7 @@ def measure(config: RunConfig, num_classes: int, steps: int) -> Fit:
             classes = tuple(f"class-{number}" for number in range(num_classes))
             nothing = Dataset(Path(), "train", (), np.zeros(0, np.int64), classes)
             trainer = make_trainer(config, nothing, world, None)
-            size, side = config.global_batch, config.preprocessing.crop_px
-            random = np.random.default_rng(0)
-            images = random.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
-            labels, places = random.integers(0, num_classes, size), np.arange(size)
-            batch = Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)
+            batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
             seconds = []
             for number in range(2 + steps):
                 started = wait_for(world.device)

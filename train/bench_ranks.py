@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from data_pipeline.index import Dataset
-from data_pipeline.loader import Batch
-from train.bench_steps import wait_for
+from train.bench_steps import noise_batch, wait_for
 from train.config import make_config
 from train.distributed import World, open_world
 from train.engine import Trainer, train_step
@@ -84,7 +83,7 @@ def measure(spec: ScalingSpec, world: World) -> RankFigures:
     seconds: dict[str, list[float]] = {}
     sent: dict[str, int | None] = {}
     formula: dict[str, int | None] = {}
-    batch = _batch(spec)
+    batch = noise_batch(spec.rank_batch, spec.crop_px, spec.num_classes)
     # One network at a time: four of them, with gradients and momentum, would not fit into a small machine.
     for _ in range(spec.rounds):
         for mode in spec.modes:
@@ -120,14 +119,6 @@ def _make(spec: ScalingSpec, mode: Mode, world: World) -> Trainer:
     config = make_config("tiny-imagenet", [*texts, *spec.overrides, *SETTINGS[mode]])
     classes = tuple(f"class-{number}" for number in range(spec.num_classes))
     return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
-
-
-def _batch(spec: ScalingSpec) -> Batch:
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (spec.rank_batch, spec.crop_px, spec.crop_px, 3), dtype=np.uint8)
-    labels = random.integers(0, spec.num_classes, spec.rank_batch)
-    places, valid = np.arange(spec.rank_batch), np.ones(spec.rank_batch, bool)
-    return Batch(images, labels, valid, places, places, (), (), step=0, last=True)
 
 
 def _time(step: Callable[[], None], count: int, world: World) -> float:

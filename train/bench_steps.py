@@ -100,6 +100,14 @@ def replace_lrn(network: nn.Module, lrn: str) -> None:
                 setattr(parent, name, nn.Identity() if lrn == "none" else other)
 
 
+def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
+    """A step's samples without a file behind them; the same ones every time."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
+    labels, places = random.integers(0, num_classes, size), np.arange(size)
+    return Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)
+
+
 class OurSteps:
     """A network of ours, trained by the project's own engine."""
 
@@ -115,11 +123,7 @@ class OurSteps:
             fuse_lrn(self.trainer.network, bench.crop_px, self.trainer.precision, world)
         if spec.compiled:
             compile_step(self.trainer.network)
-        random = np.random.default_rng(0)
-        images = random.integers(0, 256, (spec.batch, bench.crop_px, bench.crop_px, 3), dtype=np.uint8)
-        labels, places = random.integers(0, NUM_CLASSES, spec.batch), np.arange(spec.batch)
-        valid = np.ones(spec.batch, bool)
-        self.sample = Batch(images, labels, valid, places, places, (), (), step=0, last=True)
+        self.sample = noise_batch(spec.batch, bench.crop_px, NUM_CLASSES)
 
     def forward(self) -> Tensor:
         """The loss of a batch, as in training."""
