@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,7 +143,8 @@ def run_ahead(
         decoders = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
         decoding: deque[Future[Batch]] = deque()
         try:
-            for request, fetched in _read_ahead(requests, pool, readers, max_pixels, prefetch, faults):
+            for request, fetched in _read_ahead(
+                requests, pool, threads, readers, max_pixels, prefetch, faults):
                 if stop.is_set():
                     return
                 decoding.append(decoders.submit(_decode, request, fetched, backend))
@@ -181,10 +183,15 @@ def _consume(
         thread.join()
 
 
-def _fetch(request: Request, place: int, max_pixels: int, faults: FaultLog) -> list[Fetched]:
-    if (reason := faults.reason_for(request.paths[place])) is not None:
-        return [Fetched(None, reason=reason)]
-    return [fetch(lambda max_bytes: request.read(place, max_bytes), max_pixels)]
+def _fetch(request: Request, places: range, max_pixels: int, faults: FaultLog) -> list[Fetched]:
+    """Some files of a request by one thread, but for those in quarantine: a hand-over for each would cost more."""
+    files = []
+    for place in places:
+        if (reason := faults.reason_for(request.paths[place])) is not None:
+            files.append(Fetched(None, reason=reason))
+        else:
+            files.append(fetch(partial(request.read, place), max_pixels))
+    return files
 
 
 def _fetch_all(request: Request, readers: ReaderPool, max_pixels: int, faults: FaultLog) -> list[Fetched]:
@@ -202,6 +209,7 @@ def _fetch_all(request: Request, readers: ReaderPool, max_pixels: int, faults: F
 def _read_ahead(
     requests: Iterator[Request],
     pool: ThreadPoolExecutor,
+    read_threads: int,
     readers: ReaderPool | None,
     max_pixels: int,
     depth: int,
@@ -213,7 +221,10 @@ def _read_ahead(
         if readers is not None and readers.holds(request.dataset):
             futures = [pool.submit(_fetch_all, request, readers, max_pixels, faults)]
         else:
-            futures = [pool.submit(_fetch, request, i, max_pixels, faults) for i in range(len(request.paths))]
+            count = len(request.paths)
+            few = max(1, -(-count // (2 * read_threads)))
+            shares = [range(first, min(first + few, count)) for first in range(0, count, few)]
+            futures = [pool.submit(_fetch, request, share, max_pixels, faults) for share in shares]
         pending.append((request, futures))
         if len(pending) >= depth:
             yield _fetched(*pending.popleft())
