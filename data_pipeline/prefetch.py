@@ -144,7 +144,8 @@ def run_ahead(
         decoding: deque[Future[Batch]] = deque()
         try:
             for request, fetched in _read_ahead(
-                requests, pool, threads, readers, max_pixels, prefetch, faults):
+                requests, pool, threads, readers, max_pixels, prefetch, faults
+            ):
                 if stop.is_set():
                     return
                 decoding.append(decoders.submit(_decode, request, fetched, backend))

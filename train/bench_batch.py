@@ -247,7 +247,7 @@ def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int)
         f"rank(s) busy, a run would take {1 + busy / noise_scale:.1f} times the fewest samples"
     )
     if useful >= ranks:
-        why.append(f"so {useful}, and fewer ranks would do as well")
+        why.append(f"so {useful}" + (", and fewer ranks would do as well" if ranks > 1 else ""))
     return max(useful, ranks), "; ".join(why)
 
 
@@ -293,7 +293,7 @@ def draw(report: BatchReport, path: Path) -> None:
         memory.plot(sizes, [row.memory_mb for row in report.rows], "o-", color=COLORS[0])
         memory.axhline(report.limit_mb, color=GREY, linestyle=":", label=f"limit: {report.limit_mb:.0f} MB")
         memory.set(xscale="log", yscale="log", xlabel="batch of a rank", ylabel="MB", title="peak of memory")
-        memory.legend(loc="upper left", fontsize=7.5)
+        memory.legend(loc="center left", fontsize=7.5)
         for panel in (speed, memory):
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.minorticks_off()
