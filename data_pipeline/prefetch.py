@@ -185,7 +185,7 @@ def _consume(
 
 
 def _fetch(request: Request, places: range, max_pixels: int, faults: FaultLog) -> list[Fetched]:
-    """Some files of a request by one thread, but for those in quarantine: a hand-over for each would cost more."""
+    """Some files of a request by one thread, but for those in quarantine: a hand-over each costs more."""
     files = []
     for place in places:
         if (reason := faults.reason_for(request.paths[place])) is not None:
