@@ -11,14 +11,20 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from torch import Tensor
 
 from data_pipeline.errors import InterruptedRunError
-from train.config import make_config
+from data_pipeline.loader import Batch
+from train.config import RunConfig, make_config
 from train.distributed import env_rank
+from train.engine import Trainer, train_step
 from train.main import train
+from train.metrics import Counts
 from train.model import AlexNet
 
 
@@ -40,10 +46,34 @@ class Sender:
         AlexNet.forward = forward  # type: ignore[assignment, method-assign]
 
 
+@contextmanager
+def stream_written(name: str) -> Iterator[None]:
+    """Write down which samples of this rank go into each step: `NAME-RANK.json`."""
+    stream: list[tuple[int, list[int]]] = []
+
+    def noted(trainer: Trainer, batches: Sequence[Batch], rate: float, step: int) -> Counts:
+        stream.append((step, [int(index) for batch in batches for index in batch.indices]))
+        return train_step(trainer, batches, rate, step)
+
+    with mock.patch("train.loop.train_step", noted):
+        yield
+    Path(f"{name}-{env_rank()}.json").write_text(json.dumps(stream))
+
+
 def main(overrides: list[str]) -> None:
     """Make both runs."""
-    config, sender, stops, start = make_config("demo", overrides), Sender(), [], 0
-    train(config, Path("whole"), "none")
+    config = make_config("demo", overrides)
+    with stream_written("whole"):
+        train(config, Path("whole"), "none")
+    with stream_written("stopped"):
+        stops = make_stopped(config)
+    if env_rank() == 0:
+        print(json.dumps(stops))  # noqa: T201
+
+
+def make_stopped(config: RunConfig) -> list[int]:
+    """Stop and go on until the run is through. Returns the steps that it was stopped after."""
+    sender, stops, start = Sender(), [], 0
     while True:
         start += 1
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)  # a new place to meet
@@ -53,9 +83,7 @@ def main(overrides: list[str]) -> None:
         except InterruptedRunError as error:
             stops.append(int(str(error).split(" at step ")[1].split(",")[0]))
         else:
-            break
-    if env_rank() == 0:
-        print(json.dumps(stops))  # noqa: T201
+            return stops
 
 
 if __name__ == "__main__":

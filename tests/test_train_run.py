@@ -1,23 +1,18 @@
-"""Whole runs under real torchrun: the same on any number of ranks, and the same after a kill as without."""
+"""Whole runs of several ranks: the same on any number of them, and the same after a kill as without."""
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_pipeline.index import load_image_folder
-from tests.ranks import TINY, comparable, link_subset, read_rows, torchrun_arguments
+from scripts.soaking.evidence import read_evidence
+from scripts.soaking.rounds import compare_runs
+from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import ranks_of, run_ranks, train_warm
 from train.checkpoint import find_checkpoint, load_checkpoint
 
@@ -49,10 +44,27 @@ def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return base / "noisy"
 
 
+def train(
+    num_ranks: int, data: Path, out: Path, overrides: tuple[str, ...], *options: str, launch: int = 0
+) -> Path:
+    """A run whose ranks write down, in `evidence` beside it, which samples went into each of their steps."""
+    (out.parent / "evidence").mkdir(parents=True, exist_ok=True)
+    module: list[str | Path] = ["scripts.soaking.rank", out.parent / "evidence", str(launch)]
+    settings = (*COMPARABLE, *overrides)
+    return train_warm(num_ranks, data=data, out=out, overrides=settings, options=options, module=module)
+
+
+def stream_of(run: Path) -> list[tuple[int, ...]]:
+    """The samples of each step that counts, over all ranks."""
+    evidence = read_evidence(run.parent.parent / "evidence", NUM_STEPS)
+    assert evidence.problems == []
+    return [evidence.steps[step].indices for step in range(1, NUM_STEPS + 1)]
+
+
 @pytest.fixture(scope="module")
 def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """20 steps with 1, 2 and 3 ranks, with 2 ranks that accumulate, and with split layers on 2 and 4."""
-    out = tmp_path_factory.mktemp("ranks")
+    base = tmp_path_factory.mktemp("ranks")
     hybrid = "parallel=hybrid"
     wanted: dict[str, tuple[int, tuple[str, ...]]] = {
         "1": (1, ()), "2": (2, ()), "3": (3, ()), "2 accumulating": (2, ("micro_batch=5",)),
@@ -60,19 +72,21 @@ def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) 
         "4 hybrid": (4, (hybrid,)),
     }  # fmt: skip
     return {
-        name: train_warm(ranks, data=noisy_digits, out=out / name, overrides=(*COMPARABLE, *more))
-        for name, (ranks, more) in wanted.items()
+        name: train(ranks, noisy_digits, base / name / "runs", more) for name, (ranks, more) in wanted.items()
     }
 
 
 @pytest.mark.parametrize("other", ["2", "3", "2 accumulating", "2 hybrid", "4 hybrid"])
-def test_the_same_losses_on_any_number_of_ranks(runs_by_ranks: dict[str, Path], other: str) -> None:
+def test_the_same_samples_and_losses_on_any_number_of_ranks(
+    runs_by_ranks: dict[str, Path], other: str
+) -> None:
     one, many = read_rows(runs_by_ranks["1"], "train"), read_rows(runs_by_ranks[other], "train")
     assert len(one) == len(many) == NUM_STEPS
     losses = [row["loss"] for row in one]
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.2, "the run learns nothing: equal losses would say little"
     assert [row["loss"] for row in many] == pytest.approx(losses, rel=1e-4)
     assert [row["samples"] for row in many] == [BATCH] * NUM_STEPS
+    assert stream_of(runs_by_ranks[other]) == stream_of(runs_by_ranks["1"])
 
 
 @pytest.mark.parametrize("other", ["2", "3", "2 accumulating", "2 hybrid", "4 hybrid"])
@@ -107,14 +121,12 @@ def test_a_run_stopped_inside_an_epoch_goes_on_with_other_ranks_or_in_another_mo
     """As if killed after step 10 of 20: same samples, and losses to 1e-4 of one rank's all through."""
     run = tmp_path / "runs" / runs_by_ranks[before].name
     shutil.copytree(runs_by_ranks[before], run)
+    shutil.copytree(runs_by_ranks[before].parent.parent / "evidence", tmp_path / "evidence")
     shutil.rmtree(run / "checkpoints" / f"step-{NUM_STEPS:08d}")
-    resumed = train_warm(
-        after,
-        data=noisy_digits,
-        out=tmp_path / "runs",
-        overrides=(*COMPARABLE, *overrides),
-        options=["--resume=auto"],
-    )
+    resumed = train(after, noisy_digits, tmp_path / "runs", overrides, "--resume=auto", launch=1)
+    evidence = read_evidence(tmp_path / "evidence", NUM_STEPS)
+    assert [evidence.steps[n].world_size for n in (10, 11)] == [int(before[0]), after]
+    assert stream_of(run) == stream_of(runs_by_ranks["1"])
     assert resumed == run
     expected, rows = read_rows(runs_by_ranks["1"], "train"), read_rows(run, "train")
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
@@ -148,24 +160,14 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_p
     out = tmp_path / "killed"
     sets = [f"--set={s}" for s in settings]
     with ranks_of(2, ["train.main", f"--data={data}", f"--out={out}", *sets], cwd=tmp_path) as ranks:
-        ranks.wait_for(lambda: any(out.glob("*/checkpoints/last.json")))
+        assert ranks.wait_until(lambda: any(out.glob("*/checkpoints/last.json"))), ranks.stderr
         ranks.kill()
     (killed,) = out.iterdir()
     assert len(read_rows(killed, "val")) < 6, "the kill came too late to test anything"
     resumed = train_warm(2, data=data, out=out, overrides=settings, options=["--resume=auto"])
     assert resumed == killed
 
-    expected = load_checkpoint(find_checkpoint(whole, pointer="last"))
-    found = load_checkpoint(find_checkpoint(resumed, pointer="last"))
-    assert found.step == expected.step == 24
-    for name, value in expected.model_state.items():
-        assert torch.equal(found.model_state[name], value), name
-    for key, state in expected.parts["optimizer"]["state"].items():
-        assert torch.equal(
-            found.parts["optimizer"]["state"][key]["momentum_buffer"], state["momentum_buffer"]
-        )
-    for split in ("train", "val"):
-        assert comparable(read_rows(resumed, split)) == comparable(read_rows(whole, split))
+    assert compare_runs(resumed, whole) == (True, True)
 
 
 def test_a_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: Path) -> None:
@@ -187,86 +189,3 @@ def test_a_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: 
     assert len(named) == len(set(named))
     for split in ("train", "val"):
         assert any(f"{split}/3/" in line for line in named)
-
-
-def test_a_disk_that_takes_no_checkpoint_does_not_end_training_but_is_told(
-    demo_data: Path, tmp_path: Path
-) -> None:
-    """A limit on the size of files stands for the full disk: both fail inside `write`."""
-    data = link_subset(demo_data, tmp_path / "data", num_train=50, num_val=10)
-    sets = [f"--set={s}" for s in (*TINY, "epochs=2", "global_batch=25")]
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "from train.main import main; main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, f"--data={data}", "--out=runs", *sets],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 1
-    said = done.stderr.splitlines()
-    assert sum("could not be written" in line and "training goes on" in line for line in said) == 2
-    assert said[-1].startswith("error: the end of the run is not saved: checkpoint ")
-    assert "Traceback" not in done.stderr
-    (run,) = (tmp_path / "runs").iterdir()
-    assert len(read_rows(run, "val")) == 2
-    assert list((run / "checkpoints").iterdir()) == []
-
-
-STOPPABLE = [
-    *TINY, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "schedule.kind=cosine",
-    "log_every=2", "checkpoint_every=5",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Data, and a run on it that nothing stopped."""
-    base = tmp_path_factory.mktemp("undisturbed")
-    data = link_subset(demo_data, base / "data", num_train=300, num_val=20)
-    return data, train_warm(2, data=data, out=base / "runs", overrides=STOPPABLE)
-
-
-@pytest.mark.parametrize("to_launcher", [True, False])
-def test_a_signal_stops_all_ranks_with_the_state_saved_and_resume_ends_with_the_same_bits(
-    to_launcher: bool, undisturbed: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """SIGTERM to torchrun, as a cluster does, or SIGUSR1 to one rank alone; in the middle of an epoch."""
-    data, whole = undisturbed
-    arguments = [f"--data={data}", *(f"--set={s}" for s in STOPPABLE)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not any(r.exists() and r.stat().st_size for r in tmp_path.glob("runs/*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    if to_launcher:
-        process.send_signal(signal.SIGTERM)
-    else:
-        child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
-        os.kill(int(child), signal.SIGUSR1)
-    _, said = process.communicate(timeout=60)
-    (run,) = (tmp_path / "runs").iterdir()
-    # A rank's exit makes torchrun start all again; being told why the run ended, they leave at once.
-    told = re.findall(r"error: stopped by .* at step (\d+), saved; go on with --resume auto", said)
-    (stopped,) = set(told)
-    assert len(told) == (1 if to_launcher else 2)
-    assert 0 < int(stopped) < 24
-    checkpoint = load_checkpoint(find_checkpoint(run, pointer="last"))
-    assert (checkpoint.step, checkpoint.samples_seen) == (int(stopped), int(stopped) * BATCH)
-    if not to_launcher:
-        assert re.search(r"exitcode\s*: 75", said)
-
-    resumed = train_warm(2, data=data, out=tmp_path / "runs", overrides=STOPPABLE, options=["--resume=auto"])
-    assert resumed == run
-    expected, found = (load_checkpoint(find_checkpoint(r, pointer="last")) for r in (whole, resumed))
-    assert found.step == expected.step == 24
-    for name, value in expected.model_state.items():
-        assert torch.equal(found.model_state[name], value), name
-    rows = [r["step"] for r in read_rows(whole, "train")]
-    assert rows == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24]
-    for split in ("train", "val"):
-        assert comparable(read_rows(resumed, split)) == comparable(read_rows(whole, split))

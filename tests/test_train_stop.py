@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from tests.ranks import TINY, comparable, link_subset, read_rows
+from scripts.soaking.rounds import compare_runs
+from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import run_ranks
-from train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from train.distributed import World
 from train.metrics import Counts
 from train.open_row import OpenRow
@@ -21,32 +21,6 @@ ANYWHERE = (
 )  # fmt: skip
 
 
-def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
-    """All that two checkpoints hold is equal, to the bit; apart from what the clock says."""
-    assert found.step == expected.step
-    assert (found.samples_seen, found.progress) == (expected.samples_seen, expected.progress)
-    for name, part in expected.parts.items():
-        for path, value in leaves(part):
-            assert equal(dict(leaves(found.parts[name]))[path], value), (name, path)
-    assert found.metrics == expected.metrics
-
-
-def leaves(value: object, *path: object) -> list[tuple[tuple[object, ...], object]]:
-    """What stands in nested dicts and lists, each with its path."""
-    if isinstance(value, dict):
-        return [leaf for key, inner in value.items() for leaf in leaves(inner, *path, key)]
-    if isinstance(value, list | tuple):
-        return [leaf for number, inner in enumerate(value) for leaf in leaves(inner, *path, number)]
-    return [(path, value)]
-
-
-def equal(one: object, other: object) -> bool:
-    """Whether two values are the same, tensors to the bit."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    return one == other
-
-
 def test_a_run_stopped_after_every_step_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
     """Stopped in the middle of accumulation, of a row, and of evaluation, by one rank or the other."""
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=20)
@@ -56,10 +30,11 @@ def test_a_run_stopped_after_every_step_ends_with_the_same_bits(demo_data: Path,
     # At the end of an epoch twice: its evaluation is broken off, and made by the next start.
     assert json.loads(done.stdout) == [1, 2, 3, 3, 4, 5, 6]
     (whole,), (stopped,) = (list((tmp_path / name).iterdir()) for name in ("whole", "stopped"))
-    assert_same(*(load_checkpoint(find_checkpoint(run, pointer="last")) for run in (stopped, whole)))
+    assert compare_runs(stopped, whole) == (True, True)
     assert [row["step"] for row in read_rows(whole, "train")] == [2, 3, 4, 6]
-    for split in ("train", "val"):
-        assert comparable(read_rows(stopped, split)) == comparable(read_rows(whole, split))
+    for rank in range(2):  # the samples of each step, as the rank wrote them down; none done twice
+        streams = [(tmp_path / f"{name}-{rank}.json").read_text() for name in ("whole", "stopped")]
+        assert streams[0] == streams[1] and len(json.loads(streams[0])) == 6
 
 
 def test_a_row_that_was_being_counted_is_gone_on_with_by_other_numbers_of_ranks() -> None:

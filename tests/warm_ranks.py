@@ -43,7 +43,7 @@ class Ranks:
         shared = {
             **THREADS, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -85,13 +85,15 @@ class Ranks:
                         other.terminate()
         return subprocess.CompletedProcess(self.arguments, code, self._said[0].read_text(), self.stderr)
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
-        """Return when something holds; none may end before."""
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> bool:
+        """Whether something came to hold while all of them ran."""
         end = time.monotonic() + timeout_s
         while not condition():
-            assert all(process.is_alive() for process in self.processes), self.stderr
+            if not all(process.is_alive() for process in self.processes):
+                return False
             assert time.monotonic() < end, self.stderr
             time.sleep(0.01)
+        return True
 
     def send(self, number: signal.Signals, *, rank: int) -> None:
         """Send one of them a signal."""
@@ -134,13 +136,21 @@ def ranks_of(num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> Iter
 
 
 def train_warm(
-    num_ranks: int, *, data: Path, out: Path, overrides: Sequence[str] = (), options: Sequence[str] = ()
+    num_ranks: int,
+    *,
+    data: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    options: Sequence[str] = (),
+    module: Sequence[str | Path] = ("train.main",),
 ) -> Path:
-    """Train and return the run's folder; the test fails with what was said if that fails."""
+    """Train and return the run's folder; the test fails with what was said if that fails.
+
+    Args:
+        module: `train.main`, or one that wraps it, with what comes before its options.
+    """
     sets = [f"--set={o}" for o in overrides]
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = run_ranks(
-        num_ranks, ["train.main", f"--data={data}", f"--out={out}", *sets, *options], cwd=out.parent
-    )
+    done = run_ranks(num_ranks, [*module, f"--data={data}", f"--out={out}", *sets, *options], cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return Path(msgspec.json.decode(done.stdout)["run"])

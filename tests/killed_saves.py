@@ -1,0 +1,103 @@
+"""Saving, killed before each thing that it does to the disk: tests.killed_saves, in an empty folder.
+
+For every call of the system (open, write, fsync, rename, …) a process is forked that saves and gets SIGKILL
+there. Then what it left is gone on with, as the next start of a run would. Prints as JSON, for each case,
+which checkpoint that was after each kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from tests.test_train_parts import row
+from tests.test_train_saver import CONFIG, small_state
+from train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
+from train.retention import restore_replaced, saved_steps
+from train.run_folder import RunFolder, create_run, go_back_to, newest_whole
+from train.saver import Saver
+from train.saving import State
+
+
+def kill_before_call(number: int) -> None:
+    """Send this process SIGKILL before its so-and-so-many-th call of the system from here on."""
+    left = number
+
+    def count(frame: FrameType, event: str, called: Any) -> None:
+        nonlocal left
+        if event == "c_call" and (called.__module__ == "posix" or isinstance(called.__self__, io.IOBase)):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+
+
+def value_of(folder: Path) -> float:
+    """What the checkpoint's weights are filled with; it is whole."""
+    checkpoint = load_checkpoint(folder)
+    (value,) = torch.unique(checkpoint.model_state["weight"]).tolist()
+    return float(value)
+
+
+def check_next_start(folder: RunFolder) -> float:
+    """Go on as a resumed run does, and save once more. Returns what the checkpoint gone on from held."""
+    restore_replaced(folder.checkpoints)
+    newest = newest_whole(folder.path)
+    found = value_of(newest)
+    step = load_checkpoint(newest).step
+    best = go_back_to(folder, step)
+    assert best is not None and find_checkpoint(folder.path) in saved_steps(folder.checkpoints).values()
+    assert [r.step for r in folder.rows()] == list(range(1, step + 1))
+    saver = Saver(folder, CONFIG, best)
+    saver._write(small_state(9, value=9.0))
+    assert saver.unsaved is None and value_of(folder.checkpoints / "step-00000009") == 9.0
+    assert not [p for p in folder.checkpoints.iterdir() if p.name.startswith(".")]
+    for kept in saved_steps(folder.checkpoints).values():
+        verify_checkpoint(kept)
+    return found
+
+
+def sweep(name: str, before: list[State], last: State) -> list[float]:
+    """Kill the saving of the last state at every call, each time with the ones before on the disk."""
+    found: list[float] = []
+    status = signal.SIGKILL.value
+    while status:
+        assert status == signal.SIGKILL, status
+        folder = create_run(Path(name), CONFIG)
+        saver = Saver(folder, CONFIG, None)
+        for state in before:
+            folder.append(row(state.step))
+            saver._write(state)
+        child = os.fork()
+        if child == 0:
+            if last.step not in {state.step for state in before}:
+                folder.append(row(last.step))
+            kill_before_call(len(found))
+            saver._write(last)
+            sys.setprofile(None)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        found.append(check_next_start(folder))
+    return found
+
+
+def main() -> None:
+    """Do all of it."""
+    states = [small_state(step, value=float(step), top1=step / 10) for step in (1, 2)]
+    again = dataclasses.replace(states[1], parts=small_state(2, value=2.5).parts)
+    found = {"next": sweep("next", states[:1], states[1]), "same": sweep("same", states, again)}
+    print(json.dumps(found))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
