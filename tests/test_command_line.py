@@ -17,6 +17,7 @@ from alexnet import main
 from infer.bundle import Bundle
 from infer.gate import LIMITS
 from tests.ranks import REPOSITORY, TINY, run_command
+from tests.warm_ranks import run_ranks
 
 CONTEXT = click.Context(main)
 COMMANDS = main.list_commands(CONTEXT)
@@ -126,12 +127,12 @@ def test_a_data_folder_that_cannot_be_learned_from_is_one_line_and_code_2(
     demo_data: Path,
     tmp_path: Path,
 ) -> None:
-    """Through `python -m train.main`, as a rank runs it."""
+    """As a rank runs it."""
     root = tmp_path / "data"
     for split, classes in (("train", train_classes), ("val", val_classes)):
         if classes is not None:
             make_images(root, demo_data, classes, split)
-    done = run_command(["train.main", f"--data={root}", "--out=runs"], cwd=tmp_path)
+    done = run_ranks(1, ["train.main", f"--data={root}", "--out=runs"], cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -154,7 +155,7 @@ def test_alexnet_train_passes_on_the_ranks_one_line_and_code(
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(demo_data: Path, tmp_path: Path) -> None:
     sets = [f"--set={s}" for s in (*TINY, "schedule.learning_rate=1e6", "schedule.warmup_epochs=0")]
-    done = run_command(["train.main", f"--data={demo_data}", *sets], cwd=tmp_path)
+    done = run_ranks(1, ["train.main", f"--data={demo_data}", *sets], cwd=tmp_path)
     assert done.returncode == 1
     assert re.search(
         r"^error: 10 steps in a row, from step \d+ on, had a gradient that is not finite", done.stderr, re.M

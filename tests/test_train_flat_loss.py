@@ -61,6 +61,7 @@ def train(init: str, data: Path, out: Path, *more: str) -> Path:
     """Two epochs of a small AlexNet on small digits, on one rank; the run's folder."""
     settings = (
         f"model.init={init}", "preprocessing.resize_px=44", "preprocessing.crop_px=40", "precision=fp32",
+        "model.hidden_units=512",
         "cpu_threads=1", "epochs=1", "global_batch=32", "schedule.kind=constant", "schedule.warmup_epochs=0",
         "schedule.learning_rate=0.02", "log_every=3", f"flat_loss_grace={GRACE}", *more,
     )  # fmt: skip

@@ -24,6 +24,8 @@ from train.distributed import open_world
 from train.divergence import check_weights, heed_guard
 from train.engine import train_step
 from train.guard import SPIKE_WARMUP, Guard, Skips, all_finite, poison
+from train.loop import save
+from train.retention import saved_steps
 from train.session import Session, open_session
 
 CPU = torch.device("cpu")
@@ -38,7 +40,14 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def session(digits: Path, tmp_path: Path) -> Iterator[Session]:
     """A run of one rank, about to begin, of the network with running statistics, and an average of both."""
-    sets = [*TINY, "model.name=bn", "ema_decay=0.9", f"global_batch={BATCH}", "epochs=1"]
+    sets = [
+        *TINY,
+        "model.name=bn",
+        "ema_decay=0.9",
+        f"global_batch={BATCH}",
+        "epochs=1",
+        "keep_checkpoints=1",
+    ]
     with ExitStack() as stack:
         world = stack.enter_context(open_world("cpu"))
         yield open_session(make_config("demo", sets, digits), tmp_path, "none", world, stack)
@@ -140,18 +149,36 @@ def test_float16s_loss_scale_has_a_floor(session: Session) -> None:
     assert all(torch.equal(new, old) for new, old in zip(held(session), before, strict=True))
 
 
-def test_weights_that_are_not_finite_are_never_saved(session: Session) -> None:
+def test_weights_that_are_not_finite_are_never_saved_and_push_no_good_ones_out(session: Session) -> None:
     check_weights(session)
+    session.step = 1
+    save(session, None)
+    session.step = 2
     weight = next(session.trainer.network.parameters())
     with torch.no_grad():
         weight[0, 0, 0, 0] = 3e38  # finite, though the sum of two of them is not
         weight[0, 0, 0, 1] = 3e38
         check_weights(session)
         weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(
-        DivergedError, match=r"not finite at step 0, which is not saved\. There is no checkpoint"
-    ):
-        check_weights(session)
+    good = r"not finite at step 2, which is not saved\. The last good checkpoint is .*step-00000001\."
+    with pytest.raises(DivergedError, match=good):
+        save(session, None)
+    assert session.folder is not None and list(saved_steps(session.folder.checkpoints)) == [1]
+    assert all_finite(
+        list(load_checkpoint(session.folder.checkpoints / "step-00000001").model_state.values())
+    )
+
+
+def test_a_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) -> None:
+    faults = [{"kind": "spike", "rank": 1, "forward": SPIKE_WARMUP + 2}]
+    sets = [f"--set={s}" for s in (*TINY, "epochs=6", f"global_batch={BATCH}", "spike_factor=20")]
+    module = ["tests.faulty_rank", msgspec.json.encode(faults).decode()]
+    done = run_ranks(2, [*module, f"--data={digits}", "--out=runs", *sets], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 since the run began, 1 of them spikes" in done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    skipped = {row["step"]: row["samples"] for row in read_rows(run, "train") if row["skipped"]}
+    assert skipped == {SPIKE_WARMUP + 3: 0}
 
 
 def test_ranks_skip_alike_and_too_many_in_a_row_end_the_run_with_the_samples_named(
