@@ -6,6 +6,7 @@ So they go through the exporter and its gate as any checkpoint does, and their a
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def make_bench_data(folder: Path | None, num_images: int) -> Path:
     return root
 
 
-def make_bench_checkpoint(variant: str, data: Path, run: Path) -> Path:
+def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
     """A checkpoint of a network with random weights that knows the photographs.
 
     The last layer is the nearest-mean classifier of what comes out of the one before: in closed form.
@@ -54,10 +55,11 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path) -> Path:
         variant: a key of `RECIPES`.
         data: of `make_bench_data`.
         run: the run's folder.
+        overrides: keys of the recipe, `dotted.key=value`.
     Returns:
         The checkpoint's folder.
     """
-    config = make_config(RECIPES[variant], [f"model.name={variant}", "model.init=he"], data)
+    config = make_config(RECIPES[variant], [f"model.name={variant}", "model.init=he", *overrides], data)
     dataset = open_dataset(data, "val", quarantine=False)
     torch.manual_seed(0)
     network = make_model(

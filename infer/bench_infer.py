@@ -91,6 +91,7 @@ def bench_infer(
     rounds: int = 5,
     round_images: int = 512,
     device: str = "cpu",
+    overrides: Sequence[str] = (),
     tell: Callable[[str], None] = lambda text: None,
 ) -> InferReport:
     """Measure prediction.
@@ -104,6 +105,7 @@ def bench_infer(
         rounds: turns at a batch of 32; the other sizes have one.
         round_images: that each phase takes in a turn; the plain loop a quarter of them.
         device: where the models run.
+        overrides: keys of the recipes, `dotted.key=value`.
         tell: called with a line on what is being done.
     Raises:
         GateError: an export does not agree with its checkpoint.
@@ -116,7 +118,7 @@ def bench_infer(
         ask: dict[tuple[str, str], Ask] = {}
         for model in models:
             tell(f"{model}: a checkpoint, and its exports")
-            checkpoint = make_bench_checkpoint(model, data, work / model)
+            checkpoint = make_bench_checkpoint(model, data, work / model, overrides)
             for precision in precisions:
                 out = work / model / precision
                 bundles[model, precision] = export_model(

@@ -6,19 +6,20 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from train.bench_ranks import Mode
 from train.bench_scaling import SCRIPT, ScalingReport, bench_scaling, describe
 
 
-def bench_tiny(links: tuple[str, ...] = ()) -> ScalingReport:
+def bench_tiny(links: Sequence[str] = (), modes: Sequence[Mode] = ("ddp+bf16", "hybrid")) -> ScalingReport:
     return bench_scaling(
-        ranks=(2,), links=links, rank_batch=4, crop_px=63, num_classes=10, precision="fp32", device="cpu",
-        rounds=1, steps=2, overrides=("model.hidden_units=128",),
+        modes=modes, ranks=(2,), links=links, rank_batch=4, crop_px=63, num_classes=10, precision="fp32",
+        device="cpu", rounds=1, steps=2, overrides=("model.hidden_units=128",),
     )  # fmt: skip
 
 
@@ -58,13 +59,10 @@ def test_bytes_are_those_of_the_formulas_and_every_way_is_compared_with_steps_al
 
 @pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
 def test_two_hosts_are_joined_by_a_wire_of_the_rate_asked_for_and_are_gone_afterwards() -> None:
-    slow = [row for row in bench_tiny(("80mbit",)).rows if row.link == "80mbit"]
-    assert [row.mode for row in slow] == ["ddp", "ddp+bf16", "hybrid"]
-    for row in slow:
-        assert row.sent_mb is not None
-        # The bucket lets half a megabyte through at once; the rest takes its 0.1 s a megabyte.
-        assert row.step_s > (row.sent_mb - 0.6) / 10, row
-        assert row.step_s < 4 * row.sent_mb / 10 + 1, row
+    (row,) = (row for row in bench_tiny(("160mbit",), ("ddp",)).rows if row.link == "160mbit")
+    assert row.mode == "ddp" and row.sent_mb is not None
+    # The bucket lets half a megabyte through at once; the rest takes its 0.05 s a megabyte.
+    assert row.step_s > (row.sent_mb - 0.6) / 20
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert not [name for name in left.split() if name.startswith("ax")]
 
