@@ -26,7 +26,7 @@ POWERSGD = ("compress=powersgd", "powersgd_start=2")
 
 def make_whole(world: World, *overrides: str) -> Trainer:
     """A trainer that takes its share of a batch at once."""
-    return make(world, f"micro_batch={GLOBAL_BATCH}", *overrides)
+    return make(world, f"micro_batch={GLOBAL_BATCH}", "model.hidden_units=1024", *overrides)
 
 
 def gradient_of(trainer: Trainer, step: int) -> Tensor:
@@ -48,6 +48,7 @@ def traffic(world: World, *overrides: str) -> dict[str, int]:
         "convolutions": sum(p.numel() for p in trainer.network.parameters()) - in_fc,
         "fully connected": in_fc,
         "features": linear_layers(trainer.network)[0].in_features,
+        "hidden": linear_layers(trainer.network)[-1].in_features,
     }
 
 

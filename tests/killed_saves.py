@@ -1,8 +1,8 @@
 """Saving, killed before each thing that it does to the disk: tests.killed_saves, in an empty folder.
 
-For every call of the system (open, write, fsync, rename, …) a process is forked that saves and gets SIGKILL
-there. Then what it left is gone on with, as the next start of a run would. Prints as JSON, for each case,
-which checkpoint that was after each kill.
+For every call that changes the disk (open, write, fsync, rename, …) a process is forked that saves and gets
+SIGKILL there. Then what it left is gone on with, as the next start of a run would. Prints as JSON, for each
+case, which checkpoint that was after each kill.
 """
 
 from __future__ import annotations
@@ -27,14 +27,24 @@ from train.run_folder import RunFolder, create_run, go_back_to, newest_whole
 from train.saver import Saver
 from train.saving import State
 
+CHANGES = {
+    "open", "write", "flush", "truncate", "close", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"
+}  # fmt: skip
+"""Calls of the system after which the disk may be another."""
+
+
+def is_of_the_system(called: Any) -> bool:
+    """Whether a function is one of the operating system's, or a file's own."""
+    return called.__module__ in ("posix", "io", "_io") or isinstance(called.__self__, io.IOBase)
+
 
 def kill_before_call(number: int) -> None:
-    """Send this process SIGKILL before its so-and-so-many-th call of the system from here on."""
+    """Send this process SIGKILL before its so-and-so-many-th call that changes the disk from here on."""
     left = number
 
     def count(frame: FrameType, event: str, called: Any) -> None:
         nonlocal left
-        if event == "c_call" and (called.__module__ == "posix" or isinstance(called.__self__, io.IOBase)):
+        if event == "c_call" and called.__name__ in CHANGES and is_of_the_system(called):
             left -= 1
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -39,10 +39,10 @@ class Ranks:
     def __init__(self, num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> None:
         self.arguments = list(map(str, arguments))
         self._said = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             **THREADS, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         context = multiprocessing.get_context("forkserver")
