@@ -2,8 +2,8 @@
 
 It decodes with libjpeg-turbo (CPU) or nvJPEG (GPU), and follows the policy in `pillow_backend`. Sizes and
 windows come from Python, so the two backends cut the same pixels. On a GPU the whole recipe is one graph,
-and the images stay there. On the CPU, DALI decodes the windows and Pillow resizes them, on as many threads:
-DALI's resize takes longer there than its decoding, and Pillow's gives the Pillow backend's pixels to the bit.
+and the images stay there. On the CPU, DALI decodes the windows; `resize` does the rest, on as many threads:
+DALI's resize takes longer there than its decoding, and ours gives the Pillow backend's pixels to the bit.
 
 Files that DALI cannot read, or would read although they are damaged, are read by Pillow and handed to the
 same graph as BMP, so that every batch is one output of one graph, on its device.
@@ -28,7 +28,8 @@ from data_pipeline.faults import ImageError
 from data_pipeline.geometry import Geometry
 from data_pipeline.jpeg_markers import markers_are_sound
 from data_pipeline.machine import share_memory_arenas
-from data_pipeline.pillow_backend import Decoded, blank_images, decode_rgb, finish, spread
+from data_pipeline.pillow_backend import Decoded, blank_images, decode_rgb, spread
+from data_pipeline.resize import Resizer
 
 log = logging.getLogger("data_pipeline")
 
@@ -62,6 +63,7 @@ class DaliBackend:
         self.max_batch = max_batch
         self._whole_graph = device == "gpu" if whole_graph is None else whole_graph
         self._crop_px, self._device_id, self._num_threads = crop_px, device_id, max(1, num_threads)
+        self._resizer = None if self._whole_graph else Resizer()
         self._lock = threading.Lock()
         self._told = False
         self._graphs: dict[tuple[tuple[int, ...], bool], Any] = {}
@@ -100,12 +102,12 @@ class DaliBackend:
         self._pool.shutdown()
 
     def _images(self, output: Any, work: _Work) -> object:
-        if not self._whole_graph:
+        if (resizer := self._resizer) is not None:
             images = blank_images(work.geometry)
 
             def resize(i: int) -> None:
                 if i not in work.blank:
-                    images[i] = finish(Image.fromarray(output.at(i)), work.geometry, i)
+                    resizer.finish_into(images, output.at(i), work.geometry, i)
 
             spread(resize, len(images), self._pool, self._num_threads)
             return images

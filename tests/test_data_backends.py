@@ -27,7 +27,7 @@ BROKEN = broken()
 # In levels of 0..255. Decoded pixels are equal on the CPU; resizing rounds differently. In the outermost row
 # and column of a reduced image DALI repeats the edge where Pillow weighs only the pixels that there are.
 # nvJPEG's own inverse transform differs from libjpeg's by a few levels (bounds not measured yet).
-# On the CPU, Pillow resizes what DALI decodes, to the bit. "graph" is all of the GPU's graph, run on the CPU.
+# On the CPU our own resize gives Pillow's pixels to the bit. "graph" is all of the GPU's graph, on the CPU.
 MAX_INSIDE = {"cpu": 0, "graph": 1, "gpu": 24}
 MAX_AT_EDGE = {"cpu": 0, "graph": 24, "gpu": 32}
 MEAN_DIFFERENCE = {"cpu": 0, "graph": 0.5, "gpu": 1.5}

@@ -1,0 +1,146 @@
+"""The compiled resize against Pillow's, to the bit; and what happens where it is not to be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import PIL
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline import resize, resize_kernel
+from data_pipeline.geometry import Geometry
+from data_pipeline.pillow_backend import blank_images, finish
+from data_pipeline.resize import Resizer
+
+
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """A process that has not looked for the compiled resize yet."""
+    resize._compiled.cache_clear()
+    yield
+    resize._compiled.cache_clear()
+
+
+def one_recipe(
+    window: npt.NDArray[np.uint8],
+    size: tuple[int, int],
+    anchor: tuple[int, int],
+    crop_px: int,
+    flip: bool = False,
+    colors: npt.NDArray[np.float32] | None = None,
+) -> Geometry:
+    return Geometry(
+        windows=np.array([(0, 0, *window.shape[:2])]),
+        sizes=np.array([size]),
+        anchors=np.array([anchor]),
+        flips=np.array([flip]),
+        crop_px=crop_px,
+        colors=colors,
+    )
+
+
+def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], geometry: Geometry) -> None:
+    images = blank_images(geometry)
+    resizer.finish_into(images, window, geometry, 0)
+    expected = finish(Image.fromarray(window), geometry, 0)
+    assert np.array_equal(images[0], expected), f"{window.shape}, {geometry}"
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_the_compiled_resize_gives_the_pixels_of_pillow(data: st.DataObject) -> None:
+    resizer = Resizer()
+    assert resizer._compiled is not None
+    height, width = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 500))
+    crop_px = data.draw(st.integers(1, 120))
+    size = (data.draw(st.integers(crop_px, 300)), data.draw(st.integers(crop_px, 300)))
+    anchor = (data.draw(st.integers(0, size[0] - crop_px)), data.draw(st.integers(0, size[1] - crop_px)))
+    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    window = random.integers(0, 256, (height, width, 3), np.uint8)
+    if data.draw(st.booleans(), "black and white only"):
+        window = np.where(window > 127, np.uint8(255), np.uint8(0))
+    colors = None
+    if data.draw(st.booleans(), "colours"):
+        colors = (np.eye(3, 4) + random.normal(0, 0.3, (1, 3, 4)) * (1, 1, 1, 100)).astype(np.float32)
+    flip = data.draw(st.booleans(), "mirrored")
+    assert_same(resizer, window, one_recipe(window, size, anchor, crop_px, flip, colors))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 700), (700, 1), (3000, 40), (40, 3000), (224, 224), (224, 500)]
+)
+def test_strips_and_windows_that_need_no_resize(shape: tuple[int, int]) -> None:
+    window = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    assert_same(Resizer(), window, one_recipe(window, (224, 224), (0, 0), 224, flip=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 10_000), (10_000, 1)])
+def test_what_shrinks_thousandfold_is_left_to_pillow(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resizer = Resizer()
+    monkeypatch.setattr(resizer, "_compiled", lambda *_: pytest.fail("compiled"))
+    window = np.random.default_rng(5).integers(0, 256, (*shape, 3), np.uint8)
+    assert_same(resizer, window, one_recipe(window, (2, 2), (0, 0), 2))
+
+
+def test_a_read_only_window_will_do() -> None:
+    window = np.random.default_rng(2).integers(0, 256, (90, 70, 3), np.uint8)
+    window.flags.writeable = False
+    assert_same(Resizer(), window, one_recipe(window, (64, 64), (0, 0), 64))
+
+
+def test_another_pillows_pixels_are_kept(
+    afresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = resize_kernel.compile_finish()
+
+    def other_order(window: object, index: int, *rest: npt.NDArray[np.uint8]) -> None:
+        real(window, index, *rest)
+        if index == 1:
+            rest[-1][index, 5, 5, 0] ^= 1
+
+    monkeypatch.setattr(resize_kernel, "compile_finish", lambda: other_order)
+    window = np.random.default_rng(3).integers(0, 256, (90, 70, 3), np.uint8)
+    assert_same(Resizer(), window, one_recipe(window, (64, 64), (0, 0), 64))
+    assert f"the compiled resize differs from Pillow {PIL.__version__}" in caplog.text
+
+
+def test_without_a_compiler_pillow_resizes(
+    afresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    window = np.random.default_rng(4).integers(0, 256, (90, 70, 3), np.uint8)
+    resizer = Resizer()
+    assert_same(resizer, window, one_recipe(window, (64, 64), (0, 0), 64))
+    assert resizer._compiled is None
+    assert caplog.messages == [
+        "Numba cannot compile the resize (NUMBA_DISABLE_JIT is set): Pillow resizes, more slowly"
+    ]
+
+
+def test_a_damaged_cache_costs_time_and_a_line(
+    afresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    caplog.set_level("INFO")
+    resize_kernel.compile_finish()
+    assert [line.split(" in ")[0] for line in caplog.messages] == ["compiled the resize for this processor"]
+    caplog.clear()
+    resize_kernel.compile_finish()
+    assert not caplog.messages
+    (index,) = tmp_path.rglob("*.nbi")
+    index.write_bytes(index.read_bytes()[:100])
+    assert Resizer()._compiled is not None
+    assert [line.split(" (")[0] for line in caplog.messages] == [
+        "Numba's cache cannot be used",
+        caplog.messages[1],
+    ]
+    assert caplog.messages[1].startswith("compiled the resize")
