@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,6 +64,7 @@ class DataReport(msgspec.Struct, frozen=True, kw_only=True):
 
 MEMORY_EPOCHS = 20
 SHARD_BYTES = 50_000_000
+_SETTLE_S = 0.5  # torch's workers finish what they read ahead, beside whoever is measured next
 Key = tuple[str, int]
 
 
@@ -111,12 +113,18 @@ def bench_data(
             )
             for name, n in subjects
         }
+
+        def measure(key: Key, step_s: float) -> float:
+            rate: float = ask[key](batches_per_round, step_s)
+            time.sleep(_SETTLE_S)
+            return rate
+
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
             for key in subjects:
-                measured.setdefault(key, []).append(ask[key](batches_per_round, 0))
+                measured.setdefault(key, []).append(measure(key, 0))
             step_s = BATCH / measured["dali", cores][-1]  # as long as a batch's decoding took just now
-            measured.setdefault(("overlap", cores), []).append(ask["dali", cores](batches_per_round, step_s))
+            measured.setdefault(("overlap", cores), []).append(measure(("dali", cores), step_s))
     tell(f"memory over {MEMORY_EPOCHS} epochs")
     with open_subject("train.bench_subjects", ["memory", str(folder), str(cores)]) as ask_memory:
         memory = [four_digits(value) for value in ask_memory(MEMORY_EPOCHS)]
