@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,10 @@ def test_ranks_ask_each_other_about_every_three_seconds_however_long_a_step_take
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_is_remembered_only_while_listening_and_the_first_one_counts(number: signal.Signals) -> None:
+def test_a_signal_is_remembered_only_while_listening_and_the_first_one_counts(
+    number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))  # nohup, say
     before = [signal.getsignal(n) for n in (signal.SIGTERM, number)]
     with open_world("cpu") as world, remember_signals() as interrupt:
         assert [signal.getsignal(n) for n in (signal.SIGTERM, number)] == before
