@@ -37,7 +37,7 @@ lint: install
 	$(BIN)/hadolint $$(git ls-files '*Dockerfile')
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,8 +1,8 @@
 """`train.main` with one rank that fails on purpose: torchrun … -m tests.faulty_rank FAULTS OPTIONS...
 
-FAULTS is JSON, a list of {"kind", "rank", "forward", "restart"}: at its so-and-so-many-th forward pass in
-training (0-based, counted from the start of the process), in the torchrun attempt `restart` (default: any),
-the rank
+FAULTS is JSON, a list of {"kind", "rank", "forward", "restart", "after"}: at its so-and-so-many-th forward
+pass in training (0-based, counted from the start of the process), in the torchrun attempt `restart` (default:
+any), once there is a file that matches `after` (default: at once), the rank
   nan       has a loss that is not a number
   inf       has an infinite loss with finite gradients
   gradient  has a finite loss with a gradient that is not a number
@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ def install(faults: list[dict[str, Any]]) -> None:
         number += 1
         for fault in mine:
             if fault["forward"] == number:
+                while "after" in fault and not list(Path().glob(fault["after"])):
+                    time.sleep(0.05)
                 logits_NC = fail(fault["kind"], logits_NC)
         return logits_NC
 

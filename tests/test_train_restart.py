@@ -35,7 +35,8 @@ def test_ranks_that_die_at_any_point_are_restarted_and_the_run_ends_with_the_sam
     """A step is three forward passes of each rank: deaths before the first checkpoint, and inside a step."""
     faults = [
         {"kind": "error", "rank": 1, "forward": 1, "restart": 0},  # in step 1: nothing is saved yet
-        {"kind": "kill", "rank": 0, "forward": 10, "restart": 1},  # in step 4, after the checkpoint of step 2
+        # in step 4, after the checkpoint of step 2, which is written beside training
+        {"kind": "kill", "rank": 0, "forward": 10, "restart": 1, "after": "runs/*/checkpoints/step-00000002"},
     ]
     whole = train_warm(2, data=digits, out=tmp_path / "whole", overrides=SETTINGS)
     sets = [f"--data={digits}", *(f"--set={s}" for s in SETTINGS)]

@@ -81,13 +81,17 @@ def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
 def test_ranks_that_torchrun_has_left_save_all_the_same(
     undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A second signal ends it, and with it the store by which ranks hear of a first one in an evaluation."""
+    """A second signal ends it, and with it the store by which ranks hear of a first one in an evaluation.
+
+    Where they look for what they were told before the signal reaches them, they go on until it does.
+    """
     # a step, an evaluation, a step, …
     sets = [f"--set={s}" for s in (*SETTINGS, "global_batch=300", "epochs=1000")]
     arguments = ["train.main", f"--data={undisturbed[0]}", "--out=runs", *sets]
     with ranks_of(2, arguments, cwd=tmp_path) as ranks:
         assert ranks.wait_until(lambda: "epoch 1/1000" in ranks.stderr), ranks.stderr
         ranks.store = None
+        assert ranks.wait_until(lambda: ranks.stderr.count("the launcher is gone") == 2), ranks.stderr
         for rank in range(2):
             ranks.send(signal.SIGTERM, rank=rank)
         assert ranks.wait(KILL_S).returncode == 75, ranks.stderr

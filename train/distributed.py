@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from data_pipeline.errors import RankLostError, UserError
 
+log = logging.getLogger("train")
+
 TIMEOUT_S = 600.0
 """A collective that one rank does not join within this time ends the run, unless the configuration says."""
 
@@ -30,6 +34,11 @@ REST_S = 0.1
 """For so long gloo's threads may free what they hold of the last collective, before Python ends."""
 
 T = TypeVar("T")
+
+
+@lru_cache(maxsize=1)
+def _say_that_the_store_is_gone() -> None:
+    log.warning("the launcher is gone: the ranks hear of a signal to one of them only between steps")
 
 
 @dataclass(frozen=True)
@@ -79,11 +88,18 @@ class World:
 
     def tell(self, topic: str) -> None:
         """Let every rank know, without a collective, that something has come up; see `was_told`."""
-        PrefixStore("told", dist.distributed_c10d._get_default_store()).set(topic, "")
+        try:
+            PrefixStore("told", dist.distributed_c10d._get_default_store()).set(topic, "")
+        except dist.DistNetworkError:
+            _say_that_the_store_is_gone()
 
     def was_told(self, topic: str) -> bool:
-        """Whether any rank has told so by now. The ranks may hear of it at different times."""
-        return PrefixStore("told", dist.distributed_c10d._get_default_store()).check([topic])
+        """Whether any rank has told so by now; False without the launcher, which holds what they tell."""
+        try:
+            return PrefixStore("told", dist.distributed_c10d._get_default_store()).check([topic])
+        except dist.DistNetworkError:
+            _say_that_the_store_is_gone()
+            return False
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
