@@ -299,7 +299,7 @@ def test_pillow_on_a_gpu_is_refused() -> None:
 def test_importing_the_pipeline_imports_neither_torch_nor_dali() -> None:
     program = (
         "import sys, data_pipeline.loader, data_pipeline.demo\n"
-        "print([name for name in ('torch', 'nvidia.dali', 'sklearn') if name in sys.modules])"
+        "print([name for name in ('torch', 'nvidia.dali', 'numba', 'sklearn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
