@@ -42,8 +42,12 @@ class Resizer:
         if self._compiled is None or geometry.views or max(window.shape) > _MAX_SHRINK * geometry.crop_px:
             images[index] = finish(Image.fromarray(window), geometry, index)
             return
-        colors = _NO_COLORS if geometry.colors is None else geometry.colors
-        self._compiled(window, index, geometry.sizes, geometry.anchors, geometry.flips, colors, images)
+        _call(self._compiled, images, window, geometry, index)
+
+
+def _call(compiled: Any, images: Pixels, window: Pixels, geometry: Geometry, index: int) -> None:
+    colors = _NO_COLORS if geometry.colors is None else geometry.colors
+    compiled(window, index, geometry.sizes, geometry.anchors, geometry.flips, colors, images)
 
 
 @lru_cache(maxsize=1)
@@ -83,10 +87,7 @@ def _is_pillows(compiled: Any) -> bool:
         )
         images = blank_images(geometry)
         for index, window in enumerate(windows):
-            compiled(
-                window, index, geometry.sizes, geometry.anchors, geometry.flips,
-                _NO_COLORS if colors is None else colors, images,
-            )  # fmt: skip
+            _call(compiled, images, window, geometry, index)
             if not np.array_equal(images[index], finish(Image.fromarray(window), geometry, index)):
                 return False
     return True

@@ -53,12 +53,10 @@ def compile_finish() -> Any:
     started = time.perf_counter()
     try:
         compiled = _numba.njit(signature, cache=True, **_OPTIONS)(_finish)
-        kept = True
     except Exception as error:  # no folder to write to, a full disk, a damaged entry: by kind of fault
         log.info("Numba's cache cannot be used (%s): compiling without", error)
         compiled = _numba.njit(signature, **_OPTIONS)(_finish)
-        kept = False
-    if not (kept and compiled.stats.cache_hits):
+    if not compiled.stats.cache_hits:
         log.info("compiled the resize for this processor in %.1f s", time.perf_counter() - started)
     return compiled
 

@@ -139,8 +139,6 @@ def test_a_damaged_cache_costs_time_and_a_line(
     (index,) = tmp_path.rglob("*.nbi")
     index.write_bytes(index.read_bytes()[:100])
     assert Resizer()._compiled is not None
-    assert [line.split(" (")[0] for line in caplog.messages] == [
-        "Numba's cache cannot be used",
-        caplog.messages[1],
-    ]
-    assert caplog.messages[1].startswith("compiled the resize")
+    refused, compiled = caplog.messages
+    assert refused.startswith("Numba's cache cannot be used (")
+    assert compiled.startswith("compiled the resize")
