@@ -18,7 +18,7 @@ EXIT_SOME_UNREADABLE = 3
 GROUPS = {
     "bench": "infer.bench_commands",
     "checkpoint": "train.commands",
-    "data": "data_pipeline.commands",
+    "data": "data_pipeline.cli",
 }
 """Groups of commands, and the modules that declare them; these import nothing but click."""
 
@@ -56,7 +56,7 @@ class FrontDoor(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            from data_pipeline.faults import visible
+            from data_pipeline.loading.bad_files import visible
 
             code = getattr(error, "exit_code", None)
             if isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES:
@@ -81,7 +81,7 @@ def main(debug: bool) -> None:
     be read; 4 an exported model does not agree with its checkpoint; 75 training was asked
     to stop and has saved its state.
     """
-    from data_pipeline.console import set_up_logging
+    from data_pipeline.common.console import set_up_logging
 
     set_up_logging()
 

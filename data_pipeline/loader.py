@@ -15,19 +15,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data_pipeline.augment import Augment
-from data_pipeline.errors import UserError
-from data_pipeline.faults import FaultLog
-from data_pipeline.geometry import Geometry, eval_geometry, ten_crop_geometry, train_geometry
-from data_pipeline.index import Dataset, read_file
-from data_pipeline.mix import PAIR, MixPlan, mix_plan_at
-from data_pipeline.order import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
-from data_pipeline.pillow_backend import PillowBackend
-from data_pipeline.prefetch import Batch as Batch
-from data_pipeline.prefetch import ImageBackend as ImageBackend
-from data_pipeline.prefetch import Request, run_ahead
-from data_pipeline.preprocessing import Preprocessing
-from data_pipeline.readers import ReaderPool as ReaderPool
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import Dataset, read_file
+from data_pipeline.decode.pillow import PillowBackend
+from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.prefetch import Batch as Batch
+from data_pipeline.loading.prefetch import ImageBackend as ImageBackend
+from data_pipeline.loading.prefetch import Request, run_ahead
+from data_pipeline.loading.readers import ReaderPool as ReaderPool
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import Geometry, eval_geometry, ten_crop_geometry, train_geometry
+from data_pipeline.transforms.mix import PAIR, MixPlan, mix_plan_at
+from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
 
 log = logging.getLogger("data_pipeline")
 
@@ -71,7 +71,7 @@ def make_backend(
         raise UserError("the pillow backend decodes on the CPU only: use the dali backend, or device cpu")
     if name != "pillow":
         try:
-            from data_pipeline.dali_backend import DaliBackend
+            from data_pipeline.decode.dali import DaliBackend
         except ModuleNotFoundError as error:
             if not (error.name or "").startswith("nvidia"):
                 raise

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import GateError, UserError
-from data_pipeline.faults import printable
-from data_pipeline.index import Dataset
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import GateError, UserError
+from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import eval_batches
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.loading.bad_files import printable
+from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.evidence import Agreement, Limits, Precision
 from infer.images import open_decoder, valid_images
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.machine import usable_cores as usable_cores
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.machine import usable_cores as usable_cores
 from infer.bundle import INPUT_NAME, OUTPUT_NAME, Bundle
 from infer.cuda import GpuScan, scan_gpus
 from infer.describe import rebuild_advice

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.bench_images import make_bench_folder, write_bench_images
-from data_pipeline.layouts import open_dataset
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import eval_batches
 from infer.images import open_decoder, valid_images
+from train.bench.images import make_bench_folder, write_bench_images
 from train.config import make_config
 from train.model import Normalize, make_model
 from train.saving import State, save_checkpoint

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.geometry import eval_geometry
+from data_pipeline.common.machine import usable_cores
+from data_pipeline.decode.pillow import decode_rgb, finish, spread
 from data_pipeline.loader import Batch
-from data_pipeline.machine import usable_cores
-from data_pipeline.pillow_backend import decode_rgb, finish, spread
+from data_pipeline.transforms.crop import eval_geometry
 from infer.images import valid_images
 from infer.predict import OkRow, top_k
 from infer.predictor import Predictor

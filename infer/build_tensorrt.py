@@ -15,8 +15,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import write_atomic
 from infer.backends import tensorrt_versions
 from infer.bundle import INPUT_NAME, Engine, Precision
 from infer.cuda import scan_gpus

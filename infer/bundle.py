@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import sha256_of
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import sha256_of
+from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.evidence import Agreement as Agreement
 from infer.evidence import Calibration as Calibration
 from infer.evidence import Count, Rebuild, Strict, beyond_limits

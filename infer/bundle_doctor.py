@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.agreement import LIMITS
 from infer.backends import InferenceBackend, Machine, OnnxBackend, decide, probe_machine, why_no_engine
 from infer.bundle import (

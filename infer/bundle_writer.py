@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import fsync_path, sha256_of
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import fsync_path, sha256_of
 from infer.bundle import (
     CPU_NAME,
     ENGINE_NAME,

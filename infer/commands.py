@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import UserError
-from data_pipeline.layouts import open_dataset
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.open import open_dataset
 from infer.backends import DeviceName, choose_backend
 from infer.bundle import Bundle, find_bundle, load_bundle
 from infer.evaluate import Evaluation, evaluate_bundle

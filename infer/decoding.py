@@ -7,9 +7,9 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_pipeline.faults import Failure, FaultLog
 from data_pipeline.loader import Batch, ImageBackend, Readable, predict_batches
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.loading.bad_files import Failure, FaultLog
+from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.backends import InferenceBackend
 from infer.images import DecoderName, decoding_device, fit_batch, open_decoder
 

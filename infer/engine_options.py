@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from infer.bundle import Format
 from infer.cuda import GpuScan
 

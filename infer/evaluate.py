@@ -6,11 +6,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import UserError
-from data_pipeline.faults import printable
-from data_pipeline.index import Dataset
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import eval_batches
+from data_pipeline.loading.bad_files import printable
 from infer.backends import InferenceBackend
 from infer.bundle import Bundle
 from infer.images import DecoderName, decoding_device, fit_batch, open_decoder, run_valid

@@ -16,10 +16,10 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import printable
-from data_pipeline.index import Dataset
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import eval_batches
+from data_pipeline.loading.bad_files import printable
 from infer.backends import tensorrt_versions
 from infer.build_tensorrt import build_engine
 from infer.bundle import (

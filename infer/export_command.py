@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from infer.backends import tensorrt_versions
 from infer.bundle import ENGINE_NAME, MANIFEST_NAME, Bundle, Format, Precision, find_bundle, load_bundle
 from infer.cuda import scan_gpus

@@ -13,8 +13,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import printable
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.bad_files import printable
 from infer.bundle import INPUT_NAME, OUTPUT_NAME, Precision
 from train.checkpoint import Checkpoint
 from train.model import Normalize

@@ -19,8 +19,8 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import printable, visible
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.bad_files import printable, visible
 from infer.bundle import Bundle
 from infer.predict import OkRow, SeenRow
 from infer.report import RowCounter

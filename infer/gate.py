@@ -9,9 +9,9 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from data_pipeline.errors import GateError
-from data_pipeline.faults import printable
-from data_pipeline.index import Dataset
+from data_pipeline.common.errors import GateError
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.loading.bad_files import printable
 from infer.agreement import LIMITS as LIMITS
 from infer.agreement import Probabilities, Runner, compare
 from infer.agreement import Tally as Tally

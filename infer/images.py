@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch, ImageBackend, make_backend
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.backends import InferenceBackend, usable_cores
 
 log = logging.getLogger("infer")

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import ImageError, printable
-from data_pipeline.index import IMAGE_SUFFIXES, is_image, walk_images
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import IMAGE_SUFFIXES, is_image, walk_images
+from data_pipeline.datasets.packed_strings import PackedNames
 from data_pipeline.loader import Readable
-from data_pipeline.names import PackedNames
-from data_pipeline.shard_format import walk_tar
+from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.shards.shard_format import walk_tar
 from infer.predict import Item
 
 log = logging.getLogger("infer")

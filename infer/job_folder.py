@@ -19,9 +19,9 @@ from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.faults import printable
-from data_pipeline.files import fsync_path, write_atomic
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import fsync_path, write_atomic
+from data_pipeline.loading.bad_files import printable
 from infer.job_inputs import Input, PartInputs, input_of, witnesses_of
 from infer.predict import Item
 from infer.run_identity import RunIdentity, check_identity

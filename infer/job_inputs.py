@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import ImageError, printable
-from data_pipeline.index import read_file
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import read_file
 from data_pipeline.loader import Readable
+from data_pipeline.loading.bad_files import ImageError, printable
 from infer.inputs import ShardMember, Unreadable
 from infer.predict import Item, path_of
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.faults import printable
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.loading.bad_files import printable
 from infer.predict import ErrorRow, Item, OkRow, Row, path_of
 
 log = logging.getLogger("infer")

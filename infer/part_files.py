@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from data_pipeline.errors import SaveError
-from data_pipeline.faults import printable
-from data_pipeline.files import fsync_path
+from data_pipeline.common.errors import SaveError
+from data_pipeline.common.files import fsync_path
+from data_pipeline.loading.bad_files import printable
 from infer.job_folder import JobFolder, PartFormat
 from infer.outputs import import_parquet, parquet_schema
 from infer.predict import Row

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.faults import ImageError
 from data_pipeline.loader import Readable
+from data_pipeline.loading.bad_files import ImageError
 
 _AS_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.errors import GateError
+from data_pipeline.common.errors import GateError
 from infer.evidence import Precision, Proof
 
 _BYTES_PER_WEIGHT: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from data_pipeline.errors import GateError
+from data_pipeline.common.errors import GateError
 from infer.bundle import Precision, Proof
 from infer.cpu_graph import is_of_lrn
 

@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import printable
+from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch, Readable
+from data_pipeline.loading.bad_files import printable
 from infer.backends import InferenceBackend
 from infer.bundle import Bundle
 from infer.decoding import Decoding

@@ -11,10 +11,10 @@ from typing import Literal
 
 import msgspec
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.faults import printable, visible
-from data_pipeline.pillow_backend import image_readers
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.decode.pillow import image_readers
+from data_pipeline.loading.bad_files import printable, visible
 from infer.backends import BackendName, DeviceName, probe_machine
 from infer.bundle import Bundle
 from infer.images import DecoderName

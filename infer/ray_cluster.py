@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.machine import usable_cores
+from data_pipeline.common.errors import UserError, WorkerError
+from data_pipeline.common.machine import usable_cores
 
 log = logging.getLogger("infer")
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.faults import printable
-from data_pipeline.files import write_atomic
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.files import write_atomic
+from data_pipeline.loading.bad_files import printable
 from infer.bundle import Bundle, find_bundle, load_bundle
 from infer.inputs import find_inputs
 from infer.job_folder import SUMMARY_NAME, JobFolder, PartFormat, digest_of, plan_job

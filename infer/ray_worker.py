@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.faults import printable
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.loading.bad_files import printable
 from infer.backends import BackendName, DeviceName
 from infer.images import DecoderName
 from infer.job_folder import JobFolder, digest_of, load_job

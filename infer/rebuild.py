@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from data_pipeline.errors import CorruptFileError, GateError, UserError
-from data_pipeline.faults import printable
-from data_pipeline.index import Dataset
-from data_pipeline.layouts import open_dataset
+from data_pipeline.common.errors import CorruptFileError, GateError, UserError
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.loading.bad_files import printable
 from infer.agreement import LIMITS, compare
 from infer.backends import OnnxBackend, probe_machine, tensorrt_versions, why_no_engine
 from infer.build_tensorrt import build_engine

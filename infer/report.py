@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from data_pipeline.faults import visible
+from data_pipeline.loading.bad_files import visible
 from infer.backends import InferenceBackend
 from infer.predict import OkRow, Row, SeenRow
 

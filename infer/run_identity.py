@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.faults import printable
-from data_pipeline.files import sha256_of
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import sha256_of
+from data_pipeline.loading.bad_files import printable
 from infer.bundle import MANIFEST_NAME, Bundle
 
 log = logging.getLogger("infer")

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import user_cache, write_atomic
+from data_pipeline.common.files import user_cache, write_atomic
 
 log = logging.getLogger("infer")
 

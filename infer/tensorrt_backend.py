@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import CorruptFileError, GateError, UserError
+from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from infer.backends import check_batch
 from infer.bundle import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME, Bundle
 from infer.cuda import CudaError, CudaSession, scan_gpus

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.faults import visible
-from data_pipeline.files import fsync_path, sha256_of
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import fsync_path, sha256_of
+from data_pipeline.loading.bad_files import visible
 from infer.bundle import ENGINE_NAME, INPUT_NAME, ONNX_NAME, OUTPUT_NAME, Bundle, Format, Manifest, Precision
 
 LABELS_NAME = "labels.txt"

@@ -41,8 +41,8 @@ def main(minutes: float, seed: int, out: Path, as_json: bool) -> None:
     """
     import msgspec
 
-    from data_pipeline.console import set_up_logging
-    from data_pipeline.errors import UserError
+    from data_pipeline.common.console import set_up_logging
+    from data_pipeline.common.errors import UserError
     from scripts.soaking.campaign import soak
     from scripts.soaking.report import readable
 

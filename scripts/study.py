@@ -188,7 +188,7 @@ def main(seeds: int, epochs: int, out: Path, overrides: tuple[str, ...]) -> None
     A run that study.jsonl has already is not made again: remove the file to start anew. The picture is drawn
     again, and the table in study.md, if that is there; it is printed, too.
     """
-    from data_pipeline.console import set_up_logging, show_progress
+    from data_pipeline.common.console import set_up_logging, show_progress
 
     set_up_logging()
     record = out / "study.jsonl"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from data_pipeline.console import LOGGERS
+from data_pipeline.common.console import LOGGERS
 
 if TYPE_CHECKING:
     from infer.bundle import Bundle
@@ -59,7 +59,7 @@ def no_leaks() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""
-    from data_pipeline.demo import write_demo
+    from data_pipeline.datasets.demo import write_demo
 
     root = tmp_path_factory.mktemp("data") / "digits"
     write_demo(root)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.index import Dataset
+from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import Batch
-from data_pipeline.order import rank_slice
+from data_pipeline.transforms.sampler import rank_slice
 from tests.faulty_rank import fail
 from tests.ranks import TINY
 from train.config import make_config

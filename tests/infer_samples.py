@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import torch
 
-from data_pipeline.demo import write_demo
-from data_pipeline.files import sha256_of
+from data_pipeline.common.files import sha256_of
+from data_pipeline.datasets.demo import write_demo
 from infer.bundle import (
     MANIFEST_NAME,
     SCHEMA_VERSION,

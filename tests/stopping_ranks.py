@@ -18,7 +18,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from data_pipeline.errors import InterruptedRunError
+from data_pipeline.common.errors import InterruptedRunError
 from data_pipeline.loader import Batch
 from train.config import RunConfig, make_config
 from train.distributed import env_rank

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.archives import unpack
-from data_pipeline.errors import CorruptFileError
+from data_pipeline.common.errors import CorruptFileError
+from data_pipeline.download.unpack import unpack
 from tests.archives import tar_info, tar_of, zip_of
 from tests.http_server import CONTENT
 

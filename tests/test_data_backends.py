@@ -11,13 +11,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
-from data_pipeline.augment import Augment
-from data_pipeline.dali_backend import DaliBackend
-from data_pipeline.faults import ImageError
-from data_pipeline.geometry import Geometry, eval_geometry, train_geometry
-from data_pipeline.pillow_backend import PillowBackend, decode_rgb, read_header
-from data_pipeline.prefetch import ImageBackend
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.decode.dali import DaliBackend
+from data_pipeline.decode.pillow import PillowBackend, decode_rgb, read_header
+from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.loading.prefetch import ImageBackend
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import Geometry, eval_geometry, train_geometry
+from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import as_numpy, broken, encode, exif, kinds, photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.demo import is_demo, write_demo
-from data_pipeline.errors import UserError
-from data_pipeline.index import check_same_classes, load_image_folder
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.demo import is_demo, write_demo
+from data_pipeline.datasets.image_folder import check_same_classes, load_image_folder
 
 
 @pytest.fixture(scope="module")

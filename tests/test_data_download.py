@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from alexnet import main
-from data_pipeline.catalog import CATALOG, Archive
-from data_pipeline.download import download
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.layouts import open_dataset
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.download.catalog import CATALOG, Archive
+from data_pipeline.download.download import download
 from tests.archives import tar_info, tar_of, zip_of
 from tests.http_server import Server, serving
 from tests.images import encode, photo

@@ -20,15 +20,15 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from data_pipeline.augment import Augment
-from data_pipeline.dali_backend import DaliBackend
-from data_pipeline.faults import FaultLog, ImageError
-from data_pipeline.geometry import eval_geometry
-from data_pipeline.index import load_image_folder, read_file
+from data_pipeline.datasets.image_folder import load_image_folder, read_file
+from data_pipeline.decode.dali import DaliBackend
+from data_pipeline.decode.pillow import PillowBackend, read_header
 from data_pipeline.loader import predict_batches, train_batches
-from data_pipeline.pillow_backend import PillowBackend, read_header
-from data_pipeline.prefetch import ImageBackend
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.loading.bad_files import FaultLog, ImageError
+from data_pipeline.loading.prefetch import ImageBackend
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import eval_geometry
+from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import as_numpy, broken, encode, kinds, photo, write_folder
 from tests.ranks import REPOSITORY
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.fetch import fetch
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.download.fetch import fetch
 from tests.http_server import CONTENT, MD5, SHA256, Server, serving
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import Failure, FaultLog, ImageError, printable
-from data_pipeline.index import check_same_classes, load_image_folder, read_file
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import check_same_classes, load_image_folder, read_file
+from data_pipeline.loading.bad_files import Failure, FaultLog, ImageError, printable
 from tests.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")

@@ -17,12 +17,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from alexnet import main
-from data_pipeline import info
-from data_pipeline.augment import Augment
-from data_pipeline.info import describe
-from data_pipeline.pixel_sums import PixelSums
-from data_pipeline.quarantine import QUARANTINE, write_quarantine
-from data_pipeline.shard_writer import write_shards
+from data_pipeline.datasets.exclude_list import QUARANTINE, write_quarantine
+from data_pipeline.inspect import stats as info
+from data_pipeline.inspect.pixel_stats import PixelSums
+from data_pipeline.inspect.stats import describe
+from data_pipeline.sharding.write import write_shards
+from data_pipeline.transforms.augment import Augment
 from tests.images import encode, photo, write_folder
 from train.config import make_config
 

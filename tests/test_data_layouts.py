@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat  # type: ignore[import-untyped]
 
-from data_pipeline import index_cache
-from data_pipeline.errors import UserError
-from data_pipeline.index import load_image_folder
-from data_pipeline.layouts import open_dataset, splits_of
-from data_pipeline.names import PackedNames
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets import index_cache
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.datasets.open import open_dataset, splits_of
+from data_pipeline.datasets.packed_strings import PackedNames
 from tests.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")
@@ -240,7 +240,7 @@ def test_a_damaged_or_crafted_index_is_not_used(
         assert index_cache.load_index(tmp_path, "train") is None
     from dataclasses import replace
 
-    from data_pipeline.watch import Watch
+    from data_pipeline.datasets.watch import Watch
 
     watch = Watch(tmp_path)
     watch.note(tmp_path / "train")

@@ -19,11 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.augment import Augment
-from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.faults import FaultLog
-from data_pipeline.geometry import Geometry
-from data_pipeline.index import Dataset, load_image_folder
+from data_pipeline.common.errors import UserError, WorkerError
+from data_pipeline.datasets.image_folder import Dataset, load_image_folder
+from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loader import (
     Batch,
     ImageBackend,
@@ -33,8 +31,10 @@ from data_pipeline.loader import (
     predict_batches,
     train_batches,
 )
-from data_pipeline.pillow_backend import Decoded
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import Geometry
+from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import broken, encode, photo, write_folder
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
@@ -129,7 +129,7 @@ def reader_processes() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             ours = f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text()
-            if ours and "data_pipeline.readers" in (folder / "cmdline").read_text():
+            if ours and "data_pipeline.loading.readers" in (folder / "cmdline").read_text():
                 found.append(int(folder.name))
     return found
 
@@ -298,7 +298,7 @@ def test_pillow_on_a_gpu_is_refused() -> None:
 
 def test_importing_the_pipeline_imports_neither_torch_nor_dali() -> None:
     program = (
-        "import sys, data_pipeline.loader, data_pipeline.demo\n"
+        "import sys, data_pipeline.loader, data_pipeline.datasets.demo\n"
         "print([name for name in ('torch', 'nvidia.dali', 'numba', 'sklearn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from data_pipeline.augment import Augment
-from data_pipeline.color import apply_colors, colors_at
-from data_pipeline.dali_backend import DaliBackend
-from data_pipeline.geometry import ten_crop_geometry, train_geometry
-from data_pipeline.mix import beta_quantile, mix_images, mix_labels, mix_plan_at
-from data_pipeline.order import positions_at, rank_slice
-from data_pipeline.pillow_backend import PillowBackend
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.decode.dali import DaliBackend
+from data_pipeline.decode.pillow import PillowBackend
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.color import apply_colors, colors_at
+from data_pipeline.transforms.crop import ten_crop_geometry, train_geometry
+from data_pipeline.transforms.mix import beta_quantile, mix_images, mix_labels, mix_plan_at
+from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.images import as_numpy, encode, photo
 from train.mixing import average_views, mix_inputs, mixed_losses
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import transforms
 
-from data_pipeline.augment import Augment
-from data_pipeline.errors import UserError
-from data_pipeline.geometry import CROP_TRIES, eval_geometry, train_geometry
-from data_pipeline.order import (
+from data_pipeline.common.errors import UserError
+from data_pipeline.decode.pillow import PillowBackend
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import CROP_TRIES, eval_geometry, train_geometry
+from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import (
     LANE_CROP_TRIES,
     hash_at,
     permutation_at,
@@ -24,8 +26,6 @@ from data_pipeline.order import (
     steps_per_epoch,
     uniform_at,
 )
-from data_pipeline.pillow_backend import PillowBackend
-from data_pipeline.preprocessing import Preprocessing
 from tests.images import photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import quarantine
-from data_pipeline.errors import SaveError, UserError
-from data_pipeline.layouts import open_dataset
-from data_pipeline.quarantine import QUARANTINE, read_quarantine, write_quarantine
+from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.datasets import exclude_list as quarantine
+from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine, write_quarantine
+from data_pipeline.datasets.open import open_dataset
 from tests.images import write_folder
 
 LATIN = os.fsdecode(b"train/a/caf\xe9.jpg")

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import resize, resize_kernel
-from data_pipeline.geometry import Geometry
-from data_pipeline.pillow_backend import blank_images, finish
-from data_pipeline.resize import Resizer
+from data_pipeline.decode import resize, resize_kernel
+from data_pipeline.decode.pillow import blank_images, finish
+from data_pipeline.decode.resize import Resizer
+from data_pipeline.transforms.crop import Geometry
 
 
 @pytest.fixture

@@ -22,15 +22,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import shard_source
-from data_pipeline.augment import Augment
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.faults import ImageError
-from data_pipeline.files import sha256_of
-from data_pipeline.layouts import open_dataset, splits_of
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import sha256_of
+from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.loader import eval_batches, make_backend, train_batches
-from data_pipeline.preprocessing import Preprocessing
-from data_pipeline.shard_writer import parse_size, write_shards
+from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.sharding.write import parse_size, write_shards
+from data_pipeline.shards.shards import shard_source
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import encode, photo, write_folder
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
@@ -137,7 +137,7 @@ def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
     write_folder(source / "train", {"a": 60, "b": 60}, side=60)
     write_shards(source, tmp_path / "whole", shard_bytes=20_000)
     code = (
-        "import sys; from data_pipeline.shard_writer import write_shards\n"
+        "import sys; from data_pipeline.sharding.write import write_shards\n"
         "write_shards(sys.argv[1], sys.argv[2], shard_bytes=20_000)"
     )
     out = tmp_path / "killed"

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alexnet import main
-from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.faults import ImageError
-from data_pipeline.layouts import open_dataset
-from data_pipeline.parallel import map_ahead
-from data_pipeline.quarantine import QUARANTINE, read_quarantine
-from data_pipeline.shard_writer import write_shards
-from data_pipeline.verify import check_image, verify
+from data_pipeline.common.errors import UserError, WorkerError
+from data_pipeline.common.workers import map_ahead
+from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.inspect.verify import check_image, verify
+from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.sharding.write import write_shards
 from tests.images import broken, encode, huge_png, kinds, photo, write_folder
 
 BAD_NAME = os.fsdecode(b"caf\xe9.jpg")

@@ -13,7 +13,7 @@ import pytest
 import infer.engine_options
 import infer.predict
 import infer.report
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.backends import (
     BackendName,
     DeviceName,

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.bundle import MANIFEST_NAME, SCHEMA_VERSION, find_bundle, load_bundle
 from infer.bundle_writer import measure_files, staging_folder, write_bundle
 from tests.infer_samples import edit_manifest, tiny_manifest, write_tiny

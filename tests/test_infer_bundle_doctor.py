@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alexnet import main
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.backends import OnnxBackend, probe_machine, why_no_engine
 from infer.bundle import Bundle, load_bundle, read_manifest
 from infer.bundle_doctor import examine_bundle

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import infer.export
-from data_pipeline.errors import GateError, UserError
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import GateError, UserError
+from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.build_tensorrt import BuildError, build_engine
 from infer.bundle import Bundle, load_bundle
 from infer.cuda import Gpu, GpuScan
@@ -265,7 +265,7 @@ def test_probability_that_is_no_number_fails(side: int) -> None:
 
 
 def test_large_split_is_sampled_evenly(base: Path) -> None:
-    from data_pipeline.index import load_image_folder
+    from data_pipeline.datasets.image_folder import load_image_folder
 
     dataset = load_image_folder(data_folder(base), "val")
     few = spread(dataset, 20)

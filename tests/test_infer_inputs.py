@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import ImageError, printable
-from data_pipeline.index import read_file
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import read_file
 from data_pipeline.loader import Readable
+from data_pipeline.loading.bad_files import ImageError, printable
 from infer.inputs import Inputs, find_inputs
 from infer.predict import path_of
 

@@ -14,8 +14,8 @@ import msgspec
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import printable
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.bad_files import printable
 from infer import Predictor, find_inputs
 from infer.bundle import Bundle
 from infer.job_folder import INPUTS_NAME, JobFolder, PartFormat, digest_of, load_job, plan_job

@@ -11,7 +11,7 @@ from typing import Literal
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.outputs import CsvWriter, Format, JsonlWriter, kept_rows, open_output, skip_kept
 from infer.predict import ErrorRow, OkRow, Prediction, Row
 

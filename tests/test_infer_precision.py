@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from alexnet import main
-from data_pipeline.errors import GateError, UserError
+from data_pipeline.common.errors import GateError, UserError
 from infer.build_tensorrt import build_engine
 from infer.bundle import Bundle, load_bundle
 from infer.cuda import Gpu, GpuScan

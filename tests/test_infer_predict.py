@@ -18,9 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from data_pipeline.errors import UserError
-from data_pipeline.faults import visible
-from data_pipeline.index import load_image_folder
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.loading.bad_files import visible
 from infer.backends import OnnxBackend
 from infer.bundle import Bundle
 from infer.evaluate import evaluate_bundle

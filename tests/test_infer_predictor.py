@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet import main
-from data_pipeline.errors import UserError
-from data_pipeline.index import load_image_folder
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.loader import eval_batches
 from infer import Predictor, find_inputs
 from infer.backends import BackendName, OnnxBackend, probe_machine, why_no_engine

@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from alexnet import main
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from infer import Predictor, find_inputs
 from infer.bundle import Bundle
 from infer.predict_command import PredictOptions

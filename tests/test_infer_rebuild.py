@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import infer.rebuild
 from alexnet import main
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from infer.backends import OnnxBackend, probe_machine, why_no_engine
 from infer.build_tensorrt import _Build, build_engine
 from infer.bundle import Bundle, load_bundle, read_manifest

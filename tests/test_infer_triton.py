@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from google.protobuf import text_format
 
 from alexnet import main
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.bundle import Bundle, load_bundle
 from infer.triton import config_text, write_repository
 from tests.infer_samples import (

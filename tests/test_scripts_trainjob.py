@@ -12,7 +12,7 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import Traine
 from pydantic import ValidationError
 
 from alexnet import EXIT_WRONG_USE, train
-from data_pipeline.errors import InterruptedRunError
+from data_pipeline.common.errors import InterruptedRunError
 from tests.ranks import REPOSITORY
 from train.config import make_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.errors import CorruptFileError
+from data_pipeline.common.errors import CorruptFileError
 from train.averaging import WeightAverage
 
 NO, YES = torch.tensor(0.0), torch.tensor(1.0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import sha256_of
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import sha256_of
 from infer.export import make_origin
 from tests.ranks import TINY
 from train.checkpoint import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from tests.compression_ranks import NUM_COMPRESSED
 from tests.hybrid_ranks import CLASSES, GLOBAL_BATCH
 from tests.warm_ranks import run_ranks

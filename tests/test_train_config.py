@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.config import RunConfig, decode_config, make_config, to_json
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from alexnet import main
-from data_pipeline.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from tests.test_train_checkpoint import Evil, save
 from tests.test_train_model import bvlc_file
 from train.checkpoint import find_checkpoint, load_checkpoint

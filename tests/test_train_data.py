@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from alexnet import main
-from data_pipeline.index import load_image_folder
-from data_pipeline.layouts import open_dataset
-from data_pipeline.quarantine import QUARANTINE, read_quarantine, write_quarantine
-from data_pipeline.shard_writer import write_shards
+from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine, write_quarantine
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.sharding.write import write_shards
 from infer.bundle import Bundle, load_bundle
 from tests.images import write_folder
 from tests.infer_samples import tiny_manifest

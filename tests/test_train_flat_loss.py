@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import DivergedError
+from data_pipeline.common.errors import DivergedError
 from tests.ranks import read_rows
 from train.config import make_config
 from train.distributed import open_world

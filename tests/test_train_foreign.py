@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alexnet import main
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import MAX_SMALL_BYTES
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import MAX_SMALL_BYTES
 from tests.test_train_checkpoint import Evil, forge
 from tests.test_train_model import bvlc_file
 from tests.test_train_saver import small_state

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import CorruptFileError, DivergedError
+from data_pipeline.common.errors import CorruptFileError, DivergedError
 from data_pipeline.loader import Batch, train_batches
 from tests.faulty_rank import fail
 from tests.ranks import TINY, link_subset, read_rows

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import UserError
-from data_pipeline.order import rank_slice
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.sampler import rank_slice
 from tests.ranks import run_command
 from tests.warm_ranks import run_ranks
 from train.config import make_config

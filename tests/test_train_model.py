@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config_parts import Init, ModelConfig
 from train.lrn import LocalResponseNorm
 from train.model import AlexNet, Normalize, make_model

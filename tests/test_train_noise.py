@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.index import Dataset
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import Batch
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import train_warm

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.config import make_config
 from train.config_parts import OptimizerConfig
 from train.engine import update

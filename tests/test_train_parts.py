@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import sha256_of
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import sha256_of
 from train.checkpoint import MANIFEST, STATE, Manifest, Pointer, write_json
 from train.config import make_config
 from train.distributed import check_rank_count, choose_device, cpu_share, open_world

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from alexnet import main
 from data_pipeline.loader import train_batches
-from data_pipeline.order import steps_per_epoch
+from data_pipeline.transforms.sampler import steps_per_epoch
 from tests.ranks import link_subset
 from train.config import RunConfig, decode_config, make_config, recipe_names
 from train.distributed import open_world

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipeline.errors import SaveError
-from data_pipeline.files import PatientFile
+from data_pipeline.common.errors import SaveError
+from data_pipeline.common.files import PatientFile
 from tests.test_train_parts import row
 from train.config import make_config
 from train.records import Board

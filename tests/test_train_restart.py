@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from data_pipeline.errors import DivergedError, InterruptedRunError
+from data_pipeline.common.errors import DivergedError, InterruptedRunError
 from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, run_command, torchrun_arguments
 from tests.warm_ranks import run_ranks, train_warm

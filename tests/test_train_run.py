@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.index import load_image_folder
+from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soaking.evidence import read_evidence
 from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, read_rows

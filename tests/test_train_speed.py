@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.index import Dataset
+from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import Batch
 from tests.ranks import run_command
 from train.bench_train import make_ratios, make_specs

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import CorruptFileError
+from data_pipeline.common.errors import CorruptFileError
 
 
 class WeightAverage:

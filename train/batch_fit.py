@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
-from data_pipeline.index import Dataset
+from data_pipeline.datasets.image_folder import Dataset
 from train.bench_steps import noise_batch, peak_memory_mb, wait_for
 from train.bench_turns import answer_lines
 from train.config import RunConfig

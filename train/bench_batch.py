@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import UserError
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import UserError
 from train.batch_fit import Fit, memory_limit_mb
 from train.bench_turns import four_digits, open_subject
 from train.config import RunConfig

@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from data_pipeline.bench_images import make_bench_folder, write_bench_images
-from data_pipeline.errors import UserError
-from data_pipeline.shard_writer import write_shards
+from data_pipeline.common.errors import UserError
+from data_pipeline.sharding.write import write_shards
+from train.bench.images import make_bench_folder, write_bench_images
 from train.bench_subjects import BATCH
 from train.bench_turns import four_digits, open_subject
 

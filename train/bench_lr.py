@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import UserError
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import UserError
 from train.config import RunConfig
 from train.flat_loss import flat_level, what_to_change
 from train.plots import COLORS, GREY, draw_panels, mark_line

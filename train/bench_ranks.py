@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.index import Dataset
+from data_pipeline.datasets.image_folder import Dataset
 from train.bench_steps import noise_batch, wait_for
 from train.config import make_config
 from train.distributed import World, open_world

@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.bench_ranks import ALONE, Mode, RankFigures, ScalingSpec
 from train.bench_turns import four_digits
 from train.distributed import choose_device, cpu_share

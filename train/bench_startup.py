@@ -17,13 +17,13 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.augment import Augment
-from data_pipeline.bench_images import make_bench_folder, write_bench_images
-from data_pipeline.console import show_progress
-from data_pipeline.index_cache import CACHE_FOLDER, SETTLE_NS
-from data_pipeline.layouts import open_dataset
+from data_pipeline.common.console import show_progress
+from data_pipeline.datasets.index_cache import CACHE_FOLDER, SETTLE_NS
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import make_backend, train_batches
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.preprocessing import Preprocessing
+from train.bench.images import make_bench_folder, write_bench_images
 from train.bench_turns import answer_lines, four_digits, open_subject
 
 NUM_CLASSES = 1000

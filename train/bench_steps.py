@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.augment import Augment
-from data_pipeline.index import Dataset
-from data_pipeline.layouts import open_dataset
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Batch, make_backend, train_batches
+from data_pipeline.transforms.augment import Augment
 from train.bench_turns import answer_lines
 from train.config import RunConfig, make_config
 from train.distributed import World, cpu_share, open_world

@@ -14,10 +14,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.augment import Augment
-from data_pipeline.layouts import open_dataset
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import ReaderPool, make_backend, train_batches
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench_turns import answer_lines
 from train.config import READERS
 

@@ -18,8 +18,8 @@ from typing import Literal
 import msgspec
 import torch
 
-from data_pipeline.bench_images import make_bench_folder, write_bench_images
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from train.bench.images import make_bench_folder, write_bench_images
 from train.bench_lrn import bench_lrn
 from train.bench_steps import NUM_CLASSES, Bench, StepSpec, bench_config, wait_for
 from train.bench_turns import four_digits, open_subject

@@ -15,10 +15,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.files import read_small, sha256_of, write_atomic
-from data_pipeline.index import Contents
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import read_small, sha256_of, write_atomic
+from data_pipeline.datasets.image_folder import Contents
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config import RunConfig, decode_config
 from train.config_parts import ModelConfig
 from train.flat_loss import FlatLoss

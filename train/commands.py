@@ -39,7 +39,7 @@ def verify(run: Path) -> None:
     \b
     alexnet checkpoint verify runs/demo-20260101T000000Z
     """
-    from data_pipeline.errors import CorruptFileError, UserError
+    from data_pipeline.common.errors import CorruptFileError, UserError
     from train.checkpoint import verify_checkpoint
     from train.retention import saved_steps
 
@@ -76,7 +76,7 @@ def convert(source: Path, target: Path, to: Any, classes: Path | None) -> None:
     alexnet checkpoint convert runs/demo-20260101T000000Z weights.safetensors --to safetensors
     alexnet checkpoint convert alexnet-owt.pth runs --classes imagenet.txt
     """
-    from data_pipeline.errors import UserError
+    from data_pipeline.common.errors import UserError
     from train.checkpoint import find_checkpoint, load_checkpoint
     from train.convert import export_weights, import_weights
 

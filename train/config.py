@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from data_pipeline.augment import Augment
-from data_pipeline.errors import UserError
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config_parts import (
     BelowOne,
     Count,

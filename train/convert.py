@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.errors import CorruptFileError, UserError
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoint import Checkpoint, Pointer, load_checkpoint, make_loaded
 from train.config import RunConfig, decode_config
 from train.foreign import check_tensors, load_plain

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from data_pipeline.errors import RankLostError, UserError
+from data_pipeline.common.errors import RankLostError, UserError
 
 log = logging.getLogger("train")
 

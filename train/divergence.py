@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from data_pipeline.errors import DivergedError
-from data_pipeline.faults import printable
-from data_pipeline.order import permutation_at, positions_at
+from data_pipeline.common.errors import DivergedError
+from data_pipeline.loading.bad_files import printable
+from data_pipeline.transforms.sampler import permutation_at, positions_at
 from train.checkpoint import write_json
 from train.flat_loss import describe_flat, flat_level
 from train.guard import MIN_SCALE, all_finite

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data_pipeline.loader import Batch
-from data_pipeline.order import hash_at
+from data_pipeline.transforms.sampler import hash_at
 from train.averaging import WeightAverage
 from train.compression import PowerSGD
 from train.distributed import World
@@ -164,7 +164,7 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 _LANE_DROPOUT = 1 << 32
-"""Far from the lanes of `data_pipeline.order`, so that no mask repeats a crop's number."""
+"""Far from the lanes of `data_pipeline.transforms.sampler`, so that no mask repeats a crop's number."""
 
 
 @torch.inference_mode()

@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import UserError
-from data_pipeline.index import Dataset
-from data_pipeline.layouts import open_dataset
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import eval_batches, make_backend
 from train.checkpoint import Checkpoint
 from train.distributed import cpu_share, open_world

@@ -18,9 +18,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import CorruptFileError
-from data_pipeline.index import Contents
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import CorruptFileError
+from data_pipeline.datasets.image_folder import Contents
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.flat_loss import FlatLoss
 
 MAX_PICKLE_BYTES = 1 << 24

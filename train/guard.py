@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from data_pipeline.errors import CorruptFileError
+from data_pipeline.common.errors import CorruptFileError
 
 SPIKE_WARMUP = 20
 """Accepted steps before a gradient can be called a spike: the mean means nothing before."""

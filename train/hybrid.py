@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from data_pipeline.order import rank_slice
+from data_pipeline.transforms.sampler import rank_slice
 from train.distributed import World
 from train.model import AlexNet
 from train.precision import Precision

@@ -15,7 +15,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from data_pipeline.errors import InterruptedRunError, UserError
+from data_pipeline.common.errors import InterruptedRunError, UserError
 from train.config import RunConfig
 from train.distributed import check_rank_count, choose_device, cpu_share
 

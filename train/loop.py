@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 
 import msgspec
 
-from data_pipeline.console import show_progress
-from data_pipeline.errors import InterruptedRunError, SaveError, UserError
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
 from train.divergence import check_weights, heed_flat_loss, heed_guard
 from train.engine import EVAL_BATCH, BrokenOffError, evaluate, train_step

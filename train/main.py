@@ -14,9 +14,8 @@ import click
 import msgspec
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data_pipeline.console import set_up_logging
-from data_pipeline.demo import DEMO_ROOT
-from data_pipeline.errors import (
+from data_pipeline.common.console import set_up_logging
+from data_pipeline.common.errors import (
     CorruptFileError,
     DivergedError,
     InterruptedRunError,
@@ -24,7 +23,8 @@ from data_pipeline.errors import (
     SaveError,
     UserError,
 )
-from data_pipeline.faults import visible
+from data_pipeline.datasets.demo import DEMO_ROOT
+from data_pipeline.loading.bad_files import visible
 from train.config import RunConfig, make_config, to_json
 from train.distributed import env_launch, env_rank, open_world
 from train.interrupt import remember_signals

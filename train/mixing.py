@@ -1,4 +1,4 @@
-"""MixUp, CutMix and ten crops on the device: what `data_pipeline.mix` plans, done to tensors.
+"""MixUp, CutMix and ten crops on the device: what `data_pipeline.transforms.mix` plans, done to tensors.
 
 Legend: N samples, V views, C classes, H and W rows and columns.
 """
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from data_pipeline.mix import MixPlan
+from data_pipeline.transforms.mix import MixPlan
 
 
 def mix_inputs(inputs_NCHW: Tensor, plan: MixPlan) -> Tensor:
-    """Each sample mixed with its partner, as `data_pipeline.mix.mix_images` defines it.
+    """Each sample mixed with its partner, as `data_pipeline.transforms.mix.mix_images` defines it.
 
     Normalisation is affine and the weights of a pixel add up to 1, so it does not matter which comes first.
 

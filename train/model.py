@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
-from data_pipeline.preprocessing import Preprocessing
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config_parts import ModelConfig
 from train.initialize import initialize
 from train.lrn import LocalResponseNorm

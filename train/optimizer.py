@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from train.config_parts import OptimizerConfig
 
 RATE_FACTOR = "rate_factor"

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline.errors import UserError
-from data_pipeline.mix import PAIR
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.mix import PAIR
 from train.compression import PLAIN_STEPS, PowerSGD
 from train.config import RunConfig
 from train.distributed import World

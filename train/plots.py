@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import SaveError, UserError
-from data_pipeline.faults import printable
+from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.loading.bad_files import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

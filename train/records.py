@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from data_pipeline.files import PatientFile
+from data_pipeline.common.files import PatientFile
 from train.metrics import Metrics
 from train.noise_rows import NoiseRows
 from train.noise_scale import NoiseEstimate

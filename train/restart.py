@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, DivergedError, InterruptedRunError, SaveError
-from data_pipeline.files import read_small
+from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, SaveError
+from data_pipeline.common.files import read_small
 from train.checkpoint import write_json
 from train.config import RunConfig
 from train.distributed import Launch

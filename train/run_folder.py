@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from data_pipeline.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.files import PatientFile, fsync_path, read_small, write_atomic
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.files import PatientFile, fsync_path, read_small, write_atomic
 from train.checkpoint import Pointer, find_checkpoint, read_manifest, verify_checkpoint, write_json
 from train.config import RunConfig, decode_config
 from train.retention import remove_leftovers, restore_replaced, saved_steps, set_aside_after

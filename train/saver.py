@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import SaveError
+from data_pipeline.common.errors import SaveError
 from train.checkpoint import Pointer
 from train.config import RunConfig
 from train.retention import prune_checkpoints

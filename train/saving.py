@@ -13,9 +13,9 @@ import msgspec
 import torch
 from torch.utils.serialization import config as serialization
 
-from data_pipeline.errors import SaveError
-from data_pipeline.files import fsync_path
-from data_pipeline.index import Contents
+from data_pipeline.common.errors import SaveError
+from data_pipeline.common.files import fsync_path
+from data_pipeline.datasets.image_folder import Contents
 from train.checkpoint import FORMAT, MANIFEST, STATE, Manifest, write_json
 from train.config import RunConfig
 from train.foreign import Progress

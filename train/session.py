@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.demo import DEMO_ROOT, write_demo
-from data_pipeline.errors import UserError
-from data_pipeline.faults import FaultLog, printable
-from data_pipeline.index import Contents, Dataset, check_same_classes
-from data_pipeline.layouts import open_dataset
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
+from data_pipeline.datasets.image_folder import Contents, Dataset, check_same_classes
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
-from data_pipeline.order import steps_per_epoch
+from data_pipeline.loading.bad_files import FaultLog, printable
+from data_pipeline.transforms.sampler import steps_per_epoch
 from train.averaging import WeightAverage
 from train.checkpoint import Checkpoint, load_checkpoint, load_weights
 from train.config import READERS, RunConfig

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.demo import write_demo
-from data_pipeline.errors import UserError
-from data_pipeline.index import load_image_folder
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.demo import write_demo
+from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soaking.disk import Disk, small_disk
 from scripts.soaking.evidence import Evidence, check_once, last_whole_epoch, read_evidence
 from scripts.soaking.plan import (

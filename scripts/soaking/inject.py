@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.errors import CorruptFileError
-from data_pipeline.index import load_image_folder
+from data_pipeline.common.errors import CorruptFileError
+from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soaking.disk import Disk
 from scripts.soaking.launch import Launch, wait_until
 from scripts.soaking.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.order import permutation_at
+from data_pipeline.transforms.sampler import permutation_at
 
 Kind = Literal[
     "kill_rank", "kill_all", "terminate", "flip_bit", "delete_checkpoint", "fill_disk", "corrupt_image"

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from data_pipeline.index import load_image_folder
+from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soaking.disk import Disk
 from scripts.soaking.inject import Victim, answer, inject, replace_file
 from scripts.soaking.launch import Launch

@@ -1,0 +1,131 @@
+"""Writing so that a file is whole or absent, and hashing to know that it still is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from data_pipeline.common.errors import CorruptFileError
+
+_HASH_BYTES = 1 << 22
+"""Large, since a thread that hashes waits for the interpreter between two pieces."""
+MAX_SMALL_BYTES = 1 << 20
+"""Of a manifest or another of our JSON files, which are a hundredth of it."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
+    return digest.hexdigest()
+
+
+def read_small(path: Path) -> bytes:
+    """Content of a manifest or the like, which may come from a stranger.
+
+    Raises:
+        CorruptFileError: it is no regular file, or larger than any of ours.
+        OSError: it cannot be read.
+    """
+    if not path.is_file() and path.exists():
+        raise CorruptFileError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_SMALL_BYTES + 1)
+    if len(content) > MAX_SMALL_BYTES:
+        raise CorruptFileError(f"{path} is larger than {MAX_SMALL_BYTES} bytes, so it is none of ours")
+    return content
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file so that the path holds either the old content or the new, whole, on the disk."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_bytes(content)
+    fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(path.parent)
+
+
+class PatientFile:
+    """A file that grows by whole pieces. What the disk does not take is kept, and goes before what follows.
+
+    Any thread may use it.
+
+    Args:
+        path: of the file; it and its folder are made when there is something to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def append(self, piece: bytes) -> OSError | None:
+        """Write a piece behind all others.
+
+        Returns:
+            Why it, and what was kept before, is not in the file yet, if so.
+        """
+        with self._lock:
+            self._kept.append(piece)
+            try:
+                self._write()
+            except OSError as error:
+                return error
+            return None
+
+    def sync(self) -> None:
+        """Return when all pieces so far are on the disk.
+
+        Raises:
+            OSError: the disk does not take them; they are kept.
+        """
+        with self._lock:
+            self._write()
+            if self.path.exists():
+                fsync_path(self.path)
+
+    def _write(self) -> None:
+        if not self._kept:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                size_bytes = file.tell()
+                content, written = memoryview(b"".join(self._kept)), 0
+                try:
+                    while written < len(content):
+                        written += file.write(content[written:])
+                except OSError:
+                    if written:
+                        file.truncate(size_bytes)  # half a piece would spoil the next
+                    raise
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+        self._kept.clear()
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again: `$XDG_CACHE_HOME/alexnet`, or `~/.cache/alexnet`.
+
+    Raises:
+        OSError: a user without a home folder, as in some containers.
+    Source: XDG Base Directory Specification.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no place for a cache: {error}") from error

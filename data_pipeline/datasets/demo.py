@@ -1,0 +1,99 @@
+"""The demo data: scikit-learn's handwritten digits, real scans, written as an ImageFolder of JPEGs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.bad_files import printable
+
+DEMO_ROOT = Path("data/demo-digits")
+"""Where training and `alexnet data demo` put it."""
+
+SIDE_PX = 64
+NUM_SCANS = 1797
+MARKER = "README.txt"
+_README = """Handwritten digits: {train} training and {val} validation images of 10 classes, {side} pixels.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository
+(CC BY 4.0), the 1,797 scans of 8 x 8 pixels and 17 gray levels that scikit-learn ships; enlarged bicubically.
+No scan is in both splits. Written by `alexnet data demo`.
+"""
+
+
+def write_demo(root: Path) -> None:
+    """Write the digits to `root/train/<digit>/*.jpg` and `root/val/<digit>/*.jpg`; nothing if they are there.
+
+    The folder appears whole or not at all, also when several processes write it at once.
+
+    Args:
+        root: the folder to make.
+    Raises:
+        UserError: `root` holds something else, or scikit-learn is not installed.
+    """
+    root = Path(root)
+    if is_demo(root):
+        return
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{printable(root)} exists and is not the demo data: give an empty or a new folder")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(
+            "the demo data comes with scikit-learn, which is not installed: pip install 'alexnet[train]'"
+        ) from error
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        _write(load_digits(), temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        try:
+            temporary.rename(root)  # replaces an empty folder, never a full one
+        except OSError:
+            if not is_demo(root):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_demo(root: Path) -> bool:
+    """Whether a folder holds the whole demo data: its marker, and every image."""
+    return (Path(root) / MARKER).is_file() and sum(1 for _ in Path(root).glob("*/*/*.jpg")) == NUM_SCANS
+
+
+def validation_scans(grays: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which scans are held out: of each class the fifth whose hashes are smallest, so the split never moves.
+
+    Args:
+        grays: (N, 8, 8) scans.
+        labels: (N) digits.
+    Returns:
+        (N) True for validation.
+    """
+    hashes = np.array([hashlib.sha256(scan.tobytes()).hexdigest() for scan in grays])
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        held_out[members[np.argsort(hashes[members], kind="stable")[: len(members) // 5]]] = True
+    return held_out
+
+
+def _write(digits: Any, folder: Path) -> None:
+    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    held_out = validation_scans(grays, digits.target)
+    for number, (scan, label) in enumerate(zip(grays, digits.target, strict=True)):
+        target = folder / ("val" if held_out[number] else "train") / str(int(label)) / f"{number:04d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        enlarged = Image.fromarray(scan).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+        enlarged.convert("RGB").save(target, "JPEG", quality=90)
+    readme = _README.format(train=int((~held_out).sum()), val=int(held_out.sum()), side=SIDE_PX)
+    (folder / MARKER).write_text(readme, encoding="utf-8")

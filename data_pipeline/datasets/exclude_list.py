@@ -1,0 +1,131 @@
+"""The quarantine list: files that cannot be decoded, with their reasons, which training leaves out.
+
+`quarantine.jsonl` in the data folder holds a line for each: `{"path": "train/dog/7.jpg", "reason": "..."}`.
+Paths are relative to the data folder; a member of a tar shard is `train/shard-000000.tar/00000007.jpg`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.files import write_atomic
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.loading.bad_files import printable
+
+log = logging.getLogger("data_pipeline")
+
+QUARANTINE = "quarantine.jsonl"
+MAX_LIST_BYTES = 1 << 30
+MAX_LINE_BYTES = 1 << 20
+
+
+def find_quarantine(root: Path, quarantine: Path | bool | None) -> Path | None:
+    """The list to honour; see `data_pipeline.datasets.open.open_dataset`.
+
+    Raises:
+        UserError: a list was named and is not there, or what is there is no file.
+    """
+    if quarantine is False or quarantine is None:
+        return None
+    path = root / QUARANTINE if quarantine is True else quarantine
+    if path.is_file():
+        return path
+    if path.exists() or path.is_symlink():
+        raise UserError(f"the quarantine list {printable(path)} is not a regular file: remove it")
+    if quarantine is True:
+        return None
+    raise UserError(f"no quarantine list {printable(path)}")
+
+
+def read_quarantine(path: Path) -> dict[str, str]:
+    """The reason for each path in a list. The paths are compared with the data's own, and never opened.
+
+    Raises:
+        UserError: not such a list; says which line.
+    """
+    reasons: dict[str, str] = {}
+    try:
+        with path.open("rb") as file:
+            if (size_bytes := path.stat().st_size) > MAX_LIST_BYTES:
+                raise UserError(
+                    f"{printable(path)} has {size_bytes} bytes, which no quarantine list has "
+                    f"(limit {MAX_LIST_BYTES}): remove it, and write it again with alexnet data verify"
+                )
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if line.strip():
+                    name, reason = _parse(line, f"{printable(path)} line {number}")
+                    reasons[name] = reason
+    except OSError as error:
+        raise UserError(
+            f"cannot read the quarantine list {printable(path)}: {error.strerror or error}"
+        ) from error
+    return reasons
+
+
+def _parse(line: bytes, where: str) -> tuple[str, str]:
+    if len(line) == MAX_LINE_BYTES:
+        raise UserError(f"{where} is too long for a path and a reason: mend or remove the list")
+    try:
+        row = json.loads(line)
+        name, reason = row["path"], row["reason"]
+        if not isinstance(name, str) or not isinstance(reason, str):
+            raise TypeError("path and reason must be texts")
+        os.fsencode(name)  # a surrogate that stands for no byte is no file's name
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f'{where} is not {{"path": ..., "reason": ...}}, two texts: mend or remove the list'
+        ) from error
+    return name, reason
+
+
+def write_quarantine(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write a list, in the order given, whole or not at all. Names need not be UTF-8: JSON escapes them.
+
+    Raises:
+        SaveError: the folder cannot be written to.
+    """
+    rows = [json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in reasons.items()]
+    try:
+        write_atomic(path, "".join(rows).encode("ascii"))
+    except OSError as error:
+        raise SaveError(
+            f"the quarantine list {printable(path)} could not be written: {error.strerror or error}"
+        ) from error
+
+
+def names_of(dataset: Dataset) -> Iterator[str]:
+    """Each sample's path relative to the data folder, as a quarantine list has it."""
+    if dataset.source is None:
+        return (f"{dataset.split}/{path}" for path in dataset.paths)
+    return (dataset.name_at(i) for i in range(len(dataset)))
+
+
+def leave_out(dataset: Dataset, path: Path) -> Dataset:
+    """The dataset without the samples that a list names; says how many, and how many are not there.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    listed = read_quarantine(path)
+    kept = np.fromiter((name not in listed for name in names_of(dataset)), dtype=bool, count=len(dataset))
+    num_left_out = len(dataset) - int(kept.sum())
+    num_unknown = sum(1 for name in listed if name.startswith(f"{dataset.split}/")) - num_left_out
+    if num_unknown > 0:
+        log.warning(
+            "%d entries of %s name no image of %s: alexnet data verify renews the list",
+            num_unknown, printable(path), dataset.split,
+        )  # fmt: skip
+    if not num_left_out:
+        return dataset
+    if not kept.any():
+        raise UserError(f"{printable(path)} names every image of {dataset.split}: nothing would be left")
+    log.info("%s: %d of %d images in quarantine left out", dataset.split, num_left_out, len(dataset))
+    return replace(dataset.take(np.flatnonzero(kept)), num_quarantined=num_left_out)

@@ -1,0 +1,166 @@
+"""The index of a large dataset, kept between runs, and used only while the data is what it was.
+
+What a scan looked at is watched: every folder it listed and every label file it read or missed, each with its
+modification and change times. A file added, removed or renamed changes its folder's times; a label file that
+is edited, its own. Times within `SETTLE_NS` of the scan are not believed, since a later change could bear
+the same time. The content of images is not part of the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from data_pipeline.common.files import user_cache
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.datasets.watch import Signature, Watch, signature_of
+from data_pipeline.loading.bad_files import printable
+
+log = logging.getLogger("data_pipeline")
+
+VERSION = 1
+"""Raise it when a scan of the same tree gives another index than before."""
+
+CACHE_FOLDER = ".alexnet"
+SETTLE_NS = 2_000_000_000
+_HASH_BYTES = 32
+
+
+class _Stored(msgspec.Struct, array_like=True):
+    """A dataset as it is kept. Names are bytes in the file system's encoding; arrays are little-endian."""
+
+    version: int
+    split: bytes
+    scanned_ns: int
+    watched: list[tuple[bytes, Signature | None]]
+    classes: list[bytes]
+    labels_text: list[str]
+    blob: bytes
+    ends: bytes
+    labels: bytes
+
+
+def load_index(root: Path, split: str) -> Dataset | None:
+    """The kept index of a split, if there is one and nothing that it rests on has changed."""
+    for path in _places(root, split):
+        try:
+            content = path.read_bytes()
+        except OSError:
+            continue
+        stored = _decode(content, split)
+        if stored is None:
+            log.info("the index in %s is damaged or of another version: listing the files again", path)
+        elif _is_current(stored, root):
+            return _dataset(stored, root, split)
+    return None
+
+
+def save_index(dataset: Dataset, watch: Watch) -> Path | None:
+    """Keep the index: in `.alexnet/` of the data folder or, if it cannot be written, in the user's cache.
+
+    Args:
+        dataset: a split of files; its `source` is None.
+        watch: what the scan that made it looked at.
+    Returns:
+        Where it is kept; None if nowhere could be written.
+    """
+    names = dataset.paths if isinstance(dataset.paths, PackedNames) else PackedNames.pack(dataset.paths)
+    stored = _Stored(
+        version=VERSION,
+        split=os.fsencode(dataset.split),
+        scanned_ns=watch.started_ns,
+        watched=[(os.fsencode(name), signature) for name, signature in watch.seen.items()],
+        classes=[os.fsencode(name) for name in dataset.classes],
+        labels_text=list(dataset.labels_text),
+        blob=names.blob,
+        ends=names.ends.astype("<i8").tobytes(),
+        labels=dataset.labels.astype("<i4").tobytes(),
+    )
+    content = msgspec.msgpack.encode(stored)
+    for path in _places(dataset.root, dataset.split):
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, hashlib.sha256(content).digest() + content)
+            log.info("index of %d images kept in %s", len(dataset), printable(path))
+            return path
+    log.info("the index could not be kept: neither the data folder nor the user's cache can be written")
+    return None
+
+
+def _places(root: Path, split: str) -> list[Path]:
+    name = f"index-{split}.bin"
+    places = [Path(root) / CACHE_FOLDER / name]
+    identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
+    with suppress(OSError):
+        places.append(user_cache() / identity / name)
+    return places
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole, also when several ranks do so at once."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _decode(content: bytes, split: str) -> _Stored | None:
+    if hashlib.sha256(content[_HASH_BYTES:]).digest() != content[:_HASH_BYTES]:
+        return None
+    try:
+        stored = msgspec.msgpack.decode(memoryview(content)[_HASH_BYTES:], type=_Stored)
+    except msgspec.MsgspecError:
+        return None
+    return stored if stored.version == VERSION and stored.split == os.fsencode(split) else None
+
+
+def _is_current(stored: _Stored, root: Path) -> bool:
+    newest_ns = stored.scanned_ns - SETTLE_NS
+    if stored.scanned_ns > time.time_ns():
+        return False
+    for name, signature in stored.watched:
+        if signature != signature_of(f"{root}/{os.fsdecode(name)}"):
+            return False
+        if signature is not None and max(signature.changed_ns, signature.modified_ns) > newest_ns:
+            return False
+    return True
+
+
+def _dataset(stored: _Stored, root: Path, split: str) -> Dataset | None:
+    """The dataset, unless an entry is not as we write it: the hash does not prove who wrote the file."""
+    labels = np.frombuffer(stored.labels, dtype="<i4").astype(np.int64)
+    ends = np.frombuffer(stored.ends, dtype="<i8").astype(np.int64)
+    rising = bool((np.diff(ends, prepend=0) > 0).all()) and (not len(ends) or ends[-1] == len(stored.blob))
+    known = not len(labels) or (labels.min() >= 0 and labels.max() < len(stored.classes))
+    if len(labels) != len(ends) or not rising or not known or _leaves_the_folder(stored.blob, ends):
+        log.info("the index of %s is not one of ours: listing the files again", printable(root))
+        return None
+    labels.setflags(write=False)
+    return Dataset(
+        root=Path(root),
+        split=split,
+        paths=PackedNames(stored.blob, ends),
+        labels=labels,
+        classes=tuple(os.fsdecode(name) for name in stored.classes),
+        labels_text=tuple(stored.labels_text),
+    )
+
+
+def _leaves_the_folder(blob: bytes, ends: np.ndarray[tuple[int], np.dtype[np.int64]]) -> bool:
+    """Whether a name could point out of its split's folder. A file's own name may hold dots, no `../`."""
+    first = np.frombuffer(blob, dtype=np.uint8)[np.concatenate([[0], ends[:-1]])] if len(ends) else []
+    return b"../" in blob or b"/.." in blob or b"\0" in blob or bool((np.asarray(first) == ord("/")).any())

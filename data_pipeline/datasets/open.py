@@ -1,0 +1,190 @@
+"""Opening a dataset, whatever its layout: class folders, Tiny ImageNet, ImageNet, or tar shards.
+
+| layout | train | val | detected by |
+|---|---|---|---|
+| ImageFolder | `train/<class>/**` | `val/<class>/**` | class folders with images |
+| Tiny ImageNet | `train/<wnid>/images/*` | `val/images/*` flat | `val/val_annotations.txt` |
+| ImageNet | `train/<wnid>/*` | `val/*` flat | `val.txt`, `LOC_val_solution.csv`, or the devkit |
+| tar shards | `train/*.tar` | `val/*.tar` | tar files in the split's folder |
+
+What would only give chance accuracy is refused: flat images without labels, or splits of different classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.exclude_list import find_quarantine, leave_out
+from data_pipeline.datasets.image_folder import (
+    LAYOUT,
+    Dataset,
+    check_same_classes,
+    is_image,
+    list_entries,
+    load_image_folder,
+)
+from data_pipeline.datasets.index_cache import load_index, save_index
+from data_pipeline.datasets.label_files import ANNOTATIONS, find_annotations, read_wnids, read_words
+from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.datasets.watch import Watch
+from data_pipeline.loading.bad_files import printable
+from data_pipeline.shards.shard_format import shard_files
+from data_pipeline.shards.shards import open_shards
+
+log = logging.getLogger("data_pipeline")
+
+MIN_CACHED = 10_000
+"""Datasets with fewer files are listed anew each time: that takes a moment, and leaves no file behind."""
+
+SPLITS = ("train", "val", "test")
+
+
+def open_dataset(
+    root: Path, split: str, *, quarantine: Path | bool | None = True, min_cached: int = MIN_CACHED
+) -> Dataset:
+    """One split of the data in a folder, whatever its layout.
+
+    Args:
+        root: the data folder.
+        split: "train", "val", ...
+        quarantine: True honours `quarantine.jsonl` of the data folder where there is one, a path another
+            list; False leaves nothing out.
+        min_cached: from how many files on the index is kept for the next time.
+    Returns:
+        The samples, by class and then by name, without those in quarantine.
+    Raises:
+        UserError: no such folder, no images, or a layout from which nothing could be learned.
+        CorruptFileError: shards, or their indices, that are damaged.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
+    if split in ("", ".", "..") or "/" in split:
+        raise UserError(f"{split!r} is not the name of a split: train, val, ...")
+    shards = shard_files(root, split)
+    if shards:
+        dataset = open_shards(root, split, shards)
+    else:
+        found = load_index(root, split)
+        dataset = found if found is not None else _scan(root, split, min_cached)
+    dataset.labels.setflags(write=False)
+    listed = find_quarantine(root, quarantine)
+    return dataset if listed is None else leave_out(dataset, listed)
+
+
+def splits_of(root: Path) -> tuple[str, ...]:
+    """Which of train, val and test a data folder has with labels; ImageNet's test images have none.
+
+    Raises:
+        UserError: no such folder, or neither train nor val in it.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
+    found = [name for name in SPLITS if (Path(root) / name).is_dir() or shard_files(Path(root), name)]
+    if "test" in found and not shard_files(Path(root), "test") and _is_flat(Path(root) / "test"):
+        found.remove("test")
+    if not set(found) & {"train", "val"}:
+        raise UserError(f"neither train nor val in {printable(root)}: {LAYOUT}")
+    return tuple(found)
+
+
+def _scan(root: Path, split: str, min_cached: int) -> Dataset:
+    watch = Watch(root)
+    folder = root / split
+    if folder.is_dir() and _is_flat(folder):
+        dataset = _load_annotated(root, split, watch)
+    else:
+        dataset = load_image_folder(root, split, watch)
+        if split != "train" and (classes := _train_classes(root, watch)) is not None:
+            check_same_classes(replace(dataset, split="train", classes=classes), dataset)
+    dataset = replace(dataset, labels_text=read_words(root, dataset.classes, watch))
+    if len(dataset) >= min_cached:
+        save_index(dataset, watch)
+    return dataset
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether images lie side by side: in the split's folder, or in `images/` as its only folder."""
+    entries = list_entries(folder)
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    return folders == ["images"] or (not folders and any(is_image(entry.name) for entry in entries))
+
+
+def _train_classes(root: Path, watch: Watch) -> tuple[str, ...] | None:
+    """The class folders of the training split; None where there is no such split, or it is not in folders."""
+    folder = root / "train"
+    watch.note(folder)
+    if not folder.is_dir():
+        return None
+    return tuple(entry.name for entry in list_entries(folder) if entry.is_dir()) or None
+
+
+def _load_annotated(root: Path, split: str, watch: Watch) -> Dataset:
+    """A split whose images lie flat, with their classes in a file."""
+    folder = root / split
+    found = find_annotations(root, split, watch)
+    if found is None:
+        raise UserError(
+            f"the images of {printable(folder)} lie side by side, not in class folders, and no file says "
+            f"which is of which class, so accuracy would be chance: {LAYOUT}, or add {ANNOTATIONS}"
+        )
+    path, read = found
+    inner = "images/" if (folder / "images").is_dir() else ""
+    watch.note(folder)
+    watch.note(folder / inner)
+    names = [e.name for e in list_entries(folder / inner) if is_image(e.name) and not e.is_dir()]
+    train_classes, wnids = _train_classes(root, watch), read_wnids(root, watch)
+    if train_classes is not None and wnids is not None and train_classes != wnids:
+        missing = sorted(set(wnids) ^ set(train_classes))
+        raise UserError(
+            f"the class folders of {printable(root / 'train')} are not those of wnids.txt "
+            f"({len(train_classes)} and {len(wnids)}, first difference {printable(missing[0])}): "
+            "the data is incomplete"
+        )
+    classes = train_classes or wnids
+    labels = read(names, classes)
+    if classes is None:
+        classes = tuple(sorted(set(labels.values()), key=os.fsencode))
+    _check_annotations(path, names, labels, classes, folder / inner)
+    place = {name: number for number, name in enumerate(classes)}
+    numbers = np.array([place[labels[name]] for name in names], dtype=np.int64)
+    order = np.argsort(numbers, kind="stable")
+    return Dataset(
+        root=root,
+        split=split,
+        paths=PackedNames.pack(f"{inner}{names[i]}" for i in order),
+        labels=numbers[order],
+        classes=classes,
+    )
+
+
+def _check_annotations(
+    path: Path, names: list[str], labels: dict[str, str], classes: tuple[str, ...], folder: Path
+) -> None:
+    present = set(names)
+    without = [name for name in names if name not in labels]
+    missing = sorted(set(labels) - present)
+    strange = sorted({labels[name] for name in names if name in labels} - set(classes))
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(names)} images in {printable(folder)} have no line in {printable(path)} "
+            f"(the first: {printable(without[0])}): add their lines, or remove the images"
+        )
+    if missing:
+        raise UserError(
+            f"{printable(path)} names {len(missing)} images that are not in {printable(folder)} "
+            f"(the first: {printable(missing[0])}): restore them, or remove their lines"
+        )
+    if strange:
+        raise UserError(
+            f"{printable(path)} names {len(strange)} classes that train/ does not have "
+            f"(the first: {printable(strange[0])}): the splits must have the same classes"
+        )
+    if len(classes) < 2:
+        raise UserError(f"{printable(path)} knows one class only: there is nothing to tell apart")

@@ -1,0 +1,201 @@
+"""DALI, on CPU and GPU. With `dali_graph`, the only file that imports nvidia.dali.
+
+It decodes with libjpeg-turbo (CPU) or nvJPEG (GPU), and follows the policy in `pillow_backend`. Sizes and
+windows come from Python, so the two backends cut the same pixels. On a GPU the whole recipe is one graph,
+and the images stay there. On the CPU, DALI decodes the windows; `resize` does the rest, on as many threads:
+DALI's resize takes longer there than its decoding, and ours gives the Pillow backend's pixels to the bit.
+
+Files that DALI cannot read, or would read although they are damaged, are read by Pillow and handed to the
+same graph as BMP, so that every batch is one output of one graph, on its device.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data_pipeline.common.machine import share_memory_arenas
+from data_pipeline.decode.dali_graph import make_graph, run_graph
+from data_pipeline.decode.jpeg import markers_are_sound
+from data_pipeline.decode.pillow import Decoded, blank_images, decode_rgb, spread
+from data_pipeline.decode.resize import Resizer
+from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.transforms.crop import Geometry
+
+log = logging.getLogger("data_pipeline")
+
+
+class DaliBackend:
+    """Decodes batches with DALI. Calls from several threads overlap: one decodes while another resizes.
+
+    Args:
+        device: "cpu", or "gpu" for decoding and resizing there; then `Decoded.images` stays there.
+        device_id: which GPU; unused on the CPU.
+        crop_px: side of the square that comes out.
+        max_batch: most samples in one call.
+        num_threads: threads for decoding, and as many for resizing on the CPU.
+        whole_graph: whether DALI resizes, cuts and colours too; None for yes on a GPU, no on the CPU.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        device: Literal["cpu", "gpu"],
+        device_id: int,
+        crop_px: int,
+        max_batch: int,
+        num_threads: int,
+        whole_graph: bool | None = None,
+    ) -> None:
+        if device == "cpu":
+            share_memory_arenas()
+        self.device: str = device
+        self.max_batch = max_batch
+        self._whole_graph = device == "gpu" if whole_graph is None else whole_graph
+        self._crop_px, self._device_id, self._num_threads = crop_px, device_id, max(1, num_threads)
+        self._resizer = None if self._whole_graph else Resizer()
+        self._lock = threading.Lock()
+        self._told = False
+        self._graphs: dict[tuple[tuple[int, ...], bool], Any] = {}
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")
+
+    def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+        """Decode a batch; a file that fails leaves zeros and its reason.
+
+        Args:
+            encoded: N files' bytes, N at most `max_batch`; None leaves zeros.
+            geometry: N recipes.
+        Returns:
+            A NumPy array, or on a GPU DALI's tensor. Both stay valid: the array is our own, and DALI's
+            default executor gives every output memory of its own.
+        """
+        assert geometry.crop_px == self._crop_px and len(encoded) <= self.max_batch
+        work = _Work([_black() if data is None else data for data in encoded], geometry)
+        work.blank.update(i for i, data in enumerate(encoded) if data is None)
+        for i, data in enumerate(work.files):
+            if _is_for_pillow(data):
+                work.transcode(i)
+        with self._lock:
+            output = self._run(work.files, work.recipe())
+            while output is None:  # at most twice: what DALI refuses becomes BMP, a BMP refused becomes blank
+                for i in self._refused(work.files, work.recipe(), np.arange(len(work.files))):
+                    work.transcode(i)
+                output = self._run(work.files, work.recipe())
+        if work.transcoded and not self._told:
+            self._told = True
+            log.info("DALI cannot read some of the files (GIF, TIFF, ...): Pillow decodes those, more slowly")
+        return Decoded(self._images(output, work), work.failures, len(work.transcoded))
+
+    def close(self) -> None:
+        """Let go of the graphs, their threads and their memory."""
+        self._graphs.clear()
+        self._pool.shutdown()
+
+    def _images(self, output: Any, work: _Work) -> object:
+        if (resizer := self._resizer) is not None:
+            images = blank_images(work.geometry)
+
+            def resize(i: int) -> None:
+                if i not in work.blank:
+                    resizer.finish_into(images, output.at(i), work.geometry, i)
+
+            spread(resize, len(images), self._pool, self._num_threads)
+            return images
+        if self.device == "cpu":
+            return np.array(output.as_array())
+        tensor: object = output.as_tensor()
+        return tensor
+
+    def _refused(self, files: Sequence[bytes], recipe: Geometry, indices: npt.NDArray[np.int64]) -> list[int]:
+        """Which of the samples DALI refuses, by halving: one bad file costs two more decodes of its batch."""
+        refused: list[int] = []
+        for half in np.array_split(indices, 2 if len(indices) > 1 else 1):
+            if self._run([files[i] for i in half], recipe.take(half)) is None:
+                refused += self._refused(files, recipe, half) if len(half) > 1 else [int(half[0])]
+        return refused
+
+    def _run(self, files: Sequence[bytes], recipe: Geometry) -> Any:
+        """One run of the graph for this kind of recipe; None if DALI refuses the batch."""
+        kind = (recipe.views, recipe.colors is not None) if self._whole_graph else ((), False)
+        if kind not in self._graphs:
+            self._graphs[kind] = make_graph(
+                "gpu" if self.device == "gpu" else "cpu", self._device_id, self.max_batch, self._num_threads,
+                crop_px=self._crop_px if self._whole_graph else None, views=kind[0], colors=kind[1],
+            )  # fmt: skip
+        try:
+            return run_graph(self._graphs[kind], files, recipe, whole=self._whole_graph)
+        except RuntimeError as error:
+            log.debug("DALI refused a batch of %d: %s", len(files), error)
+            return None
+
+
+class _Work:
+    """A batch on its way through DALI: what is fed for each sample, and what became of it."""
+
+    def __init__(self, files: list[bytes], geometry: Geometry) -> None:
+        self.files = files
+        self.failures: dict[int, str] = {}
+        self.transcoded: set[int] = set()
+        self.blank: set[int] = set()
+        self.geometry = geometry
+
+    def transcode(self, index: int) -> None:
+        """Replace one file by what Pillow reads of it, or by a black pixel if it cannot be had either."""
+        if index in self.blank:
+            raise RuntimeError("DALI refuses the blank image: its pipeline is broken")
+        try:
+            if index in self.transcoded:  # DALI refused our own BMP: the window is not inside it
+                self.transcoded.discard(index)
+                raise ImageError("its header and its pixels disagree about the size")
+            self.files[index] = _as_bmp(decode_rgb(self.files[index]))
+            self.transcoded.add(index)
+        except ImageError as error:
+            self.failures[index] = str(error)
+            self.blank.add(index)
+            self.files[index] = _black()
+
+    def recipe(self) -> Geometry:
+        """The geometry, with a window for each blank sample on the black pixel that stands in its place."""
+        if not self.blank:
+            return self.geometry
+        at = np.array(sorted(self.blank), dtype=np.int64)
+        full = self.geometry
+        windows, sizes, anchors = full.windows.copy(), full.sizes.copy(), full.anchors.copy()
+        windows[at], sizes[at], anchors[at] = (0, 0, 1, 1), full.crop_px, 0
+        colors = full.colors
+        if colors is not None:
+            colors = colors.copy()
+            colors[at] = np.eye(3, 4)
+        return Geometry(windows, sizes, anchors, full.flips, full.crop_px, colors)
+
+
+def _is_for_pillow(data: bytes) -> bool:
+    """Files that DALI does not know (GIF, extended WebP), reads although cut short (TIFF) or rotten (JPEG),
+    or cannot read and complains of on stderr besides (PNG that is cut short, JPEG without an image).
+    """
+    if data.startswith(b"\xff\xd8"):
+        return not markers_are_sound(data)
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    return data.startswith((b"GIF8", b"II*\0", b"MM\0*")) or data[8:16] == b"WEBPVP8X"
+
+
+def _as_bmp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1)
+def _black() -> bytes:
+    return _as_bmp(Image.new("RGB", (1, 1)))

@@ -1,0 +1,279 @@
+"""The reference decoder: Pillow and NumPy. The oracle for DALI, the fallback where DALI is absent.
+
+The policy for every kind of file is here, once, for training and prediction:
+
+| file | becomes |
+|---|---|
+| EXIF orientation 1..8 | turned upright; sizes and windows are those of the upright image |
+| grayscale, palette, 1-bit | RGB |
+| transparency | dropped: the colours as stored, over nothing |
+| 16 bits a channel | scaled to 8 |
+| CMYK | RGB, without a colour profile; inverted first where Adobe's marker says that it is stored so |
+| animation, several pages | the first frame |
+| truncated, or otherwise not wholly readable | `ImageError` |
+| more pixels than `max_pixels`, by the header | `ImageError`, before anything is decoded |
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageChops, ImageFile
+
+from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.transforms.crop import Geometry
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DIRECT_CROP_PIXELS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a backend made of a batch.
+
+    Args:
+        images: (N, crop, crop, 3) uint8 RGB, or (N, V, crop, crop, 3) for V views of each image; any object
+            with `__dlpack__`; zeros where a file failed.
+        failures: the reason for each sample that failed, by its place in the batch.
+        by_pillow: how many of the batch were decoded by Pillow on behalf of another backend.
+    """
+
+    images: object
+    failures: dict[int, str] = field(default_factory=dict)
+    by_pillow: int = 0
+
+
+class PillowBackend:
+    """Decodes batches with Pillow, a thread for each file.
+
+    Args:
+        num_threads: files decoded at once (Pillow releases the interpreter while it decodes).
+        max_batch: most samples in one call.
+    """
+
+    name = "pillow"
+    device = "cpu"
+
+    def __init__(self, num_threads: int, max_batch: int) -> None:
+        self.max_batch = max_batch
+        self._num_threads = max(1, num_threads)
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="pillow")
+
+    def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+        """Decode a batch; a file that fails leaves zeros and its reason.
+
+        Args:
+            encoded: N files' bytes; None leaves zeros.
+            geometry: N recipes.
+        Returns:
+            A NumPy array that the caller owns, and the failures.
+        """
+        images, failures = blank_images(geometry), {}
+
+        def work(i: int) -> None:
+            try:
+                if (data := encoded[i]) is not None:
+                    images[i] = decode_one(data, geometry, i)
+            except ImageError as error:
+                failures[i] = str(error)
+
+        spread(work, len(encoded), self._pool, self._num_threads)
+        return Decoded(images, dict(sorted(failures.items())))
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown()
+
+
+def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
+    """Height and width of the upright image, from its header alone.
+
+    Args:
+        encoded: the file's bytes.
+        max_pixels: most pixels that may be decoded later.
+    Returns:
+        height, width, in pixels, as they are after the EXIF orientation is applied.
+    Raises:
+        ImageError: not an image, or more pixels than allowed.
+    """
+    image = _open(encoded)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels are above the limit of {max_pixels}")
+    if width < 1 or height < 1:
+        raise ImageError(f"an image of {width} x {height} pixels")
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def decode_rgb(encoded: bytes) -> Image.Image:
+    """The whole image: 8-bit RGB, upright, by the policy above.
+
+    Raises:
+        ImageError: not an image, or not wholly readable.
+    """
+    image = _open(encoded)
+    turn = _TURNS.get(_orientation(image))
+    try:
+        image.load()
+        rgb = _to_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, ... by format
+        raise ImageError(_reason(image.format, error)) from error
+    return rgb.transpose(turn) if turn is not None else rgb
+
+
+def decode_one(encoded: bytes, geometry: Geometry, index: int) -> npt.NDArray[np.uint8]:
+    """One image through one recipe.
+
+    Args:
+        encoded: the file's bytes.
+        geometry: recipes.
+        index: which of them.
+    Returns:
+        (crop, crop, 3) uint8, or (V, crop, crop, 3).
+    Raises:
+        ImageError: as `decode_rgb`, or pixels that are not as the header said.
+    """
+    image = decode_rgb(encoded)
+    y, x, h, w = (int(value) for value in geometry.windows[index])
+    if y + h > image.height or x + w > image.width:
+        raise ImageError(
+            f"its header and its pixels disagree about the size ({image.width} x {image.height})"
+        )
+    if (h, w) != (image.height, image.width):
+        if h * w < _DIRECT_CROP_PIXELS:
+            image = image.crop((x, y, x + w, y + h))
+        else:  # `crop` applies Pillow's own pixel limit, which is a global of the process
+            image = Image.fromarray(np.asarray(image)[y : y + h, x : x + w])
+    # cut first, then resize: pixels outside the window must not bleed in, as `resize(box=...)` would let them
+    return finish(image, geometry, index)
+
+
+def finish(window: Image.Image, geometry: Geometry, index: int) -> npt.NDArray[np.uint8]:
+    """What a recipe does with its window, once that is decoded and cut: resize, colour, crop, mirror.
+
+    Args:
+        window: RGB.
+        geometry: recipes.
+        index: which of them.
+    Returns:
+        (crop, crop, 3) uint8, or (V, crop, crop, 3).
+    """
+    height, width = (int(value) for value in geometry.sizes[index])
+    resized = window.resize((width, height), Image.Resampling.BILINEAR)
+    if geometry.colors is not None:
+        resized = resized.convert("RGB", tuple(geometry.colors[index].ravel().tolist()))
+    side, views = geometry.crop_px, []
+    anchors, flips = geometry.anchors[index].reshape(-1, 2), geometry.flips[index].reshape(-1)
+    for (top, left), flip in zip(anchors.tolist(), flips.tolist(), strict=True):
+        view = resized if resized.size == (side, side) else resized.crop((left, top, left + side, top + side))
+        # by Pillow: NumPy takes five times as long to copy rows of pixels from right to left
+        views.append(np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view))
+    return np.stack(views) if geometry.views else views[0]
+
+
+def spread(work: Callable[[int], None], count: int, pool: ThreadPoolExecutor, num_threads: int) -> None:
+    """Call `work` with 0..count - 1, each thread taking every so many-th: one hand-over a thread."""
+
+    def share(first: int) -> None:
+        for number in range(first, count, num_threads):
+            work(number)
+
+    list(pool.map(share, range(num_threads)))
+
+
+def blank_images(geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """Zeros of the shape of a batch's images."""
+    side = geometry.crop_px
+    return np.zeros((len(geometry), *geometry.views, side, side, 3), dtype=np.uint8)
+
+
+def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
+    """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
+
+    Not `Image.open`: it tries every plugin, runs Ghostscript for PostScript, and its pixel limit is a global.
+    """
+    from PIL import (
+        BmpImagePlugin,
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    return (
+        (b"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
+        (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+        (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
+        (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
+        (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
+        (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
+        (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
+    )
+
+
+def _open(encoded: bytes) -> ImageFile.ImageFile:
+    if not encoded:
+        raise ImageError("empty file")
+    for magic, name, reader in image_readers():
+        if encoded.startswith(magic):
+            try:
+                return reader(io.BytesIO(encoded))
+            except Exception as error:
+                raise ImageError(_reason(name, error)) from error
+    raise ImageError("not an image of a known format (JPEG, PNG, BMP, WebP, TIFF, GIF)")
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """EXIF orientation, 1..8. Of what stands before the pixels only, so that asking decodes nothing."""
+    if image.format == "TIFF":
+        return 1  # Pillow's TIFF reader turns the image itself
+    exif = image.info.get("exif")
+    if not exif:
+        return 1
+    parsed = Image.Exif()
+    try:
+        parsed.load(exif)
+        value = parsed.get(_ORIENTATION, 1)
+    except Exception:  # broken metadata is no reason to lose the pixels
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("32 bits a pixel are not supported")
+        # Pillow's own conversion saturates: all above 255 would be white
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise ImageError("floating-point pixels are not supported")
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for one of Adobe's
+    image.info.pop("transparency", None)  # else a palette with transparency converts with a warning
+    return image.convert("RGB")
+
+
+def _reason(format_name: str | None, error: Exception) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    what = "truncated" if "truncated" in text.lower() else "damaged"
+    return f"{what} {format_name or 'image'}: {text}"

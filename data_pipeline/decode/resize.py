@@ -1,0 +1,93 @@
+"""Decoded windows become crops in a batch: by `resize_kernel` where it can, else by Pillow, with a line."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import Image
+
+from data_pipeline.decode.pillow import blank_images, finish
+from data_pipeline.transforms.crop import Geometry
+
+log = logging.getLogger("data_pipeline")
+
+Pixels = npt.NDArray[np.uint8]
+_NO_COLORS = np.empty((0, 3, 4), np.float32)
+_MAX_SHRINK = 4096  # twice that, and rounded weights might add up to a pixel above 255, which Pillow clips
+
+
+class Resizer:
+    """Finishes windows as `pillow_backend.finish` does, with the same pixels to the bit.
+
+    The first one of a process compiles, for some seconds if none before it did.
+    """
+
+    def __init__(self) -> None:
+        self._compiled = _compiled()
+
+    def finish_into(self, images: Pixels, window: Pixels, geometry: Geometry, index: int) -> None:
+        """Fill one image of a batch.
+
+        Args:
+            images: (N, crop, crop, 3) or (N, V, crop, crop, 3), contiguous; that at `index` is written.
+            window: (height, width, 3) RGB, contiguous.
+            geometry: N recipes.
+            index: which of them.
+        """
+        if self._compiled is None or geometry.views or max(window.shape) > _MAX_SHRINK * geometry.crop_px:
+            images[index] = finish(Image.fromarray(window), geometry, index)
+            return
+        _call(self._compiled, images, window, geometry, index)
+
+
+def _call(compiled: Any, images: Pixels, window: Pixels, geometry: Geometry, index: int) -> None:
+    colors = _NO_COLORS if geometry.colors is None else geometry.colors
+    compiled(window, index, geometry.sizes, geometry.anchors, geometry.flips, colors, images)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    """The kernel, or None."""
+    try:
+        from data_pipeline.decode.resize_kernel import compile_finish
+
+        compiled = compile_finish()
+    except Exception as error:  # Numba refuses a NumPy newer than itself, for one
+        log.warning("Numba cannot compile the resize (%s): Pillow resizes, more slowly", error)
+        return None
+    if not _is_pillows(compiled):
+        log.warning(
+            "the compiled resize differs from Pillow %s: Pillow resizes, more slowly", PIL.__version__
+        )
+        return None
+    return compiled
+
+
+def _is_pillows(compiled: Any) -> bool:
+    """Whether the pixels are those of the installed Pillow: enlarged, reduced, tall, cut, mirrored, coloured.
+
+    Before version 13, Pillow resized tall windows in another order; where a compiler fuses multiplying and
+    adding, its colours may differ.
+    """
+    random = np.random.default_rng(0)
+    windows = [random.integers(0, 256, (*size, 3), np.uint8) for size in ((40, 50), (130, 90), (300, 120))]
+    for colors in (None, random.normal(0.4, 0.3, (len(windows), 3, 4)).astype(np.float32)):
+        geometry = Geometry(
+            windows=np.array([(0, 0, *window.shape[:2]) for window in windows]),
+            sizes=np.array([(64, 64), (80, 70), (64, 90)]),
+            anchors=np.array([(0, 0), (7, 3), (0, 26)]),
+            flips=np.array([True, False, True]),
+            crop_px=64,
+            colors=colors,
+        )
+        images = blank_images(geometry)
+        for index, window in enumerate(windows):
+            _call(compiled, images, window, geometry, index)
+            if not np.array_equal(images[index], finish(Image.fromarray(window), geometry, index)):
+                return False
+    return True

@@ -1,0 +1,122 @@
+"""`alexnet data download`: fetch, verify, unpack, and leave a folder that `open_dataset` reads."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.download.catalog import CATALOG, Archive
+from data_pipeline.download.cifar import write_cifar
+from data_pipeline.download.fetch import ATTEMPTS, STALL_S, fetch
+from data_pipeline.download.unpack import unpack
+from data_pipeline.loading.bad_files import printable
+
+log = logging.getLogger("data_pipeline")
+
+MARKER = "download.json"
+
+
+def download(
+    name: str,
+    target: Path | None = None,
+    *,
+    mirror: str | None = None,
+    stall_s: float = STALL_S,
+    attempts: int = ATTEMPTS,
+    pause_s: float = 1.0,
+) -> Path:
+    """Put a dataset of the catalog into a folder; the folder appears whole or not at all.
+
+    The archive is kept beside it until it is unpacked, so that an interrupted download goes on.
+
+    Args:
+        name: see `data_pipeline.download.catalog`.
+        target: the folder to make; None for `data/<name>`. Nothing is done if the dataset is there.
+        mirror: address of a folder that holds the same file; its content is verified all the same.
+        stall_s: see `data_pipeline.download.fetch`.
+        attempts: see `data_pipeline.download.fetch`.
+        pause_s: see `data_pipeline.download.fetch`.
+    Returns:
+        The folder.
+    Raises:
+        UserError: an unknown name, a folder that holds something else, or a server that gives nothing.
+        CorruptFileError: what came is not what was published.
+        SaveError: a full disk.
+    """
+    if name not in CATALOG:
+        near = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"no dataset {name!r}: {hint}there are {', '.join(CATALOG)}")
+    archive = CATALOG[name]
+    target = Path("data") / name if target is None else Path(target)
+    if _is_there(target, name):
+        log.info("%s is there already", printable(target))
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{printable(target)} exists and is not {name}: give an empty or a new folder")
+    url = archive.url if mirror is None else f"{mirror.rstrip('/')}/{archive.file_name}"
+    if not archive.md5 and not archive.sha256:
+        log.warning("no checksum is published for %s: only its size and its own integrity are checked", name)
+    packed = target.parent / archive.file_name
+    log.info("%s from %s", name, url)
+    fetch(
+        url,
+        packed,
+        size_bytes=archive.size_bytes,
+        md5=archive.md5,
+        sha256=archive.sha256,
+        stall_s=stall_s,
+        attempts=attempts,
+        pause_s=pause_s,
+    )
+    unpacked = target.parent / f".{target.name}-unpacking"
+    try:
+        shutil.rmtree(unpacked, ignore_errors=True)
+        unpack(packed, unpacked, max_bytes=archive.max_bytes, max_files=archive.max_files)
+        _finish(name, archive, unpacked, target)
+    except OSError as error:
+        raise SaveError(f"{printable(target)} could not be written: {error.strerror or error}") from error
+    except CorruptFileError:
+        packed.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    packed.unlink()
+    return target
+
+
+def _finish(name: str, archive: Archive, unpacked: Path, target: Path) -> None:
+    """Bring what was unpacked into a layout that training reads, check that it does, and move it in place."""
+    folder = unpacked / archive.folder
+    if not folder.is_dir():
+        raise CorruptFileError(f"{archive.file_name} does not hold a folder {archive.folder}")
+    if archive.layout != "as it is":
+        made = unpacked / f"{archive.folder}-made"
+        write_cifar(folder, made, archive.layout)
+        folder = made
+    if archive.words:
+        lines = [f"{wnid}\t{text}\n" for wnid, text in archive.words]
+        (folder / "words.txt").write_text("".join(lines), encoding="utf-8")
+    try:
+        counts = {split: len(open_dataset(folder, split, quarantine=False)) for split in ("train", "val")}
+    except UserError as error:
+        raise CorruptFileError(f"{archive.file_name} is not laid out as {name} is: {error}") from error
+    shutil.rmtree(folder / ".alexnet", ignore_errors=True)
+    (folder / ".alexnet").mkdir()
+    (folder / ".alexnet" / MARKER).write_text(json.dumps({"name": name, "images": counts}))
+    folder.chmod(0o755)
+    folder.rename(target)  # replaces an empty folder, never a full one
+    log.info("%s: %d training and %d validation images", printable(target), counts["train"], counts["val"])
+
+
+def _is_there(target: Path, name: str) -> bool:
+    try:
+        marker = json.loads((target / ".alexnet" / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and marker.get("name") == name

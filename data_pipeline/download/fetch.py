@@ -1,0 +1,239 @@
+"""Fetching one file over HTTP: resumed where it broke off, stalls noticed, kept only if it is verified."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from data_pipeline.common.console import Progress, show_progress
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.files import fsync_path
+from data_pipeline.loading.bad_files import printable
+
+log = logging.getLogger("data_pipeline")
+
+CHUNK_BYTES = 1 << 18
+STALL_S = 30.0
+"""No byte for so long is a stall: the connection is given up and taken up again."""
+
+ATTEMPTS = 5
+"""How often in a row a connection may bring nothing new."""
+
+_MB = 1_000_000
+_LARGEST_BYTES = 1 << 40
+
+
+class _BrokenOffError(Exception):
+    """A connection that ended early; the next one may go on."""
+
+
+def fetch(
+    url: str,
+    path: Path,
+    *,
+    size_bytes: int | None = None,
+    md5: str = "",
+    sha256: str = "",
+    stall_s: float = STALL_S,
+    attempts: int = ATTEMPTS,
+    pause_s: float = 1.0,
+) -> None:
+    """Download a file; it appears under its name only when it is whole and verified.
+
+    An interrupted download leaves `<name>.part`, from which the next one goes on.
+
+    Args:
+        url: http or https, also after redirects.
+        path: the file to write; nothing is fetched if it is there and verified.
+        size_bytes: its size, where that is known.
+        md5: its checksum in hexadecimal, or "".
+        sha256: its checksum in hexadecimal, or "".
+        stall_s: see `STALL_S`.
+        attempts: see `ATTEMPTS`.
+        pause_s: wait before the second attempt; doubled before each one after it.
+    Raises:
+        UserError: a refusal by the server, or no connection that brings anything.
+        CorruptFileError: what arrived is not what was published; it is deleted.
+        SaveError: a full disk.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UserError(f"{url} is no http or https address")
+
+    def verify(file: Path) -> str | None:
+        return _what_is_wrong(file, size_bytes, md5, sha256)
+
+    if path.is_file():
+        wrong = verify(path)
+        if wrong is None:
+            log.info("%s is there already, and verified", printable(path))
+            return
+        log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
+        path.unlink()
+    part = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _fetch_all(url, part, size_bytes, stall_s, attempts, pause_s)
+    wrong = verify(part)
+    if wrong is not None:
+        part.unlink()
+        raise CorruptFileError(
+            f"{url} is not the file that was published: it {wrong}; it was deleted. "
+            "Try again, or use another --mirror"
+        )
+    fsync_path(part)
+    part.replace(path)
+
+
+def _fetch_all(
+    url: str, part: Path, size_bytes: int | None, stall_s: float, attempts: int, pause_s: float
+) -> None:
+    failed, best = 0, _size_of(part)
+    total = None if size_bytes is None else -(-size_bytes // _MB)
+    with show_progress(f"download {url.rsplit('/', 1)[-1]}, MB", total) as progress:
+        while True:
+            before = _size_of(part)
+            if size_bytes is not None and before >= size_bytes:
+                return
+            try:
+                _fetch_once(url, part, size_bytes, stall_s, _in_megabytes(progress, before))
+                return
+            except _BrokenOffError as error:
+                got = _size_of(part)
+                failed, best = (1, got) if got > best else (failed + 1, best)
+                if failed >= attempts:
+                    raise UserError(
+                        f"{url} could not be fetched: {error}, {failed} times in a row; what there is stays "
+                        f"in {printable(part)}: run the same command to go on, or use another --mirror"
+                    ) from error
+                log.warning("%s after %d bytes: trying again", error, _size_of(part))
+                time.sleep(pause_s * 2 ** (failed - 1))
+
+
+def _fetch_once(
+    url: str, part: Path, size_bytes: int | None, stall_s: float, advance: Callable[[int], None]
+) -> None:
+    """One connection, from where the part ends to where the file does.
+
+    Raises:
+        _BrokenOffError: it ended early.
+        UserError: the server refuses.
+    """
+    start = _size_of(part)
+    request = urllib.request.Request(url, headers={"User-Agent": "alexnet", "Accept-Encoding": "identity"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        with _opener().open(request, timeout=stall_s) as response:
+            total = _total_bytes(response, start)
+            if start and response.status != 206:
+                log.info("the server cannot resume: starting anew")
+                start = 0
+            limit = size_bytes if size_bytes is not None else total if total is not None else _LARGEST_BYTES
+            with part.open("ab" if start else "wb", buffering=0) as file:
+                _copy(response, file, limit - start, advance)
+            got = _size_of(part)
+            if got < (total if total is not None else got) or (size_bytes is not None and got < size_bytes):
+                raise _BrokenOffError(f"the connection ended early, at {got} of {size_bytes or total} bytes")
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 416:  # the part is longer than the file: another version of it
+                part.unlink(missing_ok=True)
+                raise _BrokenOffError("the server has a shorter file than the part that was kept") from error
+            if error.code in (408, 429) or error.code >= 500:
+                raise _BrokenOffError(f"the server answered {error.code} {error.reason}") from error
+            raise UserError(
+                f"{url}: the server answered {error.code} {error.reason}; use another --mirror"
+            ) from error
+    except TimeoutError as error:
+        raise _BrokenOffError(f"no byte for {stall_s:g} s") from error
+    except http.client.IncompleteRead as error:
+        raise _BrokenOffError("the connection ended early") from error
+    except (http.client.HTTPException, OSError) as error:  # writing raises a SaveError
+        reason = getattr(error, "reason", error)
+        stalled = isinstance(reason, TimeoutError)
+        raise _BrokenOffError(
+            f"no byte for {stall_s:g} s" if stalled else f"no connection ({reason})"
+        ) from error
+
+
+def _copy(response: Any, file: Any, limit: int, advance: Callable[[int], None]) -> None:
+    """All that comes, but not more than one byte above the limit: enough to know that it is too long."""
+    room = limit + 1
+    while room > 0 and (chunk := response.read1(min(CHUNK_BYTES, room))):
+        try:
+            file.write(chunk)
+        except OSError as error:
+            raise SaveError(f"{printable(file.name)} could not be written: {error.strerror}") from error
+        room -= len(chunk)
+        advance(len(chunk))
+
+
+def _total_bytes(response: Any, start: int) -> int | None:
+    """The size of the whole file, as the server says it."""
+    if response.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if match is None or int(match[1]) != start:
+            raise _BrokenOffError("the server sent another range than it was asked for")
+        return None if match[2] == "*" else int(match[2])
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() else None
+
+
+class _SameKindRedirects(urllib.request.HTTPRedirectHandler):
+    """Redirects only to http and https, and never from https back to http."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if new not in ("http", "https") or (old == "https" and new == "http"):
+            raise UserError(
+                f"{req.full_url} redirects to {newurl}, which is not as safe; use another --mirror"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_SameKindRedirects)
+
+
+def _in_megabytes(progress: Progress, done: int) -> Callable[[int], None]:
+    """Reports bytes as whole megabytes."""
+    seen = done
+
+    def advance(count: int) -> None:
+        nonlocal seen
+        whole = (seen + count) // _MB - seen // _MB
+        seen += count
+        if whole:
+            progress.advance(whole)
+
+    return advance
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _what_is_wrong(path: Path, size_bytes: int | None, md5: str, sha256: str) -> str | None:
+    """What tells a file from the one that was published; None if nothing does."""
+    size = path.stat().st_size
+    if size_bytes is not None and size != size_bytes:
+        return (
+            f"has {'more than ' if size > size_bytes else ''}{min(size, size_bytes)} bytes, not {size_bytes}"
+        )
+    for name, expected in (("sha256", sha256), ("md5", md5)):
+        if expected:
+            with path.open("rb") as file:
+                digest = hashlib.new(name, usedforsecurity=False)
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            if digest.hexdigest() != expected:
+                return f"has the {name} {digest.hexdigest()}, not {expected}"
+    return None

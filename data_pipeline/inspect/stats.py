@@ -1,0 +1,284 @@
+"""`alexnet data info`: what a data folder holds, split by split, and the statistics of its pixels."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.workers import map_ahead
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.open import open_dataset, splits_of
+from data_pipeline.decode.pillow import decode_rgb, read_header
+from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
+from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
+from data_pipeline.shards.shard_source import ShardSource
+from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import Int, permutation_at
+
+log = logging.getLogger("data_pipeline")
+
+CHUNK = 64
+MAX_PIXELS = Preprocessing().max_pixels
+_NAMED = 5
+"""Unreadable files of a split that are named; `alexnet data verify` lists all."""
+
+_MAGICS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"BM": "BMP",
+    b"RIFF": "WebP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"GIF8": "GIF",
+}
+
+
+class ClassInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One class: its number, its name in the data, its name for people, and its images in each split."""
+
+    id: int
+    name: str
+    label: str
+    counts: dict[str, int]
+
+
+class Extremes(msgspec.Struct, frozen=True, kw_only=True):
+    """Images of a class."""
+
+    min: int
+    max: int
+    mean: float
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Of widths or heights, in pixels, of upright images; `p5` is below 95 of 100 images."""
+
+    min: int
+    p5: int
+    median: int
+    p95: int
+    max: int
+
+
+class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One split.
+
+    Args:
+        num_samples: images, those in quarantine left out.
+        num_quarantined: those.
+        num_empty_classes: classes without an image here.
+        per_class: images of a class.
+        size_bytes: encoded, of all images.
+        num_examined: images of which formats and sizes were looked at; all, unless a sample was asked for.
+        sampled: whether it was.
+        num_unreadable: of those examined.
+        formats: by content, not by name.
+        width: of the images; None where none could be read.
+        height: the same.
+        num_sizes: different pairs of width and height.
+        common_sizes: the most frequent, as (width, height, images).
+    """
+
+    num_samples: int
+    num_quarantined: int
+    num_empty_classes: int
+    per_class: Extremes
+    size_bytes: int
+    num_examined: int
+    sampled: bool
+    num_unreadable: int
+    formats: dict[str, int]
+    width: Spread | None
+    height: Spread | None
+    num_sizes: int
+    common_sizes: tuple[tuple[int, int, int], ...]
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """A data folder.
+
+    Args:
+        stored: "files" or "tar shards".
+        sample: how many images of each split were to be examined; None for all.
+        pixels: of the training split, or of those of its images that were examined; None without any.
+    """
+
+    root: str
+    stored: str
+    sample: int | None
+    splits: dict[str, SplitInfo]
+    classes: tuple[ClassInfo, ...]
+    pixels: PixelStatistics | None
+
+
+def describe(
+    root: Path, *, sample: int | None = None, workers: int | None = None
+) -> tuple[Info, list[Dataset]]:
+    """Look at every image of a data folder: training images are decoded, of others the header is read.
+
+    Args:
+        root: the data folder, in any layout that `open_dataset` reads; its quarantine list is honoured.
+        sample: examine only so many images of each split, the same ones each time; None for all.
+        workers: processes; None for one on each core.
+    Returns:
+        What was found, and the opened splits.
+    Raises:
+        UserError, CorruptFileError: as `open_dataset`.
+        WorkerError: a worker was killed.
+    """
+    root, workers = Path(root), usable_cores() if workers is None else workers
+    for name, value in (("--workers", workers), ("--sample", sample)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: at least 1")
+    datasets = [open_dataset(root, split) for split in splits_of(root)]
+    found = {dataset.split: _examine_split(dataset, sample, workers) for dataset in datasets}
+    train = found["train"].pixels if "train" in found else PixelSums.empty()
+    counts = {d.split: np.bincount(d.labels, minlength=len(d.classes)) for d in datasets}
+    info = Info(
+        root=printable(root),
+        stored="files" if datasets[0].source is None else "tar shards",
+        sample=sample,
+        splits={d.split: _split_info(d, counts[d.split], found[d.split]) for d in datasets},
+        classes=tuple(
+            ClassInfo(
+                id=number,
+                name=printable(name),
+                label=printable(label),
+                counts={split: int(count[number]) for split, count in counts.items()},
+            )
+            for number, (name, label) in enumerate(
+                zip(datasets[0].classes, datasets[0].class_labels, strict=True)
+            )
+        ),
+        pixels=train.statistics() if train.num_images else None,
+    )
+    return info, datasets
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some of a split's samples, and whether to decode them."""
+
+    places: Int
+    samples: Dataset
+    decode: bool
+
+
+@dataclass
+class _Found:
+    """What was found in some samples. `sizes` counts (height, width)."""
+
+    num_samples: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pixels: PixelSums = field(default_factory=PixelSums.empty)
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+
+    def merge(self, other: _Found) -> None:
+        self.num_samples += other.num_samples
+        self.formats += other.formats
+        self.sizes += other.sizes
+        self.pixels.merge(other.pixels)
+        self.unreadable += other.unreadable
+
+
+def _run(task: _Task) -> _Found:
+    found = _Found(num_samples=len(task.places))
+    for i, place in enumerate(task.places.tolist()):
+        try:
+            data = task.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS)
+            size = read_header(data, MAX_PIXELS)
+            if task.decode:
+                found.pixels.add(np.asarray(decode_rgb(data)))
+        except ImageError as error:
+            found.unreadable.append((place, str(error)))
+            continue
+        found.sizes[size] += 1
+        found.formats[next(name for magic, name in _MAGICS.items() if data.startswith(magic))] += 1
+    return found
+
+
+def _examine_split(dataset: Dataset, sample: int | None, workers: int) -> _Found:
+    found = _Found()
+    chosen = _chosen(len(dataset), sample)
+    with (
+        show_progress(f"examine {dataset.split}", len(chosen)) as progress,
+        closing(map_ahead(_run, _tasks(dataset, chosen), workers)) as results,
+    ):
+        for part in results:
+            found.merge(part)
+            progress.advance(part.num_samples)
+    for place, reason in found.unreadable[:_NAMED]:
+        log.warning("%s: %s", printable(dataset.path_at(place)), reason)
+    if len(found.unreadable) > _NAMED:
+        log.warning("and %d more images of %s", len(found.unreadable) - _NAMED, dataset.split)
+    return found
+
+
+def _chosen(num_samples: int, sample: int | None) -> Int:
+    """Which samples are examined: all, or the first of a fixed permutation, in the dataset's order."""
+    if sample is None or sample >= num_samples:
+        return np.arange(num_samples, dtype=np.int64)
+    return np.sort(permutation_at(0, 0, num_samples)[:sample])
+
+
+def _tasks(dataset: Dataset, chosen: Int) -> Iterator[_Task]:
+    if isinstance(dataset.source, ShardSource):  # from the start of each shard to its end
+        chosen = chosen[np.lexsort((dataset.source.offsets[chosen], dataset.source.shard_of[chosen]))]
+    for first in range(0, len(chosen), CHUNK):
+        places = chosen[first : first + CHUNK]
+        yield _Task(places, dataset.take(places), decode=dataset.split == "train")
+
+
+def _split_info(dataset: Dataset, counts: Int, found: _Found) -> SplitInfo:
+    common = sorted(found.sizes.items(), key=lambda item: (-item[1], item[0]))[:5]
+    return SplitInfo(
+        num_samples=len(dataset),
+        num_quarantined=dataset.num_quarantined,
+        num_empty_classes=int((counts == 0).sum()),
+        per_class=Extremes(min=int(counts.min()), max=int(counts.max()), mean=float(counts.mean())),
+        size_bytes=_size_bytes(dataset),
+        num_examined=found.num_samples,
+        sampled=found.num_samples < len(dataset),
+        num_unreadable=len(found.unreadable),
+        formats=dict(found.formats.most_common()),
+        width=_spread(found.sizes, axis=1),
+        height=_spread(found.sizes, axis=0),
+        num_sizes=len(found.sizes),
+        common_sizes=tuple((width, height, count) for (height, width), count in common),
+    )
+
+
+def _spread(sizes: Counter[tuple[int, int]], axis: int) -> Spread | None:
+    if not sizes:
+        return None
+    values = np.array([size[axis] for size in sizes])
+    order = np.argsort(values)
+    reached = np.cumsum(np.array(list(sizes.values()))[order])
+    at = [int(values[order][np.searchsorted(reached, share * reached[-1])]) for share in (0.05, 0.5, 0.95)]
+    return Spread(min=int(values.min()), p5=at[0], median=at[1], p95=at[2], max=int(values.max()))
+
+
+def _size_bytes(dataset: Dataset) -> int:
+    """The bytes of all images, without reading them; a file that is gone has none."""
+    if isinstance(dataset.source, ShardSource):
+        return int(dataset.source.sizes.sum())
+    total = 0
+    for path in dataset.paths:
+        try:
+            total += os.stat(f"{dataset.root}/{dataset.split}/{path}").st_size  # noqa: PTH116 - half the cost
+        except OSError:
+            continue
+    return total

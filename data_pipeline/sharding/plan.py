@@ -1,0 +1,149 @@
+"""Which samples go into which shard, and what becomes of each: all of it follows from the input alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import MAX_FILE_BYTES, Dataset
+from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.shards.shard_format import BLOCK, FORMAT, index_path, shard_files
+from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import permutation_at
+
+Int = npt.NDArray[np.int64]
+
+_ESTIMATE_FROM = 64
+_EXTENSIONS = {".jpeg": "jpg", ".jpe": "jpg", ".tif": "tiff"}
+
+
+def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: int) -> tuple[bytes, str, bool]:
+    """What goes into the shard for one sample, its extension, and whether it escaped a resize.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    suffix = Path(dataset.paths[number]).suffix.lower()
+    extension = _EXTENSIONS.get(suffix, suffix.lstrip("."))
+    path = dataset.path_at(number)
+    try:
+        data = dataset.read(number)
+    except ImageError as error:
+        if path.is_file() and path.stat().st_size == 0:  # it stays what it is: a sample without an image
+            return b"", extension, resize_px is not None
+        raise UserError(f"{printable(path)} {error}: restore it, or remove it") from error
+    if resize_px is None:
+        return data, extension, False
+    smaller = resized(data, resize_px, quality)
+    return (data, extension, True) if smaller is None else (smaller, "jpg", False)
+
+
+def resized(data: bytes, resize_px: int, quality: int) -> bytes | None:
+    """A JPEG with the short side shortened; None for an image that is short enough, or is none."""
+    from PIL import Image
+
+    from data_pipeline.decode.pillow import decode_rgb, read_header
+
+    try:
+        height, width = read_header(data, Preprocessing().max_pixels)
+        if min(height, width) <= resize_px:
+            return None
+        image = decode_rgb(data)
+    except ImageError:
+        return None
+    ratio = resize_px / min(image.size)
+    size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def member_bytes(name: str, data: bytes) -> bytes:
+    """One tar member: a header without owner and time, and the content filled up to whole blocks."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
+def sizes_of(dataset: Dataset) -> Int:
+    """The bytes of every file.
+
+    Raises:
+        UserError: one that is missing, or too large to be an image.
+    """
+    sizes = np.zeros(len(dataset), dtype=np.int64)
+    for i in range(len(dataset)):
+        path = f"{dataset.root}/{dataset.split}/{dataset.paths[i]}"
+        try:
+            sizes[i] = os.stat(path).st_size  # noqa: PTH116 - half the cost of Path.stat
+        except OSError as error:
+            raise UserError(
+                f"{printable(path)} cannot be read: {error.strerror}; restore it, or remove it"
+            ) from error
+    if len(dataset) and sizes.max() > MAX_FILE_BYTES:
+        big = int(sizes.argmax())
+        raise UserError(f"{printable(dataset.path_at(big))} has {sizes[big]} bytes: no image is that large")
+    return sizes
+
+
+def resized_share(dataset: Dataset, resize_px: int, quality: int) -> float:
+    """About how much of its bytes an image keeps, from a fixed few images."""
+    before = after = 0
+    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), _ESTIMATE_FROM)).astype(int).tolist():
+        try:
+            data = dataset.read(i)
+        except ImageError:
+            continue
+        before, after = before + len(data), after + len(resized(data, resize_px, quality) or data)
+    return after / before if before else 1.0
+
+
+def deal_samples(sizes: Int, shard_bytes: int) -> list[Int]:
+    """Which samples go into each shard: the fixed random order, cut where a shard is full."""
+    order = permutation_at(0, 0, len(sizes))
+    taken = np.cumsum(2 * BLOCK + BLOCK + -(-sizes[order] // BLOCK) * BLOCK)
+    deals, first, room = [], 0, shard_bytes - 2 * BLOCK
+    while first < len(order):
+        before = int(taken[first - 1]) if first else 0
+        end = max(first + 1, int(np.searchsorted(taken, before + room, side="right")))
+        deals.append(order[first:end])
+        first = end
+    return deals
+
+
+def plan_hash(
+    datasets: list[Dataset], sizes: list[Int], shard_bytes: int, resize_px: int | None, quality: int
+) -> str:
+    """What tells one set of shards from another: names, labels, sizes and settings, but no times."""
+    settings = [FORMAT, shard_bytes, resize_px, None if resize_px is None else quality]
+    digest = hashlib.sha256(json.dumps([settings, *datasets[0].classes]).encode())
+    for dataset, own in zip(datasets, sizes, strict=True):
+        digest.update(json.dumps([dataset.split, len(dataset)]).encode())
+        for name in dataset.paths:
+            digest.update(os.fsencode(name) + b"\0")
+        digest.update(dataset.labels.astype("<i8").tobytes() + own.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def check_folder(out: Path, splits: tuple[str, ...], planned: set[Path], plan: str) -> None:
+    """Refuse a folder that holds shards of other data or settings: nothing there is replaced."""
+    for shard in (path for split in splits for path in shard_files(out, split)):
+        try:
+            other = shard not in planned or (
+                index_path(shard).exists() and json.loads(index_path(shard).read_bytes()).get("plan") != plan
+            )
+        except (ValueError, AttributeError):
+            other = False  # a damaged index of a planned shard: it is written again
+        if other:
+            raise UserError(
+                f"{printable(out)} holds shards of other data or settings ({printable(shard.name)}): "
+                "give a new folder, or the same source and settings"
+            )

@@ -1,0 +1,152 @@
+"""The files of a sharded dataset: its manifest, the index beside each shard, and how they are checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.loading.bad_files import printable
+
+T = TypeVar("T")
+
+FORMAT = 1
+MANIFEST = "dataset.json"
+BLOCK = 512
+"""Tar's unit: a header is one block, and content is filled up to whole ones."""
+
+_MAX_INDEX_BYTES = 1 << 30
+
+
+class ShardEntry(msgspec.Struct, frozen=True):
+    """One shard in the manifest."""
+
+    name: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`dataset.json`: what holds for all shards. `plan` is a hash of the source's names and the settings."""
+
+    format: int
+    classes: list[str]
+    labels_text: list[str]
+    plan: str
+    resize_px: int | None
+    quality: int | None
+    splits: dict[str, list[ShardEntry]]
+
+
+class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """The index of one shard; the lists have an entry for each sample, in the order of the tar.
+
+    Args:
+        plan: as in the manifest; empty for a shard from elsewhere.
+        size_bytes: of the whole shard.
+        sha256: of the whole shard; empty for a shard from elsewhere.
+        numbers: place of each sample in the dataset.
+        names: original name of each sample, relative to its split's folder.
+        members: the image's name in the tar.
+        offsets: where the image's bytes begin.
+        sizes: how many bytes it has.
+        labels: its class, 0-based.
+    """
+
+    format: int
+    plan: str
+    size_bytes: int
+    sha256: str
+    numbers: list[int]
+    names: list[str]
+    members: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[int]
+
+
+def shard_files(root: Path, split: str) -> list[Path]:
+    """The tar files of a split, in byte order: `root/split/*.tar`, or `root/*split*.tar`."""
+    for folder, pattern in ((root / split, "*.tar"), (root, f"*{split}*.tar")):
+        if folder.is_dir():
+            found = [path for path in folder.glob(pattern) if not path.name.startswith(".")]
+            if found:
+                return sorted(found, key=os.fsencode)
+    return []
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """`dataset.json` of a data folder; None where there is none."""
+    path = root / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = _load(path, Manifest)
+    if manifest.format != FORMAT:
+        raise UserError(f"{printable(path)} has format {manifest.format}; this version reads {FORMAT}")
+    return manifest
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard stands."""
+    return shard.with_suffix(".json")
+
+
+def read_index(shard: Path, plan: str) -> ShardIndex:
+    """The index beside a shard, checked against the shard's size.
+
+    Raises:
+        CorruptFileError: missing, damaged, of another plan, or not of this shard.
+    """
+    path = index_path(shard)
+    index = _load(path, ShardIndex)
+    try:
+        size_bytes = shard.stat().st_size
+    except OSError as error:
+        raise CorruptFileError(f"cannot read shard {printable(shard)}: {error.strerror}") from error
+    if index.format != FORMAT or index.plan != plan:
+        raise CorruptFileError(f"{printable(path)} is of another set of shards: write the shards again")
+    if index.size_bytes != size_bytes:
+        raise CorruptFileError(
+            f"shard {printable(shard)} has {size_bytes} bytes and its index says {index.size_bytes}: "
+            "it is truncated or was changed; copy or write it again"
+        )
+    return index
+
+
+def _load(path: Path, kind: type[T]) -> T:
+    """A JSON file as a value. Python's parser, since names that are not UTF-8 are lone surrogates in JSON."""
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise CorruptFileError(f"{printable(path)} is too large to be an index")
+        return msgspec.convert(json.loads(path.read_bytes()), type=kind)
+    except OSError as error:
+        raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        raise CorruptFileError(f"{printable(path)} is damaged: {error}; write the shards again") from error
+
+
+def walk_tar(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar file, in little memory, and then that its end is there.
+
+    Python's reader takes a file that ends between two members, or within a header, for a whole one.
+
+    Args:
+        tar: opened with mode "r:", not read yet.
+        path: the same file.
+    Raises:
+        tarfile.TarError: it is damaged, or its end is missing.
+    """
+    for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # else all that passed would be kept
+        yield member
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise tarfile.ReadError("its end is missing")

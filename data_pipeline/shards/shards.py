@@ -1,0 +1,146 @@
+"""Tar shards in the WebDataset layout, read sample by sample.
+
+`train/shard-000000.tar` holds pairs `00000123.jpg` and `00000123.cls`, the class as a number. Beside it
+stands `shard-000000.json`, an index that says where each sample is, so that any order reaches it with one
+read. The number in a member's name is the sample's place in the dataset: by class and then by name, as in
+the folders that the shards were made from. `dataset.json` names the classes and every shard.
+
+An index is not trusted: each entry must lie inside its shard, and each read compares the tar header before
+the image with the index. Shards from elsewhere, without `dataset.json` and indices, are listed by their
+headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.loading.bad_files import printable
+from data_pipeline.shards.shard_format import (
+    BLOCK,
+    MANIFEST,
+    ShardIndex,
+    index_path,
+    read_index,
+    read_manifest,
+)
+from data_pipeline.shards.shard_source import Handles, ShardSource
+from data_pipeline.shards.webdataset import index_foreign
+
+Int = npt.NDArray[np.int64]
+
+
+def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
+    """A split that is stored in tar shards.
+
+    Args:
+        root: the data folder.
+        split: the split's name.
+        shards: its tar files, as `shard_files` finds them.
+    Raises:
+        CorruptFileError: a shard or an index that is damaged, missing, or does not fit the other.
+        UserError: shards without class labels.
+    """
+    manifest = read_manifest(root)
+    indices: Iterable[ShardIndex]
+    if manifest is None:
+        indices, classes, labels_text = index_foreign(root, split, shards)
+    else:
+        expected = {entry.name for entry in manifest.splits.get(split, [])}
+        differing = sorted(expected ^ {path.name for path in shards})
+        if differing:
+            raise CorruptFileError(
+                f"{printable(root / MANIFEST)} and the shards of {split} differ, "
+                f"first in {printable(differing[0])}: the data is incomplete, or a shard was added; "
+                "write the shards again"
+            )
+        # one after the other: the lists of a million samples would need ten times the memory of the arrays
+        indices = (read_index(path, manifest.plan) for path in shards)
+        classes, labels_text = tuple(manifest.classes), tuple(manifest.labels_text)
+    return _make_dataset(root, split, shards, indices, classes, labels_text)
+
+
+def _make_dataset(
+    root: Path,
+    split: str,
+    shards: list[Path],
+    indices: Iterable[ShardIndex],
+    classes: tuple[str, ...],
+    labels_text: tuple[str, ...],
+) -> Dataset:
+    parts = [_check_index(shard, index, len(classes)) for shard, index in zip(shards, indices, strict=True)]
+    numbers, offsets, sizes, labels = (
+        np.concatenate([part.numbers[row] for part in parts]) for row in range(4)
+    )
+    if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
+        raise CorruptFileError(
+            f"the indices of {printable(root)}/{split} do not number each sample once: write the shards again"
+        )
+    if not len(numbers):
+        raise UserError(f"the shards of {printable(root)}/{split} hold no samples")
+    order = np.argsort(numbers, kind="stable")
+    shard_of = np.repeat(np.arange(len(shards)), [part.numbers.shape[1] for part in parts])
+    source = ShardSource(
+        root=root,
+        shards=tuple(shards),
+        handles=Handles(tuple(shards)),
+        shard_of=shard_of[order],
+        offsets=offsets[order],
+        sizes=sizes[order],
+        members=PackedNames.join([part.members for part in parts]).take(order),
+    )
+    return Dataset(
+        root=Path(root),
+        split=split,
+        paths=PackedNames.join([part.names for part in parts]).take(order),
+        labels=labels[order],
+        classes=classes,
+        labels_text=labels_text,
+        source=source,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """One index, compact: (4, N) numbers, offsets, sizes and labels; original names; names in the tar."""
+
+    numbers: Int
+    names: PackedNames
+    members: PackedNames
+
+
+def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
+    """An index as arrays, every entry inside the shard."""
+    columns = [index.numbers, index.offsets, index.sizes, index.labels]
+    count = len(index.numbers)
+    fits = {len(c) for c in columns} == {count} and len(index.names) == len(index.members) == count
+    if fits and count:
+        try:
+            numbers = np.array(columns, dtype=np.int64)
+        except OverflowError as error:
+            raise CorruptFileError(f"{printable(index_path(shard))} is damaged: {error}") from error
+        _, offsets, sizes, labels = numbers
+        # compared without adding, which could overflow
+        fits = bool(
+            (offsets >= BLOCK).all()
+            and (offsets <= index.size_bytes).all()
+            and (sizes >= 0).all()
+            and (sizes <= index.size_bytes - offsets).all()
+            and (labels >= 0).all()
+            and (labels < num_classes).all()
+        )
+    if not fits:
+        raise CorruptFileError(
+            f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "
+            "write the shards again"
+        )
+    if not count:
+        numbers = np.zeros((4, 0), dtype=np.int64)
+    return _Columns(numbers, PackedNames.pack(index.names), PackedNames.pack(index.members))

@@ -1,0 +1,97 @@
+"""Tar shards that we did not write: listed by their headers, the classes taken from their `.cls` members."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.datasets.image_folder import IMAGE_SUFFIXES
+from data_pipeline.loading.bad_files import printable
+from data_pipeline.shards.shard_format import FORMAT, ShardIndex, walk_tar
+
+CLASSES = "classes.txt"
+"""Names of the classes, one a line, in the order of their numbers; without it they are called by number."""
+
+_MAX_LABEL_BYTES = 64
+
+
+def index_foreign(
+    root: Path, split: str, shards: list[Path]
+) -> tuple[list[ShardIndex], tuple[str, ...], tuple[str, ...]]:
+    """Indices for shards without any, the classes' names, and no names for people.
+
+    Samples come in the order of the shards' names and of the members in them.
+
+    Raises:
+        UserError: an image without a class, a class that is no number, or one that `classes.txt` lacks.
+        CorruptFileError: a shard that is no whole tar file.
+    """
+    indices: list[ShardIndex] = []
+    for shard in shards:
+        indices.append(_index_shard(shard, first=sum(len(index.numbers) for index in indices)))
+    highest = max((max(index.labels, default=-1) for index in indices), default=-1)
+    path = root / CLASSES
+    if path.is_file():
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        classes = tuple(line.strip() for line in text.splitlines() if line.strip())
+    else:
+        classes = tuple(str(number) for number in range(highest + 1))
+    if highest >= len(classes):
+        raise UserError(
+            f"the shards of {printable(root)}/{split} have a class {highest} and {CLASSES} names "
+            f"{len(classes)} classes: count from 0, and name every class"
+        )
+    if len(classes) < 2:
+        raise UserError(f"the shards of {printable(root)}/{split} hold fewer than two classes")
+    return indices, classes, ()
+
+
+def _index_shard(shard: Path, first: int) -> ShardIndex:
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in walk_tar(tar, shard):
+                folder, _, name = member.name.rpartition("/")
+                key, _, extension = name.partition(".")
+                key = f"{folder}/{key}"
+                if not member.isreg():
+                    continue
+                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                    images[key] = (member.name, member.offset_data, member.size)
+                elif extension == "cls":
+                    labels[key] = _label(tar, member, shard)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise CorruptFileError(f"shard {printable(shard)} is no whole tar file: {error}") from error
+    without = next((name for key, (name, _, _) in images.items() if key not in labels), None)
+    if without is not None:
+        raise UserError(
+            f"{printable(without)} in shard {printable(shard)} has no class: expected a member with the same "
+            "name and the suffix .cls that holds its number"
+        )
+    found = [(*image, labels[key]) for key, image in images.items()]
+    return ShardIndex(
+        format=FORMAT,
+        plan="",
+        size_bytes=shard.stat().st_size,
+        sha256="",
+        numbers=list(range(first, first + len(found))),
+        names=[f"{shard.name}/{name}" for name, _, _, _ in found],
+        members=[name for name, _, _, _ in found],
+        offsets=[offset for _, offset, _, _ in found],
+        sizes=[size for _, _, size, _ in found],
+        labels=[label for _, _, _, label in found],
+    )
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
+    file = tar.extractfile(member) if member.size <= _MAX_LABEL_BYTES else None
+    text = file.read().strip() if file is not None else b""
+    if not text.isdigit() or len(text) > 9:
+        raise UserError(
+            f"{printable(member.name)} in shard {printable(shard)} is no class number, "
+            f"but {os.fsdecode(text)[:20]!r}"
+        )
+    return int(text)

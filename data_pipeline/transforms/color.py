@@ -1,0 +1,111 @@
+"""Colour augmentation: jitter and the paper's PCA noise, as one affine map of RGB for each sample.
+
+Everything here is linear in (R, G, B, 1), so that all of it together is one 3 x 4 matrix, and pixels are
+rounded and clipped once, at the end. The order is brightness, contrast, saturation, hue, PCA.
+
+Two of torchvision's operations are not linear, and differ: its contrast is about the mean gray of each image,
+ours about mid-gray (128), as DALI's; its hue turns in HSV, ours in YIQ, as DALI's, which keeps the luma.
+
+Legend: N samples. Matrices act on pixels in 0..255.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.sampler import LANE_JITTER, LANE_PCA, uniform_at
+
+Float = npt.NDArray[np.float64]
+Colors = npt.NDArray[np.float32]
+
+MID_GRAY = 128.0
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+def colors_at(seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment) -> Colors | None:
+    """The colour matrix of each sample. A sample's numbers depend on (seed, epoch, position) alone.
+
+    Args:
+        seed: the run's seed.
+        epoch: 0-based.
+        positions: (N) places in the epoch's order.
+        augment: how far each change may go.
+    Returns:
+        (N, 3, 4) float32: new RGB = matrix[:, :3] @ RGB + matrix[:, 3]. None where nothing is to change.
+    """
+    if not augment.colors:
+        return None
+    positions_N = np.asarray(positions, dtype=np.int64).reshape(-1)
+    draws = uniform_at(seed, epoch, positions_N[:, None], LANE_JITTER + np.arange(4))
+    brightness, contrast, saturation = (
+        _factor(draws[:, i], reach)
+        for i, reach in enumerate((augment.brightness, augment.contrast, augment.saturation))
+    )
+    turns = augment.hue * (2 * draws[:, 3] - 1)
+
+    eye = np.eye(3)
+    gray = np.broadcast_to(_YIQ[0], (3, 3))
+    linear = brightness[:, None, None] * contrast[:, None, None] * eye
+    offset = np.repeat(MID_GRAY * (1 - contrast)[:, None], 3, axis=1)
+    for step in (_blend(saturation, eye, gray), _hue(turns)):
+        linear, offset = step @ linear, np.einsum("nij,nj->ni", step, offset)
+    offset = offset + _pca_shift(seed, epoch, positions_N, augment)
+    return np.concatenate([linear, offset[..., None]], axis=-1).astype(np.float32)
+
+
+def apply_colors(images_NHWC: npt.NDArray[np.uint8], colors: Colors) -> npt.NDArray[np.uint8]:
+    """The reference: what each matrix makes of its image, rounded and clipped.
+
+    Args:
+        images_NHWC: (N, H, W, 3).
+        colors: (N, 3, 4).
+    """
+    linear, offset = colors[:, None, :, :3].astype(np.float64), colors[:, None, None, :, 3]
+    exact = images_NHWC.astype(np.float64) @ linear.swapaxes(-1, -2) + offset
+    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
+    return pixels
+
+
+def normal_at(
+    seed: int, epoch: int, index: npt.ArrayLike, lane_radius: npt.ArrayLike, lane_angle: npt.ArrayLike
+) -> Float:
+    """Normal numbers of mean 0 and deviation 1, each from the uniform numbers of two lanes.
+
+    Source: Box and Muller 1958.
+    """
+    radius: Float = np.sqrt(-2 * np.log1p(-uniform_at(seed, epoch, index, lane_radius)))
+    return radius * np.cos(2 * np.pi * uniform_at(seed, epoch, index, lane_angle))
+
+
+def _factor(draws: Float, reach: float) -> Float:
+    low, high = max(0.0, 1 - reach), 1 + reach
+    return low + draws * (high - low)
+
+
+def _blend(factors: Float, one: Float, other: Float) -> Float:
+    weights = factors[:, None, None]
+    return weights * one + (1 - weights) * other
+
+
+def _hue(turns: Float) -> Float:
+    """(N, 3, 3): turn the plane of I and Q; as in HSV, red goes by yellow to green."""
+    angles = -2 * np.pi * turns
+    rotation = np.zeros((len(turns), 3, 3))
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = np.cos(angles)
+    rotation[:, 2, 1] = np.sin(angles)
+    rotation[:, 1, 2] = -np.sin(angles)
+    turned: Float = np.linalg.inv(_YIQ) @ rotation @ _YIQ
+    return turned
+
+
+def _pca_shift(seed: int, epoch: int, positions: npt.NDArray[np.int64], augment: Augment) -> Float:
+    """(N, 3), in levels of 0..255: the eigenvectors, each times alpha and its eigenvalue."""
+    if not augment.pca:
+        return np.zeros((len(positions), 3))
+    lanes = LANE_PCA + 2 * np.arange(3)
+    alphas = augment.pca * normal_at(seed, epoch, positions[:, None], lanes, lanes + 1)
+    shift: Float = 255 * (alphas * np.array(augment.pca_eigenvalues)) @ np.array(augment.pca_eigenvectors)
+    return shift

@@ -1,0 +1,203 @@
+"""How each image is cut, resized, mirrored and coloured: one recipe for all phases and all backends.
+
+Legend: N samples. Sizes and positions are in pixels, (y, x) and (height, width), of the upright image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.color import Colors, colors_at
+from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import (
+    LANE_ANCHOR_X,
+    LANE_ANCHOR_Y,
+    LANE_CROP_TRIES,
+    LANE_FLIP,
+    Int,
+    uniform_at,
+)
+
+CROP_TRIES = 10
+# A longer strip (1 x 100,000 pixels, say) would be resized to gigabytes; its middle is taken instead.
+MAX_ASPECT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Cut `windows` from the upright image, resize to `sizes`, cut the crop at `anchors`, mirror if `flips`.
+
+    Several views of an image are several anchors and flips of one resized window; V is their number.
+
+    Args:
+        windows: (N, 4) int64, y, x, height, width in the upright source image.
+        sizes: (N, 2) int64, height and width to which the window is resized, each at least `crop_px`.
+        anchors: (N, 2) or (N, V, 2) int64, y and x of the crop in the resized window.
+        flips: (N) or (N, V) bool, mirror left and right at the end.
+        crop_px: side of the square that comes out.
+        colors: (N, 3, 4), see `data_pipeline.transforms.color`; None leaves the colours as they are.
+    """
+
+    windows: Int
+    sizes: Int
+    anchors: Int
+    flips: npt.NDArray[np.bool_]
+    crop_px: int
+    colors: Colors | None = None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Empty for one view of each image, else (V,): the axes behind N in the shape of the images."""
+        return self.flips.shape[1:]
+
+    def take(self, indices: Sequence[int] | Int) -> Geometry:
+        """The recipe of some of the samples."""
+        picked = np.asarray(indices, dtype=np.int64)
+        return Geometry(
+            self.windows[picked],
+            self.sizes[picked],
+            self.anchors[picked],
+            self.flips[picked],
+            self.crop_px,
+            None if self.colors is None else self.colors[picked],
+        )
+
+
+def eval_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> Geometry:
+    """Short side to `resize_px`, then the centre `crop_px` square.
+
+    Args:
+        heights_widths: (N, 2) upright sizes.
+        preprocessing: the contract.
+    Returns:
+        The recipe, to the pixel that of torchvision for images up to 16:1. Of longer ones the middle is used.
+    Source: torchvision, `Resize(int)`, `CenterCrop`: int(size * long / short), int(round((side - crop) / 2)).
+    """
+    windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
+    anchors = _centre_square(sizes, preprocessing.crop_px)
+    return Geometry(windows, sizes, anchors, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
+
+
+def ten_crop_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> Geometry:
+    """The paper's ten views: four corners and centre of the centre `resize_px` square, and their mirrors.
+
+    Args: as `eval_geometry`.
+    Returns:
+        The recipe with V = 10: top left, top right, bottom left, bottom right, centre; then the same of the
+        mirrored image. To the pixel those of torchvision.
+    Source: Krizhevsky et al. 2012, section 4.1; torchvision, `Resize`, `CenterCrop`, `TenCrop`.
+    """
+    windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
+    spare = preprocessing.resize_px - preprocessing.crop_px
+    middle = round(spare / 2)
+    corners = np.array([[0, 0], [0, spare], [spare, 0], [spare, spare], [middle, middle]], dtype=np.int64)
+    # a view of the mirrored image is the mirror of the window opposite
+    views = np.concatenate([corners, corners * (1, -1) + (0, spare)])
+    square = _centre_square(sizes, preprocessing.resize_px)
+    flips = np.tile(np.arange(10) >= 5, (len(sizes), 1))
+    return Geometry(windows, sizes, square[:, None] + views, flips, preprocessing.crop_px)
+
+
+def train_geometry(
+    heights_widths: npt.ArrayLike,
+    epoch: int,
+    positions: npt.ArrayLike,
+    seed: int,
+    preprocessing: Preprocessing,
+    augment: Augment,
+) -> Geometry:
+    """The random cut of each training sample. A sample's numbers depend on (seed, epoch, position) alone.
+
+    Args:
+        heights_widths: (N, 2) upright sizes.
+        epoch: 0-based.
+        positions: (N) places in the epoch's order.
+        seed: the run's seed.
+        preprocessing: the contract.
+        augment: which cut and colours, and how far they may go.
+    Returns:
+        The recipe.
+    Source: torchvision, `RandomResizedCrop.get_params`: area, log-uniform ratio, ten tries, then the centre.
+    """
+    sizes_N2 = _as_sizes(heights_widths)
+    positions_N = np.asarray(positions, dtype=np.int64)
+    crop_px = preprocessing.crop_px
+    flips = uniform_at(seed, epoch, positions_N, LANE_FLIP) < augment.flip
+    colors = colors_at(seed, epoch, positions_N, augment)
+    if augment.crop == "random_resized":
+        windows = _random_windows(sizes_N2, epoch, positions_N, seed, augment)
+        sizes = np.full((len(windows), 2), crop_px, dtype=np.int64)
+        return Geometry(windows, sizes, np.zeros_like(sizes), flips, crop_px, colors)
+    if augment.crop == "center":
+        centre = eval_geometry(sizes_N2, preprocessing)
+        return Geometry(centre.windows, centre.sizes, centre.anchors, flips, crop_px, colors)
+    windows, sizes = _short_side(sizes_N2, preprocessing.resize_px)
+    lanes = np.array([LANE_ANCHOR_Y, LANE_ANCHOR_X])
+    draws = uniform_at(seed, epoch, positions_N[:, None], lanes)
+    if augment.crop == "random":
+        return Geometry(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
+    spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
+    anchors = _centre_square(sizes, preprocessing.resize_px) + _pick(draws, spare + 1)
+    return Geometry(windows, sizes, anchors, flips, crop_px, colors)
+
+
+def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
+    sizes = np.asarray(heights_widths, dtype=np.int64).reshape(-1, 2)
+    assert (sizes > 0).all(), "an image without pixels"
+    return sizes
+
+
+def _pick(draws: npt.NDArray[np.float64], count: Int) -> Int:
+    """Uniform integers in 0..count - 1. The minimum guards against a product rounded up to `count`."""
+    return np.minimum((draws * count).astype(np.int64), count - 1)
+
+
+def _centre_square(sizes: Int, side: int) -> Int:
+    """Top left corners of centre squares. np.rint and Python's round both take a half to the even side."""
+    return np.rint((sizes - side) / 2.0).astype(np.int64)
+
+
+def _short_side(heights_widths: Int, resize_px: int) -> tuple[Int, Int]:
+    """Windows (the whole image, or the middle of a strip) and the sizes to which they are resized."""
+    short = heights_widths.min(axis=1, keepdims=True)
+    extent = np.minimum(heights_widths, MAX_ASPECT * short)
+    windows = np.concatenate([(heights_widths - extent) // 2, extent], axis=1)
+    # true division, as torchvision: int(size * long / short)
+    sizes = np.where(extent == short, resize_px, (resize_px * extent / short).astype(np.int64))
+    return windows, sizes
+
+
+def _random_windows(heights_widths: Int, epoch: int, positions: Int, seed: int, augment: Augment) -> Int:
+    heights, widths = heights_widths[:, :1], heights_widths[:, 1:]  # (N, 1), against (N, tries)
+    lanes = LANE_CROP_TRIES + np.arange(4 * CROP_TRIES)
+    draws = uniform_at(seed, epoch, positions[:, None], lanes).reshape(-1, CROP_TRIES, 4)
+
+    areas = heights * widths * (augment.scale[0] + draws[..., 0] * (augment.scale[1] - augment.scale[0]))
+    low, high = np.log(augment.ratio[0]), np.log(augment.ratio[1])
+    ratios = np.exp(low + draws[..., 1] * (high - low))
+    w = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    h = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+
+    first = fits.argmax(axis=1)
+    rows = np.arange(len(first))
+    h, w, found = h[rows, first], w[rows, first], fits[rows, first]
+    heights, widths = heights[:, 0], widths[:, 0]
+
+    # no try fitted: the largest centred window whose ratio is allowed
+    whole = widths / heights
+    fallback_h = np.where(whole < augment.ratio[0], np.rint(widths / augment.ratio[0]), heights)
+    fallback_w = np.where(whole > augment.ratio[1], np.rint(heights * augment.ratio[1]), widths)
+    h = np.where(found, h, np.clip(fallback_h.astype(np.int64), 1, heights))
+    w = np.where(found, w, np.clip(fallback_w.astype(np.int64), 1, widths))
+    y = np.where(found, _pick(draws[rows, first, 2], heights - h + 1), (heights - h) // 2)
+    x = np.where(found, _pick(draws[rows, first, 3], widths - w + 1), (widths - w) // 2)
+    return np.stack([y, x, h, w], axis=1)

@@ -1,0 +1,148 @@
+"""The data order as a pure function: which samples make up a step, and which of them a rank takes.
+
+Everything here follows from (seed, epoch, position) by arithmetic alone. Ranks, threads and restarts do not
+enter, so any step can be computed without the steps before it.
+
+The random numbers are a counter-based hash of our own: NumPy promises the same stream between versions for
+no Generator (NEP 19), and a resumed run must see the order of the run that it resumes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.augment import Augment as Augment
+
+Int = npt.NDArray[np.int64]
+
+# One lane for each number of a sample. Lanes are added, never renumbered: resumed runs depend on them.
+LANE_PERMUTATION = 0
+LANE_FLIP = 1
+LANE_ANCHOR_Y = 2
+LANE_ANCHOR_X = 3
+LANE_CROP_TRIES = 16  # 16 + 4 * try + (0 area, 1 ratio, 2 y, 3 x), so 16..55
+LANE_JITTER = 64  # 64 + (0 brightness, 1 contrast, 2 saturation, 3 hue)
+LANE_PCA = 72  # 72 + 2 * component + (0 radius, 1 angle), so 72..77
+LANE_MIX = 96  # 96 + (0 whether, 1 which, 2 weight, 3 box y, 4 box x)
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def hash_at(seed: int, epoch: int, index: npt.ArrayLike, lane: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """64 random bits for one number of one sample.
+
+    The splitmix64 finaliser, applied once for each of the four inputs: h = mix(h + gamma * (input + 1)).
+
+    Args:
+        seed: the run's seed, any integer (taken modulo 2^64).
+        epoch: 0-based.
+        index: (...) position or sample number, >= 0.
+        lane: (...) which of the sample's numbers, broadcast against `index`.
+    Returns:
+        (...) uint64, uniform over all values.
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"; Stafford's mix 13.
+
+    >>> hex(int(hash_at(0, 0, 0, 0)[()]))
+    '0x2130748aaac80268'
+    """
+    state = np.zeros((1,), dtype=np.uint64)
+    for value in (seed, epoch):
+        state = _mix(state + np.uint64((_GAMMA * (value + 1)) & _MASK))
+    for values in (index, lane):
+        counter = np.atleast_1d(np.asarray(values)).astype(np.uint64) + np.uint64(
+            1
+        )  # scalars warn of overflow
+        state = _mix(state + np.uint64(_GAMMA) * counter)
+    return state.reshape(np.broadcast_shapes(np.shape(index), np.shape(lane)))
+
+
+def uniform_at(seed: int, epoch: int, index: npt.ArrayLike, lane: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """A uniform number in [0, 1) with 53 random bits; arguments as `hash_at`."""
+    bits = hash_at(seed, epoch, index, lane) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+@lru_cache(maxsize=4)
+def permutation_at(seed: int, epoch: int, num_samples: int) -> Int:
+    """The order of one epoch.
+
+    Args:
+        seed: the run's seed.
+        epoch: 0-based.
+        num_samples: size of the training set.
+    Returns:
+        (num_samples) int64, read-only: the sample at each position, every sample once.
+    """
+    keys = hash_at(seed, epoch, np.arange(num_samples, dtype=np.uint64), LANE_PERMUTATION)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    order.setflags(write=False)
+    return order
+
+
+def rank_slice(count: int, rank: int, world_size: int, unit: int = 1) -> slice:
+    """The contiguous share of one rank; the shares of all ranks, in order, are the whole, also when uneven.
+
+    Args:
+        count: how many to share.
+        rank: which rank, 0..world_size - 1.
+        world_size: number of ranks.
+        unit: so many neighbours, counted from 0, are never parted: 2 where samples are mixed in pairs.
+
+    >>> [rank_slice(10, rank, 3) for rank in range(3)]
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
+    >>> [rank_slice(9, rank, 2, unit=2) for rank in range(2)]
+    [slice(0, 4, None), slice(4, 9, None)]
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+    units = -(-count // unit)
+    start, stop = rank * units // world_size * unit, (rank + 1) * units // world_size * unit
+    return slice(min(start, count), min(stop, count))
+
+
+def steps_per_epoch(num_samples: int, global_batch: int) -> int:
+    """Optimiser steps in one epoch; the end of the order, too short for a batch, is left for other epochs.
+
+    Raises:
+        UserError: the batch is larger than the training set.
+    """
+    if global_batch < 1:
+        raise UserError(f"global_batch must be at least 1, not {global_batch}")
+    if global_batch > num_samples:
+        raise UserError(
+            f"global_batch {global_batch} is larger than the training set of {num_samples} images: "
+            f"set it to {num_samples} or less"
+        )
+    return num_samples // global_batch
+
+
+def positions_at(
+    step: int, num_samples: int, global_batch: int, rank: int, world_size: int, unit: int = 1
+) -> tuple[int, Int]:
+    """The epoch of a step, and the positions in that epoch's order that one rank takes.
+
+    Args:
+        step: global step, 0-based, counted through all epochs.
+        num_samples: size of the training set.
+        global_batch: samples of one step over all ranks.
+        rank: which rank, 0..world_size - 1.
+        world_size: number of ranks.
+        unit: see `rank_slice`.
+    Returns:
+        epoch, and (rank_batch) int64 positions in 0..num_samples - 1.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch))
+    share = rank_slice(global_batch, rank, world_size, unit)
+    first = step_in_epoch * global_batch
+    return epoch, np.arange(first + share.start, first + share.stop, dtype=np.int64)
