@@ -17,7 +17,7 @@ EXIT_SOME_UNREADABLE = 3
 
 GROUPS = {
     "bench": "infer.bench_commands",
-    "checkpoint": "train.commands",
+    "checkpoint": "train.cli",
     "data": "data_pipeline.cli",
 }
 """Groups of commands, and the modules that declare them; these import nothing but click."""
@@ -91,7 +91,7 @@ class TrainCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Those of `train.main`, and those declared here."""
-        from train.options import OPTIONS
+        from train.config.options import OPTIONS
 
         return [*OPTIONS, *super().get_params(ctx)]
 
@@ -133,8 +133,8 @@ def train(
     alexnet train --recipe tiny-imagenet --data tiny-imagenet-200 --max-restarts 3
     alexnet train --nnodes 2 --rdzv-endpoint node1:29400 --rdzv-id job-17
     """
-    from train.config import make_config, to_json
-    from train.launch import choose_rank_count, launch, make_rendezvous, training_arguments
+    from train.config.load import make_config, to_json
+    from train.distributed.torchrun import choose_rank_count, launch, make_rendezvous, training_arguments
 
     config = make_config(options["recipe"], options["overrides"], options["data"])
     if print_config:
@@ -176,7 +176,7 @@ def evaluate(
             evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
         )
     else:
-        from train.checkpoint import find_checkpoint, load_checkpoint
+        from train.checkpoints.load import find_checkpoint, load_checkpoint
         from train.evaluate import evaluate_checkpoint, load_split
 
         checkpoint = load_checkpoint(find_checkpoint(model))

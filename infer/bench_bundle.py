@@ -17,9 +17,9 @@ from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import eval_batches
 from infer.images import open_decoder, valid_images
 from train.bench.images import make_bench_folder, write_bench_images
-from train.config import make_config
-from train.model import Normalize, make_model
-from train.saving import State, save_checkpoint
+from train.checkpoints.write import State, save_checkpoint
+from train.config.load import make_config
+from train.models.alexnet import Normalize, make_model
 
 RECIPES = {"owt": "imagenet-owt", "paper": "imagenet-paper"}
 SHARPNESS = 20.0

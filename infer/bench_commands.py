@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from train.bench_commands import bench as bench
+from train.bench.cli import bench as bench
 
 
 @bench.command()

@@ -28,7 +28,7 @@ from infer.bench_subjects import PHASES
 from infer.bundle import Bundle, Precision
 from infer.evidence import Agreement
 from infer.export import export_model
-from train.bench_turns import Ask, four_digits, open_subject
+from train.bench.turns import Ask, four_digits, open_subject
 
 FIRST_BATCH = 32
 """The promised ratios are for this one."""

@@ -26,7 +26,7 @@ from data_pipeline.transforms.crop import eval_geometry
 from infer.images import valid_images
 from infer.predict import OkRow, top_k
 from infer.predictor import Predictor
-from train.bench_turns import answer_lines
+from train.bench.turns import answer_lines
 
 PHASES = ("decode", "preprocess", "copy", "model", "post", "end_to_end", "one_batch")
 
@@ -129,7 +129,7 @@ class Plain:
         import torch
         from torchvision import transforms
 
-        from train.checkpoint import load_checkpoint
+        from train.checkpoints.load import load_checkpoint
 
         loaded = load_checkpoint(checkpoint)
         contract = loaded.preprocessing

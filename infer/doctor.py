@@ -113,8 +113,8 @@ def _onnxruntime() -> dict[str, Any]:
 def _training(torch: ModuleType | str) -> dict[str, Any]:
     if isinstance(torch, str):
         return {"status": f"needs torch ({torch}): pip install 'alexnet[train]'"}
-    from train.distributed import choose_device
-    from train.precision import choose_precision
+    from train.distributed.world import choose_device
+    from train.optim.precision import choose_precision
 
     device = torch.device(choose_device("auto"))
     precision = choose_precision("auto", device)

@@ -48,7 +48,7 @@ from infer.images import open_decoder, valid_images
 from infer.plan_proof import check_plan_size
 from infer.precision_proof import prove_precision
 from infer.quantize import quantize_onnx
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoints.load import Checkpoint, load_checkpoint
 from train.evaluate import load_split
 
 log = logging.getLogger("infer")
@@ -74,7 +74,7 @@ def export_models(
     Of two bundles the second has the first one's ONNX file, byte for byte, and its verdict.
 
     Args:
-        checkpoint_folder: a step's folder, as `train.checkpoint.find_checkpoint` gives it.
+        checkpoint_folder: a step's folder, as `train.checkpoints.load.find_checkpoint` gives it.
         formats: `onnx`, and `trt` for an engine with the ONNX file that it was built from beside it.
         data: folder with the `val/` images of the gate; None for the data that the run was trained on.
         out: the bundle's folder, or of two formats the folder of both; None for the run's `export/`. An

@@ -71,7 +71,7 @@ def _from_checkpoint(options: ExportOptions) -> Exported:
     if options.triton is not None:
         _check_triton(options.triton, formats, precision, engine)
     from infer.export import export_models
-    from train.checkpoint import find_checkpoint
+    from train.checkpoints.load import find_checkpoint
 
     folder = find_checkpoint(options.source)
     log.info("checkpoint: %s", folder)

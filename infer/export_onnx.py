@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.loading.bad_files import printable
 from infer.bundle import INPUT_NAME, OUTPUT_NAME, Precision
-from train.checkpoint import Checkpoint
-from train.model import Normalize
+from train.checkpoints.load import Checkpoint
+from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 

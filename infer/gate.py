@@ -21,8 +21,8 @@ from infer.bundle import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, GateReport
 from infer.describe import gate_lines
 from infer.evidence import beyond_limits
 from infer.tensorrt_backend import load_for_gate
-from train.checkpoint import Checkpoint
-from train.model import Normalize
+from train.checkpoints.load import Checkpoint
+from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 

@@ -148,7 +148,7 @@ def make_table(runs: Sequence[Run], total_epochs: int) -> str:
 
 def draw(runs: Sequence[Run], path: Path, total_epochs: int) -> None:
     """A panel for each question: the held-out top-1 by epoch, mean and range over the seeds."""
-    from train.plots import COLORS, draw_panels
+    from train.tune.plots import COLORS, draw_panels
 
     with draw_panels(path, len(QUESTIONS)) as panels:
         for panel, (question, group) in zip(panels, QUESTIONS.items(), strict=True):

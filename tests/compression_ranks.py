@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tests.faulty_rank import fail
 from tests.hybrid_ranks import GLOBAL_BATCH, RATE, batches_at, linear_layers, make
-from train.distributed import World, open_world
-from train.engine import Trainer, train_step
-from train.traffic import sent_bytes
+from train.bench.traffic import sent_bytes
+from train.distributed.world import World, open_world
+from train.step import Trainer, train_step
 
 NUM_COMPRESSED = 6
 POWERSGD = ("compress=powersgd", "powersgd_start=2")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from train.main import main
-from train.model import AlexNet
+from train.models.alexnet import AlexNet
 
 
 def install(faults: list[dict[str, Any]]) -> None:

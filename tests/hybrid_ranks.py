@@ -23,12 +23,17 @@ from data_pipeline.loader import Batch
 from data_pipeline.transforms.sampler import rank_slice
 from tests.faulty_rank import fail
 from tests.ranks import TINY
-from train.config import make_config
-from train.distributed import World, open_world
-from train.engine import Trainer, train_step
-from train.hybrid import HybridParallel, part_optimizer_state, whole_optimizer_state, whole_tensors
-from train.optimizer import load_optimizer
-from train.session import make_trainer
+from train.config.load import make_config
+from train.distributed.hybrid import (
+    HybridParallel,
+    part_optimizer_state,
+    whole_optimizer_state,
+    whole_tensors,
+)
+from train.distributed.world import World, open_world
+from train.optim.sgd import load_optimizer
+from train.setup import make_trainer
+from train.step import Trainer, train_step
 
 GLOBAL_BATCH = 25
 CLASSES = tuple("0123456789")

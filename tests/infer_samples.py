@@ -31,9 +31,9 @@ from infer.bundle import (
 from infer.export import export_model
 from infer.gate import LIMITS
 from infer.inputs import find_inputs
-from train.config import make_config
-from train.model import make_model
-from train.saving import State, save_checkpoint
+from train.checkpoints.write import State, save_checkpoint
+from train.config.load import make_config
+from train.models.alexnet import make_model
 
 IMAGES_PER_CLASS = 5
 CLASSES = tuple("0123456789")

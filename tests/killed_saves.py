@@ -21,11 +21,11 @@ import torch
 
 from tests.test_train_parts import row
 from tests.test_train_saver import CONFIG, small_state
-from train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
-from train.retention import restore_replaced, saved_steps
-from train.run_folder import RunFolder, create_run, go_back_to, newest_whole
-from train.saver import Saver
-from train.saving import State
+from train.checkpoints.background import Saver
+from train.checkpoints.load import find_checkpoint, load_checkpoint, verify_checkpoint
+from train.checkpoints.retention import restore_replaced, saved_steps
+from train.checkpoints.write import State
+from train.runs.folder import RunFolder, create_run, go_back_to, newest_whole
 
 CHANGES = {
     "open", "write", "flush", "truncate", "close", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"

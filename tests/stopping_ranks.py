@@ -20,12 +20,12 @@ from torch import Tensor
 
 from data_pipeline.common.errors import InterruptedRunError
 from data_pipeline.loader import Batch
-from train.config import RunConfig, make_config
-from train.distributed import env_rank
-from train.engine import Trainer, train_step
+from train.config.load import RunConfig, make_config
+from train.distributed.world import env_rank
+from train.health.metrics import Counts
 from train.main import train
-from train.metrics import Counts
-from train.model import AlexNet
+from train.models.alexnet import AlexNet
+from train.step import Trainer, train_step
 
 
 class Sender:

@@ -24,7 +24,7 @@ from data_pipeline.inspect.stats import describe
 from data_pipeline.sharding.write import write_shards
 from data_pipeline.transforms.augment import Augment
 from tests.images import encode, photo, write_folder
-from train.config import make_config
+from train.config.load import make_config
 
 HOSTILE = '<img src=x onerror="alert(1)"> & \x1b[31m'
 LATIN = os.fsdecode(b"caf\xe9.jpg")

@@ -20,7 +20,7 @@ from data_pipeline.transforms.mix import beta_quantile, mix_images, mix_labels, 
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.images import as_numpy, encode, photo
-from train.mixing import average_views, mix_inputs, mixed_losses
+from train.optim.mixup import average_views, mix_inputs, mixed_losses
 
 PREPROCESSING = Preprocessing(crop_px=64, resize_px=72)
 COLORFUL = Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, pca=0.1)

@@ -17,7 +17,7 @@ from infer.cpu_int8 import fold_normalisation, quantize_for_cpu
 from infer.export_onnx import export_onnx
 from infer.precision_proof import prove_precision
 from tests.infer_samples import checkpoint_folder
-from train.checkpoint import load_checkpoint
+from train.checkpoints.load import load_checkpoint
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8)
 

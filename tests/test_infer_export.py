@@ -25,7 +25,7 @@ from infer.export import export_model
 from infer.export_onnx import export_onnx
 from infer.gate import LIMITS, Tally, spread, torch_runner
 from tests.infer_samples import CLASSES, IMAGES_PER_CLASS, checkpoint_folder, data_folder, exported
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoints.load import Checkpoint, load_checkpoint
 
 NO_GPU = GpuScan((), None, "no NVIDIA driver")
 ONE_GPU = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)

@@ -24,7 +24,7 @@ from infer.gate import LIMITS, Tally, judge, torch_runner
 from infer.plan_proof import check_plan_size
 from infer.precision_proof import prove_precision
 from tests.infer_samples import checkpoint_folder, data_folder, exported, tiny_manifest
-from train.checkpoint import load_checkpoint
+from train.checkpoints.load import load_checkpoint
 
 
 def test_int8_is_calibrated_on_training_images_gated_and_built_for_the_gpus_asked_for(

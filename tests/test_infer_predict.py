@@ -30,7 +30,7 @@ from infer.outputs import JsonlWriter
 from infer.predict import ErrorRow, OkRow, Prediction, Row, predict, top_k
 from infer.report import RowCounter, TableWriter, layout
 from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, images_in
-from train.checkpoint import load_checkpoint
+from train.checkpoints.load import load_checkpoint
 
 
 def write_jsonl(rows: Iterable[Row], stream: io.BytesIO) -> None:

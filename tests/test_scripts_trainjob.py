@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from alexnet import EXIT_WRONG_USE, train
 from data_pipeline.common.errors import InterruptedRunError
 from tests.ranks import REPOSITORY
-from train.config import make_config
+from train.config.load import make_config
 
 MODELS = {"TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from data_pipeline.common.errors import CorruptFileError
-from train.averaging import WeightAverage
+from train.optim.ema import WeightAverage
 
 NO, YES = torch.tensor(0.0), torch.tensor(1.0)
 

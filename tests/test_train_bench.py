@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_command
-from train.bench_subjects import measure
+from train.bench.subjects import measure
 
 
 def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:

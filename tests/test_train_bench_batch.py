@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from alexnet import main
 from tests.ranks import TINY, link_subset
-from train.bench_batch import BatchRow, advise_batch, extrapolate, find_knee
+from train.tune.batch_size import BatchRow, advise_batch, extrapolate, find_knee
 
 
 def rows(*figures: tuple[int, float, float]) -> list[BatchRow]:

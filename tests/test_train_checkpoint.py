@@ -15,7 +15,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
 from infer.export import make_origin
 from tests.ranks import TINY
-from train.checkpoint import (
+from train.checkpoints.load import (
     MANIFEST,
     STATE,
     Pointer,
@@ -25,11 +25,11 @@ from train.checkpoint import (
     read_pointer,
     write_json,
 )
-from train.config import RunConfig, make_config
-from train.convert import export_weights
-from train.model import AlexNet, make_model
-from train.retention import REPLACED, prune_checkpoints, restore_replaced
-from train.saving import State, save_checkpoint
+from train.checkpoints.retention import REPLACED, prune_checkpoints, restore_replaced
+from train.checkpoints.write import State, save_checkpoint
+from train.config.load import RunConfig, make_config
+from train.models.alexnet import AlexNet, make_model
+from train.weights import export_weights
 
 CLASSES = tuple("0123456789")
 

@@ -12,12 +12,12 @@ from data_pipeline.common.errors import UserError
 from tests.compression_ranks import NUM_COMPRESSED
 from tests.hybrid_ranks import CLASSES, GLOBAL_BATCH
 from tests.warm_ranks import run_ranks
-from train.config import make_config
-from train.distributed import World, open_world
-from train.model import make_model
-from train.parallel import compress_gradients, describe_parallel, make_parallel
-from train.precision import Precision
-from train.traffic import sent_bytes
+from train.bench.traffic import sent_bytes
+from train.config.load import make_config
+from train.distributed.ddp import compress_gradients, describe_parallel, make_parallel
+from train.distributed.world import World, open_world
+from train.models.alexnet import make_model
+from train.optim.precision import Precision
 
 NUM_RANKS = 2
 POWERSGD = ["compress=powersgd", "powersgd_start=500"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import UserError
-from train.config import RunConfig, decode_config, make_config, to_json
+from train.config.load import RunConfig, decode_config, make_config, to_json
 
 
 @pytest.mark.parametrize(

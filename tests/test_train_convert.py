@@ -18,9 +18,9 @@ from alexnet import main
 from data_pipeline.common.errors import CorruptFileError, UserError
 from tests.test_train_checkpoint import Evil, save
 from tests.test_train_model import bvlc_file
-from train.checkpoint import find_checkpoint, load_checkpoint
-from train.convert import export_weights, import_weights
-from train.model import Normalize
+from train.checkpoints.load import find_checkpoint, load_checkpoint
+from train.models.alexnet import Normalize
+from train.weights import export_weights, import_weights
 
 
 def test_safetensors_and_back(tmp_path: Path) -> None:

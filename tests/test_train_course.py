@@ -11,7 +11,7 @@ import torch
 
 from tests.ranks import TINY, comparable, link_subset, read_rows
 from tests.warm_ranks import train_warm
-from train.checkpoint import find_checkpoint, load_checkpoint
+from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.evaluate import evaluate_checkpoint, load_split
 
 EPOCHS = 4

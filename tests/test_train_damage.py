@@ -21,10 +21,10 @@ from tests.ranks import TINY, link_subset, read_rows
 from tests.test_train_parts import row
 from tests.test_train_saver import CONFIG, small_state
 from tests.warm_ranks import ranks_of, run_ranks, train_warm
-from train.checkpoint import MANIFEST, STATE, find_checkpoint
-from train.retention import saved_steps, steps_to_keep
-from train.run_folder import create_run
-from train.saver import Saver
+from train.checkpoints.background import Saver
+from train.checkpoints.load import MANIFEST, STATE, find_checkpoint
+from train.checkpoints.retention import saved_steps, steps_to_keep
+from train.runs.folder import create_run
 
 SETTINGS = (
     *TINY, "model.dropout=0.5", "epochs=2", "global_batch=25", "checkpoint_every=1", "keep_checkpoints=6",

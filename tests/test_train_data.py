@@ -22,8 +22,8 @@ from tests.images import write_folder
 from tests.infer_samples import tiny_manifest
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import run_ranks
-from train.checkpoint import find_checkpoint, load_checkpoint
-from train.convert import export_weights, import_weights
+from train.checkpoints.load import find_checkpoint, load_checkpoint
+from train.weights import export_weights, import_weights
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SETTINGS = [f"--set={s}" for s in (*TINY, "epochs=1", "global_batch=25", "checkpoint_every=2")]

@@ -10,12 +10,12 @@ import pytest
 
 from data_pipeline.common.errors import DivergedError
 from tests.ranks import read_rows
-from train.config import make_config
-from train.distributed import open_world
-from train.flat_loss import FlatLoss, describe_flat, flat_level
+from train.config.load import make_config
+from train.distributed.world import open_world
+from train.health.flat_loss import FlatLoss, describe_flat, flat_level
+from train.health.metrics import Metrics
 from train.loop import run_epochs
-from train.metrics import Metrics
-from train.session import open_session
+from train.setup import open_session
 
 GRACE = 30
 LEVEL = float(np.log(10))

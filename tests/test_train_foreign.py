@@ -27,13 +27,13 @@ from data_pipeline.common.files import MAX_SMALL_BYTES
 from tests.test_train_checkpoint import Evil, forge
 from tests.test_train_model import bvlc_file
 from tests.test_train_saver import small_state
-from train.checkpoint import MANIFEST, STATE, load_checkpoint, read_pointer
-from train.config import make_config, to_json
-from train.convert import import_weights
-from train.foreign import MAX_PICKLE_BYTES
-from train.optimizer import load_optimizer, make_optimizer
-from train.run_folder import create_run
-from train.saving import save_checkpoint
+from train.checkpoints.load import MANIFEST, STATE, load_checkpoint, read_pointer
+from train.checkpoints.safe_load import MAX_PICKLE_BYTES
+from train.checkpoints.write import save_checkpoint
+from train.config.load import make_config, to_json
+from train.optim.sgd import load_optimizer, make_optimizer
+from train.runs.folder import create_run
+from train.weights import import_weights
 
 State = dict[str, Any]
 

@@ -18,15 +18,15 @@ from data_pipeline.loader import Batch, train_batches
 from tests.faulty_rank import fail
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import run_ranks
-from train.checkpoint import load_checkpoint
-from train.config import make_config
-from train.distributed import open_world
-from train.divergence import check_weights, heed_guard
-from train.engine import train_step
-from train.guard import SPIKE_WARMUP, Guard, Skips, all_finite, poison
+from train.checkpoints.load import load_checkpoint
+from train.checkpoints.retention import saved_steps
+from train.config.load import make_config
+from train.distributed.world import open_world
+from train.health.nonfinite import SPIKE_WARMUP, Guard, Skips, all_finite, poison
 from train.loop import save
-from train.retention import saved_steps
-from train.session import Session, open_session
+from train.runs.abort import check_weights, heed_guard
+from train.setup import Session, open_session
+from train.step import train_step
 
 CPU = torch.device("cpu")
 BATCH = 25

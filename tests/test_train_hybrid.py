@@ -19,9 +19,9 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.sampler import rank_slice
 from tests.ranks import run_command
 from tests.warm_ranks import run_ranks
-from train.config import make_config
-from train.hybrid import round_rows
-from train.split_layers import part_bounds
+from train.config.load import make_config
+from train.distributed.hybrid import round_rows
+from train.distributed.tensor_parallel import part_bounds
 
 NUM_RANKS = 3
 Found = list[dict[str, Any]]

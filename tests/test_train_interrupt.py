@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from train.distributed import open_world
-from train.interrupt import ASK_S, remember_signals
+from train.distributed.world import open_world
+from train.health.signals import ASK_S, remember_signals
 
 
 def test_ranks_ask_each_other_about_every_three_seconds_however_long_a_step_takes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_pipeline.common.errors import UserError
-from train.launch import Rendezvous, make_rendezvous
+from train.distributed.torchrun import Rendezvous, make_rendezvous
 
 
 def test_machines_meet_at_one_place_under_one_name() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.lrn import LocalResponseNorm, window_sum
+from train.models.lrn import LocalResponseNorm, window_sum
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

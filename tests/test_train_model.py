@@ -15,9 +15,9 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.config_parts import Init, ModelConfig
-from train.lrn import LocalResponseNorm
-from train.model import AlexNet, Normalize, make_model
+from train.config.schema import Init, ModelConfig
+from train.models.alexnet import AlexNet, Normalize, make_model
+from train.models.lrn import LocalResponseNorm
 
 PARAMETERS = {"paper": 60_965_224, "caffe": 60_965_224, "owt": 61_100_840, "bn": 60_966_600}
 

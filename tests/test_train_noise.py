@@ -15,14 +15,14 @@ from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import Batch
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import train_warm
-from train.config import make_config
-from train.distributed import World, open_world
-from train.engine import Trainer, to_device, train_step
+from train.config.load import make_config
+from train.distributed.world import World, open_world
+from train.health.noise_scale import NoiseEstimate, NoiseMeter, estimate_noise, smooth_noise
 from train.main import train
-from train.noise_rows import NoiseRows
-from train.noise_scale import NoiseEstimate, NoiseMeter, estimate_noise, smooth_noise
-from train.run_folder import Row
-from train.session import make_trainer
+from train.runs.folder import Row
+from train.runs.noise_rows import NoiseRows
+from train.setup import make_trainer
+from train.step import Trainer, to_device, train_step
 
 NOISY = (
     *TINY, "epochs=1", "log_noise_scale=true", "schedule.kind=constant", "schedule.warmup_epochs=0",

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from data_pipeline.common.errors import UserError
-from train.config import make_config
-from train.config_parts import OptimizerConfig
-from train.engine import update
-from train.model import make_model
-from train.optimizer import load_optimizer, make_optimizer, set_rate, start_momentum
+from train.config.load import make_config
+from train.config.schema import OptimizerConfig
+from train.models.alexnet import make_model
+from train.optim.sgd import load_optimizer, make_optimizer, set_rate, start_momentum
+from train.step import update
 
 Form = Literal["torch", "paper"]
 NO, YES = torch.tensor(0.0), torch.tensor(1.0)

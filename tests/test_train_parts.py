@@ -9,13 +9,13 @@ import torch
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
-from train.checkpoint import MANIFEST, STATE, Manifest, Pointer, write_json
-from train.config import make_config
-from train.distributed import check_rank_count, choose_device, cpu_share, open_world
-from train.launch import choose_rank_count
-from train.metrics import Counts
-from train.precision import choose_precision
-from train.run_folder import Row, best_until, create_run, find_resumable
+from train.checkpoints.load import MANIFEST, STATE, Manifest, Pointer, write_json
+from train.config.load import make_config
+from train.distributed.torchrun import choose_rank_count
+from train.distributed.world import check_rank_count, choose_device, cpu_share, open_world
+from train.health.metrics import Counts
+from train.optim.precision import choose_precision
+from train.runs.folder import Row, best_until, create_run, find_resumable
 
 CPU = torch.device("cpu")
 

@@ -15,12 +15,12 @@ from alexnet import main
 from data_pipeline.loader import train_batches
 from data_pipeline.transforms.sampler import steps_per_epoch
 from tests.ranks import link_subset
-from train.config import RunConfig, decode_config, make_config, recipe_names
-from train.distributed import open_world
-from train.engine import train_step
+from train.config.load import RunConfig, decode_config, make_config, recipe_names
+from train.distributed.world import open_world
 from train.loop import by_step, evaluate_epoch
-from train.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
-from train.session import open_session
+from train.optim.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
+from train.setup import open_session
+from train.step import train_step
 
 RECIPES = {
     "demo", "tiny-imagenet", "tiny-imagenet-best",

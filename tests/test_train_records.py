@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_pipeline.common.errors import SaveError
 from data_pipeline.common.files import PatientFile
 from tests.test_train_parts import row
-from train.config import make_config
-from train.records import Board
-from train.run_folder import create_run
+from train.config.load import make_config
+from train.runs.folder import create_run
+from train.runs.metrics_log import Board
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from data_pipeline.common.errors import DivergedError, InterruptedRunError
 from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, run_command, torchrun_arguments
 from tests.warm_ranks import run_ranks, train_warm
-from train.config import make_config
-from train.distributed import Launch, env_launch
-from train.restart import FILE, Start, choose_start, claim_run, end_run
-from train.run_folder import create_run
+from train.config.load import make_config
+from train.distributed.world import Launch, env_launch
+from train.runs.folder import create_run
+from train.runs.resume import FILE, Start, choose_start, claim_run, end_run
 
 BATCH = 30
 SETTINGS = (

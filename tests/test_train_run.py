@@ -14,7 +14,7 @@ from scripts.soaking.evidence import read_evidence
 from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import ranks_of, run_ranks, train_warm
-from train.checkpoint import find_checkpoint, load_checkpoint
+from train.checkpoints.load import find_checkpoint, load_checkpoint
 
 NUM_STEPS = 12
 BATCH = 13  # divides by neither 2 nor 3

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from train.checkpoint import Pointer, load_checkpoint, read_pointer
-from train.config import make_config
-from train.retention import saved_steps
-from train.run_folder import create_run
-from train.saver import Copies, Saver, copied
-from train.saving import State
+from train.checkpoints.background import Copies, Saver, copied
+from train.checkpoints.load import Pointer, load_checkpoint, read_pointer
+from train.checkpoints.retention import saved_steps
+from train.checkpoints.write import State
+from train.config.load import make_config
+from train.runs.folder import create_run
 
 CONFIG = make_config("demo", ["keep_checkpoints=1"])
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from train.bench_ranks import Mode
-from train.bench_scaling import SCRIPT, ScalingReport, bench_scaling, describe
+from train.bench.ranks import Mode
+from train.bench.scaling import SCRIPT, ScalingReport, bench_scaling, describe
 
 
 def bench_tiny(links: Sequence[str] = (), modes: Sequence[Mode] = ("ddp+bf16", "hybrid")) -> ScalingReport:

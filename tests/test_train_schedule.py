@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config_parts import ScheduleConfig
-from train.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
+from train.config.schema import ScheduleConfig
+from train.optim.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
 
 
 def rates(schedule: ScheduleConfig, *, steps_per_epoch: int, epochs: int) -> list[float]:

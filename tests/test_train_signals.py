@@ -16,7 +16,7 @@ from scripts.soaking.launch import is_alive
 from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, read_rows, torchrun_arguments
 from tests.warm_ranks import ranks_of, train_warm
-from train.checkpoint import find_checkpoint, load_checkpoint
+from train.checkpoints.load import find_checkpoint, load_checkpoint
 
 BATCH = 25
 NUM_STEPS = 48

@@ -18,16 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import Batch
 from tests.ranks import run_command
-from train.bench_train import make_ratios, make_specs
-from train.config import make_config
-from train.distributed import World, open_world
-from train.engine import Trainer, train_step
-from train.flops import count_flops
-from train.fusion import compile_step, count_numbers, prepare_lrn, prepare_step
-from train.lrn import LocalResponseNorm, padded_window_sum, window_sum
-from train.metrics import Counts
-from train.model import make_model
-from train.session import make_trainer
+from train.bench.flops import count_flops
+from train.bench.train import make_ratios, make_specs
+from train.compile.choose import compile_step, count_numbers, prepare_lrn, prepare_step
+from train.config.load import make_config
+from train.distributed.world import World, open_world
+from train.health.metrics import Counts
+from train.models.alexnet import make_model
+from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
+from train.setup import make_trainer
+from train.step import Trainer, train_step
 
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
@@ -169,9 +169,9 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on(
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     code = (
-        "from train.config import make_config; from train.distributed import open_world\n"
-        "from train.fusion import fuse_lrn; from train.model import make_model\n"
-        "from train.precision import choose_precision; import logging, torch\n"
+        "from train.config.load import make_config; from train.distributed.world import open_world\n"
+        "from train.compile.choose import fuse_lrn; from train.models.alexnet import make_model\n"
+        "from train.optim.precision import choose_precision; import logging, torch\n"
         "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
         "with open_world('cpu') as world:\n"
         "    net = make_model(make_config('demo').model, num_classes=2, crop_px=64)\n"

@@ -10,9 +10,9 @@ import torch
 from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import run_ranks
-from train.distributed import World
-from train.metrics import Counts
-from train.open_row import OpenRow
+from train.distributed.world import World
+from train.health.metrics import Counts
+from train.runs.open_row import OpenRow
 
 ANYWHERE = (
     *TINY, "log_every=2", "model.name=bn", "model.dropout=0.5", "epochs=2", "global_batch=30",

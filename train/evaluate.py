@@ -10,12 +10,12 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import eval_batches, make_backend
-from train.checkpoint import Checkpoint
-from train.distributed import cpu_share, open_world
-from train.engine import EVAL_BATCH, evaluate
-from train.metrics import Metrics
-from train.model import Normalize
-from train.precision import choose_precision
+from train.checkpoints.load import Checkpoint
+from train.distributed.world import cpu_share, open_world
+from train.health.metrics import Metrics
+from train.models.alexnet import Normalize
+from train.optim.precision import choose_precision
+from train.step import EVAL_BATCH, evaluate
 
 
 def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:

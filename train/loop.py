@@ -12,14 +12,14 @@ import msgspec
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loader import Batch, eval_batches, train_batches
-from train.divergence import check_weights, heed_flat_loss, heed_guard
-from train.engine import EVAL_BATCH, BrokenOffError, evaluate, train_step
-from train.hybrid import whole_network
-from train.metrics import Metrics
-from train.records import Recorder, make_recorder
-from train.schedule import base_rate_for, lr_at, plateau_drops
-from train.session import Session
-from train.snapshot import snapshot
+from train.distributed.hybrid import whole_network
+from train.health.metrics import Metrics
+from train.optim.schedule import base_rate_for, lr_at, plateau_drops
+from train.runs.abort import check_weights, heed_flat_loss, heed_guard
+from train.runs.metrics_log import Recorder, make_recorder
+from train.setup import Session
+from train.state import snapshot
+from train.step import EVAL_BATCH, BrokenOffError, evaluate, train_step
 
 log = logging.getLogger("train")
 

@@ -25,13 +25,13 @@ from data_pipeline.common.errors import (
 )
 from data_pipeline.datasets.demo import DEMO_ROOT
 from data_pipeline.loading.bad_files import visible
-from train.config import RunConfig, make_config, to_json
-from train.distributed import env_launch, env_rank, open_world
-from train.interrupt import remember_signals
+from train.config.load import RunConfig, make_config, to_json
+from train.config.options import DEFAULT_RECIPE, OPTIONS
+from train.distributed.world import env_launch, env_rank, open_world
+from train.health.signals import remember_signals
 from train.loop import run_epochs
-from train.options import DEFAULT_RECIPE, OPTIONS
-from train.restart import end_run
-from train.session import open_session
+from train.runs.resume import end_run
+from train.setup import open_session
 
 log = logging.getLogger("train")
 

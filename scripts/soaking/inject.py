@@ -17,7 +17,7 @@ from scripts.soaking.disk import Disk
 from scripts.soaking.launch import Launch, wait_until
 from scripts.soaking.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of
 from scripts.soaking.report import Hit
-from train.checkpoint import MANIFEST, STATE, verify_checkpoint
+from train.checkpoints.load import MANIFEST, STATE, verify_checkpoint
 
 UNWRITTEN = "training goes on, and the checkpoints before it are untouched"
 """What a run says of a checkpoint that found no room."""

@@ -17,9 +17,9 @@ import msgspec
 
 import train.loop
 from data_pipeline.loader import Batch
-from train.engine import Trainer, train_step
+from train.health.metrics import Counts
 from train.main import main
-from train.metrics import Counts
+from train.step import Trainer, train_step
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):

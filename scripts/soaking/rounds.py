@@ -27,8 +27,8 @@ from scripts.soaking.plan import (
     steps_of,
 )
 from scripts.soaking.report import Hit
-from train.checkpoint import STATE, find_checkpoint, verify_checkpoint
-from train.foreign import load_plain
+from train.checkpoints.load import STATE, find_checkpoint, verify_checkpoint
+from train.checkpoints.safe_load import load_plain
 
 log = logging.getLogger("train")
 

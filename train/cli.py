@@ -1,0 +1,90 @@
+"""`alexnet checkpoint …`. Every command imports its work inside its body."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def checkpoint() -> None:
+    """Checkpoints: look at them, verify them, bring weights in and out."""
+
+
+@checkpoint.command()
+@click.argument("checkpoint", type=PATH, required=False)
+def inspect(checkpoint: Path | None) -> None:
+    """Print what a checkpoint is, as JSON. Default: the best of the newest run.
+
+    \b
+    alexnet checkpoint inspect
+    """
+    import msgspec
+
+    from train.checkpoints.load import find_checkpoint
+    from train.weights import inspect_checkpoint
+
+    click.echo(msgspec.json.format(msgspec.json.encode(inspect_checkpoint(find_checkpoint(checkpoint)))))
+
+
+@checkpoint.command()
+@click.argument("run", type=PATH)
+def verify(run: Path) -> None:
+    """Hold every checkpoint of a run against its manifest; code 1 if any is damaged.
+
+    \b
+    alexnet checkpoint verify runs/demo-20260101T000000Z
+    """
+    from data_pipeline.common.errors import CorruptFileError, UserError
+    from train.checkpoints.load import verify_checkpoint
+    from train.checkpoints.retention import saved_steps
+
+    folders = list(saved_steps(run / "checkpoints").values())
+    if not folders:
+        raise UserError(f"{run} is not a run with checkpoints")
+    damaged = 0
+    for folder in folders:
+        try:
+            verify_checkpoint(folder)
+            click.echo(f"{folder}: ok")
+        except CorruptFileError as error:
+            damaged += 1
+            click.echo(f"{folder}: {error}")
+    if damaged:
+        raise CorruptFileError(f"{damaged} of {len(folders)} checkpoints are damaged")
+
+
+@checkpoint.command()
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
+@click.option(
+    "--to", type=click.Choice(["safetensors", "torchvision"]),
+    help="Take weights out: what to write. Without it, SOURCE is a file of weights that comes in.",
+)  # fmt: skip
+@click.option("--classes", type=PATH, help="Class names for weights that come in, one a line.")
+def convert(source: Path, target: Path, to: Any, classes: Path | None) -> None:
+    """Take weights out of a checkpoint, or make a checkpoint of weights from elsewhere.
+
+    Without --to, TARGET is the folder for the new run, and SOURCE .safetensors as written here, torchvision's
+    alexnet (.pth) or BVLC's AlexNet (.onnx).
+
+    \b
+    alexnet checkpoint convert runs/demo-20260101T000000Z weights.safetensors --to safetensors
+    alexnet checkpoint convert alexnet-owt.pth runs --classes imagenet.txt
+    """
+    from data_pipeline.common.errors import UserError
+    from train.checkpoints.load import find_checkpoint, load_checkpoint
+    from train.weights import export_weights, import_weights
+
+    if to is not None:
+        export_weights(load_checkpoint(find_checkpoint(source)), target, to)
+        click.echo(target)
+        return
+    if classes is not None and not classes.is_file():
+        raise UserError(f"--classes {classes} does not exist")
+    names = tuple(classes.read_text(encoding="utf-8").splitlines()) if classes is not None else None
+    click.echo(import_weights(source, target, names))

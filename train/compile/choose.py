@@ -1,0 +1,247 @@
+"""Where Inductor's kernels take the place of torch's: in LRN, and in the whole network."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train.checkpoints.load import write_json
+from train.distributed.hybrid import Parallel
+from train.distributed.world import World
+from train.models.alexnet import AlexNet
+from train.models.lrn import LocalResponseNorm
+from train.optim.precision import Precision
+
+log = logging.getLogger("train")
+
+WORTH_ELEMENTS = {"cpu": 5e9, "cuda": 2.5e11}
+"""From so many normalised numbers on, in a whole run, compiling takes less time than it saves: 25 s, against
+11 ns a number on two CPU cores. On a GPU the saving is an estimate, 0.1 ns."""
+COMPILED = "compiled.json"
+"""In the run folder: whether the network is compiled, so that a resumed run computes the same bits."""
+ROUNDS = 3
+
+
+def prepare_lrn(
+    network: AlexNet,
+    wanted: Literal["auto", "fused", "eager"],
+    *,
+    crop_px: int,
+    num_images: int,
+    precision: Precision,
+    world: World,
+) -> None:
+    """Fuse a network's LRN where that is wanted, or pays in the run; rank 0 says which, and what it took.
+
+    The choice depends on the run alone, not on where it is resumed. Every rank must call this.
+
+    Args:
+        wanted: `auto` fuses in runs long enough.
+        num_images: how many images the whole run trains on.
+    """
+    layers = lrn_layers(network)
+    if not layers or wanted == "eager":
+        return
+    if wanted == "auto":
+        numbers = num_images * count_numbers(network, crop_px)
+        if numbers < WORTH_ELEMENTS[world.device.type]:
+            if world.is_main:
+                log.info(
+                    "LRN is not compiled: this run is too short to gain by it (lrn=fused does it anyway)"
+                )
+            return
+    fuse_lrn(network, crop_px, precision, world)
+
+
+def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World) -> bool:
+    """Compile the LRN of a network, forward and backward; where that fails on any rank, none does.
+
+    The first rank of a machine goes first, and the others find its kernels in the cache on disk.
+
+    Returns:
+        Whether it is fused now.
+    """
+    layers = lrn_layers(network)
+    if not layers:
+        return False
+    started, failure = time.monotonic(), ""
+    if world.is_main:
+        log.info("compiling LRN, once for this machine: it can take half a minute")
+    for turn in (True, False):
+        if (world.local_rank == 0) is turn:
+            failure = _try_lrn(network, layers, crop_px, precision, world.device)
+        if world.world_size > 1:
+            world.barrier()
+    failed = world.any(bool(failure))
+    for layer in layers:
+        layer.fused = not failed
+    if failure:
+        log.warning(f"LRN runs without a compiler, several times slower: {failure}")
+    elif failed and world.is_main:
+        log.warning("LRN runs without a compiler, several times slower: compiling failed on another rank")
+    elif world.is_main:
+        log.info(f"LRN compiled in {time.monotonic() - started:.0f} s; the kernels are kept for the next run")
+    return not failed
+
+
+def lrn_layers(network: nn.Module) -> list[LocalResponseNorm]:
+    """The LRN of a network."""
+    return [module for module in network.modules() if isinstance(module, LocalResponseNorm)]
+
+
+def count_numbers(network: AlexNet, crop_px: int) -> int:
+    """How many numbers the LRN of a network normalises for one image."""
+    counted: list[int] = []
+    handles = [
+        layer.register_forward_hook(lambda _module, inputs, _output: counted.append(inputs[0].numel()))
+        for layer in lrn_layers(network)
+    ]
+    try:
+        with torch.no_grad():
+            network.features(_zeros(network, 1, crop_px))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(counted)
+
+
+def compile_step(network: AlexNet) -> None:
+    """Compile the forward and backward pass of a network as a whole, in place, at its next call.
+
+    LRN stays a call of its own: inlined into the pooling behind it, it would be computed 9 times.
+    """
+    for layer in lrn_layers(network):
+        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
+    # Inductor's front end looks at the gradient of what LRN returns, and warns of its own look.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+    network.compile(dynamic=False)
+
+
+def prepare_step(
+    parallel: Parallel,
+    batch: int,
+    crop_px: int,
+    precision: Precision,
+    world: World,
+    run: Path | None,
+) -> bool:
+    """Compile the network's passes if that makes them faster here: both are measured, on zeros.
+
+    Rank 0 decides for all and writes the choice to the run folder, where a resumed run finds it. Every rank
+    must call this.
+
+    Args:
+        batch: images that pass through at once.
+        run: the run's folder, on rank 0.
+    Returns:
+        Whether they are compiled now.
+    """
+    assert isinstance(parallel, DistributedDataParallel), "a configuration of both is refused"
+    known = world.from_main(lambda: _read_choice(run))
+    if known is not None:
+        if known:
+            compile_step(parallel.module)
+        if world.is_main:
+            log.info(f"the network is {'' if known else 'not '}compiled, as it was when the run began")
+        return known
+    images = _zeros(parallel.module, batch, crop_px)
+    with _unchanged(parallel):
+        eager_s = _time_passes(parallel, images, precision)
+        started, failure, compiled_s = time.monotonic(), "", float("inf")
+        try:
+            compile_step(parallel.module)
+            _time_passes(parallel, images, precision, rounds=1)
+            compile_s = time.monotonic() - started
+            compiled_s = _time_passes(parallel, images, precision)
+        except Exception as error:
+            failure = _first_line(error)
+    failed = world.any(bool(failure))
+    faster = world.from_main(lambda: not failed and compiled_s < eager_s)
+    if not faster:
+        parallel.module._compiled_call_impl = None
+        for layer in lrn_layers(parallel):
+            vars(layer).pop("forward", None)
+    if failed:
+        if failure or world.is_main:
+            log.warning(f"the network is not compiled: {failure or 'compiling failed on another rank'}")
+    elif world.is_main:
+        log.info(
+            f"forward and backward: {compiled_s:.3f} s compiled ({compile_s:.0f} s to compile), "
+            f"{eager_s:.3f} s as it is: the network is {'' if faster else 'not '}compiled"
+        )
+    if run is not None:
+        write_json(run / COMPILED, faster)
+    return faster
+
+
+def _try_lrn(
+    network: AlexNet,
+    layers: list[LocalResponseNorm],
+    crop_px: int,
+    precision: Precision,
+    device: torch.device,
+) -> str:
+    """Compile for every batch size but one; what went wrong, or nothing."""
+    for layer in layers:
+        layer.fused = True
+    weights = list(network.features.parameters())
+    try:
+        with precision.autocast():
+            out = network.features(_zeros(network, 2, crop_px))
+        torch.autograd.grad(out.float().sum(), weights)
+    except Exception as error:  # a compiler can fail in any way; training does not depend on it
+        return _first_line(error)
+    return ""
+
+
+def _read_choice(run: Path | None) -> bool | None:
+    path = run / COMPILED if run is not None else None
+    return msgspec.json.decode(path.read_bytes(), type=bool) if path is not None and path.is_file() else None
+
+
+def _zeros(network: nn.Module, batch: int, crop_px: int) -> Tensor:
+    device = next(network.parameters()).device
+    return torch.zeros(batch, crop_px, crop_px, 3, device=device).permute(0, 3, 1, 2)
+
+
+def _time_passes(
+    parallel: DistributedDataParallel, images: Tensor, precision: Precision, rounds: int = ROUNDS
+) -> float:
+    """Seconds of the fastest forward and backward pass."""
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        with precision.autocast():
+            loss = parallel(images).float().square().mean()
+        torch.autograd.backward(loss)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+@contextmanager
+def _unchanged(parallel: DistributedDataParallel) -> Iterator[None]:
+    """Leave running statistics, gradients and the generator as they were."""
+    buffers = [buffer.clone() for buffer in parallel.buffers()]
+    with torch.random.fork_rng():
+        yield
+    for buffer, old in zip(parallel.buffers(), buffers, strict=True):
+        buffer.copy_(old)
+    for parameter in parallel.parameters():
+        parameter.grad = None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__

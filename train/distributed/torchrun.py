@@ -1,0 +1,136 @@
+"""`alexnet train`: be this machine's torchrun, and answer with the ranks' exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from data_pipeline.common.errors import InterruptedRunError, UserError
+from train.config.load import RunConfig
+from train.distributed.world import check_rank_count, choose_device, cpu_share
+
+log = logging.getLogger("train")
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun passes on to the ranks: its own list, and Slurm's signal before the time is up."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the torchruns of several machines find each other; the same on all of them.
+
+    Args:
+        num_nodes: how many machines there are: `2`, or `1:4` where they may come and go.
+        endpoint: `HOST[:PORT]` of one of them, which holds the meeting.
+        run_id: a name for this launch.
+    """
+
+    num_nodes: str
+    endpoint: str
+    run_id: str
+
+    def options(self) -> list[str]:
+        """As torchrun's options."""
+        return [
+            f"--nnodes={self.num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-id={self.run_id}",
+        ]  # fmt: skip
+
+
+def make_rendezvous(num_nodes: str, endpoint: str | None, run_id: str | None) -> Rendezvous | None:
+    """What the options of `alexnet train` say of other machines; None where there are none.
+
+    Raises:
+        UserError: machines that could not find each other.
+    """
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", num_nodes):
+        raise UserError(f"--nnodes takes a number of machines, or MIN:MAX, not {num_nodes!r}")
+    least, _, most = num_nodes.partition(":")
+    if most and int(most) < int(least):
+        raise UserError(f"--nnodes {num_nodes}: the largest number is below the smallest")
+    if endpoint is None and run_id is None and num_nodes == "1":
+        return None
+    if endpoint is None or not run_id or run_id == "none":
+        raise UserError(
+            "several machines meet at --rdzv-endpoint HOST:PORT, under a name of this launch, --rdzv-id; "
+            "give both, and the same on every machine"
+        )
+    return Rendezvous(num_nodes, endpoint, run_id)
+
+
+def choose_rank_count(wanted: str, config: RunConfig) -> int:
+    """How many ranks to start here.
+
+    Args:
+        wanted: a number, or `auto`: one for each GPU, and one where there is none.
+        config: says whether GPUs are to be used.
+    Raises:
+        UserError: not a number above 0, or more ranks than GPUs.
+    """
+    device = choose_device(config.device)
+    num_gpus = torch.cuda.device_count()
+    if wanted == "auto":
+        return num_gpus if device == "cuda" else 1
+    if not wanted.isdecimal() or int(wanted) == 0:
+        raise UserError(f"--nproc takes a number above 0, or auto, not {wanted!r}")
+    check_rank_count(int(wanted), device, num_gpus)
+    return int(wanted)
+
+
+def launch(
+    num_ranks: int, arguments: Sequence[str], max_restarts: int = 0, rendezvous: Rendezvous | None = None
+) -> int:
+    """Run `train.main` under torchrun on this machine.
+
+    Args:
+        num_ranks: processes to start here.
+        arguments: of `train.main`.
+        max_restarts: how often all ranks are started again after one of them fails.
+        rendezvous: with other machines; None where there are none.
+    Returns:
+        0, or the exit code of the rank that failed first; a rank has said why by then.
+    """
+    # torchrun would choose 1 and warn about it.
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpu_share(num_ranks)))
+    # Said in full, since torchrun fills in what is not from variables that a cluster may have set (PET_…).
+    meeting = rendezvous.options() if rendezvous is not None else ["--standalone", "--nnodes=1"]
+    options = [
+        *meeting, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
+        f"--signals-to-handle={SIGNALS}", "-m", "train.main", *arguments,
+    ]  # fmt: skip
+    # Its own log repeats what the rank said, around a traceback of torchrun itself.
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.multiprocessing.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        torchrun.run(torchrun.parse_args(options))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            log.error(f"rank {rank} was ended by {name}")
+            return 1
+        return int(failure.exitcode)
+    except SignalException as error:
+        log.info(f"stopped by {error.sigval.name}; what the ranks saved is where --resume auto goes on")
+        return InterruptedRunError.exit_code
+    return 0
+
+
+def training_arguments(
+    recipe: str, data: Path | None, out: Path, resume: str, overrides: Sequence[str], debug: bool
+) -> list[str]:
+    """The options of `train.config.options`, as a command line."""
+    arguments = [f"--recipe={recipe}", f"--out={out}", f"--resume={resume}"]
+    arguments += [f"--data={data}"] if data is not None else []
+    arguments += [f"--set={override}" for override in overrides]
+    return arguments + (["--debug"] if debug else [])

@@ -1,0 +1,93 @@
+"""The flat-loss guard: what AlexNet does when it learns nothing is to guess, for epochs, without an error."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from train.config.load import RunConfig
+from train.config.schema import ModelConfig
+from train.health.metrics import Metrics
+
+BELOW, ABOVE = 0.995, 1.05
+"""A mean loss between these multiples of the level is flat. A network that learns falls through the lower
+one; one that only guesses cannot, and jitters above the level as its last biases follow each batch."""
+NUM_WINDOWS = 10
+"""The loss is judged by its mean over a tenth of the grace steps, so that no single batch decides."""
+
+
+class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the loss has been flat; the same on all ranks, and part of a checkpoint.
+
+    Args:
+        since: optimiser steps finished when it was last seen elsewhere.
+        window_start: steps finished when the present window began.
+        samples, loss_sum: of the present window.
+    """
+
+    since: int = 0
+    window_start: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """For how many steps it has been flat, by the windows that are over."""
+        return self.window_start - self.since
+
+    def after(self, step: int, metrics: Metrics, level: float, grace: int) -> FlatLoss:
+        """What is known after some more steps.
+
+        Args:
+            step: optimiser steps finished.
+            metrics: of the training samples since the last call, over all ranks.
+            level: of `flat_level`.
+            grace: steps that the loss may be flat.
+        """
+        samples, loss_sum = self.samples, self.loss_sum
+        if metrics.num_samples:
+            samples, loss_sum = samples + metrics.num_samples, loss_sum + metrics.loss * metrics.num_samples
+        if step - self.window_start < grace / NUM_WINDOWS or samples == 0:
+            return msgspec.structs.replace(self, samples=samples, loss_sum=loss_sum)
+        flat = BELOW * level <= loss_sum / samples <= ABOVE * level
+        return FlatLoss(since=self.since if flat else step, window_start=step)
+
+
+def flat_level(labels: npt.NDArray[np.int64], num_classes: int, label_smoothing: float) -> float:
+    """The loss of the best guess that does not look at the image: ln(classes) where all are as frequent.
+
+    It is the entropy of the labels. Mixing samples does not change it; smoothing evens them out.
+
+    Args:
+        labels: classes of the training samples.
+
+    >>> round(flat_level(np.arange(10), 10, 0.1), 6) == round(float(np.log(10)), 6)
+    True
+    """
+    counts_C = np.bincount(labels, minlength=num_classes).astype(np.float64)
+    shares_C = (1 - label_smoothing) * counts_C / max(counts_C.sum(), 1) + label_smoothing / num_classes
+    seen = shares_C[shares_C > 0]
+    return float(-(seen * np.log(seen)).sum())
+
+
+def what_to_change(model: ModelConfig) -> list[str]:
+    """What may make a network learn that only guesses."""
+    changes = []
+    if model.init != "he":
+        changes.append(f"model.init=he in place of {model.init}")
+    if model.name != "bn":
+        changes.append("batch normalisation (model.name=bn)")
+    return changes
+
+
+def describe_flat(level: float, num_classes: int, num_steps: int, config: RunConfig) -> str:
+    """What the guard says as it ends a run, and what to change."""
+    advice = what_to_change(config.model)
+    advice.append(f"another schedule.learning_rate than {config.schedule.learning_rate:g}")
+    return (
+        f"the training loss has been within half a percent of {level:.4f} for {num_steps} steps. That is "
+        f"what guessing among {num_classes} classes costs (ln({num_classes}) where all are as frequent): the "
+        f"network learns nothing. Try {', or '.join(advice)}. flat_loss_grace={config.flat_loss_grace} is "
+        "how many steps it may; 0 turns this check off"
+    )

@@ -1,0 +1,75 @@
+"""Exact accuracy: integers are counted on the device, summed over the ranks, and divided once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.distributed.world import World
+
+# Shapes: N samples, C classes.
+
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a set of samples came to. `top1` and `top5` are fractions in 0..1."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_samples: int
+    num_failed: int
+
+
+class Counts:
+    """Running counts on one rank's device; nothing waits for the device until `reduce`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.integers = torch.zeros(4, dtype=torch.int64, device=device)  # samples, top1, top5, failed
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logits_NC: Tensor, losses_N: Tensor, labels_N: Tensor, valid_N: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            logits_NC: scores, any float type.
+            losses_N: loss of each sample.
+            labels_N: true classes, int64.
+            valid_N: False for a sample whose file could not be read; it counts only as failed.
+        """
+        ranked_NK = logits_NC.topk(min(TOP_K, logits_NC.shape[1]), dim=1).indices
+        hits_NK = (ranked_NK == labels_N[:, None]) & valid_N[:, None]
+        num_valid = valid_N.sum()
+        self.integers += torch.stack(
+            [num_valid, hits_NK[:, 0].sum(), hits_NK.sum(), valid_N.numel() - num_valid]
+        )
+        self.loss_sum += (losses_N.double() * valid_N).sum()
+
+    def keep_unless(self, skip: Tensor) -> None:
+        """Forget everything where `skip`, a number on the device, is 1; its loss need not be finite."""
+        self.integers = torch.where(skip.bool(), 0, self.integers)
+        self.loss_sum = torch.where(skip.bool(), 0.0, self.loss_sum)
+
+    def merge(self, other: Counts) -> None:
+        """Add another's counts to these."""
+        self.integers += other.integers
+        self.loss_sum += other.loss_sum
+
+    def reduce(self, world: World) -> Metrics:
+        """Sum over the ranks and divide. Waits for the device; every rank must call it.
+
+        Returns:
+            The metrics of all ranks' samples; NaN where none could be read.
+        """
+        integers, loss_sum = self.integers.clone(), self.loss_sum.clone()
+        world.sum(integers, loss_sum)
+        num_samples, top1, top5, failed = integers.tolist()
+        if num_samples == 0:
+            return Metrics(float("nan"), float("nan"), float("nan"), 0, failed)
+        return Metrics(
+            loss_sum.item() / num_samples, top1 / num_samples, top5 / num_samples, num_samples, failed
+        )

@@ -1,0 +1,211 @@
+"""Weights in and out: safetensors, torchvision's `alexnet`, and Caffe's BVLC AlexNet as ONNX.
+
+What comes in becomes a run with one checkpoint, so that it can be evaluated, exported and served like any
+other. Nothing that is read is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.transforms.preprocessing import Preprocessing
+from train.checkpoints.load import Checkpoint, Pointer, load_checkpoint, make_loaded
+from train.checkpoints.safe_load import check_tensors, load_plain
+from train.checkpoints.write import State, save_checkpoint
+from train.config.load import RunConfig, decode_config
+from train.optim.sgd import make_optimizer
+from train.runs.folder import create_run
+
+Target = Literal["safetensors", "torchvision"]
+
+TORCHVISION = RunConfig(
+    recipe="torchvision", model=msgspec.structs.replace(RunConfig().model, name="owt", init="paper")
+)
+# Caffe feeds BGR in 0..255 less a mean, which is RGB in 0..1 less a 255th of it, times 255.
+CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
+CAFFE = RunConfig(
+    recipe="bvlc",
+    model=msgspec.structs.replace(RunConfig().model, name="caffe", init="caffe"),
+    preprocessing=Preprocessing(resize_px=256, crop_px=227, mean=CAFFE_MEAN, std=(1 / 255, 1 / 255, 1 / 255)),
+)
+
+
+def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
+    """Write a checkpoint's weights alone.
+
+    Args:
+        checkpoint: a verified checkpoint.
+        path: the file to write.
+        target: `safetensors`, with configuration and classes in its metadata; or `torchvision`, a state
+            dict that `torchvision.models.alexnet(num_classes=…)` loads.
+    Raises:
+        UserError: torchvision has no such network.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    if target == "torchvision":
+        model = checkpoint.config.model
+        if (model.name, model.hidden_units) != ("owt", 4096):
+            raise UserError(
+                "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
+                f"`{model.name}` with {model.hidden_units}"
+            )
+        torch.save(weights, path)
+        return
+    metadata = {
+        "config": msgspec.json.encode(checkpoint.config).decode(),
+        # Python's own JSON: names of folders need not be UTF-8
+        "classes": json.dumps(checkpoint.classes),
+        "labels_text": json.dumps(checkpoint.labels_text),
+        "checkpoint_sha256": checkpoint.sha256,
+    }
+    save_file(weights, path, metadata=metadata)
+
+
+def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None) -> Path:
+    """Make a run with one checkpoint of weights from elsewhere.
+
+    Args:
+        path: `.safetensors` as `export_weights` writes it; `.pth` or `.pt`, a state dict of torchvision's
+            `alexnet`; `.onnx`, BVLC's AlexNet.
+        out: folder in which the run's folder is made.
+        classes: names, in the order of the logits; None for those in the file, else for "0", "1", ….
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        UserError: another kind of file, or another network's weights.
+        CorruptFileError: a file that cannot be read as what its name says.
+    """
+    readers = {
+        ".safetensors": _read_safetensors,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
+        ".onnx": _read_bvlc,
+    }
+    if path.suffix not in readers:
+        raise UserError(f"{path}: weights come in as {', '.join(readers)}")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    config, weights, named = readers[path.suffix](path)
+    layers = [name for name, tensor in weights.items() if tensor.ndim == 2]
+    if not layers:
+        raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
+    num_classes = len(weights[max(layers)])  # fc6, fc7, fc8; or 1, 4, 6
+    labels_text: tuple[str, ...] = ()
+    if classes is None and named is not None:
+        classes, labels_text = named
+    classes = classes or tuple(map(str, range(num_classes)))
+    if len(classes) != num_classes:
+        raise UserError(f"{path} tells {num_classes} classes apart, and {len(classes)} names were given")
+    model = make_loaded(config.model, weights, num_classes, config.preprocessing.crop_px, path)
+    folder = create_run(out, config)
+    saved = save_checkpoint(
+        folder.checkpoints,
+        State(
+            step=0,
+            epoch=0,
+            samples_seen=0,
+            config=config,
+            classes=classes,
+            metrics={},
+            parts={
+                "model": model.state_dict(),
+                "optimizer": make_optimizer(model, config.optimizer).state_dict(),
+            },
+            labels_text=labels_text,
+        ),
+    )
+    for name in ("best", "last"):
+        folder.point(name, Pointer(step=0, top1=None))
+    return saved
+
+
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+"""The classes, and their names for people, if any."""
+
+Weights = tuple[RunConfig, dict[str, Tensor], Names | None]
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} cannot be read as safetensors: {error}") from error
+    if "config" not in metadata or "classes" not in metadata:
+        raise UserError(
+            f"{path} does not say which network it is: it was not written by `checkpoint convert`"
+        )
+    try:
+        config = decode_config(msgspec.json.decode(metadata["config"]))
+        classes = msgspec.convert(json.loads(metadata["classes"]), tuple[str, ...])
+        labels_text = msgspec.convert(json.loads(metadata.get("labels_text", "[]")), tuple[str, ...])
+        if len(labels_text) not in (0, len(classes)):
+            raise ValueError(f"{len(labels_text)} labels for {len(classes)} classes")
+    except (ValueError, RecursionError, UserError) as error:
+        raise CorruptFileError(f"{path} has metadata that cannot be read: {error}") from error
+    return config, weights, (classes, labels_text)
+
+
+def _read_torch(path: Path) -> Weights:
+    state = load_plain(path)
+    try:
+        weights = msgspec.convert(state, dict[str, Tensor])
+        check_tensors(weights.values())
+    except ValueError as error:
+        raise UserError(f"{path} is not a state dict of tensors: {error}") from error
+    return TORCHVISION, weights, None
+
+
+def _read_bvlc(path: Path) -> Weights:
+    """BVLC's weights under our names, with the first convolution's channels turned from BGR to RGB."""
+    import onnx
+    import onnx.numpy_helper
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (DecodeError, OSError) as error:
+        raise CorruptFileError(f"{path} cannot be read as ONNX: {error}") from error
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    names = [f"features.conv{i}" for i in range(1, 6)] + [f"classifier.fc{i}" for i in range(6, 9)]
+    if len(layers) != len(names):
+        raise UserError(f"{path} has {len(layers)} layers with weights, BVLC's AlexNet has {len(names)}")
+    weights: dict[str, Any] = {}
+    for name, node in zip(names, layers, strict=True):
+        for part, source in zip(("weight", "bias"), node.input[1:3], strict=True):
+            if source not in values or values[source].data_location == onnx.TensorProto.EXTERNAL:
+                raise UserError(f"{path} does not hold the values of {source!r} itself")
+            weights[f"{name}.{part}"] = torch.from_numpy(onnx.numpy_helper.to_array(values[source]).copy())
+    weights["features.conv1.weight"] = weights["features.conv1.weight"].flip(1)
+    return CAFFE, weights, None
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a checkpoint is, as plain values; it is verified first."""
+    checkpoint = load_checkpoint(folder)
+    return {
+        "folder": str(folder),
+        "sha256": checkpoint.sha256,
+        "step": checkpoint.step,
+        "epoch": checkpoint.epoch,
+        "samples_seen": checkpoint.samples_seen,
+        "recipe": checkpoint.config.recipe,
+        "model": checkpoint.config.model.name,
+        "weights": checkpoint.weights_name,
+        "parameters": sum(tensor.numel() for tensor in checkpoint.model_state.values()),
+        "classes": len(checkpoint.classes),
+        "crop_px": checkpoint.preprocessing.crop_px,
+        "metrics": checkpoint.metrics,
+    }
