@@ -16,7 +16,7 @@ EXIT_WRONG_USE = 2
 EXIT_SOME_UNREADABLE = 3
 
 GROUPS = {
-    "bench": "infer.bench_commands",
+    "bench": "infer.bench.cli",
     "checkpoint": "train.cli",
     "data": "data_pipeline.cli",
 }
@@ -170,7 +170,7 @@ def evaluate(
     import msgspec
 
     if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
-        from infer.commands import evaluate_exported
+        from infer.evaluate_command import evaluate_exported
 
         metrics = msgspec.structs.asdict(
             evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
@@ -250,9 +250,9 @@ def export(as_json: bool, **options: Any) -> None:
     """
     import msgspec
 
-    from infer.describe import describe_export
-    from infer.export_command import ExportOptions
-    from infer.export_command import export as run_export
+    from infer.bundle.describe import describe_export
+    from infer.commands.export import ExportOptions
+    from infer.commands.export import export as run_export
 
     made = run_export(ExportOptions(**options))
     for model in made.triton:
@@ -317,12 +317,12 @@ def predict(**options: Any) -> None:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from infer.bundle import open_bundle
+    from infer.bundle.load import open_bundle
 
     with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
         # Hashing a model and importing what runs it take about as long, and the one needs no interpreter.
         verified = pool.submit(open_bundle, options["model"])
-        from infer.predict_command import PredictOptions, predict_images
+        from infer.commands.predict import PredictOptions, predict_images
 
         summary = predict_images(PredictOptions(**options), verified.result)
     if summary.errors + summary.kept_errors:
@@ -345,7 +345,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     import msgspec
 
     if bundle is not None:
-        from infer.bundle_doctor import examine_bundle, report_lines
+        from infer.doctor.bundle import examine_bundle, report_lines
 
         found = examine_bundle(bundle)
         if as_json:
@@ -356,7 +356,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
             click.echo("error: the bundle is damaged: export the checkpoint again", err=True)
             raise click.exceptions.Exit(1)
         return
-    from infer.doctor import examine
+    from infer.doctor.machine import examine
 
     report = examine()
     if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infer.inputs import find_inputs as find_inputs
+    from infer.predict.inputs import find_inputs as find_inputs
     from infer.predictor import Predictor as Predictor
 
 __all__ = ["Predictor", "find_inputs"]
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return Predictor
     if name == "find_inputs":
-        from infer.inputs import find_inputs
+        from infer.predict.inputs import find_inputs
 
         return find_inputs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

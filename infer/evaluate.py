@@ -11,9 +11,9 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.loader import eval_batches
 from data_pipeline.loading.bad_files import printable
-from infer.backends import InferenceBackend
-from infer.bundle import Bundle
-from infer.images import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
+from infer.bundle.load import Bundle
+from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
+from infer.runtime.choose import InferenceBackend
 
 TOP_K = 5
 DEFAULT_BATCH = 32

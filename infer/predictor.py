@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_pipeline.loader import Batch, Readable
-from infer.backends import BackendName, DeviceName, choose_backend
-from infer.bundle import Bundle, open_bundle
-from infer.decoding import Decoding
-from infer.images import DecoderName, quick_decoder
-from infer.predict import DEFAULT_BATCH, Item, Row, RowMaker, SeenRow, check_top
+from infer.bundle.load import Bundle, open_bundle
+from infer.predict.decode import DecoderName, quick_decoder
+from infer.predict.decoding import Decoding
+from infer.predict.rows import DEFAULT_BATCH, Item, Row, RowMaker, SeenRow, check_top
+from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Predictor:
         min_probability: classes below are left out of a row.
         ten_crop: average the softmax of the paper's ten views of each image.
         threads: for decoding, and for the model on a CPU; None for one for each core this process may use.
-        expected: how many images there will be, if that is known: see `infer.images.quick_decoder`.
+        expected: how many images there will be, if that is known: see `infer.predict.decode.quick_decoder`.
     Raises:
         UserError: no such bundle, or what was asked for cannot be had here.
         CorruptFileError: a bundle that was changed.
@@ -133,7 +133,7 @@ def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
 def _item(one: object, number: int) -> Item:
     from PIL.Image import Image
 
-    from infer.pixels import from_array, from_image
+    from infer.predict.pixels import from_array, from_image
 
     if isinstance(one, Readable):
         return one

@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.common.console import LOGGERS
 
 if TYPE_CHECKING:
-    from infer.bundle import Bundle
+    from infer.bundle.load import Bundle
 
 
 @lru_cache(maxsize=1)

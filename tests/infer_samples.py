@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.demo import write_demo
-from infer.bundle import (
+from infer.bundle.load import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     SEAL,
@@ -28,9 +28,9 @@ from infer.bundle import (
     probability_output,
     seal_text,
 )
-from infer.export import export_model
-from infer.gate import LIMITS
-from infer.inputs import find_inputs
+from infer.export.gate import LIMITS
+from infer.export.pipeline import export_model
+from infer.predict.inputs import find_inputs
 from train.checkpoints.write import State, save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import make_model

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alexnet import main
-from infer.bundle import Bundle
-from infer.gate import LIMITS
+from infer.bundle.load import Bundle
+from infer.export.gate import LIMITS
 from tests.ranks import REPOSITORY, TINY, run_command
 from tests.warm_ranks import run_ranks
 
@@ -72,7 +72,7 @@ def test_help_imports_no_work(tmp_path: Path) -> None:
         "import sys, runpy; sys.argv = ['alexnet', '--help']\n"
         "try: runpy.run_module('alexnet', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'onnxruntime', 'rich', 'PIL', 'msgspec', 'infer.bundle'}\n"
+        "heavy = {'torch', 'numpy', 'onnxruntime', 'rich', 'PIL', 'msgspec', 'infer.bundle.load'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -304,7 +304,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(monkeypatch:
     def broken() -> None:
         raise RuntimeError("something\nelse")
 
-    monkeypatch.setattr("infer.doctor.examine", broken)
+    monkeypatch.setattr("infer.doctor.machine.examine", broken)
     assert_one_line(invoke("doctor"), 1, "RuntimeError: something (traceback: alexnet --debug")
     assert isinstance(invoke("--debug", "doctor").exception, RuntimeError)
 

@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 
-import infer.engine_options
-import infer.predict
-import infer.report
+import infer.export.engine_options
+import infer.predict.rows
+import infer.predict.table
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.backends import (
+from infer.bundle.load import Bundle, Manifest
+from infer.runtime.choose import (
     BackendName,
     DeviceName,
     Machine,
@@ -24,10 +25,9 @@ from infer.backends import (
     probe_machine,
     why_no_engine,
 )
-from infer.bundle import Bundle, Manifest
-from infer.cuda import CudaError, CudaSession, Gpu, GpuScan, scan_gpus
-from infer.tensorrt_backend import TensorRTBackend
-from infer.tensorrt_log import make_logger
+from infer.runtime.cuda import CudaError, CudaSession, Gpu, GpuScan, scan_gpus
+from infer.runtime.tensorrt import TensorRTBackend
+from infer.runtime.tensorrt_log import make_logger
 from tests.infer_samples import tiny_manifest, with_engine
 
 NO_GPU = GpuScan((), None, "no NVIDIA driver")
@@ -213,7 +213,7 @@ def test_engine_is_held_against_its_manifest(bundle: Bundle) -> None:
 
 
 def test_examples_in_the_docstrings() -> None:
-    for module in (infer.engine_options, infer.predict, infer.report):
+    for module in (infer.export.engine_options, infer.predict.rows, infer.predict.table):
         result = doctest.testmod(module)
         assert result.failed == 0 and result.attempted > 0, module
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from infer.bench_infer import InferReport, bench_infer, describe
+from infer.bench.predict import InferReport, bench_infer, describe
 
 
 @pytest.fixture(scope="module")

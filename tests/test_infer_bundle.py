@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle import MANIFEST_NAME, SCHEMA_VERSION, find_bundle, load_bundle
-from infer.bundle_writer import measure_files, staging_folder, write_bundle
+from infer.bundle.load import MANIFEST_NAME, SCHEMA_VERSION, find_bundle, load_bundle
+from infer.bundle.write import measure_files, staging_folder, write_bundle
 from tests.infer_samples import edit_manifest, tiny_manifest, write_tiny
 
 
@@ -106,7 +106,7 @@ def test_manifest_that_is_not_json_or_too_large_is_refused(
         with pytest.raises(CorruptFileError, match=r"bundle\.json"):
             load_bundle(folder)
     write_tiny(folder)
-    monkeypatch.setattr("infer.bundle.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("infer.bundle.load.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(CorruptFileError, match="larger than"):
         load_bundle(folder)
 

@@ -11,11 +11,11 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from infer.bundle import CPU_NAME, INPUT_NAME, ONNX_NAME, Bundle
-from infer.cpu_graph import expand_lrn, has_shared_weights, write_cpu_graph
-from infer.cpu_int8 import fold_normalisation, quantize_for_cpu
-from infer.export_onnx import export_onnx
-from infer.precision_proof import prove_precision
+from infer.bundle.load import CPU_NAME, INPUT_NAME, ONNX_NAME, Bundle
+from infer.export.cpu_form import expand_lrn, has_shared_weights, write_cpu_graph
+from infer.export.quantize_cpu import fold_normalisation, quantize_for_cpu
+from infer.export.to_onnx import export_onnx
+from infer.export.verify_precision import prove_precision
 from tests.infer_samples import checkpoint_folder
 from train.checkpoints.load import load_checkpoint
 

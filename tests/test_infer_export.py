@@ -14,16 +14,16 @@ import onnxruntime
 import pytest
 import torch
 
-import infer.export
+import infer.export.pipeline
 from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
-from infer.build_tensorrt import BuildError, build_engine
-from infer.bundle import Bundle, load_bundle
-from infer.cuda import Gpu, GpuScan
-from infer.engine_options import choose_builder, profile_batches
-from infer.export import export_model
-from infer.export_onnx import export_onnx
-from infer.gate import LIMITS, Tally, spread, torch_runner
+from infer.bundle.load import Bundle, load_bundle
+from infer.export.engine_options import choose_builder, profile_batches
+from infer.export.gate import LIMITS, Tally, spread, torch_runner
+from infer.export.pipeline import export_model
+from infer.export.to_onnx import export_onnx
+from infer.export.to_tensorrt import BuildError, build_engine
+from infer.runtime.cuda import Gpu, GpuScan
 from tests.infer_samples import CLASSES, IMAGES_PER_CLASS, checkpoint_folder, data_folder, exported
 from train.checkpoints.load import Checkpoint, load_checkpoint
 
@@ -194,7 +194,7 @@ def test_export_that_differs_is_not_shipped(
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         onnx.save(model, path)
 
-    monkeypatch.setattr(infer.export, "export_onnx", alter)
+    monkeypatch.setattr(infer.export.pipeline, "export_onnx", alter)
     out = tmp_path / "export" / "onnx-fp32"
     with pytest.raises(GateError, match=words) as raised:
         export_model(checkpoint_folder(base), "onnx", out=out)

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet import main
-from infer.backends import OnnxBackend
-from infer.bundle import Bundle
-from infer.gallery import open_gallery
-from infer.predict import ErrorRow, OkRow, Prediction, SeenRow
-from infer.report import RowCounter
+from infer.bundle.load import Bundle
+from infer.predict.gallery import open_gallery
+from infer.predict.rows import ErrorRow, OkRow, Prediction, SeenRow
+from infer.predict.table import RowCounter
+from infer.runtime.choose import OnnxBackend
 from tests.images import photo
 
 

@@ -15,8 +15,8 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import read_file
 from data_pipeline.loader import Readable
 from data_pipeline.loading.bad_files import ImageError, printable
-from infer.inputs import Inputs, find_inputs
-from infer.predict import path_of
+from infer.predict.inputs import Inputs, find_inputs
+from infer.predict.rows import path_of
 
 
 def touch(root: Path, *names: str) -> None:

@@ -17,12 +17,12 @@ import pytest
 from data_pipeline.common.errors import UserError
 from data_pipeline.loading.bad_files import printable
 from infer import Predictor, find_inputs
-from infer.bundle import Bundle
-from infer.job_folder import INPUTS_NAME, JobFolder, PartFormat, digest_of, load_job, plan_job
-from infer.job_inputs import FailedInput, FileInput, MemberInput
-from infer.part_files import KeptPart, kept_parts
-from infer.ray_worker import PartResult, PartWorker, WorkerOptions
-from infer.run_identity import RunIdentity, identity_of
+from infer.bundle.load import Bundle
+from infer.predict.resume import RunIdentity, identity_of
+from infer.ray.job_folder import INPUTS_NAME, JobFolder, PartFormat, digest_of, load_job, plan_job
+from infer.ray.job_inputs import FailedInput, FileInput, MemberInput
+from infer.ray.part_files import KeptPart, kept_parts
+from infer.ray.worker import PartResult, PartWorker, WorkerOptions
 
 IDENTITY = RunIdentity(model_sha256="1" * 64, top=5, min_probability=0.0, ten_crop=False)
 

@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.outputs import CsvWriter, Format, JsonlWriter, kept_rows, open_output, skip_kept
-from infer.predict import ErrorRow, OkRow, Prediction, Row
+from infer.predict.rows import ErrorRow, OkRow, Prediction, Row
+from infer.predict.writers import CsvWriter, Format, JsonlWriter, kept_rows, open_output, skip_kept
 
 FORMATS: tuple[Literal["jsonl", "csv", "parquet"], ...] = ("jsonl", "csv", "parquet")
 ROWS: list[Row] = [

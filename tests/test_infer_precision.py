@@ -14,15 +14,15 @@ from msgspec.structs import replace
 
 from alexnet import main
 from data_pipeline.common.errors import GateError, UserError
-from infer.build_tensorrt import build_engine
-from infer.bundle import Bundle, load_bundle
-from infer.cuda import Gpu, GpuScan
-from infer.engine_options import EngineOptions, choose_builder, parse_formats
-from infer.export import export_model
-from infer.export_onnx import export_onnx
-from infer.gate import LIMITS, Tally, judge, torch_runner
-from infer.plan_proof import check_plan_size
-from infer.precision_proof import prove_precision
+from infer.bundle.load import Bundle, load_bundle
+from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
+from infer.export.gate import LIMITS, Tally, judge, torch_runner
+from infer.export.pipeline import export_model
+from infer.export.plan_size import check_plan_size
+from infer.export.to_onnx import export_onnx
+from infer.export.to_tensorrt import build_engine
+from infer.export.verify_precision import prove_precision
+from infer.runtime.cuda import Gpu, GpuScan
 from tests.infer_samples import checkpoint_folder, data_folder, exported, tiny_manifest
 from train.checkpoints.load import load_checkpoint
 

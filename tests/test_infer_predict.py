@@ -21,14 +21,14 @@ from rich.console import Console
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.loading.bad_files import visible
-from infer.backends import OnnxBackend
-from infer.bundle import Bundle
+from infer.bundle.load import Bundle
 from infer.evaluate import evaluate_bundle
-from infer.gate import torch_runner
-from infer.images import DecoderName, open_decoder, valid_images
-from infer.outputs import JsonlWriter
-from infer.predict import ErrorRow, OkRow, Prediction, Row, predict, top_k
-from infer.report import RowCounter, TableWriter, layout
+from infer.export.gate import torch_runner
+from infer.predict.decode import DecoderName, open_decoder, valid_images
+from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, predict, top_k
+from infer.predict.table import RowCounter, TableWriter, layout
+from infer.predict.writers import JsonlWriter
+from infer.runtime.choose import OnnxBackend
 from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, images_in
 from train.checkpoints.load import load_checkpoint
 
@@ -246,7 +246,8 @@ def test_evaluation_counts_what_it_could_not_read(
 
 def test_predicting_imports_neither_torch_nor_train(tmp_path: Path) -> None:
     code = (
-        "import sys, infer.predict, infer.report, infer.backends, infer.bundle, infer.evaluate\n"
+        "import sys, infer.predict.rows, infer.predict.table, infer.runtime.choose, infer.bundle.load\n"
+        "import infer.evaluate\n"
         "heavy = {'torch', 'torchvision', 'train', 'onnx', 'onnxruntime', 'nvidia', 'tensorrt',"
         " 'tensorrt_rtx', 'rich', 'PIL.Image'}\n"
         "print(sorted(heavy & set(sys.modules)))"
@@ -261,11 +262,11 @@ import sys
 from pathlib import Path
 for name in ("torch", "torchvision", "train", "onnx", "onnxscript", "nvidia"):
     sys.modules[name] = None  # importing it fails, as where it is not installed
-from infer.inputs import find_inputs
-from infer.backends import choose_backend
-from infer.bundle import find_bundle, load_bundle
-from infer.predict import predict
-from infer.outputs import JsonlWriter
+from infer.predict.inputs import find_inputs
+from infer.runtime.choose import choose_backend
+from infer.bundle.load import find_bundle, load_bundle
+from infer.predict.rows import predict
+from infer.predict.writers import JsonlWriter
 bundle = load_bundle(find_bundle(Path(sys.argv[1])))
 backend, sentence = choose_backend(bundle)
 print(sentence, file=sys.stderr)

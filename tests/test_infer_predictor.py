@@ -22,10 +22,10 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.loader import eval_batches
 from infer import Predictor, find_inputs
-from infer.backends import BackendName, OnnxBackend, probe_machine, why_no_engine
-from infer.bundle import Bundle
-from infer.images import DecoderName, open_decoder, run_valid, valid_images
-from infer.predict import ErrorRow, OkRow, Row, predict
+from infer.bundle.load import Bundle
+from infer.predict.decode import DecoderName, open_decoder, run_valid, valid_images
+from infer.predict.rows import ErrorRow, OkRow, Row, predict
+from infer.runtime.choose import BackendName, OnnxBackend, probe_machine, why_no_engine
 from tests.images import broken, encode, kinds, photo
 from tests.infer_samples import edit_manifest, images_in
 

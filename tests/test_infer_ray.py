@@ -23,10 +23,10 @@ from click.testing import CliRunner
 from alexnet import main
 from data_pipeline.common.errors import UserError
 from infer import Predictor, find_inputs
-from infer.bundle import Bundle
-from infer.predict_command import PredictOptions
-from infer.ray_cluster import Share
-from infer.ray_engine import share_cluster
+from infer.bundle.load import Bundle
+from infer.commands.predict import PredictOptions
+from infer.ray.cluster import Share
+from infer.ray.engine import share_cluster
 from tests.images import encode, photo
 from tests.infer_samples import data_folder, images_in
 from tests.ranks import REPOSITORY

@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-import infer.rebuild
+import infer.export.rebuild
 from alexnet import main
 from data_pipeline.common.errors import UserError
-from infer.backends import OnnxBackend, probe_machine, why_no_engine
-from infer.build_tensorrt import _Build, build_engine
-from infer.bundle import Bundle, load_bundle, read_manifest
-from infer.cuda import scan_gpus
-from infer.engine_options import EngineOptions
+from infer.bundle.load import Bundle, load_bundle, read_manifest
+from infer.export.engine_options import EngineOptions
+from infer.export.to_tensorrt import _Build, build_engine
+from infer.runtime.choose import OnnxBackend, probe_machine, why_no_engine
+from infer.runtime.cuda import scan_gpus
 from tests.infer_samples import (
     data_folder,
     edit_manifest,
@@ -134,8 +134,8 @@ class Altered:
 def runs_here(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """An engine that runs here and differs by a share that the test sets."""
     by = [0.0]
-    monkeypatch.setattr(infer.rebuild, "why_no_engine", lambda bundle, machine: None)
-    monkeypatch.setattr(infer.rebuild, "load_for_gate", lambda bundle: Altered(bundle, by[0]))
+    monkeypatch.setattr(infer.export.rebuild, "why_no_engine", lambda bundle, machine: None)
+    monkeypatch.setattr(infer.export.rebuild, "load_for_gate", lambda bundle: Altered(bundle, by[0]))
     return by
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from infer.backends import probe_machine, why_no_engine
-from infer.bundle import Bundle
-from infer.runtime_cache import cache_path
+from infer.bundle.load import Bundle
+from infer.runtime.choose import probe_machine, why_no_engine
+from infer.runtime.rtx_cache import cache_path
 
 
 def test_the_file_differs_by_engine_version_and_gpu(
@@ -59,8 +59,8 @@ def test_a_second_process_finds_what_the_first_compiled(
     code = (
         "import json, logging, sys, time, numpy as np\n"
         "from pathlib import Path\n"
-        "from infer.bundle import load_bundle\n"
-        "from infer.tensorrt_backend import TensorRTBackend\n"
+        "from infer.bundle.load import load_bundle\n"
+        "from infer.runtime.tensorrt import TensorRTBackend\n"
         "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
         "started = time.monotonic()\n"
         "backend = TensorRTBackend(load_bundle(Path(sys.argv[1])))\n"

@@ -15,8 +15,8 @@ from google.protobuf import text_format
 
 from alexnet import main
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle import Bundle, load_bundle
-from infer.triton import config_text, write_repository
+from infer.bundle.load import Bundle, load_bundle
+from infer.export.triton import config_text, write_repository
 from tests.infer_samples import (
     checkpoint_folder,
     data_folder,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from infer.bundle import Bundle
+from infer.bundle.load import Bundle
 from tests.infer_samples import data_folder, images_in
 from tests.ranks import REPOSITORY
 

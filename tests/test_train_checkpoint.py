@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
-from infer.export import make_origin
+from infer.export.pipeline import make_origin
 from tests.ranks import TINY
 from train.checkpoints.load import (
     MANIFEST,

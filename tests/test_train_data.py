@@ -17,7 +17,7 @@ from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine, wri
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.sharding.write import write_shards
-from infer.bundle import Bundle, load_bundle
+from infer.bundle.load import Bundle, load_bundle
 from tests.images import write_folder
 from tests.infer_samples import tiny_manifest
 from tests.ranks import TINY, link_subset, read_rows

@@ -59,7 +59,7 @@ class RunConfig(Table, frozen=True):
         lrn: `fused` compiles local response normalisation, `eager` does not; `auto` does in runs long enough.
         compile: compile the network's passes as a whole where that is measured to be faster, at the start.
         log_every: optimiser steps between training rows.
-        log_noise_scale: training rows tell the gradient noise scale as well, see `health.noise_scale`; needs a
+        log_noise_scale: training rows tell the gradient noise scale as well, see `noise_scale`; needs a
             batch in parts, of several ranks or of `micro_batch`.
         checkpoint_every: optimiser steps between checkpoints inside an epoch; None saves at its end only.
         max_skipped: as many steps in a row whose gradient is not finite end the run; each one is skipped.

@@ -1,0 +1,135 @@
+"""Bundles in words: what was exported, how the gate judged it, where its engine loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from infer.bundle.load import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, Proof
+from infer.bundle.manifest import Agreement, Calibration, CpuModel, Engine, GateReport, Limits, Rebuild
+
+_COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
+_HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
+
+
+def describe_export(bundle: Bundle) -> list[str]:
+    """Lines that say what was exported, where it loads, and how the gate judged it."""
+    manifest = bundle.manifest
+    files = ", ".join(f"{name} {entry.size_bytes / 1e6:.1f} MB" for name, entry in manifest.files.items())
+    lines = [
+        f"exported {bundle.folder}",
+        f"  files: {files}",
+        f"  {manifest.precision}, batches of 1 to {manifest.max_batch}, {len(manifest.classes)} classes",
+    ]
+    if manifest.engine is not None:
+        lines.append(f"  engine: {engine_words(manifest.engine)}")
+    if manifest.proof is not None:
+        lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(manifest.proof)}")
+    if manifest.cpu is not None:
+        lines.append(f"  {CPU_NAME}: {cpu_words(manifest.cpu)}")
+    if manifest.calibration is not None:
+        lines.append(f"  {calibration_words(manifest.calibration)}")
+    if manifest.report is not None:
+        lines += [f"  {line}" for line in gate_lines(manifest.report, manifest.rebuild)]
+    return lines
+
+
+def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
+    """The gate's report as a table of the checkpoint, the ONNX file and the engine.
+
+    Args:
+        gate: the report of the export.
+        rebuild: what speaks for an engine that was built later.
+    """
+    unreadable = f", {gate.num_failed} more could not be read" if gate.num_failed else ""
+    lines = [
+        f"gate: {gate.num_images} of {gate.num_available} images of {gate.data}/{gate.split}{unreadable}",
+        f"  limits: {limit_words(gate.limits)}",
+        _COLUMNS.format(*_HEADER),
+        _COLUMNS.format("checkpoint", "", "", "", "", "", f"{gate.checkpoint_accuracy:.2%}"),
+        _row(ONNX_NAME, gate.onnx),
+        *([_row(CPU_NAME, gate.cpu)] if gate.cpu is not None else []),
+    ]
+    if rebuild is not None:
+        return lines + rebuild_lines(rebuild)
+    if gate.engine is not None:
+        lines.append(_row(ENGINE_NAME, gate.engine))
+    if gate.engine_not_run is not None:
+        lines.append(f"    {ENGINE_NAME}  not run: {gate.engine_not_run}")
+    return [line.rstrip() for line in lines]
+
+
+def rebuild_lines(rebuild: Rebuild) -> list[str]:
+    """What speaks for an engine that was built from the ONNX file, after the export."""
+    when = rebuild.created.partition(".")[0]
+    old = rebuild.replaces
+    before = (
+        "" if old is None else f", in place of one of {old.library} {old.version} for {', '.join(old.gpus)}"
+    )
+    first = f"  {ENGINE_NAME} was built again on {when} UTC{before}"
+    if rebuild.agreement is None:
+        return [first, f"    {ENGINE_NAME}  unknown: {rebuild.unknown}"]
+    return [
+        f"{first}; against {ONNX_NAME} on {rebuild.num_images} images of {rebuild.data}/{rebuild.split}:",
+        _COLUMNS.format(ONNX_NAME, "", "", "", "", "", f"{rebuild.onnx_accuracy:.2%}"),
+        _row(ENGINE_NAME, rebuild.agreement),
+    ]
+
+
+def engine_words(engine: Engine) -> str:
+    """`tensorrt 11.0, loads on GPUs of sm89; batches of 1 to 64, tuned for 32, builder level 3`."""
+    smallest, tuned, largest = engine.profile_batches
+    level = "" if engine.builder_level is None else f", builder level {engine.builder_level}"
+    timed = f", timed on {engine.built_on}" if engine.built_on else ""
+    return (
+        f"{engine.library} {engine.version}, loads on GPUs of {', '.join(engine.gpus)}; "
+        f"batches of {smallest} to {largest}, tuned for {tuned}{level}{timed}"
+    )
+
+
+def proof_words(proof: Proof) -> str:
+    """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
+    kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in proof.computed_in.items())
+    return f"{kinds}; {proof.num_quantize} Q and {proof.num_dequantize} DQ nodes"
+
+
+def cpu_words(cpu: CpuModel) -> str:
+    """`for ONNX Runtime on a CPU, weights in model.onnx; Conv int8/uint8, …`."""
+    weights = f", weights in {cpu.reads}" if cpu.reads else ""
+    return f"for ONNX Runtime on a CPU{weights}; {proof_words(cpu.proof)}"
+
+
+def calibration_words(by: Calibration) -> str:
+    """`calibrated on 256 images of digits/train (minmax)`."""
+    return f"calibrated on {by.num_images} images of {by.data}/{by.split} ({by.method})"
+
+
+def limit_words(limits: Limits) -> str:
+    """What the gate demands, in one line."""
+    parts = [
+        f"top-1 agreement of at least {limits.min_top1_agreement:.4g}",
+        f"top-5 of at least {limits.min_top5_agreement:.4g}",
+    ]
+    if limits.max_probability_difference is not None:
+        parts.append(f"probabilities within {limits.max_probability_difference:.0e}")
+    if limits.max_accuracy_loss is not None:
+        parts.append(f"accuracy at most {limits.max_accuracy_loss * 100:g} points lower")
+    return ", ".join(parts)
+
+
+def _row(name: str, found: Agreement) -> str:
+    return _COLUMNS.format(
+        name,
+        f"{found.top1_agreement:.2%}",
+        f"{found.top5_agreement:.2%}",
+        found.num_ties,
+        f"{found.max_probability_difference:.1e}",
+        f"{found.mean_probability_difference:.1e}",
+        f"{found.accuracy:.2%}",
+    )
+
+
+def rebuild_advice(folder: Path, *, has_gpu: bool, has_tensorrt: bool) -> str | None:
+    """How to get an engine for this machine from a bundle whose own does not run here, if there is a way."""
+    if not has_gpu or not has_tensorrt:
+        return None
+    return f"build one for this machine: alexnet export {folder} --format trt"

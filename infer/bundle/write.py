@@ -1,0 +1,105 @@
+"""Writing a bundle so that a reader sees all of it or none of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import fsync_path, sha256_of
+from infer.bundle.load import (
+    CPU_NAME,
+    ENGINE_NAME,
+    MANIFEST_NAME,
+    ONNX_NAME,
+    Bundle,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    load_bundle,
+)
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` to build an export in; gone afterwards, whatever happened.
+
+    Raises:
+        UserError: `target` holds something that is not an export of ours, which we will not replace.
+    """
+    check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to write over anything but nothing, an empty folder, or an earlier export.
+
+    Raises:
+        UserError: with the name of what stands in the way.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise UserError(f"--out {target} is not a folder: name another place for the export")
+    names = {child.name for child in target.iterdir()}
+    if not names:
+        return
+    try:
+        ours = load_bundle(target).manifest.files.keys() | {MANIFEST_NAME}
+    except CorruptFileError:
+        # A damaged export is what exporting again is the cure for; its file names are all ours.
+        ours = {MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME}
+    except UserError:
+        ours = set()
+    if strange := sorted(names - ours):
+        raise UserError(f"--out {target} holds {strange[0]!r}, which no export wrote: name another folder")
+
+
+def measure_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """The manifest's entries for files in a folder."""
+    return {
+        name: FileEntry(sha256=sha256_of(folder / name), size_bytes=(folder / name).stat().st_size)
+        for name in names
+    }
+
+
+def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
+    """Complete the export in `staging` and move it to `target` in one step.
+
+    An earlier export of the same name is moved aside (to a hidden folder beside it) first and deleted last,
+    so that a crash leaves the old one or the new one on the disk, never a mixture.
+
+    Args:
+        staging: holds the files that `manifest.files` names.
+        target: where the bundle shall be.
+        manifest: complete, with the gate's report.
+    Returns:
+        The bundle, read back and verified.
+    """
+    assert manifest.report is not None, "only what passed the gate is shipped"
+    (staging / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    for name in (*manifest.files, MANIFEST_NAME):
+        (staging / name).chmod(0o644)
+        fsync_path(staging / name)
+    fsync_path(staging)
+    staging.chmod(0o755)
+    aside = staging.with_name(staging.name + ".replaced")
+    if target.exists():
+        target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    fsync_path(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    return load_bundle(target)

@@ -1,0 +1,271 @@
+"""`alexnet doctor BUNDLE`: whether it is whole, where it comes from, and what of it runs on this machine."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from infer.bundle.describe import (
+    calibration_words,
+    cpu_words,
+    engine_words,
+    gate_lines,
+    proof_words,
+    rebuild_advice,
+)
+from infer.bundle.load import (
+    CPU_NAME,
+    ENGINE_NAME,
+    MANIFEST_NAME,
+    ONNX_NAME,
+    Bundle,
+    Origin,
+    file_problem,
+    find_bundle,
+    read_manifest,
+    seal_of,
+)
+from infer.bundle.manifest import Calibration, Engine, GateReport, Proof, Rebuild
+from infer.export.compare import LIMITS
+from infer.runtime.choose import InferenceBackend, Machine, OnnxBackend, decide, probe_machine, why_no_engine
+
+log = logging.getLogger("infer")
+
+_ON_GPU = f"{ONNX_NAME} on the GPU"
+# The first ONNX Runtime that knows an opset and an IR version; source: its docs/Versioning.md.
+_OPSET_SINCE = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18"}
+_IR_SINCE = {8: "1.14", 9: "1.16", 10: "1.18"}
+
+
+class FileStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the bundle: what it should be, and `problem` if it is not that."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    problem: str | None = None
+
+
+class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the doctor found; `healthy` is whether every file is what was exported and belongs together.
+
+    Args:
+        manifest_sha256: the seal of the manifest, and with it the one name of the whole bundle.
+        unlisted: files in the folder that the manifest does not know; nothing uses them.
+        loads_on: for each file, which libraries and GPUs load it.
+        here: for each file and device, `ok: …` after it was loaded and ran, or why it does not.
+        predict_would_use: the choice of `alexnet predict` without options.
+        advice: what to type to have an engine here; None where there is nothing to do or to gain.
+    """
+
+    folder: str
+    healthy: bool
+    created: str
+    schema_version: int
+    manifest_sha256: str | None
+    format: str
+    precision: str
+    num_classes: int
+    max_batch: int
+    files: list[FileStatus]
+    unlisted: list[str]
+    checkpoint: Origin
+    versions: dict[str, str]
+    proof: Proof | None
+    calibration: Calibration | None
+    engine: Engine | None
+    gate: GateReport
+    gate_limits_are_todays: bool
+    rebuild: Rebuild | None
+    loads_on: dict[str, str]
+    here: dict[str, str]
+    predict_would_use: str | None
+    advice: str | None
+
+
+def examine_bundle(path: Path) -> BundleReport:
+    """Verify a bundle, load what can be loaded here, and run a grey image through it.
+
+    Args:
+        path: the bundle's folder, its `bundle.json`, or a run's folder for its newest export.
+    Raises:
+        UserError: there is no bundle here.
+        CorruptFileError: the manifest itself is damaged or was changed: then nothing that it says counts.
+    """
+    folder = find_bundle(path)
+    manifest = read_manifest(folder)
+    if manifest.report is None:
+        raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
+    bundle = Bundle(folder, manifest)
+    files = [
+        FileStatus(
+            name=name,
+            size_bytes=entry.size_bytes,
+            sha256=entry.sha256,
+            problem=file_problem(folder / name, entry),
+        )
+        for name, entry in manifest.files.items()
+    ]
+    whole = {file.name for file in files if file.problem is None}
+    if ENGINE_NAME in whole and not _names(folder / ENGINE_NAME, manifest.checkpoint.sha256):
+        whole.remove(ENGINE_NAME)
+        problem = "does not name the checkpoint that it should be built from"
+        files = [msgspec.structs.replace(f, problem=problem) if f.name == ENGINE_NAME else f for f in files]
+    machine = probe_machine()
+    here = _try_here(bundle, machine, whole)
+    foreign = any(verdict.startswith("damaged") for verdict in here.values())
+    no_engine = why_no_engine(bundle, machine)
+    sound = len(whole) == len(files) and not foreign
+    advice = None
+    if no_engine or ENGINE_NAME not in whole:
+        advice = rebuild_advice(folder, has_gpu=bool(machine.scan.gpus), has_tensorrt=bool(machine.tensorrt))
+    return BundleReport(
+        folder=str(folder),
+        healthy=sound,
+        created=manifest.created,
+        schema_version=manifest.schema_version,
+        manifest_sha256=seal_of(folder),
+        format=manifest.format,
+        precision=manifest.precision,
+        num_classes=len(manifest.classes),
+        max_batch=manifest.max_batch,
+        files=files,
+        unlisted=sorted(p.name for p in folder.iterdir() if p.name not in {*manifest.files, MANIFEST_NAME}),
+        checkpoint=manifest.checkpoint,
+        versions=manifest.versions,
+        proof=manifest.proof,
+        calibration=manifest.calibration,
+        engine=manifest.engine,
+        gate=manifest.report,
+        gate_limits_are_todays=manifest.report.limits == LIMITS[manifest.precision],
+        rebuild=manifest.rebuild,
+        loads_on=_loads_on(bundle),
+        here=here,
+        predict_would_use=_choice(bundle, machine, here) if sound else None,
+        advice=advice,
+    )
+
+
+def report_lines(report: BundleReport) -> list[str]:
+    """The report for people."""
+    checkpoint = report.checkpoint
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in checkpoint.metrics.items())
+    seal = report.manifest_sha256 or f"none: schema {report.schema_version} had no seal"
+    lines = [
+        f"bundle: {report.folder}",
+        f"  {report.precision}, batches of 1 to {report.max_batch}, {report.num_classes} classes",
+        f"  exported {report.created.partition('.')[0]} UTC, schema {report.schema_version}",
+        f"  manifest SHA-256: {seal}",
+        "files:",
+        *(
+            f"  {file.name}: {file.problem or 'ok'}, {file.size_bytes / 1e6:.1f} MB, SHA-256 {file.sha256}"
+            for file in report.files
+        ),
+        *(f"  {name}: not listed in {MANIFEST_NAME}; nothing uses it" for name in report.unlisted),
+        "provenance:",
+        f"  checkpoint: SHA-256 {checkpoint.sha256}",
+        f"  {checkpoint.model}, recipe {checkpoint.recipe}, step {checkpoint.step}, epoch {checkpoint.epoch}"
+        f"{f'; {metrics}' if metrics else ''}",
+        f"  made with {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+    ]
+    if report.proof is not None:
+        lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(report.proof)}")
+    if report.calibration is not None:
+        lines.append(f"  {calibration_words(report.calibration)}")
+    lines += gate_lines(report.gate, report.rebuild)
+    if not report.gate_limits_are_todays:
+        lines.append("  (those were the limits of its version; this one has others)")
+    lines += ["loads on:", *(f"  {name}: {words}" for name, words in report.loads_on.items())]
+    lines += ["here:", *(f"  {name}: {words}" for name, words in report.here.items())]
+    if report.predict_would_use is not None:
+        lines.append(f"  alexnet predict would use {report.predict_would_use}")
+    if report.advice is not None:
+        lines.append(f"  {report.advice}")
+    return lines
+
+
+def _names(plan: Path, sha256: str) -> bool:
+    """Whether a plan holds a checkpoint's hash, as the name of its network does; needs no GPU."""
+    if not plan.stat().st_size:
+        return False
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(sha256.encode()) >= 0
+
+
+def _loads_on(bundle: Bundle) -> dict[str, str]:
+    manifest = bundle.manifest
+    proof, made_with = manifest.proof, manifest.versions.get("onnxruntime-gpu", "unknown")
+    words = f"exported with ONNX Runtime {made_with}"
+    if proof is not None and proof.opset in _OPSET_SINCE and proof.ir_version in _IR_SINCE:
+        since = max(_OPSET_SINCE[proof.opset], _IR_SINCE[proof.ir_version])
+        needs = f"opset {proof.opset}, IR {proof.ir_version}"
+        words = f"ONNX Runtime {since} or later, CPU and GPUs ({needs}); {words}"
+    engine = manifest.engine
+    for_cpu = {CPU_NAME: cpu_words(manifest.cpu)} if manifest.cpu else {}
+    return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine_words(engine)} if engine else {})}
+
+
+def _on_cpu(bundle: Bundle) -> str:
+    return f"{bundle.cpu_path.name} on the CPU"
+
+
+def _try_here(bundle: Bundle, machine: Machine, whole: set[str]) -> dict[str, str]:
+    """Load each file on each device that there is, and run it once."""
+    onnx, here = ONNX_NAME in whole, {}
+    whole_cpu = onnx and bundle.cpu_path.name in whole  # it may read its weights from the other
+    here[_on_cpu(bundle)] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if whole_cpu else "damaged"
+    if not machine.scan.gpus:
+        here[_ON_GPU] = f"no: {machine.scan.reason}"
+    elif not machine.cuda_provider:
+        here[_ON_GPU] = "no: this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    else:
+        here[_ON_GPU] = _try(lambda: OnnxBackend(bundle, "cuda"), bundle) if onnx else "damaged"
+    if bundle.manifest.engine is None:
+        return here
+    if ENGINE_NAME not in whole:
+        here[ENGINE_NAME] = "damaged"
+    elif reason := why_no_engine(bundle, machine):
+        here[ENGINE_NAME] = f"no: {reason}"
+    else:
+        from infer.runtime.tensorrt import TensorRTBackend, library_says
+
+        said = library_says(bundle)
+        verdict = _try(lambda: TensorRTBackend(bundle), bundle)
+        here[ENGINE_NAME] = verdict if said is None else f"{verdict}; the library calls it {said}"
+    return here
+
+
+def _try(load: Any, bundle: Bundle) -> str:
+    """Load and run a grey image: `ok: …`, `no: …`, or `damaged: …` for a file of another bundle."""
+    crop_px = bundle.manifest.preprocessing.crop_px
+    try:
+        backend: InferenceBackend = load()
+        with closing(backend):
+            probabilities = backend.run(np.full((1, crop_px, crop_px, 3), 128, np.uint8))
+            if not abs(float(probabilities.sum()) - 1) < 1e-2:
+                return f"damaged: its probabilities add up to {float(probabilities.sum()):.3g}"
+            return f"ok: ran on {backend.device} with {backend.provider}"
+    except CorruptFileError as error:
+        return f"damaged: {error}"
+    except UserError as error:
+        return f"no: {error}"
+
+
+def _choice(bundle: Bundle, machine: Machine, here: dict[str, str]) -> str | None:
+    """What `alexnet predict` comes to: its choice, or, where that fails, what it takes in its place."""
+    on_cpu = _on_cpu(bundle)
+    usable = [name for name in (ENGINE_NAME, _ON_GPU, on_cpu) if here.get(name, "").startswith("ok")]
+    if not usable:
+        return None
+    decision = decide(bundle, "auto", "auto", machine)
+    on_gpu = _ON_GPU if decision.runtime == "onnx" else ENGINE_NAME
+    chosen = on_gpu if decision.device == "cuda" else on_cpu
+    why = decision.why if chosen == usable[0] else f"{chosen} fails"
+    return f"{'its engine on the GPU' if usable[0] == ENGINE_NAME else usable[0]} ({why})"

@@ -1,0 +1,147 @@
+"""`alexnet doctor`: what this machine has, and what training and prediction would use here."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from infer.runtime.choose import probe_machine, tensorrt_versions, usable_cores
+
+NOT_INSTALLED = "not installed"
+
+
+def examine() -> dict[str, Any]:
+    """Look at every part that the project can use; nothing is assumed, each is imported and asked.
+
+    Returns:
+        Sections of plain values: `python`, `torch`, `gpus`, `dali`, `onnxruntime`, `tensorrt`,
+        `tensorrt_rtx`, `training` and `prediction`. A part that is missing or broken says so in its `status`.
+    """
+    torch = _import("torch")
+    report: dict[str, Any] = {
+        "python": {
+            "version": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu_cores": usable_cores(),
+            "alexnet": _version("alexnet"),
+        },
+        "torch": _torch(torch),
+        "gpus": _gpus(torch),
+        "dali": _dali(),
+        "onnxruntime": _onnxruntime(),
+        "tensorrt": _plain("tensorrt"),
+        "tensorrt_rtx": _plain("tensorrt_rtx"),
+    }
+    report["training"] = _training(torch)
+    report["prediction"] = _prediction()
+    return report
+
+
+def _import(name: str) -> ModuleType | str:
+    """A module, or one line that says why it is not to be had."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        root = (error.name or "").split(".")[0]
+        return NOT_INSTALLED if root == name.split(".")[0] else f"broken: {error}"
+    except Exception as error:  # a broken shared library may raise anything; the report is for that
+        return f"broken: {str(error).splitlines()[0][:200]}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+def _plain(name: str) -> dict[str, Any]:
+    module = _import(name)
+    if isinstance(module, str):
+        return {"status": module}
+    return {"status": "ok", "version": str(getattr(module, "__version__", "unknown"))}
+
+
+def _torch(torch: ModuleType | str) -> dict[str, Any]:
+    if isinstance(torch, str):
+        return {"status": torch}
+    return {
+        "status": "ok",
+        "version": str(torch.__version__),
+        "cuda_built_for": torch.version.cuda,
+        "cuda_available": torch.cuda.is_available(),
+        "nccl": torch.distributed.is_nccl_available(),
+        "gloo": torch.distributed.is_gloo_available(),
+    }
+
+
+def _gpus(torch: ModuleType | str) -> list[dict[str, Any]]:
+    if isinstance(torch, str) or not torch.cuda.is_available():
+        return []
+    every = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return [
+        {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+        }
+        for gpu in every
+    ]
+
+
+def _dali() -> dict[str, Any]:
+    module = _import("nvidia.dali")
+    if isinstance(module, str):
+        return {"status": module}
+    return {"status": "ok", "version": str(module.__version__)}
+
+
+def _onnxruntime() -> dict[str, Any]:
+    module = _import("onnxruntime")
+    if isinstance(module, str):
+        return {"status": module}
+    return {
+        "status": "ok",
+        "version": str(module.__version__),
+        "providers_built_in": list(module.get_available_providers()),
+    }
+
+
+def _training(torch: ModuleType | str) -> dict[str, Any]:
+    if isinstance(torch, str):
+        return {"status": f"needs torch ({torch}): pip install 'alexnet[train]'"}
+    from train.distributed.world import choose_device
+    from train.optim.precision import choose_precision
+
+    device = torch.device(choose_device("auto"))
+    precision = choose_precision("auto", device)
+    dali = not isinstance(_import("nvidia.dali"), str)
+    return {
+        "status": "ok",
+        "device": device.type,
+        "collectives": "nccl" if device.type == "cuda" else "gloo",
+        "precision": f"{precision.name} ({precision.reason})",
+        "decoding": f"DALI on the {'GPU' if device.type == 'cuda' else 'CPU'}" if dali else "Pillow",
+    }
+
+
+def _prediction() -> dict[str, Any]:
+    try:
+        machine = probe_machine()
+    except ImportError as error:
+        return {"status": f"needs ONNX Runtime ({error})"}
+    gpu = machine.scan.gpus[0] if machine.scan.gpus else None
+    engines = [f"{name} {version}" for name, version in tensorrt_versions().items()]
+    cuda = gpu is not None and machine.cuda_provider
+    return {
+        "status": "ok",
+        "gpu": f"{gpu.name} ({gpu.architecture})" if gpu else f"none: {machine.scan.reason}",
+        "onnx_models": "ONNX Runtime, CUDAExecutionProvider"
+        if cuda
+        else "ONNX Runtime, CPUExecutionProvider",
+        "engines": f"run with {' or '.join(engines)}" if gpu and engines else "cannot run here",
+        "engines_can_be_built_with": engines or "nothing: pip install 'alexnet[trt]' or 'alexnet[rtx]'",
+    }

@@ -1,0 +1,122 @@
+"""Checkpoint to ONNX, with the contract inside: uint8 NHWC pixels in, probabilities out, any batch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.loading.bad_files import printable
+from infer.bundle.load import INPUT_NAME, OUTPUT_NAME, Precision
+from train.checkpoints.load import Checkpoint
+from train.models.alexnet import Normalize
+
+log = logging.getLogger("infer")
+
+OPSET = 20
+MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less some room for the graph
+# Housekeeping of the libraries among themselves; nobody who exports can act on it.
+_QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+
+
+class ContractModel(nn.Module):
+    """What is exported: pixels as decoded to probabilities.
+
+    Args:
+        checkpoint: what to export.
+        half: whether the network computes in float16; normalisation, LRN and softmax stay in float32.
+    Shape:
+        uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, half: bool = False) -> None:
+        super().__init__()
+        self.normalize = Normalize(checkpoint.preprocessing)
+        self.dtype = torch.float16 if half else torch.float32
+        self.network = checkpoint.make_model().to(self.dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.softmax(self.network(self.normalize(images).to(self.dtype)).float(), dim=1)
+
+
+def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "fp32") -> None:
+    """Write a checkpoint as one ONNX file, weights included.
+
+    LRN is written as ONNX's own operator, which TensorRT maps to its LRN layer. The file's metadata carries
+    the class labels, the preprocessing and the checkpoint's hash; nothing in it names this machine.
+
+    Args:
+        checkpoint: a verified checkpoint.
+        path: where to write; its folder exists.
+        precision: fp32 or fp16; int8 starts from fp32 and is `infer.export.quantize`'s work.
+    Raises:
+        UserError: a model too large for one file.
+    """
+    model = ContractModel(checkpoint, half=precision == "fp16").eval()
+    size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size_bytes > MAX_ONNX_BYTES:
+        raise UserError(f"the weights take {size_bytes / 2**30:.1f} GiB, and an ONNX file holds at most 2")
+    crop_px = checkpoint.preprocessing.crop_px
+    example_NHWC = torch.zeros(2, crop_px, crop_px, 3, dtype=torch.uint8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = torch.onnx.export(
+            model,
+            (example_NHWC,),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            opset_version=OPSET,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            dynamo=True,
+            verbose=False,
+        )
+    for warning in caught:
+        if not issubclass(warning.category, _QUIET):
+            log.warning("ONNX export: %s", " ".join(str(warning.message).split()))
+    assert program is not None
+    _strip(program.model)
+    program.model.producer_name, program.model.producer_version = "alexnet", version("alexnet")
+    program.model.doc_string = (
+        f"AlexNet ({checkpoint.config.model.name}) for {len(checkpoint.classes)} classes: "
+        f"uint8 RGB images of {crop_px}x{crop_px} pixels, NHWC, to probabilities"
+    )
+    program.model.metadata_props.update(
+        model=checkpoint.config.model.name,
+        recipe=checkpoint.config.recipe,
+        step=str(checkpoint.step),
+        classes=msgspec.json.encode(tuple(map(printable, checkpoint.classes))).decode(),
+        labels=msgspec.json.encode(tuple(map(printable, checkpoint.class_labels))).decode(),
+        preprocessing=msgspec.json.encode(checkpoint.preprocessing).decode(),
+        checkpoint_sha256=checkpoint.sha256,
+    )
+    program.save(path, external_data=False)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _strip(model: Any) -> None:
+    """Remove what the exporter notes about the code: stack traces with this machine's paths."""
+    model.doc_string = None
+    model.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.outputs):
+            value.doc_string = None
+            value.metadata_props.clear()
+        for node in graph:
+            node.doc_string = None
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.doc_string = None
+                value.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.doc_string = None
+        value.metadata_props.clear()

@@ -1,0 +1,209 @@
+"""ONNX to a TensorRT engine: one code path for `tensorrt` (10, 11) and `tensorrt_rtx`.
+
+`tensorrt` builds on a GPU, for that GPU. `tensorrt_rtx` builds ahead of time, without one, for every GPU
+generation that it offers; the weights are stored once, so that more generations make no larger plan.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import write_atomic
+from infer.bundle.load import INPUT_NAME, Engine, Precision
+from infer.export.engine_options import Builder, EngineOptions, choose_builder, profile_batches
+from infer.runtime.choose import tensorrt_versions
+from infer.runtime.cuda import scan_gpus
+from infer.runtime.tensorrt_log import make_logger
+
+log = logging.getLogger("infer")
+
+# "Cannot compile operation for Turing (SM75): FP32 GEMM is not supported", says tensorrt_rtx 1.7.
+_RTX_CANNOT: dict[Precision, frozenset[str]] = {
+    "fp32": frozenset({"sm75"}),
+    "fp16": frozenset(),
+    "int8": frozenset({"sm75"}),
+}
+
+
+class BuildError(RuntimeError):
+    """TensorRT refused the network; carries the parser's or the builder's messages."""
+
+    exit_code = 1
+
+
+def build_engine(
+    onnx_path: Path,
+    engine_path: Path,
+    *,
+    checkpoint_sha256: str,
+    crop_px: int,
+    max_batch: int,
+    precision: Precision,
+    options: EngineOptions | None = None,
+) -> Engine:
+    """Build an engine and write it.
+
+    The network is strongly typed: its precision is that of the ONNX file's tensors. fp32 is computed as
+    such, without TF32.
+
+    Args:
+        onnx_path: the model, with the input that the bundle describes.
+        engine_path: where the plan goes.
+        checkpoint_sha256: stored in the plan as a part of the network's name, for whoever loads it.
+        crop_px: side of the images, in pixels.
+        max_batch: largest batch that the engine takes.
+        precision: of the ONNX file.
+        options: see `EngineOptions`.
+    Returns:
+        What was built, for the manifest.
+    Raises:
+        UserError: no TensorRT can build here, or not so.
+        BuildError: the library refused the model; with its messages.
+    """
+    options = options or EngineOptions()
+    scan = scan_gpus()
+    chosen = choose_builder(tensorrt_versions(), scan, options.gpus)
+    if options.timing_cache is not None and chosen.library == "tensorrt_rtx":
+        raise UserError(
+            "--timing-cache is for tensorrt, and the engine is built with tensorrt_rtx, which times nothing "
+            "while it builds; what it compiles on a GPU is kept in the user's cache"
+        )
+    trt = importlib.import_module(chosen.library)
+    started = time.monotonic()
+    build = _Build(trt, precision)
+    plan, engine = build.run(chosen, onnx_path, f"alexnet {checkpoint_sha256}", crop_px, max_batch, options)
+    engine_path.write_bytes(plan)
+    seconds = time.monotonic() - started
+    gpus = ", ".join(engine.gpus)
+    log.info(
+        "%s %s built %s, %.0f MB in %.1f s; loads on %s",
+        *(engine.library, engine.version, chosen.note, len(plan) / 1e6, seconds, gpus),
+    )
+    if chosen.library == "tensorrt_rtx":
+        missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(trt))))
+        without = f" and, in {precision}, on {missing}" if missing else ""
+        log.info(
+            "TensorRT-RTX engines do not load on Hopper (sm90)%s: there, build with alexnet[trt]", without
+        )
+        return engine
+    return replace(engine, built_on=scan.gpus[0].name)
+
+
+class _Build:
+    """One build: the library's objects, and the messages that it leaves."""
+
+    def __init__(self, trt: Any, precision: Precision) -> None:
+        self.trt, self.precision = trt, precision
+        self.messages: list[str] = []
+        self.who = f"{trt.__name__} {trt.__version__}"
+        self.logger = make_logger(trt, self.messages)
+        self.builder = trt.Builder(self.logger)
+        self.config = self.builder.create_builder_config()
+
+    def run(
+        self,
+        chosen: Builder,
+        onnx_path: Path,
+        name: str,
+        crop_px: int,
+        max_batch: int,
+        options: EngineOptions,
+    ) -> tuple[memoryview, Engine]:
+        """The serialised plan, and what it is."""
+        trt, config = self.trt, self.config
+        network = self._parse(onnx_path)
+        network.name = name
+        if hasattr(trt.BuilderFlag, "TF32"):
+            config.clear_flag(trt.BuilderFlag.TF32)
+        batches = profile_batches(max_batch, options.tuned_batch)
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{self.who} refuses batches of {batches}: {_words(self.messages)}")
+        if options.builder_level is not None:
+            config.builder_optimization_level = options.builder_level
+        gpus = chosen.gpus
+        if chosen.library == "tensorrt_rtx":
+            gpus = self._target(gpus)
+        cache = None
+        if options.timing_cache is not None:
+            cache = self.attach_timing_cache(options.timing_cache)
+        plan = self.builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BuildError(f"{self.who} cannot build the engine: {_words(self.messages)}")
+        if cache is not None and options.timing_cache is not None:
+            write_atomic(options.timing_cache, bytes(memoryview(cache.serialize())))
+        for message in self.messages:
+            log.warning("%s: %s", trt.__name__, message)
+        return memoryview(plan), Engine(
+            library=chosen.library,
+            version=trt.__version__,
+            gpus=gpus,
+            profile_batches=batches,
+            builder_level=int(config.builder_optimization_level),
+        )
+
+    def _parse(self, onnx_path: Path) -> Any:
+        """The network that an ONNX file describes."""
+        flags = self.trt.NetworkDefinitionCreationFlag
+        # TensorRT 11 has no other networks and may drop the flag.
+        strongly_typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+        network = self.builder.create_network(strongly_typed)
+        parser = self.trt.OnnxParser(network, self.logger)
+        if not parser.parse(onnx_path.read_bytes()):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise BuildError(f"{self.who} cannot parse the model: {_words(errors or self.messages)}")
+        return network
+
+    def _target(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Set the GPUs that TensorRT-RTX builds for: those wanted, or all that it offers."""
+        offered = tuple(gpu for gpu in _offered(self.trt) if gpu not in _RTX_CANNOT[self.precision])
+        gpus = wanted or offered
+        if unknown := sorted(set(gpus) - set(offered)):
+            raise UserError(
+                f"--gpu {unknown[0]}: {self.who} builds for {', '.join(offered)} in {self.precision}; "
+                "others need tensorrt"
+            )
+        self.config.num_compute_capabilities = len(gpus)
+        for index, gpu in enumerate(gpus):
+            if not self.config.set_compute_capability(
+                getattr(self.trt.ComputeCapability, gpu.upper()), index
+            ):
+                raise BuildError(f"{self.who} does not build for {gpu}: {_words(self.messages)}")
+        return gpus
+
+    def attach_timing_cache(self, path: Path) -> Any:
+        """The timing cache of this build: that of the file, or an empty one where there is no file.
+
+        Raises:
+            UserError: a file that is no timing cache of this library, version and GPU.
+        """
+        content = path.read_bytes() if path.exists() else b""
+        num_before = len(self.messages)
+        cache = self.config.create_timing_cache(content)
+        # Of a file that it cannot use, the library makes an empty cache and a warning.
+        usable = cache is not None and len(self.messages) == num_before
+        if not usable or not self.config.set_timing_cache(cache, False):
+            why = _words(self.messages[num_before:])
+            raise UserError(
+                f"--timing-cache {path}: not one of {self.who} for this GPU; name another file ({why})"
+            )
+        return cache
+
+
+def _offered(trt: Any) -> list[str]:
+    """The GPU architectures that this TensorRT-RTX builds for, oldest first."""
+    names = (re.fullmatch(r"SM(\d+)", name) for name in trt.ComputeCapability.__members__)
+    return [f"sm{number}" for number in sorted(int(match[1]) for match in names if match)]
+
+
+def _words(messages: list[str]) -> str:
+    return " ".join(" | ".join(messages or ["no reason was given"]).split())

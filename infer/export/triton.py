@@ -1,0 +1,178 @@
+"""A bundle as a model of Triton Inference Server: `config.pbtxt`, the labels, and the file as it is.
+
+    DIR/alexnet_fp32_onnx/config.pbtxt  labels.txt  1/model.onnx
+    DIR/alexnet_fp32_trt/config.pbtxt   labels.txt  1/model.plan
+
+Source: Triton Inference Server, `model_config.proto`, "Model Configuration" and "Model Repository".
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import fsync_path, sha256_of
+from data_pipeline.loading.bad_files import visible
+from infer.bundle.load import (
+    ENGINE_NAME,
+    INPUT_NAME,
+    ONNX_NAME,
+    OUTPUT_NAME,
+    Bundle,
+    Format,
+    Manifest,
+    Precision,
+)
+
+LABELS_NAME = "labels.txt"
+_TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
+# By format: the bundle's file, Triton's usual name for it, its backend and its platform.
+_KINDS: dict[Format, tuple[str, str, str, str]] = {
+    "onnx": (ONNX_NAME, "model.onnx", "onnxruntime", "onnxruntime_onnx"),
+    "trt": (ENGINE_NAME, "model.plan", "tensorrt", "tensorrt_plan"),
+}
+
+
+def model_name(format: Format, precision: Precision) -> str:
+    """The model's name in Triton, which is its folder's."""
+    return f"alexnet_{precision}_{format}"
+
+
+def check_repository(root: Path, formats: Iterable[Format], precision: Precision) -> None:
+    """Refuse to write over anything that is there.
+
+    Raises:
+        UserError: with what stands in the way.
+    """
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--triton {root} is not a folder")
+    for format in formats:
+        model = root / model_name(format, precision)
+        if model.exists() or model.is_symlink():
+            raise UserError(f"--triton: {model} is there already; remove it, or name another folder")
+
+
+def check_engine(library: str) -> None:
+    """Refuse an engine that Triton's TensorRT backend, which links TensorRT itself, cannot load.
+
+    Raises:
+        UserError: says what to do instead.
+    """
+    if library == "tensorrt_rtx":
+        raise UserError(
+            "--triton: Triton's TensorRT backend loads engines of tensorrt, not of tensorrt_rtx: build with "
+            "alexnet[trt] on a GPU, or take --format onnx"
+        )
+
+
+def write_repository(root: Path, bundles: Mapping[Format, Bundle]) -> list[Path]:
+    """Write bundles as models of a Triton model repository; each appears whole or not at all.
+
+    Args:
+        root: the repository; made where it is not there, and kept where it has other models.
+        bundles: verified bundles, by the format that is wanted of each.
+    Returns:
+        The models' folders.
+    Raises:
+        UserError: a model of that name is there, or an engine that Triton cannot load.
+        CorruptFileError: a bundle that changed while it was copied.
+    """
+    for format, bundle in bundles.items():
+        check_repository(root, (format,), bundle.manifest.precision)
+        if format == "trt":
+            assert bundle.manifest.engine is not None
+            check_engine(bundle.manifest.engine.library)
+    root.mkdir(parents=True, exist_ok=True)
+    return [_write_model(root, format, bundle) for format, bundle in bundles.items()]
+
+
+def _write_model(root: Path, format: Format, bundle: Bundle) -> Path:
+    manifest = bundle.manifest
+    source, name, _, _ = _KINDS[format]
+    target = root / model_name(format, manifest.precision)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=root))
+    try:
+        (staging / "1").mkdir()
+        shutil.copyfile(bundle.folder / source, staging / "1" / name)
+        if sha256_of(staging / "1" / name) != manifest.files[source].sha256:
+            raise CorruptFileError(f"{bundle.folder / source} changed while it was copied")
+        (staging / LABELS_NAME).write_text("".join(f"{visible(label)}\n" for label in manifest.class_labels))
+        (staging / "config.pbtxt").write_text(config_text(manifest, format))
+        for file in (staging / "1" / name, staging / LABELS_NAME, staging / "config.pbtxt"):
+            file.chmod(0o644)
+            fsync_path(file)
+        staging.chmod(0o755)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    fsync_path(root)
+    return target
+
+
+def config_text(manifest: Manifest, format: Format) -> str:
+    """`config.pbtxt` of a bundle: its tensors, its largest batch, and dynamic batching.
+
+    An engine's batches are those of its optimisation profile, and requests are gathered up to the one that
+    it is tuned for. ONNX Runtime has no such batch, so there Triton's own rule holds.
+
+    Args:
+        manifest: of the bundle.
+        format: `onnx`, or `trt` of a bundle with an engine.
+    """
+    _, file, backend, platform = _KINDS[format]
+    (images,), (probabilities,) = manifest.inputs, manifest.outputs
+    assert (images.name, probabilities.name) == (INPUT_NAME, OUTPUT_NAME)
+    engine = manifest.engine
+    parameters = {"checkpoint_sha256": manifest.checkpoint.sha256, "precision": manifest.precision}
+    batching, instances = "dynamic_batching { }", ""
+    max_batch = manifest.max_batch
+    if format == "trt":
+        assert engine is not None
+        _, tuned, max_batch = engine.profile_batches
+        batching = f"dynamic_batching {{\n  preferred_batch_size: [ {tuned} ]\n}}"
+        instances = "instance_group [\n  {\n    kind: KIND_GPU\n    count: 1\n  }\n]\n"
+        parameters |= {"tensorrt": engine.version, "gpus": ",".join(engine.gpus)}
+    rows = "".join(
+        f'parameters {{\n  key: "{key}"\n  value {{ string_value: {_quoted(value)} }}\n}}\n'
+        for key, value in parameters.items()
+    )
+    return f"""\
+# Written by `alexnet export --triton`. Input: RGB pixels, resized and cropped, not normalised.
+name: "{model_name(format, manifest.precision)}"
+platform: "{platform}"
+backend: "{backend}"
+default_model_filename: "{file}"
+max_batch_size: {max_batch}
+input [
+  {{
+    name: "{images.name}"
+    data_type: {_TYPES[images.dtype]}
+    format: FORMAT_NHWC
+    dims: [ {_dims(images.shape)} ]
+  }}
+]
+output [
+  {{
+    name: "{probabilities.name}"
+    data_type: {_TYPES[probabilities.dtype]}
+    dims: [ {_dims(probabilities.shape)} ]
+    label_filename: "{LABELS_NAME}"
+  }}
+]
+{batching}
+{instances}{rows}"""
+
+
+def _dims(shape: tuple[int | str, ...]) -> str:
+    """The dimensions behind the batch."""
+    return ", ".join(str(size) for size in shape[1:])
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format; ASCII, in which JSON's escapes are the same."""
+    return json.dumps(text.encode("ascii", "backslashreplace").decode())

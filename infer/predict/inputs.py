@@ -1,0 +1,214 @@
+"""What to predict: files, folders, globs, lists, and tar shards, in order and in little memory."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.image_folder import IMAGE_SUFFIXES, is_image, walk_images
+from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.loader import Readable
+from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.shards.shard_format import walk_tar
+from infer.predict.rows import Item
+
+log = logging.getLogger("infer")
+
+STDIN = "-"
+LIST_MARK = "@"
+SHARD_SUFFIX = ".tar"
+MAX_PATH_BYTES = 1 << 16
+"""Of a line in a list: far above what Linux takes for a path."""
+_PIECE = 1 << 16
+
+_Part = Callable[[], Iterator[Item]]
+
+
+class Inputs:
+    """Inputs in order. What folders and lists name is found at once and kept packed; tar shards and stdin are
+    read as they are predicted.
+
+    Args:
+        parts: what gives the inputs of each argument.
+        total: how many there are; None where that is not known before the end.
+    """
+
+    def __init__(self, parts: Sequence[_Part], total: int | None) -> None:
+        self._parts = parts
+        self.total = total
+
+    def __iter__(self) -> Iterator[Item]:
+        for part in self._parts:
+            yield from part()
+
+
+def find_inputs(
+    arguments: Sequence[str | os.PathLike[str]], *, recursive: bool = True, stdin: BinaryIO | None = None
+) -> Inputs:
+    """The inputs that command-line arguments name.
+
+    Args:
+        arguments: each a file, whatever its suffix; a folder, whose images come in byte order; a tar shard,
+            whose images come as they lie in it; a glob (`**` enters folders), where no file has that name;
+            `@list.txt`, a file of paths; or `-`, such a list on stdin. In a list, paths end with their line,
+            or with a NUL if there is any; tar shards in it are read, and what cannot be read becomes an
+            error row.
+        recursive: whether to enter folders inside folders.
+        stdin: where `-` is read; None for the process's own.
+    Raises:
+        UserError: a file or folder that does not exist, a glob without a match, what is no list, or no input
+            at all.
+    """
+    parts: list[_Part] = []
+    counts: list[int | None] = []
+    for argument in arguments:
+        for part, count in _parts_of(os.fspath(argument), recursive, stdin):
+            parts.append(part)
+            counts.append(count)
+    known = [count for count in counts if count is not None]
+    if len(known) == len(counts) and not sum(known):
+        where = ", ".join(printable(argument) for argument in arguments) or "an empty list of paths"
+        raise UserError(
+            f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} "
+            "(tar shards are read where they are named: shards/*.tar)"
+        )
+    return Inputs(parts, sum(known) if len(known) == len(counts) else None)
+
+
+def _parts_of(argument: str, recursive: bool, stdin: BinaryIO | None) -> Iterator[tuple[_Part, int | None]]:
+    if argument == STDIN:
+        yield partial(_items, partial(_listed, stdin or sys.stdin.buffer, "stdin")), None
+    elif argument.startswith(LIST_MARK):
+        names = _read_list(argument[len(LIST_MARK) :])
+        shards = any(name.endswith(SHARD_SUFFIX) for name in names)
+        yield partial(_items, partial(map, Path, names)), None if shards else len(names)
+    elif os.path.lexists(argument):
+        yield _existing(argument, recursive)
+    elif glob.has_magic(argument):
+        matches = sorted(glob.glob(argument, recursive=recursive), key=os.fsencode)  # noqa: PTH207 - as typed
+        if not matches:
+            raise UserError(f"no file or folder matches {printable(argument)}")
+        for match in matches:
+            yield _existing(match, recursive)
+    else:
+        raise UserError(f"no such file or folder: {printable(argument)}")
+
+
+def _existing(path: str, recursive: bool) -> tuple[_Part, int | None]:
+    if Path(path).is_dir():
+        names = PackedNames.pack(str(Path(path, name)) for name in walk_images(path, recursive))
+        if not len(names):
+            log.warning("no images in %s", printable(path))
+        return _packed(names)
+    if path.endswith(SHARD_SUFFIX):
+        return partial(_members, path), None
+    return _packed(PackedNames.pack([path]))
+
+
+def _packed(names: PackedNames) -> tuple[_Part, int]:
+    return lambda: map(Path, names), len(names)
+
+
+def _read_list(path: str) -> PackedNames:
+    try:
+        with Path(path).open("rb") as file:
+            return PackedNames.pack(os.fspath(name) for name in _listed(file, path))
+    except OSError as error:
+        raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
+
+
+def _items(paths: Callable[[], Iterator[Path]]) -> Iterator[Item]:
+    """What a list's paths stand for: of a tar shard, its images."""
+    for path in paths():
+        if path.suffix == SHARD_SUFFIX:
+            yield from _members(str(path))
+        else:
+            yield path
+
+
+def _listed(stream: BinaryIO, name: str) -> Iterator[Path]:
+    """The paths of a list, as they come; ended by NULs if the first piece holds one (`find -print0`)."""
+    piece, rest = stream.read1(_PIECE), b""  # type: ignore[attr-defined]
+    end = b"\0" if b"\0" in piece else b"\n"
+    while piece:
+        *names, rest = (rest + piece).split(end)
+        yield from _named(names, end)
+        if len(rest) > MAX_PATH_BYTES:
+            raise UserError(
+                f"{printable(name)} is no list of paths: a line has more than {MAX_PATH_BYTES} bytes"
+            )
+        piece = stream.read1(_PIECE)  # type: ignore[attr-defined]
+    yield from _named([rest], end)
+
+
+def _named(names: list[bytes], end: bytes) -> Iterator[Path]:
+    for name in names:
+        name = name if end == b"\0" else name.removesuffix(b"\r")
+        if name:
+            yield Path(os.fsdecode(name))
+
+
+def _members(shard: str) -> Iterator[Readable]:
+    """The images of a tar shard, by its headers alone; where it is damaged, one input that fails says so."""
+    found = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in walk_tar(tar, Path(shard)):
+                if not member.isdir() and is_image(member.name.rpartition("/")[2]):
+                    found += 1
+                    plain = member.isreg() and not member.issparse()
+                    read = ShardMember(shard, member.offset_data, member.size) if plain else _NO_FILE
+                    yield Readable(Path(shard, member.name.lstrip("/")), read)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        reason = f"no whole tar file, {found} images before the damage: {error}"
+        yield Readable(Path(shard), Unreadable(reason))
+
+
+@dataclass(frozen=True)
+class ShardMember:
+    """Reads one image of a tar shard, by its place there.
+
+    Args:
+        shard: the tar file.
+        offset: where the image's bytes begin.
+        size_bytes: how many there are.
+    """
+
+    shard: str
+    offset: int
+    size_bytes: int
+
+    def __call__(self, max_bytes: int) -> bytes:
+        if self.size_bytes > max_bytes:
+            raise ImageError(f"file of {self.size_bytes} bytes is above the limit of {max_bytes}")
+        try:
+            with open(self.shard, "rb") as file:  # noqa: PTH123 - half the cost of Path.open for small files
+                file.seek(self.offset)
+                data = file.read(self.size_bytes)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+        if len(data) < self.size_bytes:
+            raise ImageError(f"the shard ends after {len(data)} of {self.size_bytes} bytes")
+        return data
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands for an input that is known to fail, and why."""
+
+    reason: str
+
+    def __call__(self, max_bytes: int) -> bytes:
+        raise ImageError(self.reason)
+
+
+_NO_FILE = Unreadable("a link or another thing in a tar shard that is no plain file: it is not followed")

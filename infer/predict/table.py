@@ -1,0 +1,173 @@
+"""Rows of predictions for people: a table, and a summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from data_pipeline.loading.bad_files import visible
+from infer.predict.rows import OkRow, Row, SeenRow
+from infer.runtime.choose import InferenceBackend
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+GAP = "  "
+MIN_PATH_CELLS, MAX_PATH_CELLS = 16, 48
+MIN_CLASS_CELLS, MAX_CLASS_CELLS = 10, 24
+PERCENT_CELLS = 7  # " 100.0%"
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prediction came to, with what really ran."""
+
+    images: int
+    errors: int
+    kept: int
+    kept_errors: int
+    seconds: float
+    images_per_s: float
+    backend: str
+    provider: str
+    device: str
+    precision: str
+
+    def sentence(self) -> str:
+        """One line for stderr."""
+        kept = f" after {self.kept} of an earlier run" if self.kept else ""
+        failed = f", {self.errors} of them could not be read" if self.errors else ""
+        return (
+            f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
+            f"with {self.provider}, {self.precision}, on {self.device}"
+        )
+
+
+class RowCounter:
+    """Counts rows as they pass, and the time from the first request on.
+
+    Args:
+        backend: what predicts, for the summary.
+    """
+
+    def __init__(self, backend: InferenceBackend) -> None:
+        self._backend = backend
+        self._seconds = 0.0
+        self.images = self.errors = 0
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, counted."""
+        return (seen.row for seen in self.count_seen(SeenRow(row, None) for row in rows))
+
+    def count_seen(self, rows: Iterable[SeenRow]) -> Iterator[SeenRow]:
+        """The same rows with what they were made from, counted."""
+        started = time.perf_counter()
+        for seen in rows:
+            self.images += 1
+            self.errors += not isinstance(seen.row, OkRow)
+            self._seconds = time.perf_counter() - started
+            yield seen
+
+    def summary(self, kept: int = 0, kept_errors: int = 0) -> Summary:
+        """What passed until now.
+
+        Args:
+            kept: rows of an earlier run that this one went on with.
+            kept_errors: how many of them are errors.
+        """
+        backend = self._backend
+        return Summary(
+            images=self.images,
+            errors=self.errors,
+            kept=kept,
+            kept_errors=kept_errors,
+            seconds=self._seconds,
+            images_per_s=self.images / self._seconds if self._seconds else 0.0,
+            backend=backend.name,
+            provider=backend.provider,
+            device=backend.device,
+            precision=backend.precision,
+        )
+
+
+class TableWriter:
+    """Prints rows as a table, each as it comes: nothing is kept, and the columns do not move.
+
+    Long labels lose their end and long paths their beginning; percentages and reasons are never cut.
+
+    Args:
+        console: where to; its width decides how many of the `places` classes have room.
+        places: classes a row.
+        label_cells: of the longest label; the columns are no wider than it needs.
+    """
+
+    def __init__(self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS) -> None:
+        from rich.cells import set_cell_size
+        from rich.text import Text
+
+        self._console, self._text = console, Text
+        self._path_cells, self._class_cells, self._shown = layout(console.width, places, label_cells)
+        header = Text(style="bold")
+        header.append(set_cell_size("image", self._path_cells))
+        for place in range(1, self._shown + 1):
+            header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
+        _print(console, header)
+
+    def write(self, row: Row) -> None:
+        if isinstance(row, OkRow):
+            line = self._text(_tail(visible(row.path), self._path_cells))
+            for place, prediction in enumerate(row.predictions[: self._shown]):
+                label = _head(visible(prediction.label), self._class_cells - PERCENT_CELLS)
+                cell = f"{GAP}{label}{prediction.probability:>{PERCENT_CELLS}.1%}"
+                line.append(cell, style="bold green" if place == 0 else "dim")
+        else:
+            line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
+        _print(self._console, line)
+
+
+def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:
+    """How to share a line among the path and the classes.
+
+    Args:
+        width: cells of a line.
+        top: classes that are wanted.
+        label_cells: of the longest label.
+    Returns:
+        Cells of the path, cells of each class, and how many classes there is room for (at least one).
+
+    >>> layout(100, 5)
+    (20, 14, 5)
+    """
+    gap = len(GAP)
+    most = min(MAX_CLASS_CELLS, label_cells + PERCENT_CELLS)
+    least = min(MIN_CLASS_CELLS, most)
+    shown = max(1, min(top, (width - MIN_PATH_CELLS) // (least + gap)))
+    class_cells = max(least, min(most, (width - MIN_PATH_CELLS) // shown - gap))
+    path_cells = min(MAX_PATH_CELLS, width - shown * (class_cells + gap))
+    return max(1, path_cells), class_cells, shown
+
+
+def _head(text: str, cells: int) -> str:
+    """Exactly so many cells of the beginning of a text."""
+    from rich.cells import cell_len, set_cell_size
+
+    return set_cell_size(text, cells) if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
+
+
+def _tail(text: str, cells: int) -> str:
+    """Exactly so many cells of the end of a text."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= cells:
+        return set_cell_size(text, cells)
+    while cell_len(text) > cells - 1:
+        text = text[1:]
+    return set_cell_size("…" + text, cells)
+
+
+def _print(console: Console, line: Text) -> None:
+    # Wrapping would break the columns, and cutting would hide reasons: the terminal may fold a line.
+    console.print(line, soft_wrap=True, highlight=False)
