@@ -28,7 +28,7 @@ from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.loader import eval_batches, make_backend, train_batches
 from data_pipeline.loading.bad_files import ImageError
 from data_pipeline.sharding.write import parse_size, write_shards
-from data_pipeline.shards.shards import shard_source
+from data_pipeline.shards import shard_source
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import encode, photo, write_folder
