@@ -56,7 +56,7 @@ class FrontDoor(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            from data_pipeline.loading.bad_files import visible
+            from data_pipeline.common.text import visible
 
             code = getattr(error, "exit_code", None)
             if isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES:
@@ -170,7 +170,7 @@ def evaluate(
     import msgspec
 
     if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
-        from infer.evaluate_command import evaluate_exported
+        from infer.evaluate import evaluate_exported
 
         metrics = msgspec.structs.asdict(
             evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
@@ -322,7 +322,8 @@ def predict(**options: Any) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
         # Hashing a model and importing what runs it take about as long, and the one needs no interpreter.
         verified = pool.submit(open_bundle, options["model"])
-        from infer.commands.predict import PredictOptions, predict_images
+        from infer.commands.predict import predict_images
+        from infer.predict.options import PredictOptions
 
         summary = predict_images(PredictOptions(**options), verified.result)
     if summary.errors + summary.kept_errors:

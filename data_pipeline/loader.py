@@ -16,23 +16,22 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import Dataset, read_file
+from data_pipeline.common.files import read_file
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
-from data_pipeline.loading.prefetch import Batch as Batch
-from data_pipeline.loading.prefetch import ImageBackend as ImageBackend
-from data_pipeline.loading.prefetch import Request, run_ahead
-from data_pipeline.loading.readers import ReaderPool as ReaderPool
+from data_pipeline.loading.prefetch import Batch, ImageBackend, Request, run_ahead
+from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import Geometry, eval_geometry, ten_crop_geometry, train_geometry
-from data_pipeline.transforms.mix import PAIR, MixPlan, mix_plan_at
+from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
+from data_pipeline.transforms.mix import PAIR_SIZE, MixParams, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
 
 log = logging.getLogger("data_pipeline")
 
 
-class Readable(NamedTuple):
+class ImageSource(NamedTuple):
     """An encoded image that is no file of its own: how messages and rows name it, and what gives its bytes.
 
     Args:
@@ -126,7 +125,7 @@ def train_batches(
         UserError: a global batch larger than the training set, or smaller than the number of ranks; with
             mixing, fewer pairs than ranks, or a micro-batch of one.
     """
-    unit = PAIR if augment.mixes else 1
+    unit = PAIR_SIZE if augment.mixes else 1
     steps_per_epoch(len(dataset), global_batch)
     if global_batch < world_size:
         raise UserError(f"global_batch {global_batch} is smaller than the number of ranks, {world_size}")
@@ -150,11 +149,11 @@ def train_batches(
                 places = positions[first : first + chunk]
                 chosen = indices[first : first + chunk]
 
-                def cut(sizes: Int, epoch: int = epoch, places: Int = places) -> Geometry:
-                    return train_geometry(sizes, epoch, places, seed, preprocessing, augment)
+                def cut(sizes: Int, epoch: int = epoch, places: Int = places) -> CropParams:
+                    return train_crop_params(sizes, epoch, places, seed, preprocessing, augment)
 
                 last = first + chunk >= len(indices)
-                mix = mix_plan_at(seed, epoch, places, augment, preprocessing.crop_px)
+                mix = mix_params_at(seed, epoch, places, augment, preprocessing.crop_px)
                 yield _dataset_request(dataset, chosen, places, step, last, cut, mix)
             step += 1
 
@@ -183,7 +182,7 @@ def eval_batches(
         Batches; none for a rank whose share is empty.
     """
     share = rank_slice(len(dataset), rank, world_size)
-    cut = partial(ten_crop_geometry if ten_crop else eval_geometry, preprocessing=preprocessing)
+    cut = partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=preprocessing)
     chunk = _checked_chunk(micro_batch, backend, needed=share.stop - share.start)
 
     def requests() -> Iterator[Request]:
@@ -195,7 +194,7 @@ def eval_batches(
 
 
 def predict_batches(
-    inputs: Iterable[Path | Readable],
+    inputs: Iterable[Path | ImageSource],
     backend: ImageBackend,
     preprocessing: Preprocessing,
     *,
@@ -210,7 +209,7 @@ def predict_batches(
     Args: as `eval_batches`, and
         inputs: files, and images that lie elsewhere.
     """
-    cut = partial(ten_crop_geometry if ten_crop else eval_geometry, preprocessing=preprocessing)
+    cut = partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=preprocessing)
     chunk = _checked_chunk(micro_batch, backend, needed=micro_batch)
 
     def requests() -> Iterator[Request]:
@@ -218,11 +217,11 @@ def predict_batches(
         while group := tuple(islice(source, chunk)):
             indices = np.arange(first, first + len(group), dtype=np.int64)
             labels = np.full(len(group), -1, dtype=np.int64)
-            paths = tuple(item.path if isinstance(item, Readable) else item for item in group)
+            paths = tuple(item.path if isinstance(item, ImageSource) else item for item in group)
 
-            def read(place: int, max_bytes: int, group: tuple[Path | Readable, ...] = group) -> bytes:
+            def read(place: int, max_bytes: int, group: tuple[Path | ImageSource, ...] = group) -> bytes:
                 item = group[place]
-                return item.read(max_bytes) if isinstance(item, Readable) else read_file(item, max_bytes)
+                return item.read(max_bytes) if isinstance(item, ImageSource) else read_file(item, max_bytes)
 
             yield Request(paths, read, labels, indices, indices, number, True, cut)
             number, first = number + 1, first + len(group)
@@ -244,8 +243,8 @@ def _dataset_request(
     positions: Int,
     step: int,
     last: bool,
-    cut: Callable[[Int], Geometry],
-    mix: MixPlan | None = None,
+    cut: Callable[[Int], CropParams],
+    mix: MixParams | None = None,
 ) -> Request:
     def read(place: int, max_bytes: int) -> bytes:
         return dataset.read(int(indices[place]), max_bytes)

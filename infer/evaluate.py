@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import eval_batches
-from data_pipeline.loading.bad_files import printable
-from infer.bundle.load import Bundle
+from infer.bundle.load import Bundle, find_bundle, load_bundle
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
-from infer.runtime.choose import InferenceBackend
+from infer.runtime.base import InferenceBackend
+from infer.runtime.choose import DeviceName, choose_backend
 
 TOP_K = 5
 DEFAULT_BATCH = 32
@@ -99,3 +104,48 @@ def evaluate_bundle(
         num_samples=counts.samples,
         num_failed=num_failed,
     )
+
+
+def evaluate_exported(
+    path: Path, data: Path | None, *, split: str, device: DeviceName, ten_crop: bool = False
+) -> Evaluation:
+    """Loss, top-1 and top-5 of a bundle.
+
+    Args:
+        path: the bundle.
+        data: folder with the split; None for the data of the run that the bundle lies in.
+        split: which folder of the data.
+        device: see `infer.runtime.choose.choose_backend`.
+        ten_crop: see `evaluate_bundle`.
+    Raises:
+        UserError: no data, or other classes than the bundle's.
+    """
+    bundle = load_bundle(find_bundle(path))
+    root = data or data_of_run(bundle)
+    dataset = open_dataset(root, split)
+    choice = choose_backend(bundle, device=device)
+    with closing(choice.backend):
+        log.info(f"runs on: {choice.sentence}")
+        return evaluate_bundle(bundle, choice.backend, dataset, ten_crop=ten_crop)
+
+
+def data_of_run(bundle: Bundle) -> Path:
+    """The data folder of the run that a bundle lies in; a bundle itself holds no paths."""
+    config = bundle.folder.parent.parent / "config.json"
+    try:
+        root = msgspec.json.decode(config.read_bytes(), type=_RunConfig).data.root
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        root = None
+    if root is None:
+        raise UserError(f"{bundle.folder} does not lie in a run that names its data: use --data DIR")
+    return Path(root)
+
+
+class _RunData(msgspec.Struct):
+    root: str | None = None
+
+
+class _RunConfig(msgspec.Struct):
+    """What is wanted of a run's `config.json`."""
+
+    data: _RunData

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.loader import Batch, Readable
+from data_pipeline.loader import ImageSource
+from data_pipeline.loading.prefetch import Batch
 from infer.bundle.load import Bundle, open_bundle
 from infer.predict.decode import DecoderName, quick_decoder
 from infer.predict.decoding import Decoding
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    Input = str | os.PathLike[str] | Readable | NDArray[np.uint8] | Image
+    Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
 
 
 class Predictor:
@@ -125,7 +126,7 @@ class Predictor:
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
     from PIL.Image import Image
 
-    single = isinstance(inputs, (str, os.PathLike, Readable, np.ndarray, Image))
+    single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
     for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
         yield _item(one, number)
 
@@ -135,7 +136,7 @@ def _item(one: object, number: int) -> Item:
 
     from infer.predict.pixels import from_array, from_image
 
-    if isinstance(one, Readable):
+    if isinstance(one, ImageSource):
         return one
     if isinstance(one, (str, os.PathLike)):
         return Path(one)

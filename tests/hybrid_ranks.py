@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.loader import Batch
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.sampler import rank_slice
 from tests.faulty_rank import fail
 from tests.ranks import TINY

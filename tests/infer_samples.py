@@ -11,12 +11,13 @@ import torch
 
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.demo import write_demo
-from infer.bundle.load import (
+from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import (
+    LIMITS,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     SEAL,
     Agreement,
-    Bundle,
     Engine,
     FileEntry,
     GateReport,
@@ -24,11 +25,9 @@ from infer.bundle.load import (
     Origin,
     encode_manifest,
     image_input,
-    load_bundle,
     probability_output,
     seal_text,
 )
-from infer.export.gate import LIMITS
 from infer.export.pipeline import export_model
 from infer.predict.inputs import find_inputs
 from train.checkpoints.write import State, save_checkpoint

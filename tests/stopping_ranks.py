@@ -19,7 +19,7 @@ from unittest import mock
 from torch import Tensor
 
 from data_pipeline.common.errors import InterruptedRunError
-from data_pipeline.loader import Batch
+from data_pipeline.loading.prefetch import Batch
 from train.config.load import RunConfig, make_config
 from train.distributed.world import env_rank
 from train.health.metrics import Counts

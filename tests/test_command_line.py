@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from alexnet import main
 from infer.bundle.load import Bundle
-from infer.export.gate import LIMITS
+from infer.bundle.manifest import LIMITS
 from tests.ranks import REPOSITORY, TINY, run_command
 from tests.warm_ranks import run_ranks
 

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
+from data_pipeline.common.errors import ImageError
 from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.pillow import PillowBackend, decode_rgb, read_header
-from data_pipeline.loading.bad_files import ImageError
 from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import Geometry, eval_geometry, train_geometry
+from data_pipeline.transforms.crop import CropParams, eval_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import as_numpy, broken, encode, exif, kinds, photo
 
@@ -50,17 +50,17 @@ def pillow() -> Iterator[PillowBackend]:
     backend.close()
 
 
-def recipes(files: list[bytes]) -> dict[str, Geometry]:
+def recipes(files: list[bytes]) -> dict[str, CropParams]:
     sizes = np.array([read_header(file, 10**8) for file in files])
     positions = np.arange(len(files))
     return {
-        "evaluation": eval_geometry(sizes, PREPROCESSING),
-        "random-resized": train_geometry(sizes, 1, positions, 7, PREPROCESSING, Augment()),
-        "random": train_geometry(sizes, 1, positions, 7, PREPROCESSING, Augment(crop="random")),
+        "evaluation": eval_crop_params(sizes, PREPROCESSING),
+        "random-resized": train_crop_params(sizes, 1, positions, 7, PREPROCESSING, Augment()),
+        "random": train_crop_params(sizes, 1, positions, 7, PREPROCESSING, Augment(crop="random")),
     }
 
 
-def at_edge(geometry: Geometry, index: int) -> npt.NDArray[np.bool_]:
+def at_edge(geometry: CropParams, index: int) -> npt.NDArray[np.bool_]:
     """(crop, crop): which pixels of the crop are in the outermost row or column of the resized image."""
     near = []
     for axis in (0, 1):
@@ -122,7 +122,7 @@ def test_a_broken_file_does_not_lose_its_neighbours(
     dali: ImageBackend, pillow: PillowBackend, device: Device, kind: str
 ) -> None:
     good = [encode(photo(90, 120, seed=i), "JPEG") for i in range(6)]
-    geometry = eval_geometry([(90, 120)] * 7, PREPROCESSING)
+    geometry = eval_crop_params([(90, 120)] * 7, PREPROCESSING)
     files = [*good[:4], BROKEN[kind], *good[4:]]
     neighbours = [0, 1, 2, 3, 5, 6]
     for backend in (dali, pillow):
@@ -137,7 +137,7 @@ def test_a_broken_file_does_not_lose_its_neighbours(
 @devices
 def test_a_file_that_could_not_be_read_leaves_zeros(dali: ImageBackend, pillow: PillowBackend) -> None:
     good = KINDS["jpeg 4:2:0"]
-    geometry = eval_geometry([(1, 1), (150, 200)], PREPROCESSING)
+    geometry = eval_crop_params([(1, 1), (150, 200)], PREPROCESSING)
     for backend in (dali, pillow):
         decoded = backend.decode([None, good], geometry)
         images = as_numpy(decoded.images)
@@ -147,7 +147,7 @@ def test_a_file_that_could_not_be_read_leaves_zeros(dali: ImageBackend, pillow: 
 @devices
 def test_batches_stay_valid_and_may_be_smaller(dali: ImageBackend) -> None:
     first_file, second_file = KINDS["jpeg 4:2:0"], encode(photo(150, 200, seed=5), "JPEG")
-    geometry = eval_geometry([(150, 200)] * 3, PREPROCESSING)
+    geometry = eval_crop_params([(150, 200)] * 3, PREPROCESSING)
     first = dali.decode([first_file] * 3, geometry).images
     before = as_numpy(first).copy()
     for _ in range(4):

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.dataset import check_same_classes
 from data_pipeline.datasets.demo import is_demo, write_demo
-from data_pipeline.datasets.image_folder import check_same_classes, load_image_folder
+from data_pipeline.datasets.image_folder import load_image_folder
 
 
 @pytest.fixture(scope="module")

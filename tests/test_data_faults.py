@@ -20,14 +20,16 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from data_pipeline.datasets.image_folder import load_image_folder, read_file
+from data_pipeline.common.errors import ImageError
+from data_pipeline.common.files import read_file
+from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.pillow import PillowBackend, read_header
 from data_pipeline.loader import predict_batches, train_batches
-from data_pipeline.loading.bad_files import FaultLog, ImageError
+from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import eval_geometry
+from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import as_numpy, broken, encode, kinds, photo, write_folder
 from tests.ranks import REPOSITORY
@@ -193,7 +195,7 @@ def _golden() -> str:
     backend = PillowBackend(1, 1)
     rows = []
     for case, content in GOOD.items():
-        geometry = eval_geometry([read_header(content, PREPROCESSING.max_pixels)], PREPROCESSING)
+        geometry = eval_crop_params([read_header(content, PREPROCESSING.max_pixels)], PREPROCESSING)
         image = as_numpy(backend.decode([content], geometry).images)[0]
         rows.append(f"{json.dumps(case)}: {json.dumps(blocks(image))}")
     backend.close()

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import check_same_classes, load_image_folder, read_file
-from data_pipeline.loading.bad_files import Failure, FaultLog, ImageError, printable
+from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.files import read_file
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import check_same_classes
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.loading.bad_files import Failure, FaultLog
 from tests.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")

@@ -16,7 +16,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets import index_cache
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.datasets.packed_strings import PackedStrings
 from tests.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")
@@ -245,7 +245,7 @@ def test_a_damaged_or_crafted_index_is_not_used(
     watch = Watch(tmp_path)
     watch.note(tmp_path / "train")
     for names in (["../x.jpg"] * 4, ["a/../../x.jpg"] * 4, ["/etc/x.jpg"] * 4, ["a/1.jpg"] * 3):
-        index_cache.save_index(replace(good, paths=PackedNames.pack(names)), watch)
+        index_cache.save_index(replace(good, paths=PackedStrings.pack(names)), watch)
         assert index_cache.load_index(tmp_path, "train") is None
     index_cache.save_index(replace(good, labels=good.labels + 1), watch)
     assert index_cache.load_index(tmp_path, "train") is None
@@ -282,9 +282,9 @@ def test_small_data_leaves_no_file_behind(tmp_path: Path) -> None:
 
 def test_packed_names_are_a_sequence() -> None:
     names = ["a", "", "b/c.jpg", os.fsdecode(b"caf\xe9")]
-    packed = PackedNames.pack(names)
+    packed = PackedStrings.pack(names)
     assert list(packed) == names and [packed[i] for i in range(-4, 4)] == names + names
     assert list(packed[1:3]) == names[1:3] and "b/c.jpg" in packed and len(packed) == 4
-    assert list(PackedNames.join([packed, PackedNames.pack([]), packed])) == names * 2
+    assert list(PackedStrings.join([packed, PackedStrings.pack([]), packed])) == names * 2
     with pytest.raises(IndexError):
         packed[4]

@@ -20,20 +20,15 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import UserError, WorkerError
-from data_pipeline.datasets.image_folder import Dataset, load_image_folder
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.decode.pillow import Decoded
-from data_pipeline.loader import (
-    Batch,
-    ImageBackend,
-    ReaderPool,
-    eval_batches,
-    make_backend,
-    predict_batches,
-    train_batches,
-)
+from data_pipeline.loader import eval_batches, make_backend, predict_batches, train_batches
 from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.prefetch import Batch, ImageBackend
+from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import Geometry
+from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.images import broken, encode, photo, write_folder
 
@@ -256,7 +251,7 @@ def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> No
     class Broken:
         name, device, max_batch = "broken", "cpu", 16
 
-        def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+        def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
             raise RuntimeError("out of memory")
 
         def close(self) -> None: ...

@@ -15,8 +15,8 @@ from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.color import apply_colors, colors_at
-from data_pipeline.transforms.crop import ten_crop_geometry, train_geometry
-from data_pipeline.transforms.mix import beta_quantile, mix_images, mix_labels, mix_plan_at
+from data_pipeline.transforms.crop import ten_crop_params, train_crop_params
+from data_pipeline.transforms.mix import beta_quantile, mix_images, mix_labels, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.images import as_numpy, encode, photo
@@ -41,8 +41,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[PillowBackend | DaliBack
 
 def test_colours_are_those_of_the_reference(backend: PillowBackend | DaliBackend) -> None:
     """Within one level: a resized pixel is rounded before the colours, and may fall either way."""
-    plain = train_geometry(SIZES, 2, range(6), 7, PREPROCESSING, Augment())
-    vivid = train_geometry(SIZES, 2, range(6), 7, PREPROCESSING, COLORFUL)
+    plain = train_crop_params(SIZES, 2, range(6), 7, PREPROCESSING, Augment())
+    vivid = train_crop_params(SIZES, 2, range(6), 7, PREPROCESSING, COLORFUL)
     assert vivid.colors is not None
     before, after = (as_numpy(backend.decode(FILES, g).images).astype(np.uint8) for g in (plain, vivid))
     expected = apply_colors(before, vivid.colors)
@@ -67,13 +67,13 @@ def test_a_samples_colours_follow_from_its_position() -> None:
 
 
 def test_ten_crops_are_torchvisions(backend: PillowBackend | DaliBackend) -> None:
-    images = as_numpy(backend.decode(FILES, ten_crop_geometry(SIZES, PREPROCESSING)).images)
+    images = as_numpy(backend.decode(FILES, ten_crop_params(SIZES, PREPROCESSING)).images)
     assert images.shape == (6, 10, 64, 64, 3)
     wide = PillowBackend(max_batch=16, num_threads=1)
     square = Preprocessing(crop_px=72, resize_px=72)
     middle = as_numpy(
         wide.decode(
-            FILES, train_geometry(SIZES, 0, range(6), 0, square, Augment(crop="center", flip=0))
+            FILES, train_crop_params(SIZES, 0, range(6), 0, square, Augment(crop="center", flip=0))
         ).images
     )
     wide.close()
@@ -94,11 +94,11 @@ def test_pairs_are_never_parted(global_batch: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_plan_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
-    whole = mix_plan_at(5, 0, positions_at(3, 100, 14, 0, 1)[1], BOTH, 64)
+    whole = mix_params_at(5, 0, positions_at(3, 100, 14, 0, 1)[1], BOTH, 64)
     assert whole is not None
     weights, boxes = [], []
     for rank in range(world_size):
-        plan = mix_plan_at(5, 0, positions_at(3, 100, 14, rank, world_size, 2)[1], BOTH, 64)
+        plan = mix_params_at(5, 0, positions_at(3, 100, 14, rank, world_size, 2)[1], BOTH, 64)
         assert plan is not None
         weights.append(plan.label_weights)
         boxes.append(plan.boxes)
@@ -110,7 +110,7 @@ def test_mixing_on_the_device_is_the_references() -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     labels = random.integers(0, 10, 40)
-    plan = mix_plan_at(5, 0, np.arange(40), BOTH, 64)
+    plan = mix_params_at(5, 0, np.arange(40), BOTH, 64)
     assert plan is not None and 0 < (plan.boxes.any(axis=1)).sum() < 40 and (plan.label_weights == 1).any()
     inputs = torch.from_numpy(images).float().permute(0, 3, 1, 2)
     mixed = mix_inputs(inputs, plan)
@@ -128,7 +128,7 @@ def test_mixing_on_the_device_is_the_references() -> None:
 
 
 def test_who_could_not_be_read_is_not_mixed_in() -> None:
-    plan = mix_plan_at(5, 0, np.arange(8), Augment(mixup=1.0), 64)
+    plan = mix_params_at(5, 0, np.arange(8), Augment(mixup=1.0), 64)
     assert plan is not None
     valid = np.ones(8, dtype=bool)
     valid[3] = False

@@ -15,17 +15,10 @@ from torchvision import transforms
 from data_pipeline.common.errors import UserError
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CROP_TRIES, eval_geometry, train_geometry
+from data_pipeline.transforms.crop import CROP_TRIES, eval_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
-from data_pipeline.transforms.sampler import (
-    LANE_CROP_TRIES,
-    hash_at,
-    permutation_at,
-    positions_at,
-    rank_slice,
-    steps_per_epoch,
-    uniform_at,
-)
+from data_pipeline.transforms.rng import STREAM_CROP_TRIES, hash_at, uniform_at
+from data_pipeline.transforms.sampler import permutation_at, positions_at, rank_slice, steps_per_epoch
 from tests.images import photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
@@ -51,10 +44,10 @@ def test_the_stream_is_pinned() -> None:
     assert hash_at(1234, 5, [0, 1, 2], 3).tolist() == HASHES
     assert permutation_at(7, 2, 10).tolist() == PERMUTATION
     assert uniform_at(42, 0, [0, 1, 10**6], 1).tolist() == UNIFORMS
-    geometry = train_geometry([(375, 500), (500, 375), (64, 64)], 3, [0, 1, 2], 42, PREPROCESSING, Augment())
+    geometry = train_crop_params([(375, 500), (500, 375), (64, 64)], 3, [0, 1, 2], 42, PREPROCESSING, Augment())
     assert geometry.windows.tolist() == WINDOWS
     assert geometry.flips.tolist() == FLIPS
-    paper = train_geometry([(375, 500), (500, 375)], 3, [0, 1], 42, PREPROCESSING, AUGMENTS["random"])
+    paper = train_crop_params([(375, 500), (500, 375)], 3, [0, 1], 42, PREPROCESSING, AUGMENTS["random"])
     assert paper.anchors.tolist() == ANCHORS
 
 
@@ -114,8 +107,8 @@ def test_a_step_is_the_same_on_any_number_of_ranks(
 @pytest.mark.parametrize("crop", AUGMENTS)
 @given(sizes=sizes, seed=seeds)
 def test_windows_lie_inside_and_crops_fit(crop: str, sizes: list[tuple[int, int]], seed: int) -> None:
-    geometry = train_geometry(sizes, 0, np.arange(len(sizes)), seed, PREPROCESSING, AUGMENTS[crop])
-    for recipe in (geometry, eval_geometry(sizes, PREPROCESSING)):
+    geometry = train_crop_params(sizes, 0, np.arange(len(sizes)), seed, PREPROCESSING, AUGMENTS[crop])
+    for recipe in (geometry, eval_crop_params(sizes, PREPROCESSING)):
         y, x, h, w = recipe.windows.T
         heights, widths = np.array(sizes).T
         assert (y >= 0).all() and (x >= 0).all() and (h > 0).all() and (w > 0).all()
@@ -129,9 +122,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(
     sizes: list[tuple[int, int]], seed: int, data: st.DataObject
 ) -> None:
     positions = np.arange(100, 100 + len(sizes))
-    whole = train_geometry(sizes, 4, positions, seed, PREPROCESSING, Augment())
+    whole = train_crop_params(sizes, 4, positions, seed, PREPROCESSING, Augment())
     i = data.draw(st.integers(0, len(sizes) - 1))
-    alone = train_geometry([sizes[i]], 4, [100 + i], seed, PREPROCESSING, Augment())
+    alone = train_crop_params([sizes[i]], 4, [100 + i], seed, PREPROCESSING, Augment())
     assert alone.windows[0].tolist() == whole.windows[i].tolist()
     assert alone.flips[0] == whole.flips[i]
 
@@ -158,8 +151,8 @@ def random_resized_crop(height: int, width: int, draws: list[list[float]]) -> li
 
 @given(sizes=sizes, seed=seeds)
 def test_random_resized_crops_are_torchvisions(sizes: list[tuple[int, int]], seed: int) -> None:
-    geometry = train_geometry(sizes, 1, np.arange(len(sizes)), seed, PREPROCESSING, Augment())
-    lanes = LANE_CROP_TRIES + np.arange(4 * CROP_TRIES)
+    geometry = train_crop_params(sizes, 1, np.arange(len(sizes)), seed, PREPROCESSING, Augment())
+    lanes = STREAM_CROP_TRIES + np.arange(4 * CROP_TRIES)
     for i, (height, width) in enumerate(sizes):
         draws = uniform_at(seed, 1, i, lanes).reshape(CROP_TRIES, 4).tolist()
         assert geometry.windows[i].tolist() == random_resized_crop(height, width, draws)
@@ -178,7 +171,7 @@ def test_evaluation_crops_are_torchvisions_to_the_pixel(
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=0)
     backend = PillowBackend(num_threads=1, max_batch=1)
-    decoded = backend.decode([buffer.getvalue()], eval_geometry([(height, width)], preprocessing))
+    decoded = backend.decode([buffer.getvalue()], eval_crop_params([(height, width)], preprocessing))
     backend.close()
     images = decoded.images
     assert isinstance(images, np.ndarray)
@@ -187,10 +180,10 @@ def test_evaluation_crops_are_torchvisions_to_the_pixel(
 
 def test_the_papers_crops_lie_in_the_centre_square() -> None:
     """375 x 500 becomes 72 x 96: the square is columns 12 to 84, in which a crop of 64 has 9 places."""
-    cut = train_geometry([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random_square"])
+    cut = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random_square"])
     assert sorted(set(cut.anchors[:, 0].tolist())) == list(range(9))
     assert sorted(set(cut.anchors[:, 1].tolist())) == list(range(12, 21))
-    whole = train_geometry([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random"])
+    whole = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random"])
     assert sorted(set(whole.anchors[:, 1].tolist())) == list(range(33))
 
 
@@ -198,13 +191,13 @@ def test_flips_come_as_often_as_asked() -> None:
     positions = np.arange(10_000)
     for flip in (0.0, 0.25, 1.0):
         augment = Augment(crop="center", flip=flip)
-        flips = train_geometry([(64, 64)] * 10_000, 0, positions, 0, PREPROCESSING, augment).flips
+        flips = train_crop_params([(64, 64)] * 10_000, 0, positions, 0, PREPROCESSING, augment).flips
         assert abs(flips.mean() - flip) < 0.02
         assert flip not in (0.0, 1.0) or flips.mean() == flip
 
 
 def test_a_long_strip_is_cut_in_its_middle() -> None:
-    geometry = eval_geometry([(2, 5000)], PREPROCESSING)
+    geometry = eval_crop_params([(2, 5000)], PREPROCESSING)
     assert geometry.windows.tolist() == [[0, 2484, 2, 32]]
     assert geometry.sizes.tolist() == [[72, 1152]]
 

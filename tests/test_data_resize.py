@@ -17,7 +17,7 @@ from PIL import Image
 from data_pipeline.decode import resize, resize_kernel
 from data_pipeline.decode.pillow import blank_images, finish
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.transforms.crop import Geometry
+from data_pipeline.transforms.crop import CropParams
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def one_recipe(
     crop_px: int,
     flip: bool = False,
     colors: npt.NDArray[np.float32] | None = None,
-) -> Geometry:
-    return Geometry(
+) -> CropParams:
+    return CropParams(
         windows=np.array([(0, 0, *window.shape[:2])]),
         sizes=np.array([size]),
         anchors=np.array([anchor]),
@@ -46,7 +46,7 @@ def one_recipe(
     )
 
 
-def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], geometry: Geometry) -> None:
+def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], geometry: CropParams) -> None:
     images = blank_images(geometry)
     resizer.finish_into(images, window, geometry, 0)
     expected = finish(Image.fromarray(window), geometry, 0)

@@ -22,11 +22,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.loader import eval_batches, make_backend, train_batches
-from data_pipeline.loading.bad_files import ImageError
 from data_pipeline.sharding.write import parse_size, write_shards
 from data_pipeline.shards import shard_source
 from data_pipeline.transforms.augment import Augment

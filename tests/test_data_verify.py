@@ -12,12 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alexnet import main
-from data_pipeline.common.errors import UserError, WorkerError
+from data_pipeline.common.errors import ImageError, UserError, WorkerError
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.inspect.verify import check_image, verify
-from data_pipeline.loading.bad_files import ImageError
 from data_pipeline.sharding.write import write_shards
 from tests.images import broken, encode, huge_png, kinds, photo, write_folder
 

@@ -14,18 +14,19 @@ import infer.export.engine_options
 import infer.predict.rows
 import infer.predict.table
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.load import Bundle, Manifest
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import Manifest
 from infer.runtime.choose import (
     BackendName,
     DeviceName,
     Machine,
-    OnnxBackend,
     choose_backend,
     decide,
     probe_machine,
     why_no_engine,
 )
 from infer.runtime.cuda import CudaError, CudaSession, Gpu, GpuScan, scan_gpus
+from infer.runtime.onnx import OnnxBackend
 from infer.runtime.tensorrt import TensorRTBackend
 from infer.runtime.tensorrt_log import make_logger
 from tests.infer_samples import tiny_manifest, with_engine

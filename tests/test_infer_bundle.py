@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.load import MANIFEST_NAME, SCHEMA_VERSION, find_bundle, load_bundle
+from infer.bundle.load import find_bundle, load_bundle
+from infer.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from infer.bundle.write import measure_files, staging_folder, write_bundle
 from tests.infer_samples import edit_manifest, tiny_manifest, write_tiny
 
@@ -106,7 +107,7 @@ def test_manifest_that_is_not_json_or_too_large_is_refused(
         with pytest.raises(CorruptFileError, match=r"bundle\.json"):
             load_bundle(folder)
     write_tiny(folder)
-    monkeypatch.setattr("infer.bundle.load.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("infer.bundle.manifest.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(CorruptFileError, match="larger than"):
         load_bundle(folder)
 

@@ -15,11 +15,13 @@ from click.testing import CliRunner, Result
 
 from alexnet import main
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.load import Bundle, load_bundle, read_manifest
+from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import read_manifest
 from infer.bundle.write import measure_files
 from infer.doctor.bundle import examine_bundle
-from infer.runtime.choose import OnnxBackend, probe_machine, why_no_engine
+from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.cuda import scan_gpus
+from infer.runtime.onnx import OnnxBackend
 from tests.infer_samples import (
     data_folder,
     edit_manifest,

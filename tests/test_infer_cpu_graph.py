@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from infer.bundle.load import CPU_NAME, INPUT_NAME, ONNX_NAME, Bundle
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import CPU_NAME, INPUT_NAME, ONNX_NAME
 from infer.export.cpu_form import expand_lrn, has_shared_weights, write_cpu_graph
 from infer.export.quantize_cpu import fold_normalisation, quantize_for_cpu
 from infer.export.to_onnx import export_onnx

@@ -18,8 +18,10 @@ import infer.export.pipeline
 from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import LIMITS
+from infer.export.compare import Tally, spread
 from infer.export.engine_options import choose_builder, profile_batches
-from infer.export.gate import LIMITS, Tally, spread, torch_runner
+from infer.export.gate import torch_runner
 from infer.export.pipeline import export_model
 from infer.export.to_onnx import export_onnx
 from infer.export.to_tensorrt import BuildError, build_engine

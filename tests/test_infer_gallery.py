@@ -21,7 +21,7 @@ from infer.bundle.load import Bundle
 from infer.predict.gallery import open_gallery
 from infer.predict.rows import ErrorRow, OkRow, Prediction, SeenRow
 from infer.predict.table import RowCounter
-from infer.runtime.choose import OnnxBackend
+from infer.runtime.onnx import OnnxBackend
 from tests.images import photo
 
 

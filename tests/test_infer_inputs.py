@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import read_file
-from data_pipeline.loader import Readable
-from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.files import read_file
+from data_pipeline.common.text import printable
+from data_pipeline.loader import ImageSource
 from infer.predict.inputs import Inputs, find_inputs
 from infer.predict.rows import path_of
 
@@ -131,8 +131,8 @@ def test_tar_shards_give_their_images_and_follow_no_links(tmp_path: Path) -> Non
     assert names(find_inputs([tmp_path / "s.tar"]), tmp_path) == [
         "s.tar/000.jpg", "s.tar/deep/001.PNG", "s.tar/002.webp", "s.tar/003.jpg", "s.tar/004.jpg"
     ]  # fmt: skip
-    assert all(isinstance(item, Readable) for item in found)
-    assert [item.read(100) for item in found[:3] if isinstance(item, Readable)] == [
+    assert all(isinstance(item, ImageSource) for item in found)
+    assert [item.read(100) for item in found[:3] if isinstance(item, ImageSource)] == [
         b"000.jpg", b"deep/001.PNG", b"002.webp"
     ]  # fmt: skip
     for link in found[3:]:
@@ -155,7 +155,7 @@ def test_a_damaged_shard_is_an_input_that_says_so(tmp_path: Path, damage: str) -
         shard.unlink()
     *images, last = inputs
     assert len(images) == (1 if damage == "cut" else 0)
-    assert isinstance(last, Readable) and printable(last.path) == str(shard)
+    assert isinstance(last, ImageSource) and printable(last.path) == str(shard)
     with pytest.raises(ImageError, match=f"no whole tar file, {len(images)} images before the damage"):
         last.read(10**6)
 

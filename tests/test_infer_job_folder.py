@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
 from infer.predict.resume import RunIdentity, identity_of

@@ -15,13 +15,14 @@ from msgspec.structs import replace
 from alexnet import main
 from data_pipeline.common.errors import GateError, UserError
 from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import LIMITS
+from infer.export.compare import Tally
 from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
-from infer.export.gate import LIMITS, Tally, judge, torch_runner
+from infer.export.gate import judge, torch_runner
 from infer.export.pipeline import export_model
-from infer.export.plan_size import check_plan_size
 from infer.export.to_onnx import export_onnx
 from infer.export.to_tensorrt import build_engine
-from infer.export.verify_precision import prove_precision
+from infer.export.verify_precision import check_plan_size, prove_precision
 from infer.runtime.cuda import Gpu, GpuScan
 from tests.infer_samples import checkpoint_folder, data_folder, exported, tiny_manifest
 from train.checkpoints.load import load_checkpoint

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import visible
 from data_pipeline.datasets.image_folder import load_image_folder
-from data_pipeline.loading.bad_files import visible
 from infer.bundle.load import Bundle
 from infer.evaluate import evaluate_bundle
 from infer.export.gate import torch_runner
@@ -28,7 +28,7 @@ from infer.predict.decode import DecoderName, open_decoder, valid_images
 from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, predict, top_k
 from infer.predict.table import RowCounter, TableWriter, layout
 from infer.predict.writers import JsonlWriter
-from infer.runtime.choose import OnnxBackend
+from infer.runtime.onnx import OnnxBackend
 from tests.infer_samples import CLASSES, checkpoint_folder, data_folder, images_in
 from train.checkpoints.load import load_checkpoint
 

@@ -25,7 +25,8 @@ from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
 from infer.predict.decode import DecoderName, open_decoder, run_valid, valid_images
 from infer.predict.rows import ErrorRow, OkRow, Row, predict
-from infer.runtime.choose import BackendName, OnnxBackend, probe_machine, why_no_engine
+from infer.runtime.choose import BackendName, probe_machine, why_no_engine
+from infer.runtime.onnx import OnnxBackend
 from tests.images import broken, encode, kinds, photo
 from tests.infer_samples import edit_manifest, images_in
 

@@ -24,7 +24,7 @@ from alexnet import main
 from data_pipeline.common.errors import UserError
 from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
-from infer.commands.predict import PredictOptions
+from infer.predict.options import PredictOptions
 from infer.ray.cluster import Share
 from infer.ray.engine import share_cluster
 from tests.images import encode, photo

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 import infer.export.rebuild
 from alexnet import main
 from data_pipeline.common.errors import UserError
-from infer.bundle.load import Bundle, load_bundle, read_manifest
+from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import read_manifest
 from infer.export.engine_options import EngineOptions
 from infer.export.to_tensorrt import _Build, build_engine
-from infer.runtime.choose import OnnxBackend, probe_machine, why_no_engine
+from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.cuda import scan_gpus
+from infer.runtime.onnx import OnnxBackend
 from tests.infer_samples import (
     data_folder,
     edit_manifest,

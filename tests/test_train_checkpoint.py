@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import sha256_of
+from data_pipeline.common.files import sha256_of, write_json
 from infer.export.pipeline import make_origin
 from tests.ranks import TINY
 from train.checkpoints.load import (
@@ -23,7 +23,6 @@ from train.checkpoints.load import (
     load_checkpoint,
     load_weights,
     read_pointer,
-    write_json,
 )
 from train.checkpoints.retention import REPLACED, prune_checkpoints, restore_replaced
 from train.checkpoints.write import State, save_checkpoint

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, DivergedError
-from data_pipeline.loader import Batch, train_batches
+from data_pipeline.loader import train_batches
+from data_pipeline.loading.prefetch import Batch
 from tests.faulty_rank import fail
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import run_ranks

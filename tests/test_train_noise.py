@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.loader import Batch
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.loading.prefetch import Batch
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import train_warm
 from train.config.load import make_config

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import sha256_of
-from train.checkpoints.load import MANIFEST, STATE, Manifest, Pointer, write_json
+from data_pipeline.common.files import sha256_of, write_json
+from train.checkpoints.load import MANIFEST, STATE, Manifest, Pointer
 from train.config.load import make_config
 from train.distributed.torchrun import choose_rank_count
 from train.distributed.world import check_rank_count, choose_device, cpu_share, open_world

@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.common.errors import SaveError
-from data_pipeline.common.files import PatientFile
+from data_pipeline.common.files import RetryingAppendFile
 from tests.test_train_parts import row
 from train.config.load import make_config
 from train.runs.folder import create_run
@@ -33,7 +33,7 @@ def room_for(size_bytes: int) -> Iterator[None]:
 
 
 def test_what_the_disk_does_not_take_is_kept_and_comes_first_when_there_is_room(tmp_path: Path) -> None:
-    file = PatientFile(tmp_path / "new" / "rows")
+    file = RetryingAppendFile(tmp_path / "new" / "rows")
     assert file.append(b"first\n") is None
     with room_for(10):
         error = file.append(b"second\n")  # four bytes of it would fit
@@ -49,7 +49,7 @@ def test_what_the_disk_does_not_take_is_kept_and_comes_first_when_there_is_room(
 
 
 def test_a_full_device_is_an_error_that_names_it() -> None:
-    error = PatientFile(Path("/dev/full")).append(b"x")
+    error = RetryingAppendFile(Path("/dev/full")).append(b"x")
     assert isinstance(error, OSError)
     assert (error.strerror, error.filename) == ("No space left on device", "/dev/full")
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.loader import Batch
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.loading.prefetch import Batch
 from tests.ranks import run_command
 from train.bench.flops import count_flops
 from train.bench.train import make_ratios, make_specs

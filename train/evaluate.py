@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import eval_batches, make_backend
 from train.checkpoints.load import Checkpoint

@@ -11,7 +11,8 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
-from data_pipeline.loader import Batch, eval_batches, train_batches
+from data_pipeline.loader import eval_batches, train_batches
+from data_pipeline.loading.prefetch import Batch
 from train.distributed.hybrid import whole_network
 from train.health.metrics import Metrics
 from train.optim.schedule import base_rate_for, lr_at, plateau_drops

@@ -23,8 +23,8 @@ from data_pipeline.common.errors import (
     SaveError,
     UserError,
 )
+from data_pipeline.common.text import visible
 from data_pipeline.datasets.demo import DEMO_ROOT
-from data_pipeline.loading.bad_files import visible
 from train.config.load import RunConfig, make_config, to_json
 from train.config.options import DEFAULT_RECIPE, OPTIONS
 from train.distributed.world import env_launch, env_rank, open_world

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Contents, Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
-from data_pipeline.datasets.image_folder import Contents, Dataset, check_same_classes
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import ImageBackend, ReaderPool, make_backend
-from data_pipeline.loading.bad_files import FaultLog, printable
+from data_pipeline.loader import make_backend
+from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.prefetch import ImageBackend
+from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.sampler import steps_per_epoch
 from train.checkpoints.background import Saver
 from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights

@@ -11,8 +11,8 @@ import torch.utils.dlpack
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.loader import Batch
-from data_pipeline.transforms.sampler import hash_at
+from data_pipeline.loading.prefetch import Batch
+from data_pipeline.transforms.rng import hash_at
 from train.distributed.compression import PowerSGD
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World

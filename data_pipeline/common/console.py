@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
-from data_pipeline.loading.bad_files import visible
+from data_pipeline.common.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

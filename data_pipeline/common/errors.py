@@ -47,3 +47,7 @@ class GateError(RuntimeError):
     """An exported model that does not agree with its checkpoint, and is therefore not shipped."""
 
     exit_code = 4
+
+
+class ImageError(Exception):
+    """One file that cannot become an image. The message is the reason, without the file's name."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.common.errors import CorruptFileError
+import msgspec
+
+from data_pipeline.common.errors import CorruptFileError, ImageError
 
 _HASH_BYTES = 1 << 22
 """Large, since a thread that hashes waits for the interpreter between two pieces."""
@@ -58,7 +62,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     fsync_path(path.parent)
 
 
-class PatientFile:
+class RetryingAppendFile:
     """A file that grows by whole pieces. What the disk does not take is kept, and goes before what follows.
 
     Any thread may use it.
@@ -129,3 +133,41 @@ def user_cache() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet"
     except RuntimeError as error:
         raise FileNotFoundError(f"no place for a cache: {error}") from error
+
+
+MAX_FILE_BYTES = 800_000_000
+"""The largest file that is read where nobody sets another limit."""
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """All bytes of one regular file.
+
+    Args:
+        path: the file.
+        max_bytes: a larger file is refused before it is read.
+    Raises:
+        ImageError: missing, unreadable, not a regular file (a pipe would wait for ever), empty, or too large.
+    """
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("not a regular file")
+        if status.st_size > max_bytes:
+            raise ImageError(f"file of {status.st_size} bytes is above the limit of {max_bytes}")
+        with open(path, "rb") as file:  # noqa: PTH123 - half the cost of Path.open for small files
+            data = file.read()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path, which no file system has
+        raise ImageError(f"cannot be read: {error}") from error
+    if not data:
+        raise ImageError("empty file")
+    return data
+
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, whole or not at all."""
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 
 DEMO_ROOT = Path("data/demo-digits")
 """Where training and `alexnet data demo` put it."""

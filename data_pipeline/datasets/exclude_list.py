@@ -17,8 +17,8 @@ import numpy as np
 
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import write_atomic
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 
 log = logging.getLogger("data_pipeline")
 

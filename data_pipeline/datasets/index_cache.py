@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.files import user_cache
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.datasets.watch import Signature, Watch, signature_of
-from data_pipeline.loading.bad_files import printable
 
 log = logging.getLogger("data_pipeline")
 
@@ -73,7 +73,7 @@ def save_index(dataset: Dataset, watch: Watch) -> Path | None:
     Returns:
         Where it is kept; None if nowhere could be written.
     """
-    names = dataset.paths if isinstance(dataset.paths, PackedNames) else PackedNames.pack(dataset.paths)
+    names = dataset.paths if isinstance(dataset.paths, PackedStrings) else PackedStrings.pack(dataset.paths)
     stored = _Stored(
         version=VERSION,
         split=os.fsencode(dataset.split),
@@ -153,7 +153,7 @@ def _dataset(stored: _Stored, root: Path, split: str) -> Dataset | None:
     return Dataset(
         root=Path(root),
         split=split,
-        paths=PackedNames(stored.blob, ends),
+        paths=PackedStrings(stored.blob, ends),
         labels=labels,
         classes=tuple(os.fsdecode(name) for name in stored.classes),
         labels_text=tuple(stored.labels_text),

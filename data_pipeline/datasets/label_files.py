@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import printable
 from data_pipeline.datasets.watch import Watch
-from data_pipeline.loading.bad_files import printable
 
 WNIDS = "wnids.txt"
 WORDS = ("words.txt", "synset_words.txt", "LOC_synset_mapping.txt")

@@ -20,20 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset, check_same_classes
 from data_pipeline.datasets.exclude_list import find_quarantine, leave_out
-from data_pipeline.datasets.image_folder import (
-    LAYOUT,
-    Dataset,
-    check_same_classes,
-    is_image,
-    list_entries,
-    load_image_folder,
-)
+from data_pipeline.datasets.image_folder import LAYOUT, is_image, list_entries, load_image_folder
 from data_pipeline.datasets.index_cache import load_index, save_index
 from data_pipeline.datasets.label_files import ANNOTATIONS, find_annotations, read_wnids, read_words
-from data_pipeline.datasets.packed_strings import PackedNames
+from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.datasets.watch import Watch
-from data_pipeline.loading.bad_files import printable
 from data_pipeline.shards.shard_format import shard_files
 from data_pipeline.shards.shards import open_shards
 
@@ -158,7 +152,7 @@ def _load_annotated(root: Path, split: str, watch: Watch) -> Dataset:
     return Dataset(
         root=root,
         split=split,
-        paths=PackedNames.pack(f"{inner}{names[i]}" for i in order),
+        paths=PackedStrings.pack(f"{inner}{names[i]}" for i in order),
         labels=numbers[order],
         classes=classes,
     )

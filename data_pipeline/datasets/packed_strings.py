@@ -12,7 +12,7 @@ import numpy.typing as npt
 _CHUNK = 1 << 16
 
 
-class PackedNames(Sequence[str]):
+class PackedStrings(Sequence[str]):
     """Names as a read-only sequence of str; a million of 30 bytes take 38 MB rather than 90.
 
     Args:
@@ -25,17 +25,17 @@ class PackedNames(Sequence[str]):
         self.ends = ends
 
     @classmethod
-    def pack(cls, names: Iterable[str]) -> PackedNames:
+    def pack(cls, names: Iterable[str]) -> PackedStrings:
         """Pack names; they may hold bytes that are not UTF-8, as `os.fsdecode` gives them.
 
-        >>> list(PackedNames.pack(["a/1.jpg", "b/2.jpg"]))
+        >>> list(PackedStrings.pack(["a/1.jpg", "b/2.jpg"]))
         ['a/1.jpg', 'b/2.jpg']
         """
         encoded = [os.fsencode(name) for name in names]
         return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
 
     @classmethod
-    def join(cls, parts: Sequence[PackedNames]) -> PackedNames:
+    def join(cls, parts: Sequence[PackedStrings]) -> PackedStrings:
         """All names of several packs, in order."""
         ends, start = [np.zeros(0, dtype=np.int64)], 0
         for part in parts:
@@ -43,7 +43,7 @@ class PackedNames(Sequence[str]):
             start += len(part.blob)
         return cls(b"".join(part.blob for part in parts), np.concatenate(ends))
 
-    def take(self, indices: npt.NDArray[np.int64]) -> PackedNames:
+    def take(self, indices: npt.NDArray[np.int64]) -> PackedStrings:
         """The names at some places."""
         starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[indices]
         sizes = self.ends[indices] - starts
@@ -52,7 +52,7 @@ class PackedNames(Sequence[str]):
             begins, lengths = starts[first : first + _CHUNK], sizes[first : first + _CHUNK]
             shifts = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
             parts.append(source[np.arange(len(shifts)) + shifts].tobytes())
-        return PackedNames(b"".join(parts), np.cumsum(sizes))
+        return PackedStrings(b"".join(parts), np.cumsum(sizes))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -60,8 +60,8 @@ class PackedNames(Sequence[str]):
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> PackedNames: ...
-    def __getitem__(self, index: int | slice) -> str | PackedNames:
+    def __getitem__(self, index: slice) -> PackedStrings: ...
+    def __getitem__(self, index: int | slice) -> str | PackedStrings:
         if isinstance(index, slice):
             return self.take(np.arange(len(self), dtype=np.int64)[index])
         if index < 0:

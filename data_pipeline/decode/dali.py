@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_pipeline.common.errors import ImageError
 from data_pipeline.common.machine import share_memory_arenas
 from data_pipeline.decode.dali_graph import make_graph, run_graph
 from data_pipeline.decode.jpeg import markers_are_sound
 from data_pipeline.decode.pillow import Decoded, blank_images, decode_rgb, spread
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.loading.bad_files import ImageError
-from data_pipeline.transforms.crop import Geometry
+from data_pipeline.transforms.crop import CropParams
 
 log = logging.getLogger("data_pipeline")
 
@@ -69,7 +69,7 @@ class DaliBackend:
         self._graphs: dict[tuple[tuple[int, ...], bool], Any] = {}
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")
 
-    def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+    def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
         """Decode a batch; a file that fails leaves zeros and its reason.
 
         Args:
@@ -116,7 +116,7 @@ class DaliBackend:
         tensor: object = output.as_tensor()
         return tensor
 
-    def _refused(self, files: Sequence[bytes], recipe: Geometry, indices: npt.NDArray[np.int64]) -> list[int]:
+    def _refused(self, files: Sequence[bytes], recipe: CropParams, indices: npt.NDArray[np.int64]) -> list[int]:
         """Which of the samples DALI refuses, by halving: one bad file costs two more decodes of its batch."""
         refused: list[int] = []
         for half in np.array_split(indices, 2 if len(indices) > 1 else 1):
@@ -124,7 +124,7 @@ class DaliBackend:
                 refused += self._refused(files, recipe, half) if len(half) > 1 else [int(half[0])]
         return refused
 
-    def _run(self, files: Sequence[bytes], recipe: Geometry) -> Any:
+    def _run(self, files: Sequence[bytes], recipe: CropParams) -> Any:
         """One run of the graph for this kind of recipe; None if DALI refuses the batch."""
         kind = (recipe.views, recipe.colors is not None) if self._whole_graph else ((), False)
         if kind not in self._graphs:
@@ -142,7 +142,7 @@ class DaliBackend:
 class _Work:
     """A batch on its way through DALI: what is fed for each sample, and what became of it."""
 
-    def __init__(self, files: list[bytes], geometry: Geometry) -> None:
+    def __init__(self, files: list[bytes], geometry: CropParams) -> None:
         self.files = files
         self.failures: dict[int, str] = {}
         self.transcoded: set[int] = set()
@@ -164,7 +164,7 @@ class _Work:
             self.blank.add(index)
             self.files[index] = _black()
 
-    def recipe(self) -> Geometry:
+    def recipe(self) -> CropParams:
         """The geometry, with a window for each blank sample on the black pixel that stands in its place."""
         if not self.blank:
             return self.geometry
@@ -176,7 +176,7 @@ class _Work:
         if colors is not None:
             colors = colors.copy()
             colors[at] = np.eye(3, 4)
-        return Geometry(windows, sizes, anchors, full.flips, full.crop_px, colors)
+        return CropParams(windows, sizes, anchors, full.flips, full.crop_px, colors)
 
 
 def _is_for_pillow(data: bytes) -> bool:

@@ -10,7 +10,7 @@ import nvidia.dali
 import nvidia.dali.fn
 import nvidia.dali.types
 
-from data_pipeline.transforms.crop import Geometry
+from data_pipeline.transforms.crop import CropParams
 
 dali: Any = nvidia.dali  # its stubs declare neither the types' names nor the pipeline's methods
 
@@ -61,7 +61,7 @@ def make_graph(
     return pipeline
 
 
-def run_graph(pipeline: Any, files: Sequence[bytes], recipe: Geometry, *, whole: bool) -> Any:
+def run_graph(pipeline: Any, files: Sequence[bytes], recipe: CropParams, *, whole: bool) -> Any:
     """Run a graph over a batch.
 
     Args:

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageFile
 
-from data_pipeline.loading.bad_files import ImageError
-from data_pipeline.transforms.crop import Geometry
+from data_pipeline.common.errors import ImageError
+from data_pipeline.transforms.crop import CropParams
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -73,7 +73,7 @@ class PillowBackend:
         self._num_threads = max(1, num_threads)
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="pillow")
 
-    def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+    def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
         """Decode a batch; a file that fails leaves zeros and its reason.
 
         Args:
@@ -137,7 +137,7 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     return rgb.transpose(turn) if turn is not None else rgb
 
 
-def decode_one(encoded: bytes, geometry: Geometry, index: int) -> npt.NDArray[np.uint8]:
+def decode_one(encoded: bytes, geometry: CropParams, index: int) -> npt.NDArray[np.uint8]:
     """One image through one recipe.
 
     Args:
@@ -164,7 +164,7 @@ def decode_one(encoded: bytes, geometry: Geometry, index: int) -> npt.NDArray[np
     return finish(image, geometry, index)
 
 
-def finish(window: Image.Image, geometry: Geometry, index: int) -> npt.NDArray[np.uint8]:
+def finish(window: Image.Image, geometry: CropParams, index: int) -> npt.NDArray[np.uint8]:
     """What a recipe does with its window, once that is decoded and cut: resize, colour, crop, mirror.
 
     Args:
@@ -197,7 +197,7 @@ def spread(work: Callable[[int], None], count: int, pool: ThreadPoolExecutor, nu
     list(pool.map(share, range(num_threads)))
 
 
-def blank_images(geometry: Geometry) -> npt.NDArray[np.uint8]:
+def blank_images(geometry: CropParams) -> npt.NDArray[np.uint8]:
     """Zeros of the shape of a batch's images."""
     side = geometry.crop_px
     return np.zeros((len(geometry), *geometry.views, side, side, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ import PIL
 from PIL import Image
 
 from data_pipeline.decode.pillow import blank_images, finish
-from data_pipeline.transforms.crop import Geometry
+from data_pipeline.transforms.crop import CropParams
 
 log = logging.getLogger("data_pipeline")
 
@@ -30,7 +30,7 @@ class Resizer:
     def __init__(self) -> None:
         self._compiled = _compiled()
 
-    def finish_into(self, images: Pixels, window: Pixels, geometry: Geometry, index: int) -> None:
+    def finish_into(self, images: Pixels, window: Pixels, geometry: CropParams, index: int) -> None:
         """Fill one image of a batch.
 
         Args:
@@ -45,7 +45,7 @@ class Resizer:
         _call(self._compiled, images, window, geometry, index)
 
 
-def _call(compiled: Any, images: Pixels, window: Pixels, geometry: Geometry, index: int) -> None:
+def _call(compiled: Any, images: Pixels, window: Pixels, geometry: CropParams, index: int) -> None:
     colors = _NO_COLORS if geometry.colors is None else geometry.colors
     compiled(window, index, geometry.sizes, geometry.anchors, geometry.flips, colors, images)
 
@@ -77,7 +77,7 @@ def _is_pillows(compiled: Any) -> bool:
     random = np.random.default_rng(0)
     windows = [random.integers(0, 256, (*size, 3), np.uint8) for size in ((40, 50), (130, 90), (300, 120))]
     for colors in (None, random.normal(0.4, 0.3, (len(windows), 3, 4)).astype(np.float32)):
-        geometry = Geometry(
+        geometry = CropParams(
             windows=np.array([(0, 0, *window.shape[:2]) for window in windows]),
             sizes=np.array([(64, 64), (80, 70), (64, 90)]),
             anchors=np.array([(0, 0), (7, 3), (0, 26)]),

@@ -184,8 +184,8 @@ def _finish(window: Any, index: int, sizes: Any, anchors: Any, flips: Any, color
     Args:
         window: (height, width, 3) uint8.
         index: which image of the batch.
-        sizes, anchors, flips: see `Geometry`; one view of each image.
-        colors: see `Geometry`; (0, 3, 4) for None.
+        sizes, anchors, flips: see `CropParams`; one view of each image.
+        colors: see `CropParams`; (0, 3, 4) for None.
         images: (N, crop, crop, 3) uint8; `index` is written.
     """
     height, width, _ = window.shape

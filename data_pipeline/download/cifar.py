@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.common.console import Progress, show_progress
 from data_pipeline.common.errors import CorruptFileError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 
 SIDE_PX = 32
 _PIXEL_BYTES = 3 * SIDE_PX * SIDE_PX

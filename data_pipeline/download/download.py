@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.text import printable
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.download.catalog import CATALOG, Archive
 from data_pipeline.download.cifar import write_cifar
 from data_pipeline.download.fetch import ATTEMPTS, STALL_S, fetch
 from data_pipeline.download.unpack import unpack
-from data_pipeline.loading.bad_files import printable
 
 log = logging.getLogger("data_pipeline")
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from data_pipeline.common.console import Progress, show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
 

@@ -17,7 +17,7 @@ from typing import IO
 
 from data_pipeline.common.console import Progress, show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError
-from data_pipeline.loading.bad_files import printable, visible
+from data_pipeline.common.text import printable, visible
 
 _CHUNK_BYTES = 1 << 20
 _MAX_NAME_BYTES = 1 << 20

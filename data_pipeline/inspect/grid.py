@@ -14,13 +14,13 @@ from string import Template
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.errors import ImageError, SaveError, UserError
 from data_pipeline.common.files import write_atomic
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable, visible
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import decode_one, read_header
 from data_pipeline.inspect.stats import ClassInfo, Info
-from data_pipeline.loading.bad_files import ImageError, printable, visible
-from data_pipeline.transforms.crop import eval_geometry
+from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import permutation_at
 
@@ -106,7 +106,7 @@ def _cells(dataset: Dataset, places: list[int]) -> list[Cell]:
         try:
             data = dataset.read(place)
             size = read_header(data, _THUMBNAIL.max_pixels)
-            cells.append(Cell(name, decode_one(data, eval_geometry([size], _THUMBNAIL), 0)))
+            cells.append(Cell(name, decode_one(data, eval_crop_params([size], _THUMBNAIL), 0)))
         except ImageError as error:
             cells.append(Cell(name, None, str(error)))
     return cells

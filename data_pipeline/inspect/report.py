@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from data_pipeline.common.text import printable, visible
 from data_pipeline.inspect.pixel_stats import PixelStatistics
 from data_pipeline.inspect.stats import ClassInfo, Info, SplitInfo, Spread
 from data_pipeline.inspect.verify import SplitReport, VerifyReport
-from data_pipeline.loading.bad_files import printable, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,14 +14,14 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.text import printable
 from data_pipeline.common.workers import map_ahead
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
-from data_pipeline.loading.bad_files import ImageError, printable
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.shards.shard_source import ShardSource
 from data_pipeline.transforms.preprocessing import Preprocessing

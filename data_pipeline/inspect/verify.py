@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.errors import ImageError, SaveError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.text import printable
 from data_pipeline.common.workers import map_ahead
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.exclude_list import (
     QUARANTINE,
     find_quarantine,
@@ -26,10 +28,8 @@ from data_pipeline.datasets.exclude_list import (
     read_quarantine,
     write_quarantine,
 )
-from data_pipeline.datasets.image_folder import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
-from data_pipeline.loading.bad_files import ImageError, printable
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.shards.shard_format import read_manifest
 from data_pipeline.shards.shard_source import ShardSource

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 log = logging.getLogger("data_pipeline")
 
 
-class ImageError(Exception):
-    """One file that cannot become an image. The message is the reason, without the file's name."""
-
-
 @dataclass(frozen=True)
 class Failure:
     """One file that was left out, and why.
@@ -53,23 +49,3 @@ class FaultLog:
 
     def __len__(self) -> int:
         return len(self.reasons)
-
-
-def printable(path: str | os.PathLike[str]) -> str:
-    r"""A path as text that any stream can print: bytes that are not UTF-8 are shown as \xNN.
-
-    >>> printable("caf\udce9.jpg")
-    'caf\\xe9.jpg'
-    """
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def visible(text: str) -> str:
-    r"""Text from file names and labels, with whatever a terminal would obey written out.
-
-    >>> visible("a\x1b[31m.jpg")
-    'a\\x1b[31m.jpg'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

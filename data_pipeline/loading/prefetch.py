@@ -20,12 +20,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import Decoded
-from data_pipeline.loading.bad_files import Failure, FaultLog, printable
+from data_pipeline.loading.bad_files import Failure, FaultLog
 from data_pipeline.loading.readers import Fetched, ReaderPool, fetch
-from data_pipeline.transforms.crop import Geometry
-from data_pipeline.transforms.mix import MixPlan
+from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.sampler import Int
 
 _POLL_S = 0.1
@@ -39,7 +40,7 @@ class ImageBackend(Protocol):
     device: str
     max_batch: int
 
-    def decode(self, encoded: Sequence[bytes | None], geometry: Geometry) -> Decoded:
+    def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
         """Decode up to `max_batch` files; one that fails leaves zeros and its reason, a None leaves zeros."""
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class Batch:
     failures: tuple[Failure, ...]
     step: int
     last: bool
-    mix: MixPlan | None = None
+    mix: MixParams | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,8 +98,8 @@ class Request:
     positions: Int
     step: int
     last: bool
-    geometry: Callable[[Int], Geometry]
-    mix: MixPlan | None = None
+    geometry: Callable[[Int], CropParams]
+    mix: MixParams | None = None
     dataset: Dataset | None = None
 
 

@@ -25,10 +25,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_pipeline.common.errors import WorkerError
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.errors import ImageError, WorkerError
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import read_header
-from data_pipeline.loading.bad_files import ImageError
 from data_pipeline.transforms.sampler import Int
 
 # No file need be larger than the largest image that we accept, uncompressed, in four channels of 16 bits.

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import MAX_FILE_BYTES, Dataset
-from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.files import MAX_FILE_BYTES
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.shards.shard_format import BLOCK, FORMAT, index_path, shard_files
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import permutation_at

@@ -18,9 +18,9 @@ import numpy as np
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of, write_atomic
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.loading.bad_files import printable
 from data_pipeline.sharding.plan import (
     Int,
     check_folder,

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.datasets.packed_strings import PackedNames
-from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.common.errors import ImageError
+from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.shards.shard_format import BLOCK
 
 Int = npt.NDArray[np.int64]
@@ -20,7 +20,7 @@ MAX_HANDLES = 64
 
 
 class ShardSource:
-    """Samples in tar shards; see `image_folder.Source`. The arrays have an entry for each sample."""
+    """Samples in tar shards; see `image_folder.SampleReader`. The arrays have an entry for each sample."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class ShardSource:
         shard_of: Int,
         offsets: Int,
         sizes: Int,
-        members: PackedNames,
+        members: PackedStrings,
     ) -> None:
         self.root, self.shards, self.handles = root, shards, handles
         self.shard_of, self.offsets, self.sizes, self.members = shard_of, offsets, sizes, members

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.datasets.packed_strings import PackedNames
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -94,12 +94,12 @@ def _make_dataset(
         shard_of=shard_of[order],
         offsets=offsets[order],
         sizes=sizes[order],
-        members=PackedNames.join([part.members for part in parts]).take(order),
+        members=PackedStrings.join([part.members for part in parts]).take(order),
     )
     return Dataset(
         root=Path(root),
         split=split,
-        paths=PackedNames.join([part.names for part in parts]).take(order),
+        paths=PackedStrings.join([part.names for part in parts]).take(order),
         labels=labels[order],
         classes=classes,
         labels_text=labels_text,
@@ -112,8 +112,8 @@ class _Columns:
     """One index, compact: (4, N) numbers, offsets, sizes and labels; original names; names in the tar."""
 
     numbers: Int
-    names: PackedNames
-    members: PackedNames
+    names: PackedStrings
+    members: PackedStrings
 
 
 def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
@@ -143,4 +143,4 @@ def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
         )
     if not count:
         numbers = np.zeros((4, 0), dtype=np.int64)
-    return _Columns(numbers, PackedNames.pack(index.names), PackedNames.pack(index.members))
+    return _Columns(numbers, PackedStrings.pack(index.names), PackedStrings.pack(index.members))

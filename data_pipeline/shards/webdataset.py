@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.datasets.image_folder import IMAGE_SUFFIXES
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.files import IMAGE_SUFFIXES
+from data_pipeline.common.text import printable
 from data_pipeline.shards.shard_format import FORMAT, ShardIndex, walk_tar
 
 CLASSES = "classes.txt"

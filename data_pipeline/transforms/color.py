@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.sampler import LANE_JITTER, LANE_PCA, uniform_at
+from data_pipeline.transforms.rng import STREAM_JITTER, STREAM_PCA, uniform_at
 
 Float = npt.NDArray[np.float64]
 Colors = npt.NDArray[np.float32]
@@ -38,7 +38,7 @@ def colors_at(seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment)
     if not augment.colors:
         return None
     positions_N = np.asarray(positions, dtype=np.int64).reshape(-1)
-    draws = uniform_at(seed, epoch, positions_N[:, None], LANE_JITTER + np.arange(4))
+    draws = uniform_at(seed, epoch, positions_N[:, None], STREAM_JITTER + np.arange(4))
     brightness, contrast, saturation = (
         _factor(draws[:, i], reach)
         for i, reach in enumerate((augment.brightness, augment.contrast, augment.saturation))
@@ -105,7 +105,7 @@ def _pca_shift(seed: int, epoch: int, positions: npt.NDArray[np.int64], augment:
     """(N, 3), in levels of 0..255: the eigenvectors, each times alpha and its eigenvalue."""
     if not augment.pca:
         return np.zeros((len(positions), 3))
-    lanes = LANE_PCA + 2 * np.arange(3)
+    lanes = STREAM_PCA + 2 * np.arange(3)
     alphas = augment.pca * normal_at(seed, epoch, positions[:, None], lanes, lanes + 1)
     shift: Float = 255 * (alphas * np.array(augment.pca_eigenvalues)) @ np.array(augment.pca_eigenvectors)
     return shift

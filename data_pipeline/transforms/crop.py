@@ -14,14 +14,14 @@ import numpy.typing as npt
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.color import Colors, colors_at
 from data_pipeline.transforms.preprocessing import Preprocessing
-from data_pipeline.transforms.sampler import (
-    LANE_ANCHOR_X,
-    LANE_ANCHOR_Y,
-    LANE_CROP_TRIES,
-    LANE_FLIP,
-    Int,
+from data_pipeline.transforms.rng import (
+    STREAM_ANCHOR_X,
+    STREAM_ANCHOR_Y,
+    STREAM_CROP_TRIES,
+    STREAM_FLIP,
     uniform_at,
 )
+from data_pipeline.transforms.sampler import Int
 
 CROP_TRIES = 10
 # A longer strip (1 x 100,000 pixels, say) would be resized to gigabytes; its middle is taken instead.
@@ -29,7 +29,7 @@ MAX_ASPECT = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Geometry:
+class CropParams:
     """Cut `windows` from the upright image, resize to `sizes`, cut the crop at `anchors`, mirror if `flips`.
 
     Several views of an image are several anchors and flips of one resized window; V is their number.
@@ -58,10 +58,10 @@ class Geometry:
         """Empty for one view of each image, else (V,): the axes behind N in the shape of the images."""
         return self.flips.shape[1:]
 
-    def take(self, indices: Sequence[int] | Int) -> Geometry:
+    def take(self, indices: Sequence[int] | Int) -> CropParams:
         """The recipe of some of the samples."""
         picked = np.asarray(indices, dtype=np.int64)
-        return Geometry(
+        return CropParams(
             self.windows[picked],
             self.sizes[picked],
             self.anchors[picked],
@@ -71,7 +71,7 @@ class Geometry:
         )
 
 
-def eval_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> Geometry:
+def eval_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> CropParams:
     """Short side to `resize_px`, then the centre `crop_px` square.
 
     Args:
@@ -83,13 +83,13 @@ def eval_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -
     """
     windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
     anchors = _centre_square(sizes, preprocessing.crop_px)
-    return Geometry(windows, sizes, anchors, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
+    return CropParams(windows, sizes, anchors, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
 
 
-def ten_crop_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> Geometry:
+def ten_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> CropParams:
     """The paper's ten views: four corners and centre of the centre `resize_px` square, and their mirrors.
 
-    Args: as `eval_geometry`.
+    Args: as `eval_crop_params`.
     Returns:
         The recipe with V = 10: top left, top right, bottom left, bottom right, centre; then the same of the
         mirrored image. To the pixel those of torchvision.
@@ -103,17 +103,17 @@ def ten_crop_geometry(heights_widths: npt.ArrayLike, preprocessing: Preprocessin
     views = np.concatenate([corners, corners * (1, -1) + (0, spare)])
     square = _centre_square(sizes, preprocessing.resize_px)
     flips = np.tile(np.arange(10) >= 5, (len(sizes), 1))
-    return Geometry(windows, sizes, square[:, None] + views, flips, preprocessing.crop_px)
+    return CropParams(windows, sizes, square[:, None] + views, flips, preprocessing.crop_px)
 
 
-def train_geometry(
+def train_crop_params(
     heights_widths: npt.ArrayLike,
     epoch: int,
     positions: npt.ArrayLike,
     seed: int,
     preprocessing: Preprocessing,
     augment: Augment,
-) -> Geometry:
+) -> CropParams:
     """The random cut of each training sample. A sample's numbers depend on (seed, epoch, position) alone.
 
     Args:
@@ -130,23 +130,23 @@ def train_geometry(
     sizes_N2 = _as_sizes(heights_widths)
     positions_N = np.asarray(positions, dtype=np.int64)
     crop_px = preprocessing.crop_px
-    flips = uniform_at(seed, epoch, positions_N, LANE_FLIP) < augment.flip
+    flips = uniform_at(seed, epoch, positions_N, STREAM_FLIP) < augment.flip
     colors = colors_at(seed, epoch, positions_N, augment)
     if augment.crop == "random_resized":
         windows = _random_windows(sizes_N2, epoch, positions_N, seed, augment)
         sizes = np.full((len(windows), 2), crop_px, dtype=np.int64)
-        return Geometry(windows, sizes, np.zeros_like(sizes), flips, crop_px, colors)
+        return CropParams(windows, sizes, np.zeros_like(sizes), flips, crop_px, colors)
     if augment.crop == "center":
-        centre = eval_geometry(sizes_N2, preprocessing)
-        return Geometry(centre.windows, centre.sizes, centre.anchors, flips, crop_px, colors)
+        centre = eval_crop_params(sizes_N2, preprocessing)
+        return CropParams(centre.windows, centre.sizes, centre.anchors, flips, crop_px, colors)
     windows, sizes = _short_side(sizes_N2, preprocessing.resize_px)
-    lanes = np.array([LANE_ANCHOR_Y, LANE_ANCHOR_X])
+    lanes = np.array([STREAM_ANCHOR_Y, STREAM_ANCHOR_X])
     draws = uniform_at(seed, epoch, positions_N[:, None], lanes)
     if augment.crop == "random":
-        return Geometry(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
+        return CropParams(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
     spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
     anchors = _centre_square(sizes, preprocessing.resize_px) + _pick(draws, spare + 1)
-    return Geometry(windows, sizes, anchors, flips, crop_px, colors)
+    return CropParams(windows, sizes, anchors, flips, crop_px, colors)
 
 
 def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
@@ -177,7 +177,7 @@ def _short_side(heights_widths: Int, resize_px: int) -> tuple[Int, Int]:
 
 def _random_windows(heights_widths: Int, epoch: int, positions: Int, seed: int, augment: Augment) -> Int:
     heights, widths = heights_widths[:, :1], heights_widths[:, 1:]  # (N, 1), against (N, tries)
-    lanes = LANE_CROP_TRIES + np.arange(4 * CROP_TRIES)
+    lanes = STREAM_CROP_TRIES + np.arange(4 * CROP_TRIES)
     draws = uniform_at(seed, epoch, positions[:, None], lanes).reshape(-1, CROP_TRIES, 4)
 
     areas = heights * widths * (augment.scale[0] + draws[..., 0] * (augment.scale[1] - augment.scale[0]))

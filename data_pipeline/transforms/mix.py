@@ -17,16 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.sampler import LANE_MIX, Int, uniform_at
+from data_pipeline.transforms.rng import STREAM_MIX, uniform_at
+from data_pipeline.transforms.sampler import Int
 
 Float = npt.NDArray[np.float64]
 Weights = npt.NDArray[np.float32]
 
-PAIR = 2
+PAIR_SIZE = 2
 
 
 @dataclass(frozen=True, eq=False)
-class MixPlan:
+class MixParams:
     """How each sample of a batch is mixed with another of the same batch.
 
     Args:
@@ -44,10 +45,10 @@ class MixPlan:
     def __len__(self) -> int:
         return len(self.partners)
 
-    def where(self, valid: npt.NDArray[np.bool_]) -> MixPlan:
+    def where(self, valid: npt.NDArray[np.bool_]) -> MixParams:
         """The plan with those samples left as they are that, or whose partner, could not be read."""
         whole = valid & valid[self.partners]
-        return MixPlan(
+        return MixParams(
             np.where(whole, self.partners, np.arange(len(self))),
             np.where(whole, self.weights, np.float32(1)),
             np.where(whole[:, None], self.boxes, 0),
@@ -55,9 +56,9 @@ class MixPlan:
         )
 
 
-def mix_plan_at(
+def mix_params_at(
     seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment, crop_px: int
-) -> MixPlan | None:
+) -> MixParams | None:
     """The plan for consecutive positions that begin with a pair; a sample's numbers follow from its own.
 
     Args:
@@ -79,7 +80,7 @@ def mix_plan_at(
     alone = partners >= len(own)
     partners = np.where(alone, own, partners)
 
-    draws = uniform_at(seed, epoch, positions_N[:, None], LANE_MIX + np.arange(5))
+    draws = uniform_at(seed, epoch, positions_N[:, None], STREAM_MIX + np.arange(5))
     whether, which, share, place_y, place_x = draws.T
     mixed = (whether < augment.mix_probability) & ~alone
     share_of_mixup = 0.5 if augment.mixup and augment.cutmix else float(bool(augment.mixup))
@@ -95,10 +96,10 @@ def mix_plan_at(
         boxes[pasted] = _boxes(kept, place_y[pasted], place_x[pasted], crop_px)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     label_weights = (weights * (1 - area / crop_px**2)).astype(np.float32)
-    return MixPlan(partners, weights, boxes, label_weights)
+    return MixParams(partners, weights, boxes, label_weights)
 
 
-def mix_images(images_NHWC: npt.NDArray[np.uint8], plan: MixPlan) -> npt.NDArray[np.float32]:
+def mix_images(images_NHWC: npt.NDArray[np.uint8], plan: MixParams) -> npt.NDArray[np.float32]:
     """The reference: weight * own + (1 - weight) * partner outside the box, the partner inside; not rounded.
 
     Args:
@@ -113,7 +114,7 @@ def mix_images(images_NHWC: npt.NDArray[np.uint8], plan: MixPlan) -> npt.NDArray
     return mixed
 
 
-def pixel_weights(plan: MixPlan, height: int, width: int) -> npt.NDArray[np.float32]:
+def pixel_weights(plan: MixParams, height: int, width: int) -> npt.NDArray[np.float32]:
     """(N, height, width) float32: the share of its own that each pixel keeps."""
     top, left, bottom, right = (plan.boxes[:, i, None] for i in range(4))
     y, x = np.arange(height), np.arange(width)
@@ -122,7 +123,7 @@ def pixel_weights(plan: MixPlan, height: int, width: int) -> npt.NDArray[np.floa
     return np.where(inside, np.float32(0), plan.weights[:, None, None])
 
 
-def mix_labels(labels: Int, plan: MixPlan, num_classes: int) -> npt.NDArray[np.float32]:
+def mix_labels(labels: Int, plan: MixParams, num_classes: int) -> npt.NDArray[np.float32]:
     """Soft targets: each label by its weight.
 
     Args:

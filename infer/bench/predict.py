@@ -25,8 +25,8 @@ import numpy as np
 
 from infer.bench.bundle import make_bench_checkpoint, make_bench_data
 from infer.bench.subjects import PHASES
-from infer.bundle.load import Bundle, Precision
-from infer.bundle.manifest import Agreement
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import Agreement, Precision
 from infer.export.pipeline import export_model
 from train.bench.turns import Ask, four_digits, open_subject
 

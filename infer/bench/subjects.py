@@ -21,8 +21,8 @@ import numpy as np
 
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.decode.pillow import decode_rgb, finish, spread
-from data_pipeline.loader import Batch
-from data_pipeline.transforms.crop import eval_geometry
+from data_pipeline.loading.prefetch import Batch
+from data_pipeline.transforms.crop import eval_crop_params
 from infer.predict.decode import valid_images
 from infer.predict.rows import OkRow, top_k
 from infer.predictor import Predictor
@@ -87,7 +87,7 @@ class Ours:
         if phase == "preprocess":
             windows = [decode_rgb(path.read_bytes()) for path in self._photos[:batch]]
             sizes = np.array([(image.height, image.width) for image in windows], np.int64)
-            geometry = eval_geometry(sizes, manifest.preprocessing)
+            geometry = eval_crop_params(sizes, manifest.preprocessing)
             cuts = [
                 image.crop((int(left), int(top), int(left + width), int(top + height)))
                 for image, (top, left, height, width) in zip(windows, geometry.windows, strict=True)

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infer.bundle.load import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, Proof
-from infer.bundle.manifest import Agreement, Calibration, CpuModel, Engine, GateReport, Limits, Rebuild
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import (
+    CPU_NAME,
+    ENGINE_NAME,
+    ONNX_NAME,
+    Agreement,
+    Calibration,
+    CpuModel,
+    Engine,
+    GateReport,
+    Limits,
+    Proof,
+    Rebuild,
+)
 
 _COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
 _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from infer.bundle.load import Manifest
+from infer.bundle.manifest import Manifest
 
 
 def foreign_metadata(metadata: dict[str, str], manifest: Manifest) -> str | None:

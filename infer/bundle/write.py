@@ -10,16 +10,15 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
-from infer.bundle.load import (
+from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import (
     CPU_NAME,
     ENGINE_NAME,
     MANIFEST_NAME,
     ONNX_NAME,
-    Bundle,
     FileEntry,
     Manifest,
     encode_manifest,
-    load_bundle,
 )
 
 

@@ -4,71 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Literal
-
-import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.text import printable, visible
 from data_pipeline.decode.pillow import image_readers
-from data_pipeline.loading.bad_files import printable, visible
 from infer.bundle.load import Bundle
-from infer.predict.decode import DecoderName
 from infer.predict.inputs import STDIN, find_inputs
+from infer.predict.options import PredictOptions
 from infer.predict.resume import check_saved_identity, identity_of, save_identity
-from infer.predict.rows import DEFAULT_BATCH, ErrorRow, SeenRow
+from infer.predict.rows import ErrorRow, SeenRow
 from infer.predict.table import RowCounter, Summary, TableWriter
 from infer.predict.writers import SUFFIXES, Format, RowWriter, has_rows, kept_rows, open_output, skip_kept
 from infer.predictor import Predictor
-from infer.runtime.choose import BackendName, DeviceName, probe_machine
+from infer.runtime.choose import probe_machine
 
 log = logging.getLogger("infer")
 
 TABLE_FILE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
-
-
-class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The command's options, as the command line gives them.
-
-    Args:
-        paths: see `infer.predict.inputs.find_inputs`.
-        model: a bundle; None for the newest export, which is named on stderr.
-        backend, device, decoder, top, batch_size, min_probability, ten_crop: see `infer.predictor.Predictor`.
-        recursive: whether to enter folders inside folders.
-        strict: the first input that cannot be read ends the run.
-        resume: go on after the rows that `output` has.
-        format: how rows are written; None for what the name of `output` says, else a table.
-        output: the file to write; None for stdout.
-        html: a gallery to write besides.
-        engine: who does the work: this process, or workers of a Ray cluster that write a folder of parts.
-        address: which Ray cluster; None for one of its own on this machine.
-        workers: how many; None for as many as the cluster has room for.
-        part_rows: inputs a part; None for a number that suits how many there are.
-    """
-
-    paths: Sequence[str]
-    model: Path | None = None
-    backend: BackendName = "auto"
-    device: DeviceName = "auto"
-    decoder: DecoderName = "auto"
-    top: int | None = None
-    batch_size: int = DEFAULT_BATCH
-    min_probability: float = 0.0
-    ten_crop: bool = False
-    recursive: bool = True
-    strict: bool = False
-    resume: bool = False
-    format: Format | None = None
-    output: Path | None = None
-    html: Path | None = None
-    engine: Literal["local", "ray"] = "local"
-    address: str | None = None
-    workers: int | None = None
-    part_rows: int | None = None
 
 
 def predict_images(options: PredictOptions, verified: Callable[[], Bundle] | None = None) -> Summary:

@@ -20,21 +20,25 @@ from infer.bundle.describe import (
     proof_words,
     rebuild_advice,
 )
-from infer.bundle.load import (
+from infer.bundle.load import Bundle, file_problem, find_bundle
+from infer.bundle.manifest import (
     CPU_NAME,
     ENGINE_NAME,
+    LIMITS,
     MANIFEST_NAME,
     ONNX_NAME,
-    Bundle,
+    Calibration,
+    Engine,
+    GateReport,
     Origin,
-    file_problem,
-    find_bundle,
+    Proof,
+    Rebuild,
     read_manifest,
     seal_of,
 )
-from infer.bundle.manifest import Calibration, Engine, GateReport, Proof, Rebuild
-from infer.export.compare import LIMITS
-from infer.runtime.choose import InferenceBackend, Machine, OnnxBackend, decide, probe_machine, why_no_engine
+from infer.runtime.base import InferenceBackend
+from infer.runtime.choose import Machine, decide, probe_machine, why_no_engine
+from infer.runtime.onnx import OnnxBackend
 
 log = logging.getLogger("infer")
 

@@ -8,7 +8,8 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from infer.runtime.choose import probe_machine, tensorrt_versions, usable_cores
+from data_pipeline.common.machine import usable_cores
+from infer.runtime.choose import probe_machine, tensorrt_versions
 
 NOT_INSTALLED = "not installed"
 

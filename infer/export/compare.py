@@ -10,33 +10,15 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import GateError, UserError
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import eval_batches
-from data_pipeline.loading.bad_files import printable
 from data_pipeline.transforms.preprocessing import Preprocessing
-from infer.bundle.manifest import Agreement, Limits, Precision
+from infer.bundle.manifest import Agreement, Limits
 from infer.predict.decode import open_decoder, valid_images
 
 # Shapes: N images, C classes, K the five best.
 
-LIMITS: dict[Precision, Limits] = {
-    "fp32": Limits(
-        min_top1_agreement=1.0, min_top5_agreement=1.0, max_probability_difference=1e-4, tie_margin=2e-4
-    ),
-    # float16 keeps 11 bits: a probability near one half moves by thousandths.
-    "fp16": Limits(
-        min_top1_agreement=0.999, min_top5_agreement=0.999, max_probability_difference=1e-2, tie_margin=2e-3
-    ),
-    # The best class is compared without ties; the order of the improbable ones is not int8's promise.
-    "int8": Limits(
-        min_top1_agreement=0.99,
-        min_top5_agreement=0.99,
-        max_probability_difference=None,
-        tie_margin=0.0,
-        top5_margin=0.05,
-        max_accuracy_loss=0.005,
-    ),
-}
 MAX_IMAGES = 1000
 MAX_GATE_BATCH = 32
 TOP_K = 5

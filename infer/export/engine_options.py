@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from data_pipeline.common.errors import UserError
-from infer.bundle.load import Format
+from infer.bundle.manifest import Format
 from infer.runtime.cuda import GpuScan
 
 # The engine is tuned for this batch, which is also what prediction sends unless it is told otherwise.

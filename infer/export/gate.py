@@ -10,16 +10,15 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import GateError
-from data_pipeline.datasets.image_folder import Dataset
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.describe import gate_lines
-from infer.bundle.load import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, GateReport
-from infer.bundle.manifest import beyond_limits
-from infer.export.compare import LIMITS as LIMITS
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import CPU_NAME, ENGINE_NAME, LIMITS, ONNX_NAME, GateReport, beyond_limits
 from infer.export.compare import Probabilities, Runner, compare
-from infer.export.compare import Tally as Tally
-from infer.export.compare import spread as spread
-from infer.runtime.choose import InferenceBackend, OnnxBackend, probe_machine, why_no_engine
+from infer.runtime.base import InferenceBackend
+from infer.runtime.choose import probe_machine, why_no_engine
+from infer.runtime.onnx import OnnxBackend
 from infer.runtime.tensorrt import load_for_gate
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize

@@ -17,15 +17,15 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import eval_batches
-from data_pipeline.loading.bad_files import printable
-from infer.bundle.load import (
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import (
     CPU_NAME,
     ENGINE_NAME,
     ONNX_NAME,
     SCHEMA_VERSION,
-    Bundle,
     Calibration,
     CpuModel,
     Format,
@@ -37,15 +37,15 @@ from infer.bundle.load import (
     probability_output,
 )
 from infer.bundle.write import measure_files, staging_folder, write_bundle
+from infer.export.compare import spread
 from infer.export.cpu_form import has_shared_weights, write_cpu_graph
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
-from infer.export.gate import run_gate, spread
-from infer.export.plan_size import check_plan_size
+from infer.export.gate import run_gate
 from infer.export.quantize import quantize_onnx
 from infer.export.quantize_cpu import quantize_for_cpu
 from infer.export.to_onnx import export_onnx
 from infer.export.to_tensorrt import build_engine
-from infer.export.verify_precision import prove_precision
+from infer.export.verify_precision import check_plan_size, prove_precision
 from infer.predict.decode import open_decoder, valid_images
 from infer.runtime.choose import tensorrt_versions
 from train.checkpoints.load import Checkpoint, load_checkpoint

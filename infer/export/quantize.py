@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from infer.bundle.load import INPUT_NAME
+from infer.bundle.manifest import INPUT_NAME
 
 
 class Scheme(NamedTuple):

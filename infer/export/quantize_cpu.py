@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from infer.bundle.load import INPUT_NAME
+from infer.bundle.manifest import INPUT_NAME
 from infer.export.cpu_form import LrnForm, expand_lrn, replace_nodes
 from infer.export.quantize import Scheme, copy_identity, keep_logits, quantize_graph
 

@@ -16,19 +16,30 @@ import numpy as np
 from msgspec.structs import replace
 
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loading.bad_files import printable
 from infer.bundle.describe import rebuild_lines
-from infer.bundle.load import CPU_NAME, ENGINE_NAME, ONNX_NAME, Bundle, now_utc, read_manifest
-from infer.bundle.manifest import Engine, Rebuild, beyond_limits
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import (
+    CPU_NAME,
+    ENGINE_NAME,
+    LIMITS,
+    ONNX_NAME,
+    Engine,
+    Rebuild,
+    beyond_limits,
+    now_utc,
+    read_manifest,
+)
 from infer.bundle.write import measure_files, staging_folder, write_bundle
-from infer.evaluate_command import data_of_run
-from infer.export.compare import LIMITS, compare
+from infer.evaluate import data_of_run
+from infer.export.compare import compare
 from infer.export.engine_options import EngineOptions, check_max_batch
-from infer.export.plan_size import check_plan_size
 from infer.export.to_tensorrt import build_engine
-from infer.runtime.choose import OnnxBackend, probe_machine, tensorrt_versions, why_no_engine
+from infer.export.verify_precision import check_plan_size
+from infer.runtime.choose import probe_machine, tensorrt_versions, why_no_engine
+from infer.runtime.onnx import OnnxBackend
 from infer.runtime.tensorrt import load_for_gate
 
 log = logging.getLogger("infer")

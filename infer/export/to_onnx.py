@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loading.bad_files import printable
-from infer.bundle.load import INPUT_NAME, OUTPUT_NAME, Precision
+from data_pipeline.common.text import printable
+from infer.bundle.manifest import INPUT_NAME, OUTPUT_NAME, Precision
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import write_atomic
-from infer.bundle.load import INPUT_NAME, Engine, Precision
+from infer.bundle.manifest import INPUT_NAME, Engine, Precision
 from infer.export.engine_options import Builder, EngineOptions, choose_builder, profile_batches
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus

@@ -16,17 +16,9 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
-from data_pipeline.loading.bad_files import visible
-from infer.bundle.load import (
-    ENGINE_NAME,
-    INPUT_NAME,
-    ONNX_NAME,
-    OUTPUT_NAME,
-    Bundle,
-    Format,
-    Manifest,
-    Precision,
-)
+from data_pipeline.common.text import visible
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import ENGINE_NAME, INPUT_NAME, ONNX_NAME, OUTPUT_NAME, Format, Manifest, Precision
 
 LABELS_NAME = "labels.txt"
 _TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}

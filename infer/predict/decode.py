@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loader import Batch, ImageBackend, make_backend
+from data_pipeline.common.machine import usable_cores
+from data_pipeline.loader import make_backend
+from data_pipeline.loading.prefetch import Batch, ImageBackend
 from data_pipeline.transforms.preprocessing import Preprocessing
-from infer.runtime.choose import InferenceBackend, usable_cores
+from infer.runtime.base import InferenceBackend
 
 log = logging.getLogger("infer")
 

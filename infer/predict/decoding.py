@@ -7,11 +7,12 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_pipeline.loader import Batch, ImageBackend, Readable, predict_batches
+from data_pipeline.loader import ImageSource, predict_batches
 from data_pipeline.loading.bad_files import Failure, FaultLog
+from data_pipeline.loading.prefetch import Batch, ImageBackend
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder
-from infer.runtime.choose import InferenceBackend
+from infer.runtime.base import InferenceBackend
 
 
 class Decoding:
@@ -44,7 +45,7 @@ class Decoding:
         self._open = ExitStack()
         self._decoder: ImageBackend | None = None
 
-    def batches(self, inputs: Iterable[Path | Readable]) -> Generator[Batch, None, None]:
+    def batches(self, inputs: Iterable[Path | ImageSource]) -> Generator[Batch, None, None]:
         """The inputs decoded, in order; they are consumed as batches are read ahead. Close it when done."""
         if self._decoder is None:
             self._decoder = self._open.enter_context(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loading.bad_files import printable, visible
+from data_pipeline.common.text import printable, visible
 from infer.bundle.load import Bundle
 from infer.predict.rows import OkRow, SeenRow
 from infer.predict.table import RowCounter

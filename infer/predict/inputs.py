@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import IMAGE_SUFFIXES, is_image, walk_images
-from data_pipeline.datasets.packed_strings import PackedNames
-from data_pipeline.loader import Readable
-from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.files import IMAGE_SUFFIXES
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.image_folder import is_image, walk_images
+from data_pipeline.datasets.packed_strings import PackedStrings
+from data_pipeline.loader import ImageSource
 from data_pipeline.shards.shard_format import walk_tar
 from infer.predict.rows import Item
 
@@ -105,23 +106,23 @@ def _parts_of(argument: str, recursive: bool, stdin: BinaryIO | None) -> Iterato
 
 def _existing(path: str, recursive: bool) -> tuple[_Part, int | None]:
     if Path(path).is_dir():
-        names = PackedNames.pack(str(Path(path, name)) for name in walk_images(path, recursive))
+        names = PackedStrings.pack(str(Path(path, name)) for name in walk_images(path, recursive))
         if not len(names):
             log.warning("no images in %s", printable(path))
         return _packed(names)
     if path.endswith(SHARD_SUFFIX):
         return partial(_members, path), None
-    return _packed(PackedNames.pack([path]))
+    return _packed(PackedStrings.pack([path]))
 
 
-def _packed(names: PackedNames) -> tuple[_Part, int]:
+def _packed(names: PackedStrings) -> tuple[_Part, int]:
     return lambda: map(Path, names), len(names)
 
 
-def _read_list(path: str) -> PackedNames:
+def _read_list(path: str) -> PackedStrings:
     try:
         with Path(path).open("rb") as file:
-            return PackedNames.pack(os.fspath(name) for name in _listed(file, path))
+            return PackedStrings.pack(os.fspath(name) for name in _listed(file, path))
     except OSError as error:
         raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
 
@@ -157,7 +158,7 @@ def _named(names: list[bytes], end: bytes) -> Iterator[Path]:
             yield Path(os.fsdecode(name))
 
 
-def _members(shard: str) -> Iterator[Readable]:
+def _members(shard: str) -> Iterator[ImageSource]:
     """The images of a tar shard, by its headers alone; where it is damaged, one input that fails says so."""
     found = 0
     try:
@@ -167,10 +168,10 @@ def _members(shard: str) -> Iterator[Readable]:
                     found += 1
                     plain = member.isreg() and not member.issparse()
                     read = ShardMember(shard, member.offset_data, member.size) if plain else _NO_FILE
-                    yield Readable(Path(shard, member.name.lstrip("/")), read)
+                    yield ImageSource(Path(shard, member.name.lstrip("/")), read)
     except (tarfile.TarError, OSError, EOFError) as error:
         reason = f"no whole tar file, {found} images before the damage: {error}"
-        yield Readable(Path(shard), Unreadable(reason))
+        yield ImageSource(Path(shard), Unreadable(reason))
 
 
 @dataclass(frozen=True)

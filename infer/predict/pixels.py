@@ -11,30 +11,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.loader import Readable
-from data_pipeline.loading.bad_files import ImageError
+from data_pipeline.common.errors import ImageError
+from data_pipeline.loader import ImageSource
 
 _AS_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
 
 
-def from_array(array: NDArray[Any], number: int) -> Readable:
+def from_array(array: NDArray[Any], number: int) -> ImageSource:
     """An array (height, width, 3) or (height, width) of uint8, RGB or gray, as an input.
 
     Args:
         array: read when its batch is; do not change it before its row has come.
         number: its place among the inputs, which its row is named by.
     """
-    return Readable(Path(f"<input {number}>"), partial(_encode_array, array))
+    return ImageSource(Path(f"<input {number}>"), partial(_encode_array, array))
 
 
-def from_image(image: Image.Image, number: int) -> Readable:
+def from_image(image: Image.Image, number: int) -> ImageSource:
     """A Pillow image as an input; its EXIF orientation is applied, as it is to a file.
 
     Args:
         image: as `from_array`.
         number: as `from_array`.
     """
-    return Readable(Path(f"<input {number}>"), partial(_encode_image, image))
+    return ImageSource(Path(f"<input {number}>"), partial(_encode_image, image))
 
 
 def _encode_array(array: NDArray[Any], max_bytes: int) -> bytes:

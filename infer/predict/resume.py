@@ -9,8 +9,9 @@ import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
-from data_pipeline.loading.bad_files import printable
-from infer.bundle.load import MANIFEST_NAME, Bundle
+from data_pipeline.common.text import printable
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import MANIFEST_NAME
 
 log = logging.getLogger("infer")
 

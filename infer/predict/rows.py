@@ -12,19 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loader import Batch, Readable
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
+from data_pipeline.loader import ImageSource
+from data_pipeline.loading.prefetch import Batch
 from infer.bundle.load import Bundle
 from infer.predict.decode import DecoderName, host_pixels, run_valid
 from infer.predict.decoding import Decoding
-from infer.runtime.choose import InferenceBackend
+from infer.runtime.base import InferenceBackend
 
 DEFAULT_BATCH = 32
 DEFAULT_TOP = 5
 CENTRE_VIEW = 4
 """Which of the ten views is the centre, not mirrored."""
 
-Item = Path | Readable
+Item = Path | ImageSource
 """What a row is made from: a file, or an image that lies elsewhere."""
 
 
@@ -118,7 +119,7 @@ def check_top(bundle: Bundle, top: int | None) -> int:
 
 def path_of(item: Item) -> Path:
     """How the row of an input names it."""
-    return item.path if isinstance(item, Readable) else item
+    return item.path if isinstance(item, ImageSource) else item
 
 
 class RowMaker:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from data_pipeline.loading.bad_files import visible
+from data_pipeline.common.text import visible
 from infer.predict.rows import OkRow, Row, SeenRow
-from infer.runtime.choose import InferenceBackend
+from infer.runtime.base import InferenceBackend
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 from infer.predict.rows import ErrorRow, Item, OkRow, Row, path_of
 
 log = logging.getLogger("infer")

@@ -12,7 +12,7 @@ import msgspec
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import write_atomic
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle, find_bundle, load_bundle
 from infer.predict.inputs import find_inputs
 from infer.predict.resume import identity_of
@@ -25,7 +25,7 @@ from infer.ray.part_files import KeptPart, kept_parts, remove_leftovers
 from infer.ray.worker import PartResult, PartWorker, WorkerOptions
 
 if TYPE_CHECKING:
-    from infer.commands.predict import PredictOptions
+    from infer.predict.options import PredictOptions
 
 log = logging.getLogger("infer")
 

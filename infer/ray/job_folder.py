@@ -21,7 +21,7 @@ import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, write_atomic
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 from infer.predict.resume import RunIdentity, check_identity
 from infer.predict.rows import Item
 from infer.ray.job_inputs import Input, PartInputs, input_of, witnesses_of

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.image_folder import read_file
-from data_pipeline.loader import Readable
-from data_pipeline.loading.bad_files import ImageError, printable
+from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.files import read_file
+from data_pipeline.common.text import printable
+from data_pipeline.loader import ImageSource
 from infer.predict.inputs import ShardMember, Unreadable
 from infer.predict.rows import Item, path_of
 
@@ -61,7 +61,7 @@ class PartInputs(msgspec.Struct, frozen=True, array_like=True):
 
 def input_of(item: Item) -> Input:
     path = os.fsencode(path_of(item))
-    if not isinstance(item, Readable):
+    if not isinstance(item, ImageSource):
         return FileInput(path)
     read = item.read
     if isinstance(read, ShardMember):
@@ -75,11 +75,11 @@ def item_of(one: Input, base: Path) -> Item:
     """An input as prediction takes it: named as it was given, and read from `base` on."""
     path = Path(os.fsdecode(one.path))
     if isinstance(one, FailedInput):
-        return Readable(path, Unreadable(one.reason))
+        return ImageSource(path, Unreadable(one.reason))
     if isinstance(one, MemberInput):
         shard = os.fsdecode(os.path.join(os.fsencode(base), one.shard))  # noqa: PTH118 - bytes
-        return Readable(path, ShardMember(shard, one.offset, one.size_bytes))
-    return path if path.is_absolute() else Readable(path, _ReadFile(base / path))
+        return ImageSource(path, ShardMember(shard, one.offset, one.size_bytes))
+    return path if path.is_absolute() else ImageSource(path, _ReadFile(base / path))
 
 
 def witness_of(one: Input, base: Path) -> str | None:

@@ -13,7 +13,7 @@ import msgspec
 
 from data_pipeline.common.errors import SaveError
 from data_pipeline.common.files import fsync_path
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 from infer.predict.rows import Row
 from infer.predict.writers import import_parquet, parquet_schema
 from infer.ray.job_folder import JobFolder, PartFormat

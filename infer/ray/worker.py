@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 from infer.predict.decode import DecoderName
 from infer.predict.resume import identity_of
 from infer.predict.rows import ErrorRow

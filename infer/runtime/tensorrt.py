@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
-from infer.bundle.load import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME, Bundle
-from infer.runtime.choose import check_batch
+from infer.bundle.load import Bundle
+from infer.bundle.manifest import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME
+from infer.runtime.base import check_batch
 from infer.runtime.cuda import CudaError, CudaSession, scan_gpus
 from infer.runtime.rtx_cache import RuntimeCache, cache_path
 from infer.runtime.tensorrt_log import make_logger

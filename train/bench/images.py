@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 
 Float = npt.NDArray[np.float64]
 

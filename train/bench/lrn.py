@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from train.bench.steps import wait_for
 from train.models.lrn import LocalResponseNorm
+from train.tune.steps import wait_for
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 

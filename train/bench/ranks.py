@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.datasets.image_folder import Dataset
-from train.bench.steps import noise_batch, wait_for
+from data_pipeline.datasets.dataset import Dataset
 from train.bench.traffic import sent_bytes
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.models.alexnet import AlexNet
 from train.setup import make_trainer
 from train.step import Trainer, train_step
+from train.tune.steps import noise_batch, wait_for
 
 Mode = Literal["ddp", "ddp+bf16", "ddp+powersgd", "hybrid"]
 SETTINGS: dict[Mode, tuple[str, ...]] = {

@@ -6,7 +6,6 @@ each has a peak of memory of its own. The command line of this file is for that 
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.datasets.image_folder import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import Batch, make_backend, train_batches
+from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.augment import Augment
 from train.bench.turns import answer_lines
 from train.compile.choose import compile_step, fuse_lrn
@@ -33,6 +33,7 @@ from train.health.metrics import Counts
 from train.models.lrn import LocalResponseNorm
 from train.setup import make_trainer
 from train.step import Trainer, to_device, train_step
+from train.tune.steps import noise_batch, peak_memory_mb, wait_for
 
 NUM_CLASSES = 1000
 PREFETCH = 2
@@ -84,13 +85,6 @@ def bench_config(spec: StepSpec, bench: Bench) -> RunConfig:
     return make_config("tiny-imagenet", [f"{key}={value}" for key, value in values.items()])
 
 
-def wait_for(device: torch.device) -> float:
-    """The time once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def replace_lrn(network: nn.Module, lrn: str) -> None:
     """Put nothing, or torch's, in place of every LRN."""
     for parent in network.modules():
@@ -98,14 +92,6 @@ def replace_lrn(network: nn.Module, lrn: str) -> None:
             if isinstance(module, LocalResponseNorm):
                 other = TorchLRN(module.size, module.alpha, module.beta, module.k)
                 setattr(parent, name, nn.Identity() if lrn == "none" else other)
-
-
-def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
-    """A step's samples without a file behind them; the same ones every time."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
-    labels, places = random.integers(0, num_classes, size), np.arange(size)
-    return Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)
 
 
 class OurSteps:
@@ -227,13 +213,6 @@ def time_passes(subject: OurSteps | TorchvisionSteps, count: int) -> dict[str, f
         subject.step()
     seconds["step"] = wait_for(subject.device) - started
     return {name: total / count for name, total in seconds.items()}
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory this process has held: on the GPU, what torch held there; on a CPU, the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def serve(spec: StepSpec, bench: Bench) -> None:

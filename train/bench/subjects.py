@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import ReaderPool, make_backend, train_batches
+from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench.turns import answer_lines

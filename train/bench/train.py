@@ -22,11 +22,12 @@ from data_pipeline.common.errors import UserError
 from train.bench.flops import Flops, count_flops
 from train.bench.images import make_bench_folder, write_bench_images
 from train.bench.lrn import bench_lrn
-from train.bench.steps import NUM_CLASSES, Bench, StepSpec, bench_config, wait_for
+from train.bench.steps import NUM_CLASSES, Bench, StepSpec, bench_config
 from train.bench.turns import four_digits, open_subject
 from train.distributed.world import choose_device, cpu_share, exact_float32
 from train.models.alexnet import make_model
 from train.optim.precision import choose_precision
+from train.tune.steps import wait_for
 
 GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
 GEMM_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

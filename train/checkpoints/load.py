@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import read_small, sha256_of, write_atomic
-from data_pipeline.datasets.image_folder import Contents
+from data_pipeline.common.files import read_small, sha256_of
+from data_pipeline.datasets.dataset import Contents
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.retention import step_folder
 from train.checkpoints.safe_load import Content, Progress, load_plain
@@ -291,8 +291,3 @@ def read_pointer(path: Path) -> Pointer:
         return msgspec.json.decode(read_small(path), type=Pointer)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, whole or not at all."""
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError
-from data_pipeline.datasets.image_folder import Contents
+from data_pipeline.datasets.dataset import Contents
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.health.flat_loss import FlatLoss
 

@@ -14,9 +14,9 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from data_pipeline.common.errors import SaveError
-from data_pipeline.common.files import fsync_path
-from data_pipeline.datasets.image_folder import Contents
-from train.checkpoints.load import FORMAT, MANIFEST, STATE, Manifest, write_json
+from data_pipeline.common.files import fsync_path, write_json
+from data_pipeline.datasets.dataset import Contents
+from train.checkpoints.load import FORMAT, MANIFEST, STATE, Manifest
 from train.checkpoints.retention import REPLACED, WRITING, step_folder
 from train.checkpoints.safe_load import Progress
 from train.config.load import RunConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.checkpoints.load import write_json
+from data_pipeline.common.files import write_json
 from train.distributed.hybrid import Parallel
 from train.distributed.world import World
 from train.models.alexnet import AlexNet

@@ -7,7 +7,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.transforms.mix import PAIR
+from data_pipeline.transforms.mix import PAIR_SIZE
 from train.config.load import RunConfig
 from train.distributed.compression import PLAIN_STEPS, PowerSGD
 from train.distributed.hybrid import HybridParallel, Parallel, round_rows
@@ -39,7 +39,7 @@ def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel
                 f"parallel=hybrid splits {config.model.hidden_units} hidden unit(s) over {world.world_size} "
                 "ranks: use parallel=ddp"
             )
-        unit = PAIR if config.augment.mixes else 1
+        unit = PAIR_SIZE if config.augment.mixes else 1
         rows = round_rows(config.global_batch, world.world_size, micro_batch, unit)
         return HybridParallel(network, world, rows)
     return DistributedDataParallel(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from data_pipeline.transforms.mix import MixPlan
+from data_pipeline.transforms.mix import MixParams
 
 
-def mix_inputs(inputs_NCHW: Tensor, plan: MixPlan) -> Tensor:
+def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
     """Each sample mixed with its partner, as `data_pipeline.transforms.mix.mix_images` defines it.
 
     Normalisation is affine and the weights of a pixel add up to 1, so it does not matter which comes first.
@@ -34,7 +34,7 @@ def mix_inputs(inputs_NCHW: Tensor, plan: MixPlan) -> Tensor:
 
 
 def mixed_losses(
-    logits_NC: Tensor, labels_N: Tensor, plan: MixPlan | None, label_smoothing: float = 0.0
+    logits_NC: Tensor, labels_N: Tensor, plan: MixParams | None, label_smoothing: float = 0.0
 ) -> Tensor:
     """Cross-entropy of each sample against its label, or against the labels that it was mixed of.
 

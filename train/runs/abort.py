@@ -9,9 +9,9 @@ import msgspec
 import torch
 
 from data_pipeline.common.errors import DivergedError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.files import write_json
+from data_pipeline.common.text import printable
 from data_pipeline.transforms.sampler import permutation_at, positions_at
-from train.checkpoints.load import write_json
 from train.checkpoints.retention import saved_steps
 from train.health.flat_loss import describe_flat, flat_level
 from train.health.metrics import Metrics

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.common.files import PatientFile, fsync_path, read_small, write_atomic
-from train.checkpoints.load import Pointer, find_checkpoint, read_manifest, verify_checkpoint, write_json
+from data_pipeline.common.files import RetryingAppendFile, fsync_path, read_small, write_atomic, write_json
+from train.checkpoints.load import Pointer, find_checkpoint, read_manifest, verify_checkpoint
 from train.checkpoints.retention import remove_leftovers, restore_replaced, saved_steps, set_aside_after
 from train.config.load import RunConfig, decode_config
 
@@ -94,8 +94,8 @@ class RunFolder:
             raise SaveError(f"the rows of {self.metrics} could not be written: {error.strerror}") from error
 
     @cached_property
-    def _rows_file(self) -> PatientFile:
-        return PatientFile(self.metrics)
+    def _rows_file(self) -> RetryingAppendFile:
+        return RetryingAppendFile(self.metrics)
 
     def rows(self) -> list[Row]:
         """The rows so far, in order; not half a line at the end."""

@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from data_pipeline.common.files import PatientFile
+from data_pipeline.common.files import RetryingAppendFile
 from train.health.metrics import Metrics
 from train.health.noise_scale import NoiseEstimate
 from train.runs.folder import Row
@@ -101,7 +101,7 @@ class Board:
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = PatientFile(folder / name)
+        self.file = RetryingAppendFile(folder / name)
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
         self._append(Event(wall_time=time.time(), step=purge_step, session_log=start))

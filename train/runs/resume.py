@@ -14,8 +14,7 @@ from pathlib import Path
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, SaveError
-from data_pipeline.common.files import read_small
-from train.checkpoints.load import write_json
+from data_pipeline.common.files import read_small, write_json
 from train.checkpoints.retention import restore_replaced, saved_steps
 from train.config.load import RunConfig
 from train.distributed.world import Launch

@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 import torch
 
-from data_pipeline.datasets.image_folder import Dataset
-from train.bench.steps import noise_batch, peak_memory_mb, wait_for
+from data_pipeline.datasets.dataset import Dataset
 from train.bench.turns import answer_lines
 from train.config.load import RunConfig
 from train.distributed.world import cpu_share, open_world
 from train.setup import make_trainer
 from train.step import train_step
+from train.tune.steps import noise_batch, peak_memory_mb, wait_for
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):

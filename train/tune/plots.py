@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import SaveError, UserError
-from data_pipeline.loading.bad_files import printable
+from data_pipeline.common.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

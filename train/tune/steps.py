@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from data_pipeline.loader import Batch
+import numpy as np
+import torch
+
+from data_pipeline.loading.prefetch import Batch
 from train.config.load import RunConfig
 from train.distributed.world import open_world
 from train.health.metrics import Metrics
@@ -51,3 +56,25 @@ def open_probe(config: RunConfig) -> Iterator[Probe]:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
         session = open_session(config, None, "none", world, stack)
         yield Probe(session, open_steps(session, stack, None))
+
+
+def wait_for(device: torch.device) -> float:
+    """The time once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
+    """A step's samples without a file behind them; the same ones every time."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
+    labels, places = random.integers(0, num_classes, size), np.arange(size)
+    return Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU, what torch held there; on a CPU, the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
