@@ -20,7 +20,7 @@ from data_pipeline.common.files import read_file
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
-from data_pipeline.loading.prefetch import Batch, ImageBackend, Request, run_ahead
+from data_pipeline.loading.prefetch import Batch, BatchRequest, ImageBackend, prefetch_batches
 from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
@@ -125,25 +125,25 @@ def train_batches(
         UserError: a global batch larger than the training set, or smaller than the number of ranks; with
             mixing, fewer pairs than ranks, or a micro-batch of one.
     """
-    unit = PAIR_SIZE if augment.mixes else 1
+    group_size = PAIR_SIZE if augment.mixes else 1
     steps_per_epoch(len(dataset), global_batch)
     if global_batch < world_size:
         raise UserError(f"global_batch {global_batch} is smaller than the number of ranks, {world_size}")
-    if -(-global_batch // unit) < world_size:
+    if -(-global_batch // group_size) < world_size:
         raise UserError(
             f"mixup and cutmix mix pairs: global_batch {global_batch} has fewer pairs than there are ranks, "
-            f"{world_size}; set it to {unit * world_size} or more"
+            f"{world_size}; set it to {group_size * world_size} or more"
         )
-    share = unit * -(-global_batch // (unit * world_size))
-    chunk = _checked_chunk(micro_batch or share, backend, needed=share) // unit * unit
+    share = group_size * -(-global_batch // (group_size * world_size))
+    chunk = _checked_chunk(micro_batch or share, backend, needed=share) // group_size * group_size
     if chunk == 0:
         raise UserError("mixup and cutmix mix pairs: micro_batch must be at least 2, not 1")
     end_step = None if num_steps is None else start_step + num_steps
 
-    def requests() -> Iterator[Request]:
+    def requests() -> Iterator[BatchRequest]:
         step = start_step
         while end_step is None or step < end_step:
-            epoch, positions = positions_at(step, len(dataset), global_batch, rank, world_size, unit)
+            epoch, positions = positions_at(step, len(dataset), global_batch, rank, world_size, group_size)
             indices = permutation_at(seed, epoch, len(dataset))[positions]
             for first in range(0, len(indices), chunk):
                 places = positions[first : first + chunk]
@@ -157,7 +157,9 @@ def train_batches(
                 yield _dataset_request(dataset, chosen, places, step, last, cut, mix)
             step += 1
 
-    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers)
+    return prefetch_batches(
+        requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers
+    )
 
 
 def eval_batches(
@@ -185,12 +187,14 @@ def eval_batches(
     cut = partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=preprocessing)
     chunk = _checked_chunk(micro_batch, backend, needed=share.stop - share.start)
 
-    def requests() -> Iterator[Request]:
+    def requests() -> Iterator[BatchRequest]:
         for number, first in enumerate(range(share.start, share.stop, chunk)):
             indices = np.arange(first, min(first + chunk, share.stop), dtype=np.int64)
             yield _dataset_request(dataset, indices, indices, number, True, cut)
 
-    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers)
+    return prefetch_batches(
+        requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers
+    )
 
 
 def predict_batches(
@@ -212,7 +216,7 @@ def predict_batches(
     cut = partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=preprocessing)
     chunk = _checked_chunk(micro_batch, backend, needed=micro_batch)
 
-    def requests() -> Iterator[Request]:
+    def requests() -> Iterator[BatchRequest]:
         source, number, first = iter(inputs), 0, 0
         while group := tuple(islice(source, chunk)):
             indices = np.arange(first, first + len(group), dtype=np.int64)
@@ -223,10 +227,10 @@ def predict_batches(
                 item = group[place]
                 return item.read(max_bytes) if isinstance(item, ImageSource) else read_file(item, max_bytes)
 
-            yield Request(paths, read, labels, indices, indices, number, True, cut)
+            yield BatchRequest(paths, read, labels, indices, indices, number, True, cut)
             number, first = number + 1, first + len(group)
 
-    return run_ahead(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
+    return prefetch_batches(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
 
 
 def _checked_chunk(micro_batch: int, backend: ImageBackend, needed: int) -> int:
@@ -245,9 +249,11 @@ def _dataset_request(
     last: bool,
     cut: Callable[[Int], CropParams],
     mix: MixParams | None = None,
-) -> Request:
+) -> BatchRequest:
     def read(place: int, max_bytes: int) -> bytes:
         return dataset.read(int(indices[place]), max_bytes)
 
     paths = tuple(dataset.path_at(int(i)) for i in indices)
-    return Request(paths, read, dataset.labels[indices], indices, positions, step, last, cut, mix, dataset)
+    return BatchRequest(
+        paths, read, dataset.labels[indices], indices, positions, step, last, cut, mix, dataset
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from infer.bundle.load import Bundle, find_bundle, load_bundle
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
+
+log = logging.getLogger("infer")
 
 TOP_K = 5
 DEFAULT_BATCH = 32

@@ -18,18 +18,18 @@ from tests.faulty_rank import fail
 from tests.hybrid_ranks import GLOBAL_BATCH, RATE, batches_at, linear_layers, make
 from train.bench.traffic import sent_bytes
 from train.distributed.world import World, open_world
-from train.step import Trainer, train_step
+from train.step import TrainStep, train_step
 
 NUM_COMPRESSED = 6
 POWERSGD = ("compress=powersgd", "powersgd_start=2")
 
 
-def make_whole(world: World, *overrides: str) -> Trainer:
+def unshard(world: World, *overrides: str) -> TrainStep:
     """A trainer that takes its share of a batch at once."""
     return make(world, f"micro_batch={GLOBAL_BATCH}", "model.hidden_units=1024", *overrides)
 
 
-def gradient_of(trainer: Trainer, step: int) -> Tensor:
+def gradient_of(trainer: TrainStep, step: int) -> Tensor:
     """The gradient of a step that leaves the weights as they are, flat."""
     train_step(trainer, batches_at(trainer.world, 0, GLOBAL_BATCH), 0.0, step)
     return torch.cat([p.grad.flatten().clone() for p in trainer.network.parameters() if p.grad is not None])
@@ -37,7 +37,7 @@ def gradient_of(trainer: Trainer, step: int) -> Tensor:
 
 def traffic(world: World, *overrides: str) -> dict[str, int]:
     """Bytes that this rank sends in a step, once everything has settled, and what a formula needs."""
-    trainer = make_whole(world, *overrides)
+    trainer = unshard(world, *overrides)
     for step in range(3):
         before = sent_bytes()
         gradient_of(trainer, step)
@@ -54,13 +54,13 @@ def traffic(world: World, *overrides: str) -> dict[str, int]:
 
 def distances(world: World) -> dict[str, Any]:
     """How far compressed gradients are from the plain one, relative to its length."""
-    plain = gradient_of(make_whole(world), 0)
+    plain = gradient_of(unshard(world), 0)
 
     def distance(gradient: Tensor) -> float:
         return float((gradient - plain).norm() / plain.norm())
 
-    rounded = gradient_of(make_whole(world, "compress=bf16"), 0)
-    trainer = make_whole(world, *POWERSGD)
+    rounded = gradient_of(unshard(world, "compress=bf16"), 0)
+    trainer = unshard(world, *POWERSGD)
     first = [distance(gradient_of(trainer, step)) for step in range(2)]
     total, means, alone = torch.zeros_like(plain), [], []
     for number in range(1, NUM_COMPRESSED + 1):
@@ -81,7 +81,7 @@ def distances(world: World) -> dict[str, Any]:
 
 def recovery(world: World, num_plain: int) -> dict[str, Any]:
     """A NaN on one rank alone, after some steps: skipped, and gone with that."""
-    trainer = make_whole(world, *POWERSGD)
+    trainer = unshard(world, *POWERSGD)
     batch = batches_at(world, 0, GLOBAL_BATCH)
     for step in range(num_plain):
         train_step(trainer, batch, RATE, step)

@@ -26,14 +26,14 @@ from tests.ranks import TINY
 from train.config.load import make_config
 from train.distributed.hybrid import (
     HybridParallel,
-    part_optimizer_state,
-    whole_optimizer_state,
-    whole_tensors,
+    gather_optimizer_state,
+    gather_tensors,
+    shard_optimizer_state,
 )
 from train.distributed.world import World, open_world
 from train.optim.sgd import load_optimizer
 from train.setup import make_trainer
-from train.step import Trainer, train_step
+from train.step import TrainStep, train_step
 
 GLOBAL_BATCH = 25
 CLASSES = tuple("0123456789")
@@ -44,7 +44,7 @@ SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}"
 NUM_STEPS = 2
 
 
-def make(world: World, *overrides: str) -> Trainer:
+def make(world: World, *overrides: str) -> TrainStep:
     """A trainer as a run would make it."""
     config = make_config("demo", [*TINY, *SIZE, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
     dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
@@ -71,7 +71,7 @@ def linear_layers(network: nn.Module) -> list[nn.Linear]:
     return [m for m in network.modules() if isinstance(m, nn.Linear)]
 
 
-def train(trainer: Trainer) -> list[float]:
+def train(trainer: TrainStep) -> list[float]:
     """The losses of some steps."""
     losses = []
     for step in range(NUM_STEPS):
@@ -80,14 +80,14 @@ def train(trainer: Trainer) -> list[float]:
     return losses
 
 
-def loads_again(trainer: Trainer) -> bool:
+def loads_again(trainer: TrainStep) -> bool:
     """Whether this rank gets its own momenta back out of the whole ones."""
     parallel, optimizer = trainer.parallel, trainer.optimizer
     before = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
-    whole = copy.deepcopy(whole_optimizer_state(parallel, optimizer))
+    whole = copy.deepcopy(gather_optimizer_state(parallel, optimizer))
     for state in optimizer.state.values():
         state["momentum_buffer"].zero_()
-    load_optimizer(optimizer, part_optimizer_state(parallel, optimizer, whole))
+    load_optimizer(optimizer, shard_optimizer_state(parallel, optimizer, whole))
     after = [state["momentum_buffer"] for state in optimizer.state.values()]
     return all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
@@ -100,9 +100,9 @@ def compare(world: World, *overrides: str) -> dict[str, Any]:
         trainer = make(world, f"parallel={mode}", *overrides)
         losses = train(trainer)
         assert trainer.average is not None
-        tensors = whole_tensors(trainer.parallel, trainer.network.state_dict())
-        average = whole_tensors(trainer.parallel, trainer.average.values)
-        momenta = whole_optimizer_state(trainer.parallel, trainer.optimizer)["state"]
+        tensors = gather_tensors(trainer.parallel, trainer.network.state_dict())
+        average = gather_tensors(trainer.parallel, trainer.average.values)
+        momenta = gather_optimizer_state(trainer.parallel, trainer.optimizer)["state"]
         states.append(
             {f"weight {name}": tensor.clone() for name, tensor in tensors.items()}
             | {f"average {name}": tensor.clone() for name, tensor in average.items()}

@@ -21,7 +21,7 @@ import torch
 
 from tests.test_train_parts import row
 from tests.test_train_saver import CONFIG, small_state
-from train.checkpoints.background import Saver
+from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.load import find_checkpoint, load_checkpoint, verify_checkpoint
 from train.checkpoints.retention import restore_replaced, saved_steps
 from train.checkpoints.write import State
@@ -68,7 +68,7 @@ def check_next_start(folder: RunFolder) -> float:
     best = go_back_to(folder, step)
     assert best is not None and find_checkpoint(folder.path) in saved_steps(folder.checkpoints).values()
     assert [r.step for r in folder.rows()] == list(range(1, step + 1))
-    saver = Saver(folder, CONFIG, best)
+    saver = AsyncCheckpointWriter(folder, CONFIG, best)
     saver._write(small_state(9, value=9.0))
     assert saver.unsaved is None and value_of(folder.checkpoints / "step-00000009") == 9.0
     assert not [p for p in folder.checkpoints.iterdir() if p.name.startswith(".")]
@@ -84,7 +84,7 @@ def sweep(name: str, before: list[State], last: State) -> list[float]:
     while status:
         assert status == signal.SIGKILL, status
         folder = create_run(Path(name), CONFIG)
-        saver = Saver(folder, CONFIG, None)
+        saver = AsyncCheckpointWriter(folder, CONFIG, None)
         for state in before:
             folder.append(row(state.step))
             saver._write(state)

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from alexnet import main
-from data_pipeline.datasets.exclude_list import QUARANTINE, write_quarantine
+from data_pipeline.datasets.exclude_list import QUARANTINE, write_exclude_list
 from data_pipeline.inspect import stats as info
 from data_pipeline.inspect.pixel_stats import PixelSums
 from data_pipeline.inspect.stats import describe
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_named_and_code_3_until_it_is_in_quarantine(folde
     assert (train["num_samples"], train["num_unreadable"], sum(train["formats"].values())) == (26, 7, 19)
     assert f"{folder}/train/n3/x0.jpg: not an image of a known format" in result.stderr
     assert "and 2 more images of train" in result.stderr
-    write_quarantine(folder / QUARANTINE, {f"train/n3/x{n}.jpg": "text" for n in range(7)})
+    write_exclude_list(folder / QUARANTINE, {f"train/n3/x{n}.jpg": "text" for n in range(7)})
     result = run(folder, "--json")
     train = msgspec.json.decode(result.stdout)["splits"]["train"]
     assert result.exit_code == 0

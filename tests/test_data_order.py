@@ -44,7 +44,8 @@ def test_the_stream_is_pinned() -> None:
     assert hash_at(1234, 5, [0, 1, 2], 3).tolist() == HASHES
     assert permutation_at(7, 2, 10).tolist() == PERMUTATION
     assert uniform_at(42, 0, [0, 1, 10**6], 1).tolist() == UNIFORMS
-    geometry = train_crop_params([(375, 500), (500, 375), (64, 64)], 3, [0, 1, 2], 42, PREPROCESSING, Augment())
+    sizes = [(375, 500), (500, 375), (64, 64)]
+    geometry = train_crop_params(sizes, 3, [0, 1, 2], 42, PREPROCESSING, Augment())
     assert geometry.windows.tolist() == WINDOWS
     assert geometry.flips.tolist() == FLIPS
     paper = train_crop_params([(375, 500), (500, 375)], 3, [0, 1], 42, PREPROCESSING, AUGMENTS["random"])
@@ -180,7 +181,8 @@ def test_evaluation_crops_are_torchvisions_to_the_pixel(
 
 def test_the_papers_crops_lie_in_the_centre_square() -> None:
     """375 x 500 becomes 72 x 96: the square is columns 12 to 84, in which a crop of 64 has 9 places."""
-    cut = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random_square"])
+    augment = AUGMENTS["random_square"]
+    cut = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, augment)
     assert sorted(set(cut.anchors[:, 0].tolist())) == list(range(9))
     assert sorted(set(cut.anchors[:, 1].tolist())) == list(range(12, 21))
     whole = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random"])

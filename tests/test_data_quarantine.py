@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.datasets import exclude_list as quarantine
-from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine, write_quarantine
+from data_pipeline.datasets.exclude_list import QUARANTINE, read_exclude_list, write_exclude_list
 from data_pipeline.datasets.open import open_dataset
 from tests.images import write_folder
 
@@ -28,16 +28,16 @@ def folder(tmp_path: Path) -> Path:
 def test_any_name_and_reason_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / QUARANTINE
     reasons = {LATIN: "empty file", 'val/"\n\u2028\t.jpg': 'a "reason"\nof two lines', "val/ü/猫.jpg": "ü"}
-    write_quarantine(path, reasons)
-    assert read_quarantine(path) == reasons and list(read_quarantine(path)) == list(reasons)
+    write_exclude_list(path, reasons)
+    assert read_exclude_list(path) == reasons and list(read_exclude_list(path)) == list(reasons)
     assert path.read_bytes().count(b"\n") == 3
-    write_quarantine(path, {})
-    assert read_quarantine(path) == {}
+    write_exclude_list(path, {})
+    assert read_exclude_list(path) == {}
     assert [child.name for child in tmp_path.iterdir()] == [QUARANTINE]
     path.write_text('\n  \n{"path": "x", "reason": "by hand\u2028", "who": "me"}\r\n')
-    assert read_quarantine(path) == {"x": "by hand\u2028"}
+    assert read_exclude_list(path) == {"x": "by hand\u2028"}
     with pytest.raises(SaveError, match="could not be written"):
-        write_quarantine(tmp_path / "nowhere" / QUARANTINE, {})
+        write_exclude_list(tmp_path / "nowhere" / QUARANTINE, {})
 
 
 HOSTILE = {
@@ -72,13 +72,13 @@ def test_a_huge_list_is_refused_before_it_is_read(folder: Path, monkeypatch: pyt
     with pytest.raises(
         UserError, match=r"has 1099511627776 bytes, which no quarantine list has .*: remove it"
     ):
-        read_quarantine(path)
+        read_exclude_list(path)
     path.write_bytes(b'{"path": "' + b"x" * (1 << 20))
     with pytest.raises(UserError, match="line 1 is too long for a path and a reason"):
-        read_quarantine(path)
+        read_exclude_list(path)
     monkeypatch.setattr(quarantine, "MAX_LIST_BYTES", 10)
     with pytest.raises(UserError, match=r"limit 10\)"):
-        read_quarantine(path)
+        read_exclude_list(path)
 
 
 def test_paths_outside_the_data_are_never_opened_and_told(
@@ -105,17 +105,17 @@ def test_paths_outside_the_data_are_never_opened_and_told(
 
 
 def test_the_list_keeps_the_classes_and_refuses_to_leave_nothing(folder: Path) -> None:
-    write_quarantine(folder / QUARANTINE, {f"train/b/{n:03d}.jpg": "x" for n in range(2)})
+    write_exclude_list(folder / QUARANTINE, {f"train/b/{n:03d}.jpg": "x" for n in range(2)})
     train = open_dataset(folder, "train")
     assert train.classes == ("a", "b") and train.labels.tolist() == [0, 0, 0]
     assert len(open_dataset(folder, "train", quarantine=False)) == 5
-    write_quarantine(folder / QUARANTINE, {f"val/{c}/000.jpg": "x" for c in "ab"})
+    write_exclude_list(folder / QUARANTINE, {f"val/{c}/000.jpg": "x" for c in "ab"})
     with pytest.raises(UserError, match="names every image of val: nothing would be left"):
         open_dataset(folder, "val")
     own = folder / "own.jsonl"
     with pytest.raises(UserError, match=r"no quarantine list .*own.jsonl"):
         open_dataset(folder, "train", quarantine=own)
-    write_quarantine(own, {"train/a/002.jpg": "mislabelled"})
+    write_exclude_list(own, {"train/a/002.jpg": "mislabelled"})
     assert list(open_dataset(folder, "train", quarantine=own).paths)[2] == "b/000.jpg"
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from alexnet import main
 from data_pipeline.common.errors import ImageError, UserError, WorkerError
 from data_pipeline.common.workers import map_ahead
-from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine
+from data_pipeline.datasets.exclude_list import QUARANTINE, read_exclude_list
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.inspect.verify import check_image, verify
 from data_pipeline.sharding.write import write_shards
@@ -67,7 +67,7 @@ def test_what_cannot_be_decoded_is_listed_and_code_3(folder: Path) -> None:
     assert said[4] == "val: 16 of 17 images can be decoded"
     assert said[-1] == f"{folder}/quarantine.jsonl lists 4 (4 new): training leaves them out"
     assert "verify train: 82/82, 3 cannot be decoded" in result.stderr
-    assert_found(read_quarantine(folder / QUARANTINE))
+    assert_found(read_exclude_list(folder / QUARANTINE))
     train, val = open_dataset(folder, "train"), open_dataset(folder, "val")
     assert (len(train), train.num_quarantined, len(val), val.num_quarantined) == (79, 3, 16, 1)
 
@@ -88,7 +88,7 @@ def test_running_again_changes_nothing_and_what_is_repaired_leaves_the_list(fold
     assert (only_val["num_listed"], only_val["repaired"]) == (4, [])  # the other split's entries stay
     train = json.loads(run(folder, "--json", "--split", "train").stdout)
     assert [row["path"] for row in train["repaired"]] == ["train/a/caf\\xe9.jpg", "train/b/huge.png"]
-    assert list(read_quarantine(path)) == ["train/a/007.jpg", "val/b/empty.jpg"]
+    assert list(read_exclude_list(path)) == ["train/a/007.jpg", "val/b/empty.jpg"]
 
     (folder / "train" / "a" / "007.jpg").write_bytes(WHOLE)
     (folder / "val" / "b" / "empty.jpg").write_bytes(WHOLE)
@@ -131,7 +131,7 @@ def test_tiny_imagenet_is_verified_in_its_own_layout(tmp_path: Path) -> None:
     (root / "val" / "val_annotations.txt").write_text("".join(rows))
     (root / "val" / "images" / "002.JPEG").write_bytes(WHOLE[:200])
     assert run(root).exit_code == 3
-    assert list(read_quarantine(root / QUARANTINE)) == ["val/images/002.JPEG"]
+    assert list(read_exclude_list(root / QUARANTINE)) == ["val/images/002.JPEG"]
     assert len(open_dataset(root, "val")) == 3
 
 

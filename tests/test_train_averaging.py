@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from data_pipeline.common.errors import CorruptFileError
-from train.optim.ema import WeightAverage
+from train.optim.ema import ModelEma
 
 NO, YES = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -25,7 +25,7 @@ def change(net: nn.Module, value: float) -> None:
 def test_the_average_is_its_formula_and_forgets_faster_early() -> None:
     net = network()
     change(net, 1.0)
-    average = WeightAverage(net, decay=0.5)
+    average = ModelEma(net, decay=0.5)
     expected = 1.0
     for step, value in enumerate((2.0, 4.0, 3.0, 8.0, 6.0, 7.0, 5.0, 1.0, 2.0, 9.0, 3.0)):
         change(net, value)
@@ -40,7 +40,7 @@ def test_the_average_is_its_formula_and_forgets_faster_early() -> None:
 
 def test_a_skipped_step_does_not_move_it() -> None:
     net = network()
-    average = WeightAverage(net, decay=0.9)
+    average = ModelEma(net, decay=0.9)
     change(net, 3.0)
     average.update(net, 0, NO)
     before = {name: value.clone() for name, value in average.values.items()}
@@ -53,7 +53,7 @@ def test_a_skipped_step_does_not_move_it() -> None:
 def test_the_network_gets_its_own_weights_back_on_every_path() -> None:
     net = network()
     change(net, 1.0)
-    average = WeightAverage(net, decay=0.9)
+    average = ModelEma(net, decay=0.9)
     change(net, 2.0)
     with pytest.raises(ZeroDivisionError), average.in_place(net):
         assert {value.unique().item() for value in net.state_dict().values()} == {1.0}
@@ -64,7 +64,7 @@ def test_the_network_gets_its_own_weights_back_on_every_path() -> None:
 
 def test_a_saved_average_is_taken_over_and_a_missing_one_is_refused() -> None:
     net = network()
-    average, other = WeightAverage(net, decay=0.9), WeightAverage(network(), decay=0.9)
+    average, other = ModelEma(net, decay=0.9), ModelEma(network(), decay=0.9)
     other.load(average.values)
     assert all(torch.equal(value, average.values[name]) for name, value in other.values.items())
     assert other.values["0.weight"].data_ptr() != average.values["0.weight"].data_ptr()

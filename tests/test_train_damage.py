@@ -21,7 +21,7 @@ from tests.ranks import TINY, link_subset, read_rows
 from tests.test_train_parts import row
 from tests.test_train_saver import CONFIG, small_state
 from tests.warm_ranks import ranks_of, run_ranks, train_warm
-from train.checkpoints.background import Saver
+from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.load import MANIFEST, STATE, find_checkpoint
 from train.checkpoints.retention import saved_steps, steps_to_keep
 from train.runs.folder import create_run
@@ -59,7 +59,7 @@ def test_everything_is_on_the_disk_before_its_name_is_and_before_anything_goes(
 ) -> None:
     """What a power cut needs, which no kill shows: the order of fsync, rename and removal."""
     folder = create_run(tmp_path, CONFIG)
-    saver = Saver(folder, CONFIG, None)
+    saver = AsyncCheckpointWriter(folder, CONFIG, None)
     saver._write(small_state(1, top1=0.25))
     said: list[str] = []
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from alexnet import main
-from data_pipeline.datasets.exclude_list import QUARANTINE, read_quarantine, write_quarantine
+from data_pipeline.datasets.exclude_list import QUARANTINE, read_exclude_list, write_exclude_list
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.sharding.write import write_shards
@@ -47,7 +47,7 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     broken.write_bytes(content[:-30])
     verified = CliRunner().invoke(main, ["data", "verify", str(data)])
     assert verified.exit_code == 3, verified.output
-    assert list(read_quarantine(data / QUARANTINE)) == [f"train/3/{broken.name}"]
+    assert list(read_exclude_list(data / QUARANTINE)) == [f"train/3/{broken.name}"]
     done = train(data, base)
     assert done.returncode == 0, done.stderr
     assert "train: 1 of 101 images in quarantine left out" in done.stderr.splitlines()
@@ -69,9 +69,9 @@ def test_training_leaves_out_what_is_in_quarantine_and_counts_it(trained: tuple[
 def test_other_training_images_end_a_resume_with_one_line(trained: tuple[Path, Path, str]) -> None:
     data, run, _ = trained
     path = data / QUARANTINE
-    listed = read_quarantine(path)
+    listed = read_exclude_list(path)
     try:
-        write_quarantine(
+        write_exclude_list(
             path, listed | {f"train/5/{sorted((data / 'train' / '5').iterdir())[0].name}": "blurred"}
         )
         refused = train(data, run.parent.parent, "--resume=auto")
@@ -86,7 +86,7 @@ def test_other_training_images_end_a_resume_with_one_line(trained: tuple[Path, P
         )
         assert "Traceback" not in refused.stderr
 
-        write_quarantine(
+        write_exclude_list(
             path, listed | {f"val/5/{sorted((data / 'val' / '5').iterdir())[0].name}": "blurred"}
         )
         told = train(data, run.parent.parent, "--resume=auto")
@@ -96,7 +96,7 @@ def test_other_training_images_end_a_resume_with_one_line(trained: tuple[Path, P
             in told.stderr
         )
     finally:
-        write_quarantine(path, listed)
+        write_exclude_list(path, listed)
     assert len(list(run.parent.iterdir())) == 1
 
 

@@ -15,7 +15,7 @@ from train.distributed.world import open_world
 from train.health.flat_loss import FlatLoss, describe_flat, flat_level
 from train.health.metrics import Metrics
 from train.loop import run_epochs
-from train.setup import open_session
+from train.setup import build_run
 
 GRACE = 30
 LEVEL = float(np.log(10))
@@ -67,8 +67,8 @@ def train(init: str, data: Path, out: Path, *more: str) -> Path:
     )  # fmt: skip
     with ExitStack() as stack:
         world = stack.enter_context(open_world("cpu"))
-        session = open_session(make_config("demo", settings, data), out, "none", world, stack)
-        run_epochs(session)
+        run_state = build_run(make_config("demo", settings, data), out, "none", world, stack)
+        run_epochs(run_state)
     (run,) = out.iterdir()
     return run
 

@@ -23,10 +23,10 @@ from train.checkpoints.load import load_checkpoint
 from train.checkpoints.retention import saved_steps
 from train.config.load import make_config
 from train.distributed.world import open_world
-from train.health.nonfinite import SPIKE_WARMUP, Guard, Skips, all_finite, poison
+from train.health.nonfinite import SPIKE_WARMUP, Guard, SkipStats, all_finite, propagate_nonfinite
 from train.loop import save
-from train.runs.abort import check_weights, heed_guard
-from train.setup import Session, open_session
+from train.runs.abort import check_skipped_steps, check_weights
+from train.setup import RunState, build_run
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def session(digits: Path, tmp_path: Path) -> Iterator[Session]:
+def session(digits: Path, tmp_path: Path) -> Iterator[RunState]:
     """A run of one rank, about to begin, of the network with running statistics, and an average of both."""
     sets = [
         *TINY,
@@ -51,10 +51,10 @@ def session(digits: Path, tmp_path: Path) -> Iterator[Session]:
     ]
     with ExitStack() as stack:
         world = stack.enter_context(open_world("cpu"))
-        yield open_session(make_config("demo", sets, digits), tmp_path, "none", world, stack)
+        yield build_run(make_config("demo", sets, digits), tmp_path, "none", world, stack)
 
 
-def first_batch(session: Session) -> Batch:
+def first_batch(session: RunState) -> Batch:
     batches = train_batches(
         session.train_set, session.backend, session.config.preprocessing, session.config.augment,
         seed=0, global_batch=BATCH, num_steps=1,
@@ -63,7 +63,7 @@ def first_batch(session: Session) -> Batch:
         return next(batches)
 
 
-def fail_next(session: Session, kind: str) -> Any:
+def fail_next(session: RunState, kind: str) -> Any:
     """Make the network's next forward passes fail; `remove()` the hook that is returned."""
 
     def hook(module: object, images: object, logits_NC: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def fail_next(session: Session, kind: str) -> Any:
     return session.trainer.network.register_forward_hook(hook)
 
 
-def held(session: Session) -> list[Tensor]:
+def held(session: RunState) -> list[Tensor]:
     """Weights, running statistics, momenta and the average of the weights, copied."""
     trainer = session.trainer
     assert trainer.average is not None
@@ -82,16 +82,16 @@ def held(session: Session) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_a_bad_step_changes_nothing_not_even_as_the_first(session: Session, kind: str) -> None:
+def test_a_bad_step_changes_nothing_not_even_as_the_first(session: RunState, kind: str) -> None:
     batch, before = first_batch(session), held(session)
     hook = fail_next(session, kind)
     counts = train_step(session.trainer, [batch], 0.01, 0)
     hook.remove()
     assert all(torch.equal(new, old) for new, old in zip(held(session), before, strict=True))
-    assert session.trainer.guard.read() == Skips(total=1, spikes=0, in_row=1, first=0)
+    assert session.trainer.guard.read() == SkipStats(total=1, spikes=0, in_row=1, first=0)
     assert (counts.integers.tolist(), counts.loss_sum.item()) == ([0, 0, 0, 0], 0.0)
     counts = train_step(session.trainer, [batch], 0.01, 1)
-    assert session.trainer.guard.read() == Skips(total=1, spikes=0, in_row=0, first=0)
+    assert session.trainer.guard.read() == SkipStats(total=1, spikes=0, in_row=0, first=0)
     assert counts.integers[0].item() == BATCH
     after = held(session)
     assert not all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
@@ -101,17 +101,17 @@ def test_a_bad_step_changes_nothing_not_even_as_the_first(session: Session, kind
 def test_an_infinite_loss_poisons_and_a_finite_one_keeps_its_bits() -> None:
     for value in (1.7, float("inf"), float("nan")):
         loss = torch.tensor(value, requires_grad=True)
-        torch.autograd.backward(poison(loss))
+        torch.autograd.backward(propagate_nonfinite(loss))
         assert loss.grad is not None
-        assert torch.equal(poison(loss), loss) is (loss.grad.item() == 1.0) is (value == 1.7)
+        assert torch.equal(propagate_nonfinite(loss), loss) is (loss.grad.item() == 1.0) is (value == 1.7)
 
 
 def test_the_row_of_skipped_steps_freezes_the_guard_at_its_limit() -> None:
     guard = Guard(CPU, max_skipped=2, spike_factor=None)
     good, bad = [torch.ones(3)], [torch.tensor([1.0, float("inf")])]
-    said = [guard.judge(g, step).item() for step, g in enumerate((good, bad, good, bad, bad, good))]
+    said = [guard.should_skip(g, step).item() for step, g in enumerate((good, bad, good, bad, bad, good))]
     assert said == [0, 1, 0, 1, 1, 1]
-    assert guard.read() == Skips(total=4, spikes=0, in_row=3, first=3)
+    assert guard.read() == SkipStats(total=4, spikes=0, in_row=3, first=3)
     other = Guard(CPU, max_skipped=2, spike_factor=None)
     other.load_state_dict(guard.state_dict())
     assert other.read() == guard.read()
@@ -122,18 +122,18 @@ def test_the_row_of_skipped_steps_freezes_the_guard_at_its_limit() -> None:
 def test_spikes_are_skipped_only_when_asked_and_once_the_mean_is_known() -> None:
     for factor, expected in ((None, 0), (10.0, 1)):
         guard = Guard(CPU, max_skipped=3, spike_factor=factor)
-        early = [guard.judge([torch.tensor([n])], step).item() for step, n in enumerate((1.0, 50.0))]
+        early = [guard.should_skip([torch.tensor([n])], step).item() for step, n in enumerate((1.0, 50.0))]
         assert early == [0, 0]
         for step in range(2, SPIKE_WARMUP):
-            guard.judge([torch.tensor([2.0])], step)
+            guard.should_skip([torch.tensor([2.0])], step)
         mean = guard.norms[1].item()
         assert 1.98 < mean < 1.99  # 1, drawn a fiftieth of the way to 50, and from there towards 2
-        assert guard.judge([torch.tensor([mean * 10.1])], 30).item() == expected
-        assert guard.judge([torch.tensor([mean * 9.9])], 31).item() == 0
-        assert guard.read() == Skips(total=expected, spikes=expected, in_row=0, first=30 if factor else 0)
+        assert guard.should_skip([torch.tensor([mean * 10.1])], 30).item() == expected
+        assert guard.should_skip([torch.tensor([mean * 9.9])], 31).item() == 0
+        assert guard.read() == SkipStats(total=expected, spikes=expected, in_row=0, first=30 if factor else 0)
 
 
-def test_float16s_loss_scale_has_a_floor(session: Session) -> None:
+def test_float16s_loss_scale_has_a_floor(session: RunState) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     session.trainer = dataclasses.replace(session.trainer, scaler=scaler)
     batch, before = first_batch(session), held(session)
@@ -141,16 +141,16 @@ def test_float16s_loss_scale_has_a_floor(session: Session) -> None:
     for _ in range(2):
         train_step(session.trainer, [batch], 0.01, session.step)
         session.step += 1
-        heed_guard(session)
+        check_skipped_steps(session)
     assert scaler.get_scale() == 1.0
     train_step(session.trainer, [batch], 0.01, session.step)
     hook.remove()
     with pytest.raises(DivergedError, match=r"loss scale fell to 0.5 by step 2: .*no checkpoint yet"):
-        heed_guard(session)
+        check_skipped_steps(session)
     assert all(torch.equal(new, old) for new, old in zip(held(session), before, strict=True))
 
 
-def test_weights_that_are_not_finite_are_never_saved_and_push_no_good_ones_out(session: Session) -> None:
+def test_weights_that_are_not_finite_are_never_saved_and_push_no_good_ones_out(session: RunState) -> None:
     check_weights(session)
     session.step = 1
     save(session, None)

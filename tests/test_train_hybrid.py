@@ -20,7 +20,7 @@ from data_pipeline.transforms.sampler import rank_slice
 from tests.ranks import run_command
 from tests.warm_ranks import run_ranks
 from train.config.load import make_config
-from train.distributed.hybrid import round_rows
+from train.distributed.hybrid import micro_batch_sizes
 from train.distributed.tensor_parallel import part_bounds
 
 NUM_RANKS = 3
@@ -85,15 +85,15 @@ def test_what_is_bad_on_one_rank_is_skipped_on_all(found: Found) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 20), st.sampled_from([1, 2]))
 def test_every_rank_can_join_every_pass_and_all_end_together(
-    global_batch: int, world_size: int, micro_batch: int, unit: int
+    global_batch: int, world_size: int, micro_batch: int, group_size: int
 ) -> None:
-    if global_batch < world_size * unit or micro_batch < unit:
+    if global_batch < world_size * group_size or micro_batch < group_size:
         return
-    rows = round_rows(global_batch, world_size, micro_batch, unit)
-    chunk = micro_batch // unit * unit
+    rows = micro_batch_sizes(global_batch, world_size, micro_batch, group_size)
+    chunk = micro_batch // group_size * group_size
     assert all(0 < n <= chunk for n in rows)
     for rank in range(world_size):
-        share = rank_slice(global_batch, rank, world_size, unit)
+        share = rank_slice(global_batch, rank, world_size, group_size)
         count = share.stop - share.start
         own = [min(chunk, count - first) for first in range(0, count, chunk)]
         assert own and len(own) <= len(rows)

@@ -38,7 +38,7 @@ def test_a_signal_is_remembered_only_while_listening_and_the_first_one_counts(
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.received == number.name
-        assert interrupt.heard(world) and world.was_told("stop")
+        assert interrupt.heard(world) and world.flag_is_set("stop")
         assert interrupt.ask(world, 1)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, number)] == before
 

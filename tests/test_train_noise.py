@@ -19,10 +19,10 @@ from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.health.noise_scale import NoiseEstimate, NoiseMeter, estimate_noise, smooth_noise
 from train.main import train
-from train.runs.folder import Row
+from train.runs.folder import MetricsRow
 from train.runs.noise_rows import NoiseRows
 from train.setup import make_trainer
-from train.step import Trainer, to_device, train_step
+from train.step import TrainStep, to_device, train_step
 
 NOISY = (
     *TINY, "epochs=1", "log_noise_scale=true", "schedule.kind=constant", "schedule.warmup_epochs=0",
@@ -96,7 +96,7 @@ def noise_batches(sizes: Sequence[int]) -> list[Batch]:
     return batches
 
 
-def gradients_of_samples(trainer: Trainer, batch: Batch) -> Iterator[Tensor]:
+def gradients_of_samples(trainer: TrainStep, batch: Batch) -> Iterator[Tensor]:
     """One flat gradient for each sample of a batch, each from a pass of its own."""
     images_NHWC, labels_N, _ = to_device(batch, trainer.world.device)
     parameters = list(trainer.network.parameters())
@@ -143,7 +143,7 @@ def test_two_ranks_log_what_one_rank_with_the_same_parts_does(digits: Path, tmp_
     assert all(row["grad_trace"] > 0 for row in one)
     assert "grad_trace" not in read_rows(runs[0], "val")[0]
     # A resumed run has the rows alone, and goes on with the sums that they add up to.
-    rows = [Row(**row) for row in one]
+    rows = [MetricsRow(**row) for row in one]
     resumed = NoiseRows(rows[:3])
     last = NoiseEstimate(square=one[3]["grad_square"], trace=one[3]["grad_trace"], num_steps=1)
     assert resumed.fields(last) == {key: one[3][key] for key in ("grad_square", "grad_trace", "noise_scale")}

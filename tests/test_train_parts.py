@@ -13,9 +13,9 @@ from train.checkpoints.load import MANIFEST, STATE, Manifest, Pointer
 from train.config.load import make_config
 from train.distributed.torchrun import choose_rank_count
 from train.distributed.world import check_rank_count, choose_device, cpu_share, open_world
-from train.health.metrics import Counts
+from train.health.metrics import AccuracyMeter
 from train.optim.precision import choose_precision
-from train.runs.folder import Row, best_until, create_run, find_resumable
+from train.runs.folder import MetricsRow, best_until, create_run, find_resumable
 
 CPU = torch.device("cpu")
 
@@ -71,21 +71,21 @@ def test_counts_are_integers_and_leave_out_what_could_not_be_read() -> None:
     logits_NC = torch.eye(8)[torch.tensor([0, 1, 2, 3])] * 9 + torch.arange(8) * 0.1
     labels_N = torch.tensor([0, 7, 0, 3])  # right; second; not among five; right, but unreadable
     valid_N = torch.tensor([True, True, True, False])
-    counts = Counts(CPU)
+    counts = AccuracyMeter(CPU)
     counts.add(logits_NC, torch.tensor([1.0, 2.0, 3.0, 100.0]), labels_N, valid_N)
-    other = Counts(CPU)
+    other = AccuracyMeter(CPU)
     other.merge(counts)
     with open_world("cpu") as world:
         metrics = other.reduce(world)
-        empty = Counts(CPU).reduce(world)
+        empty = AccuracyMeter(CPU).reduce(world)
     assert (metrics.num_samples, metrics.num_failed) == (3, 1)
     assert (metrics.top1, metrics.top5, metrics.loss) == (1 / 3, 2 / 3, 2.0)
     assert empty.num_samples == 0
     assert empty.top1 != empty.top1  # NaN, not 0
 
 
-def row(step: int) -> Row:
-    return Row(
+def row(step: int) -> MetricsRow:
+    return MetricsRow(
         split="train", epoch=1, step=step, samples=1, failed=0, loss=1.0, top1=0.0, top5=0.0,
         lr=0.1, images_per_s=1.0, time=0.0,
     )  # fmt: skip

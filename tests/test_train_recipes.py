@@ -19,7 +19,7 @@ from train.config.load import RunConfig, decode_config, make_config, recipe_name
 from train.distributed.world import open_world
 from train.loop import by_step, evaluate_epoch
 from train.optim.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
-from train.setup import open_session
+from train.setup import build_run
 from train.step import train_step
 
 RECIPES = {
@@ -180,7 +180,7 @@ def test_a_recipe_trains_and_is_judged_in_a_small_form(
     config = make_config(name, SMALL, digits)
     with ExitStack() as stack, caplog.at_level(logging.INFO, "train"):
         world = stack.enter_context(open_world("cpu"))
-        session = open_session(config, tmp_path, "none", world, stack)
+        session = build_run(config, tmp_path, "none", world, stack)
         network = session.trainer.network
         before = {n: p.detach().clone() for n, p in network.named_parameters()}
         batches = train_batches(

@@ -16,7 +16,7 @@ from data_pipeline.common.files import RetryingAppendFile
 from tests.test_train_parts import row
 from train.config.load import make_config
 from train.runs.folder import create_run
-from train.runs.metrics_log import Board
+from train.runs.metrics_log import TensorBoardWriter
 
 
 @contextmanager
@@ -66,10 +66,10 @@ def test_rows_wait_for_room_and_no_checkpoint_comes_before_them(tmp_path: Path) 
 
 
 def test_scalars_are_what_tensorboard_reads_without_those_that_a_resume_takes_back(tmp_path: Path) -> None:
-    board = Board(tmp_path, purge_step=1)
+    board = TensorBoardWriter(tmp_path, purge_step=1)
     for step in (1, 2, 3):
         assert board.add({"train/loss": float(step)}, step) is None
-    later = Board(tmp_path / "later", purge_step=3)
+    later = TensorBoardWriter(tmp_path / "later", purge_step=3)
     later.add({"train/loss": 30.0}, 3)
     later.file.path.rename(tmp_path / f"{board.file.path.name}.later")
     events = EventAccumulator(str(tmp_path))

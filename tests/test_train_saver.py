@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.checkpoints.background import Copies, Saver, copied
+from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging, copied
 from train.checkpoints.load import Pointer, load_checkpoint, read_pointer
 from train.checkpoints.retention import saved_steps
 from train.checkpoints.write import State
@@ -50,12 +50,14 @@ def held_back(state: State) -> tuple[State, threading.Event]:
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Iterator[Saver]:
-    with closing(Saver(create_run(tmp_path, CONFIG), CONFIG, None)) as saver:
+def saver(tmp_path: Path) -> Iterator[AsyncCheckpointWriter]:
+    with closing(AsyncCheckpointWriter(create_run(tmp_path, CONFIG), CONFIG, None)) as saver:
         yield saver
 
 
-def test_nothing_points_to_a_checkpoint_or_is_removed_before_it_is_written(saver: Saver) -> None:
+def test_nothing_points_to_a_checkpoint_or_is_removed_before_it_is_written(
+    saver: AsyncCheckpointWriter,
+) -> None:
     folder = saver.folder.checkpoints
     saver.start(small_state(1, top1=0.5))
     saver.wait()
@@ -80,7 +82,9 @@ def test_nothing_points_to_a_checkpoint_or_is_removed_before_it_is_written(saver
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_is_copied_stays_as_it_was_while_training_goes_on(saver: Saver, device: str) -> None:
+def test_what_is_copied_stays_as_it_was_while_training_goes_on(
+    saver: AsyncCheckpointWriter, device: str
+) -> None:
     weight = torch.randn(4, 3, 11, 11, device=device).to(memory_format=torch.channels_last)
     moments: dict[str, Any] = {
         "state": {0: {"momentum_buffer": weight.clone()}},
@@ -105,7 +109,7 @@ def test_what_is_copied_stays_as_it_was_while_training_goes_on(saver: Saver, dev
 
 
 def test_copies_use_the_same_memory_again_unless_the_shape_changed() -> None:
-    copies = Copies()
+    copies = PinnedStaging()
     first = copies.take({"a": [torch.ones(3), 7], "b": {"a": torch.zeros(2)}})
     again = copies.take({"a": [torch.zeros(3), 8], "b": {"a": torch.zeros(2, 2)}})
     assert again["a"][0].data_ptr() == first["a"][0].data_ptr()
@@ -115,7 +119,7 @@ def test_copies_use_the_same_memory_again_unless_the_shape_changed() -> None:
 
 
 def test_a_second_checkpoint_waits_for_the_first_and_says_so(
-    saver: Saver, caplog: pytest.LogCaptureFixture
+    saver: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     state, go_on = held_back(small_state(50))
     saver.start(state)
@@ -133,7 +137,7 @@ def test_a_second_checkpoint_waits_for_the_first_and_says_so(
 
 def test_leaving_waits_for_the_checkpoint_in_flight(tmp_path: Path) -> None:
     folder = create_run(tmp_path, CONFIG)
-    with closing(Saver(folder, CONFIG, None)) as saver:
+    with closing(AsyncCheckpointWriter(folder, CONFIG, None)) as saver:
         state, go_on = held_back(small_state(7))
         saver.start(state)
         timer = threading.Timer(0.1, go_on.set)
@@ -143,7 +147,7 @@ def test_leaving_waits_for_the_checkpoint_in_flight(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_makes_up_for_it(
-    saver: Saver, caplog: pytest.LogCaptureFixture
+    saver: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = saver.folder.checkpoints
     saver.start(small_state(1, top1=0.5))
@@ -164,7 +168,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_makes_up_f
     assert (saver.unsaved, list(saved_steps(folder))) == (None, [1, 3])
 
 
-def test_an_error_that_nobody_foresaw_reaches_the_training_thread(saver: Saver) -> None:
+def test_an_error_that_nobody_foresaw_reaches_the_training_thread(saver: AsyncCheckpointWriter) -> None:
     def fail() -> None:
         raise ArithmeticError("nobody foresaw this")
 

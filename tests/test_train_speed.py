@@ -20,14 +20,14 @@ from data_pipeline.loading.prefetch import Batch
 from tests.ranks import run_command
 from train.bench.flops import count_flops
 from train.bench.train import make_ratios, make_specs
-from train.compile.choose import compile_step, count_numbers, prepare_lrn, prepare_step
+from train.compile.choose import compile_step, count_numbers, maybe_compile, prepare_lrn
 from train.config.load import make_config
 from train.distributed.world import World, open_world
-from train.health.metrics import Counts
+from train.health.metrics import AccuracyMeter
 from train.models.alexnet import make_model
 from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
 from train.setup import make_trainer
-from train.step import Trainer, train_step
+from train.step import TrainStep, train_step
 
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
@@ -61,7 +61,7 @@ def no_compile_threads() -> Iterator[None]:
         yield
 
 
-def small_trainer(world: World, *overrides: str) -> Trainer:
+def small_trainer(world: World, *overrides: str) -> TrainStep:
     config = make_config("tiny-imagenet", [*SMALL, *overrides])
     classes = tuple("abcdefghij")
     return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
@@ -79,7 +79,7 @@ LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9",
 @pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
 def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
     trainer = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
-    total = Counts(world.device)
+    total = AccuracyMeter(world.device)
     with WaitsForDevice() as waits:
         for step in range(2):
             total.merge(train_step(trainer, [small_batch(last=False), small_batch()], 0.01, step))
@@ -146,8 +146,8 @@ def test_a_compiled_network_is_kept_only_where_it_is_faster_and_computes_the_sam
     eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.0") for _ in range(2))
     before = {name: value.clone() for name, value in other.network.state_dict().items()}
     with caplog.at_level(logging.INFO, "train"):
-        chosen = prepare_step(other.parallel, 4, 32, other.precision, world, tmp_path)
-        assert prepare_step(other.parallel, 4, 32, other.precision, world, tmp_path) is chosen
+        chosen = maybe_compile(other.parallel, 4, 32, other.precision, world, tmp_path)
+        assert maybe_compile(other.parallel, 4, 32, other.precision, world, tmp_path) is chosen
     first, second = (record.message for record in caplog.records if record.name == "train")
     word = "" if chosen else "not "
     assert f"s as it is: the network is {word}compiled" in first

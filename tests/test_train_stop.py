@@ -11,8 +11,8 @@ from scripts.soaking.rounds import compare_runs
 from tests.ranks import TINY, link_subset, read_rows
 from tests.warm_ranks import run_ranks
 from train.distributed.world import World
-from train.health.metrics import Counts
-from train.runs.open_row import OpenRow
+from train.health.metrics import AccuracyMeter
+from train.runs.open_row import RunningMetrics
 
 ANYWHERE = (
     *TINY, "log_every=2", "model.name=bn", "model.dropout=0.5", "epochs=2", "global_batch=30",
@@ -48,11 +48,11 @@ def test_a_row_that_was_being_counted_is_gone_on_with_by_other_numbers_of_ranks(
                                  (3, [[12, 4, 6, 1], [0] * 4, [0] * 4])):  # fmt: skip
         rows = []
         for rank in range(world_size):
-            row = OpenRow(World(rank, world_size, rank, world_size, torch.device("cpu")), None)
+            row = RunningMetrics(World(rank, world_size, rank, world_size, torch.device("cpu")), None)
             row.load_state_dict(state)
             rows.append(row)
             assert row.num_steps == 2 and 3 <= row.seconds < 60
         assert [row.counts.integers.tolist() for row in rows] == expected
         assert sum(row.counts.loss_sum.item() for row in rows) == 0.75
-        rows[0].add(Counts(torch.device("cpu")))
+        rows[0].add(AccuracyMeter(torch.device("cpu")))
         assert rows[0].num_steps == 3

@@ -19,7 +19,7 @@ from train.step import EVAL_BATCH, evaluate
 
 
 def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:
-    """The images to judge a checkpoint by: those of `data`, or of the folder that it was trained on.
+    """The images to evaluate a checkpoint by: those of `data`, or of the folder that it was trained on.
 
     Raises:
         UserError: no such folder, or other classes than the checkpoint's.
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     """Loss, top-1 and top-5 of a checkpoint over a split, every image once.
 
     Args:
-        ten_crop: judge each image by the mean softmax of the paper's ten views.
+        ten_crop: average the softmax over the ten views of the paper, for each image.
     Raises:
         UserError: a device that is not here, or weights that do not fit.
     """

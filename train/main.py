@@ -31,7 +31,7 @@ from train.distributed.world import env_launch, env_rank, open_world
 from train.health.signals import remember_signals
 from train.loop import run_epochs
 from train.runs.resume import end_run
-from train.setup import open_session
+from train.setup import build_run
 
 log = logging.getLogger("train")
 
@@ -54,30 +54,30 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
     with ExitStack() as stack:
         interrupt = stack.enter_context(remember_signals())  # the last to go: a second signal finds it, too
         world = stack.enter_context(open_world(config.device, config.timeout_s))
-        session = open_session(config, out, resume, world, stack, interrupt)
+        run_state = build_run(config, out, resume, world, stack, interrupt)
         started = time.monotonic()
         try:
-            metrics = run_epochs(session)
+            metrics = run_epochs(run_state)
         except (InterruptedRunError, DivergedError) as error:
-            if session.folder is not None:
-                end_run(session.folder, env_launch(), error)
+            if run_state.folder is not None:
+                end_run(run_state.folder, env_launch(), error)
             raise
         seconds = time.monotonic() - started
-        if session.unsaved is not None:
-            raise SaveError(f"the end of the run is not saved: {session.unsaved}")
-        if session.folder is None or session.saver is None:
+        if run_state.unsaved is not None:
+            raise SaveError(f"the end of the run is not saved: {run_state.unsaved}")
+        if run_state.folder is None or run_state.saver is None:
             return None
         result: dict[str, Any] = {
-            "run": str(session.folder.path),
-            "step": session.step,
-            "best": session.saver.best,
+            "run": str(run_state.folder.path),
+            "step": run_state.step,
+            "best": run_state.saver.best,
         }
-        result["num_quarantined"] = {split: c.num_quarantined for split, c in session.data.items()}
-        result["skipped_steps"] = session.skipped
+        result["num_quarantined"] = {split: c.num_quarantined for split, c in run_state.data.items()}
+        result["skipped_steps"] = run_state.skipped
         result["checkpoints"] = {
-            "num_saved": session.saver.num_saved,
-            "held_up_s": session.held_up_s,
-            "held_up_share": session.held_up_s / seconds,
+            "num_saved": run_state.saver.num_saved,
+            "held_up_s": run_state.held_up_s,
+            "held_up_share": run_state.held_up_s / seconds,
         }
         if metrics is not None:
             result.update(asdict(metrics))

@@ -20,33 +20,33 @@ from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.sampler import steps_per_epoch
-from train.checkpoints.background import Saver
+from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.checkpoints.safe_load import Progress
-from train.compile.choose import prepare_lrn, prepare_step
+from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.load import READERS, RunConfig
 from train.distributed.ddp import batch_sizes, compress_gradients, describe_parallel, make_parallel
-from train.distributed.hybrid import part_optimizer_state, part_tensors
+from train.distributed.hybrid import shard_optimizer_state, shard_tensors
 from train.distributed.world import World, cpu_share, env_launch
 from train.health.metrics import TOP_K
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
 from train.health.signals import Interrupt, remember_signals
 from train.models.alexnet import Normalize, make_model
-from train.optim.ema import WeightAverage
+from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
 from train.optim.schedule import describe_rate
 from train.optim.sgd import load_optimizer, make_optimizer, start_momentum
 from train.runs.folder import RunFolder, create_run, go_back_to
-from train.runs.open_row import OpenRow
+from train.runs.open_row import RunningMetrics
 from train.runs.resume import Start, choose_start, claim_run
-from train.step import EVAL_BATCH, Trainer
+from train.step import EVAL_BATCH, TrainStep
 
 log = logging.getLogger("train")
 
 
 @dataclass
-class Session:
+class RunState:
     """One run on one rank: the parts, and how far it has come.
 
     Args:
@@ -66,7 +66,7 @@ class Session:
     """
 
     config: RunConfig
-    trainer: Trainer
+    trainer: TrainStep
     train_set: Dataset
     val_set: Dataset
     data: dict[str, Contents]
@@ -77,8 +77,8 @@ class Session:
     micro_batch: int
     steps_per_epoch: int
     step: int
-    saver: Saver | None
-    row: OpenRow
+    saver: AsyncCheckpointWriter | None
+    row: RunningMetrics
     unevaluated: bool
     progress: Progress
     skipped: int = 0
@@ -92,14 +92,14 @@ class Session:
         return self.config.epochs * self.steps_per_epoch
 
 
-def open_session(
+def build_run(
     config: RunConfig,
     out: Path | None,
     resume: str,
     world: World,
     stack: ExitStack,
     interrupt: Interrupt | None = None,
-) -> Session:
+) -> RunState:
     """Load the data, build or resume the model, choose backend and precision; rank 0 says what was chosen.
 
     Args:
@@ -117,7 +117,7 @@ def open_session(
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     launch, start = env_launch(), Start(run=None, checkpoint=None)
     if out is not None:
-        start = world.from_main(lambda: choose_start(out, resume, config, launch))
+        start = world.broadcast_object(lambda: choose_start(out, resume, config, launch))
     checkpoint = load_checkpoint(start.checkpoint) if start.checkpoint is not None else None
     data = {dataset.split: dataset.contents() for dataset in (train_set, val_set)}
     if checkpoint is not None:
@@ -168,7 +168,7 @@ def open_session(
         claim_run(folder, launch)
         log.info(f"run folder: {folder.path}")
         best = go_back_to(folder, step) if start.run is not None else None
-        saver = stack.enter_context(closing(Saver(folder, config, best)))
+        saver = stack.enter_context(closing(AsyncCheckpointWriter(folder, config, best)))
     prepare_lrn(
         trainer.network,
         config.lrn,
@@ -180,12 +180,15 @@ def open_session(
     if config.compile:
         run = folder.path if folder is not None else None
         crop_px = config.preprocessing.crop_px
-        prepare_step(trainer.parallel, micro_batch, crop_px, trainer.precision, world, run)
-    row, open_row = OpenRow(world, trainer.noise), checkpoint.parts["row"] if checkpoint is not None else {}
+        maybe_compile(trainer.parallel, micro_batch, crop_px, trainer.precision, world, run)
+    row, open_row = (
+        RunningMetrics(world, trainer.noise),
+        checkpoint.parts["row"] if checkpoint is not None else {},
+    )
     row.load_state_dict(open_row)
     interrupt = interrupt or stack.enter_context(remember_signals())
     interrupt.listen()
-    return Session(
+    return RunState(
         config=config,
         trainer=trainer,
         train_set=train_set,
@@ -209,7 +212,7 @@ def open_session(
 
 def make_trainer(
     config: RunConfig, train_set: Dataset, world: World, checkpoint: Checkpoint | None
-) -> Trainer:
+) -> TrainStep:
     """The network with its optimiser, from the seed or from a checkpoint, over the ranks as configured.
 
     Raises:
@@ -231,14 +234,14 @@ def make_trainer(
     optimizer, scaler = make_optimizer(network, config.optimizer), precision.make_scaler()
     guard = Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor)
     if checkpoint is not None:
-        load_optimizer(optimizer, part_optimizer_state(parallel, optimizer, checkpoint.parts["optimizer"]))
+        load_optimizer(optimizer, shard_optimizer_state(parallel, optimizer, checkpoint.parts["optimizer"]))
         scaler.load_state_dict(checkpoint.parts["scaler"])
         guard.load_state_dict(checkpoint.parts["guard"])
     start_momentum(optimizer)
-    average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
+    average = ModelEma(network, config.ema_decay) if config.ema_decay else None
     if average is not None and checkpoint is not None:
-        average.load(part_tensors(parallel, checkpoint.average_state))
-    return Trainer(
+        average.load(shard_tensors(parallel, checkpoint.average_state))
+    return TrainStep(
         network=network,
         parallel=parallel,
         powersgd=powersgd,

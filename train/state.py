@@ -9,14 +9,14 @@ import torch
 
 from train.checkpoints.background import copied
 from train.checkpoints.write import State
-from train.distributed.hybrid import whole_optimizer_state, whole_tensors
+from train.distributed.hybrid import gather_optimizer_state, gather_tensors
 from train.health.metrics import Metrics
-from train.setup import Session
-from train.step import Trainer
+from train.setup import RunState
+from train.step import TrainStep
 
 
 @torch.no_grad()
-def gather_parts(trainer: Trainer) -> dict[str, dict[str, Any]]:
+def gather_state(trainer: TrainStep) -> dict[str, dict[str, Any]]:
     """The whole state of each of `train.checkpoints.load.PARTS`, wherever it is now.
 
     Every rank calls this at the same step, so that what is split over the ranks can be put together here;
@@ -24,15 +24,15 @@ def gather_parts(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """
     average = trainer.average.values if trainer.average is not None else {}
     return {
-        "model": whole_tensors(trainer.parallel, trainer.network.state_dict()),
-        "average": whole_tensors(trainer.parallel, average),
-        "optimizer": whole_optimizer_state(trainer.parallel, trainer.optimizer),
+        "model": gather_tensors(trainer.parallel, trainer.network.state_dict()),
+        "average": gather_tensors(trainer.parallel, average),
+        "optimizer": gather_optimizer_state(trainer.parallel, trainer.optimizer),
         "scaler": trainer.scaler.state_dict(),
         "guard": trainer.guard.state_dict(),
     }
 
 
-def snapshot(session: Session, metrics: Metrics | None) -> State | None:
+def snapshot(run_state: RunState, metrics: Metrics | None) -> State | None:
     """Copy what a checkpoint of the present step holds; training may go on as soon as this returns.
 
     Every rank calls this. The saver must not be writing: it reads the memory that is copied to.
@@ -42,22 +42,22 @@ def snapshot(session: Session, metrics: Metrics | None) -> State | None:
     Returns:
         On rank 0 the state; on the others None.
     """
-    parts = gather_parts(session.trainer) | {"row": session.row.state_dict(session.skipped)}
-    if session.saver is None:
+    parts = gather_state(run_state.trainer) | {"row": run_state.row.state_dict(run_state.skipped)}
+    if run_state.saver is None:
         return None
     figures = {}
     if metrics is not None:
         figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
     return State(
-        step=session.step,
-        epoch=session.step // session.steps_per_epoch,
-        samples_seen=session.step * session.config.global_batch,
-        config=session.config,
-        classes=session.train_set.classes,
-        labels_text=session.train_set.labels_text,
-        data=session.data,
+        step=run_state.step,
+        epoch=run_state.step // run_state.steps_per_epoch,
+        samples_seen=run_state.step * run_state.config.global_batch,
+        config=run_state.config,
+        classes=run_state.train_set.classes,
+        labels_text=run_state.train_set.labels_text,
+        data=run_state.data,
         metrics={name: value for name, value in figures.items() if math.isfinite(value)},
-        progress=session.progress,
-        parts=session.saver.copies.take(parts),
-        wait_until_copied=copied(session.trainer.world.device),
+        progress=run_state.progress,
+        parts=run_state.saver.copies.take(parts),
+        wait_until_copied=copied(run_state.trainer.world.device),
     )

@@ -16,11 +16,11 @@ from data_pipeline.transforms.rng import hash_at
 from train.distributed.compression import PowerSGD
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World
-from train.health.metrics import Counts, Metrics
+from train.health.metrics import AccuracyMeter, Metrics
 from train.health.noise_scale import NoiseMeter
-from train.health.nonfinite import Guard, poison, restore_buffers
+from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.models.alexnet import AlexNet, Normalize
-from train.optim.ema import WeightAverage
+from train.optim.ema import ModelEma
 from train.optim.mixup import average_views, mix_inputs, mixed_losses
 from train.optim.precision import Precision
 from train.optim.sgd import set_rate
@@ -36,7 +36,7 @@ class BrokenOffError(Exception):
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainStep:
     """What a step needs and does not change: the parts, put together once by `train.main`.
 
     Args:
@@ -63,7 +63,7 @@ class Trainer:
     global_batch: int
     seed: int
     label_smoothing: float = 0.0
-    average: WeightAverage | None = None
+    average: ModelEma | None = None
     powersgd: PowerSGD | None = None
     noise: NoiseMeter | None = None
 
@@ -87,7 +87,9 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return images, labels, valid
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float, step: int) -> Counts:
+def train_step(
+    trainer: TrainStep, batches: Sequence[Batch], learning_rate: float, step: int
+) -> AccuracyMeter:
     """Forward, backward and update for one global batch.
 
     Every rank calls this with its own micro-batches, whose number may differ between the ranks. Gradients
@@ -108,18 +110,18 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
     # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
     torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, lane=_LANE_DROPOUT)) >> 1)
     set_rate(optimizer, learning_rate)
-    counts = Counts(world.device)
+    counts = AccuracyMeter(world.device)
     trainer.network.train()
     buffers = [buffer.clone() for buffer in trainer.network.buffers()]
     optimizer.zero_grad(set_to_none=True)
     if isinstance(parallel, HybridParallel):
-        with world.collective(f"the start of step {step + 1}"):
+        with world.named_collective(f"the start of step {step + 1}"):
             parallel.start_step(len(batches), trainer.precision)
     for number, batch in enumerate(batches, start=1):
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         last = number == len(batches)
         share = nullcontext() if last else parallel.no_sync()
-        with share, world.collective(f"the sum of gradients of step {step + 1}"):
+        with share, world.named_collective(f"the sum of gradients of step {step + 1}"):
             inputs_NCHW = trainer.normalize(images_NHWC)
             if batch.mix is not None:
                 inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
@@ -130,16 +132,16 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], learning_rate: float,
             loss = (losses_N * valid_N).sum() * (world.world_size / trainer.global_batch)
             if noise is not None:
                 noise.start_part()
-            torch.autograd.backward(scaler.scale(poison(loss)))
+            torch.autograd.backward(scaler.scale(propagate_nonfinite(loss)))
         if noise is not None:
             noise.end_part(valid_N)
         counts.add(logits_NC.detach(), losses_N.detach(), labels_N, valid_N)
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
     if isinstance(parallel, HybridParallel):
-        with world.collective(f"the norm of the gradient of step {step + 1}"):
+        with world.named_collective(f"the norm of the gradient of step {step + 1}"):
             gradients = parallel.agree(scaler, optimizer)
-    skip = trainer.guard.judge(gradients, step)
+    skip = trainer.guard.should_skip(gradients, step)
     if trainer.powersgd is not None:
         trainer.powersgd.end_step(skip)
     if noise is not None:
@@ -190,7 +192,7 @@ def evaluate(
         BrokenOffError: any rank broke off; on every rank.
     """
     network.eval()
-    counts, stopped = Counts(world.device), False
+    counts, stopped = AccuracyMeter(world.device), False
     for batch in batches:
         if stop is not None and stop():
             stopped = True

@@ -27,7 +27,7 @@ MAX_LIST_BYTES = 1 << 30
 MAX_LINE_BYTES = 1 << 20
 
 
-def find_quarantine(root: Path, quarantine: Path | bool | None) -> Path | None:
+def find_exclude_list(root: Path, quarantine: Path | bool | None) -> Path | None:
     """The list to honour; see `data_pipeline.datasets.open.open_dataset`.
 
     Raises:
@@ -45,7 +45,7 @@ def find_quarantine(root: Path, quarantine: Path | bool | None) -> Path | None:
     raise UserError(f"no quarantine list {printable(path)}")
 
 
-def read_quarantine(path: Path) -> dict[str, str]:
+def read_exclude_list(path: Path) -> dict[str, str]:
     """The reason for each path in a list. The paths are compared with the data's own, and never opened.
 
     Raises:
@@ -86,7 +86,7 @@ def _parse(line: bytes, where: str) -> tuple[str, str]:
     return name, reason
 
 
-def write_quarantine(path: Path, reasons: Mapping[str, str]) -> None:
+def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:
     """Write a list, in the order given, whole or not at all. Names need not be UTF-8: JSON escapes them.
 
     Raises:
@@ -114,7 +114,7 @@ def leave_out(dataset: Dataset, path: Path) -> Dataset:
     Raises:
         UserError: nothing would be left.
     """
-    listed = read_quarantine(path)
+    listed = read_exclude_list(path)
     kept = np.fromiter((name not in listed for name in names_of(dataset)), dtype=bool, count=len(dataset))
     num_left_out = len(dataset) - int(kept.sum())
     num_unknown = sum(1 for name in listed if name.startswith(f"{dataset.split}/")) - num_left_out

@@ -29,7 +29,7 @@ Labels = Callable[[Sequence[str], "tuple[str, ...] | None"], dict[str, str]]
 """From image names, and the classes if they are known, to the class of each image that the file names."""
 
 
-def find_annotations(root: Path, split: str, watch: Watch) -> tuple[Path, Labels] | None:
+def find_label_files(root: Path, split: str, watch: Watch) -> tuple[Path, Labels] | None:
     """The file that says which image of a flat split is of which class, and how to read it.
 
     Args:
@@ -59,7 +59,7 @@ def find_annotations(root: Path, split: str, watch: Watch) -> tuple[Path, Labels
     return None
 
 
-def read_words(root: Path, classes: Sequence[str], watch: Watch) -> tuple[str, ...]:
+def read_class_names(root: Path, classes: Sequence[str], watch: Watch) -> tuple[str, ...]:
     """Names of the classes for people to read, where the data has a file of them.
 
     The first of several synonyms, all of them where the first would name two classes, and the id behind
@@ -86,7 +86,7 @@ def read_words(root: Path, classes: Sequence[str], watch: Watch) -> tuple[str, .
     return tuple(_where_unique(first, [f"{t} ({c})" for t, c in zip(first, classes, strict=True)]))
 
 
-def read_wnids(root: Path, watch: Watch) -> tuple[str, ...] | None:
+def read_synset_ids(root: Path, watch: Watch) -> tuple[str, ...] | None:
     """The classes that `wnids.txt` names, in byte order; None where there is no such file."""
     path = root / WNIDS
     watch.note(path)

@@ -22,10 +22,15 @@ import numpy as np
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset, check_same_classes
-from data_pipeline.datasets.exclude_list import find_quarantine, leave_out
+from data_pipeline.datasets.exclude_list import find_exclude_list, leave_out
 from data_pipeline.datasets.image_folder import LAYOUT, is_image, list_entries, load_image_folder
 from data_pipeline.datasets.index_cache import load_index, save_index
-from data_pipeline.datasets.label_files import ANNOTATIONS, find_annotations, read_wnids, read_words
+from data_pipeline.datasets.label_files import (
+    ANNOTATIONS,
+    find_label_files,
+    read_class_names,
+    read_synset_ids,
+)
 from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.datasets.watch import Watch
 from data_pipeline.shards.shard_format import shard_files
@@ -68,7 +73,7 @@ def open_dataset(
         found = load_index(root, split)
         dataset = found if found is not None else _scan(root, split, min_cached)
     dataset.labels.setflags(write=False)
-    listed = find_quarantine(root, quarantine)
+    listed = find_exclude_list(root, quarantine)
     return dataset if listed is None else leave_out(dataset, listed)
 
 
@@ -97,7 +102,7 @@ def _scan(root: Path, split: str, min_cached: int) -> Dataset:
         dataset = load_image_folder(root, split, watch)
         if split != "train" and (classes := _train_classes(root, watch)) is not None:
             check_same_classes(replace(dataset, split="train", classes=classes), dataset)
-    dataset = replace(dataset, labels_text=read_words(root, dataset.classes, watch))
+    dataset = replace(dataset, labels_text=read_class_names(root, dataset.classes, watch))
     if len(dataset) >= min_cached:
         save_index(dataset, watch)
     return dataset
@@ -122,7 +127,7 @@ def _train_classes(root: Path, watch: Watch) -> tuple[str, ...] | None:
 def _load_annotated(root: Path, split: str, watch: Watch) -> Dataset:
     """A split whose images lie flat, with their classes in a file."""
     folder = root / split
-    found = find_annotations(root, split, watch)
+    found = find_label_files(root, split, watch)
     if found is None:
         raise UserError(
             f"the images of {printable(folder)} lie side by side, not in class folders, and no file says "
@@ -133,7 +138,7 @@ def _load_annotated(root: Path, split: str, watch: Watch) -> Dataset:
     watch.note(folder)
     watch.note(folder / inner)
     names = [e.name for e in list_entries(folder / inner) if is_image(e.name) and not e.is_dir()]
-    train_classes, wnids = _train_classes(root, watch), read_wnids(root, watch)
+    train_classes, wnids = _train_classes(root, watch), read_synset_ids(root, watch)
     if train_classes is not None and wnids is not None and train_classes != wnids:
         missing = sorted(set(wnids) ^ set(train_classes))
         raise UserError(

@@ -1,7 +1,7 @@
 """DALI, on CPU and GPU. With `dali_graph`, the only file that imports nvidia.dali.
 
 It decodes with libjpeg-turbo (CPU) or nvJPEG (GPU), and follows the policy in `pillow_backend`. Sizes and
-windows come from Python, so the two backends cut the same pixels. On a GPU the whole recipe is one graph,
+windows come from Python, so the two backends cut the same pixels. On a GPU all of it is one graph,
 and the images stay there. On the CPU, DALI decodes the windows; `resize` does the rest, on as many threads:
 DALI's resize takes longer there than its decoding, and ours gives the Pillow backend's pixels to the bit.
 
@@ -74,7 +74,7 @@ class DaliBackend:
 
         Args:
             encoded: N files' bytes, N at most `max_batch`; None leaves zeros.
-            geometry: N recipes.
+            geometry: N crops.
         Returns:
             A NumPy array, or on a GPU DALI's tensor. Both stay valid: the array is our own, and DALI's
             default executor gives every output memory of its own.
@@ -86,11 +86,11 @@ class DaliBackend:
             if _is_for_pillow(data):
                 work.transcode(i)
         with self._lock:
-            output = self._run(work.files, work.recipe())
+            output = self._run(work.files, work.crops())
             while output is None:  # at most twice: what DALI refuses becomes BMP, a BMP refused becomes blank
-                for i in self._refused(work.files, work.recipe(), np.arange(len(work.files))):
+                for i in self._refused(work.files, work.crops(), np.arange(len(work.files))):
                     work.transcode(i)
-                output = self._run(work.files, work.recipe())
+                output = self._run(work.files, work.crops())
         if work.transcoded and not self._told:
             self._told = True
             log.info("DALI cannot read some of the files (GIF, TIFF, ...): Pillow decodes those, more slowly")
@@ -116,24 +116,26 @@ class DaliBackend:
         tensor: object = output.as_tensor()
         return tensor
 
-    def _refused(self, files: Sequence[bytes], recipe: CropParams, indices: npt.NDArray[np.int64]) -> list[int]:
+    def _refused(
+        self, files: Sequence[bytes], crops: CropParams, indices: npt.NDArray[np.int64]
+    ) -> list[int]:
         """Which of the samples DALI refuses, by halving: one bad file costs two more decodes of its batch."""
         refused: list[int] = []
         for half in np.array_split(indices, 2 if len(indices) > 1 else 1):
-            if self._run([files[i] for i in half], recipe.take(half)) is None:
-                refused += self._refused(files, recipe, half) if len(half) > 1 else [int(half[0])]
+            if self._run([files[i] for i in half], crops.take(half)) is None:
+                refused += self._refused(files, crops, half) if len(half) > 1 else [int(half[0])]
         return refused
 
-    def _run(self, files: Sequence[bytes], recipe: CropParams) -> Any:
-        """One run of the graph for this kind of recipe; None if DALI refuses the batch."""
-        kind = (recipe.views, recipe.colors is not None) if self._whole_graph else ((), False)
+    def _run(self, files: Sequence[bytes], crops: CropParams) -> Any:
+        """One run of the graph for this kind of crops; None if DALI refuses the batch."""
+        kind = (crops.views, crops.colors is not None) if self._whole_graph else ((), False)
         if kind not in self._graphs:
             self._graphs[kind] = make_graph(
                 "gpu" if self.device == "gpu" else "cpu", self._device_id, self.max_batch, self._num_threads,
                 crop_px=self._crop_px if self._whole_graph else None, views=kind[0], colors=kind[1],
             )  # fmt: skip
         try:
-            return run_graph(self._graphs[kind], files, recipe, whole=self._whole_graph)
+            return run_graph(self._graphs[kind], files, crops, whole=self._whole_graph)
         except RuntimeError as error:
             log.debug("DALI refused a batch of %d: %s", len(files), error)
             return None
@@ -164,7 +166,7 @@ class _Work:
             self.blank.add(index)
             self.files[index] = _black()
 
-    def recipe(self) -> CropParams:
+    def crops(self) -> CropParams:
         """The geometry, with a window for each blank sample on the black pixel that stands in its place."""
         if not self.blank:
             return self.geometry

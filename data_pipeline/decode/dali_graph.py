@@ -55,19 +55,19 @@ def make_graph(
             jpeg_fancy_upsampling=True,  # what libjpeg does; without it nvJPEG's colours differ at edges
         )
         if crop_px is not None:
-            images = _recipe(images, crop_px, views, colors)
+            images = _transform(images, crop_px, views, colors)
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 
 
-def run_graph(pipeline: Any, files: Sequence[bytes], recipe: CropParams, *, whole: bool) -> Any:
+def run_graph(pipeline: Any, files: Sequence[bytes], crops: CropParams, *, whole: bool) -> Any:
     """Run a graph over a batch.
 
     Args:
         pipeline: from `make_graph`.
         files: N files' bytes.
-        recipe: N recipes, of the graph's kind.
+        crops: N crops, of the kind of the graph.
         whole: whether the graph does more than to decode the windows.
     Returns:
         DALI's tensor list.
@@ -76,21 +76,21 @@ def run_graph(pipeline: Any, files: Sequence[bytes], recipe: CropParams, *, whol
     """
     inputs: dict[str, object] = {
         "encoded": [np.frombuffer(data, dtype=np.uint8) for data in files],
-        "starts": recipe.windows[:, :2].astype(np.int32),
-        "shapes": recipe.windows[:, 2:].astype(np.int32),
+        "starts": crops.windows[:, :2].astype(np.int32),
+        "shapes": crops.windows[:, 2:].astype(np.int32),
     }
     if whole:
-        inputs["sizes"] = recipe.sizes.astype(np.float32)
-        inputs["anchors"] = recipe.anchors.astype(np.int32)
-        inputs["flips"] = recipe.flips.astype(np.int32)
-        if recipe.colors is not None:
-            inputs["linear"] = np.ascontiguousarray(recipe.colors[:, :, :3])
-            inputs["offset"] = np.ascontiguousarray(recipe.colors[:, :, 3])
+        inputs["sizes"] = crops.sizes.astype(np.float32)
+        inputs["anchors"] = crops.anchors.astype(np.int32)
+        inputs["flips"] = crops.flips.astype(np.int32)
+        if crops.colors is not None:
+            inputs["linear"] = np.ascontiguousarray(crops.colors[:, :, :3])
+            inputs["offset"] = np.ascontiguousarray(crops.colors[:, :, 3])
     (output,) = pipeline.run(**inputs)
     return output
 
 
-def _recipe(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) -> Any:
+def _transform(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) -> Any:
     """Resize, colour, cut, mirror."""
     fn, types = dali.fn, dali.types
     sizes = _source("sizes", types.FLOAT, 1)

@@ -78,7 +78,7 @@ class PillowBackend:
 
         Args:
             encoded: N files' bytes; None leaves zeros.
-            geometry: N recipes.
+            geometry: N crops.
         Returns:
             A NumPy array that the caller owns, and the failures.
         """
@@ -138,11 +138,11 @@ def decode_rgb(encoded: bytes) -> Image.Image:
 
 
 def decode_one(encoded: bytes, geometry: CropParams, index: int) -> npt.NDArray[np.uint8]:
-    """One image through one recipe.
+    """One image through one crop.
 
     Args:
         encoded: the file's bytes.
-        geometry: recipes.
+        geometry: crops.
         index: which of them.
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
@@ -165,11 +165,11 @@ def decode_one(encoded: bytes, geometry: CropParams, index: int) -> npt.NDArray[
 
 
 def finish(window: Image.Image, geometry: CropParams, index: int) -> npt.NDArray[np.uint8]:
-    """What a recipe does with its window, once that is decoded and cut: resize, colour, crop, mirror.
+    """What a crop does with its window, once that is decoded and cut: resize, colour, crop, mirror.
 
     Args:
         window: RGB.
-        geometry: recipes.
+        geometry: crops.
         index: which of them.
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).

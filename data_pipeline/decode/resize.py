@@ -36,7 +36,7 @@ class Resizer:
         Args:
             images: (N, crop, crop, 3) or (N, V, crop, crop, 3), contiguous; that at `index` is written.
             window: (height, width, 3) RGB, contiguous.
-            geometry: N recipes.
+            geometry: N crops.
             index: which of them.
         """
         if self._compiled is None or geometry.views or max(window.shape) > _MAX_SHRINK * geometry.crop_px:

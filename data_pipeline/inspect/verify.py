@@ -23,10 +23,10 @@ from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.exclude_list import (
     QUARANTINE,
-    find_quarantine,
+    find_exclude_list,
     names_of,
-    read_quarantine,
-    write_quarantine,
+    read_exclude_list,
+    write_exclude_list,
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
@@ -111,8 +111,8 @@ def verify(
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
     wanted = tuple(dict.fromkeys(splits)) or splits_of(root)
-    known = find_quarantine(root, True)
-    before = read_quarantine(known) if known is not None else {}
+    known = find_exclude_list(root, True)
+    before = read_exclude_list(known) if known is not None else {}
     datasets = [open_dataset(root, split, quarantine=False) for split in wanted]
     reports = tuple(_verify_split(dataset, workers, max_pixels) for dataset in datasets)
     bad = {name: reason for report in reports for name, reason in report.bad}
@@ -231,7 +231,7 @@ def _save(path: Path, before: dict[str, str], after: dict[str, str]) -> None:
     if list(before.items()) == list(after.items()):
         return
     if after:
-        write_quarantine(path, after)
+        write_exclude_list(path, after)
         return
     try:
         path.unlink()

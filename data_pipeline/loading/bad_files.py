@@ -39,7 +39,7 @@ class FaultLog:
             self.reasons[failure.path] = failure.reason
             log.warning("left out %s: %s", failure.path, failure.reason)
 
-    def set_aside(self, path: os.PathLike[str], reason: str) -> None:
+    def exclude(self, path: os.PathLike[str], reason: str) -> None:
         """Put a file into quarantine, by its path: several paths may print alike."""
         self._quarantine.setdefault(path, reason)
 

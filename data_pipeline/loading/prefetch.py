@@ -24,7 +24,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loading.bad_files import Failure, FaultLog
-from data_pipeline.loading.readers import Fetched, ReaderPool, fetch
+from data_pipeline.loading.readers import EncodedImage, ReaderPool, fetch
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.sampler import Int
@@ -81,7 +81,7 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class BatchRequest:
     """What one batch shall hold: files, and the recipe for their sizes. See `Batch` for the shared fields.
 
     Args:
@@ -103,8 +103,8 @@ class Request:
     dataset: Dataset | None = None
 
 
-def run_ahead(
-    requests: Iterator[Request],
+def prefetch_batches(
+    requests: Iterator[BatchRequest],
     backend: ImageBackend,
     max_pixels: int,
     read_threads: int,
@@ -178,28 +178,30 @@ def _consume(
                 raise item
             for failure, place in zip(item.failures, np.flatnonzero(~item.valid), strict=True):
                 faults.add(failure)
-                faults.set_aside(item.paths[place], failure.reason)
+                faults.exclude(item.paths[place], failure.reason)
             yield item
     finally:
         stop.set()
         thread.join()
 
 
-def _fetch(request: Request, places: range, max_pixels: int, faults: FaultLog) -> list[Fetched]:
+def _fetch(request: BatchRequest, places: range, max_pixels: int, faults: FaultLog) -> list[EncodedImage]:
     """Some files of a request by one thread, but for those in quarantine: a hand-over each costs more."""
     files = []
     for place in places:
         if (reason := faults.reason_for(request.paths[place])) is not None:
-            files.append(Fetched(None, reason=reason))
+            files.append(EncodedImage(None, reason=reason))
         else:
             files.append(fetch(partial(request.read, place), max_pixels))
     return files
 
 
-def _fetch_all(request: Request, readers: ReaderPool, max_pixels: int, faults: FaultLog) -> list[Fetched]:
+def _fetch_all(
+    request: BatchRequest, readers: ReaderPool, max_pixels: int, faults: FaultLog
+) -> list[EncodedImage]:
     """All files of a request by one process, but for those in quarantine."""
     assert request.dataset is not None
-    files = [Fetched(None, reason=faults.reason_for(path) or "") for path in request.paths]
+    files = [EncodedImage(None, reason=faults.reason_for(path) or "") for path in request.paths]
     wanted = [place for place, file in enumerate(files) if not file.reason]
     for place, file in zip(
         wanted, readers.fetch(request.dataset, request.indices[wanted], max_pixels), strict=True
@@ -209,15 +211,15 @@ def _fetch_all(request: Request, readers: ReaderPool, max_pixels: int, faults: F
 
 
 def _read_ahead(
-    requests: Iterator[Request],
+    requests: Iterator[BatchRequest],
     pool: ThreadPoolExecutor,
     read_threads: int,
     readers: ReaderPool | None,
     max_pixels: int,
     depth: int,
     faults: FaultLog,
-) -> Iterator[tuple[Request, list[Fetched]]]:
-    pending: deque[tuple[Request, list[Future[list[Fetched]]]]] = deque()
+) -> Iterator[tuple[BatchRequest, list[EncodedImage]]]:
+    pending: deque[tuple[BatchRequest, list[Future[list[EncodedImage]]]]] = deque()
     depth = max(depth, 0 if readers is None else readers.num_processes)
     for request in requests:
         if readers is not None and readers.holds(request.dataset):
@@ -234,11 +236,13 @@ def _read_ahead(
         yield _fetched(*pending.popleft())
 
 
-def _fetched(request: Request, futures: list[Future[list[Fetched]]]) -> tuple[Request, list[Fetched]]:
+def _fetched(
+    request: BatchRequest, futures: list[Future[list[EncodedImage]]]
+) -> tuple[BatchRequest, list[EncodedImage]]:
     return request, [file for future in futures for file in future.result()]
 
 
-def _decode(request: Request, fetched: Sequence[Fetched], backend: ImageBackend) -> Batch:
+def _decode(request: BatchRequest, fetched: Sequence[EncodedImage], backend: ImageBackend) -> Batch:
     sizes = np.array([file.height_width for file in fetched], dtype=np.int64)
     decoded = backend.decode([file.data for file in fetched], request.geometry(sizes))
     reasons = {i: file.reason for i, file in enumerate(fetched) if file.data is None} | decoded.failures

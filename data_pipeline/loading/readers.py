@@ -36,7 +36,7 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Fetched:
+class EncodedImage:
     """One file's bytes and upright size; or, without bytes, the reason why there are none."""
 
     data: bytes | None
@@ -44,7 +44,7 @@ class Fetched:
     reason: str = ""
 
 
-def fetch(read: Callable[[int], bytes], max_pixels: int) -> Fetched:
+def fetch(read: Callable[[int], bytes], max_pixels: int) -> EncodedImage:
     """Read one image and its header.
 
     Args:
@@ -53,9 +53,9 @@ def fetch(read: Callable[[int], bytes], max_pixels: int) -> Fetched:
     """
     try:
         data = read(MAX_BYTES_PER_PIXEL * max_pixels)
-        return Fetched(data, read_header(data, max_pixels))
+        return EncodedImage(data, read_header(data, max_pixels))
     except ImageError as error:
-        return Fetched(None, reason=str(error))
+        return EncodedImage(None, reason=str(error))
 
 
 class ReaderPool:
@@ -82,7 +82,7 @@ class ReaderPool:
         """Whether this dataset is one of the pool's."""
         return any(known is dataset for known in self._datasets)
 
-    def fetch(self, dataset: Dataset, indices: Int, max_pixels: int) -> list[Fetched]:
+    def fetch(self, dataset: Dataset, indices: Int, max_pixels: int) -> list[EncodedImage]:
         """Read samples, in one process.
 
         Args:
@@ -127,7 +127,7 @@ class _Process:
         except OSError as error:
             raise self._lost() from error
 
-    def receive(self) -> list[Fetched]:
+    def receive(self) -> list[EncodedImage]:
         try:
             found, size = pickle.loads(_read_frame(self._out))
         except (EOFError, OSError) as error:
@@ -137,7 +137,7 @@ class _Process:
         files, start = [], 0
         for height_width, reason, length in found:
             data = self._shared[start : start + length] if not reason else None
-            files.append(Fetched(data, height_width, reason))
+            files.append(EncodedImage(data, height_width, reason))
             start += length
         return files
 

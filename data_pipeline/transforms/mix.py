@@ -1,7 +1,7 @@
 """MixUp and CutMix: which two samples are mixed, and how; and the reference for the arithmetic on the device.
 
 A sample's partner is its neighbour in the step: places 2i and 2i + 1 of the global batch go together. Ranks
-and micro-batches never part a pair (`order.rank_slice` with unit 2), so that the plan is the same for any
+and micro-batches never part a pair (`order.rank_slice` in groups of 2), so that the plan is the same for any
 number of them, nothing travels between ranks, and no image is decoded twice. The price is that a rank's share
 of a step is a whole number of pairs. As the order is a new permutation each epoch, so are the pairs.
 

@@ -37,24 +37,24 @@ def permutation_at(seed: int, epoch: int, num_samples: int) -> Int:
     return order
 
 
-def rank_slice(count: int, rank: int, world_size: int, unit: int = 1) -> slice:
+def rank_slice(count: int, rank: int, world_size: int, group_size: int = 1) -> slice:
     """The contiguous share of one rank; the shares of all ranks, in order, are the whole, also when uneven.
 
     Args:
         count: how many to share.
         rank: which rank, 0..world_size - 1.
         world_size: number of ranks.
-        unit: so many neighbours, counted from 0, are never parted: 2 where samples are mixed in pairs.
+        group_size: so many neighbours, counted from 0, are never parted: 2 where samples are mixed in pairs.
 
     >>> [rank_slice(10, rank, 3) for rank in range(3)]
     [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
-    >>> [rank_slice(9, rank, 2, unit=2) for rank in range(2)]
+    >>> [rank_slice(9, rank, 2, group_size=2) for rank in range(2)]
     [slice(0, 4, None), slice(4, 9, None)]
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
-    units = -(-count // unit)
-    start, stop = rank * units // world_size * unit, (rank + 1) * units // world_size * unit
+    groups = -(-count // group_size)
+    start, stop = rank * groups // world_size * group_size, (rank + 1) * groups // world_size * group_size
     return slice(min(start, count), min(stop, count))
 
 
@@ -75,7 +75,7 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
 
 
 def positions_at(
-    step: int, num_samples: int, global_batch: int, rank: int, world_size: int, unit: int = 1
+    step: int, num_samples: int, global_batch: int, rank: int, world_size: int, group_size: int = 1
 ) -> tuple[int, Int]:
     """The epoch of a step, and the positions in that epoch's order that one rank takes.
 
@@ -85,11 +85,11 @@ def positions_at(
         global_batch: samples of one step over all ranks.
         rank: which rank, 0..world_size - 1.
         world_size: number of ranks.
-        unit: see `rank_slice`.
+        group_size: see `rank_slice`.
     Returns:
         epoch, and (rank_batch) int64 positions in 0..num_samples - 1.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch))
-    share = rank_slice(global_batch, rank, world_size, unit)
+    share = rank_slice(global_batch, rank, world_size, group_size)
     first = step_in_epoch * global_batch
     return epoch, np.arange(first + share.start, first + share.stop, dtype=np.int64)

@@ -72,5 +72,5 @@ class _RowsTellThem(FaultLog):
     def add(self, failure: Failure) -> None:
         pass
 
-    def set_aside(self, path: os.PathLike[str], reason: str) -> None:
+    def exclude(self, path: os.PathLike[str], reason: str) -> None:
         pass

@@ -23,7 +23,7 @@ from scripts.soaking.plan import (
     make_plan,
     steps_of,
 )
-from scripts.soaking.report import Report, Round
+from scripts.soaking.report import MicroBatchPlan, Report
 from scripts.soaking.rounds import Course, Disturbed, compare_runs, train_undisturbed
 
 log = logging.getLogger("train")
@@ -61,7 +61,7 @@ def soak(minutes: float, seed: int, out: Path) -> Report:
     demo = out / "demo"
     write_demo(demo)
     size = Size(2, 7, 3) if minutes < SHORT_MINUTES else Size(6, 10, 8)
-    rounds: list[Round] = []
+    rounds: list[MicroBatchPlan] = []
     not_injected: dict[str, str] = {}
     while not rounds or time.monotonic() - started + longest / 2 <= 60 * minutes:
         began, pair_seed = time.monotonic(), seed + len(rounds) // 2
@@ -76,7 +76,9 @@ def soak(minutes: float, seed: int, out: Path) -> Report:
     )
 
 
-def soak_pair(seed: int, size: Size, folder: Path, demo: Path, not_injected: dict[str, str]) -> list[Round]:
+def soak_pair(
+    seed: int, size: Size, folder: Path, demo: Path, not_injected: dict[str, str]
+) -> list[MicroBatchPlan]:
     """The two runs of a pair, and the undisturbed one.
 
     Args:
@@ -98,14 +100,14 @@ def soak_pair(seed: int, size: Size, folder: Path, demo: Path, not_injected: dic
         )
         reference, reference_s = train_undisturbed(undisturbed, undisturbed.folder / "runs", corrupted)
         expected = read_evidence(undisturbed.folder / "evidence", undisturbed.total_steps)
-        first = judge(fixed, disturbed, evidence, expected, reference, reference_s)
+        first = should_skip(fixed, disturbed, evidence, expected, reference, reference_s)
         shutil.rmtree(reference)
         if first.good:
             shutil.rmtree(disturbed.runs)
     with ExitStack() as stack:
         disturbed = _train(changing, size.num_faults_changing, CHOICES, stack, not_injected)
         evidence = read_evidence(changing.folder / "evidence", changing.total_steps)
-        second = judge(changing, disturbed, evidence, expected, None, reference_s)
+        second = should_skip(changing, disturbed, evidence, expected, None, reference_s)
         if second.good:
             shutil.rmtree(disturbed.runs)
     return [first, second]
@@ -130,14 +132,14 @@ def _train(
     return disturbed
 
 
-def judge(
+def should_skip(
     course: Course,
     disturbed: Disturbed,
     evidence: Evidence,
     expected: Evidence,
     reference: Path | None,
     undisturbed_s: float,
-) -> Round:
+) -> MicroBatchPlan:
     """Hold a run against the undisturbed one.
 
     Args:
@@ -173,7 +175,7 @@ def judge(
         problems += [] if state_equal else ["the last state differs from the undisturbed run's"]
         problems += [] if rows_equal else ["the rows of metrics.jsonl differ from the undisturbed run's"]
     path_at = load_image_folder(course.folder / "data", "train").path_at
-    return Round(
+    return MicroBatchPlan(
         seed=course.seed,
         ranks=disturbed.ranks,
         hits=disturbed.hits,

@@ -30,7 +30,7 @@ class Hit(msgspec.Struct, kw_only=True):
     problems: list[str] = []
 
 
-class Round(msgspec.Struct, kw_only=True):
+class MicroBatchPlan(msgspec.Struct, kw_only=True):
     """One run under faults, and what it was compared with.
 
     Args:
@@ -72,7 +72,7 @@ class Report(msgspec.Struct, kw_only=True):
     seed: int
     minutes: float
     wall_s: float
-    rounds: list[Round]
+    rounds: list[MicroBatchPlan]
     not_injected: dict[str, str]
     injected: dict[str, int] = {}
     survived: dict[str, int] = {}

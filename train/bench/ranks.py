@@ -22,7 +22,7 @@ from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.models.alexnet import AlexNet
 from train.setup import make_trainer
-from train.step import Trainer, train_step
+from train.step import TrainStep, train_step
 from train.tune.steps import noise_batch, wait_for
 
 Mode = Literal["ddp", "ddp+bf16", "ddp+powersgd", "hybrid"]
@@ -90,7 +90,7 @@ def measure(spec: ScalingSpec, world: World) -> RankFigures:
             trainer = _make(spec, mode, world)
             number = 0
 
-            def step(trainer: Trainer = trainer) -> None:
+            def step(trainer: TrainStep = trainer) -> None:
                 nonlocal number
                 train_step(trainer, [batch], 0.0, number)
                 number += 1
@@ -109,7 +109,7 @@ def measure(spec: ScalingSpec, world: World) -> RankFigures:
     return RankFigures(seconds=seconds, sent_bytes=sent, formula_bytes=formula, world_size=world.world_size)
 
 
-def _make(spec: ScalingSpec, mode: Mode, world: World) -> Trainer:
+def _make(spec: ScalingSpec, mode: Mode, world: World) -> TrainStep:
     values = {
         "model.name": spec.variant, "model.stem_stride": 4, "preprocessing.crop_px": spec.crop_px,
         "preprocessing.resize_px": spec.crop_px * 8 // 7, "precision": spec.precision, "device": spec.device,

@@ -29,10 +29,10 @@ from train.bench.turns import answer_lines
 from train.compile.choose import compile_step, fuse_lrn
 from train.config.load import RunConfig, make_config
 from train.distributed.world import World, cpu_share, open_world
-from train.health.metrics import Counts
+from train.health.metrics import AccuracyMeter
 from train.models.lrn import LocalResponseNorm
 from train.setup import make_trainer
-from train.step import Trainer, to_device, train_step
+from train.step import TrainStep, to_device, train_step
 from train.tune.steps import noise_batch, peak_memory_mb, wait_for
 
 NUM_CLASSES = 1000
@@ -102,7 +102,7 @@ class OurSteps:
         self.device, self.batch, self.done = world.device, spec.batch, 0
         classes = tuple(f"class-{number}" for number in range(NUM_CLASSES))
         self.dataset = Dataset(Path(bench.folder), "train", (), np.zeros(0, np.int64), classes)
-        self.trainer: Trainer = make_trainer(self.config, self.dataset, world, None)
+        self.trainer: TrainStep = make_trainer(self.config, self.dataset, world, None)
         if spec.lrn in ("none", "torch"):
             replace_lrn(self.trainer.network, spec.lrn)
         elif spec.lrn == "fused":
@@ -123,11 +123,11 @@ class OurSteps:
         """Forget the gradients."""
         self.trainer.optimizer.zero_grad(set_to_none=True)
 
-    def step(self) -> Counts:
+    def step(self) -> AccuracyMeter:
         """One step of the project's engine."""
         return self.train(self.sample)
 
-    def train(self, batch: Batch) -> Counts:
+    def train(self, batch: Batch) -> AccuracyMeter:
         """One step on a given batch."""
         self.done += 1
         return train_step(self.trainer, [batch], LEARNING_RATE, self.done)
@@ -152,7 +152,7 @@ class OurSteps:
                 global_batch=self.batch, num_steps=None, prefetch=PREFETCH,
             )  # fmt: skip
             stack.callback(stream.close)
-            counts, started = Counts(self.device), 0.0
+            counts, started = AccuracyMeter(self.device), 0.0
             for number, batch in zip(range(PREFETCH + 1 + num_batches), stream, strict=False):
                 if train:
                     counts.merge(self.train(batch))

@@ -24,7 +24,7 @@ from train.config.load import READERS
 
 BATCH = 64
 CROP_PX = 224
-Round = Callable[[int], Iterator[int]]
+MicroBatchPlan = Callable[[int], Iterator[int]]
 """Makes so many batches and yields the number of images in each."""
 
 
@@ -34,7 +34,7 @@ def ours(
     num_cores: int,
     *,
     device: Literal["cpu", "gpu"] = "cpu",
-) -> Round:
+) -> MicroBatchPlan:
     """This project's loader, on a folder of files or of shards; as in training, processes read for a GPU."""
     preprocessing = Preprocessing(crop_px=CROP_PX)
     dataset = open_dataset(folder, "train", quarantine=False)
@@ -66,7 +66,7 @@ def ours(
     return batches
 
 
-def torchvision_loader(folder: Path, num_cores: int) -> Round:
+def torchvision_loader(folder: Path, num_cores: int) -> MicroBatchPlan:
     """torch's DataLoader with torchvision's v2 transforms, a worker for each core, uint8 out."""
     import torch
     from torchvision.datasets import ImageFolder
@@ -90,7 +90,7 @@ def torchvision_loader(folder: Path, num_cores: int) -> Round:
     return batches
 
 
-def dali_reader(folder: Path, num_cores: int) -> Round:
+def dali_reader(folder: Path, num_cores: int) -> MicroBatchPlan:
     """DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
     import numpy as np
     import nvidia.dali
@@ -115,7 +115,7 @@ def dali_reader(folder: Path, num_cores: int) -> Round:
     return batches
 
 
-def make_subject(name: str, folder: Path, num_cores: int) -> Round:
+def make_subject(name: str, folder: Path, num_cores: int) -> MicroBatchPlan:
     """A subject by its name in the report."""
     if name in ("dali", "shards"):
         return ours("dali", folder, num_cores)
@@ -141,7 +141,7 @@ def _resident_mb() -> float:
     return next(float(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1000
 
 
-def measure(round_: Round, num_batches: int, step_s: float) -> float:
+def measure(round_: MicroBatchPlan, num_batches: int, step_s: float) -> float:
     """Images per second once batches flow: from the first batch's arrival to that of the last.
 
     Args:

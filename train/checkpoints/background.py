@@ -21,7 +21,7 @@ from train.runs.folder import RunFolder
 log = logging.getLogger("train")
 
 
-class Saver:
+class AsyncCheckpointWriter:
     """Writes the checkpoints of one run, one at a time, on a thread of its own; rank 0 has it.
 
     Args:
@@ -32,7 +32,7 @@ class Saver:
 
     def __init__(self, folder: RunFolder, config: RunConfig, best: Pointer | None) -> None:
         self.folder, self.config, self.best = folder, config, best
-        self.copies = Copies()
+        self.copies = PinnedStaging()
         self.unsaved: str | None = None
         """Why the newest checkpoint could not be written, if so; of the time before a `wait`."""
         self.num_saved = 0
@@ -100,7 +100,7 @@ class Saver:
             log.error(f"{error}; training goes on, and the checkpoints before it are untouched")
 
 
-class Copies:
+class PinnedStaging:
     """The memory that states are copied to, allocated once: fresh memory takes longer than the copy."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from data_pipeline.common.files import read_small, sha256_of
 from data_pipeline.datasets.dataset import Contents
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.retention import step_folder
-from train.checkpoints.safe_load import Content, Progress, load_plain
+from train.checkpoints.safe_load import CheckpointPayload, Progress, load_plain
 from train.config.load import RunConfig, decode_config
 from train.config.schema import ModelConfig
 from train.health.flat_loss import FlatLoss
@@ -183,7 +183,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     manifest, path = verify_checkpoint(folder), folder / STATE
     state = load_plain(path)
     try:
-        content = msgspec.convert(state, Content)
+        content = msgspec.convert(state, CheckpointPayload)
         if content.step != manifest.step:
             raise ValueError(f"it is of step {content.step}, its manifest of step {manifest.step}")
         return Checkpoint(

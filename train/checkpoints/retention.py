@@ -78,7 +78,7 @@ def remove_leftovers(folder: Path, *, aside: bool = False) -> None:
             shutil.rmtree(path)
 
 
-def set_aside_after(folder: Path, step: int) -> list[Path]:
+def supersede_after(folder: Path, step: int) -> list[Path]:
     """Take the checkpoints behind a step out of the way of a run that goes on from there.
 
     They are damaged, or of a course that is given up: counted among the newest, they would push good ones

@@ -47,7 +47,7 @@ class OptimizerPart(msgspec.Struct, frozen=True):
 
 
 class RowPart(msgspec.Struct, frozen=True):
-    """What `train.runs.open_row.OpenRow.state_dict` gives. Shapes: R ranks."""
+    """What `train.runs.open_row.RunningMetrics.state_dict` gives. Shapes: R ranks."""
 
     integers: Tensor
     loss_sums: Tensor
@@ -61,7 +61,7 @@ class RowPart(msgspec.Struct, frozen=True):
             raise ValueError("the row that was being counted is not one of ours")
 
 
-class Content(msgspec.Struct, frozen=True, kw_only=True):
+class CheckpointPayload(msgspec.Struct, frozen=True, kw_only=True):
     """What `state.pt` holds; see `write.State`. What has a default was not in all formats."""
 
     step: int

@@ -127,7 +127,7 @@ def compile_step(network: AlexNet) -> None:
     network.compile(dynamic=False)
 
 
-def prepare_step(
+def maybe_compile(
     parallel: Parallel,
     batch: int,
     crop_px: int,
@@ -147,7 +147,7 @@ def prepare_step(
         Whether they are compiled now.
     """
     assert isinstance(parallel, DistributedDataParallel), "a configuration of both is refused"
-    known = world.from_main(lambda: _read_choice(run))
+    known = world.broadcast_object(lambda: _read_choice(run))
     if known is not None:
         if known:
             compile_step(parallel.module)
@@ -166,7 +166,7 @@ def prepare_step(
         except Exception as error:
             failure = _first_line(error)
     failed = world.any(bool(failure))
-    faster = world.from_main(lambda: not failed and compiled_s < eager_s)
+    faster = world.broadcast_object(lambda: not failed and compiled_s < eager_s)
     if not faster:
         parallel.module._compiled_call_impl = None
         for layer in lrn_layers(parallel):

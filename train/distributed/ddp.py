@@ -10,7 +10,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.mix import PAIR_SIZE
 from train.config.load import RunConfig
 from train.distributed.compression import PLAIN_STEPS, PowerSGD
-from train.distributed.hybrid import HybridParallel, Parallel, round_rows
+from train.distributed.hybrid import HybridParallel, Parallel, micro_batch_sizes
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
 from train.optim.precision import Precision
@@ -39,8 +39,8 @@ def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel
                 f"parallel=hybrid splits {config.model.hidden_units} hidden unit(s) over {world.world_size} "
                 "ranks: use parallel=ddp"
             )
-        unit = PAIR_SIZE if config.augment.mixes else 1
-        rows = round_rows(config.global_batch, world.world_size, micro_batch, unit)
+        group_size = PAIR_SIZE if config.augment.mixes else 1
+        rows = micro_batch_sizes(config.global_batch, world.world_size, micro_batch, group_size)
         return HybridParallel(network, world, rows)
     return DistributedDataParallel(
         network,

@@ -23,20 +23,20 @@ from torch.nn.utils import get_total_norm
 
 from data_pipeline.transforms.sampler import rank_slice
 from train.distributed.tensor_parallel import (
-    FirstSplit,
-    LastSplit,
-    MiddleSplit,
-    Round,
-    SplitLinear,
-    gather_parts,
-    take_part,
+    ColumnParallelLinear,
+    FirstColumnParallelLinear,
+    MicroBatchPlan,
+    ParallelLinear,
+    RowParallelLinear,
+    gather_shards,
+    shard,
 )
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
 from train.optim.precision import Precision
 
 
-def round_rows(global_batch: int, world_size: int, micro_batch: int, unit: int = 1) -> list[int]:
+def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, group_size: int = 1) -> list[int]:
     """How many samples each rank brings to each pass of a step through the split layers, the same for all.
 
     A rank has as many passes as micro-batches (`data_pipeline.loader.train_batches`), and their number and
@@ -45,17 +45,17 @@ def round_rows(global_batch: int, world_size: int, micro_batch: int, unit: int =
 
     Args:
         micro_batch: most samples that a rank takes at once.
-        unit: so many samples are never parted.
+        group_size: so many samples are never parted.
 
-    >>> round_rows(25, 2, micro_batch=5)
+    >>> micro_batch_sizes(25, 2, micro_batch=5)
     [5, 5, 3]
-    >>> round_rows(25, 2, micro_batch=4)
+    >>> micro_batch_sizes(25, 2, micro_batch=4)
     [4, 4, 4, 4]
     """
-    chunk = micro_batch // unit * unit
+    chunk = micro_batch // group_size * group_size
     by_rank = []
     for rank in range(world_size):
-        share = rank_slice(global_batch, rank, world_size, unit)
+        share = rank_slice(global_batch, rank, world_size, group_size)
         count = share.stop - share.start
         by_rank.append([min(chunk, count - first) for first in range(0, count, chunk)])
     most = max(map(len, by_rank))
@@ -78,23 +78,25 @@ class HybridParallel(nn.Module):
     """An AlexNet over several ranks, in the place of DistributedDataParallel.
 
     Every rank calls everything here, and in a step as many forward passes as its micro-batches, of the sizes
-    of which `round_rows` was made.
+    of which `micro_batch_sizes` was made.
 
     Args:
         network: the whole network, the same on all ranks; its fully connected layers are replaced by parts.
-        rows: see `round_rows`.
+        rows: see `micro_batch_sizes`.
     """
 
     def __init__(self, network: AlexNet, world: World, rows: list[int]) -> None:
         super().__init__()
         self.network, self.world, self.rows = network, world, rows
-        self.round = Round(world)
+        self.plan = MicroBatchPlan(world)
         self._coming: Iterator[int] = iter(())
         names = [name for name, layer in network.classifier.named_children() if isinstance(layer, nn.Linear)]
-        for name, kind in zip(names, (FirstSplit, MiddleSplit, LastSplit), strict=True):
+        for name, kind in zip(
+            names, (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear), strict=True
+        ):
             whole = network.classifier.get_submodule(name)
             assert isinstance(whole, nn.Linear)
-            network.classifier.register_module(name, kind(whole, self.round))
+            network.classifier.register_module(name, kind(whole, self.plan))
         self.trunk = DistributedDataParallel(
             _Trunk(network),
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
@@ -108,8 +110,8 @@ class HybridParallel(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """This rank's images to their logits (N, C)."""
         features_NF = self.trunk(images_NCHW)
-        self.round.rows = next(self._coming)
-        assert len(features_NF) <= self.round.rows, "the micro-batches are not those that were planned"
+        self.plan.rows = next(self._coming)
+        assert len(features_NF) <= self.plan.rows, "the micro-batches are not those that were planned"
         logits_NC: Tensor = self.network.classifier(features_NF)
         return logits_NC
 
@@ -131,9 +133,9 @@ class HybridParallel(nn.Module):
         missing = len(self.rows) - num_batches
         assert missing >= 0, "more micro-batches than were planned"
         self._coming = iter(self.rows)
-        first = next(m for m in self.network.modules() if isinstance(m, FirstSplit))
+        first = next(m for m in self.network.modules() if isinstance(m, FirstColumnParallelLinear))
         for _ in range(missing):
-            self.round.rows = next(self._coming)
+            self.plan.rows = next(self._coming)
             none_NF = torch.empty(0, first.in_features, device=self.world.device, requires_grad=True)
             with precision.autocast():
                 logits_NC = self.network.classifier(none_NF)
@@ -153,23 +155,23 @@ class HybridParallel(nn.Module):
                 dist.all_reduce(found, op=dist.ReduceOp.MAX)
         places = self.places()
         grads = [(n in places, p.grad) for n, p in self.network.named_parameters() if p.grad is not None]
-        squares = get_total_norm([grad for parted, grad in grads if parted]).double().square()
+        squares = get_total_norm([grad for sharded, grad in grads if sharded]).double().square()
         dist.all_reduce(squares)
-        return [*(grad for parted, grad in grads if not parted), squares.sqrt().float()]
+        return [*(grad for sharded, grad in grads if not sharded), squares.sqrt().float()]
 
     def places(self) -> dict[str, tuple[int, int]]:
         """For each parameter of which a rank holds a part: the dimension, and the whole's size along it."""
         return {
             f"{prefix}.{name}": (dim, size)
             for prefix, layer in self.network.named_modules()
-            if isinstance(layer, SplitLinear)
-            for name, dim, size in layer.parted()
+            if isinstance(layer, ParallelLinear)
+            for name, dim, size in layer.sharded()
         }
 
-    def make_whole(self) -> AlexNet:
+    def unshard(self) -> AlexNet:
         """The network as one rank alone would hold it, for evaluation and checkpoints."""
         layers = OrderedDict(
-            (name, layer.make_whole() if isinstance(layer, SplitLinear) else layer)
+            (name, layer.unshard() if isinstance(layer, ParallelLinear) else layer)
             for name, layer in self.network.classifier.named_children()
         )
         whole = AlexNet(self.network.features, self.network.avgpool, nn.Sequential(layers))
@@ -182,43 +184,43 @@ Parallel: TypeAlias = DistributedDataParallel | HybridParallel
 
 def whole_network(parallel: Parallel) -> AlexNet:
     """The unsplit network, on every rank; all must call this. Under plain DDP it is what each rank has."""
-    network = parallel.make_whole() if isinstance(parallel, HybridParallel) else parallel.module
+    network = parallel.unshard() if isinstance(parallel, HybridParallel) else parallel.module
     assert isinstance(network, AlexNet)
     return network
 
 
-def whole_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that go with the network's own by name, unsplit, on every rank; all must call this."""
     if not isinstance(parallel, HybridParallel):
         return dict(tensors)
     places = parallel.places()
     return {
-        name: gather_parts(tensor, *places[name], parallel.world) if name in places else tensor
+        name: gather_shards(tensor, *places[name], parallel.world) if name in places else tensor
         for name, tensor in tensors.items()
     }
 
 
-def part_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of what `whole_tensors` gave, in whichever mode it did."""
+def shard_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of what `gather_tensors` gave, in whichever mode it did."""
     if not isinstance(parallel, HybridParallel):
         return dict(tensors)
     places = parallel.places()
     return {
-        name: take_part(tensor, places[name][0], parallel.world) if name in places else tensor
+        name: shard(tensor, places[name][0], parallel.world) if name in places else tensor
         for name, tensor in tensors.items()
     }
 
 
-def whole_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimiser's `state_dict` as of the unsplit network, on every rank; all must call this."""
-    return _change_state(parallel, optimizer, optimizer.state_dict(), whole_tensors)
+    return _change_state(parallel, optimizer, optimizer.state_dict(), gather_tensors)
 
 
-def part_optimizer_state(
+def shard_optimizer_state(
     parallel: Parallel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """This rank's part of what `whole_optimizer_state` gave, in whichever mode it did."""
-    return _change_state(parallel, optimizer, state, part_tensors)
+    """This rank's part of what `gather_optimizer_state` gave, in whichever mode it did."""
+    return _change_state(parallel, optimizer, state, shard_tensors)
 
 
 def _change_state(

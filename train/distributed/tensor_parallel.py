@@ -31,7 +31,7 @@ from train.distributed.world import World
 
 
 @dataclass
-class Round:
+class MicroBatchPlan:
     """What the split layers have to know of one pass: who takes part, and with how many samples.
 
     Args:
@@ -53,18 +53,18 @@ def part_bounds(size: int, rank: int, world_size: int) -> tuple[int, int]:
     return size * rank // world_size, size * (rank + 1) // world_size
 
 
-def take_part(whole: Tensor, dim: int, world: World) -> Tensor:
+def shard(whole: Tensor, dim: int, world: World) -> Tensor:
     """This rank's part of a tensor along a dimension, a copy."""
     start, stop = part_bounds(whole.shape[dim], world.rank, world.world_size)
     return whole.narrow(dim, start, stop - start).clone()
 
 
-def gather_parts(part: Tensor, dim: int, size: int, world: World) -> Tensor:
-    """What all ranks' parts make together, on every rank: the inverse of `take_part`.
+def gather_shards(part: Tensor, dim: int, size: int, world: World) -> Tensor:
+    """What all ranks' parts make together, on every rank: the inverse of `shard`.
 
     Args:
         part: this rank's.
-        dim: along which the whole was parted.
+        dim: along which the whole was sharded.
         size: of the whole along it.
     """
     parts = _gather(_pad_to(part, dim, _most(size, world)), world)
@@ -122,7 +122,7 @@ class _GatherUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part_BP: Tensor, size: int, world: World) -> Tensor:
         ctx.world = world
-        return gather_parts(part_BP, 1, size, world)
+        return gather_shards(part_BP, 1, size, world)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -163,43 +163,43 @@ class _AddBiasOnce(torch.autograd.Function):
         return grad_BC, grad_BC.sum(0), None
 
 
-class SplitLinear(nn.Linear):
+class ParallelLinear(nn.Linear):
     """This rank's part of a fully connected layer.
 
     Args:
         whole: the layer; its parameters are copied in part.
-        round: shared by all split layers of a network.
+        plan: shared by all split layers of a network.
     Attributes:
         split_dim: dimension of the weight that is split: 0 by outputs, and the bias with it, 1 by inputs.
     """
 
     split_dim = 0
 
-    def __init__(self, whole: nn.Linear, round: Round) -> None:
+    def __init__(self, whole: nn.Linear, plan: MicroBatchPlan) -> None:
         super().__init__(whole.in_features, whole.out_features, device="meta")
-        self.round = round
-        self.weight = nn.Parameter(take_part(whole.weight.detach(), self.split_dim, round.world))
+        self.plan = plan
+        self.weight = nn.Parameter(shard(whole.weight.detach(), self.split_dim, plan.world))
         bias = whole.bias.detach()
-        self.bias = nn.Parameter(take_part(bias, 0, round.world) if self.split_dim == 0 else bias.clone())
+        self.bias = nn.Parameter(shard(bias, 0, plan.world) if self.split_dim == 0 else bias.clone())
 
-    def make_whole(self) -> nn.Linear:
+    def unshard(self) -> nn.Linear:
         """The layer with the parts of all ranks; every rank must call this."""
         whole = nn.Linear(self.in_features, self.out_features, device="meta")
-        for name, dim, size in self.parted():
+        for name, dim, size in self.sharded():
             part = getattr(self, name).detach()
-            setattr(whole, name, nn.Parameter(gather_parts(part, dim, size, self.round.world), False))
+            setattr(whole, name, nn.Parameter(gather_shards(part, dim, size, self.plan.world), False))
         if self.split_dim == 1:
             whole.bias = nn.Parameter(self.bias.detach(), False)
         return whole
 
-    def parted(self) -> list[tuple[str, int, int]]:
+    def sharded(self) -> list[tuple[str, int, int]]:
         """Name of each parameter that is split, the dimension, and the size of the whole along it."""
         if self.split_dim == 1:
             return [("weight", 1, self.in_features)]
         return [("weight", 0, self.out_features), ("bias", 0, self.out_features)]
 
 
-class FirstSplit(SplitLinear):
+class FirstColumnParallelLinear(ParallelLinear):
     """(N, F) of this rank's samples -> (B, P), this rank's units for the samples of all."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -207,21 +207,21 @@ class FirstSplit(SplitLinear):
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        self.round.own = len(input)
-        gathered_BF: Tensor = _GatherSamples.apply(_pad_to(input, 0, self.round.rows), self.round.world)
+        self.plan.own = len(input)
+        gathered_BF: Tensor = _GatherSamples.apply(_pad_to(input, 0, self.plan.rows), self.plan.world)
         return linear(gathered_BF, self.weight, self.bias)
 
 
-class MiddleSplit(SplitLinear):
+class ColumnParallelLinear(ParallelLinear):
     """(B, P), this rank's units -> (B, P'), this rank's units of the next layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Gather the units."""
-        gathered_BF: Tensor = _GatherUnits.apply(input, self.in_features, self.round.world)
+        gathered_BF: Tensor = _GatherUnits.apply(input, self.in_features, self.plan.world)
         return linear(gathered_BF, self.weight, self.bias)
 
 
-class LastSplit(SplitLinear):
+class RowParallelLinear(ParallelLinear):
     """(B, P), this rank's units -> (N, C), the logits of this rank's samples, at least in float32."""
 
     split_dim = 1
@@ -230,6 +230,6 @@ class LastSplit(SplitLinear):
         """Sum over the ranks."""
         term_BC = linear(input, self.weight)
         term_BC = term_BC.to(torch.promote_types(term_BC.dtype, torch.float32))
-        term_BC = _AddBiasOnce.apply(term_BC, self.bias, self.round.world.rank == 0)
-        logits_SC: Tensor = _SumToOwners.apply(term_BC, self.round.world)
-        return logits_SC[: self.round.own]
+        term_BC = _AddBiasOnce.apply(term_BC, self.bias, self.plan.world.rank == 0)
+        logits_SC: Tensor = _SumToOwners.apply(term_BC, self.plan.world)
+        return logits_SC[: self.plan.own]

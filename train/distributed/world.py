@@ -61,16 +61,16 @@ class World:
         """What a person calls the device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
 
-    def sum(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks, in place."""
-        with self.collective("the sum of counts"):
+        with self.named_collective("the sum of counts"):
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def max(self, *values: float) -> list[float]:
         """The largest of each value over the ranks; the same answer on all. Waits for the device."""
         largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.collective("the question whether to stop"):
+        with self.named_collective("the question whether to stop"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
             answer: list[float] = largest.tolist()
         return answer
@@ -79,21 +79,21 @@ class World:
         """Whether the flag is set on any rank; the same answer on all. Waits for the device."""
         return bool(self.max(float(flag))[0])
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, of one shape on all: (world_size, ...), on every rank."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        with self.collective("the gathering of counts"):
+        with self.named_collective("the gathering of counts"):
             dist.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
-    def tell(self, topic: str) -> None:
-        """Let every rank know, without a collective, that something has come up; see `was_told`."""
+    def set_flag(self, topic: str) -> None:
+        """Let every rank know, without a collective, that something has come up; see `flag_is_set`."""
         try:
             PrefixStore("told", dist.distributed_c10d._get_default_store()).set(topic, "")
         except dist.DistNetworkError:
             _say_that_the_store_is_gone()
 
-    def was_told(self, topic: str) -> bool:
+    def flag_is_set(self, topic: str) -> bool:
         """Whether any rank has told so by now; False without the launcher, which holds what they tell."""
         try:
             return PrefixStore("told", dist.distributed_c10d._get_default_store()).check([topic])
@@ -103,10 +103,10 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        with self.collective("a barrier"):
+        with self.named_collective("a barrier"):
             dist.barrier()
 
-    def from_main(self, decide: Callable[[], T]) -> T:
+    def broadcast_object(self, decide: Callable[[], T]) -> T:
         """What rank 0 decides, on every rank; if it raises an exception, every rank raises it."""
         answer: list[Any] = [None]
         if self.is_main:
@@ -114,7 +114,7 @@ class World:
                 answer = [decide()]
             except Exception as error:
                 answer = [error]
-        with self.collective("the decision of rank 0"):
+        with self.named_collective("the decision of rank 0"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
             raise answer[0]
@@ -123,20 +123,20 @@ class World:
 
     def average_buffers(self, model: nn.Module) -> None:
         """Make running statistics (BatchNorm's) the same on every rank: their mean over the ranks."""
-        with self.collective("the mean of running statistics"):
+        with self.named_collective("the mean of running statistics"):
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= self.world_size
 
-    def share_from_main(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's, in place."""
-        with self.collective("the running statistics of rank 0"):
+        with self.named_collective("the running statistics of rank 0"):
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     @contextmanager
-    def collective(self, name: str) -> Iterator[None]:
+    def named_collective(self, name: str) -> Iterator[None]:
         """Give the failure of a collective its name, and that of the rank which did not join it.
 
         gloo raises where a rank is gone, or after the time-out. NCCL's own watchdog ends the process instead.

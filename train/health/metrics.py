@@ -25,7 +25,7 @@ class Metrics:
     num_failed: int
 
 
-class Counts:
+class AccuracyMeter:
     """Running counts on one rank's device; nothing waits for the device until `reduce`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class Counts:
         self.integers = torch.where(skip.bool(), 0, self.integers)
         self.loss_sum = torch.where(skip.bool(), 0.0, self.loss_sum)
 
-    def merge(self, other: Counts) -> None:
+    def merge(self, other: AccuracyMeter) -> None:
         """Add another's counts to these."""
         self.integers += other.integers
         self.loss_sum += other.loss_sum
@@ -66,7 +66,7 @@ class Counts:
             The metrics of all ranks' samples; NaN where none could be read.
         """
         integers, loss_sum = self.integers.clone(), self.loss_sum.clone()
-        world.sum(integers, loss_sum)
+        world.all_reduce(integers, loss_sum)
         num_samples, top1, top5, failed = integers.tolist()
         if num_samples == 0:
             return Metrics(float("nan"), float("nan"), float("nan"), 0, failed)

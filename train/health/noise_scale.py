@@ -172,7 +172,7 @@ class NoiseMeter:
         kept = rows[:, 4] == 0
         # A skipped step's parts can be anything; its place stays, so that the ranks add up alike.
         ranks = torch.where(kept[:, None], rows[:, :3], 0.0)
-        self.world.sum(ranks)
+        self.world.all_reduce(ranks)
         return estimate_noise(
             (
                 [*parts, square]

@@ -1,8 +1,8 @@
-"""What keeps a bad gradient from the weights: judged and counted on the device, read when a row is written.
+"""Skips steps whose gradient is not finite: decided and counted on the device, read when a row is written.
 
 A step whose loss or gradient is not finite on any rank is skipped on all: gradients are judged after they
-were summed over the ranks, and a loss that is not finite is made to poison them (`poison`), so that every
-rank sees the same and none has to be asked.
+were summed over the ranks, and `propagate_nonfinite` carries a loss that is not finite into them, so that
+every rank sees the same and none has to be asked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIN_SCALE = 1.0
 
 
 @dataclass(frozen=True)
-class Skips:
+class SkipStats:
     """What the guard has counted since the run began.
 
     Args:
@@ -53,10 +53,10 @@ class Guard:
 
     def __init__(self, device: torch.device, *, max_skipped: int, spike_factor: float | None) -> None:
         self.max_skipped, self.spike_factor = max_skipped, spike_factor
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # as the fields of Skips
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # as the fields of SkipStats
         self.norms = torch.zeros(2, dtype=torch.float64, device=device)  # accepted steps, mean of their norms
 
-    def judge(self, gradients: Sequence[Tensor], step: int) -> Tensor:
+    def should_skip(self, gradients: Sequence[Tensor], step: int) -> Tensor:
         """Whether a step is to be skipped.
 
         Args:
@@ -79,12 +79,12 @@ class Guard:
         self.norms = torch.stack([accepted + ~bad, torch.where(bad, mean, kept)])
         return bad.float()
 
-    def read(self) -> Skips:
+    def read(self) -> SkipStats:
         """The counts. Waits for the device."""
-        return Skips(*self.counts.tolist())
+        return SkipStats(*self.counts.tolist())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to judge as this one would have."""
+        """What a resumed run needs to decide as this one would have."""
         return {"counts": self.counts, "norms": self.norms}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ class Guard:
             tensor.copy_(found)
 
 
-def poison(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """The same loss, to the bit, where it is finite; where it is not, all gradients behind it are NaN.
 
     A loss can be infinite with finite gradients (logits far apart), and only gradients travel between ranks.

@@ -68,9 +68,9 @@ class Interrupt:
     def heard(self, world: World) -> bool:
         """Whether this rank, or one that has noticed already, was asked to stop: between collectives."""
         if self and not self._told:
-            world.tell(TOPIC)
+            world.set_flag(TOPIC)
             self._told = True
-        return bool(self) or world.was_told(TOPIC)
+        return bool(self) or world.flag_is_set(TOPIC)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import CorruptFileError
 
 
-class WeightAverage:
+class ModelEma:
     """Exponential moving average of a network's weights and running statistics, on their device.
 
     Early on the average forgets faster, as if it had seen only what it has seen.

@@ -17,7 +17,7 @@ import msgspec
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import RetryingAppendFile, fsync_path, read_small, write_atomic, write_json
 from train.checkpoints.load import Pointer, find_checkpoint, read_manifest, verify_checkpoint
-from train.checkpoints.retention import remove_leftovers, restore_replaced, saved_steps, set_aside_after
+from train.checkpoints.retention import remove_leftovers, restore_replaced, saved_steps, supersede_after
 from train.config.load import RunConfig, decode_config
 
 log = logging.getLogger("train")
@@ -29,7 +29,7 @@ FREE_TO_CHANGE = (
 """Keys that a resumed run may set anew: where it computes, not what. All others decide the result."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `metrics.jsonl`. `top1` and `top5` are fractions; `images_per_s` is over all ranks.
 
     `skipped` steps changed nothing, and their samples count nowhere. What is not finite is null.
@@ -74,7 +74,7 @@ class RunFolder:
         """Make `best` or `last` name a step."""
         write_json(self.checkpoints / f"{name}.json", pointer)
 
-    def append(self, row: Row) -> OSError | None:
+    def append(self, row: MetricsRow) -> OSError | None:
         """Add a row to `metrics.jsonl`.
 
         Returns:
@@ -97,7 +97,7 @@ class RunFolder:
     def _rows_file(self) -> RetryingAppendFile:
         return RetryingAppendFile(self.metrics)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[MetricsRow]:
         """The rows so far, in order; not half a line at the end."""
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         return [row for line in lines if (row := _row(line)) is not None]
@@ -121,9 +121,9 @@ class RunFolder:
         return len(lines) - kept.count(b"\n")
 
 
-def _row(line: bytes) -> Row | None:
+def _row(line: bytes) -> MetricsRow | None:
     try:
-        return msgspec.json.decode(line, type=Row) if line.endswith(b"\n") else None
+        return msgspec.json.decode(line, type=MetricsRow) if line.endswith(b"\n") else None
     except msgspec.DecodeError:
         return None
 
@@ -233,7 +233,7 @@ def go_back_to(folder: RunFolder, step: int) -> Pointer | None:
         SaveError: the disk does not allow it.
     """
     try:
-        aside = set_aside_after(folder.checkpoints, step)
+        aside = supersede_after(folder.checkpoints, step)
         dropped = folder.drop_rows_after(step)
         remove_leftovers(folder.checkpoints)
         best = best_until(folder.path, step)

@@ -19,9 +19,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from data_pipeline.common.files import RetryingAppendFile
 from train.health.metrics import Metrics
 from train.health.noise_scale import NoiseEstimate
-from train.runs.folder import Row
+from train.runs.folder import MetricsRow
 from train.runs.noise_rows import NoiseRows
-from train.setup import Session
+from train.setup import RunState
 
 log = logging.getLogger("train")
 
@@ -38,16 +38,16 @@ class Recorder(Protocol):
         skipped: int = 0,
         noise: NoiseEstimate | None = None,
     ) -> None:
-        """Write one row for the session's present step."""
+        """Write one row for the present step."""
 
 
-def make_recorder(session: Session) -> Recorder:
-    """What writes the rows of a session."""
-    folder = session.folder
+def make_recorder(run_state: RunState) -> Recorder:
+    """What writes the rows of a run."""
+    folder = run_state.folder
     if folder is None:
         return lambda split, metrics, lr, images_per_s, skipped=0, noise=None: None
-    board = Board(folder.path / "tensorboard", purge_step=session.step + 1)
-    noise_rows = NoiseRows(folder.rows()) if session.config.log_noise_scale else None
+    board = TensorBoardWriter(folder.path / "tensorboard", purge_step=run_state.step + 1)
+    noise_rows = NoiseRows(folder.rows()) if run_state.config.log_noise_scale else None
     failing = False
 
     def record(
@@ -59,10 +59,10 @@ def make_recorder(session: Session) -> Recorder:
         noise: NoiseEstimate | None = None,
     ) -> None:
         nonlocal failing
-        row = Row(
+        row = MetricsRow(
             split=split,
-            epoch=-(-session.step // session.steps_per_epoch),
-            step=session.step,
+            epoch=-(-run_state.step // run_state.steps_per_epoch),
+            step=run_state.step,
             samples=metrics.num_samples,
             failed=metrics.num_failed,
             skipped=skipped,
@@ -79,7 +79,7 @@ def make_recorder(session: Session) -> Recorder:
             for name, value in msgspec.structs.asdict(row).items()
             if name not in ("split", "epoch", "step", "time") and isinstance(value, int | float)
         }
-        errors = (folder.append(row), board.add(figures, session.step))
+        errors = (folder.append(row), board.add(figures, run_state.step))
         error = errors[0] or errors[1]
         if error is not None and not failing:
             log.error(
@@ -91,7 +91,7 @@ def make_recorder(session: Session) -> Recorder:
     return record
 
 
-class Board:
+class TensorBoardWriter:
     """A file of scalars for TensorBoard. TensorBoard's own writer does not survive a full disk.
 
     Args:

@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterable
 
 from train.health.noise_scale import NoiseEstimate, smooth_noise
-from train.runs.folder import Row
+from train.runs.folder import MetricsRow
 
 
 class NoiseRows:
-    """Turns estimates into fields of `Row`; its sums follow from the rows alone, so a resumed run has them.
+    """Turns estimates into row fields; its sums follow from the rows alone, so a resumed run has them.
 
     Args:
         rows: those that the run has so far.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[MetricsRow]) -> None:
         self.sums: NoiseEstimate | None = None
         before = 0
         for row in rows:

@@ -6,13 +6,13 @@ import time
 from typing import Any
 
 from train.distributed.world import World
-from train.health.metrics import Counts
+from train.health.metrics import AccuracyMeter
 from train.health.noise_scale import NoiseMeter
 
 # Shapes: R ranks.
 
 
-class OpenRow:
+class RunningMetrics:
     """The row that is being counted on this rank.
 
     Args:
@@ -26,7 +26,7 @@ class OpenRow:
 
     def begin(self) -> None:
         """Count from nothing."""
-        self.counts, self.num_steps = Counts(self.world.device), 0
+        self.counts, self.num_steps = AccuracyMeter(self.world.device), 0
         self._started = time.monotonic()
 
     @property
@@ -34,7 +34,7 @@ class OpenRow:
         """For how long it has been counted, without the time between a stop and a resume."""
         return time.monotonic() - self._started
 
-    def add(self, counts: Counts) -> None:
+    def add(self, counts: AccuracyMeter) -> None:
         """Count one step."""
         self.counts.merge(counts)
         self.num_steps += 1
@@ -48,9 +48,9 @@ class OpenRow:
         if self.num_steps == 0:
             return {}
         return {
-            "integers": self.world.gather(self.counts.integers),
-            "loss_sums": self.world.gather(self.counts.loss_sum),
-            "noise": None if self.noise is None else self.world.gather(self.noise.unread()),
+            "integers": self.world.all_gather(self.counts.integers),
+            "loss_sums": self.world.all_gather(self.counts.loss_sum),
+            "noise": None if self.noise is None else self.world.all_gather(self.noise.unread()),
             "num_steps": self.num_steps,
             "skipped": skipped,
             "seconds": self.seconds,

@@ -176,17 +176,17 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
     rows: list[NoiseRow] = []
     sums: NoiseEstimate | None = None
     with open_probe(probed) as probe, show_progress("noise scale", num_steps) as progress:
-        session = probe.session
-        meter = session.trainer.noise
+        run_state = probe.run_state
+        meter = run_state.trainer.noise
         assert meter is not None
         window = max(1, num_steps // WINDOWS)
         losses: list[float] = []
         for number in range(1, num_steps + 1):
             rate = lr_at(
-                session.step,
+                run_state.step,
                 config.schedule,
-                steps_per_epoch=session.steps_per_epoch,
-                total_steps=session.total_steps,
+                steps_per_epoch=run_state.steps_per_epoch,
+                total_steps=run_state.total_steps,
                 base_rate=base_rate_for(config.schedule, config.global_batch),
             )
             losses.append(probe.step(rate).loss)
@@ -196,7 +196,7 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
                 scale = None if found.scale is None else four_digits(found.scale)
                 rows.append(NoiseRow(step=number, noise_scale=scale, loss=four_digits(loss)))
             progress.advance(1, f"step {number}, loss {losses[-1]:.3f}")
-        name, num_classes = session.trainer.world.device_name, len(session.train_set.classes)
+        name, num_classes = run_state.trainer.world.device_name, len(run_state.train_set.classes)
     return rows, None if sums is None else sums.scale, name, num_classes
 
 

@@ -16,7 +16,7 @@ from train.config.load import RunConfig
 from train.distributed.world import open_world
 from train.health.metrics import Metrics
 from train.loop import open_steps
-from train.setup import Session, open_session
+from train.setup import RunState, build_run
 from train.step import train_step
 
 
@@ -28,7 +28,7 @@ class Probe:
         steps: the micro-batches of each, without end.
     """
 
-    session: Session
+    run_state: RunState
     steps: Iterator[list[Batch]]
 
     def step(self, learning_rate: float) -> Metrics:
@@ -37,12 +37,12 @@ class Probe:
         Raises:
             KeyboardInterrupt: a signal asked to stop.
         """
-        session = self.session
-        if session.interrupt:
-            raise KeyboardInterrupt(session.interrupt.received)
-        counts = train_step(session.trainer, next(self.steps), learning_rate, session.step)
-        session.step += 1
-        return counts.reduce(session.trainer.world)
+        run_state = self.run_state
+        if run_state.interrupt:
+            raise KeyboardInterrupt(run_state.interrupt.received)
+        counts = train_step(run_state.trainer, next(self.steps), learning_rate, run_state.step)
+        run_state.step += 1
+        return counts.reduce(run_state.trainer.world)
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def open_probe(config: RunConfig) -> Iterator[Probe]:
     """
     with ExitStack() as stack:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
-        session = open_session(config, None, "none", world, stack)
-        yield Probe(session, open_steps(session, stack, None))
+        run_state = build_run(config, None, "none", world, stack)
+        yield Probe(run_state, open_steps(run_state, stack, None))
 
 
 def wait_for(device: torch.device) -> float:
