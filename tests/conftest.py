@@ -68,8 +68,8 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the checkpoint, data and exports of `tests.infer_samples` are, made once for all tests."""
-    from tests.infer_samples import exported
+    """The folder of the checkpoint, data and exports of `infer_samples`, made once for all tests."""
+    from tests.helpers.infer_samples import exported
 
     folder = tmp_path_factory.getbasetemp()
     exported(folder)  # outside of any test: torch's exporter sets environment variables
@@ -79,7 +79,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(base: Path) -> Bundle:
     """A gated export of both formats, with its checkpoint's run around it."""
-    from tests.infer_samples import exported
+    from tests.helpers.infer_samples import exported
 
     return exported(base)
 
@@ -87,6 +87,6 @@ def bundle(base: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def files(base: Path) -> list[Path]:
     """Ten images, one of each class."""
-    from tests.infer_samples import data_folder, images_in
+    from tests.helpers.infer_samples import data_folder, images_in
 
     return images_in(data_folder(base) / "val")[::5]

@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from alexnet import main
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import LIMITS
-from tests.ranks import REPOSITORY, TINY, run_command
-from tests.warm_ranks import run_ranks
+from tests.helpers.ranks import REPOSITORY, TINY, run_command
+from tests.helpers.warm_ranks import run_ranks
 
 CONTEXT = click.Context(main)
 COMMANDS = main.list_commands(CONTEXT)

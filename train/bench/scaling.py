@@ -26,7 +26,7 @@ from train.bench.turns import four_digits
 from train.distributed.world import choose_device, cpu_share
 from train.optim.precision import choose_precision
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "netns_two_hosts.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "netns_two_hosts.sh"
 
 
 class ScalingRow(msgspec.Struct, frozen=True, kw_only=True):

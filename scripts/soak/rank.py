@@ -1,0 +1,72 @@
+"""`train.main` with evidence of what went into each step: torchrun … -m scripts.soak.rank FOLDER LAUNCH …
+
+Each rank of each attempt writes a file of its own, FOLDER/<launch>-<restart>-rank-<rank>-of-<world>.jsonl,
+and touches none from before. A line is written when a step's update is done, from the very batches that the
+loader gave to it: what was planned does not enter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+import train.loop
+from data_pipeline.loading.prefetch import Batch
+from train.health.metrics import AccuracyMeter
+from train.main import main
+from train.step import TrainStep, train_step
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of one rank.
+
+    Args:
+        step: optimiser steps finished with this one, counted from 1.
+        indices: the samples that this rank put into it, as places in the dataset.
+        failed: those of them that could not be read, and weighed nothing.
+        time: when it was done, in seconds since 1970.
+    """
+
+    step: int
+    indices: list[int]
+    failed: list[int]
+    time: float
+
+
+def file_name(launch: int, restart: int, rank: int, world_size: int) -> str:
+    """Sorted by name, the files of a run are in the order of its attempts."""
+    return f"{launch:04d}-{restart:04d}-rank-{rank}-of-{world_size}.jsonl"
+
+
+def install(folder: Path, launch: int) -> None:
+    """Make this process's training loop write evidence."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    path = folder / file_name(launch, restart, rank, world_size)
+    target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def logged(
+        trainer: TrainStep, batches: Sequence[Batch], learning_rate: float, step: int
+    ) -> AccuracyMeter:
+        counts = train_step(trainer, batches, learning_rate, step)
+        assert all(batch.step == step for batch in batches)
+        line = Line(
+            step=step + 1,
+            indices=[int(i) for batch in batches for i in batch.indices],
+            failed=[int(i) for batch in batches for i in batch.indices[~batch.valid]],
+            time=time.time(),
+        )
+        os.write(target, msgspec.json.encode(line) + b"\n")  # one call: a kill leaves a whole line or none
+        return counts
+
+    train.loop.train_step = logged  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    install(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[3:])

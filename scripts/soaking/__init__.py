@@ -1,1 +1,0 @@
-"""Training under faults that are injected on purpose: `scripts/soak.py`."""

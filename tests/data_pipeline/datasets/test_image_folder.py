@@ -1,0 +1,100 @@
+"""Finding images: what counts as one, in which order, and what a wrong layout is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.files import read_file
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import check_same_classes
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.loading.bad_files import Failure, FaultLog
+from tests.helpers.images import encode, photo, write_folder
+
+JPEG = encode(photo(16, 16), "JPEG")
+
+
+def test_samples_come_by_class_and_name_in_byte_order(tmp_path: Path) -> None:
+    for name in (
+        "b/2.JPG",
+        "b/10.jpeg",
+        "a-b/x.png",
+        "a/deep/er/y.webp",
+        "a/z.tiff",
+        "a/.hidden.jpg",
+        "a/notes.txt",
+    ):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(JPEG)
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "LICENSE").write_text("not a class")
+    dataset = load_image_folder(tmp_path, "train")
+    assert dataset.classes == ("a", "a-b", "b")
+    assert list(dataset.paths) == ["a/deep/er/y.webp", "a/z.tiff", "a-b/x.png", "b/10.jpeg", "b/2.JPG"]
+    assert dataset.labels.tolist() == [0, 0, 1, 2, 2]
+    assert len(dataset) == 5 and dataset.path_at(4) == tmp_path / "train" / "b" / "2.JPG"
+
+
+def test_a_wrong_layout_is_told_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no data folder .*nowhere: expected <data>/train/<class>"):
+        load_image_folder(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="no folder 'train' in"):
+        load_image_folder(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="it holds no class folders"):
+        load_image_folder(tmp_path, "train")
+    (tmp_path / "train" / "1.jpg").write_bytes(JPEG)
+    with pytest.raises(UserError, match="its images lie side by side, not in class folders"):
+        load_image_folder(tmp_path, "train")
+    write_folder(tmp_path / "train", {"cat": 1})
+    with pytest.raises(UserError, match=r"holds one class only \(cat\)"):
+        load_image_folder(tmp_path, "train")
+    (tmp_path / "train" / "dog").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*dog holds no images"):
+        load_image_folder(tmp_path, "train")
+
+
+def test_splits_must_have_the_same_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    write_folder(tmp_path / "val", {"b": 1, "c": 1, "d": 1, "e": 1, "f": 1})
+    train, val = load_image_folder(tmp_path, "train"), load_image_folder(tmp_path, "val")
+    check_same_classes(train, train)
+    with pytest.raises(UserError, match="only in train: a; only in val: c, d, e and 1 more"):
+        check_same_classes(train, val)
+
+
+def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (tmp_path / "train" / "a" / name).write_bytes(JPEG)
+    dataset = load_image_folder(tmp_path, "train")
+    assert list(dataset.paths) == ["a/000.jpg", f"a/{name}", "b/000.jpg"]
+    assert read_file(dataset.path_at(1), 10**6) == JPEG
+    faults = FaultLog()
+    with caplog.at_level(logging.WARNING, "data_pipeline"):
+        for _ in range(3):
+            faults.add(Failure(printable(dataset.paths[1]), "empty file"))
+    assert [record.getMessage() for record in caplog.records] == ["left out a/caf\\xe9.jpg: empty file"]
+    assert len(faults) == 1
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "large.jpg").write_bytes(b"x" * 101)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
+    for name, reason in {
+        "missing.jpg": "cannot be read: No such file",
+        "dangling.jpg": "cannot be read: No such file",
+        "empty.jpg": "empty file",
+        "large.jpg": "file of 101 bytes is above the limit of 100",
+        "pipe.jpg": "not a regular file",
+    }.items():
+        with pytest.raises(ImageError, match=reason):
+            read_file(tmp_path / name, 100)

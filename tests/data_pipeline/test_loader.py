@@ -1,0 +1,300 @@
+"""Batches: the same stream for any ranks and restarts, bad files isolated, threads gone at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.common.errors import UserError, WorkerError
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.decode.pillow import Decoded
+from data_pipeline.loader import eval_batches, make_backend, predict_batches, train_batches
+from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.prefetch import Batch, ImageBackend
+from data_pipeline.loading.readers import ReaderPool
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.images import broken, encode, photo, write_folder
+
+PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
+
+
+@pytest.fixture(scope="module", params=["dali", "pillow"])
+def backend(request: pytest.FixtureRequest) -> Iterator[ImageBackend]:
+    made = make_backend(request.param, device="cpu", preprocessing=PREPROCESSING, max_batch=16, num_threads=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """29 images of three classes: a number that nothing divides."""
+    root = tmp_path_factory.mktemp("data")
+    write_folder(root / "train", {"a": 11, "b": 9, "c": 9})
+    return load_image_folder(root, "train")
+
+
+def stream(dataset: Dataset, backend: ImageBackend, **options: Any) -> Generator[Batch, None, None]:
+    return train_batches(dataset, backend, PREPROCESSING, Augment(), seed=3, global_batch=8, **options)
+
+
+def by_step(batches: Iterator[Batch]) -> dict[int, tuple[list[int], bytes]]:
+    """The samples and the pixels of each step."""
+    steps: dict[int, tuple[list[int], bytes]] = {}
+    for batch in batches:
+        indices, pixels = steps.get(batch.step, ([], b""))
+        steps[batch.step] = (indices + batch.indices.tolist(), pixels + batch.images.tobytes())
+    return steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_together_see_the_stream_of_one(
+    dataset: Dataset, backend: ImageBackend, world_size: int
+) -> None:
+    whole = by_step(stream(dataset, backend, num_steps=7))
+    shares = [
+        by_step(stream(dataset, backend, num_steps=7, rank=rank, world_size=world_size, micro_batch=2))
+        for rank in range(world_size)
+    ]
+    assert list(whole) == list(range(7))
+    for step, (indices, pixels) in whole.items():
+        assert [i for share in shares for i in share[step][0]] == indices
+        assert b"".join(share[step][1] for share in shares) == pixels
+    first_epoch = [i for step in range(3) for i in whole[step][0]]
+    assert len(set(first_epoch)) == 24
+    assert first_epoch != [i for step in range(3, 6) for i in whole[step][0]]
+
+
+@pytest.mark.parametrize("start_step", [1, 2, 3, 6])
+def test_a_resumed_stream_is_the_tail_of_the_whole(
+    dataset: Dataset, backend: ImageBackend, start_step: int
+) -> None:
+    whole = by_step(stream(dataset, backend, num_steps=8))
+    tail = by_step(stream(dataset, backend, start_step=start_step, num_steps=8 - start_step))
+    assert tail == {step: whole[step] for step in range(start_step, 8)}
+
+
+def test_threads_do_not_change_the_stream(dataset: Dataset, backend: ImageBackend) -> None:
+    one = by_step(stream(dataset, backend, num_steps=4, read_threads=1, prefetch=1))
+    many = by_step(stream(dataset, backend, num_steps=4, read_threads=8, prefetch=5))
+    assert one == many
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_processes_that_read_do_not_change_the_stream(
+    dataset: Dataset, backend: ImageBackend, num_processes: int
+) -> None:
+    threads = by_step(stream(dataset, backend, num_steps=6))
+    with closing(ReaderPool([dataset], num_processes)) as readers:
+        assert by_step(stream(dataset, backend, num_steps=6, readers=readers)) == threads
+        assert by_step(stream(dataset, backend, num_steps=6, readers=readers, micro_batch=3)) == threads
+        other = replace(dataset)  # not the pool's: read by threads, to the same end
+        assert by_step(stream(other, backend, num_steps=6, readers=readers)) == threads
+
+
+def test_a_killed_reader_is_one_line(dataset: Dataset) -> None:
+    with closing(ReaderPool([dataset], 1)) as readers:
+        readers.fetch(dataset, np.arange(3), 10**8)  # until it answers, it may not yet show its name
+        (child,) = reader_processes()
+        os.kill(child, signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"was killed, for lack of memory perhaps: set data\.readers"):
+            readers.fetch(dataset, np.arange(3), 10**8)
+    assert not reader_processes()
+
+
+def reader_processes() -> list[int]:
+    """Process ids of this process's children that read."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ours = f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text()
+            if ours and "data_pipeline.loading.readers" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+def test_micro_batches_say_where_a_step_ends(dataset: Dataset, backend: ImageBackend) -> None:
+    batches = list(stream(dataset, backend, num_steps=2, micro_batch=3))
+    assert [(b.step, len(b), b.last) for b in batches] == [
+        (0, 3, False),
+        (0, 3, False),
+        (0, 2, True),
+        (1, 3, False),
+        (1, 3, False),
+        (1, 2, True),
+    ]
+    assert all(b.images.dtype == np.uint8 and b.images.shape == (len(b), 32, 32, 3) for b in batches)
+    assert all(b.labels.tolist() == dataset.labels[b.indices].tolist() for b in batches)
+    assert all(b.valid.all() and not b.failures for b in batches)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
+def test_evaluation_counts_every_sample_once(
+    dataset: Dataset, backend: ImageBackend, world_size: int
+) -> None:
+    seen: list[int] = []
+    for rank in range(world_size):
+        for batch in eval_batches(
+            dataset, backend, PREPROCESSING, micro_batch=4, rank=rank, world_size=world_size
+        ):
+            assert batch.paths == tuple(dataset.path_at(i) for i in batch.indices)
+            seen += batch.indices.tolist()
+    assert seen == list(range(29))
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_bad_files_are_named_once_and_lose_no_neighbours(
+    tmp_path: Path, backend: ImageBackend, caplog: pytest.LogCaptureFixture, num_processes: int
+) -> None:
+    write_folder(tmp_path / "train", {"a": 8, "b": 8})
+    clean = load_image_folder(tmp_path, "train")
+    augment = Augment()
+    options: dict[str, Any] = {"seed": 1, "global_batch": 16}
+    want = next(
+        iter(train_batches(clean, backend, PREPROCESSING, augment, seed=1, global_batch=16, num_steps=1))
+    )
+
+    bad = {clean.path_at(2 * i): data for i, data in enumerate(list(broken().values())[:6])}
+    for path, data in bad.items():
+        path.write_bytes(data)
+    vanished = clean.path_at(15)
+    vanished.unlink()
+    faults = FaultLog()
+    readers = ReaderPool([clean], num_processes) if num_processes else None
+    options |= {"num_steps": 3, "faults": faults, "readers": readers}
+    with caplog.at_level(logging.WARNING, "data_pipeline"):
+        batches = list(train_batches(clean, backend, PREPROCESSING, augment, **options))
+    if readers is not None:
+        readers.close()
+    got = batches[0]
+    valid = [path not in bad and path != vanished for path in got.paths]
+    assert got.valid.tolist() == valid and sum(valid) == 9
+    assert np.array_equal(got.images[got.valid], want.images[got.valid])
+    assert not got.images[~got.valid].any()
+    assert [failure.path for failure in got.failures] == [
+        str(path) for path, ok in zip(got.paths, valid, strict=True) if not ok
+    ]
+    assert all(len(batch.failures) == 7 for batch in batches)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(set(messages)) == len(faults) == 7
+    assert f"left out {vanished}: cannot be read: No such file or directory" in messages
+    assert any("truncated JPEG" in message for message in messages)
+
+
+def test_a_huge_header_costs_no_memory(tmp_path: Path, backend: ImageBackend) -> None:
+    (tmp_path / "bomb.png").write_bytes(broken()["png of 30000 x 30000"])
+    (batch,) = predict_batches([tmp_path / "bomb.png"], backend, PREPROCESSING, micro_batch=4)
+    assert batch.failures[0].reason == "30000 x 30000 pixels are above the limit of 100000000"
+
+
+def test_predictions_come_in_input_order(tmp_path: Path, backend: ImageBackend) -> None:
+    paths = []
+    for i in range(10):
+        paths.append(tmp_path / f"{9 - i}.jpg")
+        paths[-1].write_bytes(b"no image" if i == 4 else encode(photo(40, 50, seed=i), "JPEG"))
+    batches = list(predict_batches(paths, backend, PREPROCESSING, micro_batch=4))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert [path for batch in batches for path in batch.paths] == paths
+    assert [i for batch in batches for i in batch.indices] == list(range(10))
+    assert [i for batch in batches for i in batch.indices[~batch.valid]] == [4]
+    assert {int(label) for batch in batches for label in batch.labels} == {-1}
+
+
+def test_paths_are_consumed_as_they_are_needed(tmp_path: Path, backend: ImageBackend) -> None:
+    (tmp_path / "x.jpg").write_bytes(encode(photo(40, 50), "JPEG"))
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield tmp_path / "x.jpg"
+
+    batches = predict_batches(endless(), backend, PREPROCESSING, micro_batch=2, prefetch=2)
+    assert [len(batch) for batch in islice(batches, 3)] == [2, 2, 2]
+    time.sleep(0.3)
+    assert taken <= 2 * (3 + 2 + 1 + 3 + 1)
+    batches.close()
+
+
+def test_closing_ends_the_threads(dataset: Dataset, backend: ImageBackend) -> None:
+    def ours() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "read"))]
+
+    assert ours() == []
+    batches = stream(dataset, backend)
+    next(batches)
+    assert ours()
+    batches.close()
+    assert ours() == []
+    list(stream(dataset, backend, num_steps=1))
+    assert ours() == []
+
+
+def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> None:
+    class Broken:
+        name, device, max_batch = "broken", "cpu", 16
+
+        def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
+            raise RuntimeError("out of memory")
+
+        def close(self) -> None: ...
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(stream(dataset, Broken()))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "read"))]
+
+
+def test_wrong_sizes_are_refused_at_once(dataset: Dataset, backend: ImageBackend) -> None:
+    augment = Augment()
+    with pytest.raises(UserError, match="global_batch 30 is larger than the training set of 29 images"):
+        train_batches(dataset, backend, PREPROCESSING, augment, seed=0, global_batch=30)
+    with pytest.raises(UserError, match="global_batch 2 is smaller than the number of ranks, 3"):
+        train_batches(dataset, backend, PREPROCESSING, augment, seed=0, global_batch=2, world_size=3)
+    with pytest.raises(ValueError, match="micro_batch 24 is above the backend's max_batch 16"):
+        train_batches(dataset, backend, PREPROCESSING, augment, seed=0, global_batch=24)
+
+
+def test_without_dali_pillow_decodes_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    for name in ("dali_backend", "dali_graph"):
+        monkeypatch.delitem(sys.modules, f"data_pipeline.{name}", raising=False)
+    with caplog.at_level(logging.INFO, "data_pipeline"):
+        chosen = make_backend("auto", device="cpu", preprocessing=PREPROCESSING, max_batch=4, num_threads=1)
+    chosen.close()
+    assert chosen.name == "pillow"
+    assert caplog.messages == ["DALI is not installed: Pillow decodes, on the CPU"]
+    with pytest.raises(UserError, match="DALI is not installed: pip install"):
+        make_backend("dali", device="cpu", preprocessing=PREPROCESSING, max_batch=4, num_threads=1)
+
+
+def test_pillow_on_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match="decodes on the CPU only"):
+        make_backend("pillow", device="gpu", preprocessing=PREPROCESSING, max_batch=4, num_threads=1)
+
+
+def test_importing_the_pipeline_imports_neither_torch_nor_dali() -> None:
+    program = (
+        "import sys, data_pipeline.loader, data_pipeline.datasets.demo\n"
+        "print([name for name in ('torch', 'nvidia.dali', 'numba', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

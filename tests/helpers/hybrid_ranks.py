@@ -1,0 +1,242 @@
+"""The ranks of `tests.train.distributed.test_hybrid`: torchrun … -m tests.helpers.hybrid_ranks [cuda].
+
+Rank 0 prints one JSON object of what was found; the test judges it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.loading.prefetch import Batch
+from data_pipeline.transforms.sampler import rank_slice
+from tests.helpers.faulty_rank import fail
+from tests.helpers.ranks import TINY
+from train.config.load import make_config
+from train.distributed.hybrid import (
+    HybridParallel,
+    gather_optimizer_state,
+    gather_tensors,
+    shard_optimizer_state,
+)
+from train.distributed.world import World, open_world
+from train.optim.sgd import load_optimizer
+from train.setup import make_trainer
+from train.step import TrainStep, train_step
+
+GLOBAL_BATCH = 25
+CLASSES = tuple("0123456789")
+RATE = 0.0003
+CROP_PX = 32
+SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}", "model.hidden_units=4096")
+"""As large as published behind the convolutions, which is what is split and compressed."""
+NUM_STEPS = 2
+
+
+def make(world: World, *overrides: str) -> TrainStep:
+    """A trainer as a run would make it."""
+    config = make_config("demo", [*TINY, *SIZE, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
+    dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
+    return make_trainer(config, dataset, world, None)
+
+
+def batches_at(world: World, step: int, micro_batch: int = 4) -> list[Batch]:
+    """This rank's micro-batches of noise, which are the same samples on any number of ranks."""
+    random = np.random.default_rng(step)
+    images = random.integers(0, 256, (GLOBAL_BATCH, CROP_PX, CROP_PX, 3), dtype=np.uint8)
+    labels = random.integers(0, len(CLASSES), GLOBAL_BATCH)
+    share = rank_slice(GLOBAL_BATCH, world.rank, world.world_size)
+    made = []
+    for start in range(share.start, share.stop, micro_batch):
+        places = np.arange(start, min(start + micro_batch, share.stop))
+        valid = places != 7  # one that could not be read
+        last = bool(places[-1] == share.stop - 1)
+        made.append(Batch(images[places], labels[places], valid, places, places, (), (), step, last))
+    return made
+
+
+def linear_layers(network: nn.Module) -> list[nn.Linear]:
+    """The fully connected layers, in order."""
+    return [m for m in network.modules() if isinstance(m, nn.Linear)]
+
+
+def train(trainer: TrainStep) -> list[float]:
+    """The losses of some steps."""
+    losses = []
+    for step in range(NUM_STEPS):
+        counts = train_step(trainer, batches_at(trainer.world, step), RATE, step)
+        losses.append(counts.reduce(trainer.world).loss)
+    return losses
+
+
+def loads_again(trainer: TrainStep) -> bool:
+    """Whether this rank gets its own momenta back out of the whole ones."""
+    parallel, optimizer = trainer.parallel, trainer.optimizer
+    before = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
+    whole = copy.deepcopy(gather_optimizer_state(parallel, optimizer))
+    for state in optimizer.state.values():
+        state["momentum_buffer"].zero_()
+    load_optimizer(optimizer, shard_optimizer_state(parallel, optimizer, whole))
+    after = [state["momentum_buffer"] for state in optimizer.state.values()]
+    return all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def compare(world: World, *overrides: str) -> dict[str, Any]:
+    """Losses, norm, weights, average and momenta after some steps, of plain DDP and of hybrid parallelism."""
+    found: dict[str, Any] = {}
+    states = []
+    for mode in ("ddp", "hybrid"):
+        trainer = make(world, f"parallel={mode}", *overrides)
+        losses = train(trainer)
+        assert trainer.average is not None
+        tensors = gather_tensors(trainer.parallel, trainer.network.state_dict())
+        average = gather_tensors(trainer.parallel, trainer.average.values)
+        momenta = gather_optimizer_state(trainer.parallel, trainer.optimizer)["state"]
+        states.append(
+            {f"weight {name}": tensor.clone() for name, tensor in tensors.items()}
+            | {f"average {name}": tensor.clone() for name, tensor in average.items()}
+            | {f"momentum {n}": value["momentum_buffer"].clone() for n, value in momenta.items()}
+        )
+        assert loads_again(trainer)
+        held = sum(p.numel() for p in trainer.network.parameters())
+        found[mode] = {"losses": losses, "norm": trainer.guard.norms[1].item(), "parameters": held}
+    one, other = states
+    assert one.keys() == other.keys()
+    found["shapes"] = all(one[name].shape == other[name].shape for name in one)
+    # Against the largest number of each tensor, or 0.01: rounding is as large for a bias that is nearly 0.
+    worst = {
+        n: ((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(0.01)).item()
+        for n in one
+        if one[n].is_floating_point()
+    }
+    found["worst"] = {
+        kind: max(value for n, value in worst.items() if n.startswith(kind))
+        for kind in ("weight", "average", "momentum")
+    }
+    return found
+
+
+def masks(world: World) -> dict[str, Any]:
+    """Dropout made visible: all activations before it are 1, and all weights behind it are 1."""
+    trainer = make(
+        world, "parallel=hybrid", "model.dropout=0.5", "model.name=owt", f"micro_batch={GLOBAL_BATCH}"
+    )
+    network = trainer.network
+    last_conv = [m for m in network.features.modules() if isinstance(m, nn.Conv2d)][-1]
+    layers = linear_layers(network)
+    with torch.no_grad():
+        for layer, weight, bias in ((last_conv, 0.0, 1.0), (layers[0], 0.0, 1.0), (layers[1], 1.0, 0.0)):
+            layer.weight.fill_(weight)
+            assert layer.bias is not None
+            layer.bias.fill_(bias)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            seen[name] = inputs[0].detach().clone()
+            seen[name + " out"] = output.detach().clone()
+
+        return hook
+
+    layers[0].register_forward_hook(keep("features"))
+    layers[1].register_forward_hook(keep("units"))
+    runs = []
+    for step in (0, 0, 1):
+        share = rank_slice(GLOBAL_BATCH, world.rank, world.world_size)
+        places = np.arange(share.start, share.stop)
+        images = np.zeros((len(places), CROP_PX, CROP_PX, 3), np.uint8)
+        batch = Batch(images, places % 10, places >= 0, places, places, (), (), step, True)
+        train_step(trainer, [batch], 0.0, step)
+        runs.append(dict(seen))
+    first, again, next_ = runs
+    # Whose are the units of the next layer: each is the sum of all ranks' masked units.
+    rows = first["units"].shape[0]
+    sums: Tensor = first["units"].sum(1)
+    dist.all_reduce(sums)
+    everyones = [torch.empty(rows, 1000, device=world.device) for _ in range(world.world_size)]
+    dist.all_gather(everyones, first["units"][:, :1000].contiguous())
+    with torch.no_grad():
+        layers[0].weight.fill_(1.0)
+    train_step(trainer, [batch], 0.0, 0)
+    summed = seen["features out"][:, 0] - 1  # of the features of every sample of every rank, here
+    elsewhere = summed.clone()
+    dist.broadcast(elsewhere, src=0)
+    own_rows = summed.view(world.world_size, -1)[world.rank][: len(places)]
+    everyone = [(everyones[0] == other).float().mean().item() for other in everyones[1:]]
+    return {
+        "values": sorted(torch.unique(first["units"]).tolist()),
+        "kept units": (first["units"] > 0).float().mean().item(),
+        "kept features": (first["features"] > 0).float().mean().item(),
+        "same again": torch.equal(first["units"], again["units"]),
+        "same in next step": (first["units"] == next_["units"]).float().mean().item(),
+        "same on other slices": everyone,
+        "same for next sample": (first["units"][1:] == first["units"][:-1]).float().mean().item(),
+        "units gathered as masked": bool((first["units out"] == sums[:, None]).all()),
+        "features alike on all ranks": torch.equal(summed, elsewhere),
+        "features gathered as masked": torch.allclose(own_rows, seen["features"].sum(1)),
+    }
+
+
+def overflow(world: World) -> dict[str, Any]:
+    """A gradient that overflows in one rank's part alone, and a loss that is NaN on one rank alone."""
+    trainer = make(world, "parallel=hybrid")
+    trainer = dataclasses.replace(trainer, scaler=torch.amp.GradScaler(world.device.type, init_scale=1024.0))
+    assert isinstance(trainer.parallel, HybridParallel)
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    layer = linear_layers(trainer.network)[0]
+    handles = [layer.weight.register_hook(lambda g: g * float("inf"))] if world.rank == 1 else []  # type: ignore[no-untyped-call]
+    train_step(trainer, batches_at(world, 0), RATE, 0)
+    scale, skips = trainer.scaler.get_scale(), trainer.guard.read().total
+    for handle in handles:
+        handle.remove()
+    kinds = ("nan", "inf", "gradient")
+    for number, kind in enumerate(kinds):
+        hook = trainer.parallel.register_forward_hook(
+            lambda _m, _i, logits, number=number, kind=kind: (
+                fail(kind, logits) if world.rank == number % world.world_size else logits
+            )
+        )
+        train_step(trainer, batches_at(world, 0), RATE, 1 + number)
+        hook.remove()
+    kept = all(torch.equal(p, old) for p, old in zip(trainer.network.parameters(), before, strict=True))
+    counts = train_step(trainer, batches_at(world, 0), RATE, 4)
+    loss = counts.reduce(world).loss
+    return {
+        "scale": scale,
+        "skips": [skips, trainer.guard.read().total],
+        "unchanged": kept,
+        "loss afterwards": loss,
+        "scale afterwards": trainer.scaler.get_scale(),
+    }
+
+
+def main() -> None:
+    """Do all of it."""
+    torch.set_num_threads(1)
+    with open_world("cuda" if "cuda" in sys.argv else "cpu") as world:
+        average = "ema_decay=0.5"
+        found: dict[str, Any] = {
+            "bn": compare(world, average, "model.name=bn"),
+            "owt in bf16": compare(world, average, "model.name=owt", "precision=bf16"),
+            "masks": masks(world),
+            "overflow": overflow(world),
+        }
+        everyones: list[Any] = [None] * world.world_size
+        dist.all_gather_object(everyones, found)
+        if world.is_main:
+            click.echo(json.dumps(everyones))
+
+
+if __name__ == "__main__":
+    main()

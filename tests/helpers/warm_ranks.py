@@ -1,0 +1,156 @@
+"""Ranks without torchrun's cold start: processes of their own, forked from one that has torch imported.
+
+What has to do with torchrun itself (signals, restarts, its report) is run under it: `tests.helpers.ranks`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from unittest import mock
+
+import msgspec
+from torch._C._distributed_c10d import TCPStore
+
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+PRELOADED = ["__main__", "train.setup", "train.loop", "train.config.options", "torch._dynamo"]
+"""Not DALI: what it does with a GPU when it is imported may not outlive a fork."""
+PATIENCE_S = 30.0
+"""As torchrun: what has not left so long after another rank failed is killed."""
+
+
+class Ranks:
+    """Running ranks of `python -m MODULE ARGUMENTS`; they meet at this process's store, as at torchrun's.
+
+    Args:
+        arguments: the module and what follows it on the command line.
+        cwd: where they run; what they say goes to files there.
+    """
+
+    def __init__(self, num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> None:
+        self.arguments = list(map(str, arguments))
+        self._said = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
+        self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            **THREADS, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        }  # fmt: skip
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        with mock.patch.dict(os.environ, THREADS):
+            forkserver.ensure_running()
+        self.processes = [
+            context.Process(
+                target=_be_rank,
+                args=(
+                    self.arguments,
+                    cwd,
+                    {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    self._said,
+                ),
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def stderr(self) -> str:
+        """What they have said so far."""
+        return self._said[1].read_text() if self._said[1].exists() else ""
+
+    def wait(self, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        """Their end: the code is that of the first rank that failed, after which the others are ended."""
+        end, code, running = time.monotonic() + timeout_s, 0, list(self.processes)
+        while running:
+            if not connection.wait([process.sentinel for process in running], end - time.monotonic()):
+                self.kill()
+                raise subprocess.TimeoutExpired(self.arguments, timeout_s, stderr=self.stderr.encode())
+            ended = [process for process in running if process.exitcode is not None]
+            running = [process for process in running if process not in ended]
+            for process in ended:
+                if process.exitcode and not code:
+                    code, end = process.exitcode, min(end, time.monotonic() + PATIENCE_S)
+                    for other in running:
+                        other.terminate()
+        return subprocess.CompletedProcess(self.arguments, code, self._said[0].read_text(), self.stderr)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> bool:
+        """Whether something came to hold while all of them ran."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if not all(process.is_alive() for process in self.processes):
+                return False
+            assert time.monotonic() < end, self.stderr
+            time.sleep(0.01)
+        return True
+
+    def send(self, number: signal.Signals, *, rank: int) -> None:
+        """Send one of them a signal."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def kill(self) -> None:
+        """End them all at once."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _be_rank(arguments: list[str], cwd: Path, environment: dict[str, str], said: list[Path]) -> None:
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def run_ranks(
+    num_ranks: int, arguments: Sequence[str | Path], cwd: Path, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a module of ours on so many ranks to its end."""
+    with ranks_of(num_ranks, arguments, cwd) as ranks:
+        return ranks.wait(timeout_s)
+
+
+@contextmanager
+def ranks_of(num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> Iterator[Ranks]:
+    """Ranks that do not outlive a test."""
+    ranks = Ranks(num_ranks, arguments, cwd)
+    try:
+        yield ranks
+    finally:
+        ranks.kill()
+
+
+def train_warm(
+    num_ranks: int,
+    *,
+    data: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    options: Sequence[str] = (),
+    module: Sequence[str | Path] = ("train.main",),
+) -> Path:
+    """Train and return the run's folder; the test fails with what was said if that fails.
+
+    Args:
+        module: `train.main`, or one that wraps it, with what comes before its options.
+    """
+    sets = [f"--set={o}" for o in overrides]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = run_ranks(num_ranks, [*module, f"--data={data}", f"--out={out}", *sets, *options], cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    return Path(msgspec.json.decode(done.stdout)["run"])

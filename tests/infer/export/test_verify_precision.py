@@ -1,0 +1,158 @@
+"""Precisions: proven from the file, judged by limits of their own, built into engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from alexnet import main
+from data_pipeline.common.errors import GateError, UserError
+from infer.bundle.load import Bundle, load_bundle
+from infer.bundle.manifest import LIMITS
+from infer.export.compare import Tally
+from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
+from infer.export.gate import judge, torch_runner
+from infer.export.pipeline import export_model
+from infer.export.to_onnx import export_onnx
+from infer.export.to_tensorrt import build_engine
+from infer.export.verify_precision import check_plan_size, prove_precision
+from infer.runtime.cuda import Gpu, GpuScan
+from tests.helpers.infer_samples import checkpoint_folder, data_folder, exported, tiny_manifest
+from train.checkpoints.load import load_checkpoint
+
+
+def test_int8_is_calibrated_on_training_images_gated_and_built_for_the_gpus_asked_for(
+    base: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        *("export", checkpoint_folder(base), "--format", "trt", "--precision", "int8", "--max-batch", 8),
+        *("--calibrate", base / "all-digits", "--data", data_folder(base), "--out", tmp_path / "b", "--json"),
+    ]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.stderr
+    bundle = load_bundle(tmp_path / "b")
+    manifest = bundle.manifest
+    assert msgspec.json.decode(result.stdout)["precision"] == manifest.precision == "int8"
+    assert manifest.calibration is not None
+    assert (manifest.calibration.split, manifest.calibration.num_images) == ("train", 256)
+    proof = manifest.proof
+    assert proof is not None
+    assert proof.computed_in == {
+        "Conv": {"int8": 5}, "Gemm": {"int8": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
+    }  # fmt: skip
+    assert proof.num_quantize == proof.num_dequantize == 23
+    gate = manifest.report
+    assert gate is not None and gate.limits == LIMITS["int8"]
+    assert gate.onnx.top1_agreement >= 0.99 and gate.onnx.max_probability_difference > 1e-4
+    model = onnx.load(bundle.onnx_path)
+    assert {p.key for p in model.metadata_props} >= {
+        "classes",
+        "preprocessing",
+        "checkpoint_sha256",
+        "recipe",
+    }
+    assert model.producer_name == "alexnet" and "uint8 RGB images of 56x56 pixels" in model.doc_string
+    fp32 = exported(base).engine_path
+    assert bundle.engine_path is not None and fp32 is not None
+    assert bundle.engine_path.stat().st_size < 0.4 * fp32.stat().st_size
+    with pytest.raises(GateError, match=r"model\.engine has .* too much for weights in int8"):
+        check_plan_size(fp32, proof, "int8")
+
+
+def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(checkpoint_folder(base))
+    path = tmp_path / "model.onnx"
+    export_onnx(checkpoint, path, precision="fp16")
+    proof = prove_precision(path, "fp16")
+    assert proof.computed_in == {
+        "Conv": {"float16": 5}, "Gemm": {"float16": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
+    }  # fmt: skip
+    assert path.stat().st_size < 0.51 * exported(base).onnx_path.stat().st_size
+    images = np.random.default_rng(3).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images})
+    difference = np.abs(found - torch_runner(checkpoint)(images)).max()
+    assert found.dtype == np.float32 and 1e-7 < difference < 1e-2
+    engine = build_engine(
+        path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4, precision="fp16"
+    )
+    if engine.library == "tensorrt_rtx":
+        assert engine.gpus[0] == "sm75"
+    check_plan_size(tmp_path / "e", proof, "fp16")
+    with pytest.raises(GateError, match=r"e has \d+ MB, too little for weights in fp32 \(\d+ to \d+ MB\)"):
+        check_plan_size(tmp_path / "e", proof, "fp32")
+    with pytest.raises(GateError, match=r"not fp32 \(Conv in float16 instead of float"):
+        prove_precision(path, "fp32")
+
+
+def test_what_was_asked_for_and_is_not_in_the_file_is_refused(bundle: Bundle) -> None:
+    for precision in ("fp16", "int8"):
+        with pytest.raises(GateError, match=f"is not {precision}") as raised:
+            prove_precision(bundle.onnx_path, precision)
+        assert raised.value.exit_code == 4
+
+
+def test_engine_is_built_for_the_gpus_asked_for_or_says_which_there_are(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    one_gpu = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
+    assert (
+        choose_builder({"tensorrt": "11", "tensorrt_rtx": "1"}, one_gpu, ("sm120",)).library == "tensorrt_rtx"
+    )
+    with pytest.raises(UserError, match=r"--gpu sm120: tensorrt builds for this machine's sm89 alone"):
+        choose_builder({"tensorrt": "11"}, one_gpu, ("sm120",))
+
+    def build(*gpus: str) -> tuple[str, ...]:
+        return build_engine(
+            bundle.onnx_path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4,
+            precision="fp32", options=EngineOptions(gpus=gpus),
+        ).gpus  # fmt: skip
+
+    assert build("sm89", "sm120") == ("sm89", "sm120")
+    with pytest.raises(UserError, match=r"--gpu sm90: tensorrt_rtx .* builds for sm80, .* in fp32"):
+        build("sm90")
+
+
+def test_int8_that_lost_accuracy_does_not_pass() -> None:
+    """Agreement of 99% with every hundredth image lost is a point of accuracy: more than half a point."""
+    expected = np.tile(np.array([[0.9, 0.1]], np.float32), (100, 1))
+    found = expected.copy()
+    found[0] = found[0, ::-1]
+    tally = Tally(LIMITS["int8"])
+    tally.add(expected, found, np.zeros(100, np.int64))
+    found_99 = tally.agreement()
+    report = tiny_manifest().report
+    assert report is not None and found_99.top1_agreement == 0.99
+    report = replace(report, limits=LIMITS["int8"], checkpoint_accuracy=1.0)
+    with pytest.raises(
+        GateError, match=r"accuracy 99\.00%, 1\.00 points below the reference's; at most 0\.5"
+    ):
+        judge(replace(report, onnx=found_99))
+    judge(replace(report, onnx=replace(found_99, accuracy=0.995)))  # half a point is within half a point
+    with pytest.raises(GateError, match=r"accuracy 99\.49%, 0\.51 points"):
+        judge(replace(report, onnx=replace(found_99, accuracy=0.9949)))
+
+
+def test_wrong_uses_are_told(base: Path) -> None:
+    folder = checkpoint_folder(base)
+    with pytest.raises(UserError, match="--calibrate is for --precision int8"):
+        export_model(folder, "onnx", calibrate=base)
+    with pytest.raises(UserError, match="--gpu is for --format trt"):
+        export_model(folder, "onnx", options=EngineOptions(gpus=("sm89",)))
+    with pytest.raises(UserError, match="no folder 'train'"):
+        export_model(folder, "onnx", precision="int8", out=base / "none")
+    for text in ("onnx,onnx", "xml", ""):
+        with pytest.raises(UserError, match=f"--format {text}: onnx, trt, or onnx,trt"):
+            parse_formats(text)
+
+
+def test_int8_without_its_calibration_is_no_bundle() -> None:
+    with pytest.raises(ValueError, match="the calibration contradict each other"):
+        tiny_manifest(precision="int8").__post_init__()

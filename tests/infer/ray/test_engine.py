@@ -1,0 +1,197 @@
+"""Prediction by workers of real Ray clusters: killed, gone on with on another, the rows of one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from alexnet import main
+from data_pipeline.common.errors import UserError
+from infer import Predictor, find_inputs
+from infer.bundle.load import Bundle
+from infer.predict.options import PredictOptions
+from infer.ray.cluster import Share
+from infer.ray.engine import share_cluster
+from tests.helpers.images import encode, photo
+from tests.helpers.infer_samples import data_folder, images_in
+from tests.helpers.ranks import REPOSITORY
+
+PART_ROWS = 3
+TIMEOUT_S = 300.0
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A short path, since Ray's sockets lie below it; also what Ray's processes here are known by."""
+    folder = Path(tempfile.mkdtemp(prefix="ax"))
+    yield folder
+    wait_for(lambda: not processes_of(folder))
+    shutil.rmtree(folder)
+
+
+def processes_of(scratch: Path) -> dict[int, str]:
+    """The living processes that were started with this folder as their place for temporary files."""
+    found = {}
+    mark = b"TMPDIR=" + os.fsencode(scratch)
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def start(arguments: list[object], cwd: Path, scratch: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(scratch), "HOME": str(scratch), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def write_shards(folder: Path, files: list[Path]) -> list[str]:
+    """Two tar shards, relative to `folder`: 12 digits, then 10 photos that take their time and 2 broken."""
+    large = encode(photo(300, 400).resize((4800, 3600)), "JPEG", quality=90)
+    contents = [path.read_bytes() for path in files] + [large] * 10 + [large[:3000], b""]
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for place, content in enumerate(contents[12 * number :][:12]):
+                member = tarfile.TarInfo(f"{place:03d}.jpg")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return ["0.tar", "1.tar"]
+
+
+def test_a_killed_job_goes_on_elsewhere_to_the_rows_of_one_process(
+    tmp_path: Path, base: Path, bundle: Bundle, scratch: Path
+) -> None:
+    files = images_in(data_folder(base) / "val")[::4][:12]
+    shards = write_shards(tmp_path, files)
+    command = [
+        "-m", "alexnet", "predict", *shards, "--model", bundle.folder, "--engine", "ray", "--output", "rows",
+        "--format", "jsonl", "--part-rows", PART_ROWS, "--workers", 2, "--batch-size", 2, "--device", "cpu",
+    ]  # fmt: skip
+    folder = tmp_path / "rows"
+    killed = start(command, tmp_path, scratch)
+    wait_for(lambda: killed.poll() is not None or len(list(folder.glob("part-*.jsonl"))) >= 2)
+    os.kill(killed.pid, signal.SIGKILL)
+    out, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and out == "", err
+    wait_for(lambda: not processes_of(scratch))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.jsonl")}
+    assert 2 <= len(before) < 8, before
+    damaged = folder / max(before)
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+
+    token = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    machines = start(
+        ["-m", "tests.helpers.ray_machines", scratch / "ray"],
+        tmp_path,
+        scratch,
+        RAY_TMPDIR=str(scratch),
+        **token,
+    )
+    assert machines.stdin is not None and machines.stdout is not None
+    try:
+        address = machines.stdout.readline().strip()
+        resumed = start([*command, "--resume", "--address", address], tmp_path, scratch, **token)
+        wait_for(lambda: resumed.poll() is not None or len(list(folder.glob("part-*.jsonl"))) > len(before))
+        pids = [pid for pid, name in processes_of(scratch).items() if name.startswith("ray::MapWorker")]
+        os.kill(pids[0], signal.SIGKILL)  # another takes its place, and does its part again
+        out, err = resumed.communicate(timeout=TIMEOUT_S)
+    finally:
+        machines.communicate(timeout=TIMEOUT_S)
+    assert (resumed.returncode, out) == (3, ""), err
+    assert f"--resume: {len(before) - 1} of 8 parts are there already" in err
+    assert f"{damaged.name} is not whole and is predicted again" in err
+    assert "2 workers, each with 1 thread" in err and "CPUExecutionProvider, fp32, on cpu" in err
+    assert "http" not in err and "Traceback" not in err
+
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+    assert sorted(after) == [f"part-{n:06d}.jsonl" for n in range(8)]
+    assert {name for name in before if after[name] == before[name]} == before.keys() - {damaged.name}
+    rows = [json.loads(line) for name in sorted(after) for line in (folder / name).read_bytes().splitlines()]
+    assert [row.pop("index") for row in rows] == list(range(24))
+    with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
+        expected = json.loads(
+            msgspec.json.encode(list(predictor(find_inputs([tmp_path / name for name in shards]))))
+        )
+    assert [row["status"] for row in rows] == ["ok"] * 22 + ["error"] * 2
+    for row, one in zip(rows, expected, strict=True):
+        assert str(tmp_path / row.pop("path")) == one.pop("path")
+        best, other = row.pop("predictions", []), one.pop("predictions", [])
+        probabilities = [[p.pop("probability") for p in found] for found in (best, other)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-6)
+        assert (best, row) == (other, one)
+    summary = json.loads((folder / "_summary.json").read_bytes())
+    assert summary["images"] + summary["kept"] == 24 and summary["errors"] + summary["kept_errors"] == 2
+    assert not (scratch / ".ray").exists(), "nothing is left in the home folder"
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["predict", *map(str, arguments)])
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"), [({"device": "cuda"}, "--device cuda"), ({"backend": "trt"}, "--ba")]
+)
+def test_a_gpu_that_the_cluster_has_not_is_an_error(asked: dict[str, Any], what: str) -> None:
+    options = PredictOptions(paths=["x"], engine="ray", **asked)
+    with pytest.raises(UserError, match=f"{what}.* cannot be had: the Ray cluster has no GPU"):
+        share_cluster([(8, 0), (4, 0)], options)
+    assert share_cluster([(8, 0), (16, 2)], options) == Share(workers=2, threads=8, gpus=1)
+    assert share_cluster([(8, 0), (4, 0)], PredictOptions(paths=["x"])) == Share(workers=3, threads=4, gpus=0)
+
+
+def test_wrong_use_is_told_before_a_cluster_is_started(
+    bundle: Bundle, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = images_in(data_folder(base) / "val")[0]
+    ray: Any = (image, "--model", bundle.folder, "--engine", "ray")
+    for options, words in {
+        (): "writes a folder of parts: name it with --output DIR",
+        ("--output", "rows", "--format", "csv"): "use jsonl or parquet",
+        ("--output", "rows", "--html", "x.html"): "a gallery is made by one process",
+        ("--output", image): "cannot write",
+        ("--output", image.parent): "holds other things than a job",
+    }.items():
+        code, line = invoke(*ray, *options)
+        assert code == 2 and words in line, line
+    code, line = invoke(image, "--model", bundle.folder, "--address", "auto")
+    assert code == 2 and "--address is for --engine ray" in line
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, line = invoke(*ray, "--output", tmp_path / "rows")
+    assert code == 2 and "needs Ray: pip install 'alexnet[ray]'" in line

@@ -1,0 +1,72 @@
+"""trainjob.yaml against the models that Kubeflow publishes, and against what it relies on here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import pytest
+import yaml
+from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
+from pydantic import ValidationError
+
+from alexnet import EXIT_WRONG_USE, train
+from data_pipeline.common.errors import InterruptedRunError
+from tests.helpers.ranks import REPOSITORY
+from train.config.load import make_config
+
+MODELS = {"TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}
+
+
+@pytest.fixture
+def documents() -> dict[str, Any]:
+    """The file's documents by kind."""
+    with (REPOSITORY / "scripts" / "deploy" / "trainjob.yaml").open() as file:
+        return {document["kind"]: document for document in yaml.safe_load_all(file)}
+
+
+def test_both_documents_are_what_kubeflows_models_take(documents: dict[str, Any]) -> None:
+    """A key that a model does not know is lost on the way through it."""
+    assert set(documents) == set(MODELS)
+    for kind, document in documents.items():
+        read = MODELS[kind].from_dict(document)
+        assert read is not None and read.to_dict() == document
+
+    documents["TrainJob"]["spec"]["trainer"]["numNodes"] = "two"
+    with pytest.raises(ValidationError, match="numNodes"):
+        TrainerV1alpha1TrainJob.from_dict(documents["TrainJob"])
+    misspelt = documents["TrainingRuntime"]
+    misspelt["spec"]["template"]["spec"]["failurePolicy"]["maxRestart"] = 1
+    read = TrainerV1alpha1TrainingRuntime.from_dict(misspelt)
+    assert read is not None and read.to_dict() != misspelt
+
+
+def test_the_job_names_the_runtime_its_volumes_and_options_that_there_are(documents: dict[str, Any]) -> None:
+    job, runtime = documents["TrainJob"]["spec"], documents["TrainingRuntime"]
+    assert job["runtimeRef"] == {
+        "apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": runtime["metadata"]["name"],
+    }  # fmt: skip
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
+
+    assert job["trainer"]["command"] == ["alexnet", "train"]
+    given = train.make_context("train", list(job["trainer"]["args"])).params
+    assert {str(given["data"]), str(given["out"])} <= set(mounts)
+    assert given["resume"] == "auto"
+    assert make_config(given["recipe"], given["overrides"]).checkpoint_every == 500
+    assert isinstance(train, click.Command)
+
+
+def test_codes_are_taken_for_what_they_mean(documents: dict[str, Any]) -> None:
+    runtime = documents["TrainingRuntime"]["spec"]["template"]["spec"]
+    job = runtime["replicatedJobs"][0]["template"]["spec"]
+    rules = job["podFailurePolicy"]["rules"]
+    actions = {r["onExitCodes"]["values"][0]: r["action"] for r in rules if "onExitCodes" in r}
+    assert actions == {InterruptedRunError.exit_code: "Ignore", EXIT_WRONG_USE: "FailJob"}
+    assert runtime["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    # A pod failure policy is only allowed where pods are not restarted in place.
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["template"]["spec"]["terminationGracePeriodSeconds"] > 30

@@ -1,0 +1,254 @@
+"""What makes a step fast must not change what it computes, nor wait for the device."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.loading.prefetch import Batch
+from tests.helpers.ranks import run_command
+from train.bench.flops import count_flops
+from train.bench.train import make_ratios, make_specs
+from train.compile.choose import compile_step, count_numbers, maybe_compile, prepare_lrn
+from train.config.load import make_config
+from train.distributed.world import World, open_world
+from train.health.metrics import AccuracyMeter
+from train.models.alexnet import make_model
+from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
+from train.setup import make_trainer
+from train.step import TrainStep, train_step
+
+SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
+
+
+class WaitsForDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operator that hands a tensor's values to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[-1].split(".")[0]
+        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with open_world("cpu") as one:
+        yield one
+
+
+@pytest.fixture
+def no_compile_threads() -> Iterator[None]:
+    """Inductor keeps a pool of threads for the next compilation, which is no leak but looks like one."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
+        yield
+
+
+def small_trainer(world: World, *overrides: str) -> TrainStep:
+    config = make_config("tiny-imagenet", [*SMALL, *overrides])
+    classes = tuple("abcdefghij")
+    return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
+
+
+def small_batch(*, last: bool = True) -> Batch:
+    random, places = np.random.default_rng(0), np.arange(4)
+    images = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last)
+
+
+LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9", "label_smoothing=0.1")
+
+
+@pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
+def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
+    trainer = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
+    total = AccuracyMeter(world.device)
+    with WaitsForDevice() as waits:
+        for step in range(2):
+            total.merge(train_step(trainer, [small_batch(last=False), small_batch()], 0.01, step))
+        assert waits.seen == []
+        metrics = total.reduce(world)  # where a row is written
+        assert "_local_scalar_dense" in waits.seen
+    assert metrics.num_samples == 16
+
+
+def test_both_forms_of_the_window_sum_are_the_same() -> None:
+    x = torch.randn(2, 7, 3, 3)
+    for size in (1, 3, 5):
+        torch.testing.assert_close(padded_window_sum(x, size), window_sum(x, size))
+
+
+@pytest.mark.usefixtures("no_compile_threads")
+def test_fused_lrn_computes_what_the_eager_one_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = small_trainer(world, "model.name=paper", "precision=bf16")
+    arguments: dict[str, Any] = {"crop_px": 32, "precision": trainer.precision, "world": world}
+    numbers = count_numbers(trainer.network, 32)
+    assert numbers == sum(c * side**2 for c, side in ((96, 26), (256, 12)))
+    with caplog.at_level(logging.INFO, "train"):
+        prepare_lrn(trainer.network, "auto", num_images=1000, **arguments)
+        layers = [m for m in trainer.network.modules() if isinstance(m, LocalResponseNorm)]
+        assert [layer.fused for layer in layers] == [False, False]
+        prepare_lrn(trainer.network, "auto", num_images=10**7, **arguments)
+    said = [record.message for record in caplog.records]
+    assert [layer.fused for layer in layers] == [True, True], said
+    assert "too short to gain" in said[0] and "LRN compiled in" in said[-1]
+    for kind, memory_format in (
+        (torch.bfloat16, torch.channels_last),
+        (torch.float32, torch.contiguous_format),
+    ):
+        # Large values, so that the normalisation is far from the identity.
+        x = (torch.randn(3, 96, 26, 26) * 200).to(kind).contiguous(memory_format=memory_format)
+        grad, results = torch.randn_like(x), []
+        for fused in (True, False):
+            module = LocalResponseNorm()
+            module.fused = fused
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            out = module(leaf)
+            out.backward(grad)
+            assert leaf.grad is not None
+            results.append((out.detach(), leaf.grad))
+        assert (results[0][0] - x).abs().max() > 50
+        for ours, theirs in zip(*results, strict=True):
+            rtol, atol = (1e-5, 1e-5) if kind == torch.float32 else (2**-7, 1e-2)
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+            assert ours.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.usefixtures("no_compile_threads")
+def test_fused_lrn_gradient_in_float64() -> None:
+    module = LocalResponseNorm(5, 0.3, 0.75, 2.0)
+    module.fused = True
+    x = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, (x,))
+
+
+@pytest.mark.usefixtures("no_compile_threads")
+def test_a_compiled_network_is_kept_only_where_it_is_faster_and_computes_the_same(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.0") for _ in range(2))
+    before = {name: value.clone() for name, value in other.network.state_dict().items()}
+    with caplog.at_level(logging.INFO, "train"):
+        chosen = maybe_compile(other.parallel, 4, 32, other.precision, world, tmp_path)
+        assert maybe_compile(other.parallel, 4, 32, other.precision, world, tmp_path) is chosen
+    first, second = (record.message for record in caplog.records if record.name == "train")
+    word = "" if chosen else "not "
+    assert f"s as it is: the network is {word}compiled" in first
+    assert second == f"the network is {word}compiled, as it was when the run began"
+    assert json.loads((tmp_path / "compiled.json").read_text()) is chosen
+    assert all(torch.equal(value, before[name]) for name, value in other.network.state_dict().items())
+    compile_step(other.network)
+    losses = [
+        [train_step(t, [small_batch()], 1e-3, step).reduce(world).loss for step in range(2)]
+        for t in (eager, other)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_without_a_compiler_a_line_says_so_and_training_goes_on(
+    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    code = (
+        "from train.config.load import make_config; from train.distributed.world import open_world\n"
+        "from train.compile.choose import fuse_lrn; from train.models.alexnet import make_model\n"
+        "from train.optim.precision import choose_precision; import logging, torch\n"
+        "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "with open_world('cpu') as world:\n"
+        "    net = make_model(make_config('demo').model, num_classes=2, crop_px=64)\n"
+        "    fused = fuse_lrn(net, 64, choose_precision('fp32', world.device), world)\n"
+        "    print(fused, net.features.norm1.fused)\n"
+        "    net(torch.zeros(2, 3, 64, 64)).sum().backward()\n"
+    )
+    (tmp_path / "no_compiler.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    done = run_command(["no_compiler"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False False"
+    (line,) = [text for text in done.stderr.splitlines() if "without a compiler" in text]
+    assert "several times slower" in line
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    with torch.device("meta"):
+        model: nn.Module = make_model(
+            make_config("demo", ["model.name=owt"]).model, num_classes=10, crop_px=64
+        )
+        counter = FlopCounterMode(display=False)
+        with counter:
+            loss = model(torch.empty(1, 3, 64, 64)).sum()
+        forward = counter.get_total_flops()
+        with counter:
+            loss.backward()
+    flops = count_flops(model, 64)
+    assert flops.forward == forward > 10**8
+    assert flops.step == flops.forward + counter.get_total_flops()
+
+
+def test_the_promised_ratios_are_made_of_the_right_subjects() -> None:
+    specs = make_specs(["owt", "paper"], [8], ["bf16", "fp32"], True)
+    step_s = {"owt bf16": 1.0, "torchvision fp32": 4.0, "paper bf16": 2.0, "none": 1.5, "torch": 7.0}
+    seconds = {}
+    for spec in specs:
+        named = spec.lrn if spec.lrn in ("none", "torch") else f"{spec.name} {spec.precision}"
+        seconds[spec, "step"] = [100.0 if spec.compiled else step_s.get(named, 50.0)] * 2
+    seconds |= {
+        (specs[0], "fed_step"): [1.0, 1.0],
+        (specs[0], "loader"): [0.1, 1.5],
+        (specs[0], "end_to_end"): [2.0, 2.0],
+    }
+    lrn_s = {"a": {"torch": 6.0, "eager": 2.0, "fused": 1.0}, "b": {"torch": 5.0, "eager": 2.0, "fused": 1.0}}
+    flops = 0.7e9 * 2 * 3
+    ratios, notes = make_ratios(specs, seconds, lrn_s, {"bf16": 100.0, "fp32": 50.0}, 224)
+    mfu = ratios.pop("owt_mfu")
+    assert mfu == pytest.approx(8 * flops / 100e9, rel=0.05)
+    assert ratios == {
+        "owt_vs_torchvision_reference": 4.0,
+        "paper_vs_no_lrn": 0.75,
+        "paper_vs_torch_lrn": 3.5,
+        "lrn_eager_vs_torch": 2.5,
+        "lrn_fused_vs_torch": 5.0,
+        "end_to_end_vs_slowest_part": 0.625,
+    }
+    assert not [note for note in notes if "not measured" in note]
+
+
+def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
+    options = ["--batch=4", "--crop=64", "--variant=owt", "--precision=fp32", "--images=128", "--rounds=1"]
+    done = run_command(
+        ["alexnet", "bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options], cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    owt, reference = report["rates"]
+    assert set(owt["phases"]) == {"forward", "backward", "step", "loader", "end_to_end"}
+    assert reference["subject"]["name"] == "torchvision"
+    step = owt["phases"]["step"]
+    gflops = step["images_per_s"] * sum(owt["flops_per_image"].values()) / 1e9
+    assert step["mfu"] == pytest.approx(gflops / report["gemm_gflops"]["fp32"], rel=0.01)
+    assert report["ratios"]["owt_mfu"] == step["mfu"]
+    assert report["ratios"]["owt_vs_torchvision_reference"] == pytest.approx(
+        step["images_per_s"] / reference["phases"]["step"]["images_per_s"], rel=0.01
+    )
+    assert report["ratios"]["paper_vs_no_lrn"] is None
+    assert any("paper_vs_no_lrn" in note for note in report["notes"])
+    assert owt["peak_memory_mb"] > 100

@@ -1,0 +1,143 @@
+"""Fully connected layers split over ranks: the numbers of plain DDP, in parts.
+
+`tests.train.test_main` has whole runs on 2 and 4 ranks, resumed in either mode. Here 3 ranks, among which
+4096 units and 25 samples do not divide, and which have 2, 2 and 3 micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.transforms.sampler import rank_slice
+from tests.helpers.ranks import run_command
+from tests.helpers.warm_ranks import run_ranks
+from train.config.load import make_config
+from train.distributed.hybrid import micro_batch_sizes
+from train.distributed.tensor_parallel import part_bounds
+
+NUM_RANKS = 3
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What the ranks found, in the order of their numbers."""
+    done = run_ranks(NUM_RANKS, ["tests.helpers.hybrid_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
+    assert done.returncode == 0, done.stderr
+    ranks: Found = json.loads(done.stdout)
+    assert len(ranks) == NUM_RANKS
+    return ranks
+
+
+@pytest.mark.parametrize(("case", "loss", "numbers"), [("bn", 1e-5, 1e-3), ("owt in bf16", 0.01, 0.1)])
+def test_losses_norms_weights_averages_and_momenta_are_those_of_plain_ddp(
+    found: Found, case: str, loss: float, numbers: float
+) -> None:
+    for rank in found:
+        ddp, hybrid = rank[case]["ddp"], rank[case]["hybrid"]
+        assert hybrid["losses"] == pytest.approx(ddp["losses"], rel=loss)
+        # torch's float32 norm of 17 million numbers on a CPU is itself 1e-3 off, of a third of them less
+        assert hybrid["norm"] == pytest.approx(ddp["norm"], rel=max(loss, 2e-3))
+        assert rank[case]["shapes"], "what is saved is not unsplit"
+        assert all(worst < numbers for worst in rank[case]["worst"].values()), rank[case]["worst"]
+        assert hybrid["losses"] == found[0][case]["hybrid"]["losses"]
+
+
+def test_each_rank_holds_its_part_of_the_fully_connected_layers(found: Found) -> None:
+    whole, parts = found[0]["bn"]["ddp"]["parameters"], [rank["bn"]["hybrid"]["parameters"] for rank in found]
+    everywhere = 3_746_880 // 2 + 10  # about: convolutions, norms and the last bias
+    assert all(whole / 3 < held < whole / 2 for held in parts)
+    conv = (sum(parts) - whole) / (NUM_RANKS - 1)
+    assert 1e6 < conv < 4e6, everywhere
+
+
+def test_no_mask_is_used_twice_and_all_ranks_see_the_same(found: Found) -> None:
+    for number, rank in enumerate(found):
+        masks = rank["masks"]
+        assert masks["values"] == [0.0, 2.0]
+        assert masks["kept units"] == pytest.approx(0.5, abs=0.01)
+        assert masks["kept features"] == pytest.approx(0.5, abs=0.03)
+        assert masks["same again"], "a resumed run would draw other masks"
+        # two masks that have nothing to do with each other agree in half their places
+        alike = [*masks["same on other slices"], masks["same in next step"], masks["same for next sample"]]
+        assert alike == pytest.approx([0.5] * (NUM_RANKS + 1), abs=0.02), number
+        assert masks["units gathered as masked"]
+        assert masks["features alike on all ranks"] and masks["features gathered as masked"]
+
+
+def test_what_is_bad_on_one_rank_is_skipped_on_all(found: Found) -> None:
+    """An overflow in one rank's part of a layer; NaN, infinite losses and gradients on one rank each."""
+    for rank in found:
+        bad = rank["overflow"]
+        assert bad["unchanged"]
+        assert (bad["scale"], bad["skips"]) == (512.0, [1, 4])
+        assert bad["scale afterwards"] == 64.0
+        assert bad["loss afterwards"] == found[0]["overflow"]["loss afterwards"] < 3
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 20), st.sampled_from([1, 2]))
+def test_every_rank_can_join_every_pass_and_all_end_together(
+    global_batch: int, world_size: int, micro_batch: int, group_size: int
+) -> None:
+    if global_batch < world_size * group_size or micro_batch < group_size:
+        return
+    rows = micro_batch_sizes(global_batch, world_size, micro_batch, group_size)
+    chunk = micro_batch // group_size * group_size
+    assert all(0 < n <= chunk for n in rows)
+    for rank in range(world_size):
+        share = rank_slice(global_batch, rank, world_size, group_size)
+        count = share.stop - share.start
+        own = [min(chunk, count - first) for first in range(0, count, chunk)]
+        assert own and len(own) <= len(rows)
+        assert all(mine <= room for mine, room in zip(own, rows[-len(own) :], strict=True))
+
+
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_parts_are_the_whole_and_differ_by_one_at_most(size: int, world_size: int) -> None:
+    bounds = [part_bounds(size, rank, world_size) for rank in range(world_size)]
+    assert [a for a, _ in bounds] + [size] == [0] + [b for _, b in bounds]
+    sizes = {b - a for a, b in bounds}
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) == -(-size // world_size)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("compile=true", "compile=true compiles the network as a whole"),
+        ("optimizer.name=lars", "lars needs the norm of each whole layer"),
+        ("log_noise_scale=true", "log_noise_scale compares each rank's own gradients"),
+    ],
+)
+def test_what_hybrid_cannot_do_is_said(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_config("demo", ["parallel=hybrid", override])
+    assert make_config("demo", [override]).parallel == "ddp"
+
+
+@pytest.mark.gpu
+def test_hybrid_on_gpus(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs; there is one here")
+    done = run_command(
+        [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "tests.helpers.hybrid_ranks",
+            "cuda",
+        ],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in json.loads(done.stdout):
+        assert rank["bn"]["hybrid"]["losses"] == pytest.approx(rank["bn"]["ddp"]["losses"], rel=1e-4)
+        assert rank["overflow"]["unchanged"]

@@ -1,0 +1,38 @@
+"""Options of `alexnet train` for several machines; tests/scripts/deploy/test_slurm.py runs two."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.common.errors import UserError
+from train.distributed.torchrun import Rendezvous, make_rendezvous
+
+
+def test_machines_meet_at_one_place_under_one_name() -> None:
+    assert make_rendezvous("1", None, None) is None
+    meeting = make_rendezvous("2:4", "node1:29400", "job-17")
+    assert meeting == Rendezvous("2:4", "node1:29400", "job-17")
+    assert meeting.options() == [
+        "--nnodes=2:4", "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-id=job-17",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "endpoint", "run_id", "message"),
+    [
+        ("0", None, None, "--nnodes takes a number of machines, or MIN:MAX, not '0'"),
+        ("two", "a:1", "x", "--nnodes takes a number of machines, or MIN:MAX, not 'two'"),
+        ("1:", "a:1", "x", "not '1:'"),
+        ("4:2", "a:1", "x", "--nnodes 4:2: the largest number is below the smallest"),
+        ("2", None, "x", "give both, and the same on every machine"),
+        ("2", "a:1", None, "give both, and the same on every machine"),
+        ("1", "a:1", "none", "give both, and the same on every machine"),  # torchrun's word for no name
+        ("1", None, "x", "give both, and the same on every machine"),
+    ],
+)
+def test_machines_that_could_not_find_each_other_are_wrong_use(
+    num_nodes: str, endpoint: str | None, run_id: str | None, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_rendezvous(num_nodes, endpoint, run_id)
+    assert message in str(caught.value)

@@ -1,0 +1,135 @@
+"""Asked to stop: all ranks save the same step and leave in time, whoever gets which signal, and how often."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.soak.launch import is_alive
+from scripts.soak.rounds import compare_runs
+from tests.helpers.ranks import TINY, link_subset, read_rows, torchrun_arguments
+from tests.helpers.warm_ranks import ranks_of, train_warm
+from train.checkpoints.load import find_checkpoint, load_checkpoint
+
+BATCH = 25
+NUM_STEPS = 48
+SETTINGS = (
+    *TINY, "model.dropout=0.5", "epochs=4", f"global_batch={BATCH}", "schedule.kind=cosine",
+    "log_every=2", "checkpoint_every=5",
+)  # fmt: skip
+KILL_S = 30
+"""After a signal torchrun leaves its ranks so much time, and kills them then."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data, and a run on it that nothing stopped."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    data = link_subset(demo_data, base / "data", num_train=300, num_val=20)
+    run = train_warm(2, data=data, out=base / "runs", overrides=SETTINGS)
+    rows = [row["step"] for row in read_rows(run, "train") if row["step"] <= 24]
+    assert rows == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24]
+    return data, run
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether training has begun: a signal before has nothing to save."""
+    return any(path.stat().st_size for path in folder.glob("runs/*/metrics.jsonl"))
+
+
+def go_on(folder: Path, said: str, undisturbed: tuple[Path, Path]) -> None:
+    """A run that was stopped in time is saved where it says, and goes on to the same bits."""
+    data, whole = undisturbed
+    (run,) = (folder / "runs").iterdir()
+    (stopped,) = set(re.findall(r"error: stopped by .* at step (\d+), saved; go on with --resume auto", said))
+    assert 0 < int(stopped) < NUM_STEPS
+    checkpoint = load_checkpoint(find_checkpoint(run, pointer="last"))
+    assert (checkpoint.step, checkpoint.samples_seen) == (int(stopped), int(stopped) * BATCH)
+    resumed = train_warm(2, data=data, out=run.parent, overrides=SETTINGS, options=["--resume=auto"])
+    assert resumed == run
+    assert compare_runs(run, whole) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "asked"),
+    [
+        (signal.SIGTERM, 0, "SIGTERM"),
+        (signal.SIGUSR1, 1, "another rank's signal"),
+        (signal.SIGINT, 1, "another rank's signal"),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
+    number: signal.Signals, rank: int, asked: str, undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arguments = ["train.main", f"--data={undisturbed[0]}", "--out=runs", *(f"--set={s}" for s in SETTINGS)]
+    with ranks_of(2, arguments, cwd=tmp_path) as ranks:
+        assert ranks.wait_until(lambda: has_rows(tmp_path)), ranks.stderr
+        ranks.send(number, rank=rank)
+        done = ranks.wait(KILL_S)
+    assert done.returncode == 75, done.stderr
+    assert f"error: stopped by {asked} at step " in done.stderr
+    go_on(tmp_path, done.stderr, undisturbed)
+
+
+def test_ranks_that_torchrun_has_left_save_all_the_same(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A second signal ends it, and with it the store by which ranks hear of a first one in an evaluation.
+
+    Where they look for what they were told before the signal reaches them, they go on until it does.
+    """
+    # a step, an evaluation, a step, …
+    sets = [f"--set={s}" for s in (*SETTINGS, "global_batch=300", "epochs=1000")]
+    arguments = ["train.main", f"--data={undisturbed[0]}", "--out=runs", *sets]
+    with ranks_of(2, arguments, cwd=tmp_path) as ranks:
+        assert ranks.wait_until(lambda: "epoch 1/1000" in ranks.stderr), ranks.stderr
+        ranks.store = None
+        assert ranks.wait_until(lambda: ranks.stderr.count("the launcher is gone") == 2), ranks.stderr
+        for rank in range(2):
+            ranks.send(signal.SIGTERM, rank=rank)
+        assert ranks.wait(KILL_S).returncode == 75, ranks.stderr
+    (stopped,) = re.findall(r"error: stopped by SIGTERM at step (\d+), saved", ranks.stderr)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert load_checkpoint(find_checkpoint(run, pointer="last")).step == int(stopped)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "to_launcher"),
+    [
+        pytest.param([signal.SIGTERM, signal.SIGTERM], True, id="a cluster, twice"),
+        pytest.param([signal.SIGINT, signal.SIGTERM, signal.SIGINT], True, id="Ctrl-C, and more"),
+        pytest.param([signal.SIGUSR1], False, id="a rank"),
+    ],
+)
+def test_a_signal_to_torchrun_or_its_rank_stops_all_and_a_second_one_changes_nothing(
+    numbers: list[signal.Signals], to_launcher: bool, undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A rank's end makes torchrun start all again: being told why the run ended, they leave at once."""
+    arguments = [f"--data={undisturbed[0]}", *(f"--set={s}" for s in SETTINGS)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not has_rows(tmp_path):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in numbers:
+        os.kill(process.pid if to_launcher else int(children[-1]), number)
+        time.sleep(0.05)
+    _, said = process.communicate(timeout=KILL_S)  # until the last rank has closed it
+    assert not [child for child in children if is_alive(int(child))]
+    assert process.returncode not in (0, None)
+    assert said.count("saved; go on with --resume auto") == (1 if to_launcher else 2)
+    if not to_launcher:
+        assert re.search(r"exitcode\s*: 75", said)
+    go_on(tmp_path, said, undisturbed)
