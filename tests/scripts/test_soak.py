@@ -26,6 +26,7 @@ from scripts.soak.plan import (
 from scripts.soak.rank import Line, file_name
 from scripts.soak.report import Report, readable
 from scripts.soak.rounds import Course, Disturbed, same
+from tests.helpers.ranks import REPOSITORY
 
 
 def test_a_plan_follows_from_its_seed_and_has_every_kind_once_before_any_twice() -> None:
