@@ -117,7 +117,7 @@ def verify(folder: Path, splits: tuple[str, ...], workers: int | None, as_json: 
 @data.command()
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--grid", type=PATH, help="Write pictures of every class to this file, .html or .png.")
+@click.option("--grid", type=PATH, help="Write pictures of every class to this .html file.")
 @click.option("--sample", type=int, metavar="N", help="Examine only N images of each split, always the same.")
 @click.option("--workers", type=int, help="Processes that decode. Default: one on each core.")
 def info(folder: Path, as_json: bool, grid: Path | None, sample: int | None, workers: int | None) -> None:
@@ -137,11 +137,11 @@ def info(folder: Path, as_json: bool, grid: Path | None, sample: int | None, wor
 
     from data_pipeline.inspect.grid import check_grid_path, write_grid
     from data_pipeline.inspect.report import print_info
-    from data_pipeline.inspect.stats import describe
+    from data_pipeline.inspect.stats import collect_info
 
     if grid is not None:
         check_grid_path(grid)
-    found, datasets = describe(folder, sample=sample, workers=workers)
+    found, datasets = collect_info(folder, sample=sample, workers=workers)
     if grid is not None:
         write_grid(found, datasets[0], grid)
         click.echo(f"pictures: {grid}", err=True)

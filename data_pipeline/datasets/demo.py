@@ -1,4 +1,4 @@
-"""The demo data: scikit-learn's handwritten digits, real scans, written as an ImageFolder of JPEGs."""
+"""Writes the demo data: scikit-learn's handwritten digits, real scans, as an ImageFolder of JPEGs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 
 DEMO_ROOT = Path("data/demo-digits")
-"""Where training and `alexnet data demo` put it."""
+"""The folder that training and `alexnet data demo` write to."""
 
 SIDE_PX = 64
 NUM_SCANS = 1797
@@ -30,7 +30,7 @@ No scan is in both splits. Written by `alexnet data demo`.
 
 
 def write_demo(root: Path) -> None:
-    """Write the digits to `root/train/<digit>/*.jpg` and `root/val/<digit>/*.jpg`; nothing if they are there.
+    """Write the digits to `root/train/<digit>/*.jpg` and `root/val/<digit>/*.jpg`, unless they are there.
 
     The folder appears whole or not at all, also when several processes write it at once.
 
@@ -71,7 +71,7 @@ def is_demo(root: Path) -> bool:
 
 
 def validation_scans(grays: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which scans are held out: of each class the fifth whose hashes are smallest, so the split never moves.
+    """Choose the scans of the validation split: the fifth of each class with the smallest hashes.
 
     Args:
         grays: (N, 8, 8) scans.

@@ -1,4 +1,4 @@
-"""The quarantine list: files that cannot be decoded, with their reasons, which training leaves out.
+"""The exclude list: files that cannot be decoded, with their reasons, which training leaves out.
 
 `quarantine.jsonl` in the data folder holds a line for each: `{"path": "train/dog/7.jpg", "reason": "..."}`.
 Paths are relative to the data folder; a member of a tar shard is `train/shard-000000.tar/00000007.jpg`.
@@ -27,13 +27,13 @@ MAX_LIST_BYTES = 1 << 30
 MAX_LINE_BYTES = 1 << 20
 
 
-def find_exclude_list(root: Path, quarantine: Path | bool | None) -> Path | None:
-    """The list to honour; see `data_pipeline.datasets.open.open_dataset`.
+def find_exclude_list(root: Path, quarantine: Path | bool) -> Path | None:
+    """Find the list to apply; see `data_pipeline.datasets.open.open_dataset`.
 
     Raises:
-        UserError: a list was named and is not there, or what is there is no file.
+        UserError: a list was named and is not there, or its name is not that of a regular file.
     """
-    if quarantine is False or quarantine is None:
+    if quarantine is False:
         return None
     path = root / QUARANTINE if quarantine is True else quarantine
     if path.is_file():
@@ -46,10 +46,10 @@ def find_exclude_list(root: Path, quarantine: Path | bool | None) -> Path | None
 
 
 def read_exclude_list(path: Path) -> dict[str, str]:
-    """The reason for each path in a list. The paths are compared with the data's own, and never opened.
+    """Read the reason for each path in a list. The paths are compared with the data's own, and never opened.
 
     Raises:
-        UserError: not such a list; says which line.
+        UserError: not such a list; the message names the line.
     """
     reasons: dict[str, str] = {}
     try:
@@ -102,30 +102,30 @@ def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:
 
 
 def names_of(dataset: Dataset) -> Iterator[str]:
-    """Each sample's path relative to the data folder, as a quarantine list has it."""
-    if dataset.source is None:
+    """Each sample's path relative to the data folder, as a list has it."""
+    if dataset.reader is None:
         return (f"{dataset.split}/{path}" for path in dataset.paths)
     return (dataset.name_at(i) for i in range(len(dataset)))
 
 
-def leave_out(dataset: Dataset, path: Path) -> Dataset:
-    """The dataset without the samples that a list names; says how many, and how many are not there.
+def exclude_listed(dataset: Dataset, path: Path) -> Dataset:
+    """Exclude the samples that a list names; log how many, and how many entries name no sample.
 
     Raises:
-        UserError: nothing would be left.
+        UserError: no sample would be left.
     """
     listed = read_exclude_list(path)
     kept = np.fromiter((name not in listed for name in names_of(dataset)), dtype=bool, count=len(dataset))
-    num_left_out = len(dataset) - int(kept.sum())
-    num_unknown = sum(1 for name in listed if name.startswith(f"{dataset.split}/")) - num_left_out
+    num_excluded = len(dataset) - int(kept.sum())
+    num_unknown = sum(1 for name in listed if name.startswith(f"{dataset.split}/")) - num_excluded
     if num_unknown > 0:
         log.warning(
             "%d entries of %s name no image of %s: alexnet data verify renews the list",
             num_unknown, printable(path), dataset.split,
         )  # fmt: skip
-    if not num_left_out:
+    if not num_excluded:
         return dataset
     if not kept.any():
         raise UserError(f"{printable(path)} names every image of {dataset.split}: nothing would be left")
-    log.info("%s: %d of %d images in quarantine left out", dataset.split, num_left_out, len(dataset))
-    return replace(dataset.take(np.flatnonzero(kept)), num_quarantined=num_left_out)
+    log.info("%s: %d of %d images in quarantine left out", dataset.split, num_excluded, len(dataset))
+    return replace(dataset.take(np.flatnonzero(kept)), num_quarantined=num_excluded)

@@ -1,4 +1,4 @@
-"""What there is to read: an ImageFolder split with its classes, or the images below a folder."""
+"""Lists images: an ImageFolder split with its classes, or the images below a folder."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import IMAGE_SUFFIXES
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.datasets.watch import Watch
 
 LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
 
 
 def load_image_folder(root: Path, split: str, watch: Watch | None = None) -> Dataset:
-    """Index `root/split/<class>/**`; hidden files, and files without an image's suffix, are passed over.
+    """Index `root/split/<class>/**`; hidden files, and files without an image's suffix, are skipped.
 
     Args:
         root: the data folder.
         split: "train", "val", ...
-        watch: told of each folder before it is listed.
+        watch: records each folder before it is listed.
     Returns:
         The samples, sorted.
     Raises:
@@ -60,15 +60,17 @@ def load_image_folder(root: Path, split: str, watch: Watch | None = None) -> Dat
             f"{printable(folder)} holds one class only ({printable(classes[0])}), and no file says which "
             "image is of which class: there is nothing to tell apart; add a folder for each class"
         )
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    labels.setflags(write=False)
     return Dataset(
-        root=Path(root), split=split, paths=PackedStrings.join(paths), labels=labels, classes=classes
+        root=Path(root),
+        split=split,
+        paths=PackedStrings.join(paths),
+        labels=np.repeat(np.arange(len(classes), dtype=np.int64), counts),
+        classes=classes,
     )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; a link in a circle is not, and fails when it is read."""
+    """Whether an entry is a folder or a link to one. A link in a circle is not: reading it fails."""
     try:
         return entry.is_dir()
     except OSError:
@@ -76,12 +78,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image, and not a hidden one."""
+    """Whether a file has an image's suffix, and is not hidden."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
 def list_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What a folder holds, hidden entries left out, in byte order.
+    """List a folder, without hidden entries, in byte order.
 
     Raises:
         UserError: it cannot be listed.
@@ -95,7 +97,7 @@ def list_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 
 def walk_images(folder: str | os.PathLike[str], recursive: bool = True) -> Iterator[str]:
-    """Names of the image files below a folder, relative to it, in byte order.
+    """List the image files below a folder, relative to it, in byte order.
 
     Args:
         folder: where to look.
@@ -113,7 +115,7 @@ def _walk(
     parents: frozenset[tuple[int, int]] = frozenset(),
     watch: Watch | None = None,
 ) -> Iterator[str]:
-    """Image files below `folder`, as `prefix/...`. A link back to a folder that we are in is not entered."""
+    """List image files below `folder`, as `prefix/...`. A link back to a folder around it is not entered."""
     status = Path(folder).stat()
     identity = (status.st_dev, status.st_ino)
     if identity in parents:

@@ -1,8 +1,8 @@
-"""The index of a large dataset, kept between runs, and used only while the data is what it was.
+"""Keeps the index of a large dataset between runs, and uses it only while the data is unchanged.
 
-What a scan looked at is watched: every folder it listed and every label file it read or missed, each with its
+A scan's `Watch` has recorded every folder it listed and every label file it read or missed, each with its
 modification and change times. A file added, removed or renamed changes its folder's times; a label file that
-is edited, its own. Times within `SETTLE_NS` of the scan are not believed, since a later change could bear
+is edited, its own. Times within `SETTLE_NS` of the scan are not trusted, since a later change could bear
 the same time. The content of images is not part of the index.
 """
 
@@ -20,9 +20,9 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.files import user_cache
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.datasets.watch import Signature, Watch, signature_of
 
 log = logging.getLogger("data_pipeline")
@@ -36,7 +36,7 @@ _HASH_BYTES = 32
 
 
 class _Stored(msgspec.Struct, array_like=True):
-    """A dataset as it is kept. Names are bytes in the file system's encoding; arrays are little-endian."""
+    """An index as it is stored. Names are bytes in the file system's encoding; arrays are little-endian."""
 
     version: int
     split: bytes
@@ -50,7 +50,7 @@ class _Stored(msgspec.Struct, array_like=True):
 
 
 def load_index(root: Path, split: str) -> Dataset | None:
-    """The kept index of a split, if there is one and nothing that it rests on has changed."""
+    """Load the stored index of a split; None if there is none, or the data has changed since."""
     for path in _places(root, split):
         try:
             content = path.read_bytes()
@@ -64,16 +64,14 @@ def load_index(root: Path, split: str) -> Dataset | None:
     return None
 
 
-def save_index(dataset: Dataset, watch: Watch) -> Path | None:
-    """Keep the index: in `.alexnet/` of the data folder or, if it cannot be written, in the user's cache.
+def save_index(dataset: Dataset, watch: Watch) -> None:
+    """Store the index: in `.alexnet/` of the data folder or, if it cannot be written, in the user's cache.
 
     Args:
-        dataset: a split of files; its `source` is None.
-        watch: what the scan that made it looked at.
-    Returns:
-        Where it is kept; None if nowhere could be written.
+        dataset: a split of files; its `reader` is None.
+        watch: the files and folders that the scan of it looked at.
     """
-    names = dataset.paths if isinstance(dataset.paths, PackedStrings) else PackedStrings.pack(dataset.paths)
+    names = PackedStrings.pack(dataset.paths)
     stored = _Stored(
         version=VERSION,
         split=os.fsencode(dataset.split),
@@ -91,9 +89,8 @@ def save_index(dataset: Dataset, watch: Watch) -> Path | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, hashlib.sha256(content).digest() + content)
             log.info("index of %d images kept in %s", len(dataset), printable(path))
-            return path
+            return
     log.info("the index could not be kept: neither the data folder nor the user's cache can be written")
-    return None
 
 
 def _places(root: Path, split: str) -> list[Path]:
@@ -129,19 +126,18 @@ def _decode(content: bytes, split: str) -> _Stored | None:
 
 
 def _is_current(stored: _Stored, root: Path) -> bool:
-    newest_ns = stored.scanned_ns - SETTLE_NS
     if stored.scanned_ns > time.time_ns():
         return False
-    for name, signature in stored.watched:
-        if signature != signature_of(f"{root}/{os.fsdecode(name)}"):
-            return False
-        if signature is not None and max(signature.changed_ns, signature.modified_ns) > newest_ns:
-            return False
-    return True
+    newest_ns = stored.scanned_ns - SETTLE_NS
+    return all(
+        signature == signature_of(f"{root}/{os.fsdecode(name)}")
+        and (signature is None or max(signature.changed_ns, signature.modified_ns) <= newest_ns)
+        for name, signature in stored.watched
+    )
 
 
 def _dataset(stored: _Stored, root: Path, split: str) -> Dataset | None:
-    """The dataset, unless an entry is not as we write it: the hash does not prove who wrote the file."""
+    """Make the dataset, unless an entry is not as we write it: the hash does not prove who wrote the file."""
     labels = np.frombuffer(stored.labels, dtype="<i4").astype(np.int64)
     ends = np.frombuffer(stored.ends, dtype="<i8").astype(np.int64)
     rising = bool((np.diff(ends, prepend=0) > 0).all()) and (not len(ends) or ends[-1] == len(stored.blob))
@@ -149,7 +145,6 @@ def _dataset(stored: _Stored, root: Path, split: str) -> Dataset | None:
     if len(labels) != len(ends) or not rising or not known or _leaves_the_folder(stored.blob, ends):
         log.info("the index of %s is not one of ours: listing the files again", printable(root))
         return None
-    labels.setflags(write=False)
     return Dataset(
         root=Path(root),
         split=split,
@@ -162,5 +157,6 @@ def _dataset(stored: _Stored, root: Path, split: str) -> Dataset | None:
 
 def _leaves_the_folder(blob: bytes, ends: np.ndarray[tuple[int], np.dtype[np.int64]]) -> bool:
     """Whether a name could point out of its split's folder. A file's own name may hold dots, no `../`."""
-    first = np.frombuffer(blob, dtype=np.uint8)[np.concatenate([[0], ends[:-1]])] if len(ends) else []
-    return b"../" in blob or b"/.." in blob or b"\0" in blob or bool((np.asarray(first) == ord("/")).any())
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    firsts = np.frombuffer(blob, dtype=np.uint8)[starts]
+    return b"../" in blob or b"/.." in blob or b"\0" in blob or bool((firsts == ord("/")).any())

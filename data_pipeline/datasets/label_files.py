@@ -1,12 +1,13 @@
-"""Labels that stand in files of their own: what Tiny ImageNet and ImageNet ship beside images that lie flat.
+"""Reads labels from files of their own, which Tiny ImageNet and ImageNet ship beside images that lie flat.
 
-Legend: a wnid is a WordNet id such as n02124075, the name of a class and of its training folder.
+Legend: a synset id is a WordNet id such as n02124075, the name of a class and of its training folder.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,69 +15,70 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.watch import Watch
 
-WNIDS = "wnids.txt"
-WORDS = ("words.txt", "synset_words.txt", "LOC_synset_mapping.txt")
+SYNSET_IDS = "wnids.txt"
+CLASS_NAMES = ("words.txt", "synset_words.txt", "LOC_synset_mapping.txt")
 """Files that name classes for people: an id, then a tab or a blank, then the name."""
 
 _GROUND_TRUTH = "*_validation_ground_truth.txt"
 _DEVKITS = (".", "data", "devkit/data", "ILSVRC2012_devkit_t12/data", "val", "val/data")
-ANNOTATIONS = (
+LABEL_FILES = (
     "<split>_annotations.txt (Tiny ImageNet), <split>.txt of 'name label' lines, LOC_val_solution.csv, "
     "or the ImageNet devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat"
 )
 
-Labels = Callable[[Sequence[str], "tuple[str, ...] | None"], dict[str, str]]
-"""From image names, and the classes if they are known, to the class of each image that the file names."""
+Classes = tuple[str, ...]
+ReadLabels = Callable[[Path, Sequence[str], Classes | None, Watch], dict[str, str]]
+"""Reads a label file. From its path, the images' names, and the classes if they are known, to the class of
+each image that the file names; the watch records further files that it reads."""
 
 
-def find_label_files(root: Path, split: str, watch: Watch) -> tuple[Path, Labels] | None:
-    """The file that says which image of a flat split is of which class, and how to read it.
+def find_label_file(root: Path, split: str, watch: Watch) -> tuple[Path, ReadLabels] | None:
+    """Find the file that labels a flat split, and the function that reads it.
 
     Args:
         root: the data folder.
         split: the split's folder in it.
-        watch: told of every file looked for.
+        watch: records every file looked for.
     """
     folder = root / split
-    listed: list[tuple[Path, Callable[[Path], Labels]]] = [
-        (folder / f"{split}_annotations.txt", _read_table),
-        (folder / f"{split}.txt", _read_table),
-        (root / f"{split}_annotations.txt", _read_table),
-        (root / f"{split}.txt", _read_table),
+    listed: list[tuple[Path, ReadLabels]] = [
+        (where / name, _read_table)
+        for where in (folder, root)
+        for name in (f"{split}_annotations.txt", f"{split}.txt")
     ]
     if split == "val":
         listed += [(where / "LOC_val_solution.csv", _read_solution) for where in (folder, root)]
     for path, reader in listed:
         watch.note(path)
         if path.is_file():
-            return path, reader(path)
+            return path, reader
     if split == "val":
         for devkit in (root / name for name in _DEVKITS):
             watch.note(devkit)
             for path in sorted(devkit.glob(_GROUND_TRUTH)):
                 watch.note(path)
-                return path, _read_ground_truth(path, watch)
+                return path, _read_ground_truth
     return None
 
 
 def read_class_names(root: Path, classes: Sequence[str], watch: Watch) -> tuple[str, ...]:
-    """Names of the classes for people to read, where the data has a file of them.
+    """Read the names of the classes for people, where the data has a file of them.
 
-    The first of several synonyms, all of them where the first would name two classes, and the id behind
-    those that are still the same (ImageNet's two cranes, the bird and the machine).
+    A class gets the first of its synonyms; all of them where the first would name two classes; and its id
+    behind those where that still does (ImageNet's two cranes, the bird and the machine).
 
     Returns:
         (len(classes)) names; empty if there is no file, or it names none of the classes.
     """
-    for name in WORDS:
+    for name in CLASS_NAMES:
         watch.note(root / name)
     known: dict[str, str] = {}
-    for path in (root / name for name in WORDS if (root / name).is_file()):
+    for path in (root / name for name in CLASS_NAMES if (root / name).is_file()):
         wanted = set(classes)
         for _, line in _lines(path):
-            key, _, words = line.replace("\t", " ").partition(" ")
-            if key in wanted and words.strip():
-                known[key] = words.strip()
+            key, _, name = line.replace("\t", " ").partition(" ")
+            if key in wanted and name.strip():
+                known[key] = name.strip()
         if known:
             break
     if not known:
@@ -86,9 +88,9 @@ def read_class_names(root: Path, classes: Sequence[str], watch: Watch) -> tuple[
     return tuple(_where_unique(first, [f"{t} ({c})" for t, c in zip(first, classes, strict=True)]))
 
 
-def read_synset_ids(root: Path, watch: Watch) -> tuple[str, ...] | None:
-    """The classes that `wnids.txt` names, in byte order; None where there is no such file."""
-    path = root / WNIDS
+def read_synset_ids(root: Path, watch: Watch) -> Classes | None:
+    """Read the classes that `wnids.txt` names, in byte order; None where there is no such file."""
+    path = root / SYNSET_IDS
     watch.note(path)
     if not path.is_file():
         return None
@@ -96,14 +98,12 @@ def read_synset_ids(root: Path, watch: Watch) -> tuple[str, ...] | None:
 
 
 def _where_unique(texts: list[str], otherwise: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    for text in texts:
-        seen[text] = seen.get(text, 0) + 1
-    return [t if seen[t] == 1 else other for t, other in zip(texts, otherwise, strict=True)]
+    counts = Counter(texts)
+    return [t if counts[t] == 1 else other for t, other in zip(texts, otherwise, strict=True)]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with something in them."""
+    """Lines that are not blank, numbered from 1."""
     try:
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
@@ -113,7 +113,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _read_table(path: Path) -> Labels:
+def _read_table(path: Path, names: Sequence[str], classes: Classes | None, watch: Watch) -> dict[str, str]:
     """Lines of an image's name and its class: by name (Tiny ImageNet), or by number from 0 (Caffe)."""
     rows: dict[str, str] = {}
     for number, line in _lines(path):
@@ -121,71 +121,59 @@ def _read_table(path: Path) -> Labels:
         if len(fields) < 2:
             raise UserError(f"{printable(path)} line {number}: expected an image's name and its class")
         rows[fields[0].strip().rsplit("/", 1)[-1]] = fields[1].strip()
-
-    def labels(names: Sequence[str], classes: tuple[str, ...] | None) -> dict[str, str]:
-        by_number = bool(rows) and all(value.isdecimal() for value in rows.values())
-        if not by_number or (classes is not None and set(rows.values()) <= set(classes)):
-            return rows
-        if classes is None:
-            raise UserError(
-                f"{printable(path)} numbers the classes and nothing says which they are: "
-                f"add the train/ folder, or {WNIDS}"
-            )
-        numbers = {int(value) for value in rows.values()}
-        if max(numbers) >= len(classes):
-            raise UserError(
-                f"{printable(path)} numbers classes up to {max(numbers)} and there are {len(classes)}: "
-                "count from 0, in the byte order of the class folders"
-            )
-        return {name: classes[int(value)] for name, value in rows.items()}
-
-    return labels
+    by_number = bool(rows) and all(value.isdecimal() for value in rows.values())
+    if not by_number or (classes is not None and set(rows.values()) <= set(classes)):
+        return rows
+    if classes is None:
+        raise UserError(
+            f"{printable(path)} numbers the classes and nothing says which they are: "
+            f"add the train/ folder, or {SYNSET_IDS}"
+        )
+    highest = max(int(value) for value in rows.values())
+    if highest >= len(classes):
+        raise UserError(
+            f"{printable(path)} numbers classes up to {highest} and there are {len(classes)}: "
+            "count from 0, in the byte order of the class folders"
+        )
+    return {name: classes[int(value)] for name, value in rows.items()}
 
 
-def _read_solution(path: Path) -> Labels:
-    """Kaggle's table: `ImageId,PredictionString`, where the string starts with the wnid; no suffixes."""
-    rows: dict[str, str] = {}
+def _read_solution(path: Path, names: Sequence[str], classes: Classes | None, watch: Watch) -> dict[str, str]:
+    """Kaggle's table: `ImageId,PredictionString`, which starts with the synset id; ids have no suffix."""
+    stems = {name.rsplit(".", 1)[0]: name for name in names}
+    labels: dict[str, str] = {}
     for number, fields in enumerate(csv.reader(line for _, line in _lines(path)), 1):
         if fields[0] == "ImageId":
             continue
         if len(fields) < 2 or not fields[1].split():
             raise UserError(f"{printable(path)} row {number}: expected an image's id and its class")
-        rows[fields[0]] = fields[1].split()[0]
-
-    def labels(names: Sequence[str], classes: tuple[str, ...] | None) -> dict[str, str]:
-        stems = {name.rsplit(".", 1)[0]: name for name in names}
-        return {stems.get(stem, stem): wnid for stem, wnid in rows.items()}
-
+        labels[stems.get(fields[0], fields[0])] = fields[1].split()[0]
     return labels
 
 
-def _read_ground_truth(path: Path, watch: Watch) -> Labels:
-    """The devkit's: line k holds the number of the class of image k; meta.mat says which wnid that is."""
+def _read_ground_truth(
+    path: Path, names: Sequence[str], classes: Classes | None, watch: Watch
+) -> dict[str, str]:
+    """The devkit's: line k holds the number of the class of image k; meta.mat maps it to a synset id."""
     meta = path.with_name("meta.mat")
     watch.note(meta)
-    wnids = _read_meta(meta)
-    rows = [(number, line.strip()) for number, line in _lines(path)]
-    for number, value in rows:
-        if not value.isdecimal() or int(value) not in wnids:
-            raise UserError(f"{printable(path)} line {number}: {value!r} is no class number of {meta.name}")
-
-    def labels(names: Sequence[str], classes: tuple[str, ...] | None) -> dict[str, str]:
-        by_number = {int(stem.rsplit("_", 1)[-1]): name for name in names if (stem := _numbered(name))}
-        return {
-            by_number.get(number, f"ILSVRC2012_val_{number:08d}.JPEG"): wnids[int(value)]
-            for number, (_, value) in enumerate(rows, 1)
-        }
-
+    synset_ids = _read_meta(meta)
+    numbered = {}
+    for name in names:
+        digits = name.rsplit(".", 1)[0].rsplit("_", 1)[-1]
+        if digits.isdecimal():
+            numbered[int(digits)] = name
+    labels: dict[str, str] = {}
+    for image, (line, text) in enumerate(_lines(path), 1):
+        value = text.strip()
+        if not value.isdecimal() or int(value) not in synset_ids:
+            raise UserError(f"{printable(path)} line {line}: {value!r} is no class number of {meta.name}")
+        labels[numbered.get(image, f"ILSVRC2012_val_{image:08d}.JPEG")] = synset_ids[int(value)]
     return labels
-
-
-def _numbered(name: str) -> str | None:
-    stem = name.rsplit(".", 1)[0]
-    return stem if stem.rsplit("_", 1)[-1].isdecimal() else None
 
 
 def _read_meta(path: Path) -> Mapping[int, str]:
-    """The class numbers of the ImageNet devkit, from its MATLAB file."""
+    """Read the class numbers of the ImageNet devkit from its MATLAB file."""
     if not path.is_file():
         raise UserError(f"no {printable(path)}: it says which class each number of the ground truth means")
     try:

@@ -1,13 +1,13 @@
-"""Opening a dataset, whatever its layout: class folders, Tiny ImageNet, ImageNet, or tar shards.
+"""Opens a dataset in any of its layouts: class folders, Tiny ImageNet, ImageNet, or tar shards.
 
 | layout | train | val | detected by |
 |---|---|---|---|
 | ImageFolder | `train/<class>/**` | `val/<class>/**` | class folders with images |
-| Tiny ImageNet | `train/<wnid>/images/*` | `val/images/*` flat | `val/val_annotations.txt` |
-| ImageNet | `train/<wnid>/*` | `val/*` flat | `val.txt`, `LOC_val_solution.csv`, or the devkit |
+| Tiny ImageNet | `train/<synset id>/images/*` | `val/images/*` flat | `val/val_annotations.txt` |
+| ImageNet | `train/<synset id>/*` | `val/*` flat | `val.txt`, `LOC_val_solution.csv`, or the devkit |
 | tar shards | `train/*.tar` | `val/*.tar` | tar files in the split's folder |
 
-What would only give chance accuracy is refused: flat images without labels, or splits of different classes.
+Data that could only give chance accuracy is refused: flat images without labels, splits of different classes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset, check_same_classes
-from data_pipeline.datasets.exclude_list import find_exclude_list, leave_out
+from data_pipeline.datasets.exclude_list import exclude_listed, find_exclude_list
 from data_pipeline.datasets.image_folder import LAYOUT, is_image, list_entries, load_image_folder
 from data_pipeline.datasets.index_cache import load_index, save_index
 from data_pipeline.datasets.label_files import (
-    ANNOTATIONS,
-    find_label_files,
+    LABEL_FILES,
+    find_label_file,
     read_class_names,
     read_synset_ids,
 )
-from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.datasets.watch import Watch
 from data_pipeline.shards.shard_format import shard_files
 from data_pipeline.shards.shards import open_shards
@@ -45,18 +45,18 @@ SPLITS = ("train", "val", "test")
 
 
 def open_dataset(
-    root: Path, split: str, *, quarantine: Path | bool | None = True, min_cached: int = MIN_CACHED
+    root: Path, split: str, *, quarantine: Path | bool = True, min_cached: int = MIN_CACHED
 ) -> Dataset:
-    """One split of the data in a folder, whatever its layout.
+    """Open one split of the data in a folder, whatever its layout.
 
     Args:
         root: the data folder.
         split: "train", "val", ...
-        quarantine: True honours `quarantine.jsonl` of the data folder where there is one, a path another
-            list; False leaves nothing out.
+        quarantine: True excludes what `quarantine.jsonl` of the data folder names, where there is one; a path
+            is another list; False excludes nothing.
         min_cached: from how many files on the index is kept for the next time.
     Returns:
-        The samples, by class and then by name, without those in quarantine.
+        The samples, by class and then by name, without those that the list names.
     Raises:
         UserError: no such folder, no images, or a layout from which nothing could be learned.
         CorruptFileError: shards, or their indices, that are damaged.
@@ -68,25 +68,35 @@ def open_dataset(
         raise UserError(f"{split!r} is not the name of a split: train, val, ...")
     shards = shard_files(root, split)
     if shards:
-        dataset = open_shards(root, split, shards)
+        opened = open_shards(root, split, shards)
+        dataset = Dataset(
+            root=root,
+            split=split,
+            paths=opened.paths,
+            labels=opened.labels,
+            classes=opened.classes,
+            labels_text=opened.labels_text,
+            reader=opened.reader,
+        )
     else:
         found = load_index(root, split)
-        dataset = found if found is not None else _scan(root, split, min_cached)
+        dataset = _scan(root, split, min_cached) if found is None else found
     dataset.labels.setflags(write=False)
     listed = find_exclude_list(root, quarantine)
-    return dataset if listed is None else leave_out(dataset, listed)
+    return dataset if listed is None else exclude_listed(dataset, listed)
 
 
 def splits_of(root: Path) -> tuple[str, ...]:
-    """Which of train, val and test a data folder has with labels; ImageNet's test images have none.
+    """The splits of a data folder that have labels, of train, val and test; ImageNet's test images have none.
 
     Raises:
         UserError: no such folder, or neither train nor val in it.
     """
-    if not Path(root).is_dir():
+    root = Path(root)
+    if not root.is_dir():
         raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
-    found = [name for name in SPLITS if (Path(root) / name).is_dir() or shard_files(Path(root), name)]
-    if "test" in found and not shard_files(Path(root), "test") and _is_flat(Path(root) / "test"):
+    found = [name for name in SPLITS if (root / name).is_dir() or shard_files(root, name)]
+    if "test" in found and not shard_files(root, "test") and _is_flat(root / "test"):
         found.remove("test")
     if not set(found) & {"train", "val"}:
         raise UserError(f"neither train nor val in {printable(root)}: {LAYOUT}")
@@ -97,7 +107,7 @@ def _scan(root: Path, split: str, min_cached: int) -> Dataset:
     watch = Watch(root)
     folder = root / split
     if folder.is_dir() and _is_flat(folder):
-        dataset = _load_annotated(root, split, watch)
+        dataset = _load_flat(root, split, watch)
     else:
         dataset = load_image_folder(root, split, watch)
         if split != "train" and (classes := _train_classes(root, watch)) is not None:
@@ -124,33 +134,33 @@ def _train_classes(root: Path, watch: Watch) -> tuple[str, ...] | None:
     return tuple(entry.name for entry in list_entries(folder) if entry.is_dir()) or None
 
 
-def _load_annotated(root: Path, split: str, watch: Watch) -> Dataset:
-    """A split whose images lie flat, with their classes in a file."""
+def _load_flat(root: Path, split: str, watch: Watch) -> Dataset:
+    """Load a split whose images lie side by side, with their classes in a label file."""
     folder = root / split
-    found = find_label_files(root, split, watch)
+    found = find_label_file(root, split, watch)
     if found is None:
         raise UserError(
             f"the images of {printable(folder)} lie side by side, not in class folders, and no file says "
-            f"which is of which class, so accuracy would be chance: {LAYOUT}, or add {ANNOTATIONS}"
+            f"which is of which class, so accuracy would be chance: {LAYOUT}, or add {LABEL_FILES}"
         )
-    path, read = found
+    path, read_labels = found
     inner = "images/" if (folder / "images").is_dir() else ""
     watch.note(folder)
     watch.note(folder / inner)
     names = [e.name for e in list_entries(folder / inner) if is_image(e.name) and not e.is_dir()]
-    train_classes, wnids = _train_classes(root, watch), read_synset_ids(root, watch)
-    if train_classes is not None and wnids is not None and train_classes != wnids:
-        missing = sorted(set(wnids) ^ set(train_classes))
+    train_classes, synset_ids = _train_classes(root, watch), read_synset_ids(root, watch)
+    if train_classes is not None and synset_ids is not None and train_classes != synset_ids:
+        missing = sorted(set(synset_ids) ^ set(train_classes))
         raise UserError(
             f"the class folders of {printable(root / 'train')} are not those of wnids.txt "
-            f"({len(train_classes)} and {len(wnids)}, first difference {printable(missing[0])}): "
+            f"({len(train_classes)} and {len(synset_ids)}, first difference {printable(missing[0])}): "
             "the data is incomplete"
         )
-    classes = train_classes or wnids
-    labels = read(names, classes)
+    classes = train_classes or synset_ids
+    labels = read_labels(path, names, classes, watch)
     if classes is None:
         classes = tuple(sorted(set(labels.values()), key=os.fsencode))
-    _check_annotations(path, names, labels, classes, folder / inner)
+    _check_labels(path, names, labels, classes, folder / inner)
     place = {name: number for number, name in enumerate(classes)}
     numbers = np.array([place[labels[name]] for name in names], dtype=np.int64)
     order = np.argsort(numbers, kind="stable")
@@ -163,12 +173,11 @@ def _load_annotated(root: Path, split: str, watch: Watch) -> Dataset:
     )
 
 
-def _check_annotations(
+def _check_labels(
     path: Path, names: list[str], labels: dict[str, str], classes: tuple[str, ...], folder: Path
 ) -> None:
-    present = set(names)
     without = [name for name in names if name not in labels]
-    missing = sorted(set(labels) - present)
+    missing = sorted(set(labels) - set(names))
     strange = sorted({labels[name] for name in names if name in labels} - set(classes))
     if without:
         raise UserError(

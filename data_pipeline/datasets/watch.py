@@ -1,4 +1,4 @@
-"""What a scan of the data looked at, so that it can be told later whether anything there has changed."""
+"""Records the files and folders that a scan of the data looked at, to detect later changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 
 class Signature(msgspec.Struct, array_like=True, frozen=True):
-    """What changes when the entries of a folder or the content of a file do."""
+    """The file status that changes when the entries of a folder or the content of a file do."""
 
     device: int
     inode: int
@@ -20,7 +20,7 @@ class Signature(msgspec.Struct, array_like=True, frozen=True):
 
 
 def signature_of(path: str | os.PathLike[str]) -> Signature | None:
-    """The signature of a file or folder; None where there is none."""
+    """The signature of a file or folder; None where it does not exist."""
     try:
         status = os.stat(path)  # noqa: PTH116 - half the cost of Path.stat, for thousands of folders
     except OSError:
@@ -29,10 +29,10 @@ def signature_of(path: str | os.PathLike[str]) -> Signature | None:
 
 
 class Watch:
-    """The folders and files that a scan depends on, noted before they are read.
+    """The folders and files that a scan depends on, recorded before they are read.
 
     Args:
-        root: the data folder; what is noted must lie in it.
+        root: the data folder; everything noted must lie in it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,6 +41,6 @@ class Watch:
         self.seen: dict[str, Signature | None] = {}
 
     def note(self, path: str | os.PathLike[str]) -> None:
-        """Note a file or folder, or that it is missing."""
+        """Record a file or folder as it is now, or that it is missing."""
         name = os.path.relpath(path, self.root)
         self.seen.setdefault(name, signature_of(path))

@@ -1,52 +1,42 @@
-"""`alexnet data info`: what a data folder holds, split by split, and the statistics of its pixels."""
+"""`alexnet data info`: counts, sizes and formats of each split's images, and statistics of the pixels."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.text import printable
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.pillow import decode_rgb, read_header
+from data_pipeline.decode.pillow import decode_rgb, image_readers, read_header
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
-from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
-from data_pipeline.shards.shard_source import ShardSource
+from data_pipeline.inspect.scan import Chunk, make_chunks
+from data_pipeline.shards.shard_reader import ShardReader
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at
 
 log = logging.getLogger("data_pipeline")
 
-CHUNK = 64
 MAX_PIXELS = Preprocessing().max_pixels
 _NAMED = 5
 """Unreadable files of a split that are named; `alexnet data verify` lists all."""
 
-_MAGICS = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"BM": "BMP",
-    b"RIFF": "WebP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"GIF8": "GIF",
-}
-
 
 class ClassInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One class: its number, its name in the data, its name for people, and its images in each split."""
+    """One class: its number, its name in the data, its name for people, and its images a split."""
 
     id: int
     name: str
@@ -55,7 +45,7 @@ class ClassInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Extremes(msgspec.Struct, frozen=True, kw_only=True):
-    """Images of a class."""
+    """Images a class: the fewest, the most, and the mean."""
 
     min: int
     max: int
@@ -63,7 +53,7 @@ class Extremes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """Of widths or heights, in pixels, of upright images; `p5` is below 95 of 100 images."""
+    """Percentiles of the widths or heights of upright images, in pixels."""
 
     min: int
     p5: int
@@ -75,19 +65,19 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One split.
 
-    Args:
-        num_samples: images, those in quarantine left out.
-        num_quarantined: those.
-        num_empty_classes: classes without an image here.
-        per_class: images of a class.
-        size_bytes: encoded, of all images.
-        num_examined: images of which formats and sizes were looked at; all, unless a sample was asked for.
-        sampled: whether it was.
+    Attributes:
+        num_samples: images, without those that the exclude list names.
+        num_quarantined: images that the exclude list names.
+        num_empty_classes: classes without an image in this split.
+        per_class: images a class.
+        size_bytes: of all images, encoded.
+        num_examined: images whose format and size were read; all, unless a sample was asked for.
+        sampled: whether a sample was asked for, and is smaller than the split.
         num_unreadable: of those examined.
-        formats: by content, not by name.
+        formats: number of images of each, by content, not by name.
         width: of the images; None where none could be read.
         height: the same.
-        num_sizes: different pairs of width and height.
+        num_sizes: number of different pairs of width and height.
         common_sizes: the most frequent, as (width, height, images).
     """
 
@@ -109,7 +99,7 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Info(msgspec.Struct, frozen=True, kw_only=True):
     """A data folder.
 
-    Args:
+    Attributes:
         stored: "files" or "tar shards".
         sample: how many images of each split were to be examined; None for all.
         pixels: of the training split, or of those of its images that were examined; None without any.
@@ -123,17 +113,17 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     pixels: PixelStatistics | None
 
 
-def describe(
+def collect_info(
     root: Path, *, sample: int | None = None, workers: int | None = None
 ) -> tuple[Info, list[Dataset]]:
-    """Look at every image of a data folder: training images are decoded, of others the header is read.
+    """Examine every image of a data folder: training images are decoded, of others the header is read.
 
     Args:
-        root: the data folder, in any layout that `open_dataset` reads; its quarantine list is honoured.
+        root: the data folder, in any layout that `open_dataset` reads; its exclude list is applied.
         sample: examine only so many images of each split, the same ones each time; None for all.
         workers: processes; None for one on each core.
     Returns:
-        What was found, and the opened splits.
+        The findings, and the opened splits.
     Raises:
         UserError, CorruptFileError: as `open_dataset`.
         WorkerError: a worker was killed.
@@ -148,7 +138,7 @@ def describe(
     counts = {d.split: np.bincount(d.labels, minlength=len(d.classes)) for d in datasets}
     info = Info(
         root=printable(root),
-        stored="files" if datasets[0].source is None else "tar shards",
+        stored="files" if datasets[0].reader is None else "tar shards",
         sample=sample,
         splits={d.split: _split_info(d, counts[d.split], found[d.split]) for d in datasets},
         classes=tuple(
@@ -167,79 +157,54 @@ def describe(
     return info, datasets
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Some of a split's samples, and whether to decode them."""
-
-    places: Int
-    samples: Dataset
-    decode: bool
-
-
 @dataclass
 class _Found:
-    """What was found in some samples. `sizes` counts (height, width)."""
+    """Counts of some samples: `sizes` of (height, width); `unreadable` has reasons, by place in the split."""
 
     num_samples: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     pixels: PixelSums = field(default_factory=PixelSums.empty)
-    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    unreadable: dict[int, str] = field(default_factory=dict)
+
+    def add(self, data: bytes, *, decode: bool) -> None:
+        size = read_header(data, MAX_PIXELS)
+        if decode:
+            self.pixels.add(np.asarray(decode_rgb(data)))
+        self.sizes[size] += 1
+        self.formats[next(name for magic, name, _ in image_readers() if data.startswith(magic))] += 1
 
     def merge(self, other: _Found) -> None:
         self.num_samples += other.num_samples
         self.formats += other.formats
         self.sizes += other.sizes
         self.pixels.merge(other.pixels)
-        self.unreadable += other.unreadable
+        self.unreadable |= other.unreadable
 
 
-def _run(task: _Task) -> _Found:
-    found = _Found(num_samples=len(task.places))
-    for i, place in enumerate(task.places.tolist()):
-        try:
-            data = task.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS)
-            size = read_header(data, MAX_PIXELS)
-            if task.decode:
-                found.pixels.add(np.asarray(decode_rgb(data)))
-        except ImageError as error:
-            found.unreadable.append((place, str(error)))
-            continue
-        found.sizes[size] += 1
-        found.formats[next(name for magic, name in _MAGICS.items() if data.startswith(magic))] += 1
+def _examine_chunk(chunk: Chunk, *, decode: bool) -> _Found:
+    found = _Found(num_samples=len(chunk.places))
+    found.unreadable = chunk.examine(partial(found.add, decode=decode), MAX_PIXELS)
     return found
 
 
 def _examine_split(dataset: Dataset, sample: int | None, workers: int) -> _Found:
-    found = _Found()
-    chosen = _chosen(len(dataset), sample)
+    found, places = _Found(), np.arange(len(dataset), dtype=np.int64)
+    if sample is not None:  # the first of a fixed permutation
+        places = np.sort(permutation_at(0, 0, len(dataset))[:sample])
+    examine = partial(_examine_chunk, decode=dataset.split == "train")
     with (
-        show_progress(f"examine {dataset.split}", len(chosen)) as progress,
-        closing(map_ahead(_run, _tasks(dataset, chosen), workers)) as results,
+        show_progress(f"examine {dataset.split}", len(places)) as progress,
+        closing(map_ahead(examine, make_chunks(dataset, places), workers)) as results,
     ):
         for part in results:
             found.merge(part)
             progress.advance(part.num_samples)
-    for place, reason in found.unreadable[:_NAMED]:
+    for place, reason in islice(found.unreadable.items(), _NAMED):
         log.warning("%s: %s", printable(dataset.path_at(place)), reason)
     if len(found.unreadable) > _NAMED:
         log.warning("and %d more images of %s", len(found.unreadable) - _NAMED, dataset.split)
     return found
-
-
-def _chosen(num_samples: int, sample: int | None) -> Int:
-    """Which samples are examined: all, or the first of a fixed permutation, in the dataset's order."""
-    if sample is None or sample >= num_samples:
-        return np.arange(num_samples, dtype=np.int64)
-    return np.sort(permutation_at(0, 0, num_samples)[:sample])
-
-
-def _tasks(dataset: Dataset, chosen: Int) -> Iterator[_Task]:
-    if isinstance(dataset.source, ShardSource):  # from the start of each shard to its end
-        chosen = chosen[np.lexsort((dataset.source.offsets[chosen], dataset.source.shard_of[chosen]))]
-    for first in range(0, len(chosen), CHUNK):
-        places = chosen[first : first + CHUNK]
-        yield _Task(places, dataset.take(places), decode=dataset.split == "train")
 
 
 def _split_info(dataset: Dataset, counts: Int, found: _Found) -> SplitInfo:
@@ -272,9 +237,9 @@ def _spread(sizes: Counter[tuple[int, int]], axis: int) -> Spread | None:
 
 
 def _size_bytes(dataset: Dataset) -> int:
-    """The bytes of all images, without reading them; a file that is gone has none."""
-    if isinstance(dataset.source, ShardSource):
-        return int(dataset.source.sizes.sum())
+    """The bytes of all images, without reading them; a missing file counts as empty."""
+    if isinstance(dataset.reader, ShardReader):
+        return int(dataset.reader.sizes.sum())
     total = 0
     for path in dataset.paths:
         try:

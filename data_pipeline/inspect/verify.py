@@ -1,15 +1,16 @@
 """`alexnet data verify`: decode every image as training would, and list those that cannot be decoded.
 
-What is acceptable is what `data_pipeline.decode.pillow` says. DALI reads some files in which bits have
-rotted and Pillow does not; a verified dataset is one that both read.
+`data_pipeline.decode.pillow` decides. DALI reads some files with flipped bits that Pillow refuses; a verified
+dataset is one that both read.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,28 +31,24 @@ from data_pipeline.datasets.exclude_list import (
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
-from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
+from data_pipeline.inspect.scan import Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
-from data_pipeline.shards.shard_source import ShardSource
+from data_pipeline.shards.shard_reader import ShardReader
 from data_pipeline.transforms.preprocessing import Preprocessing
-from data_pipeline.transforms.sampler import Int
 
 log = logging.getLogger("data_pipeline")
-
-CHUNK = 64
-"""Images that a worker takes at once."""
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What was found in one split.
+    """The findings in one split.
 
-    Args:
+    Attributes:
         split: its name.
-        num_samples: images decoded, those in quarantine included.
+        num_samples: images decoded, including those that the exclude list names.
         bad: path relative to the data folder, and reason, of each image that cannot be decoded, in order.
         num_shards_hashed: tar shards whose content was compared with the hash in `dataset.json`.
-        damaged_shards: those that differ.
+        damaged_shards: those that differ, relative to the data folder.
     """
 
     split: str
@@ -63,13 +60,13 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found in a data folder.
+    """The findings in a data folder.
 
-    Args:
-        quarantine: the list, if there is one now.
+    Attributes:
+        quarantine: the exclude list, if there is one now.
         num_listed: its entries, over all splits.
         num_added: those that it did not have before.
-        repaired: paths that it had before and has no longer, with the reason that they had.
+        repaired: paths that it named before and no longer names, with the reason that they had.
     """
 
     splits: tuple[SplitReport, ...]
@@ -80,7 +77,7 @@ class VerifyReport:
 
     @property
     def is_clean(self) -> bool:
-        """Whether every image could be decoded, and every shard is what was written."""
+        """Whether every image could be decoded, and every shard has the hash with which it was written."""
         return not any(split.bad or split.damaged_shards for split in self.splits)
 
 
@@ -91,7 +88,7 @@ def verify(
     workers: int | None = None,
     max_pixels: int = Preprocessing().max_pixels,
 ) -> VerifyReport:
-    """Decode every image of a data folder, and make `quarantine.jsonl` in it say which cannot be.
+    """Decode every image of a data folder, and list those that cannot be decoded in its `quarantine.jsonl`.
 
     Entries of splits that are not verified stay. A list without entries is removed. Memory holds the index,
     and one image for each worker.
@@ -102,7 +99,7 @@ def verify(
         workers: processes; None for one on each core.
         max_pixels: larger images are refused by their header, as training does.
     Raises:
-        UserError: as `open_dataset`, or a list that is none.
+        UserError: as `open_dataset`, or a malformed exclude list.
         CorruptFileError: as `open_dataset`.
         SaveError: the list cannot be written.
         WorkerError: a worker was killed.
@@ -116,7 +113,7 @@ def verify(
     datasets = [open_dataset(root, split, quarantine=False) for split in wanted]
     reports = tuple(_verify_split(dataset, workers, max_pixels) for dataset in datasets)
     bad = {name: reason for report in reports for name, reason in report.bad}
-    # a split's entries are those that begin with its name, also of files that are gone, and those found in it
+    # a split's entries are those that begin with its name, even if the file is gone, and those found in it
     checked = tuple(f"{split}/" for split in wanted)
     own = {name for name in before if name.startswith(checked)}
     own |= {name for dataset in datasets if before for name in names_of(dataset) if name in before}
@@ -132,10 +129,10 @@ def verify(
 
 
 def check_image(data: bytes, max_pixels: int) -> None:
-    """Whether training can use an encoded image.
+    """Decode an image as training would.
 
     Raises:
-        ImageError: it cannot, and why.
+        ImageError: the reason why training cannot use it.
     """
     height, width = read_header(data, max_pixels)
     image = decode_rgb(data)
@@ -146,85 +143,76 @@ def check_image(data: bytes, max_pixels: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Some of a split's samples, and the shard to hash before them, with the hash that it should have."""
-
-    places: Int
-    samples: Dataset
-    max_pixels: int
-    shard: tuple[Path, str] | None
-
-
-@dataclass(frozen=True)
 class _Found:
-    num_samples: int
-    bad: tuple[tuple[int, str], ...]
-    damaged: Path | None
-    hashed: bool
+    """The result of one task: the bad images of a chunk by place in the split, or a hashed shard."""
+
+    num_samples: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+    num_hashed: int = 0
+    damaged: tuple[str, ...] = ()
+
+
+_Task = Callable[[], _Found]
 
 
 def _run(task: _Task) -> _Found:
-    damaged = None
-    if task.shard is not None:
-        path, expected = task.shard
-        try:
-            damaged = path if sha256_of(path) != expected else None
-        except OSError:
-            damaged = path
-    bad: list[tuple[int, str]] = []
-    for i, place in enumerate(task.places.tolist()):
-        try:
-            check_image(task.samples.read(i, MAX_BYTES_PER_PIXEL * task.max_pixels), task.max_pixels)
-        except ImageError as error:
-            bad.append((place, str(error)))
-    return _Found(len(task.places), tuple(bad), damaged, task.shard is not None)
+    return task()
+
+
+def _check_chunk(chunk: Chunk, max_pixels: int) -> _Found:
+    bad = chunk.examine(partial(check_image, max_pixels=max_pixels), max_pixels)
+    return _Found(num_samples=len(chunk.places), bad=bad)
+
+
+def _check_shard(root: Path, name: str, sha256: str) -> _Found:
+    try:
+        damaged = sha256_of(root / name) != sha256
+    except OSError:
+        damaged = True
+    return _Found(num_hashed=1, damaged=(name,) if damaged else ())
+
+
+def _tasks(dataset: Dataset, max_pixels: int) -> Iterator[_Task]:
+    """All chunks of a split; each shard is hashed just before its images are read, while it is cached."""
+    if not isinstance(reader := dataset.reader, ShardReader):
+        for chunk in make_chunks(dataset, np.arange(len(dataset), dtype=np.int64)):
+            yield partial(_check_chunk, chunk, max_pixels)
+        return
+    manifest = read_manifest(dataset.root)
+    entries = [] if manifest is None else manifest.splits[dataset.split]
+    hashes = {entry.name: entry.sha256 for entry in entries}
+    for number, name in enumerate(reader.shards):
+        if (sha256 := hashes.get(Path(name).name)) is not None:
+            yield partial(_check_shard, dataset.root, name, sha256)
+        for chunk in make_chunks(dataset, np.flatnonzero(reader.shard_of == number)):
+            yield partial(_check_chunk, chunk, max_pixels)
 
 
 def _verify_split(dataset: Dataset, workers: int, max_pixels: int) -> SplitReport:
     bad: dict[int, str] = {}
-    damaged: list[Path] = []
+    damaged: list[str] = []
     num_hashed = 0
-    tasks = _tasks(dataset, max_pixels)
     with (
         show_progress(f"verify {dataset.split}", len(dataset)) as progress,
-        closing(map_ahead(_run, tasks, workers)) as results,
+        closing(map_ahead(_run, _tasks(dataset, max_pixels), workers)) as results,
     ):
         for found in results:
-            bad.update(found.bad)
-            damaged += [found.damaged] if found.damaged is not None else []
-            num_hashed += found.hashed
+            bad |= found.bad
+            damaged += found.damaged
+            num_hashed += found.num_hashed
             progress.advance(found.num_samples, f"{len(bad)} cannot be decoded" if bad else "")
-    for path in damaged:
+    for name in damaged:
         log.warning(
-            "shard %s is not what was written: its hash differs; copy or write it again", printable(path)
+            "shard %s is not what was written: its hash differs; copy or write it again",
+            printable(dataset.root / name),
         )
     return SplitReport(
         split=dataset.split,
         num_samples=len(dataset),
         bad=tuple((dataset.name_at(place), bad[place]) for place in sorted(bad)),
         num_shards_hashed=num_hashed,
-        damaged_shards=tuple(str(path.relative_to(dataset.root)) for path in damaged),
+        damaged_shards=tuple(damaged),
     )
-
-
-def _tasks(dataset: Dataset, max_pixels: int) -> Iterator[_Task]:
-    """The samples in the order in which they lie on the disk: shard by shard, from its start to its end."""
-    source = dataset.source
-    parts: list[tuple[Int, tuple[Path, str] | None]] = [(np.arange(len(dataset), dtype=np.int64), None)]
-    if isinstance(source, ShardSource):
-        manifest = read_manifest(dataset.root)
-        entries = [] if manifest is None else manifest.splits[dataset.split]
-        hashes = {entry.name: entry.sha256 for entry in entries}
-        order = np.lexsort((source.offsets, source.shard_of))
-        ends = np.searchsorted(source.shard_of[order], np.arange(len(source.shards) + 1))
-        parts = [
-            (order[first:end], (shard, hashes[shard.name]) if shard.name in hashes else None)
-            for shard, first, end in zip(source.shards, ends[:-1], ends[1:], strict=True)
-        ]
-    for places, shard in parts:
-        for first in range(0, max(1, len(places)), CHUNK):
-            chunk = places[first : first + CHUNK]
-            yield _Task(chunk, dataset.take(chunk), max_pixels, shard if not first else None)
 
 
 def _save(path: Path, before: dict[str, str], after: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Which samples go into which shard, and what becomes of each: all of it follows from the input alone."""
+"""Plans the shards: which samples go into each, and in what form. All of it follows from the input alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from data_pipeline.transforms.sampler import permutation_at
 
 Int = npt.NDArray[np.int64]
 
-_ESTIMATE_FROM = 64
+_ESTIMATE_FROM = 64  # images; the estimate decides only how large a resized shard becomes
 _EXTENSIONS = {".jpeg": "jpg", ".jpe": "jpg", ".tif": "tiff"}
 
 
 def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: int) -> tuple[bytes, str, bool]:
-    """What goes into the shard for one sample, its extension, and whether it escaped a resize.
+    """Make one sample's content for its shard.
 
+    Returns:
+        The bytes, the extension, and whether the image was to be resized and was not.
     Raises:
         UserError: the file cannot be read.
     """
@@ -38,7 +40,7 @@ def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: in
     try:
         data = dataset.read(number)
     except ImageError as error:
-        if path.is_file() and path.stat().st_size == 0:  # it stays what it is: a sample without an image
+        if path.is_file() and path.stat().st_size == 0:  # stays a sample, so that the order stays the same
             return b"", extension, resize_px is not None
         raise UserError(f"{printable(path)} {error}: restore it, or remove it") from error
     if resize_px is None:
@@ -48,7 +50,7 @@ def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: in
 
 
 def resized(data: bytes, resize_px: int, quality: int) -> bytes | None:
-    """A JPEG with the short side shortened; None for an image that is short enough, or is none."""
+    """Shorten the short side, as JPEG; None for an image that is short enough, or cannot be decoded."""
     from PIL import Image
 
     from data_pipeline.decode.pillow import decode_rgb, read_header
@@ -68,14 +70,14 @@ def resized(data: bytes, resize_px: int, quality: int) -> bytes | None:
 
 
 def member_bytes(name: str, data: bytes) -> bytes:
-    """One tar member: a header without owner and time, and the content filled up to whole blocks."""
+    """Make one tar member: a header without owner and time, and the content filled up to whole blocks."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
 def sizes_of(dataset: Dataset) -> Int:
-    """The bytes of every file.
+    """Get the size of every file, in bytes.
 
     Raises:
         UserError: one that is missing, or too large to be an image.
@@ -96,7 +98,7 @@ def sizes_of(dataset: Dataset) -> Int:
 
 
 def resized_share(dataset: Dataset, resize_px: int, quality: int) -> float:
-    """About how much of its bytes an image keeps, from a fixed few images."""
+    """Estimate the fraction of its bytes that an image keeps, from a fixed few images."""
     before = after = 0
     for i in np.linspace(0, len(dataset) - 1, min(len(dataset), _ESTIMATE_FROM)).astype(int).tolist():
         try:
@@ -108,7 +110,7 @@ def resized_share(dataset: Dataset, resize_px: int, quality: int) -> float:
 
 
 def deal_samples(sizes: Int, shard_bytes: int) -> list[Int]:
-    """Which samples go into each shard: the fixed random order, cut where a shard is full."""
+    """Deal samples to shards: a fixed random order, cut where a shard is full."""
     order = permutation_at(0, 0, len(sizes))
     taken = np.cumsum(2 * BLOCK + BLOCK + -(-sizes[order] // BLOCK) * BLOCK)
     deals, first, room = [], 0, shard_bytes - 2 * BLOCK
@@ -123,7 +125,7 @@ def deal_samples(sizes: Int, shard_bytes: int) -> list[Int]:
 def plan_hash(
     datasets: list[Dataset], sizes: list[Int], shard_bytes: int, resize_px: int | None, quality: int
 ) -> str:
-    """What tells one set of shards from another: names, labels, sizes and settings, but no times."""
+    """Hash what a set of shards is made from: names, labels, sizes and settings, but no times."""
     settings = [FORMAT, shard_bytes, resize_px, None if resize_px is None else quality]
     digest = hashlib.sha256(json.dumps([settings, *datasets[0].classes]).encode())
     for dataset, own in zip(datasets, sizes, strict=True):
@@ -137,14 +139,16 @@ def plan_hash(
 def check_folder(out: Path, splits: tuple[str, ...], planned: set[Path], plan: str) -> None:
     """Refuse a folder that holds shards of other data or settings: nothing there is replaced."""
     for shard in (path for split in splits for path in shard_files(out, split)):
-        try:
-            other = shard not in planned or (
-                index_path(shard).exists() and json.loads(index_path(shard).read_bytes()).get("plan") != plan
-            )
-        except (ValueError, AttributeError):
-            other = False  # a damaged index of a planned shard: it is written again
-        if other:
+        if shard not in planned or _plan_of(shard) not in (None, plan):
             raise UserError(
                 f"{printable(out)} holds shards of other data or settings ({printable(shard.name)}): "
                 "give a new folder, or the same source and settings"
             )
+
+
+def _plan_of(shard: Path) -> object:
+    """The plan of a shard's index; None where there is none, or it is damaged: the shard is written again."""
+    try:
+        return json.loads(index_path(shard).read_bytes())["plan"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,14 +1,11 @@
-"""Writing tar shards: in parallel, resumable, and the same bytes for the same input."""
+"""Writes tar shards: in parallel, resumable, and the same bytes for the same input."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +32,9 @@ from data_pipeline.shards.shard_format import (
     BLOCK,
     FORMAT,
     MANIFEST,
-    Manifest,
     ShardEntry,
     ShardIndex,
+    ShardManifest,
     index_path,
     read_index,
 )
@@ -48,16 +45,15 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 2
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What was written.
+    """The shards of a data folder, in numbers.
 
-    Args:
+    Attributes:
         num_samples: samples in all splits.
         num_shards: shards in all splits.
         size_bytes: their bytes.
         num_reused: shards that an earlier run had finished.
-        num_unchanged: images that were to be resized and went in as they are: small enough already, or not
-            to be decoded.
-        num_quarantined: samples that the source's quarantine list left out.
+        num_unchanged: images that were to be resized and were not: small enough already, or not decodable.
+        num_quarantined: samples that the source's exclude list left out.
     """
 
     num_samples: int
@@ -76,13 +72,13 @@ class _Settings:
 
 
 def parse_size(text: str) -> int:
-    """Bytes, from a number with a unit: KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
+    """Parse a number of bytes with a unit: KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
 
     >>> parse_size("512MB"), parse_size("1GiB"), parse_size("2048")
     (512000000, 1073741824, 2048)
 
     Raises:
-        UserError: not such a text.
+        UserError: the text is no such number.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
     if match is None:
@@ -101,9 +97,9 @@ def write_shards(
 ) -> ShardReport:
     """Write every labelled split of a dataset as tar shards.
 
-    Samples are dealt to the shards in a fixed random order, so that readers which go through a tar from its
-    start see mixed classes; our own reader restores the dataset's order. The same input gives the same
-    bytes (with `resize_px`, on the same Pillow). Run again after a kill, it writes what is missing.
+    Samples are dealt to the shards in a fixed random order, so that readers which read a tar from its start
+    see mixed classes; our own reader restores the dataset's order. The same input gives the same
+    bytes (with `resize_px`, on the same Pillow). Run again after a kill, it writes the missing shards.
 
     Args:
         source: a data folder of files, in any layout that `open_dataset` reads.
@@ -128,7 +124,7 @@ def write_shards(
         raise UserError(f"resize_px must be at least 8, not {resize_px}")
     splits = splits_of(source)
     datasets = [open_dataset(source, split) for split in splits]
-    if any(dataset.source is not None for dataset in datasets):
+    if any(dataset.reader is not None for dataset in datasets):
         raise UserError(f"{printable(source)} holds tar shards already: give the folder of files")
     resolved, folders = out.resolve(), [source.resolve(), *((source / s).resolve() for s in splits)]
     if resolved == folders[0] or any(folder in (resolved, *resolved.parents) for folder in folders[1:]):
@@ -143,10 +139,9 @@ def write_shards(
         folder = out / dataset.split
         tasks += [(dataset, folder / f"shard-{n:06d}.tar", deal) for n, deal in enumerate(deals)]
     try:
-        with _locked(out):
-            check_folder(out, splits, {shard for _, shard, _ in tasks}, settings.plan)
-            made = _write_all(tasks, settings, workers)
-            return _finish(out, datasets, tasks, made, settings)
+        check_folder(out, splits, {shard for _, shard, _ in tasks}, settings.plan)
+        made = _write_all(tasks, settings, workers)
+        return _finish(out, datasets, tasks, made, settings)
     except OSError as error:
         raise SaveError(f"the shards in {printable(out)} could not be written: {error}") from error
 
@@ -154,7 +149,7 @@ def write_shards(
 def _write_all(
     tasks: list[tuple[Dataset, Path, Int]], settings: _Settings, workers: int
 ) -> dict[Path, tuple[ShardEntry, int | None]]:
-    """The entry of each shard, and how many images went in unchanged; None for a shard that was there."""
+    """Write the shards; return the entry of each, and its unchanged images, or None if it was reused."""
     made: dict[Path, tuple[ShardEntry, int | None]] = {}
     total = sum(len(deal) for _, _, deal in tasks)
     with ThreadPoolExecutor(workers) as pool, show_progress("write shards", total) as progress:
@@ -173,12 +168,13 @@ def _write_all(
 def _write_shard(
     dataset: Dataset, shard: Path, deal: Int, settings: _Settings
 ) -> tuple[ShardEntry, int | None]:
-    """One shard and then its index, each whole or absent; the index tells that the shard is finished."""
+    """Write one shard and then its index, each whole or absent; a shard with an index is finished."""
     done = _finished(dataset, shard, deal, settings.plan)
     if done is not None:
         return done, None
     shard.parent.mkdir(parents=True, exist_ok=True)
-    temporary = shard.with_name(f".{shard.name}.writing")
+    # a file for each process: two that write the same shards do not mix them up
+    temporary = shard.with_name(f".{shard.name}.{os.getpid()}.writing")
     members: list[str] = []
     offsets: list[int] = []
     sizes: list[int] = []
@@ -213,7 +209,7 @@ def _write_shard(
 
 
 def _finished(dataset: Dataset, shard: Path, deal: Int, plan: str) -> ShardEntry | None:
-    """The entry of a shard that an earlier run finished, if its images are older than it, as make does."""
+    """The entry of a shard that an earlier run finished; None if there is none, or an image is newer."""
     path = index_path(shard)
     try:
         index = read_index(shard, plan)
@@ -225,20 +221,6 @@ def _finished(dataset: Dataset, shard: Path, deal: Int, plan: str) -> ShardEntry
     return ShardEntry(shard.name, len(deal), index.size_bytes, index.sha256)
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process writes shards to {printable(out)}: wait for it") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _finish(
     out: Path,
     datasets: list[Dataset],
@@ -247,7 +229,7 @@ def _finish(
     settings: _Settings,
 ) -> ShardReport:
     entries = {d.split: [made[shard][0] for t, shard, _ in tasks if t is d] for d in datasets}
-    manifest = Manifest(
+    manifest = ShardManifest(
         format=FORMAT,
         classes=list(datasets[0].classes),
         labels_text=list(datasets[0].labels_text),
@@ -273,5 +255,5 @@ def _finish(
     )
 
 
-def _json(value: Manifest | ShardIndex) -> bytes:
+def _json(value: ShardManifest | ShardIndex) -> bytes:
     return (json.dumps(msgspec.to_builtins(value), separators=(",", ":")) + "\n").encode("ascii")

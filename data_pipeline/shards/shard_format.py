@@ -1,4 +1,4 @@
-"""The files of a sharded dataset: its manifest, the index beside each shard, and how they are checked."""
+"""Reads and checks the files of a sharded dataset: its manifest, and the index beside each shard."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ShardEntry(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`dataset.json`: what holds for all shards. `plan` is a hash of the source's names and the settings."""
+class ShardManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`dataset.json`, which describes all shards. `plan` is a hash of the source's names and the settings."""
 
     format: int
     classes: list[str]
@@ -48,7 +48,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
     """The index of one shard; the lists have an entry for each sample, in the order of the tar.
 
-    Args:
+    Attributes:
         plan: as in the manifest; empty for a shard from elsewhere.
         size_bytes: of the whole shard.
         sha256: of the whole shard; empty for a shard from elsewhere.
@@ -82,24 +82,24 @@ def shard_files(root: Path, split: str) -> list[Path]:
     return []
 
 
-def read_manifest(root: Path) -> Manifest | None:
+def read_manifest(root: Path) -> ShardManifest | None:
     """`dataset.json` of a data folder; None where there is none."""
     path = root / MANIFEST
     if not path.is_file():
         return None
-    manifest = _load(path, Manifest)
+    manifest = _load(path, ShardManifest)
     if manifest.format != FORMAT:
         raise UserError(f"{printable(path)} has format {manifest.format}; this version reads {FORMAT}")
     return manifest
 
 
 def index_path(shard: Path) -> Path:
-    """Where the index of a shard stands."""
+    """The path of a shard's index."""
     return shard.with_suffix(".json")
 
 
 def read_index(shard: Path, plan: str) -> ShardIndex:
-    """The index beside a shard, checked against the shard's size.
+    """Read the index beside a shard, and compare it with the shard's size.
 
     Raises:
         CorruptFileError: missing, damaged, of another plan, or not of this shard.
@@ -121,7 +121,7 @@ def read_index(shard: Path, plan: str) -> ShardIndex:
 
 
 def _load(path: Path, kind: type[T]) -> T:
-    """A JSON file as a value. Python's parser, since names that are not UTF-8 are lone surrogates in JSON."""
+    """Read a JSON file. By Python's parser, since names that are not UTF-8 are lone surrogates in JSON."""
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CorruptFileError(f"{printable(path)} is too large to be an index")
@@ -132,21 +132,20 @@ def _load(path: Path, kind: type[T]) -> T:
         raise CorruptFileError(f"{printable(path)} is damaged: {error}; write the shards again") from error
 
 
-def walk_tar(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of an open tar file, in little memory, and then that its end is there.
+def walk_tar(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an open tar file, in little memory, and check that its end is there.
 
-    Python's reader takes a file that ends between two members, or within a header, for a whole one.
+    Python's reader accepts a file that ends between two members, or within a header.
 
     Args:
-        tar: opened with mode "r:", not read yet.
-        path: the same file.
+        tar: opened with mode "r:" or "r:*", not read yet.
     Raises:
         tarfile.TarError: it is damaged, or its end is missing.
     """
     for member in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # else all that passed would be kept
         yield member
-    with path.open("rb") as file:
-        file.seek(tar.offset)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise tarfile.ReadError("its end is missing")
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(BLOCK) != bytes(BLOCK):
+        raise tarfile.ReadError("its end is missing")

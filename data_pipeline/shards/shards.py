@@ -1,8 +1,8 @@
 """Tar shards in the WebDataset layout, read sample by sample.
 
 `train/shard-000000.tar` holds pairs `00000123.jpg` and `00000123.cls`, the class as a number. Beside it
-stands `shard-000000.json`, an index that says where each sample is, so that any order reaches it with one
-read. The number in a member's name is the sample's place in the dataset: by class and then by name, as in
+stands `shard-000000.json`, an index of where each sample is, so that any order reaches it with one read.
+The number in a member's name is the sample's place in the dataset: by class and then by name, as in
 the folders that the shards were made from. `dataset.json` names the classes and every shard.
 
 An index is not trusted: each entry must lie inside its shard, and each read compares the tar header before
@@ -12,6 +12,7 @@ headers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
-from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -31,14 +31,33 @@ from data_pipeline.shards.shard_format import (
     read_index,
     read_manifest,
 )
-from data_pipeline.shards.shard_source import Handles, ShardSource
+from data_pipeline.shards.shard_reader import Handles, ShardReader
 from data_pipeline.shards.webdataset import index_foreign
 
 Int = npt.NDArray[np.int64]
 
 
-def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
-    """A split that is stored in tar shards.
+@dataclass(frozen=True, eq=False)
+class ShardedSplit:
+    """One split in tar shards, for `data_pipeline.datasets.open`, which makes a `Dataset` of it.
+
+    Attributes:
+        paths: (N) original names, in the dataset's order.
+        labels: (N) int64, the place of each sample's class in `classes`.
+        classes: class names as the data has them.
+        labels_text: names of the classes for people to read; empty where the data has none.
+        reader: reads the samples.
+    """
+
+    paths: PackedStrings
+    labels: Int
+    classes: tuple[str, ...]
+    labels_text: tuple[str, ...]
+    reader: ShardReader
+
+
+def open_shards(root: Path, split: str, shards: list[Path]) -> ShardedSplit:
+    """Open a split that is stored in tar shards.
 
     Args:
         root: the data folder.
@@ -51,7 +70,8 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     manifest = read_manifest(root)
     indices: Iterable[ShardIndex]
     if manifest is None:
-        indices, classes, labels_text = index_foreign(root, split, shards)
+        indices, classes = index_foreign(root, split, shards)
+        labels_text: tuple[str, ...] = ()
     else:
         expected = {entry.name for entry in manifest.splits.get(split, [])}
         differing = sorted(expected ^ {path.name for path in shards})
@@ -64,21 +84,9 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
         # one after the other: the lists of a million samples would need ten times the memory of the arrays
         indices = (read_index(path, manifest.plan) for path in shards)
         classes, labels_text = tuple(manifest.classes), tuple(manifest.labels_text)
-    return _make_dataset(root, split, shards, indices, classes, labels_text)
 
-
-def _make_dataset(
-    root: Path,
-    split: str,
-    shards: list[Path],
-    indices: Iterable[ShardIndex],
-    classes: tuple[str, ...],
-    labels_text: tuple[str, ...],
-) -> Dataset:
-    parts = [_check_index(shard, index, len(classes)) for shard, index in zip(shards, indices, strict=True)]
-    numbers, offsets, sizes, labels = (
-        np.concatenate([part.numbers[row] for part in parts]) for row in range(4)
-    )
+    parts = [_columns(shard, index, len(classes)) for shard, index in zip(shards, indices, strict=True)]
+    numbers, offsets, sizes, labels = np.concatenate([part.numbers for part in parts], axis=1)
     if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
         raise CorruptFileError(
             f"the indices of {printable(root)}/{split} do not number each sample once: write the shards again"
@@ -87,41 +95,33 @@ def _make_dataset(
         raise UserError(f"the shards of {printable(root)}/{split} hold no samples")
     order = np.argsort(numbers, kind="stable")
     shard_of = np.repeat(np.arange(len(shards)), [part.numbers.shape[1] for part in parts])
-    source = ShardSource(
-        root=root,
-        shards=tuple(shards),
+    reader = ShardReader(
+        shards=tuple(os.path.relpath(shard, root) for shard in shards),
         handles=Handles(tuple(shards)),
-        shard_of=shard_of[order],
-        offsets=offsets[order],
-        sizes=sizes[order],
-        members=PackedStrings.join([part.members for part in parts]).take(order),
+        shard_of=shard_of,
+        offsets=offsets,
+        sizes=sizes,
+        members=PackedStrings.join([part.members for part in parts]),
     )
-    return Dataset(
-        root=Path(root),
-        split=split,
-        paths=PackedStrings.join([part.names for part in parts]).take(order),
-        labels=labels[order],
-        classes=classes,
-        labels_text=labels_text,
-        source=source,
-    )
+    paths = PackedStrings.join([part.names for part in parts])
+    return ShardedSplit(paths.take(order), labels[order], classes, labels_text, reader.take(order))
 
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """One index, compact: (4, N) numbers, offsets, sizes and labels; original names; names in the tar."""
+    """One index as arrays: (4, N) numbers, offsets, sizes and labels; original names; names in the tar."""
 
     numbers: Int
     names: PackedStrings
     members: PackedStrings
 
 
-def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
-    """An index as arrays, every entry inside the shard."""
+def _columns(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
+    """Check that every entry of an index lies inside the shard and the classes."""
     columns = [index.numbers, index.offsets, index.sizes, index.labels]
     count = len(index.numbers)
     fits = {len(c) for c in columns} == {count} and len(index.names) == len(index.members) == count
-    if fits and count:
+    if fits:
         try:
             numbers = np.array(columns, dtype=np.int64)
         except OverflowError as error:
@@ -141,6 +141,4 @@ def _check_index(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
             f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "
             "write the shards again"
         )
-    if not count:
-        numbers = np.zeros((4, 0), dtype=np.int64)
     return _Columns(numbers, PackedStrings.pack(index.names), PackedStrings.pack(index.members))

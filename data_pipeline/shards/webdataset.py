@@ -1,4 +1,4 @@
-"""Tar shards that we did not write: listed by their headers, the classes taken from their `.cls` members."""
+"""Indexes tar shards from elsewhere: samples from the tar headers, classes from the `.cls` members."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from data_pipeline.common.text import printable
 from data_pipeline.shards.shard_format import FORMAT, ShardIndex, walk_tar
 
 CLASSES = "classes.txt"
-"""Names of the classes, one a line, in the order of their numbers; without it they are called by number."""
+"""Names of the classes, one a line, in the order of their numbers; without it the numbers are the names."""
 
 _MAX_LABEL_BYTES = 64
 
 
-def index_foreign(
-    root: Path, split: str, shards: list[Path]
-) -> tuple[list[ShardIndex], tuple[str, ...], tuple[str, ...]]:
-    """Indices for shards without any, the classes' names, and no names for people.
+def index_foreign(root: Path, split: str, shards: list[Path]) -> tuple[list[ShardIndex], tuple[str, ...]]:
+    """Make the indices of shards that have none.
 
     Samples come in the order of the shards' names and of the members in them.
 
+    Returns:
+        An index for each shard, and the names of the classes.
     Raises:
         UserError: an image without a class, a class that is no number, or one that `classes.txt` lacks.
         CorruptFileError: a shard that is no whole tar file.
@@ -45,7 +45,7 @@ def index_foreign(
         )
     if len(classes) < 2:
         raise UserError(f"the shards of {printable(root)}/{split} hold fewer than two classes")
-    return indices, classes, ()
+    return indices, classes
 
 
 def _index_shard(shard: Path, first: int) -> ShardIndex:
@@ -53,7 +53,7 @@ def _index_shard(shard: Path, first: int) -> ShardIndex:
     labels: dict[str, int] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in walk_tar(tar, shard):
+            for member in walk_tar(tar):
                 folder, _, name = member.name.rpartition("/")
                 key, _, extension = name.partition(".")
                 key = f"{folder}/{key}"

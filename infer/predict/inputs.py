@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.files import IMAGE_SUFFIXES
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.image_folder import is_image, walk_images
-from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.loader import ImageSource
 from data_pipeline.shards.shard_format import walk_tar
 from infer.predict.rows import Item
@@ -163,7 +163,7 @@ def _members(shard: str) -> Iterator[ImageSource]:
     found = 0
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in walk_tar(tar, Path(shard)):
+            for member in walk_tar(tar):
                 if not member.isdir() and is_image(member.name.rpartition("/")[2]):
                     found += 1
                     plain = member.isreg() and not member.issparse()

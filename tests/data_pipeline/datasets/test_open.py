@@ -13,10 +13,10 @@ import pytest
 from scipy.io import savemat  # type: ignore[import-untyped]
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets import index_cache
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.datasets.packed_strings import PackedStrings
 from tests.helpers.images import encode, photo, write_folder
 
 JPEG = encode(photo(16, 16), "JPEG")

@@ -27,7 +27,7 @@ from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.sharding.write import parse_size, write_shards
-from data_pipeline.shards import shard_source
+from data_pipeline.shards import shard_reader
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.images import encode, photo, write_folder
@@ -312,7 +312,7 @@ def num_open_files() -> int:
 def test_many_threads_read_through_few_open_files(
     shards: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_source, "MAX_HANDLES", 2)
+    monkeypatch.setattr(shard_reader, "MAX_HANDLES", 2)
     dataset, want = open_dataset(shards, "train"), open_dataset(files, "train")
     before = num_open_files()
     chosen = [

@@ -1,4 +1,4 @@
-"""Millions of file names in little memory: one run of bytes, and where each name ends."""
+"""A sequence of millions of file names in little memory: one run of bytes, and where each name ends."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class PackedStrings(Sequence[str]):
         >>> list(PackedStrings.pack(["a/1.jpg", "b/2.jpg"]))
         ['a/1.jpg', 'b/2.jpg']
         """
+        if isinstance(names, PackedStrings):
+            return names
         encoded = [os.fsencode(name) for name in names]
         return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
 
@@ -48,7 +50,7 @@ class PackedStrings(Sequence[str]):
         starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[indices]
         sizes = self.ends[indices] - starts
         source, parts = np.frombuffer(self.blob, dtype=np.uint8), []
-        for first in range(0, len(indices), _CHUNK):  # eight bytes are needed for each that is copied
+        for first in range(0, len(indices), _CHUNK):  # copying needs eight bytes of index for each byte
             begins, lengths = starts[first : first + _CHUNK], sizes[first : first + _CHUNK]
             shifts = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
             parts.append(source[np.arange(len(shifts)) + shifts].tobytes())

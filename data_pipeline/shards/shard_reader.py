@@ -1,17 +1,18 @@
-"""Reading single samples out of tar shards: open files bounded, any number of threads."""
+"""Reads single samples out of tar shards: any number of threads, a bounded number of open files."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.errors import ImageError
-from data_pipeline.datasets.packed_strings import PackedStrings
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.shards.shard_format import BLOCK
 
 Int = npt.NDArray[np.int64]
@@ -19,22 +20,25 @@ Int = npt.NDArray[np.int64]
 MAX_HANDLES = 64
 
 
-class ShardSource:
-    """Samples in tar shards; see `image_folder.SampleReader`. The arrays have an entry for each sample."""
+@dataclass(frozen=True, eq=False)
+class ShardReader:
+    """The samples of a split in its tar shards; a `data_pipeline.datasets.dataset.SampleReader`.
 
-    def __init__(
-        self,
-        root: Path,
-        shards: tuple[Path, ...],
-        handles: Handles,
-        shard_of: Int,
-        offsets: Int,
-        sizes: Int,
-        members: PackedStrings,
-    ) -> None:
-        self.root, self.shards, self.handles = root, shards, handles
-        self.shard_of, self.offsets, self.sizes, self.members = shard_of, offsets, sizes, members
-        self._names = tuple(os.path.relpath(shard, root) for shard in shards)
+    Attributes:
+        shards: the tar files, relative to the data folder.
+        handles: the same files, opened as they are needed.
+        shard_of: (N) which shard holds each sample.
+        offsets: (N) where its image begins, in bytes.
+        sizes: (N) the image's bytes.
+        members: (N) the image's name in the tar.
+    """
+
+    shards: tuple[str, ...]
+    handles: Handles
+    shard_of: Int
+    offsets: Int
+    sizes: Int
+    members: PackedStrings
 
     def read(self, index: int, max_bytes: int) -> bytes:
         """The bytes of one sample, if the tar header before them is that of the member the index names."""
@@ -55,18 +59,16 @@ class ShardSource:
 
     def name_at(self, index: int) -> str:
         """Such as `train/shard-000000.tar/00000123.jpg`."""
-        return f"{self._names[int(self.shard_of[index])]}/{self.members[index]}"
+        return f"{self.shards[int(self.shard_of[index])]}/{self.members[index]}"
 
-    def take(self, indices: Int) -> ShardSource:
-        """The source of some of the samples; it shares the open files."""
-        return ShardSource(
-            self.root,
-            self.shards,
-            self.handles,
-            self.shard_of[indices],
-            self.offsets[indices],
-            self.sizes[indices],
-            self.members.take(indices),
+    def take(self, indices: Int) -> ShardReader:
+        """The reader of some of the samples; it shares the open files."""
+        return replace(
+            self,
+            shard_of=self.shard_of[indices],
+            offsets=self.offsets[indices],
+            sizes=self.sizes[indices],
+            members=self.members.take(indices),
         )
 
 
@@ -91,9 +93,9 @@ class Handles:
 
     def __init__(self, shards: tuple[Path, ...]) -> None:
         self._shards = shards
-        self._lock = threading.Lock()
-        self._open: dict[int, int] = {}  # in the order of their last use
-        self._users: dict[int, int] = {}
+        self._lock = threading.Lock()  # threads open, use and close the same descriptors
+        self._open: dict[int, int] = {}  # descriptor of each open shard, in the order of their last use
+        self._users: dict[int, int] = {}  # reads of each shard under way: its descriptor must stay open
         self._finalizer = weakref.finalize(self, _close_all, self._open)
 
     def __reduce__(self) -> tuple[type[Handles], tuple[tuple[Path, ...]]]:
