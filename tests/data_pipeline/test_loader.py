@@ -275,8 +275,8 @@ def test_without_dali_pillow_decodes_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    for name in ("dali_backend", "dali_graph"):
-        monkeypatch.delitem(sys.modules, f"data_pipeline.{name}", raising=False)
+    for name in ("dali", "dali_graph"):
+        monkeypatch.delitem(sys.modules, f"data_pipeline.decode.{name}", raising=False)
     with caplog.at_level(logging.INFO, "data_pipeline"):
         chosen = make_backend("auto", device="cpu", preprocessing=PREPROCESSING, max_batch=4, num_threads=1)
     chosen.close()
