@@ -113,7 +113,7 @@ def train_step(
     world, optimizer, scaler, noise = trainer.world, trainer.optimizer, trainer.scaler, trainer.noise
     parallel = trainer.parallel
     # Masks follow from (seed, step, rank), so a resumed run draws those that it would have drawn.
-    torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, lane=_LANE_DROPOUT)) >> 1)
+    torch.manual_seed(int(hash_at(trainer.seed, step, world.rank, stream=_STREAM_DROPOUT)) >> 1)
     set_rate(optimizer, learning_rate)
     counts = AccuracyMeter(world.device)
     trainer.network.train()
@@ -170,8 +170,8 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 
 
-_LANE_DROPOUT = 1 << 32
-"""Far from the lanes of `data_pipeline.transforms.sampler`, so that no mask repeats a crop's number."""
+_STREAM_DROPOUT = 1 << 32
+"""Far from the streams of `data_pipeline.transforms.rng`, so that no mask repeats a crop's number."""
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""DALI, on CPU and GPU. With `dali_graph`, the only file that imports nvidia.dali.
+"""Decodes with DALI, on CPU and GPU. With `dali_graph`, the only file that imports nvidia.dali.
 
-It decodes with libjpeg-turbo (CPU) or nvJPEG (GPU), and follows the policy in `pillow_backend`. Sizes and
-windows come from Python, so the two backends cut the same pixels. On a GPU all of it is one graph,
+DALI decodes with libjpeg-turbo (CPU) or nvJPEG (GPU), by the policy in `data_pipeline.decode.pillow`. Sizes
+and windows come from Python, so the two backends crop the same pixels. On a GPU all of it is one graph,
 and the images stay there. On the CPU, DALI decodes the windows; `resize` does the rest, on as many threads:
 DALI's resize takes longer there than its decoding, and ours gives the Pillow backend's pixels to the bit.
 
@@ -27,7 +27,7 @@ from data_pipeline.common.errors import ImageError
 from data_pipeline.common.machine import share_memory_arenas
 from data_pipeline.decode.dali_graph import make_graph, run_graph
 from data_pipeline.decode.jpeg import markers_are_sound
-from data_pipeline.decode.pillow import Decoded, blank_images, decode_rgb, spread
+from data_pipeline.decode.pillow import Decoded, blank_images, decode_rgb, parallel_for
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.transforms.crop import CropParams
 
@@ -43,7 +43,7 @@ class DaliBackend:
         crop_px: side of the square that comes out.
         max_batch: most samples in one call.
         num_threads: threads for decoding, and as many for resizing on the CPU.
-        whole_graph: whether DALI resizes, cuts and colours too; None for yes on a GPU, no on the CPU.
+        whole_graph: whether DALI resizes, crops and colours too; None for yes on a GPU, no on the CPU.
     """
 
     name = "dali"
@@ -64,52 +64,51 @@ class DaliBackend:
         self._whole_graph = device == "gpu" if whole_graph is None else whole_graph
         self._crop_px, self._device_id, self._num_threads = crop_px, device_id, max(1, num_threads)
         self._resizer = None if self._whole_graph else Resizer()
-        self._lock = threading.Lock()
-        self._told = False
+        self._lock = threading.Lock()  # a DALI graph must not be run by two threads at once
+        self._logged = False
         self._graphs: dict[tuple[tuple[int, ...], bool], Any] = {}
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")
 
-    def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
+    def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
         """Decode a batch; a file that fails leaves zeros and its reason.
 
         Args:
             encoded: N files' bytes, N at most `max_batch`; None leaves zeros.
-            geometry: N crops.
+            crops: N crops.
         Returns:
             A NumPy array, or on a GPU DALI's tensor. Both stay valid: the array is our own, and DALI's
             default executor gives every output memory of its own.
         """
-        assert geometry.crop_px == self._crop_px and len(encoded) <= self.max_batch
-        work = _Work([_black() if data is None else data for data in encoded], geometry)
-        work.blank.update(i for i, data in enumerate(encoded) if data is None)
-        for i, data in enumerate(work.files):
-            if _is_for_pillow(data):
+        assert crops.crop_px == self._crop_px and len(encoded) <= self.max_batch
+        work = _Work(encoded, crops)
+        for i, data in enumerate(encoded):
+            if data is not None and _is_for_pillow(data):
                 work.transcode(i)
-        with self._lock:
-            output = self._run(work.files, work.crops())
-            while output is None:  # at most twice: what DALI refuses becomes BMP, a BMP refused becomes blank
-                for i in self._refused(work.files, work.crops(), np.arange(len(work.files))):
+        with self._lock:  # only for DALI: while this thread holds it, another may transcode or resize
+            output = self._run(work.files, work.fed_crops())
+            while output is None:  # at most twice: see the states of `_Work`
+                for i in self._refused(work.files, work.fed_crops(), np.arange(len(work.files))):
                     work.transcode(i)
-                output = self._run(work.files, work.crops())
-        if work.transcoded and not self._told:
-            self._told = True
+                output = self._run(work.files, work.fed_crops())
+        if work.transcoded and not self._logged:
+            self._logged = True
             log.info("DALI cannot read some of the files (GIF, TIFF, ...): Pillow decodes those, more slowly")
         return Decoded(self._images(output, work), work.failures, len(work.transcoded))
 
     def close(self) -> None:
-        """Let go of the graphs, their threads and their memory."""
+        """Free the graphs, their threads and their memory."""
         self._graphs.clear()
         self._pool.shutdown()
 
     def _images(self, output: Any, work: _Work) -> object:
         if (resizer := self._resizer) is not None:
-            images = blank_images(work.geometry)
+            images = blank_images(work.crops)
 
             def resize(i: int) -> None:
                 if i not in work.blank:
-                    resizer.finish_into(images, output.at(i), work.geometry, i)
+                    resizer.finish_into(images, output.at(i), work.crops, i)
 
-            spread(resize, len(images), self._pool, self._num_threads)
+            parallel_for(resize, len(images), self._pool, self._num_threads)
             return images
         if self.device == "cpu":
             return np.array(output.as_array())
@@ -119,7 +118,7 @@ class DaliBackend:
     def _refused(
         self, files: Sequence[bytes], crops: CropParams, indices: npt.NDArray[np.int64]
     ) -> list[int]:
-        """Which of the samples DALI refuses, by halving: one bad file costs two more decodes of its batch."""
+        """Find the samples that DALI refuses, by halving: a bad file costs two more decodes of its batch."""
         refused: list[int] = []
         for half in np.array_split(indices, 2 if len(indices) > 1 else 1):
             if self._run([files[i] for i in half], crops.take(half)) is None:
@@ -127,7 +126,7 @@ class DaliBackend:
         return refused
 
     def _run(self, files: Sequence[bytes], crops: CropParams) -> Any:
-        """One run of the graph for this kind of crops; None if DALI refuses the batch."""
+        """Run the graph for this kind of crops; None if DALI refuses the batch."""
         kind = (crops.views, crops.colors is not None) if self._whole_graph else ((), False)
         if kind not in self._graphs:
             self._graphs[kind] = make_graph(
@@ -142,17 +141,23 @@ class DaliBackend:
 
 
 class _Work:
-    """A batch on its way through DALI: what is fed for each sample, and what became of it."""
+    """A batch on its way through DALI: the bytes that are fed for each sample, and its state."""
 
-    def __init__(self, files: list[bytes], geometry: CropParams) -> None:
-        self.files = files
-        self.failures: dict[int, str] = {}
+    # A sample is in one of three states; `transcode` moves it on, and it moves at most twice.
+    #   its own file: as long as DALI reads it. If Pillow reads it then, it is transcoded; if not, blank.
+    #   transcoded: Pillow's pixels as BMP. If DALI refuses that, its window lies outside of it: blank.
+    #   blank: a black pixel, whose crop becomes zeros; it has a failure, unless there were no bytes at all.
+    #     DALI cannot refuse that; if it does, the pipeline is broken, and that is an error.
+
+    def __init__(self, encoded: Sequence[bytes | None], crops: CropParams) -> None:
+        self.files = [_black() if data is None else data for data in encoded]
+        self.crops = crops
         self.transcoded: set[int] = set()
-        self.blank: set[int] = set()
-        self.geometry = geometry
+        self.blank = {i for i, data in enumerate(encoded) if data is None}
+        self.failures: dict[int, str] = {}
 
     def transcode(self, index: int) -> None:
-        """Replace one file by what Pillow reads of it, or by a black pixel if it cannot be had either."""
+        """Replace one file by the pixels that Pillow reads in it, or by a black pixel if that fails too."""
         if index in self.blank:
             raise RuntimeError("DALI refuses the blank image: its pipeline is broken")
         try:
@@ -166,24 +171,24 @@ class _Work:
             self.blank.add(index)
             self.files[index] = _black()
 
-    def crops(self) -> CropParams:
-        """The geometry, with a window for each blank sample on the black pixel that stands in its place."""
+    def fed_crops(self) -> CropParams:
+        """The crops to run: for each blank sample, one whose window is the black pixel that stands for it."""
         if not self.blank:
-            return self.geometry
+            return self.crops
         at = np.array(sorted(self.blank), dtype=np.int64)
-        full = self.geometry
-        windows, sizes, anchors = full.windows.copy(), full.sizes.copy(), full.anchors.copy()
-        windows[at], sizes[at], anchors[at] = (0, 0, 1, 1), full.crop_px, 0
+        full = self.crops
+        windows, sizes, offsets = full.windows.copy(), full.sizes.copy(), full.offsets.copy()
+        windows[at], sizes[at], offsets[at] = (0, 0, 1, 1), full.crop_px, 0
         colors = full.colors
         if colors is not None:
             colors = colors.copy()
             colors[at] = np.eye(3, 4)
-        return CropParams(windows, sizes, anchors, full.flips, full.crop_px, colors)
+        return CropParams(windows, sizes, offsets, full.flips, full.crop_px, colors)
 
 
 def _is_for_pillow(data: bytes) -> bool:
-    """Files that DALI does not know (GIF, extended WebP), reads although cut short (TIFF) or rotten (JPEG),
-    or cannot read and complains of on stderr besides (PNG that is cut short, JPEG without an image).
+    """Whether Pillow must read a file: one that DALI does not know (GIF, extended WebP), reads although it is
+    truncated (TIFF) or damaged (JPEG), or refuses with output on stderr (truncated PNG, JPEG without image).
     """
     if data.startswith(b"\xff\xd8"):
         return not markers_are_sound(data)

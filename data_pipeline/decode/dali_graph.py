@@ -1,4 +1,4 @@
-"""The DALI graphs. One code path for CPU and GPU; only the device's name differs."""
+"""Builds and runs the DALI graphs. One code path for CPU and GPU; only the device's name differs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def make_graph(
         batch_size=max_batch,
         num_threads=num_threads,
         device_id=device_id if device == "gpu" else None,
-        prefetch_queue_depth=1,  # our own threads run ahead; a deeper queue would return an older batch
+        # Each run must return the batch that it was fed: from a deeper queue would come an older one. The
+        # loader's threads run ahead instead.
+        prefetch_queue_depth=1,
     )
     with pipeline:
         images = dali.fn.decoders.image_slice(
@@ -68,7 +70,7 @@ def run_graph(pipeline: Any, files: Sequence[bytes], crops: CropParams, *, whole
         pipeline: from `make_graph`.
         files: N files' bytes.
         crops: N crops, of the kind of the graph.
-        whole: whether the graph does more than to decode the windows.
+        whole: whether the graph does more than decode the windows.
     Returns:
         DALI's tensor list.
     Raises:
@@ -81,7 +83,7 @@ def run_graph(pipeline: Any, files: Sequence[bytes], crops: CropParams, *, whole
     }
     if whole:
         inputs["sizes"] = crops.sizes.astype(np.float32)
-        inputs["anchors"] = crops.anchors.astype(np.int32)
+        inputs["offsets"] = crops.offsets.astype(np.int32)
         inputs["flips"] = crops.flips.astype(np.int32)
         if crops.colors is not None:
             inputs["linear"] = np.ascontiguousarray(crops.colors[:, :, :3])
@@ -91,11 +93,11 @@ def run_graph(pipeline: Any, files: Sequence[bytes], crops: CropParams, *, whole
 
 
 def _transform(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) -> Any:
-    """Resize, colour, cut, mirror."""
+    """Resize, colour, crop and mirror."""
     fn, types = dali.fn, dali.types
     sizes = _source("sizes", types.FLOAT, 1)
-    anchors, flips = (
-        _source("anchors", types.INT32, 1 + len(views)),
+    offsets, flips = (
+        _source("offsets", types.INT32, 1 + len(views)),
         _source("flips", types.INT32, len(views)),
     )
     images = fn.resize(images, size=sizes, interp_type=types.INTERP_LINEAR, antialias=True)
@@ -104,13 +106,13 @@ def _transform(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) 
         images = fn.coord_transform(images, M=linear, T=offset, dtype=types.UINT8)
         images = fn.reshape(images, layout="HWC")
 
-    def view(anchor: Any, flip: Any) -> Any:
-        crop = fn.slice(images, start=anchor, shape=[crop_px, crop_px], axes=[0, 1])
+    def view(offset: Any, flip: Any) -> Any:
+        crop = fn.slice(images, start=offset, shape=[crop_px, crop_px], axes=[0, 1])
         return fn.flip(crop, horizontal=flip)
 
     if not views:
-        return view(anchors, flips)
-    return fn.stack(*(view(anchors[i], flips[i]) for i in range(views[0])))
+        return view(offsets, flips)
+    return fn.stack(*(view(offsets[i], flips[i]) for i in range(views[0])))
 
 
 def _source(name: str, dtype: Any, ndim: int) -> Any:

@@ -1,7 +1,7 @@
-"""Whether the markers of a JPEG are where a sound file has them, without decoding it.
+"""Checks the markers of a JPEG, without decoding it.
 
-DALI's decoders pass over a marker that bit rot made inside the compressed data; Pillow refuses such a file.
-Whatever looks odd here is given to Pillow, which judges, so that both backends fail the same files.
+DALI's decoders skip a marker that bit rot made inside the compressed data; Pillow refuses such a file.
+A file that looks odd here is given to Pillow, which decides, so that both backends fail the same files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def markers_are_sound(data: bytes) -> bool:
         data: a JPEG file, from its first two bytes.
     Returns:
         True where every segment begins where the one before it ends, there is a scan, and the compressed data
-        ends in the end marker. What a camera appended behind that is not looked at.
+        ends in the end marker. Data that a camera appended behind it is ignored.
     Source: ITU-T T.81, annex B.
 
     >>> markers_are_sound(b"\\xff\\xd8" + b"\\xff\\xda\\x00\\x02" + b"\\x12\\xff\\x00\\x34" + b"\\xff\\xd9")

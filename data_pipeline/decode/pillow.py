@@ -1,4 +1,4 @@
-"""The reference decoder: Pillow and NumPy. The oracle for DALI, the fallback where DALI is absent.
+"""The reference decoder, with Pillow and NumPy: the oracle for DALI, and the fallback where DALI is absent.
 
 The policy for every kind of file is here, once, for training and prediction:
 
@@ -43,13 +43,13 @@ _DIRECT_CROP_PIXELS = 1 << 26
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a backend made of a batch.
+    """A decoded batch.
 
-    Args:
+    Attributes:
         images: (N, crop, crop, 3) uint8 RGB, or (N, V, crop, crop, 3) for V views of each image; any object
             with `__dlpack__`; zeros where a file failed.
         failures: the reason for each sample that failed, by its place in the batch.
-        by_pillow: how many of the batch were decoded by Pillow on behalf of another backend.
+        by_pillow: how many samples Pillow decoded for another backend.
     """
 
     images: object
@@ -73,25 +73,25 @@ class PillowBackend:
         self._num_threads = max(1, num_threads)
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="pillow")
 
-    def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
+    def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
         """Decode a batch; a file that fails leaves zeros and its reason.
 
         Args:
             encoded: N files' bytes; None leaves zeros.
-            geometry: N crops.
+            crops: N crops.
         Returns:
             A NumPy array that the caller owns, and the failures.
         """
-        images, failures = blank_images(geometry), {}
+        images, failures = blank_images(crops), {}
 
         def work(i: int) -> None:
             try:
                 if (data := encoded[i]) is not None:
-                    images[i] = decode_one(data, geometry, i)
+                    images[i] = decode_one(data, crops, i)
             except ImageError as error:
                 failures[i] = str(error)
 
-        spread(work, len(encoded), self._pool, self._num_threads)
+        parallel_for(work, len(encoded), self._pool, self._num_threads)
         return Decoded(images, dict(sorted(failures.items())))
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class PillowBackend:
 
 
 def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
-    """Height and width of the upright image, from its header alone.
+    """Read the height and width of the upright image, from its header alone.
 
     Args:
         encoded: the file's bytes.
@@ -120,7 +120,7 @@ def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
 
 
 def decode_rgb(encoded: bytes) -> Image.Image:
-    """The whole image: 8-bit RGB, upright, by the policy above.
+    """Decode the whole image: 8-bit RGB, upright, by the policy above.
 
     Raises:
         ImageError: not an image, or not wholly readable.
@@ -137,20 +137,20 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     return rgb.transpose(turn) if turn is not None else rgb
 
 
-def decode_one(encoded: bytes, geometry: CropParams, index: int) -> npt.NDArray[np.uint8]:
-    """One image through one crop.
+def decode_one(encoded: bytes, crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
+    """Decode one image and crop it.
 
     Args:
         encoded: the file's bytes.
-        geometry: crops.
-        index: which of them.
+        crops: of a batch.
+        index: which of the crops.
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
     Raises:
         ImageError: as `decode_rgb`, or pixels that are not as the header said.
     """
     image = decode_rgb(encoded)
-    y, x, h, w = (int(value) for value in geometry.windows[index])
+    y, x, h, w = (int(value) for value in crops.windows[index])
     if y + h > image.height or x + w > image.width:
         raise ImageError(
             f"its header and its pixels disagree about the size ({image.width} x {image.height})"
@@ -161,34 +161,34 @@ def decode_one(encoded: bytes, geometry: CropParams, index: int) -> npt.NDArray[
         else:  # `crop` applies Pillow's own pixel limit, which is a global of the process
             image = Image.fromarray(np.asarray(image)[y : y + h, x : x + w])
     # cut first, then resize: pixels outside the window must not bleed in, as `resize(box=...)` would let them
-    return finish(image, geometry, index)
+    return finish_crop(image, crops, index)
 
 
-def finish(window: Image.Image, geometry: CropParams, index: int) -> npt.NDArray[np.uint8]:
-    """What a crop does with its window, once that is decoded and cut: resize, colour, crop, mirror.
+def finish_crop(window: Image.Image, crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
+    """Resize, colour, crop and mirror a decoded window.
 
     Args:
         window: RGB.
-        geometry: crops.
-        index: which of them.
+        crops: of a batch.
+        index: which of the crops.
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
     """
-    height, width = (int(value) for value in geometry.sizes[index])
+    height, width = (int(value) for value in crops.sizes[index])
     resized = window.resize((width, height), Image.Resampling.BILINEAR)
-    if geometry.colors is not None:
-        resized = resized.convert("RGB", tuple(geometry.colors[index].ravel().tolist()))
-    side, views = geometry.crop_px, []
-    anchors, flips = geometry.anchors[index].reshape(-1, 2), geometry.flips[index].reshape(-1)
-    for (top, left), flip in zip(anchors.tolist(), flips.tolist(), strict=True):
+    if crops.colors is not None:
+        resized = resized.convert("RGB", tuple(crops.colors[index].ravel().tolist()))
+    side, views = crops.crop_px, []
+    offsets, flips = crops.offsets[index].reshape(-1, 2), crops.flips[index].reshape(-1)
+    for (top, left), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
         view = resized if resized.size == (side, side) else resized.crop((left, top, left + side, top + side))
         # by Pillow: NumPy takes five times as long to copy rows of pixels from right to left
         views.append(np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view))
-    return np.stack(views) if geometry.views else views[0]
+    return np.stack(views) if crops.views else views[0]
 
 
-def spread(work: Callable[[int], None], count: int, pool: ThreadPoolExecutor, num_threads: int) -> None:
-    """Call `work` with 0..count - 1, each thread taking every so many-th: one hand-over a thread."""
+def parallel_for(work: Callable[[int], None], count: int, pool: ThreadPoolExecutor, num_threads: int) -> None:
+    """Call `work` with 0..count - 1; a thread takes every `num_threads`-th, since a task costs time too."""
 
     def share(first: int) -> None:
         for number in range(first, count, num_threads):
@@ -197,10 +197,10 @@ def spread(work: Callable[[int], None], count: int, pool: ThreadPoolExecutor, nu
     list(pool.map(share, range(num_threads)))
 
 
-def blank_images(geometry: CropParams) -> npt.NDArray[np.uint8]:
-    """Zeros of the shape of a batch's images."""
-    side = geometry.crop_px
-    return np.zeros((len(geometry), *geometry.views, side, side, 3), dtype=np.uint8)
+def blank_images(crops: CropParams) -> npt.NDArray[np.uint8]:
+    """Make zeros in the shape of a batch's images."""
+    side = crops.crop_px
+    return np.zeros((len(crops), *crops.views, side, side, 3), dtype=np.uint8)
 
 
 def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
@@ -241,7 +241,7 @@ def _open(encoded: bytes) -> ImageFile.ImageFile:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation, 1..8. Of what stands before the pixels only, so that asking decodes nothing."""
+    """EXIF orientation, 1..8, from the metadata before the pixels only, so that nothing is decoded."""
     if image.format == "TIFF":
         return 1  # Pillow's TIFF reader turns the image itself
     exif = image.info.get("exif")

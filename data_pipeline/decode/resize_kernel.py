@@ -1,7 +1,7 @@
 """Pillow's bilinear resize and colour matrix, to the bit, compiled for this processor. Only `resize` uses it.
 
 One call an image needs no interpreter, computes only the crop, mirrors on the way, and writes into the batch:
-a third of Pillow's time. What is slow elsewhere is fast here, and the other way round: loops, not arrays.
+a third of Pillow's time. Scalar loops on purpose: Numba compiles them; array expressions would allocate.
 
 Legend: a row is (width * 3) of interleaved RGB. Indices are unsigned where Numba would else look for negative
 ones; there are no bounds checks.
@@ -36,7 +36,7 @@ def compile_finish() -> Any:
     Returns:
         `_finish`. Its window may be read-only; windows and images are contiguous.
     Raises:
-        Exception: whatever keeps Numba from it.
+        Exception: Numba cannot compile it, for any reason.
     """
     if _numba.config.DISABLE_JIT:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
@@ -62,14 +62,14 @@ def compile_finish() -> Any:
 
 
 def _inlined(function: Function) -> Function:
-    """Compiled as part of what calls it."""
+    """Compile a function as part of its callers."""
     compiled: Function = _numba.njit(**_OPTIONS)(function)
     return compiled
 
 
 @_inlined
 def _weigh(size_in: int, size_out: int, first: int, count: int) -> Any:
-    """Which input pixels make an output pixel, and the weight of each.
+    """Compute which input pixels make an output pixel, and the weight of each.
 
     Args:
         size_in: pixels along the axis.
@@ -78,7 +78,7 @@ def _weigh(size_in: int, size_out: int, first: int, count: int) -> Any:
         count: how many are.
     Returns:
         (count) the first input pixel of each; (count, taps) weights, in units of 2**-22. All have as many
-        taps, since a processor foresees a loop of constant length; those that Pillow does not have weigh 0.
+        taps, since a processor predicts a loop of constant length; those that Pillow does not have weigh 0.
     """
     scale = float(np.float32(size_in)) / size_out
     support = max(scale, 1.0)
@@ -108,7 +108,7 @@ def _weigh(size_in: int, size_out: int, first: int, count: int) -> Any:
 
 @_inlined
 def _resize_rows(source: Any, lows: Any, weights: Any, flip: bool, target: Any) -> None:
-    """Make each row as long as `lows`: (rows, width * 3) to (rows, len(lows) * 3); mirrored if `flip`.
+    """Resize each row: (rows, width * 3) to (rows, len(lows) * 3); mirrored if `flip`.
 
     Two rows at once, one in either half of 64 bits: no sum reaches the 32nd.
     """
@@ -142,7 +142,7 @@ def _resize_rows(source: Any, lows: Any, weights: Any, flip: bool, target: Any) 
 
 @_inlined
 def _resize_columns(source: Any, lows: Any, weights: Any, target: Any) -> None:
-    """Make each column as long as `lows`: (height, length) to (len(lows), length)."""
+    """Resize each column: (height, length) to (len(lows), length)."""
     count, taps = weights.shape
     length = source.shape[1]
     sums = np.empty(length, np.int32)
@@ -178,21 +178,21 @@ def _color(pixels: Any, matrix: Any) -> None:
             pixels[i, c] = values[i]
 
 
-def _finish(window: Any, index: int, sizes: Any, anchors: Any, flips: Any, colors: Any, images: Any) -> None:
-    """Resize a window, cut the crop, mirror and colour it.
+def _finish(window: Any, index: int, sizes: Any, offsets: Any, flips: Any, colors: Any, images: Any) -> None:
+    """Resize a window, crop, mirror and colour it.
 
     Args:
         window: (height, width, 3) uint8.
         index: which image of the batch.
-        sizes, anchors, flips: see `CropParams`; one view of each image.
+        sizes, offsets, flips: see `CropParams`; one view of each image.
         colors: see `CropParams`; (0, 3, 4) for None.
         images: (N, crop, crop, 3) uint8; `index` is written.
     """
     height, width, _ = window.shape
     side = images.shape[1]
     fewer_rows, fewer_columns = height - sizes[index, 0], width - sizes[index, 1]
-    to_rows, row_weights = _weigh(height, sizes[index, 0], anchors[index, 0], side)
-    to_columns, column_weights = _weigh(width, sizes[index, 1], anchors[index, 1], side)
+    to_rows, row_weights = _weigh(height, sizes[index, 0], offsets[index, 0], side)
+    to_columns, column_weights = _weigh(width, sizes[index, 1], offsets[index, 1], side)
     source = window.reshape(height, width * 3)
     target = images[index].reshape(side, side * 3)
     if fewer_rows > 0 and fewer_rows > 2 * fewer_columns:  # Pillow's choice; it rounds between the passes

@@ -38,7 +38,7 @@ class ImageBackend(Protocol):
     device: str
     max_batch: int
 
-    def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
+    def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
         """Decode up to `max_batch` files; one that fails leaves zeros and its reason, a None leaves zeros."""
 
     def close(self) -> None:
@@ -248,5 +248,5 @@ def _decode(request: BatchRequest, files: Sequence[EncodedImage], backend: Image
         failures=tuple(Failure(printable(request.paths[i]), reasons[i]) for i in sorted(reasons)),
         step=request.step,
         last=request.last,
-        mix=None if request.mix is None else request.mix.where(valid),
+        mix=None if request.mix is None else request.mix.drop_invalid(valid),
     )

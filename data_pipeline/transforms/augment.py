@@ -1,4 +1,4 @@
-"""Which random changes training makes to an image, and how far each may go."""
+"""Configures the random changes that training makes to an image, and their ranges."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ IMAGENET_EIGENVECTORS: tuple[Triple, Triple, Triple] = (
 
 
 class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Training augmentation. What is 0 is off, and costs nothing.
+    """Training augmentation. An operation whose value is 0 is off, and costs nothing.
 
-    Args:
-        crop: "random_resized" takes a window of random area and shape and resizes it to the crop;
-            "random" resizes the short side and cuts the crop anywhere; "random_square" anywhere in the centre
-            `resize_px` square, as the paper; "center" its middle.
+    Attributes:
+        crop: "random_resized" resizes a window of random area and shape to the crop; "random" resizes the
+            short side and crops anywhere; "random_square" anywhere in the centre `resize_px` square, as the
+            paper; "center" its middle.
         scale: smallest and largest window as a fraction of the image's area, 0 < low <= high <= 1.
         ratio: smallest and largest width / height of the window, 0 < low <= high.
         flip: probability of mirroring left and right, 0..1. Digits and text must not be mirrored: 0.
         brightness: factor drawn from [max(0, 1 - b), 1 + b]; b >= 0.
         contrast: the same, about mid-gray.
         saturation: the same, about the pixel's own gray.
-        hue: turn of the colours, drawn from [-h, h] of a full circle; 0 <= h <= 0.5.
+        hue: rotation of the colours, drawn from [-h, h] of a full circle; 0 <= h <= 0.5.
         pca: the paper's colour noise: standard deviation of the factor on each eigenvalue; there, 0.1.
         pca_eigenvalues: of the covariance of the training set's RGB, in units of 0..1.
         pca_eigenvectors: one for each eigenvalue, (R, G, B), each of length 1.

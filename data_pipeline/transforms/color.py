@@ -1,6 +1,6 @@
 """Colour augmentation: jitter and the paper's PCA noise, as one affine map of RGB for each sample.
 
-Everything here is linear in (R, G, B, 1), so that all of it together is one 3 x 4 matrix, and pixels are
+Every operation is linear in (R, G, B, 1), so that together they are one 3 x 4 matrix, and pixels are
 rounded and clipped once, at the end. The order is brightness, contrast, saturation, hue, PCA.
 
 Two of torchvision's operations are not linear, and differ: its contrast is about the mean gray of each image,
@@ -55,28 +55,15 @@ def colors_at(seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment)
     return np.concatenate([linear, offset[..., None]], axis=-1).astype(np.float32)
 
 
-def apply_colors(images_NHWC: npt.NDArray[np.uint8], colors: Colors) -> npt.NDArray[np.uint8]:
-    """The reference: what each matrix makes of its image, rounded and clipped.
-
-    Args:
-        images_NHWC: (N, H, W, 3).
-        colors: (N, 3, 4).
-    """
-    linear, offset = colors[:, None, :, :3].astype(np.float64), colors[:, None, None, :, 3]
-    exact = images_NHWC.astype(np.float64) @ linear.swapaxes(-1, -2) + offset
-    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(exact), 0, 255).astype(np.uint8)
-    return pixels
-
-
 def normal_at(
-    seed: int, epoch: int, index: npt.ArrayLike, lane_radius: npt.ArrayLike, lane_angle: npt.ArrayLike
+    seed: int, epoch: int, index: npt.ArrayLike, radius_stream: npt.ArrayLike, angle_stream: npt.ArrayLike
 ) -> Float:
-    """Normal numbers of mean 0 and deviation 1, each from the uniform numbers of two lanes.
+    """Standard normal numbers, each from the uniform numbers of two streams.
 
     Source: Box and Muller 1958.
     """
-    radius: Float = np.sqrt(-2 * np.log1p(-uniform_at(seed, epoch, index, lane_radius)))
-    return radius * np.cos(2 * np.pi * uniform_at(seed, epoch, index, lane_angle))
+    radius: Float = np.sqrt(-2 * np.log1p(-uniform_at(seed, epoch, index, radius_stream)))
+    return radius * np.cos(2 * np.pi * uniform_at(seed, epoch, index, angle_stream))
 
 
 def _factor(draws: Float, reach: float) -> Float:
@@ -90,7 +77,7 @@ def _blend(factors: Float, one: Float, other: Float) -> Float:
 
 
 def _hue(turns: Float) -> Float:
-    """(N, 3, 3): turn the plane of I and Q; as in HSV, red goes by yellow to green."""
+    """(N, 3, 3): rotate the plane of I and Q; as in HSV, red turns through yellow to green."""
     angles = -2 * np.pi * turns
     rotation = np.zeros((len(turns), 3, 3))
     rotation[:, 0, 0] = 1
@@ -105,7 +92,7 @@ def _pca_shift(seed: int, epoch: int, positions: npt.NDArray[np.int64], augment:
     """(N, 3), in levels of 0..255: the eigenvectors, each times alpha and its eigenvalue."""
     if not augment.pca:
         return np.zeros((len(positions), 3))
-    lanes = STREAM_PCA + 2 * np.arange(3)
-    alphas = augment.pca * normal_at(seed, epoch, positions[:, None], lanes, lanes + 1)
+    streams = STREAM_PCA + 2 * np.arange(3)
+    alphas = augment.pca * normal_at(seed, epoch, positions[:, None], streams, streams + 1)
     shift: Float = 255 * (alphas * np.array(augment.pca_eigenvalues)) @ np.array(augment.pca_eigenvectors)
     return shift

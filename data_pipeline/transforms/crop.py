@@ -1,4 +1,4 @@
-"""How each image is cut, resized, mirrored and coloured: one recipe for all phases and all backends.
+"""How each image is cropped, resized, mirrored and coloured: one value for all phases and all backends.
 
 Legend: N samples. Sizes and positions are in pixels, (y, x) and (height, width), of the upright image.
 """
@@ -15,10 +15,10 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.color import Colors, colors_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.rng import (
-    STREAM_ANCHOR_X,
-    STREAM_ANCHOR_Y,
     STREAM_CROP_TRIES,
     STREAM_FLIP,
+    STREAM_OFFSET_X,
+    STREAM_OFFSET_Y,
     uniform_at,
 )
 from data_pipeline.transforms.sampler import Int
@@ -30,14 +30,14 @@ MAX_ASPECT = 16
 
 @dataclass(frozen=True, eq=False)
 class CropParams:
-    """Cut `windows` from the upright image, resize to `sizes`, cut the crop at `anchors`, mirror if `flips`.
+    """Cut `windows` from the upright image, resize to `sizes`, crop at `offsets`, mirror if `flips`.
 
-    Several views of an image are several anchors and flips of one resized window; V is their number.
+    Several views of an image are several offsets and flips of one resized window; V is their number.
 
-    Args:
+    Attributes:
         windows: (N, 4) int64, y, x, height, width in the upright source image.
         sizes: (N, 2) int64, height and width to which the window is resized, each at least `crop_px`.
-        anchors: (N, 2) or (N, V, 2) int64, y and x of the crop in the resized window.
+        offsets: (N, 2) or (N, V, 2) int64, y and x of the crop in the resized window.
         flips: (N) or (N, V) bool, mirror left and right at the end.
         crop_px: side of the square that comes out.
         colors: (N, 3, 4), see `data_pipeline.transforms.color`; None leaves the colours as they are.
@@ -45,7 +45,7 @@ class CropParams:
 
     windows: Int
     sizes: Int
-    anchors: Int
+    offsets: Int
     flips: npt.NDArray[np.bool_]
     crop_px: int
     colors: Colors | None = None
@@ -59,12 +59,12 @@ class CropParams:
         return self.flips.shape[1:]
 
     def take(self, indices: Sequence[int] | Int) -> CropParams:
-        """The recipe of some of the samples."""
+        """The parameters of some of the samples."""
         picked = np.asarray(indices, dtype=np.int64)
         return CropParams(
             self.windows[picked],
             self.sizes[picked],
-            self.anchors[picked],
+            self.offsets[picked],
             self.flips[picked],
             self.crop_px,
             None if self.colors is None else self.colors[picked],
@@ -72,27 +72,27 @@ class CropParams:
 
 
 def eval_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> CropParams:
-    """Short side to `resize_px`, then the centre `crop_px` square.
+    """Parameters of evaluation: short side to `resize_px`, then the centre `crop_px` square.
 
     Args:
         heights_widths: (N, 2) upright sizes.
         preprocessing: the contract.
     Returns:
-        The recipe, to the pixel that of torchvision for images up to 16:1. Of longer ones the middle is used.
+        The same pixels as torchvision's for images up to 16:1; of longer ones, the middle 16:1.
     Source: torchvision, `Resize(int)`, `CenterCrop`: int(size * long / short), int(round((side - crop) / 2)).
     """
     windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
-    anchors = _centre_square(sizes, preprocessing.crop_px)
-    return CropParams(windows, sizes, anchors, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
+    offsets = _centre_square(sizes, preprocessing.crop_px)
+    return CropParams(windows, sizes, offsets, np.zeros(len(sizes), dtype=bool), preprocessing.crop_px)
 
 
 def ten_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> CropParams:
-    """The paper's ten views: four corners and centre of the centre `resize_px` square, and their mirrors.
+    """Parameters of the paper's ten views: corners and centre of the centre `resize_px` square, and mirrored.
 
     Args: as `eval_crop_params`.
     Returns:
-        The recipe with V = 10: top left, top right, bottom left, bottom right, centre; then the same of the
-        mirrored image. To the pixel those of torchvision.
+        V = 10: top left, top right, bottom left, bottom right, centre; then the same of the mirrored image.
+        The same pixels as torchvision's.
     Source: Krizhevsky et al. 2012, section 4.1; torchvision, `Resize`, `CenterCrop`, `TenCrop`.
     """
     windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
@@ -114,7 +114,7 @@ def train_crop_params(
     preprocessing: Preprocessing,
     augment: Augment,
 ) -> CropParams:
-    """The random cut of each training sample. A sample's numbers depend on (seed, epoch, position) alone.
+    """Parameters of training, at random. A sample's depend on (seed, epoch, position) alone.
 
     Args:
         heights_widths: (N, 2) upright sizes.
@@ -122,9 +122,7 @@ def train_crop_params(
         positions: (N) places in the epoch's order.
         seed: the run's seed.
         preprocessing: the contract.
-        augment: which cut and colours, and how far they may go.
-    Returns:
-        The recipe.
+        augment: which crop and colours, and their ranges.
     Source: torchvision, `RandomResizedCrop.get_params`: area, log-uniform ratio, ten tries, then the centre.
     """
     sizes_N2 = _as_sizes(heights_widths)
@@ -138,15 +136,15 @@ def train_crop_params(
         return CropParams(windows, sizes, np.zeros_like(sizes), flips, crop_px, colors)
     if augment.crop == "center":
         centre = eval_crop_params(sizes_N2, preprocessing)
-        return CropParams(centre.windows, centre.sizes, centre.anchors, flips, crop_px, colors)
+        return CropParams(centre.windows, centre.sizes, centre.offsets, flips, crop_px, colors)
     windows, sizes = _short_side(sizes_N2, preprocessing.resize_px)
-    lanes = np.array([STREAM_ANCHOR_Y, STREAM_ANCHOR_X])
-    draws = uniform_at(seed, epoch, positions_N[:, None], lanes)
+    streams = np.array([STREAM_OFFSET_Y, STREAM_OFFSET_X])
+    draws = uniform_at(seed, epoch, positions_N[:, None], streams)
     if augment.crop == "random":
-        return CropParams(windows, sizes, _pick(draws, sizes - crop_px + 1), flips, crop_px, colors)
+        return CropParams(windows, sizes, _integers_from(draws, sizes - crop_px + 1), flips, crop_px, colors)
     spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
-    anchors = _centre_square(sizes, preprocessing.resize_px) + _pick(draws, spare + 1)
-    return CropParams(windows, sizes, anchors, flips, crop_px, colors)
+    offsets = _centre_square(sizes, preprocessing.resize_px) + _integers_from(draws, spare + 1)
+    return CropParams(windows, sizes, offsets, flips, crop_px, colors)
 
 
 def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
@@ -155,13 +153,13 @@ def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
     return sizes
 
 
-def _pick(draws: npt.NDArray[np.float64], count: Int) -> Int:
-    """Uniform integers in 0..count - 1. The minimum guards against a product rounded up to `count`."""
+def _integers_from(draws: npt.NDArray[np.float64], count: Int) -> Int:
+    """Uniform integers in 0..count - 1. A product may be rounded up to `count`, hence the minimum."""
     return np.minimum((draws * count).astype(np.int64), count - 1)
 
 
 def _centre_square(sizes: Int, side: int) -> Int:
-    """Top left corners of centre squares. np.rint and Python's round both take a half to the even side."""
+    """Top left corners of centre squares. np.rint and Python's round both round halves to even."""
     return np.rint((sizes - side) / 2.0).astype(np.int64)
 
 
@@ -177,8 +175,8 @@ def _short_side(heights_widths: Int, resize_px: int) -> tuple[Int, Int]:
 
 def _random_windows(heights_widths: Int, epoch: int, positions: Int, seed: int, augment: Augment) -> Int:
     heights, widths = heights_widths[:, :1], heights_widths[:, 1:]  # (N, 1), against (N, tries)
-    lanes = STREAM_CROP_TRIES + np.arange(4 * CROP_TRIES)
-    draws = uniform_at(seed, epoch, positions[:, None], lanes).reshape(-1, CROP_TRIES, 4)
+    streams = STREAM_CROP_TRIES + np.arange(4 * CROP_TRIES)
+    draws = uniform_at(seed, epoch, positions[:, None], streams).reshape(-1, CROP_TRIES, 4)
 
     areas = heights * widths * (augment.scale[0] + draws[..., 0] * (augment.scale[1] - augment.scale[0]))
     low, high = np.log(augment.ratio[0]), np.log(augment.ratio[1])
@@ -198,6 +196,6 @@ def _random_windows(heights_widths: Int, epoch: int, positions: Int, seed: int, 
     fallback_w = np.where(whole > augment.ratio[1], np.rint(heights * augment.ratio[1]), widths)
     h = np.where(found, h, np.clip(fallback_h.astype(np.int64), 1, heights))
     w = np.where(found, w, np.clip(fallback_w.astype(np.int64), 1, widths))
-    y = np.where(found, _pick(draws[rows, first, 2], heights - h + 1), (heights - h) // 2)
-    x = np.where(found, _pick(draws[rows, first, 3], widths - w + 1), (widths - w) // 2)
+    y = np.where(found, _integers_from(draws[rows, first, 2], heights - h + 1), (heights - h) // 2)
+    x = np.where(found, _integers_from(draws[rows, first, 3], widths - w + 1), (widths - w) // 2)
     return np.stack([y, x, h, w], axis=1)

@@ -1,9 +1,9 @@
-"""MixUp and CutMix: which two samples are mixed, and how; and the reference for the arithmetic on the device.
+"""MixUp and CutMix: chooses which two samples are mixed, and how; the device mixes them.
 
-A sample's partner is its neighbour in the step: places 2i and 2i + 1 of the global batch go together. Ranks
-and micro-batches never part a pair (`order.rank_slice` in groups of 2), so that the plan is the same for any
-number of them, nothing travels between ranks, and no image is decoded twice. The price is that a rank's share
-of a step is a whole number of pairs. As the order is a new permutation each epoch, so are the pairs.
+A sample's partner is its neighbour in the step: places 2i and 2i + 1 of the global batch are a pair. Ranks
+and micro-batches never split a pair (`sampler.rank_slice` in groups of 2), so the parameters are the same for
+any number of them, no data moves between ranks, and no image is decoded twice. The price is that a rank's
+share of a step is a whole number of pairs. As the order is a new permutation each epoch, so are the pairs.
 
 Legend: N samples; y, x, height, width in pixels of the crop.
 """
@@ -30,7 +30,7 @@ PAIR_SIZE = 2
 class MixParams:
     """How each sample of a batch is mixed with another of the same batch.
 
-    Args:
+    Attributes:
         partners: (N) int64, place of the other sample in the batch; its own place where there is none.
         weights: (N) float32, share of the sample's own pixels outside its box; 1 for CutMix.
         boxes: (N, 4) int64, top, left, bottom, right: inside, the pixels are the partner's. Empty for MixUp.
@@ -45,8 +45,8 @@ class MixParams:
     def __len__(self) -> int:
         return len(self.partners)
 
-    def where(self, valid: npt.NDArray[np.bool_]) -> MixParams:
-        """The plan with those samples left as they are that, or whose partner, could not be read."""
+    def drop_invalid(self, valid: npt.NDArray[np.bool_]) -> MixParams:
+        """The parameters without the pairs in which a sample is not valid: both stay as they are."""
         whole = valid & valid[self.partners]
         return MixParams(
             np.where(whole, self.partners, np.arange(len(self))),
@@ -59,7 +59,7 @@ class MixParams:
 def mix_params_at(
     seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment, crop_px: int
 ) -> MixParams | None:
-    """The plan for consecutive positions that begin with a pair; a sample's numbers follow from its own.
+    """The parameters for consecutive positions that begin with a pair; each follows from its position alone.
 
     Args:
         seed: the run's seed.
@@ -68,7 +68,7 @@ def mix_params_at(
         augment: what is mixed, and how often.
         crop_px: side of the images.
     Returns:
-        The plan; None where nothing is ever mixed.
+        The parameters; None where the configuration mixes nothing.
     Source: Zhang et al. 2018 (MixUp); Yun et al. 2019, section 3.1 (CutMix's box), with the area that is left
         of the box inside the image as the label's weight.
     """
@@ -99,55 +99,15 @@ def mix_params_at(
     return MixParams(partners, weights, boxes, label_weights)
 
 
-def mix_images(images_NHWC: npt.NDArray[np.uint8], plan: MixParams) -> npt.NDArray[np.float32]:
-    """The reference: weight * own + (1 - weight) * partner outside the box, the partner inside; not rounded.
-
-    Args:
-        images_NHWC: (N, H, W, 3).
-        plan: for these N.
-    Returns:
-        (N, H, W, 3) float32 in 0..255.
-    """
-    own = images_NHWC.astype(np.float32)
-    shares = pixel_weights(plan, images_NHWC.shape[1], images_NHWC.shape[2])[..., None]
-    mixed: npt.NDArray[np.float32] = shares * own + (1 - shares) * own[plan.partners]
-    return mixed
-
-
-def pixel_weights(plan: MixParams, height: int, width: int) -> npt.NDArray[np.float32]:
-    """(N, height, width) float32: the share of its own that each pixel keeps."""
-    top, left, bottom, right = (plan.boxes[:, i, None] for i in range(4))
-    y, x = np.arange(height), np.arange(width)
-    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
-    inside = rows[:, :, None] & columns[:, None, :]
-    return np.where(inside, np.float32(0), plan.weights[:, None, None])
-
-
-def mix_labels(labels: Int, plan: MixParams, num_classes: int) -> npt.NDArray[np.float32]:
-    """Soft targets: each label by its weight.
-
-    Args:
-        labels: (N) in 0..num_classes - 1.
-        plan: for these N.
-        num_classes: how many there are.
-    Returns:
-        (N, num_classes) float32, rows that sum to 1.
-    """
-    one_hot = np.eye(num_classes, dtype=np.float32)[labels]
-    share = plan.label_weights[:, None]
-    targets: npt.NDArray[np.float32] = share * one_hot + (1 - share) * one_hot[plan.partners]
-    return targets
-
-
 def beta_quantile(draws: Float, alpha: float) -> Float:
-    """Numbers that follow Beta(alpha, alpha), each from one uniform number: the inverse distribution.
+    """The quantile function of Beta(alpha, alpha): a Beta-distributed number for each uniform one.
 
     Args:
         draws: uniform in [0, 1).
         alpha: > 0.
     Returns:
-        As many numbers in 0..1; below 0.5 the table is coarse: at alpha 0.2 the distribution is met to
-        3e-4, at 0.05 to 0.08.
+        As many numbers in 0..1. They come from a table, whose error grows as alpha falls: at alpha 0.2 the
+        distribution is met to 3e-4, at 0.05 to 0.08.
 
     >>> beta_quantile(np.array([0.25, 0.5]), 1.0).round(6).tolist()
     [0.25, 0.5]
@@ -160,9 +120,9 @@ def beta_quantile(draws: Float, alpha: float) -> Float:
 
 @lru_cache(maxsize=4)
 def _lower_half(alpha: float) -> tuple[Float, Float]:
-    """Probabilities 0..0.5 and the values up to which they reach, as x^alpha where alpha < 1.
+    """Tabulate probabilities 0..0.5 and their quantiles x, as x^alpha where alpha < 1.
 
-    The density x^(alpha-1) (1-x)^(alpha-1) is without bound at 0 for alpha < 1; that of x^alpha is not.
+    For alpha < 1 the density x^(alpha-1) (1-x)^(alpha-1) is unbounded at 0; the density of x^alpha is not.
     """
     power = min(alpha, 1.0)
     values = np.linspace(0, 0.5**power, 8193)
@@ -173,7 +133,7 @@ def _lower_half(alpha: float) -> tuple[Float, Float]:
 
 
 def _boxes(kept: Float, draws_y: Float, draws_x: Float, crop_px: int) -> Int:
-    """Boxes of the crop's shape and of area 1 - kept, about any pixel, cut off at the border."""
+    """Boxes of the crop's shape and of area 1 - kept, centred on any pixel, clipped at the border."""
     side = (crop_px * np.sqrt(1 - kept)).astype(np.int64)
     edges = []
     for draws in (draws_y, draws_x):

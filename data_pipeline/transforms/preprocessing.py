@@ -1,7 +1,7 @@
 """The preprocessing contract: one frozen value that training, evaluation, export and prediction share.
 
 It is saved in every checkpoint and every exported bundle, so that nobody passes mean, std or sizes by hand.
-What crosses into a model is always uint8 RGB, NHWC; `mean` and `std` are applied inside the model.
+A model's input is always uint8 RGB, NHWC; `mean` and `std` are applied inside the model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Pixels = Annotated[int, msgspec.Meta(ge=8, le=4096)]
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How an encoded image becomes the model's input.
 
-    An image is decoded to 8-bit RGB, turned as its EXIF orientation says, resized (bilinear with
-    antialiasing, as Pillow and torchvision do) so that its short side is `resize_px`, and cut to the
+    An image is decoded to 8-bit RGB, turned upright by its EXIF orientation, resized (bilinear with
+    antialiasing, as Pillow and torchvision do) so that its short side is `resize_px`, and cropped to the
     centre `crop_px` square. The model then computes `(pixel / 255 - mean) / std`.
 
-    Args:
+    Attributes:
         resize_px: short side before the evaluation crop, in pixels.
         crop_px: side of the square that the model sees, in pixels, at most `resize_px`.
         mean: per-channel mean (RGB), in units of 0..1.

@@ -2,9 +2,6 @@
 
 Everything here follows from (seed, epoch, position) by arithmetic alone. Ranks, threads and restarts do not
 enter, so any step can be computed without the steps before it.
-
-The random numbers are a counter-based hash of our own: NumPy promises the same stream between versions for
-no Generator (NEP 19), and a resumed run must see the order of the run that it resumes.
 """
 
 from __future__ import annotations
@@ -38,13 +35,13 @@ def permutation_at(seed: int, epoch: int, num_samples: int) -> Int:
 
 
 def rank_slice(count: int, rank: int, world_size: int, group_size: int = 1) -> slice:
-    """The contiguous share of one rank; the shares of all ranks, in order, are the whole, also when uneven.
+    """The contiguous share of one rank; the shares of all ranks, in order, are the whole, even if uneven.
 
     Args:
-        count: how many to share.
+        count: number of samples to share.
         rank: which rank, 0..world_size - 1.
         world_size: number of ranks.
-        group_size: so many neighbours, counted from 0, are never parted: 2 where samples are mixed in pairs.
+        group_size: groups of so many neighbours, from 0 on, are never split: 2 where samples mix in pairs.
 
     >>> [rank_slice(10, rank, 3) for rank in range(3)]
     [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
@@ -59,7 +56,7 @@ def rank_slice(count: int, rank: int, world_size: int, group_size: int = 1) -> s
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
-    """Optimiser steps in one epoch; the end of the order, too short for a batch, is left for other epochs.
+    """Optimiser steps in one epoch; the rest of the order, too short for a batch, is dropped (drop_last).
 
     Raises:
         UserError: the batch is larger than the training set.

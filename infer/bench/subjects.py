@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.machine import usable_cores
-from data_pipeline.decode.pillow import decode_rgb, finish, spread
+from data_pipeline.decode.pillow import decode_rgb, finish_crop, parallel_for
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.crop import eval_crop_params
 from infer.predict.decode import valid_images
@@ -96,9 +96,9 @@ class Ours:
             pool = ThreadPoolExecutor(threads)
 
             def resize(place: int) -> None:
-                finish(cuts[place], geometry, place)
+                finish_crop(cuts[place], geometry, place)
 
-            works[phase] = lambda: spread(resize, batch, pool, threads)
+            works[phase] = lambda: parallel_for(resize, batch, pool, threads)
         while True:
             yield works[phase]
 

@@ -254,7 +254,7 @@ def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> No
     class Broken:
         name, device, max_batch = "broken", "cpu", 16
 
-        def decode(self, encoded: Sequence[bytes | None], geometry: CropParams) -> Decoded:
+        def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
             raise RuntimeError("out of memory")
 
         def close(self) -> None: ...

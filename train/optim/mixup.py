@@ -14,7 +14,7 @@ from data_pipeline.transforms.mix import MixParams
 
 
 def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
-    """Each sample mixed with its partner, as `data_pipeline.transforms.mix.mix_images` defines it.
+    """Each sample mixed with its partner, as `tests.helpers.reference.mix_images` defines it.
 
     Normalisation is affine and the weights of a pixel add up to 1, so it does not matter which comes first.
 

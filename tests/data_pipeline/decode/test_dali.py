@@ -60,14 +60,14 @@ def recipes(files: list[bytes]) -> dict[str, CropParams]:
     }
 
 
-def at_edge(geometry: CropParams, index: int) -> npt.NDArray[np.bool_]:
+def at_edge(crops: CropParams, index: int) -> npt.NDArray[np.bool_]:
     """(crop, crop): which pixels of the crop are in the outermost row or column of the resized image."""
     near = []
     for axis in (0, 1):
-        place = geometry.anchors[index, axis] + np.arange(geometry.crop_px)
-        near.append((place == 0) | (place == geometry.sizes[index, axis] - 1))
+        place = crops.offsets[index, axis] + np.arange(crops.crop_px)
+        near.append((place == 0) | (place == crops.sizes[index, axis] - 1))
     edge: npt.NDArray[np.bool_] = near[0][:, None] | near[1][None, :]
-    return edge[:, ::-1] if geometry.flips[index] else edge
+    return edge[:, ::-1] if crops.flips[index] else edge
 
 
 @devices
@@ -76,12 +76,12 @@ def test_dali_gives_the_pixels_of_pillow(
     dali: ImageBackend, pillow: PillowBackend, device: Device, recipe: str
 ) -> None:
     files = list(KINDS.values())
-    geometry = recipes(files)[recipe]
-    ours, reference = dali.decode(files, geometry), pillow.decode(files, geometry)
+    crops = recipes(files)[recipe]
+    ours, reference = dali.decode(files, crops), pillow.decode(files, crops)
     assert not ours.failures and not reference.failures
     difference = np.abs(as_numpy(ours.images) - as_numpy(reference.images))
     for i, (name, one) in enumerate(zip(KINDS, difference, strict=True)):
-        edge = at_edge(geometry, i)
+        edge = at_edge(crops, i)
         assert one[~edge].max() <= MAX_INSIDE[device], f"{name}: {one[~edge].max()}"
         assert one.max() <= MAX_AT_EDGE[device], f"{name}: {one.max()}"
         assert one.mean() <= MEAN_DIFFERENCE[device], f"{name}: {one.mean():.3f}"
@@ -92,11 +92,9 @@ def test_dali_gives_the_pixels_of_pillow(
 def test_dali_reads_all_but_the_named_kinds_by_itself(
     dali: ImageBackend, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
-    geometry = recipes(list(KINDS.values()))["evaluation"]
+    crops = recipes(list(KINDS.values()))["evaluation"]
     by_pillow = [
-        name
-        for i, (name, file) in enumerate(KINDS.items())
-        if dali.decode([file], geometry.take([i])).by_pillow
+        name for i, (name, file) in enumerate(KINDS.items()) if dali.decode([file], crops.take([i])).by_pillow
     ]
     assert by_pillow == ["webp turned", "tiff", "tiff cmyk", "tiff 1 bit", "tiff turned", "gif"]
 
@@ -122,24 +120,24 @@ def test_a_broken_file_does_not_lose_its_neighbours(
     dali: ImageBackend, pillow: PillowBackend, device: Device, kind: str
 ) -> None:
     good = [encode(photo(90, 120, seed=i), "JPEG") for i in range(6)]
-    geometry = eval_crop_params([(90, 120)] * 7, PREPROCESSING)
+    crops = eval_crop_params([(90, 120)] * 7, PREPROCESSING)
     files = [*good[:4], BROKEN[kind], *good[4:]]
     neighbours = [0, 1, 2, 3, 5, 6]
     for backend in (dali, pillow):
-        decoded = backend.decode(files, geometry)
+        decoded = backend.decode(files, crops)
         assert list(decoded.failures) == [4], f"{backend.name}: {decoded.failures}"
         images = as_numpy(decoded.images)
         assert not images[4].any()
-        alone = as_numpy(backend.decode(good, geometry.take(neighbours)).images)
+        alone = as_numpy(backend.decode(good, crops.take(neighbours)).images)
         assert np.array_equal(images[neighbours], alone)
 
 
 @devices
 def test_a_file_that_could_not_be_read_leaves_zeros(dali: ImageBackend, pillow: PillowBackend) -> None:
     good = KINDS["jpeg 4:2:0"]
-    geometry = eval_crop_params([(1, 1), (150, 200)], PREPROCESSING)
+    crops = eval_crop_params([(1, 1), (150, 200)], PREPROCESSING)
     for backend in (dali, pillow):
-        decoded = backend.decode([None, good], geometry)
+        decoded = backend.decode([None, good], crops)
         images = as_numpy(decoded.images)
         assert not decoded.failures and not images[0].any() and images[1].any()
 
@@ -147,11 +145,11 @@ def test_a_file_that_could_not_be_read_leaves_zeros(dali: ImageBackend, pillow: 
 @devices
 def test_batches_stay_valid_and_may_be_smaller(dali: ImageBackend) -> None:
     first_file, second_file = KINDS["jpeg 4:2:0"], encode(photo(150, 200, seed=5), "JPEG")
-    geometry = eval_crop_params([(150, 200)] * 3, PREPROCESSING)
-    first = dali.decode([first_file] * 3, geometry).images
+    crops = eval_crop_params([(150, 200)] * 3, PREPROCESSING)
+    first = dali.decode([first_file] * 3, crops).images
     before = as_numpy(first).copy()
     for _ in range(4):
-        second = dali.decode([second_file], geometry.take([0])).images
+        second = dali.decode([second_file], crops.take([0])).images
     assert as_numpy(second).shape == (1, 64, 64, 3)
     assert np.array_equal(as_numpy(first), before)
     assert not np.array_equal(as_numpy(second)[0], before[0])
@@ -181,7 +179,7 @@ def test_odd_sizes_become_crops(
     dali: ImageBackend, pillow: PillowBackend, device: Device, size: tuple[int, int]
 ) -> None:
     file = encode(photo(*size), "PNG")
-    for geometry in recipes([file]).values():
-        ours, reference = (as_numpy(backend.decode([file], geometry).images) for backend in (dali, pillow))
+    for crops in recipes([file]).values():
+        ours, reference = (as_numpy(backend.decode([file], crops).images) for backend in (dali, pillow))
         assert ours.shape == (1, 64, 64, 3)
         assert np.abs(ours - reference).max() <= MAX_AT_EDGE[device]

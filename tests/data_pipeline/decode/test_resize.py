@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.decode import resize, resize_kernel
-from data_pipeline.decode.pillow import blank_images, finish
+from data_pipeline.decode.pillow import blank_images, finish_crop
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.transforms.crop import CropParams
 
@@ -31,7 +31,7 @@ def afresh() -> Iterator[None]:
 def one_recipe(
     window: npt.NDArray[np.uint8],
     size: tuple[int, int],
-    anchor: tuple[int, int],
+    offset: tuple[int, int],
     crop_px: int,
     flip: bool = False,
     colors: npt.NDArray[np.float32] | None = None,
@@ -39,18 +39,18 @@ def one_recipe(
     return CropParams(
         windows=np.array([(0, 0, *window.shape[:2])]),
         sizes=np.array([size]),
-        anchors=np.array([anchor]),
+        offsets=np.array([offset]),
         flips=np.array([flip]),
         crop_px=crop_px,
         colors=colors,
     )
 
 
-def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], geometry: CropParams) -> None:
-    images = blank_images(geometry)
-    resizer.finish_into(images, window, geometry, 0)
-    expected = finish(Image.fromarray(window), geometry, 0)
-    assert np.array_equal(images[0], expected), f"{window.shape}, {geometry}"
+def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], crops: CropParams) -> None:
+    images = blank_images(crops)
+    resizer.finish_into(images, window, crops, 0)
+    expected = finish_crop(Image.fromarray(window), crops, 0)
+    assert np.array_equal(images[0], expected), f"{window.shape}, {crops}"
 
 
 @settings(max_examples=300, deadline=None)
@@ -61,7 +61,7 @@ def test_the_compiled_resize_gives_the_pixels_of_pillow(data: st.DataObject) -> 
     height, width = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 500))
     crop_px = data.draw(st.integers(1, 120))
     size = (data.draw(st.integers(crop_px, 300)), data.draw(st.integers(crop_px, 300)))
-    anchor = (data.draw(st.integers(0, size[0] - crop_px)), data.draw(st.integers(0, size[1] - crop_px)))
+    offset = (data.draw(st.integers(0, size[0] - crop_px)), data.draw(st.integers(0, size[1] - crop_px)))
     random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     window = random.integers(0, 256, (height, width, 3), np.uint8)
     if data.draw(st.booleans(), "black and white only"):
@@ -70,7 +70,7 @@ def test_the_compiled_resize_gives_the_pixels_of_pillow(data: st.DataObject) -> 
     if data.draw(st.booleans(), "colours"):
         colors = (np.eye(3, 4) + random.normal(0, 0.3, (1, 3, 4)) * (1, 1, 1, 100)).astype(np.float32)
     flip = data.draw(st.booleans(), "mirrored")
-    assert_same(resizer, window, one_recipe(window, size, anchor, crop_px, flip, colors))
+    assert_same(resizer, window, one_recipe(window, size, offset, crop_px, flip, colors))
 
 
 @pytest.mark.parametrize(

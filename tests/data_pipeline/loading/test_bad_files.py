@@ -197,8 +197,8 @@ def _golden() -> str:
     backend = PillowBackend(1, 1)
     rows = []
     for case, content in GOOD.items():
-        geometry = eval_crop_params([read_header(content, PREPROCESSING.max_pixels)], PREPROCESSING)
-        image = as_numpy(backend.decode([content], geometry).images)[0]
+        crops = eval_crop_params([read_header(content, PREPROCESSING.max_pixels)], PREPROCESSING)
+        image = as_numpy(backend.decode([content], crops).images)[0]
         rows.append(f"{json.dumps(case)}: {json.dumps(blocks(image))}")
     backend.close()
     return "{\n" + ",\n".join(rows) + "\n}"

@@ -14,12 +14,13 @@ from torchvision.transforms import v2
 from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.color import apply_colors, colors_at
+from data_pipeline.transforms.color import colors_at
 from data_pipeline.transforms.crop import ten_crop_params, train_crop_params
-from data_pipeline.transforms.mix import beta_quantile, mix_images, mix_labels, mix_params_at
+from data_pipeline.transforms.mix import beta_quantile, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.helpers.images import as_numpy, encode, photo
+from tests.helpers.reference import apply_colors, mix_images, mix_labels
 from train.optim.mixup import average_views, mix_inputs, mixed_losses
 
 PREPROCESSING = Preprocessing(crop_px=64, resize_px=72)
@@ -132,7 +133,7 @@ def test_who_could_not_be_read_is_not_mixed_in() -> None:
     assert plan is not None
     valid = np.ones(8, dtype=bool)
     valid[3] = False
-    left = plan.where(valid)
+    left = plan.drop_invalid(valid)
     assert left.partners.tolist() == [1, 0, 2, 3, 5, 4, 7, 6]
     assert left.weights[2:4].tolist() == left.label_weights[2:4].tolist() == [1, 1]
     assert np.array_equal(left.weights[4:], plan.weights[4:])

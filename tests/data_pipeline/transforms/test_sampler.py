@@ -1,4 +1,4 @@
-"""The data order and the geometry: pure functions, with values that must never change."""
+"""The data order and the crops: pure functions, with values that must never change."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_the_stream_is_pinned() -> None:
     assert permutation_at(7, 2, 10).tolist() == PERMUTATION
     assert uniform_at(42, 0, [0, 1, 10**6], 1).tolist() == UNIFORMS
     sizes = [(375, 500), (500, 375), (64, 64)]
-    geometry = train_crop_params(sizes, 3, [0, 1, 2], 42, PREPROCESSING, Augment())
-    assert geometry.windows.tolist() == WINDOWS
-    assert geometry.flips.tolist() == FLIPS
+    crops = train_crop_params(sizes, 3, [0, 1, 2], 42, PREPROCESSING, Augment())
+    assert crops.windows.tolist() == WINDOWS
+    assert crops.flips.tolist() == FLIPS
     paper = train_crop_params([(375, 500), (500, 375)], 3, [0, 1], 42, PREPROCESSING, AUGMENTS["random"])
-    assert paper.anchors.tolist() == ANCHORS
+    assert paper.offsets.tolist() == ANCHORS
 
 
 def test_the_hash_is_the_published_one() -> None:
@@ -108,13 +108,13 @@ def test_a_step_is_the_same_on_any_number_of_ranks(
 @pytest.mark.parametrize("crop", AUGMENTS)
 @given(sizes=sizes, seed=seeds)
 def test_windows_lie_inside_and_crops_fit(crop: str, sizes: list[tuple[int, int]], seed: int) -> None:
-    geometry = train_crop_params(sizes, 0, np.arange(len(sizes)), seed, PREPROCESSING, AUGMENTS[crop])
-    for recipe in (geometry, eval_crop_params(sizes, PREPROCESSING)):
+    crops = train_crop_params(sizes, 0, np.arange(len(sizes)), seed, PREPROCESSING, AUGMENTS[crop])
+    for recipe in (crops, eval_crop_params(sizes, PREPROCESSING)):
         y, x, h, w = recipe.windows.T
         heights, widths = np.array(sizes).T
         assert (y >= 0).all() and (x >= 0).all() and (h > 0).all() and (w > 0).all()
         assert (y + h <= heights).all() and (x + w <= widths).all()
-        assert (recipe.anchors >= 0).all() and (recipe.anchors + 64 <= recipe.sizes).all()
+        assert (recipe.offsets >= 0).all() and (recipe.offsets + 64 <= recipe.sizes).all()
         assert recipe.sizes.max() <= 16 * PREPROCESSING.resize_px
 
 
@@ -152,11 +152,11 @@ def random_resized_crop(height: int, width: int, draws: list[list[float]]) -> li
 
 @given(sizes=sizes, seed=seeds)
 def test_random_resized_crops_are_torchvisions(sizes: list[tuple[int, int]], seed: int) -> None:
-    geometry = train_crop_params(sizes, 1, np.arange(len(sizes)), seed, PREPROCESSING, Augment())
-    lanes = STREAM_CROP_TRIES + np.arange(4 * CROP_TRIES)
+    crops = train_crop_params(sizes, 1, np.arange(len(sizes)), seed, PREPROCESSING, Augment())
+    streams = STREAM_CROP_TRIES + np.arange(4 * CROP_TRIES)
     for i, (height, width) in enumerate(sizes):
-        draws = uniform_at(seed, 1, i, lanes).reshape(CROP_TRIES, 4).tolist()
-        assert geometry.windows[i].tolist() == random_resized_crop(height, width, draws)
+        draws = uniform_at(seed, 1, i, streams).reshape(CROP_TRIES, 4).tolist()
+        assert crops.windows[i].tolist() == random_resized_crop(height, width, draws)
 
 
 @given(
@@ -183,10 +183,10 @@ def test_the_papers_crops_lie_in_the_centre_square() -> None:
     """375 x 500 becomes 72 x 96: the square is columns 12 to 84, in which a crop of 64 has 9 places."""
     augment = AUGMENTS["random_square"]
     cut = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, augment)
-    assert sorted(set(cut.anchors[:, 0].tolist())) == list(range(9))
-    assert sorted(set(cut.anchors[:, 1].tolist())) == list(range(12, 21))
+    assert sorted(set(cut.offsets[:, 0].tolist())) == list(range(9))
+    assert sorted(set(cut.offsets[:, 1].tolist())) == list(range(12, 21))
     whole = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, AUGMENTS["random"])
-    assert sorted(set(whole.anchors[:, 1].tolist())) == list(range(33))
+    assert sorted(set(whole.offsets[:, 1].tolist())) == list(range(33))
 
 
 def test_flips_come_as_often_as_asked() -> None:
@@ -199,9 +199,9 @@ def test_flips_come_as_often_as_asked() -> None:
 
 
 def test_a_long_strip_is_cut_in_its_middle() -> None:
-    geometry = eval_crop_params([(2, 5000)], PREPROCESSING)
-    assert geometry.windows.tolist() == [[0, 2484, 2, 32]]
-    assert geometry.sizes.tolist() == [[72, 1152]]
+    crops = eval_crop_params([(2, 5000)], PREPROCESSING)
+    assert crops.windows.tolist() == [[0, 2484, 2, 32]]
+    assert crops.sizes.tolist() == [[72, 1152]]
 
 
 @pytest.mark.parametrize(
