@@ -20,8 +20,14 @@ MAX_SMALL_BYTES = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
+    """SHA-256 of a file's content, in hexadecimal."""
+    return hash_of(path, "sha256")
+
+
+def hash_of(path: Path, algorithm: str) -> str:
+    """Hash of a file's content, in hexadecimal, by any algorithm that `hashlib` has."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    buffer = memoryview(bytearray(_HASH_BYTES))
     with path.open("rb", buffering=0) as file:
         while length := file.readinto(buffer):
             digest.update(buffer[:length])

@@ -1,4 +1,4 @@
-"""What `alexnet data download` can fetch: addresses, sizes and published checksums.
+"""The datasets that `alexnet data download` fetches: addresses, sizes and published checksums.
 
 | name | published by | checksums from |
 |---|---|---|
@@ -11,7 +11,7 @@ The checksums were read in those sources; none of the archives was downloaded fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Layout = Literal["as it is", "cifar10", "cifar100"]
@@ -19,7 +19,7 @@ Layout = Literal["as it is", "cifar10", "cifar100"]
 _FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas"
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
 
-IMAGENETTE_WORDS = {
+IMAGENETTE_CLASS_NAMES = {
     "n01440764": "tench",
     "n02102040": "English springer",
     "n02979186": "cassette player",
@@ -31,24 +31,23 @@ IMAGENETTE_WORDS = {
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
-"""Names for people; the archives name classes by WordNet id only."""
+"""Names for people; the archives name classes by synset id only."""
 
 
 @dataclass(frozen=True)
 class Archive:
     """One downloadable dataset.
 
-    Args:
+    Attributes:
         url: where it is published; a mirror has a file of the same name.
-        md5: published checksum, or "".
-        sha256: published checksum, or "". An archive with neither is held to its size and to its own
-            integrity only, and the user is told.
-        size_bytes: published size, or None.
-        layout: what has to be done after unpacking.
         folder: the folder inside the archive that becomes the data folder.
-        max_bytes: most that may come out of it.
+        md5: published checksum, or "" where there is a sha256.
+        sha256: published checksum, or "" where there is an md5.
+        size_bytes: published size.
+        layout: what has to be done after unpacking.
+        max_bytes: most bytes that may come out of it.
         max_files: most files that may come out of it.
-        words: names of the classes for people.
+        class_names: names of the classes for people, by synset id, where the archive has none.
     """
 
     url: str
@@ -59,7 +58,7 @@ class Archive:
     layout: Layout = "as it is"
     max_bytes: int = 4_000_000_000
     max_files: int = 200_000
-    words: tuple[tuple[str, str], ...] = ()
+    class_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
@@ -69,8 +68,9 @@ class Archive:
 
 def _imagenette(suffix: str, md5: str, sha256: str, size_bytes: int) -> Archive:
     name = f"imagenette2{suffix}"
-    words = tuple(IMAGENETTE_WORDS.items())
-    return Archive(f"{_FAST_AI}/{name}.tgz", name, md5, sha256, size_bytes, words=words)
+    return Archive(
+        f"{_FAST_AI}/{name}.tgz", name, md5, sha256, size_bytes, class_names=IMAGENETTE_CLASS_NAMES
+    )
 
 
 CATALOG: dict[str, Archive] = {

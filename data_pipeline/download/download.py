@@ -1,4 +1,4 @@
-"""`alexnet data download`: fetch, verify, unpack, and leave a folder that `open_dataset` reads."""
+"""`alexnet data download`: fetch, verify and unpack a dataset into a folder that `open_dataset` reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.download.catalog import CATALOG, Archive
 from data_pipeline.download.cifar import write_cifar
-from data_pipeline.download.fetch import ATTEMPTS, STALL_S, fetch
+from data_pipeline.download.fetch import STALL_S, fetch
 from data_pipeline.download.unpack import unpack
 
 log = logging.getLogger("data_pipeline")
@@ -27,25 +27,23 @@ def download(
     *,
     mirror: str | None = None,
     stall_s: float = STALL_S,
-    attempts: int = ATTEMPTS,
     pause_s: float = 1.0,
 ) -> Path:
-    """Put a dataset of the catalog into a folder; the folder appears whole or not at all.
+    """Download a dataset of the catalog into a folder, which appears whole or not at all.
 
-    The archive is kept beside it until it is unpacked, so that an interrupted download goes on.
+    The archive is kept beside it until it is unpacked, so that an interrupted download resumes.
 
     Args:
         name: see `data_pipeline.download.catalog`.
         target: the folder to make; None for `data/<name>`. Nothing is done if the dataset is there.
         mirror: address of a folder that holds the same file; its content is verified all the same.
         stall_s: see `data_pipeline.download.fetch`.
-        attempts: see `data_pipeline.download.fetch`.
         pause_s: see `data_pipeline.download.fetch`.
     Returns:
         The folder.
     Raises:
-        UserError: an unknown name, a folder that holds something else, or a server that gives nothing.
-        CorruptFileError: what came is not what was published.
+        UserError: an unknown name, a folder that holds something else, or a server that does not answer.
+        CorruptFileError: the file that arrived is not the published one.
         SaveError: a full disk.
     """
     if name not in CATALOG:
@@ -60,25 +58,28 @@ def download(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{printable(target)} exists and is not {name}: give an empty or a new folder")
     url = archive.url if mirror is None else f"{mirror.rstrip('/')}/{archive.file_name}"
-    if not archive.md5 and not archive.sha256:
-        log.warning("no checksum is published for %s: only its size and its own integrity are checked", name)
     packed = target.parent / archive.file_name
     log.info("%s from %s", name, url)
     fetch(
-        url,
-        packed,
-        size_bytes=archive.size_bytes,
-        md5=archive.md5,
-        sha256=archive.sha256,
-        stall_s=stall_s,
-        attempts=attempts,
-        pause_s=pause_s,
-    )
+        url, packed, size_bytes=archive.size_bytes, md5=archive.md5, sha256=archive.sha256,
+        stall_s=stall_s, pause_s=pause_s,
+    )  # fmt: skip
+    _unpack(name, archive, packed, target)
+    return target
+
+
+def _unpack(name: str, archive: Archive, packed: Path, target: Path) -> None:
+    """Unpack the archive beside the target, check it, move it in place, and delete it."""
     unpacked = target.parent / f".{target.name}-unpacking"
     try:
         shutil.rmtree(unpacked, ignore_errors=True)
         unpack(packed, unpacked, max_bytes=archive.max_bytes, max_files=archive.max_files)
-        _finish(name, archive, unpacked, target)
+        folder, counts = _arrange(name, archive, unpacked)
+        folder.chmod(0o755)
+        folder.rename(target)  # replaces an empty folder, never a full one
+        log.info(
+            "%s: %d training and %d validation images", printable(target), counts["train"], counts["val"]
+        )
     except OSError as error:
         raise SaveError(f"{printable(target)} could not be written: {error.strerror or error}") from error
     except CorruptFileError:
@@ -87,11 +88,10 @@ def download(
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     packed.unlink()
-    return target
 
 
-def _finish(name: str, archive: Archive, unpacked: Path, target: Path) -> None:
-    """Bring what was unpacked into a layout that training reads, check that it does, and move it in place."""
+def _arrange(name: str, archive: Archive, unpacked: Path) -> tuple[Path, dict[str, int]]:
+    """Bring the unpacked files into a layout that training reads, and count the images of each split."""
     folder = unpacked / archive.folder
     if not folder.is_dir():
         raise CorruptFileError(f"{archive.file_name} does not hold a folder {archive.folder}")
@@ -99,8 +99,8 @@ def _finish(name: str, archive: Archive, unpacked: Path, target: Path) -> None:
         made = unpacked / f"{archive.folder}-made"
         write_cifar(folder, made, archive.layout)
         folder = made
-    if archive.words:
-        lines = [f"{wnid}\t{text}\n" for wnid, text in archive.words]
+    if archive.class_names:
+        lines = [f"{synset_id}\t{text}\n" for synset_id, text in archive.class_names.items()]
         (folder / "words.txt").write_text("".join(lines), encoding="utf-8")
     try:
         counts = {split: len(open_dataset(folder, split, quarantine=False)) for split in ("train", "val")}
@@ -109,9 +109,7 @@ def _finish(name: str, archive: Archive, unpacked: Path, target: Path) -> None:
     shutil.rmtree(folder / ".alexnet", ignore_errors=True)
     (folder / ".alexnet").mkdir()
     (folder / ".alexnet" / MARKER).write_text(json.dumps({"name": name, "images": counts}))
-    folder.chmod(0o755)
-    folder.rename(target)  # replaces an empty folder, never a full one
-    log.info("%s: %d training and %d validation images", printable(target), counts["train"], counts["val"])
+    return folder, counts
 
 
 def _is_there(target: Path, name: str) -> bool:

@@ -1,39 +1,37 @@
-"""Fetching one file over HTTP: resumed where it broke off, stalls noticed, kept only if it is verified."""
+"""Fetches one file over HTTP: resumes where it broke off, detects stalls, keeps only what is verified."""
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import logging
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipeline.common.console import Progress, show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.common.files import fsync_path
+from data_pipeline.common.files import fsync_path, hash_of
 from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
 
 CHUNK_BYTES = 1 << 18
 STALL_S = 30.0
-"""No byte for so long is a stall: the connection is given up and taken up again."""
+"""A connection that brings no byte for so long is closed, and another one opened."""
 
 ATTEMPTS = 5
-"""How often in a row a connection may bring nothing new."""
+"""Connections in a row that may bring nothing new."""
 
 _MB = 1_000_000
 _LARGEST_BYTES = 1 << 40
 
 
 class _BrokenOffError(Exception):
-    """A connection that ended early; the next one may go on."""
+    """A connection that ended early; the next one may resume."""
 
 
 def fetch(
@@ -49,7 +47,7 @@ def fetch(
 ) -> None:
     """Download a file; it appears under its name only when it is whole and verified.
 
-    An interrupted download leaves `<name>.part`, from which the next one goes on.
+    An interrupted download leaves `<name>.part`, from which the next one resumes.
 
     Args:
         url: http or https, also after redirects.
@@ -67,12 +65,8 @@ def fetch(
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} is no http or https address")
-
-    def verify(file: Path) -> str | None:
-        return _what_is_wrong(file, size_bytes, md5, sha256)
-
     if path.is_file():
-        wrong = verify(path)
+        wrong = _difference(path, size_bytes, md5, sha256)
         if wrong is None:
             log.info("%s is there already, and verified", printable(path))
             return
@@ -81,7 +75,7 @@ def fetch(
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     _fetch_all(url, part, size_bytes, stall_s, attempts, pause_s)
-    wrong = verify(part)
+    wrong = _difference(part, size_bytes, md5, sha256)
     if wrong is not None:
         part.unlink()
         raise CorruptFileError(
@@ -98,12 +92,9 @@ def _fetch_all(
     failed, best = 0, _size_of(part)
     total = None if size_bytes is None else -(-size_bytes // _MB)
     with show_progress(f"download {url.rsplit('/', 1)[-1]}, MB", total) as progress:
-        while True:
-            before = _size_of(part)
-            if size_bytes is not None and before >= size_bytes:
-                return
+        while size_bytes is None or _size_of(part) < size_bytes:
             try:
-                _fetch_once(url, part, size_bytes, stall_s, _in_megabytes(progress, before))
+                _fetch_once(url, part, size_bytes, stall_s, progress)
                 return
             except _BrokenOffError as error:
                 got = _size_of(part)
@@ -113,14 +104,12 @@ def _fetch_all(
                         f"{url} could not be fetched: {error}, {failed} times in a row; what there is stays "
                         f"in {printable(part)}: run the same command to go on, or use another --mirror"
                     ) from error
-                log.warning("%s after %d bytes: trying again", error, _size_of(part))
+                log.warning("%s after %d bytes: trying again", error, got)
                 time.sleep(pause_s * 2 ** (failed - 1))
 
 
-def _fetch_once(
-    url: str, part: Path, size_bytes: int | None, stall_s: float, advance: Callable[[int], None]
-) -> None:
-    """One connection, from where the part ends to where the file does.
+def _fetch_once(url: str, part: Path, size_bytes: int | None, stall_s: float, progress: Progress) -> None:
+    """Fetch over one connection, from the end of the part to the end of the file.
 
     Raises:
         _BrokenOffError: it ended early.
@@ -130,15 +119,16 @@ def _fetch_once(
     request = urllib.request.Request(url, headers={"User-Agent": "alexnet", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
+    opener = urllib.request.build_opener(_SameKindRedirects)
     try:
-        with _opener().open(request, timeout=stall_s) as response:
+        with opener.open(request, timeout=stall_s) as response:
             total = _total_bytes(response, start)
             if start and response.status != 206:
                 log.info("the server cannot resume: starting anew")
                 start = 0
             limit = size_bytes if size_bytes is not None else total if total is not None else _LARGEST_BYTES
             with part.open("ab" if start else "wb", buffering=0) as file:
-                _copy(response, file, limit - start, advance)
+                _copy(response, file, limit - start, progress)
             got = _size_of(part)
             if got < (total if total is not None else got) or (size_bytes is not None and got < size_bytes):
                 raise _BrokenOffError(f"the connection ended early, at {got} of {size_bytes or total} bytes")
@@ -152,11 +142,9 @@ def _fetch_once(
             raise UserError(
                 f"{url}: the server answered {error.code} {error.reason}; use another --mirror"
             ) from error
-    except TimeoutError as error:
-        raise _BrokenOffError(f"no byte for {stall_s:g} s") from error
     except http.client.IncompleteRead as error:
         raise _BrokenOffError("the connection ended early") from error
-    except (http.client.HTTPException, OSError) as error:  # writing raises a SaveError
+    except (http.client.HTTPException, OSError) as error:  # urllib wraps what fails before the answer
         reason = getattr(error, "reason", error)
         stalled = isinstance(reason, TimeoutError)
         raise _BrokenOffError(
@@ -164,20 +152,21 @@ def _fetch_once(
         ) from error
 
 
-def _copy(response: Any, file: Any, limit: int, advance: Callable[[int], None]) -> None:
-    """All that comes, but not more than one byte above the limit: enough to know that it is too long."""
+def _copy(response: Any, file: Any, limit: int, progress: Progress) -> None:
+    """Write the answer, up to one byte above the limit: enough to know that it is too long."""
     room = limit + 1
     while room > 0 and (chunk := response.read1(min(CHUNK_BYTES, room))):
+        before = file.tell()
         try:
             file.write(chunk)
         except OSError as error:
             raise SaveError(f"{printable(file.name)} could not be written: {error.strerror}") from error
         room -= len(chunk)
-        advance(len(chunk))
+        progress.advance(file.tell() // _MB - before // _MB)
 
 
 def _total_bytes(response: Any, start: int) -> int | None:
-    """The size of the whole file, as the server says it."""
+    """The size of the whole file, from the server's headers."""
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start:
@@ -199,41 +188,18 @@ class _SameKindRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_SameKindRedirects)
-
-
-def _in_megabytes(progress: Progress, done: int) -> Callable[[int], None]:
-    """Reports bytes as whole megabytes."""
-    seen = done
-
-    def advance(count: int) -> None:
-        nonlocal seen
-        whole = (seen + count) // _MB - seen // _MB
-        seen += count
-        if whole:
-            progress.advance(whole)
-
-    return advance
-
-
 def _size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _what_is_wrong(path: Path, size_bytes: int | None, md5: str, sha256: str) -> str | None:
-    """What tells a file from the one that was published; None if nothing does."""
+def _difference(path: Path, size_bytes: int | None, md5: str, sha256: str) -> str | None:
+    """How a file differs from the published one; None if it does not."""
     size = path.stat().st_size
     if size_bytes is not None and size != size_bytes:
         return (
             f"has {'more than ' if size > size_bytes else ''}{min(size, size_bytes)} bytes, not {size_bytes}"
         )
     for name, expected in (("sha256", sha256), ("md5", md5)):
-        if expected:
-            with path.open("rb") as file:
-                digest = hashlib.new(name, usedforsecurity=False)
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-            if digest.hexdigest() != expected:
-                return f"has the {name} {digest.hexdigest()}, not {expected}"
+        if expected and (found := hash_of(path, name)) != expected:
+            return f"has the {name} {found}, not {expected}"
     return None

@@ -1,4 +1,4 @@
-"""Faults of single files: the exception, the record, and the log that names each bad file once."""
+"""Records files that cannot be read or decoded, and logs each of them once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ log = logging.getLogger("data_pipeline")
 
 @dataclass(frozen=True)
 class Failure:
-    """One file that was left out, and why.
+    """One file that was left out, with the reason.
 
-    Args:
+    Attributes:
         path: the file, as text that can be printed.
         reason: one line.
     """
@@ -23,29 +23,29 @@ class Failure:
 
 
 class FaultLog:
-    """Names every bad file once, however many epochs meet it, and counts them.
+    """Logs every bad file once, in however many epochs it occurs, and counts them.
 
-    It is the run's quarantine as well: a file in it is not read again, but fails for the same reason each
-    time it comes round. Hand the same one to training and evaluation, so that neither repeats the other.
+    It is the run's exclude list as well: a file in it is not read again, but fails for the same reason in
+    each epoch. Training and evaluation share one, so that neither logs what the other has logged.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
-        self._quarantine: dict[os.PathLike[str], str] = {}
+        self._excluded: dict[os.PathLike[str], str] = {}
 
     def add(self, failure: Failure) -> None:
-        """Record a failure, and warn if this file was not named before."""
+        """Record a failure, and log it if it is the file's first."""
         if failure.path not in self.reasons:
             self.reasons[failure.path] = failure.reason
             log.warning("left out %s: %s", failure.path, failure.reason)
 
     def exclude(self, path: os.PathLike[str], reason: str) -> None:
-        """Put a file into quarantine, by its path: several paths may print alike."""
-        self._quarantine.setdefault(path, reason)
+        """Exclude a file, by its path rather than its printed name, which two files may share."""
+        self._excluded.setdefault(path, reason)
 
     def reason_for(self, path: os.PathLike[str]) -> str | None:
-        """Why a file is not to be read again; None for a file that may be."""
-        return self._quarantine.get(path)
+        """The reason why a file is excluded; None for a file that may be read."""
+        return self._excluded.get(path)
 
     def __len__(self) -> int:
         return len(self.reasons)

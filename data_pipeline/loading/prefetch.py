@@ -32,7 +32,7 @@ _DECODING = 2
 
 
 class ImageBackend(Protocol):
-    """Turns a batch of encoded files into a batch of crops."""
+    """Decodes a batch of encoded files into a batch of crops."""
 
     name: str
     device: str
@@ -49,7 +49,7 @@ class ImageBackend(Protocol):
 class Batch:
     """Decoded samples, in order. A sample that failed keeps its place: zeros, and `valid` False.
 
-    Args:
+    Attributes:
         images: (N, crop, crop, 3) uint8 RGB, or (N, 10, crop, crop, 3) for ten crops; any object with
             `__dlpack__`, on the backend's device.
         labels: (N) int64; -1 in prediction.
@@ -60,7 +60,7 @@ class Batch:
         failures: one for each sample that is not valid, in order.
         step: global step in training; else the number of the batch.
         last: whether this is the last micro-batch of its step.
-        mix: how the images and labels are to be mixed, with failed samples left out; None for not at all.
+        mix: how to mix images and labels, without the samples that failed; None for not at all.
     """
 
     images: Any

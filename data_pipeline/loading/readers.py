@@ -1,8 +1,8 @@
-"""Reading encoded images and their headers, in this process or in processes of their own.
+"""Reads encoded images and their headers, in this process or in processes of their own.
 
-What Python does around each file holds the interpreter for about a tenth of a millisecond: threads read some
-8,000 images a second together, however many they are. That feeds a CPU many times over, but not a GPU that
-decodes; there, processes read, and this one only takes over their bytes, a batch at a time.
+Python's own work for a file holds the interpreter for about a tenth of a millisecond: any number of threads
+reads some 8,000 images a second together. That feeds a CPU many times over, but not a GPU that decodes;
+there, processes read, and this one only takes over their bytes, a batch at a time.
 
 The processes run `python -m data_pipeline.loading.readers`, not multiprocessing: that would import the
 main module, and with it torch, in each of them.
@@ -26,14 +26,14 @@ from data_pipeline.common.errors import ImageError, WorkerError
 from data_pipeline.decode.pillow import read_header
 from data_pipeline.transforms.sampler import Int
 
-# No file need be larger than the largest image that we accept, uncompressed, in four channels of 16 bits.
+# A file larger than the largest image that we accept, uncompressed in four channels of 16 bits, is not read.
 MAX_BYTES_PER_PIXEL = 8
 _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One file's bytes and upright size; or, without bytes, the reason why there are none."""
+    """One file's bytes and upright size; or None, with the reason why it cannot be used."""
 
     data: bytes | None
     height_width: tuple[int, int] = (1, 1)
@@ -70,12 +70,12 @@ def fetch_images(samples: Samples, indices: Int, max_pixels: int) -> list[Encode
 
 
 class ReaderPool:
-    """Processes that read samples of some datasets; as many threads may ask at once as there are processes.
+    """Processes that read samples of some datasets, for as many threads at once as there are processes.
 
-    Each process holds the datasets' index once more: 40 MB for ImageNet's training set.
+    Each process holds a copy of the datasets' index: 40 MB for ImageNet's training set.
 
     Args:
-        datasets: what may be asked for.
+        datasets: the datasets that may be read.
         num_processes: how many, >= 1.
     """
 
@@ -85,12 +85,12 @@ class ReaderPool:
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._processes = [_Process() for _ in range(num_processes)]
         index = pickle.dumps(self._datasets)
-        for process in self._processes:  # all start at once, and take in the index side by side
+        for process in self._processes:  # all start at once, and unpickle the index in parallel
             process.send(index)
             self._idle.put(process)
 
     def holds(self, samples: Samples) -> bool:
-        """Whether these are one of the pool's datasets."""
+        """Whether these samples are one of the pool's datasets."""
         return any(known is samples for known in self._datasets)
 
     def fetch(self, samples: Samples, indices: Int, max_pixels: int) -> list[EncodedImage]:
@@ -114,7 +114,7 @@ class ReaderPool:
 
 
 class _Process:
-    """One reading process: what is asked and answered through pipes, the contents in shared memory."""
+    """One reading process: requests and answers go through pipes, the files' bytes through shared memory."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("images")
@@ -149,10 +149,10 @@ class _Process:
         return files
 
     def end(self) -> None:
-        # It may be writing an answer that nobody wants any more, so it is not waited for.
+        # Killed rather than asked to end: it may be writing an answer that nobody reads any more.
         self._child.terminate()
         for pipe in (self._in, self._out):
-            with suppress(OSError):  # what was still to be written has no reader
+            with suppress(OSError):  # a request that is still buffered has no reader
                 pipe.close()
         self._child.wait()
         if self._shared is not None:
@@ -181,7 +181,7 @@ def _read_frame(stream: IO[bytes]) -> bytes:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes], shared_file: int) -> None:
-    """Be a reading process: the datasets first, then an answer to each request, until there are no more."""
+    """The reading process: receive the datasets, then answer requests until the pipe is closed."""
     datasets: Any = pickle.loads(_read_frame(requests))
     shared = None
     while True:
@@ -193,7 +193,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes], shared_file: int) -> None:
         contents = [file.data or b"" for file in files]
         needed = sum(map(len, contents))
         if shared is None or len(shared) < needed:
-            size = 2 * needed + mmap.PAGESIZE  # room for larger batches, so that it seldom grows
+            size = 2 * needed + mmap.PAGESIZE  # twice as much, so that it seldom has to grow
             os.ftruncate(shared_file, size)
             shared = mmap.mmap(shared_file, size)
         start = 0
@@ -208,5 +208,5 @@ def _serve(requests: IO[bytes], answers: IO[bytes], shared_file: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one sees to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
     _serve(sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1]))

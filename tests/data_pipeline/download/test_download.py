@@ -106,8 +106,8 @@ def test_imagenette_gets_readable_names(
         for wnid in ("n01440764", "n03888257"):
             (made / split / wnid).mkdir(parents=True)
             (made / split / wnid / "1.JPEG").write_bytes(encode(photo(20, 20), "JPEG"))
-    words = CATALOG["imagenette-160"].words
-    get_it = offer(server, monkeypatch, packed(made, "imagenette2-160"), "imagenette-160", words=words)
+    names = CATALOG["imagenette-160"].class_names
+    get_it = offer(server, monkeypatch, packed(made, "imagenette2-160"), "imagenette-160", class_names=names)
     assert open_dataset(get_it(tmp_path / "data"), "val").labels_text == ("tench", "parachute")
 
 
