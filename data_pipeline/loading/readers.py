@@ -4,23 +4,23 @@ Python's own work for a file holds the interpreter for about a tenth of a millis
 reads some 8,000 images a second together. That feeds a CPU many times over, but not a GPU that decodes;
 there, processes read, and this one only takes over their bytes, a batch at a time.
 
-The processes run `python -m data_pipeline.loading.readers`, not multiprocessing: that would import the
-main module, and with it torch, in each of them.
+The processes run `python -m data_pipeline.loading.readers`, not `multiprocessing.Process`: that would import
+the main module, and with it torch, in each of them.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import pickle
 import queue
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
 from data_pipeline.common.errors import ImageError, WorkerError
 from data_pipeline.decode.pillow import read_header
@@ -28,7 +28,6 @@ from data_pipeline.transforms.sampler import Int
 
 # A file larger than the largest image that we accept, uncompressed in four channels of 16 bits, is not read.
 MAX_BYTES_PER_PIXEL = 8
-_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,8 @@ class ReaderPool:
         self._datasets = tuple(datasets)
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._processes = [_Process() for _ in range(num_processes)]
-        index = pickle.dumps(self._datasets)
         for process in self._processes:  # all start at once, and unpickle the index in parallel
-            process.send(index)
+            process.send(self._datasets)
             self._idle.put(process)
 
     def holds(self, samples: Samples) -> bool:
@@ -102,7 +100,7 @@ class ReaderPool:
         number = next(i for i, known in enumerate(self._datasets) if known is samples)
         process = self._idle.get()
         try:
-            process.send(pickle.dumps((number, indices, max_pixels)))
+            process.send((number, indices, max_pixels))
             return process.receive()
         finally:
             self._idle.put(process)
@@ -114,29 +112,29 @@ class ReaderPool:
 
 
 class _Process:
-    """One reading process: requests and answers go through pipes, the files' bytes through shared memory."""
+    """One reading process: requests and answers go through a pipe, the files' bytes through shared memory."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("images")
         self._shared: mmap.mmap | None = None
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "data_pipeline.loading.readers", str(self._file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._file],
-        )
-        assert self._child.stdin is not None and self._child.stdout is not None
-        self._in, self._out = self._child.stdin, self._child.stdout
+        self._pipe, theirs = Pipe()
+        with theirs:  # closed here once the child has it: when the child dies, the pipe ends
+            inherited = [theirs.fileno(), self._file]
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "data_pipeline.loading.readers", *map(str, inherited)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=inherited,
+            )
 
-    def send(self, content: bytes) -> None:
+    def send(self, message: object) -> None:
         try:
-            _write_frame(self._in, content)
+            self._pipe.send(message)
         except OSError as error:
             raise self._lost() from error
 
     def receive(self) -> list[EncodedImage]:
         try:
-            found, size = pickle.loads(_read_frame(self._out))
+            found, size = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._lost() from error
         if self._shared is None or len(self._shared) < size:
@@ -151,9 +149,7 @@ class _Process:
     def end(self) -> None:
         # Killed rather than asked to end: it may be writing an answer that nobody reads any more.
         self._child.terminate()
-        for pipe in (self._in, self._out):
-            with suppress(OSError):  # a request that is still buffered has no reader
-                pipe.close()
+        self._pipe.close()
         self._child.wait()
         if self._shared is not None:
             self._shared.close()
@@ -166,28 +162,14 @@ class _Process:
         )
 
 
-def _write_frame(stream: IO[bytes], content: bytes) -> None:
-    stream.write(len(content).to_bytes(_LENGTH_BYTES, "little"))
-    stream.write(content)
-    stream.flush()
-
-
-def _read_frame(stream: IO[bytes]) -> bytes:
-    length = stream.read(_LENGTH_BYTES)
-    content = stream.read(int.from_bytes(length, "little"))
-    if len(length) < _LENGTH_BYTES or len(content) < int.from_bytes(length, "little"):
-        raise EOFError
-    return content
-
-
-def _serve(requests: IO[bytes], answers: IO[bytes], shared_file: int) -> None:
+def _serve(pipe: Connection[Any, Any], shared_file: int) -> None:
     """The reading process: receive the datasets, then answer requests until the pipe is closed."""
-    datasets: Any = pickle.loads(_read_frame(requests))
+    datasets = pipe.recv()
     shared = None
     while True:
         try:
-            number, indices, max_pixels = pickle.loads(_read_frame(requests))
-        except EOFError:
+            number, indices, max_pixels = pipe.recv()
+        except (EOFError, ConnectionResetError):
             return
         files = fetch_images(datasets[number], indices, max_pixels)
         contents = [file.data or b"" for file in files]
@@ -204,9 +186,9 @@ def _serve(requests: IO[bytes], answers: IO[bytes], shared_file: int) -> None:
             (file.height_width, file.reason, len(content))
             for file, content in zip(files, contents, strict=True)
         ]
-        _write_frame(answers, pickle.dumps((found, len(shared))))
+        pipe.send((found, len(shared)))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
-    _serve(sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1]))
+    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -93,33 +93,20 @@ class Handles:
 
     def __init__(self, shards: tuple[Path, ...]) -> None:
         self._shards = shards
-        self._lock = threading.Lock()  # threads open, use and close the same descriptors
-        self._open: dict[int, int] = {}  # descriptor of each open shard, in the order of their last use
-        self._users: dict[int, int] = {}  # reads of each shard under way: its descriptor must stay open
-        self._finalizer = weakref.finalize(self, _close_all, self._open)
+        self._open = lru_cache(maxsize=MAX_HANDLES)(_OpenFile)
 
     def __reduce__(self) -> tuple[type[Handles], tuple[tuple[Path, ...]]]:
         """Another process opens the shards for itself."""
         return Handles, (self._shards,)
 
     def read(self, shard: int, size: int, offset: int) -> bytes:
-        with self._lock:
-            descriptor = self._open.pop(shard, -1)
-            if descriptor < 0:
-                descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-            self._open[shard] = descriptor
-            self._users[shard] = self._users.get(shard, 0) + 1
-            if len(self._open) > MAX_HANDLES:
-                idle = next((s for s in self._open if not self._users.get(s)), None)
-                if idle is not None:
-                    os.close(self._open.pop(idle))
-        try:
-            return os.pread(descriptor, size, offset)
-        finally:
-            with self._lock:
-                self._users[shard] -= 1
+        file = self._open(self._shards[shard])  # kept by this name: another thread may evict it meanwhile
+        return os.pread(file.descriptor, size, offset)
 
 
-def _close_all(descriptors: dict[int, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
+class _OpenFile:
+    """An open file, closed when nobody refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
