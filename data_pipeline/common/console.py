@@ -1,6 +1,6 @@
-"""What a person sees on stderr: log lines, and the progress of long work.
+"""Shows log lines, and the progress of long work, on stderr.
 
-A bar on a terminal, plain lines everywhere else. stdout is left to results.
+Progress is a bar on a terminal, and plain lines elsewhere. stdout is left to results.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from data_pipeline.common.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 5.0
 LOGGERS = ("train", "infer", "data_pipeline")
 
 
 class Progress(Protocol):
-    """Work under way."""
+    """Receives the progress of some work."""
 
     def advance(self, count: int, note: str = "") -> None:
-        """So much more is done; a `note` replaces the text behind the bar."""
+        """Report `count` more units as done; a `note` replaces the text behind the bar."""
 
 
 @lru_cache(maxsize=1)
 def stderr_console() -> Console:
-    """The one console for stderr, so that log lines appear above a bar and not through it."""
+    """The one console for stderr, so that rich prints log lines above a bar and not through it."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log lines above the bar on a terminal, plain lines elsewhere."""
+    """Prints log lines above the bar on a terminal, plain lines elsewhere."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = visible(self.format(record))
@@ -51,7 +52,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(*, quiet: bool = False) -> None:
-    """Send this project's log lines to stderr; called once, by a command.
+    """Send this project's log lines to stderr. A command calls it, once.
 
     Args:
         quiet: only warnings and errors, for the ranks other than 0.
@@ -64,23 +65,35 @@ def set_up_logging(*, quiet: bool = False) -> None:
 
 
 class _Lines:
-    """For logs and pipes: a line now and then, and one at the end."""
+    """Progress in logs and pipes: a line every few seconds, and one at the end."""
 
     def __init__(self, title: str, total: int | None) -> None:
-        self.title, self.total, self.done, self.note = title, total, 0, ""
-        self.started = self.last = time.monotonic()
+        self._title, self._of = title, "" if total is None else f"/{total}"
+        self._done, self._note = 0, ""
+        self._started = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
-        self.done, self.note = self.done + count, note or self.note
-        if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = time.monotonic()
+        self._done, self._note = self._done + count, note or self._note
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
             self.print()
 
     def print(self) -> None:
-        of = "" if self.total is None else f"/{self.total}"
-        note = f", {self.note}" if self.note else ""
-        seconds = time.monotonic() - self.started
-        print(f"{self.title}: {self.done}{of}{note} [{seconds:.0f} s]", file=sys.stderr, flush=True)  # noqa: T201
+        note = f", {self._note}" if self._note else ""
+        seconds = f"[{time.monotonic() - self._started:.0f} s]"
+        print(f"{self._title}: {self._done}{self._of}{note} {seconds}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _Bar:
+    """Progress on a terminal."""
+
+    def __init__(self, bar: RichProgress, title: str, total: int | None) -> None:
+        self._bar, self._task = bar, bar.add_task(title, total=total, note="")
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._bar.update(self._task, advance=count)
+        if note:
+            self._bar.update(self._task, note=note)
 
 
 class _Silent:
@@ -90,12 +103,12 @@ class _Silent:
 
 @contextmanager
 def show_progress(title: str, total: int | None, *, shown: bool = True) -> Iterator[Progress]:
-    """Report how far some work has come, on stderr.
+    """Show the progress of some work on stderr.
 
     Args:
-        title: what is being done.
+        title: the work.
         total: how many units there are; None where that is not known.
-        shown: False says nothing, for the ranks other than 0.
+        shown: False shows nothing, for the ranks other than 0.
     """
     if not shown:
         yield _Silent()
@@ -104,28 +117,14 @@ def show_progress(title: str, total: int | None, *, shown: bool = True) -> Itera
         yield lines
         lines.print()
     else:
-        with _bar(title, total) as bar:
-            yield bar
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-
-@contextmanager
-def _bar(title: str, total: int | None) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
-    )
-    with RichProgress(*columns, console=stderr_console(), transient=True) as bar:
-        task = bar.add_task(title, total=total, note="")
-
-        class _Bar:
-            def advance(self, count: int, note: str = "") -> None:
-                fields = {"note": note} if note else {}
-                bar.update(task, advance=count, **fields)  # type: ignore[arg-type]
-
-        yield _Bar()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=stderr_console(), transient=True) as bar:
+            yield _Bar(bar, title, total)

@@ -1,53 +1,53 @@
-"""The failures that a user can act on. Each carries the exit code that the command line answers with."""
+"""The errors that a user can act on. Each carries the exit code of the command line."""
 
 
 class UserError(ValueError):
-    """Wrong use: a bad option, a missing folder, a checkpoint of another model. One line, says what to do."""
+    """Wrong use: a bad option, a missing folder, a checkpoint of another model. One line, with what to do."""
 
     exit_code = 2
 
 
 class CorruptFileError(RuntimeError):
-    """A file of ours that is damaged or was changed: its hash, size or structure is not what was written."""
+    """A damaged or changed file of ours: its hash, size or structure is not the one that was written."""
 
     exit_code = 1
 
 
 class SaveError(RuntimeError):
-    """A result that could not be written: a full disk, most often. What was there before is untouched."""
+    """A result could not be written: a full disk, most often. An earlier version of it is untouched."""
 
     exit_code = 1
 
 
 class WorkerError(RuntimeError):
-    """A process that worked for this one ended before its work did."""
+    """A worker process ended before its work did."""
 
     exit_code = 1
 
 
 class InterruptedRunError(RuntimeError):
-    """Training that was asked to stop, and did so with its state saved: `--resume auto` goes on."""
+    """A signal stopped training, and the state is saved: `--resume auto` resumes it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class RankLostError(RuntimeError):
-    """Another rank did not join a collective: it died, or hangs. `--max-restarts` starts all ranks again."""
+    """Another rank did not join a collective: it died, or hangs. `--max-restarts` restarts all ranks."""
 
     exit_code = 1
 
 
 class DivergedError(RuntimeError):
-    """Training that can only waste time from here on: the loss is no longer a number, or learns nothing."""
+    """Training has diverged: the loss is not a number any more, or does not move."""
 
     exit_code = 1
 
 
 class GateError(RuntimeError):
-    """An exported model that does not agree with its checkpoint, and is therefore not shipped."""
+    """An exported model does not agree with its checkpoint, and is therefore not shipped."""
 
     exit_code = 4
 
 
 class ImageError(Exception):
-    """One file that cannot become an image. The message is the reason, without the file's name."""
+    """One file cannot be decoded. The message is the reason, without the file's name."""

@@ -1,4 +1,4 @@
-"""Writing so that a file is whole or absent, and hashing to know that it still is."""
+"""Reads, hashes and writes files: written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import msgspec
 from data_pipeline.common.errors import CorruptFileError, ImageError
 
 _HASH_BYTES = 1 << 22
-"""Large, since a thread that hashes waits for the interpreter between two pieces."""
+"""Bytes a read: large, since a thread that hashes waits for the interpreter between two reads."""
 MAX_SMALL_BYTES = 1 << 20
-"""Of a manifest or another of our JSON files, which are a hundredth of it."""
+"""Limit for a manifest or another of our JSON files, which have a hundredth of it."""
 
 
 def sha256_of(path: Path) -> str:
@@ -35,10 +35,10 @@ def hash_of(path: Path, algorithm: str) -> str:
 
 
 def read_small(path: Path) -> bytes:
-    """Content of a manifest or the like, which may come from a stranger.
+    """Read a manifest or the like, which may come from an untrusted source.
 
     Raises:
-        CorruptFileError: it is no regular file, or larger than any of ours.
+        CorruptFileError: it is not a regular file, or is larger than any of ours.
         OSError: it cannot be read.
     """
     if not path.is_file() and path.exists():
@@ -60,7 +60,7 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file so that the path holds either the old content or the new, whole, on the disk."""
+    """Replace a file: at any time the path holds the old content or the new, whole, on the disk."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_bytes(content)
     fsync_path(temporary)
@@ -69,12 +69,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 class RetryingAppendFile:
-    """A file that grows by whole pieces. What the disk does not take is kept, and goes before what follows.
+    """A file that grows by whole pieces. A piece that cannot be written is kept, and written before the next.
 
     Any thread may use it.
 
     Args:
-        path: of the file; it and its folder are made when there is something to write.
+        path: the file; it and its folder are made with the first piece.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,10 +83,10 @@ class RetryingAppendFile:
         self._lock = threading.Lock()
 
     def append(self, piece: bytes) -> OSError | None:
-        """Write a piece behind all others.
+        """Append a piece.
 
         Returns:
-            Why it, and what was kept before, is not in the file yet, if so.
+            The error that kept it, and the pieces before it, from being written; None if they are written.
         """
         with self._lock:
             self._kept.append(piece)
@@ -97,10 +97,10 @@ class RetryingAppendFile:
             return None
 
     def sync(self) -> None:
-        """Return when all pieces so far are on the disk.
+        """Wait until all pieces are on the disk.
 
         Raises:
-            OSError: the disk does not take them; they are kept.
+            OSError: they cannot be written; they are kept.
         """
         with self._lock:
             self._write()
@@ -120,7 +120,7 @@ class RetryingAppendFile:
                         written += file.write(content[written:])
                 except OSError:
                     if written:
-                        file.truncate(size_bytes)  # half a piece would spoil the next
+                        file.truncate(size_bytes)  # the next piece must not follow half of this one
                     raise
         except OSError as error:
             error.filename = error.filename or str(self.path)
@@ -129,7 +129,7 @@ class RetryingAppendFile:
 
 
 def user_cache() -> Path:
-    """The user's folder for what can be made again: `$XDG_CACHE_HOME/alexnet`, or `~/.cache/alexnet`.
+    """The user's cache folder: `$XDG_CACHE_HOME/alexnet`, or `~/.cache/alexnet`.
 
     Raises:
         OSError: a user without a home folder, as in some containers.
@@ -142,11 +142,11 @@ def user_cache() -> Path:
 
 
 MAX_FILE_BYTES = 800_000_000
-"""The largest file that is read where nobody sets another limit."""
+"""The largest file that is read where no other limit is set."""
 
 
 def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """All bytes of one regular file.
+    """Read one regular file.
 
     Args:
         path: the file.

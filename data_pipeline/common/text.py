@@ -15,7 +15,7 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Text from file names and labels, with whatever a terminal would obey written out.
+    r"""Text from file names and labels, with control characters escaped, which a terminal would obey.
 
     >>> visible("a\x1b[31m.jpg")
     'a\\x1b[31m.jpg'

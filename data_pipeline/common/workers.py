@@ -1,4 +1,4 @@
-"""Work on millions of items in processes, in order, with few of them under way at once."""
+"""Maps a function over millions of items in processes, in order, with few items in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 from data_pipeline.common.errors import WorkerError
@@ -17,38 +17,36 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 3
-"""Items under way for each process: enough that none waits for the next."""
+"""Items in flight for each process: enough that no process waits for the next."""
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
     """`map(function, items)`, in order, in processes of their own; `items` is never consumed as a whole.
 
-    Processes and not threads: what Python does around a decoder holds threads up (64-pixel JPEGs on two
-    cores: processes decoded about twice as many a second). One worker, or one item, needs no process.
+    Processes, not threads, since Python's own work for an image lets only one thread run at a time (64-pixel
+    JPEGs on two cores: processes decoded about twice as many a second). One worker, or one item, needs none.
 
     Args:
         function: defined in a module, since processes import it.
-        items: each is pickled, and so is what becomes of it.
+        items: each is pickled, and so is its result.
         workers: processes, >= 1.
     Raises:
         WorkerError: a process was killed, for lack of memory most often.
     Returns:
         The results; closing the iterator ends the processes.
     """
-    remaining = iter(items)
-    first = list(islice(remaining, 2))
+    unread = iter(items)
+    first = list(islice(unread, 2))
+    remaining = chain(first, unread)
     if workers < 2 or len(first) < 2:
-        for known in first:
-            yield function(known)
         yield from map(function, remaining)
         return
     # spawned, not forked: this process has threads
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
     pending: deque[Future[R]] = deque()
     try:
-        pending += (pool.submit(function, item) for item in first)
-        pending += (pool.submit(function, item) for item in islice(remaining, _AHEAD * workers - 2))
+        pending += (pool.submit(function, item) for item in islice(remaining, _AHEAD * workers))
         while pending:
             yield pending.popleft().result()
             pending += (pool.submit(function, item) for item in islice(remaining, 1))
@@ -60,5 +58,6 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> G
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
+    # Ctrl-C reaches the whole group of processes; the parent ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
