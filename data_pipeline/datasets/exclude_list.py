@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from data_pipeline.common.errors import SaveError, UserError
@@ -25,6 +26,11 @@ log = logging.getLogger("data_pipeline")
 QUARANTINE = "quarantine.jsonl"
 MAX_LIST_BYTES = 1 << 30
 MAX_LINE_BYTES = 1 << 20
+
+
+class _Row(msgspec.Struct, frozen=True):
+    path: str
+    reason: str
 
 
 def find_exclude_list(root: Path, quarantine: Path | bool) -> Path | None:
@@ -74,16 +80,13 @@ def _parse(line: bytes, where: str) -> tuple[str, str]:
     if len(line) == MAX_LINE_BYTES:
         raise UserError(f"{where} is too long for a path and a reason: mend or remove the list")
     try:
-        row = json.loads(line)
-        name, reason = row["path"], row["reason"]
-        if not isinstance(name, str) or not isinstance(reason, str):
-            raise TypeError("path and reason must be texts")
-        os.fsencode(name)  # a surrogate that stands for no byte is no file's name
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        row = msgspec.convert(json.loads(line), _Row)  # msgspec's own parser refuses lone surrogates
+        os.fsencode(row.path)  # a surrogate that stands for no byte is no file's name
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise UserError(
             f'{where} is not {{"path": ..., "reason": ...}}, two texts: mend or remove the list'
         ) from error
-    return name, reason
+    return row.path, row.reason
 
 
 def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:

@@ -93,7 +93,7 @@ class DaliBackend:
         if work.transcoded and not self._logged:
             self._logged = True
             log.info("DALI cannot read some of the files (GIF, TIFF, ...): Pillow decodes those, more slowly")
-        return Decoded(self._images(output, work), work.failures, len(work.transcoded))
+        return Decoded(self._images(output, work), work.failures)
 
     def close(self) -> None:
         """Free the graphs, their threads and their memory."""

@@ -49,12 +49,10 @@ class Decoded:
         images: (N, crop, crop, 3) uint8 RGB, or (N, V, crop, crop, 3) for V views of each image; any object
             with `__dlpack__`; zeros where a file failed.
         failures: the reason for each sample that failed, by its place in the batch.
-        by_pillow: how many samples Pillow decoded for another backend.
     """
 
     images: object
     failures: dict[int, str] = field(default_factory=dict)
-    by_pillow: int = 0
 
 
 class PillowBackend:

@@ -11,10 +11,14 @@ from data_pipeline.common.errors import ImageError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.shards.shard_reader import ShardReader
+from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int
 
 CHUNK = 64
 """Images that a worker takes at once."""
+
+MAX_PIXELS = Preprocessing().max_pixels
+"""Larger images are refused by their header, as in training."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Chunk:
     places: Int
     samples: Dataset
 
-    def examine(self, look: Callable[[bytes], object], max_pixels: int) -> dict[int, str]:
+    def examine(self, look: Callable[[bytes], object]) -> dict[int, str]:
         """Call a function with each encoded image; either may fail with an `ImageError`.
 
         Returns:
@@ -38,7 +42,7 @@ class Chunk:
         failures = {}
         for i, place in enumerate(self.places.tolist()):
             try:
-                look(self.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels))
+                look(self.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS))
             except ImageError as error:
                 failures[place] = str(error)
         return failures

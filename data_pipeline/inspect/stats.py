@@ -23,14 +23,12 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, image_readers, read_header
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
-from data_pipeline.inspect.scan import Chunk, make_chunks
+from data_pipeline.inspect.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_reader import ShardReader
-from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at
 
 log = logging.getLogger("data_pipeline")
 
-MAX_PIXELS = Preprocessing().max_pixels
 _NAMED = 5
 """Unreadable files of a split that are named; `alexnet data verify` lists all."""
 
@@ -184,7 +182,7 @@ class _Found:
 
 def _examine_chunk(chunk: Chunk, *, decode: bool) -> _Found:
     found = _Found(num_samples=len(chunk.places))
-    found.unreadable = chunk.examine(partial(found.add, decode=decode), MAX_PIXELS)
+    found.unreadable = chunk.examine(partial(found.add, decode=decode))
     return found
 
 

@@ -31,10 +31,9 @@ from data_pipeline.datasets.exclude_list import (
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
-from data_pipeline.inspect.scan import Chunk, make_chunks
+from data_pipeline.inspect.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
 from data_pipeline.shards.shard_reader import ShardReader
-from data_pipeline.transforms.preprocessing import Preprocessing
 
 log = logging.getLogger("data_pipeline")
 
@@ -81,13 +80,7 @@ class VerifyReport:
         return not any(split.bad or split.damaged_shards for split in self.splits)
 
 
-def verify(
-    root: Path,
-    splits: Sequence[str] = (),
-    *,
-    workers: int | None = None,
-    max_pixels: int = Preprocessing().max_pixels,
-) -> VerifyReport:
+def verify(root: Path, splits: Sequence[str] = (), *, workers: int | None = None) -> VerifyReport:
     """Decode every image of a data folder, and list those that cannot be decoded in its `quarantine.jsonl`.
 
     Entries of splits that are not verified stay. A list without entries is removed. Memory holds the index,
@@ -97,7 +90,6 @@ def verify(
         root: the data folder, in any layout that `open_dataset` reads.
         splits: which splits; empty for all that have labels.
         workers: processes; None for one on each core.
-        max_pixels: larger images are refused by their header, as training does.
     Raises:
         UserError: as `open_dataset`, or a malformed exclude list.
         CorruptFileError: as `open_dataset`.
@@ -111,7 +103,7 @@ def verify(
     known = find_exclude_list(root, True)
     before = read_exclude_list(known) if known is not None else {}
     datasets = [open_dataset(root, split, quarantine=False) for split in wanted]
-    reports = tuple(_verify_split(dataset, workers, max_pixels) for dataset in datasets)
+    reports = tuple(_verify_split(dataset, workers) for dataset in datasets)
     bad = {name: reason for report in reports for name, reason in report.bad}
     # a split's entries are those that begin with its name, even if the file is gone, and those found in it
     checked = tuple(f"{split}/" for split in wanted)
@@ -128,7 +120,7 @@ def verify(
     )
 
 
-def check_image(data: bytes, max_pixels: int) -> None:
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Decode an image as training would.
 
     Raises:
@@ -159,9 +151,8 @@ def _run(task: _Task) -> _Found:
     return task()
 
 
-def _check_chunk(chunk: Chunk, max_pixels: int) -> _Found:
-    bad = chunk.examine(partial(check_image, max_pixels=max_pixels), max_pixels)
-    return _Found(num_samples=len(chunk.places), bad=bad)
+def _check_chunk(chunk: Chunk) -> _Found:
+    return _Found(num_samples=len(chunk.places), bad=chunk.examine(check_image))
 
 
 def _check_shard(root: Path, name: str, sha256: str) -> _Found:
@@ -172,11 +163,11 @@ def _check_shard(root: Path, name: str, sha256: str) -> _Found:
     return _Found(num_hashed=1, damaged=(name,) if damaged else ())
 
 
-def _tasks(dataset: Dataset, max_pixels: int) -> Iterator[_Task]:
+def _tasks(dataset: Dataset) -> Iterator[_Task]:
     """All chunks of a split; each shard is hashed just before its images are read, while it is cached."""
     if not isinstance(reader := dataset.reader, ShardReader):
         for chunk in make_chunks(dataset, np.arange(len(dataset), dtype=np.int64)):
-            yield partial(_check_chunk, chunk, max_pixels)
+            yield partial(_check_chunk, chunk)
         return
     manifest = read_manifest(dataset.root)
     entries = [] if manifest is None else manifest.splits[dataset.split]
@@ -185,16 +176,16 @@ def _tasks(dataset: Dataset, max_pixels: int) -> Iterator[_Task]:
         if (sha256 := hashes.get(Path(name).name)) is not None:
             yield partial(_check_shard, dataset.root, name, sha256)
         for chunk in make_chunks(dataset, np.flatnonzero(reader.shard_of == number)):
-            yield partial(_check_chunk, chunk, max_pixels)
+            yield partial(_check_chunk, chunk)
 
 
-def _verify_split(dataset: Dataset, workers: int, max_pixels: int) -> SplitReport:
+def _verify_split(dataset: Dataset, workers: int) -> SplitReport:
     bad: dict[int, str] = {}
     damaged: list[str] = []
     num_hashed = 0
     with (
         show_progress(f"verify {dataset.split}", len(dataset)) as progress,
-        closing(map_ahead(_run, _tasks(dataset, max_pixels), workers)) as results,
+        closing(map_ahead(_run, _tasks(dataset), workers)) as results,
     ):
         for found in results:
             bad |= found.bad

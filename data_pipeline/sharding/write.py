@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -64,11 +66,24 @@ class ShardReport:
     num_quarantined: int
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     resize_px: int | None
     quality: int
     plan: str
+
+
+class _Shard(NamedTuple):
+    """One shard of the plan: its file, and the samples that go into it."""
+
+    dataset: Dataset
+    path: Path
+    samples: Int
+
+
+class _Written(NamedTuple):
+    entry: ShardEntry
+    num_unchanged: int = 0
+    reused: bool = False
 
 
 def parse_size(text: str) -> int:
@@ -122,65 +137,68 @@ def write_shards(
         )
     if resize_px is not None and resize_px < 8:
         raise UserError(f"resize_px must be at least 8, not {resize_px}")
+    datasets = _open_source(source, out)
+    splits = tuple(dataset.split for dataset in datasets)
+    scale = 1.0 if resize_px is None else resized_share(datasets[0], resize_px, quality)
+    sizes = [sizes_of(dataset) for dataset in datasets]
+    settings = _Settings(resize_px, quality, plan_hash(datasets, sizes, shard_bytes, resize_px, quality))
+    plan = [
+        _Shard(dataset, out / dataset.split / f"shard-{number:06d}.tar", samples)
+        for dataset, own in zip(datasets, sizes, strict=True)
+        for number, samples in enumerate(deal_samples(np.ceil(own * scale).astype(np.int64), shard_bytes))
+    ]
+    try:
+        check_folder(out, splits, {shard.path for shard in plan}, settings.plan)
+        written = _write_all(plan, settings, workers)
+        _write_manifest(out, datasets, plan, written, settings)
+    except OSError as error:
+        raise SaveError(f"the shards in {printable(out)} could not be written: {error}") from error
+    return ShardReport(
+        num_samples=sum(len(dataset) for dataset in datasets),
+        num_shards=len(plan),
+        size_bytes=sum(shard.entry.size_bytes for shard in written),
+        num_reused=sum(shard.reused for shard in written),
+        num_unchanged=sum(shard.num_unchanged for shard in written),
+        num_quarantined=sum(dataset.num_quarantined for dataset in datasets),
+    )
+
+
+def _open_source(source: Path, out: Path) -> list[Dataset]:
     splits = splits_of(source)
     datasets = [open_dataset(source, split) for split in splits]
     if any(dataset.reader is not None for dataset in datasets):
         raise UserError(f"{printable(source)} holds tar shards already: give the folder of files")
-    resolved, folders = out.resolve(), [source.resolve(), *((source / s).resolve() for s in splits)]
-    if resolved == folders[0] or any(folder in (resolved, *resolved.parents) for folder in folders[1:]):
+    resolved, folders = out.resolve(), [(source / split).resolve() for split in splits]
+    if resolved == source.resolve() or any(folder in (resolved, *resolved.parents) for folder in folders):
         raise UserError(f"{printable(out)} lies in the data itself: give another folder for the shards")
-
-    scale = 1.0 if resize_px is None else resized_share(datasets[0], resize_px, quality)
-    sizes = [sizes_of(dataset) for dataset in datasets]
-    settings = _Settings(resize_px, quality, plan_hash(datasets, sizes, shard_bytes, resize_px, quality))
-    tasks: list[tuple[Dataset, Path, Int]] = []
-    for dataset, own in zip(datasets, sizes, strict=True):
-        deals = deal_samples(np.ceil(own * scale).astype(np.int64), shard_bytes)
-        folder = out / dataset.split
-        tasks += [(dataset, folder / f"shard-{n:06d}.tar", deal) for n, deal in enumerate(deals)]
-    try:
-        check_folder(out, splits, {shard for _, shard, _ in tasks}, settings.plan)
-        made = _write_all(tasks, settings, workers)
-        return _finish(out, datasets, tasks, made, settings)
-    except OSError as error:
-        raise SaveError(f"the shards in {printable(out)} could not be written: {error}") from error
+    return datasets
 
 
-def _write_all(
-    tasks: list[tuple[Dataset, Path, Int]], settings: _Settings, workers: int
-) -> dict[Path, tuple[ShardEntry, int | None]]:
-    """Write the shards; return the entry of each, and its unchanged images, or None if it was reused."""
-    made: dict[Path, tuple[ShardEntry, int | None]] = {}
-    total = sum(len(deal) for _, _, deal in tasks)
+def _write_all(plan: list[_Shard], settings: _Settings, workers: int) -> list[_Written]:
+    written = []
+    total = sum(len(shard.samples) for shard in plan)
     with ThreadPoolExecutor(workers) as pool, show_progress("write shards", total) as progress:
-        futures = {pool.submit(_write_shard, *task, settings): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                _, shard, deal = futures[future]
-                made[shard] = future.result()
-                progress.advance(len(deal), shard.name)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return made
+        results = pool.map(partial(_write_shard, settings=settings), plan)
+        for shard, result in zip(plan, results, strict=True):  # an error cancels what has not begun
+            written.append(result)
+            progress.advance(len(shard.samples), shard.path.name)
+    return written
 
 
-def _write_shard(
-    dataset: Dataset, shard: Path, deal: Int, settings: _Settings
-) -> tuple[ShardEntry, int | None]:
+def _write_shard(shard: _Shard, settings: _Settings) -> _Written:
     """Write one shard and then its index, each whole or absent; a shard with an index is finished."""
-    done = _finished(dataset, shard, deal, settings.plan)
-    if done is not None:
-        return done, None
-    shard.parent.mkdir(parents=True, exist_ok=True)
+    if (finished := _finished(shard, settings.plan)) is not None:
+        return _Written(finished, reused=True)
+    dataset, path, numbers = shard.dataset, shard.path, shard.samples.tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
     # a file for each process: two that write the same shards do not mix them up
-    temporary = shard.with_name(f".{shard.name}.{os.getpid()}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     members: list[str] = []
     offsets: list[int] = []
     sizes: list[int] = []
     num_unchanged = 0
     with temporary.open("wb") as file:
-        for number in deal.tolist():
+        for number in numbers:
             data, extension, unchanged = content_of(dataset, number, settings.resize_px, settings.quality)
             num_unchanged += unchanged
             members.append(f"{number:08d}.{extension}")
@@ -196,39 +214,38 @@ def _write_shard(
         plan=settings.plan,
         size_bytes=size_bytes,
         sha256=sha256_of(temporary),
-        numbers=deal.tolist(),
-        names=[dataset.paths[number] for number in deal.tolist()],
+        numbers=numbers,
+        names=[dataset.paths[number] for number in numbers],
         members=members,
         offsets=offsets,
         sizes=sizes,
-        labels=dataset.labels[deal].tolist(),
+        labels=dataset.labels[shard.samples].tolist(),
     )
-    temporary.replace(shard)
-    write_atomic(index_path(shard), _json(index))
-    return ShardEntry(shard.name, len(deal), size_bytes, index.sha256), num_unchanged
+    temporary.replace(path)
+    write_atomic(index_path(path), _json(index))
+    return _Written(ShardEntry(path.name, len(numbers), size_bytes, index.sha256), num_unchanged)
 
 
-def _finished(dataset: Dataset, shard: Path, deal: Int, plan: str) -> ShardEntry | None:
+def _finished(shard: _Shard, plan: str) -> ShardEntry | None:
     """The entry of a shard that an earlier run finished; None if there is none, or an image is newer."""
-    path = index_path(shard)
     try:
-        index = read_index(shard, plan)
-        written_ns = path.stat().st_mtime_ns
-        if any(dataset.path_at(n).stat().st_mtime_ns >= written_ns for n in deal.tolist()):
-            return None
+        index = read_index(shard.path, plan)
+        written_ns = index_path(shard.path).stat().st_mtime_ns
+        for number in shard.samples.tolist():
+            if shard.dataset.path_at(number).stat().st_mtime_ns >= written_ns:
+                return None
     except (CorruptFileError, OSError):
         return None
-    return ShardEntry(shard.name, len(deal), index.size_bytes, index.sha256)
+    return ShardEntry(shard.path.name, len(shard.samples), index.size_bytes, index.sha256)
 
 
-def _finish(
-    out: Path,
-    datasets: list[Dataset],
-    tasks: list[tuple[Dataset, Path, Int]],
-    made: dict[Path, tuple[ShardEntry, int | None]],
-    settings: _Settings,
-) -> ShardReport:
-    entries = {d.split: [made[shard][0] for t, shard, _ in tasks if t is d] for d in datasets}
+def _write_manifest(
+    out: Path, datasets: list[Dataset], plan: list[_Shard], written: list[_Written], settings: _Settings
+) -> None:
+    """Write `dataset.json`, which completes the folder, and remove the files of runs that were killed."""
+    splits: dict[str, list[ShardEntry]] = {dataset.split: [] for dataset in datasets}
+    for shard, result in zip(plan, written, strict=True):
+        splits[shard.dataset.split].append(result.entry)
     manifest = ShardManifest(
         format=FORMAT,
         classes=list(datasets[0].classes),
@@ -236,23 +253,11 @@ def _finish(
         plan=settings.plan,
         resize_px=settings.resize_px,
         quality=None if settings.resize_px is None else settings.quality,
-        splits=entries,
+        splits=splits,
     )
-    content = _json(manifest)
-    path = out / MANIFEST
-    if not path.is_file() or path.read_bytes() != content:
-        write_atomic(path, content)
+    write_atomic(out / MANIFEST, _json(manifest))
     for leftover in out.glob("*/.*.writing"):
         leftover.unlink()
-    counts = [unchanged for _, unchanged in made.values()]
-    return ShardReport(
-        num_samples=sum(len(dataset) for dataset in datasets),
-        num_shards=len(made),
-        size_bytes=sum(entry.size_bytes for entry, _ in made.values()),
-        num_reused=counts.count(None),
-        num_unchanged=sum(count or 0 for count in counts),
-        num_quarantined=sum(dataset.num_quarantined for dataset in datasets),
-    )
 
 
 def _json(value: ShardManifest | ShardIndex) -> bytes:
