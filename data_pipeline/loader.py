@@ -22,9 +22,9 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.prefetch import Batch, BatchRequest, ImageBackend, prefetch_batches
-from data_pipeline.loading.readers import ReaderPool
+from data_pipeline.loading.readers import ReaderPool, Samples
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
+from data_pipeline.transforms.crop import eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
@@ -53,17 +53,17 @@ def make_backend(
     max_batch: int,
     num_threads: int,
 ) -> ImageBackend:
-    """Choose what decodes.
+    """Make the backend that decodes.
 
     Args:
-        name: "auto" is DALI where it is installed, else Pillow, and says so.
+        name: "auto" is DALI where it is installed, else Pillow, with a log line.
         device: where DALI decodes. Pillow decodes on the CPU.
         device_id: which GPU.
         preprocessing: the contract.
         max_batch: most samples in one batch.
         num_threads: decoding threads.
     Returns:
-        The backend; close it when done.
+        The backend; the caller closes it.
     Raises:
         UserError: DALI was asked for and is not installed, or Pillow on a GPU.
     """
@@ -200,17 +200,10 @@ class Loader:
 
         def requests() -> Iterator[BatchRequest]:
             for number, first in enumerate(range(share.start, share.stop, chunk)):
-                indices = np.arange(first, min(first + chunk, share.stop), dtype=np.int64)
-                yield BatchRequest(
-                    samples=dataset,
-                    paths=tuple(map(dataset.path_at, indices.tolist())),
-                    labels=dataset.labels[indices],
-                    indices=indices,
-                    positions=indices,
-                    step=number,
-                    last=True,
-                    crop_fn=self._eval_crop_fn(ten_crop),
-                )
+                stop = min(first + chunk, share.stop)
+                paths = tuple(map(dataset.path_at, range(first, stop)))
+                labels = dataset.labels[first:stop].copy()
+                yield self._eval_request(dataset, paths, labels, first, number, ten_crop)
 
         return self._batches(requests())
 
@@ -228,20 +221,29 @@ class Loader:
             remaining, number = iter(inputs), 0
             while items := tuple(islice(remaining, chunk)):
                 first = number * chunk
-                indices = np.arange(first, first + len(items), dtype=np.int64)
-                yield BatchRequest(
-                    samples=_Inputs(items, first),
-                    paths=tuple(item.path if isinstance(item, ImageSource) else item for item in items),
-                    labels=np.full(len(items), -1, dtype=np.int64),
-                    indices=indices,
-                    positions=indices,
-                    step=number,
-                    last=True,
-                    crop_fn=self._eval_crop_fn(ten_crop),
-                )
+                paths = tuple(item.path if isinstance(item, ImageSource) else item for item in items)
+                labels = np.full(len(items), -1, dtype=np.int64)
+                yield self._eval_request(_Inputs(items, first), paths, labels, first, number, ten_crop)
                 number += 1
 
         return self._batches(requests())
+
+    def _eval_request(
+        self, samples: Samples, paths: tuple[Path, ...], labels: Int, first: int, number: int, ten_crop: bool
+    ) -> BatchRequest:
+        """The request for consecutive samples from `first` on, in batch `number`."""
+        indices = np.arange(first, first + len(paths), dtype=np.int64)
+        crop_params = ten_crop_params if ten_crop else eval_crop_params
+        return BatchRequest(
+            samples=samples,
+            paths=paths,
+            labels=labels,
+            indices=indices,
+            positions=indices,
+            step=number,
+            last=True,
+            crop_fn=partial(crop_params, preprocessing=self.preprocessing),
+        )
 
     def _batches(self, requests: Iterator[BatchRequest]) -> Generator[Batch, None, None]:
         return prefetch_batches(
@@ -253,9 +255,6 @@ class Loader:
             faults=self.faults,
             readers=self.readers,
         )
-
-    def _eval_crop_fn(self, ten_crop: bool) -> Callable[[Int], CropParams]:
-        return partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=self.preprocessing)
 
     def _checked(self, micro_batch: int, needed: int) -> int:
         if micro_batch < 1:

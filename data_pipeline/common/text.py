@@ -1,4 +1,4 @@
-"""Paths and labels as text that a terminal or a log can show."""
+"""Makes paths and labels printable, for terminals and logs."""
 
 from __future__ import annotations
 

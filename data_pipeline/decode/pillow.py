@@ -145,7 +145,7 @@ def decode_one(encoded: bytes, crops: CropParams, index: int) -> npt.NDArray[np.
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
     Raises:
-        ImageError: as `decode_rgb`, or pixels that are not as the header said.
+        ImageError: as `decode_rgb`, or a size that differs from the header's.
     """
     image = decode_rgb(encoded)
     y, x, h, w = (int(value) for value in crops.windows[index])

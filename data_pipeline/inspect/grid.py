@@ -23,7 +23,7 @@ from data_pipeline.transforms.sampler import permutation_at
 
 SIDE_PX = 96
 MAX_CLASSES = 1000
-"""Of more classes, so many are shown, evenly spaced, and the title says so."""
+"""Most classes on a page; of more, evenly spaced ones are shown, and the title has their number."""
 
 _QUALITY = 82
 _THUMBNAIL = Preprocessing(resize_px=SIDE_PX, crop_px=SIDE_PX)

@@ -1,4 +1,4 @@
-"""Mean, deviation and principal components of RGB over millions of images, from exact sums."""
+"""Computes mean, deviation and principal components of RGB over millions of images, from exact sums."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy.typing as npt
 Float = npt.NDArray[np.float64]
 
 _BLOCK_PIXELS = 1 << 18
-"""Pixels at once: 8 MB as float64, in which sums of products of 8-bit numbers are exact."""
+"""Pixels summed at once: 8 MB as float64, in which sums of products of 8-bit numbers are exact."""
 
 
 class PixelStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Statistics of RGB over all pixels, in units of 0..1, each pixel of each image counted once.
+    """Statistics of RGB over all pixels of all images, in units of 0..1.
 
-    Args:
+    Attributes:
         mean: of each channel.
         std: of each channel, of the population.
         covariance: of the channels.
@@ -36,9 +36,9 @@ class PixelStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class PixelSums:
-    """Sums over pixels (R, G, B, 1): of each pair's product, as Python's integers, which have no limit.
+    """Sums over pixels (R, G, B, 1) of each pair's product, as Python's integers, which have no limit.
 
-    Args:
+    Attributes:
         products: (4, 4); the last row holds the sums and the number of pixels.
         num_images: images added.
     """
@@ -48,7 +48,7 @@ class PixelSums:
 
     @classmethod
     def empty(cls) -> PixelSums:
-        """Nothing added yet."""
+        """Sums without any image."""
         return cls(np.zeros((4, 4), dtype=object))
 
     def add(self, image_HWC: npt.NDArray[np.uint8]) -> None:
@@ -62,26 +62,19 @@ class PixelSums:
         self.num_images += 1
 
     def merge(self, other: PixelSums) -> None:
-        """Add what another has summed."""
+        """Add another's sums."""
         self.products += other.products
         self.num_images += other.num_images
 
     def statistics(self) -> PixelStatistics:
-        """What the sums amount to; at least one image must have been added.
+        """Compute the statistics; at least one image must have been added.
 
         Source: Krizhevsky et al. 2012, section 4.1: principal components of the training set's RGB values.
         """
-        count, sums = int(self.products[3, 3]), [int(value) for value in self.products[3, :3]]
+        count, sums = self.products[3, 3], self.products[3, :3]
         # n * sum(xy) - sum(x) * sum(y) in integers: nothing cancels in floating point
-        covariance = np.array(
-            [
-                [
-                    (count * int(self.products[i, j]) - sums[i] * sums[j]) / (255 * count) ** 2
-                    for j in range(3)
-                ]
-                for i in range(3)
-            ]
-        )
+        exact = (count * self.products[:3, :3] - np.outer(sums, sums)) / (255 * count) ** 2
+        covariance = exact.astype(np.float64)
         values, columns = np.linalg.eigh(covariance)
         vectors = columns.T[::-1]
         vectors = vectors * np.sign(vectors[np.arange(3), np.abs(vectors).argmax(axis=1)])[:, None]

@@ -1,4 +1,4 @@
-"""What `alexnet data verify` and `alexnet data info` print."""
+"""Formats the output of `alexnet data verify` and `alexnet data info`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN = 20
-"""Bad files of a split, and repaired ones, that are named on the terminal; the list has all of them."""
+"""Bad files of a split, and repaired ones, that the terminal shows; the exclude list has all of them."""
 
 
 def verify_as_json(report: VerifyReport) -> str:
-    r"""One JSON object. Names that are not UTF-8 have `\xNN` for their odd bytes; the list has the names."""
+    r"""Format one JSON object. Names that are not UTF-8 have `\xNN` for their odd bytes."""
     return json.dumps(
         {
             "clean": report.is_clean,
@@ -42,7 +42,7 @@ def _split(split: SplitReport) -> dict[str, object]:
 
 
 def verify_as_text(report: VerifyReport) -> str:
-    """A line for each split, the first bad files, and what became of the list."""
+    """Format a line for each split, the first bad files, and the changes of the exclude list."""
     lines: list[str] = []
     for split in report.splits:
         good = split.num_samples - len(split.bad)
@@ -71,7 +71,7 @@ def _some(lines: list[str]) -> list[str]:
 
 
 def print_info(info: Info, console: Console) -> None:
-    """Tables of the splits, the classes and the pixels, and the settings that follow from the pixels."""
+    """Print the splits, the classes and the pixels, with the recipe keys that follow from the pixels."""
     from rich.table import Table
     from rich.text import Text
 
@@ -102,7 +102,7 @@ def print_info(info: Info, console: Console) -> None:
 
 
 def recipe_lines(pixels: PixelStatistics) -> list[str]:
-    """The statistics as keys of a recipe, for the normalisation and for the paper's colour noise."""
+    """Format the statistics as keys of a recipe, for the normalisation and the paper's colour noise."""
 
     def numbers(values: tuple[float, ...], digits: int) -> str:
         return f"[{', '.join(f'{value:.{digits}f}' for value in values)}]"
@@ -151,7 +151,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _extreme_classes(classes: tuple[ClassInfo, ...], split: str) -> str:
-    """The class with the fewest and the one with the most images, of equals the first."""
+    """Name the class with the fewest images and the one with the most; on a tie, the first."""
     fewest = min(classes, key=lambda c: c.counts[split])
     most = max(classes, key=lambda c: c.counts[split])
     if fewest.counts[split] == most.counts[split]:

@@ -29,6 +29,7 @@ from data_pipeline.transforms.sampler import Int
 
 _POLL_S = 0.1
 _DECODING = 2
+"""Batches decoded at once: while one is resized, DALI decodes the other."""
 
 
 class ImageBackend(Protocol):

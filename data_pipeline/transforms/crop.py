@@ -1,4 +1,4 @@
-"""How each image is cropped, resized, mirrored and coloured: one value for all phases and all backends.
+"""Computes how each image is cropped, resized, mirrored and coloured, for all phases and all backends.
 
 Legend: N samples. Sizes and positions are in pixels, (y, x) and (height, width), of the upright image.
 """

@@ -28,7 +28,7 @@ PAIR_SIZE = 2
 
 @dataclass(frozen=True, eq=False)
 class MixParams:
-    """How each sample of a batch is mixed with another of the same batch.
+    """The parameters by which each sample of a batch is mixed with another of the same batch.
 
     Attributes:
         partners: (N) int64, place of the other sample in the batch; its own place where there is none.
@@ -65,7 +65,7 @@ def mix_params_at(
         seed: the run's seed.
         epoch: 0-based.
         positions: (N) consecutive places in the epoch's order. The last of an odd number stays as it is.
-        augment: what is mixed, and how often.
+        augment: the kinds of mixing, and their probability.
         crop_px: side of the images.
     Returns:
         The parameters; None where the configuration mixes nothing.

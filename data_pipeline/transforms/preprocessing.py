@@ -18,7 +18,7 @@ Pixels = Annotated[int, msgspec.Meta(ge=8, le=4096)]
 
 
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How an encoded image becomes the model's input.
+    """Turns an encoded image into the model's input, the same way everywhere.
 
     An image is decoded to 8-bit RGB, turned upright by its EXIF orientation, resized (bilinear with
     antialiasing, as Pillow and torchvision do) so that its short side is `resize_px`, and cropped to the
