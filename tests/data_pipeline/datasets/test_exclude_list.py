@@ -55,7 +55,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", list(HOSTILE))
-def test_what_is_no_list_is_refused_with_its_line(folder: Path, kind: str) -> None:
+def test_malformed_list_is_refused_with_its_line(folder: Path, kind: str) -> None:
     path = folder / QUARANTINE
     path.write_bytes(b'{"path": "train/a/001.jpg", "reason": "x"}\n' + HOSTILE[kind])
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_paths_outside_the_data_are_never_opened_and_told(
     assert (len(val), val.num_quarantined) == (2, 0)
 
 
-def test_the_list_keeps_the_classes_and_refuses_to_leave_nothing(folder: Path) -> None:
+def test_exclude_list_keeps_classes_and_at_least_one_image(folder: Path) -> None:
     write_exclude_list(folder / QUARANTINE, {f"train/b/{n:03d}.jpg": "x" for n in range(2)})
     train = open_dataset(folder, "train")
     assert train.classes == ("a", "b") and train.labels.tolist() == [0, 0, 0]
@@ -119,7 +119,7 @@ def test_the_list_keeps_the_classes_and_refuses_to_leave_nothing(folder: Path) -
     assert list(open_dataset(folder, "train", quarantine=own).paths)[2] == "b/000.jpg"
 
 
-def test_what_stands_in_the_lists_place_is_told(folder: Path) -> None:
+def test_exclude_list_must_be_a_regular_file(folder: Path) -> None:
     (folder / QUARANTINE).mkdir()
     with pytest.raises(UserError, match=r"quarantine.jsonl is not a regular file: remove it"):
         open_dataset(folder, "train")

@@ -82,7 +82,7 @@ def test_strips_and_windows_that_need_no_resize(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 10_000), (10_000, 1)])
-def test_what_shrinks_thousandfold_is_left_to_pillow(
+def test_thousandfold_reduction_is_left_to_pillow(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resizer = Resizer()

@@ -19,10 +19,10 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.download.catalog import CATALOG, Archive
 from data_pipeline.download.download import download
-from tests.data_pipeline.datasets.test_open import make_tiny
 from tests.helpers.archives import tar_info, tar_of, zip_of
 from tests.helpers.http_server import Server, serving
 from tests.helpers.images import encode, photo
+from tests.helpers.layouts import make_tiny
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def test_imagenette_gets_readable_names(
 ) -> None:
     made = tmp_path / "made"
     for split in ("train", "val"):
-        for wnid in ("n01440764", "n03888257"):
-            (made / split / wnid).mkdir(parents=True)
-            (made / split / wnid / "1.JPEG").write_bytes(encode(photo(20, 20), "JPEG"))
+        for synset_id in ("n01440764", "n03888257"):
+            (made / split / synset_id).mkdir(parents=True)
+            (made / split / synset_id / "1.JPEG").write_bytes(encode(photo(20, 20), "JPEG"))
     names = CATALOG["imagenette-160"].class_names
     get_it = offer(server, monkeypatch, packed(made, "imagenette2-160"), "imagenette-160", class_names=names)
     assert open_dataset(get_it(tmp_path / "data"), "val").labels_text == ("tench", "parachute")

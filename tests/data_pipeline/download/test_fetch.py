@@ -88,7 +88,7 @@ def test_a_later_call_goes_on_where_an_earlier_one_ended(
         ("redirects to a file", {}, UserError, "file:///etc/passwd.* is not allowed"),
     ],
 )
-def test_what_is_not_the_published_file_is_not_kept(
+def test_other_than_the_published_file_is_not_kept(
     server: Server, tmp_path: Path, mode: str, options: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
     server.mode = mode
@@ -109,7 +109,7 @@ def test_no_server_and_other_addresses(tmp_path: Path) -> None:
             fetch(url, tmp_path / "data.bin")
 
 
-def test_a_full_disk_is_told(server: Server, tmp_path: Path) -> None:
+def test_full_disk_is_a_save_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "data.bin.part").symlink_to("/dev/full")
     with pytest.raises(SaveError, match=r"data.bin.part could not be written: No space left"):
         get(server, tmp_path / "data.bin")

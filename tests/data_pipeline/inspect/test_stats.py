@@ -103,7 +103,7 @@ def test_sums_stay_exact_where_floating_point_would_not() -> None:
     assert found.eigenvalues == pytest.approx((3 / 4 / 255**2, 0, 0), rel=1e-12, abs=1e-18)
 
 
-def test_files_and_shards_and_any_number_of_workers_give_the_same(
+def test_statistics_of_files_shards_and_workers_are_equal(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan, "CHUNK", 4)  # else one process would take all of them
@@ -131,7 +131,7 @@ def test_a_sample_says_so_and_is_always_the_same(folder: Path) -> None:
     assert run(folder, "--sample", "0").exit_code == run(folder, "--workers", "0").exit_code == 2
 
 
-def test_what_cannot_be_read_is_named_and_code_3_until_it_is_in_quarantine(folder: Path) -> None:
+def test_unreadable_files_give_code_3_until_excluded(folder: Path) -> None:
     for number in range(7):
         (folder / "train" / "n3" / f"x{number}.jpg").write_bytes(b"text")
     result = run(folder, "--json")
@@ -210,13 +210,13 @@ def test_the_page_holds_every_class_and_nothing_from_outside(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["grid.png", "grid.pdf"])
-def test_the_grid_is_html_alone(folder: Path, tmp_path: Path, name: str) -> None:
+def test_grid_must_be_html(folder: Path, tmp_path: Path, name: str) -> None:
     wrong = run(folder, "--grid", tmp_path / name)
     assert wrong.exit_code == 2 and "examine" not in wrong.stderr
     assert f"--grid {tmp_path / name}: the name must end in .html" in wrong.stderr
 
 
-def test_a_picture_that_cannot_be_written_is_told_before_the_work(folder: Path, tmp_path: Path) -> None:
+def test_grid_path_is_checked_before_the_work(folder: Path, tmp_path: Path) -> None:
     nowhere = run(folder, "--grid", tmp_path / "nowhere" / "grid.html")
     assert nowhere.exit_code == 2 and "there is no folder" in nowhere.stderr
     assert "examine" not in nowhere.stderr

@@ -12,8 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alexnet import main
-from data_pipeline.common.errors import ImageError, UserError, WorkerError
-from data_pipeline.common.workers import map_ahead
+from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.datasets.exclude_list import QUARANTINE, read_exclude_list
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.inspect.verify import check_image, verify
@@ -58,7 +57,7 @@ def assert_found(listed: dict[str, str]) -> None:
         assert listed[name].startswith(reason)
 
 
-def test_what_cannot_be_decoded_is_listed_and_code_3(folder: Path) -> None:
+def test_undecodable_files_are_listed_and_give_code_3(folder: Path) -> None:
     result = run(folder, "--workers", "2")
     assert result.exit_code == 3, result.stderr
     said = result.stdout.splitlines()
@@ -72,7 +71,7 @@ def test_what_cannot_be_decoded_is_listed_and_code_3(folder: Path) -> None:
     assert (len(train), train.num_quarantined, len(val), val.num_quarantined) == (79, 3, 16, 1)
 
 
-def test_running_again_changes_nothing_and_what_is_repaired_leaves_the_list(folder: Path) -> None:
+def test_repaired_files_leave_the_list_on_another_run(folder: Path) -> None:
     first = json.loads(run(folder, "--json").stdout)
     assert (first["clean"], first["num_listed"], first["num_added"]) == (False, 4, 4)
     path = folder / QUARANTINE
@@ -108,7 +107,7 @@ def test_any_number_of_workers_finds_the_same(folder: Path) -> None:
         verify(folder, workers=0)
 
 
-def test_it_judges_as_the_reference_decoder_does() -> None:
+def test_check_image_agrees_with_the_reference_decoder() -> None:
     for data in kinds(60, 80).values():
         check_image(data, 100_000_000)
     reasons = {}
@@ -124,8 +123,8 @@ def test_it_judges_as_the_reference_decoder_does() -> None:
 
 def test_tiny_imagenet_is_verified_in_its_own_layout(tmp_path: Path) -> None:
     root = tmp_path / "tiny"
-    for wnid in ("n01", "n02"):
-        write_folder(root / "train" / wnid, {"images": 3}, side=16, suffix=".JPEG")
+    for synset_id in ("n01", "n02"):
+        write_folder(root / "train" / synset_id, {"images": 3}, side=16, suffix=".JPEG")
     write_folder(root / "val", {"images": 4}, side=16, suffix=".JPEG")
     rows = [f"{n:03d}.JPEG\tn0{1 + n % 2}\t0\t0\t9\t9\n" for n in range(4)]
     (root / "val" / "val_annotations.txt").write_text("".join(rows))
@@ -146,7 +145,7 @@ def entries(root: Path, split: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_shards_give_the_same_findings_under_their_members_names(folder: Path, shards: Path) -> None:
+def test_shards_give_the_findings_of_files_by_member_name(folder: Path, shards: Path) -> None:
     report = verify(shards, workers=2)
     num_shards = len(entries(shards, "train"))
     assert num_shards > 2 and report.splits[0].num_shards_hashed == num_shards
@@ -184,29 +183,3 @@ def test_shards_from_elsewhere_are_verified_without_hashes(shards: Path, tmp_pat
     assert all(path.startswith("mine-train-shard-") for path, _ in report.splits[0].bad)
     assert open_dataset(tmp_path, "train").num_quarantined == 3
     assert verify(tmp_path, ["train"], workers=1).repaired == ()
-
-
-def kill_on_three(number: int) -> int:
-    if number == 3:
-        os.kill(os.getpid(), 9)
-    return number
-
-
-def test_a_killed_worker_is_one_line() -> None:
-    with pytest.raises(WorkerError, match=r"a worker process was killed, .*: use fewer --workers"):
-        list(map_ahead(kill_on_three, range(6), 2))
-
-
-def test_work_is_taken_as_it_is_needed_and_comes_in_order() -> None:
-    taken: list[int] = []
-
-    def numbers() -> Any:
-        for number in range(100):
-            taken.append(number)
-            yield -number
-
-    results = map_ahead(abs, numbers(), 2)
-    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
-    assert len(taken) <= 5 + 6
-    results.close()
-    assert list(map_ahead(abs, [-1, -2], 1)) == [1, 2] and list(map_ahead(abs, [], 2)) == []

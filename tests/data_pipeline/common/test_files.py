@@ -1,0 +1,27 @@
+"""Reading one file: each kind that is refused has its reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import ImageError
+from data_pipeline.common.files import read_file
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "large.jpg").write_bytes(b"x" * 101)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
+    for name, reason in {
+        "missing.jpg": "cannot be read: No such file",
+        "dangling.jpg": "cannot be read: No such file",
+        "empty.jpg": "empty file",
+        "large.jpg": "file of 101 bytes is above the limit of 100",
+        "pipe.jpg": "not a regular file",
+    }.items():
+        with pytest.raises(ImageError, match=reason):
+            read_file(tmp_path / name, 100)

@@ -1,0 +1,43 @@
+"""Datasets that several tests read: as files, and as tar shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.sharding.write import write_shards
+from tests.helpers.images import encode, photo, write_folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images of three classes in two splits; one is a PNG, one empty, one named in Latin-1."""
+    root = tmp_path_factory.mktemp("files")
+    write_folder(root / "train", {"a": 12, "b": 9, "c": 7}, suffix=".JPEG")
+    write_folder(root / "val", {"a": 4, "b": 4, "c": 4})
+    (root / "train" / "b" / "x.png").write_bytes(encode(photo(50, 60), "PNG"))
+    (root / "train" / "b" / "empty.jpg").touch()
+    (root / "train" / "a" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(encode(photo(50, 60, 3), "JPEG"))
+    (root / "words.txt").write_text("a\tapple\nb\tbanana\nc\tcherry\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "out"
+    report = write_shards(files, out, shard_bytes=20_000, workers=2)
+    assert (report.num_samples, report.num_reused, report.num_unchanged) == (43, 0, 0)
+    assert report.num_shards == len(list(out.glob("*/*.tar"))) > 4
+    return out
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """29 images of three classes: a number that nothing divides."""
+    root = tmp_path_factory.mktemp("data")
+    write_folder(root / "train", {"a": 11, "b": 9, "c": 9})
+    return load_image_folder(root, "train")
