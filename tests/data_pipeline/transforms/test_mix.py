@@ -10,17 +10,11 @@ from hypothesis import strategies as st
 
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import beta_quantile, mix_params_at
-from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import positions_at, rank_slice
-from tests.helpers.images import encode, photo
 from tests.helpers.reference import mix_images, mix_labels
 from train.optim.mixup import average_views, mix_inputs, mixed_losses
 
-PREPROCESSING = Preprocessing(crop_px=64, resize_px=72)
-COLORFUL = Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, pca=0.1)
 BOTH = Augment(mixup=0.4, cutmix=1.0, mix_probability=0.8)
-FILES = [encode(photo(90, 120, seed=i), "PNG") for i in range(6)]
-SIZES = [(90, 120)] * len(FILES)
 
 
 @settings(max_examples=60, deadline=None)
