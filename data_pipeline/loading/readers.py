@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -83,8 +84,9 @@ class ReaderPool:
         self._datasets = tuple(datasets)
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._processes = [_Process() for _ in range(num_processes)]
+        index = pickle.dumps(self._datasets)
         for process in self._processes:  # all start at once, and unpickle the index in parallel
-            process.send(self._datasets)
+            process.send(index)
             self._idle.put(process)
 
     def holds(self, samples: Samples) -> bool:
@@ -100,7 +102,7 @@ class ReaderPool:
         number = next(i for i, known in enumerate(self._datasets) if known is samples)
         process = self._idle.get()
         try:
-            process.send((number, indices, max_pixels))
+            process.send(pickle.dumps((number, indices, max_pixels)))
             return process.receive()
         finally:
             self._idle.put(process)
@@ -126,9 +128,9 @@ class _Process:
                 pass_fds=inherited,
             )
 
-    def send(self, message: object) -> None:
+    def send(self, pickled: bytes) -> None:
         try:
-            self._pipe.send(message)
+            self._pipe.send_bytes(pickled)
         except OSError as error:
             raise self._lost() from error
 
