@@ -55,17 +55,6 @@ def colors_at(seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment)
     return np.concatenate([linear, offset[..., None]], axis=-1).astype(np.float32)
 
 
-def normal_at(
-    seed: int, epoch: int, index: npt.ArrayLike, radius_stream: npt.ArrayLike, angle_stream: npt.ArrayLike
-) -> Float:
-    """Standard normal numbers, each from the uniform numbers of two streams.
-
-    Source: Box and Muller 1958.
-    """
-    radius: Float = np.sqrt(-2 * np.log1p(-uniform_at(seed, epoch, index, radius_stream)))
-    return radius * np.cos(2 * np.pi * uniform_at(seed, epoch, index, angle_stream))
-
-
 def _factor(draws: Float, reach: float) -> Float:
     low, high = max(0.0, 1 - reach), 1 + reach
     return low + draws * (high - low)
@@ -93,6 +82,9 @@ def _pca_shift(seed: int, epoch: int, positions: npt.NDArray[np.int64], augment:
     if not augment.pca:
         return np.zeros((len(positions), 3))
     streams = STREAM_PCA + 2 * np.arange(3)
-    alphas = augment.pca * normal_at(seed, epoch, positions[:, None], streams, streams + 1)
+    # standard normal numbers, each from two uniform ones: Box and Muller 1958
+    radius = np.sqrt(-2 * np.log1p(-uniform_at(seed, epoch, positions[:, None], streams)))
+    angle = 2 * np.pi * uniform_at(seed, epoch, positions[:, None], streams + 1)
+    alphas = augment.pca * (radius * np.cos(angle))
     shift: Float = 255 * (alphas * np.array(augment.pca_eigenvalues)) @ np.array(augment.pca_eigenvectors)
     return shift
