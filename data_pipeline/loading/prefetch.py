@@ -116,7 +116,7 @@ def prefetch_batches(
         backend: decodes.
         max_pixels: cap on an image's pixels, by its header.
         read_threads: files read at once, >= 1.
-        prefetch: decoded batches held ready, >= 1. Two more are being decoded, and as many again read.
+        prefetch: decoded batches held ready, >= 1. As many again are being read or decoded.
         faults: logs each bad file once; a file that it excludes is not read again.
         readers: processes that read in place of threads, for the samples that they hold.
     Yields:
@@ -135,23 +135,24 @@ def prefetch_batches(
                 return
 
     def produce() -> None:
-        reads = _ReadAhead(read_threads, readers, max_pixels, faults)
+        reads = _Reads(read_threads, readers, max_pixels, faults)
         decoders = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
-        decoding: deque[Future[Batch]] = deque()
+        ahead = 1 + max(prefetch, 0 if readers is None else readers.num_processes)  # no process runs idle
+        batches: deque[Future[Batch]] = deque()
         try:
-            for request, files in reads.files(requests, prefetch):
+            for request in requests:
                 if stop.is_set():
                     return
-                decoding.append(decoders.submit(_decode, request, files, backend))
-                if len(decoding) >= _DECODING:
-                    put(decoding.popleft().result())
-            while decoding and not stop.is_set():
-                put(decoding.popleft().result())
+                batches.append(decoders.submit(_decode, request, reads.submit(request), backend))
+                if len(batches) >= ahead:
+                    put(batches.popleft().result())
+            while batches and not stop.is_set():
+                put(batches.popleft().result())
             put(None)
         except BaseException as error:  # raised again where the consumer waits
             put(error)
         finally:
-            reads.close()
+            reads.close()  # first: a decoder may wait for a read, which this completes or cancels
             decoders.shutdown(cancel_futures=True)
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
@@ -178,8 +179,8 @@ def _consume(
         thread.join()
 
 
-class _ReadAhead:
-    """Reads the files of requests ahead of the consumer, in threads.
+class _Reads:
+    """Reads the files of requests, in threads.
 
     Requests for samples that reading processes hold go to those, whole; a thread for each waits for it.
     """
@@ -191,21 +192,8 @@ class _ReadAhead:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._readers, self._max_pixels, self._faults = readers, max_pixels, faults
 
-    def files(
-        self, requests: Iterator[BatchRequest], depth: int
-    ) -> Iterator[tuple[BatchRequest, list[EncodedImage]]]:
-        """Each request with its files, in order, `depth` requests ahead, or one for each process."""
-        if self._readers is not None:
-            depth = max(depth, self._threads)
-        pending: deque[tuple[BatchRequest, list[Future[list[EncodedImage]]]]] = deque()
-        for request in requests:
-            pending.append((request, self._submit(request)))
-            if len(pending) >= depth:
-                yield _with_files(*pending.popleft())
-        while pending:
-            yield _with_files(*pending.popleft())
-
-    def _submit(self, request: BatchRequest) -> list[Future[list[EncodedImage]]]:
+    def submit(self, request: BatchRequest) -> list[Future[list[EncodedImage]]]:
+        """Begin to read a request's files; the futures give shares of them, in order."""
         count, fetch = len(request.paths), fetch_images
         share = max(1, -(-count // (2 * self._threads)))  # files of one task: handing one over costs time too
         if self._readers is not None and self._readers.holds(request.samples):
@@ -227,13 +215,8 @@ class _ReadAhead:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _with_files(
-    request: BatchRequest, futures: list[Future[list[EncodedImage]]]
-) -> tuple[BatchRequest, list[EncodedImage]]:
-    return request, [file for future in futures for file in future.result()]
-
-
-def _decode(request: BatchRequest, files: Sequence[EncodedImage], backend: ImageBackend) -> Batch:
+def _decode(request: BatchRequest, reads: list[Future[list[EncodedImage]]], backend: ImageBackend) -> Batch:
+    files = [file for share in reads for file in share.result()]
     sizes = np.array([file.height_width for file in files], dtype=np.int64)
     decoded = backend.decode([file.data for file in files], request.crop_fn(sizes))
     reasons = {i: file.reason for i, file in enumerate(files) if file.data is None} | decoded.failures
