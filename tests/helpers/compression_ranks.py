@@ -18,18 +18,18 @@ from tests.helpers.faulty_rank import fail
 from tests.helpers.hybrid_ranks import GLOBAL_BATCH, RATE, batches_at, linear_layers, make
 from train.bench.traffic import sent_bytes
 from train.distributed.world import World, open_world
-from train.step import TrainStep, train_step
+from train.step import StepParts, train_step
 
 NUM_COMPRESSED = 6
 POWERSGD = ("compress=powersgd", "powersgd_start=2")
 
 
-def unshard(world: World, *overrides: str) -> TrainStep:
+def unshard(world: World, *overrides: str) -> StepParts:
     """A trainer that takes its share of a batch at once."""
     return make(world, f"micro_batch={GLOBAL_BATCH}", "model.hidden_units=1024", *overrides)
 
 
-def gradient_of(trainer: TrainStep, step: int) -> Tensor:
+def gradient_of(trainer: StepParts, step: int) -> Tensor:
     """The gradient of a step that leaves the weights as they are, flat."""
     train_step(trainer, batches_at(trainer.world, 0, GLOBAL_BATCH), 0.0, step)
     return torch.cat([p.grad.flatten().clone() for p in trainer.network.parameters() if p.grad is not None])

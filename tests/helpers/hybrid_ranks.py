@@ -32,8 +32,8 @@ from train.distributed.hybrid import (
 )
 from train.distributed.world import World, open_world
 from train.optim.sgd import load_optimizer
-from train.setup import make_trainer
-from train.step import TrainStep, train_step
+from train.setup import make_step_parts
+from train.step import StepParts, train_step
 
 GLOBAL_BATCH = 25
 CLASSES = tuple("0123456789")
@@ -44,11 +44,11 @@ SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}"
 NUM_STEPS = 2
 
 
-def make(world: World, *overrides: str) -> TrainStep:
+def make(world: World, *overrides: str) -> StepParts:
     """A trainer as a run would make it."""
     config = make_config("demo", [*TINY, *SIZE, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
     dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
-    return make_trainer(config, dataset, world, None)
+    return make_step_parts(config, dataset, world, None)
 
 
 def batches_at(world: World, step: int, micro_batch: int = 4) -> list[Batch]:
@@ -71,7 +71,7 @@ def linear_layers(network: nn.Module) -> list[nn.Linear]:
     return [m for m in network.modules() if isinstance(m, nn.Linear)]
 
 
-def train(trainer: TrainStep) -> list[float]:
+def train(trainer: StepParts) -> list[float]:
     """The losses of some steps."""
     losses = []
     for step in range(NUM_STEPS):
@@ -80,7 +80,7 @@ def train(trainer: TrainStep) -> list[float]:
     return losses
 
 
-def loads_again(trainer: TrainStep) -> bool:
+def loads_again(trainer: StepParts) -> bool:
     """Whether this rank gets its own momenta back out of the whole ones."""
     parallel, optimizer = trainer.parallel, trainer.optimizer
     before = [state["momentum_buffer"].clone() for state in optimizer.state.values()]

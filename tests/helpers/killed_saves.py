@@ -22,10 +22,11 @@ import torch
 from tests.train.checkpoints.test_background import CONFIG, small_state
 from tests.train.test_parts import row
 from train.checkpoints.background import AsyncCheckpointWriter
-from train.checkpoints.load import find_checkpoint, load_checkpoint, verify_checkpoint
+from train.checkpoints.load import find_checkpoint, find_newest_intact, load_checkpoint, verify_checkpoint
 from train.checkpoints.retention import restore_replaced, saved_steps
-from train.checkpoints.write import State
-from train.runs.folder import RunFolder, create_run, go_back_to, newest_whole
+from train.checkpoints.write import Snapshot
+from train.runs.folder import RunFolder, create_run
+from train.runs.resume import rewind
 
 CHANGES = {
     "open", "write", "flush", "truncate", "close", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"
@@ -62,10 +63,10 @@ def value_of(folder: Path) -> float:
 def check_next_start(folder: RunFolder) -> float:
     """Go on as a resumed run does, and save once more. Returns what the checkpoint gone on from held."""
     restore_replaced(folder.checkpoints)
-    newest = newest_whole(folder.path)
+    newest = find_newest_intact(folder.path)
     found = value_of(newest)
     step = load_checkpoint(newest).step
-    best = go_back_to(folder, step)
+    best = rewind(folder, step)
     assert best is not None and find_checkpoint(folder.path) in saved_steps(folder.checkpoints).values()
     assert [r.step for r in folder.rows()] == list(range(1, step + 1))
     saver = AsyncCheckpointWriter(folder, CONFIG, best)
@@ -77,7 +78,7 @@ def check_next_start(folder: RunFolder) -> float:
     return found
 
 
-def sweep(name: str, before: list[State], last: State) -> list[float]:
+def sweep(name: str, before: list[Snapshot], last: Snapshot) -> list[float]:
     """Kill the saving of the last state at every call, each time with the ones before on the disk."""
     found: list[float] = []
     status = signal.SIGKILL.value

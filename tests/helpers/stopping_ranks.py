@@ -20,12 +20,13 @@ from torch import Tensor
 
 from data_pipeline.common.errors import InterruptedRunError
 from data_pipeline.loading.prefetch import Batch
-from train.config.load import RunConfig, make_config
+from train.config.load import make_config
+from train.config.schema import RunConfig
 from train.distributed.world import env_rank
 from train.health.metrics import AccuracyMeter
 from train.main import train
 from train.models.alexnet import AlexNet
-from train.step import TrainStep, train_step
+from train.step import StepParts, train_step
 
 
 class Sender:
@@ -51,7 +52,7 @@ def stream_written(name: str) -> Iterator[None]:
     """Write down which samples of this rank go into each step: `NAME-RANK.json`."""
     stream: list[tuple[int, list[int]]] = []
 
-    def noted(trainer: TrainStep, batches: Sequence[Batch], rate: float, step: int) -> AccuracyMeter:
+    def noted(trainer: StepParts, batches: Sequence[Batch], rate: float, step: int) -> AccuracyMeter:
         stream.append((step, [int(index) for batch in batches for index in batch.indices]))
         return train_step(trainer, batches, rate, step)
 

@@ -22,7 +22,7 @@ import msgspec
 from torch._C._distributed_c10d import TCPStore
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-PRELOADED = ["__main__", "train.setup", "train.loop", "train.config.options", "torch._dynamo"]
+PRELOADED = ["__main__", "train.setup", "train.loop", "train.cli", "torch._dynamo"]
 """Not DALI: what it does with a GPU when it is imported may not outlive a fork."""
 PATIENCE_S = 30.0
 """As torchrun: what has not left so long after another rank failed is killed."""

@@ -9,13 +9,15 @@ import torch
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of, write_json
-from train.checkpoints.load import MANIFEST, STATE, Manifest, Pointer
+from train.checkpoints.format import MANIFEST, STATE, Manifest, Pointer
+from train.checkpoints.load import find_best
 from train.config.load import make_config
 from train.distributed.torchrun import choose_rank_count
 from train.distributed.world import check_rank_count, choose_device, cpu_share, open_world
 from train.health.metrics import AccuracyMeter
 from train.optim.precision import choose_precision
-from train.runs.folder import MetricsRow, best_until, create_run, find_resumable
+from train.runs.folder import MetricsRow, create_run
+from train.runs.resume import find_resumable
 
 CPU = torch.device("cpu")
 
@@ -152,8 +154,8 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     assert [str(bad) in line for bad, line in zip((bare, truncated, flipped), said, strict=True)] == [
         True
     ] * 3
-    assert best_until(folder.path, 2) == Pointer(step=2, top1=0.9)
-    assert best_until(folder.path, 1) == Pointer(step=1, top1=0.3)
+    assert find_best(folder.path, 2) == Pointer(step=2, top1=0.9)
+    assert find_best(folder.path, 1) == Pointer(step=1, top1=0.3)
     assert whole.exists()
 
 

@@ -128,12 +128,7 @@ def compile_step(network: AlexNet) -> None:
 
 
 def maybe_compile(
-    parallel: Parallel,
-    batch: int,
-    crop_px: int,
-    precision: Precision,
-    world: World,
-    run: Path | None,
+    parallel: Parallel, batch: int, crop_px: int, precision: Precision, world: World, run: Path | None
 ) -> bool:
     """Compile the network's passes if that makes them faster here: both are measured, on zeros.
 

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: what is copied stays as it was, one at a time, and errors are told."""
+"""Checkpoints written beside training: what is record_copies stays as it was, one at a time, and errors are told."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging, copied
-from train.checkpoints.load import Pointer, load_checkpoint, read_pointer
+from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging, record_copies
+from train.checkpoints.format import Pointer, read_pointer
+from train.checkpoints.load import load_checkpoint
 from train.checkpoints.retention import saved_steps
-from train.checkpoints.write import State
+from train.checkpoints.write import Snapshot
 from train.config.load import make_config
 from train.runs.folder import create_run
 
 CONFIG = make_config("demo", ["keep_checkpoints=1"])
 
 
-def small_state(step: int, value: float = 1.0, top1: float | None = None) -> State:
+def small_state(step: int, value: float = 1.0, top1: float | None = None) -> Snapshot:
     """A state that is written in no time."""
-    return State(
+    return Snapshot(
         step=step,
         epoch=0,
         samples_seen=step * 64,
@@ -39,7 +40,7 @@ def small_state(step: int, value: float = 1.0, top1: float | None = None) -> Sta
     )
 
 
-def held_back(state: State) -> tuple[State, threading.Event]:
+def held_back(state: Snapshot) -> tuple[Snapshot, threading.Event]:
     """The same, and what lets it be written: until then it is in flight, as if the disk were slow."""
     event = threading.Event()
 
@@ -93,7 +94,7 @@ def test_what_is_copied_stays_as_it_was_while_training_goes_on(
     expected = weight.cpu().clone(memory_format=torch.preserve_format)
     for step in (1, 2):  # the second time, into the same memory
         parts = saver.copies.take({"model": {"weight": weight}, "optimizer": moments})
-        wait = copied(weight.device)
+        wait = record_copies(weight.device)
         state, go_on = held_back(dataclasses.replace(small_state(step), parts=parts))
         saver.start(state)
         weight.add_(1)

@@ -22,7 +22,8 @@ from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 from tests.train.checkpoints.test_background import CONFIG, small_state
 from tests.train.test_parts import row
 from train.checkpoints.background import AsyncCheckpointWriter
-from train.checkpoints.load import MANIFEST, STATE, find_checkpoint
+from train.checkpoints.format import MANIFEST, STATE
+from train.checkpoints.load import find_checkpoint
 from train.checkpoints.retention import saved_steps, steps_to_keep
 from train.runs.folder import create_run
 

@@ -15,18 +15,12 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of, write_json
 from infer.export.pipeline import make_origin
 from tests.helpers.ranks import TINY
-from train.checkpoints.load import (
-    MANIFEST,
-    STATE,
-    Pointer,
-    find_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_pointer,
-)
+from train.checkpoints.format import MANIFEST, STATE, Pointer, read_pointer
+from train.checkpoints.load import find_checkpoint, load_checkpoint, load_weights
 from train.checkpoints.retention import REPLACED, prune_checkpoints, restore_replaced
-from train.checkpoints.write import State, save_checkpoint
-from train.config.load import RunConfig, make_config
+from train.checkpoints.write import Snapshot, save_checkpoint
+from train.config.load import make_config
+from train.config.schema import RunConfig
 from train.models.alexnet import AlexNet, make_model
 from train.weights import export_weights
 
@@ -40,7 +34,7 @@ def small_config() -> RunConfig:
 def save(folder: Path, step: int = 3, top1: float = 0.5) -> tuple[Path, AlexNet]:
     config = small_config()
     model = make_model(config.model, num_classes=10, crop_px=22)
-    state = State(
+    state = Snapshot(
         step=step,
         epoch=1,
         samples_seen=step * 64,

@@ -27,7 +27,8 @@ from data_pipeline.common.files import MAX_SMALL_BYTES
 from tests.train.checkpoints.test_background import small_state
 from tests.train.checkpoints.test_load import Evil, forge
 from tests.train.models.test_alexnet import bvlc_file
-from train.checkpoints.load import MANIFEST, STATE, load_checkpoint, read_pointer
+from train.checkpoints.format import MANIFEST, STATE, read_pointer
+from train.checkpoints.load import load_checkpoint
 from train.checkpoints.safe_load import MAX_PICKLE_BYTES
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config, to_json

@@ -26,8 +26,8 @@ from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
 from train.models.alexnet import make_model
 from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
-from train.setup import make_trainer
-from train.step import TrainStep, train_step
+from train.setup import make_step_parts
+from train.step import StepParts, train_step
 
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
@@ -61,10 +61,10 @@ def no_compile_threads() -> Iterator[None]:
         yield
 
 
-def small_trainer(world: World, *overrides: str) -> TrainStep:
+def small_trainer(world: World, *overrides: str) -> StepParts:
     config = make_config("tiny-imagenet", [*SMALL, *overrides])
     classes = tuple("abcdefghij")
-    return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
+    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
 def small_batch(*, last: bool = True) -> Batch:

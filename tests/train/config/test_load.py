@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import UserError
-from train.config.load import RunConfig, decode_config, make_config, to_json
+from train.config.load import decode_config, make_config, to_json
+from train.config.schema import RunConfig
 
 
 @pytest.mark.parametrize(

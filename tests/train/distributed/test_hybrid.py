@@ -21,7 +21,7 @@ from tests.helpers.ranks import run_command
 from tests.helpers.warm_ranks import run_ranks
 from train.config.load import make_config
 from train.distributed.hybrid import micro_batch_sizes
-from train.distributed.tensor_parallel import part_bounds
+from train.distributed.tensor_parallel import shard_bounds
 
 NUM_RANKS = 3
 Found = list[dict[str, Any]]
@@ -102,7 +102,7 @@ def test_every_rank_can_join_every_pass_and_all_end_together(
 
 @given(st.integers(1, 5000), st.integers(1, 64))
 def test_parts_are_the_whole_and_differ_by_one_at_most(size: int, world_size: int) -> None:
-    bounds = [part_bounds(size, rank, world_size) for rank in range(world_size)]
+    bounds = [shard_bounds(size, rank, world_size) for rank in range(world_size)]
     assert [a for a, _ in bounds] + [size] == [0] + [b for _, b in bounds]
     sizes = {b - a for a, b in bounds}
     assert max(sizes) - min(sizes) <= 1 and max(sizes) == -(-size // world_size)

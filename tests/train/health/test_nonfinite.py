@@ -26,7 +26,8 @@ from train.distributed.world import open_world
 from train.health.nonfinite import SPIKE_WARMUP, Guard, SkipStats, all_finite, propagate_nonfinite
 from train.loop import save
 from train.runs.abort import check_skipped_steps, check_weights
-from train.setup import RunState, build_run
+from train.setup import build_run
+from train.state import RunState
 from train.step import train_step
 
 CPU = torch.device("cpu")

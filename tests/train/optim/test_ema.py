@@ -55,7 +55,7 @@ def test_the_network_gets_its_own_weights_back_on_every_path() -> None:
     change(net, 1.0)
     average = ModelEma(net, decay=0.9)
     change(net, 2.0)
-    with pytest.raises(ZeroDivisionError), average.in_place(net):
+    with pytest.raises(ZeroDivisionError), average.swapped_in(net):
         assert {value.unique().item() for value in net.state_dict().values()} == {1.0}
         raise ZeroDivisionError
     assert {value.unique().item() for value in net.state_dict().values()} == {2.0}

@@ -13,7 +13,7 @@ from scripts.soak.rounds import compare_runs
 from tests.helpers.ranks import TINY, link_subset, run_command, torchrun_arguments
 from tests.helpers.warm_ranks import run_ranks, train_warm
 from train.config.load import make_config
-from train.distributed.world import Launch, env_launch
+from train.distributed.torchrun import Launch, env_launch
 from train.runs.folder import create_run
 from train.runs.resume import FILE, Start, choose_start, claim_run, end_run
 

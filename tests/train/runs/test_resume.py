@@ -12,7 +12,7 @@ from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import run_ranks
 from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
-from train.runs.open_row import RunningMetrics
+from train.runs.running_metrics import RunningMetrics
 
 ANYWHERE = (
     *TINY, "log_every=2", "model.name=bn", "model.dropout=0.5", "epochs=2", "global_batch=30",
