@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import eval_batches, make_backend
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.prefetch import Batch
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
@@ -126,9 +126,7 @@ def evaluate_checkpoint(
             num_threads=cpu_share(1),
         )
         with closing(backend):
-            size = eval_micro_batch(ten_crop)
-            batches = eval_batches(
-                dataset, backend, checkpoint.preprocessing, micro_batch=size, ten_crop=ten_crop
-            )
+            loader = Loader(backend, checkpoint.preprocessing)
+            batches = loader.eval(dataset, micro_batch=eval_micro_batch(ten_crop), ten_crop=ten_crop)
             precision = choose_precision("fp32", world.device)
             return evaluate(model, normalize, batches, precision, world, num_samples=len(dataset))

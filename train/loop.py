@@ -12,7 +12,6 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
-from data_pipeline.loader import eval_batches, train_batches
 from data_pipeline.loading.prefetch import Batch
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate
@@ -57,10 +56,8 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         num_steps: how many; None for no end.
     """
     config, world = run.config, run.parts.world
-    batches = train_batches(
+    batches = run.loader.train(
         run.train_set,
-        run.backend,
-        config.preprocessing,
         config.augment,
         seed=config.seed,
         global_batch=config.global_batch,
@@ -69,9 +66,6 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         micro_batch=run.micro_batch,
         start_step=run.step,
         num_steps=num_steps,
-        prefetch=config.data.prefetch,
-        faults=run.faults,
-        readers=run.readers,
     )
     stack.enter_context(closing(batches))
     return by_step(batches)
@@ -213,17 +207,12 @@ def evaluate_epoch(run: RunState) -> Metrics:
         # The averaged weights are equal on all ranks; running statistics are not, and rank 0's are saved.
         parts.world.broadcast(parts.ema.buffers(parts.network))
         weights = parts.ema.swapped_in(parts.network)
-    batches = eval_batches(
+    batches = run.loader.eval(
         run.val_set,
-        run.backend,
-        config.preprocessing,
         micro_batch=eval_micro_batch(config.ten_crop),
         rank=parts.world.rank,
         world_size=parts.world.world_size,
-        prefetch=config.data.prefetch,
-        faults=run.faults,
         ten_crop=config.ten_crop,
-        readers=run.readers,
     )
     with weights, closing(batches):
         metrics = evaluate(

@@ -13,9 +13,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import make_backend
-from data_pipeline.loading.bad_files import FaultLog
-from data_pipeline.loading.prefetch import ImageBackend
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.sampler import steps_per_epoch
 from train.checkpoints.background import AsyncCheckpointWriter
@@ -77,10 +75,10 @@ def build_run(
         check_same_data(checkpoint, data, train_set.root)
     step = checkpoint.step if checkpoint is not None else 0
     parts = make_step_parts(config, train_set, world, checkpoint)
-    backend, readers = open_loader(config, world, (train_set, val_set), stack)
+    loader = open_loader(config, world, (train_set, val_set), stack)
     folder = writer = None
     if world.is_main:
-        log_hardware(config, parts, backend, readers)
+        log_hardware(config, parts, loader)
     if world.is_main and out is not None:
         log_training(config, train_set)
         folder, writer = open_run_folder(config, out, start, step, stack)
@@ -95,9 +93,7 @@ def build_run(
         train_set=train_set,
         val_set=val_set,
         data=data,
-        backend=backend,
-        readers=readers,
-        faults=FaultLog(),
+        loader=loader,
         folder=folder,
         writer=writer,
         metrics_log=MetricsLog(folder, step, num_steps, noise=config.log_noise_scale),
@@ -211,7 +207,7 @@ def restore_parts(parts: StepParts, checkpoint: Checkpoint) -> None:
 
 def open_loader(
     config: RunConfig, world: World, datasets: tuple[Dataset, Dataset], stack: ExitStack
-) -> tuple[ImageBackend, ReaderPool | None]:
+) -> Loader:
     """Open the decoder, and the processes that read files for it, if any."""
     _, micro_batch = batch_sizes(config, world)
     cores = cpu_share(world.local_world_size)
@@ -227,16 +223,13 @@ def open_loader(
     num_readers = config.data.readers
     if num_readers is None:
         num_readers = min(READERS, cores) if backend.device == "gpu" else 0
-    if num_readers == 0:
-        return backend, None
-    return backend, stack.enter_context(closing(ReaderPool(datasets, num_readers)))
+    readers = stack.enter_context(closing(ReaderPool(datasets, num_readers))) if num_readers else None
+    return Loader(backend, config.preprocessing, prefetch=config.data.prefetch, readers=readers)
 
 
-def log_hardware(
-    config: RunConfig, parts: StepParts, backend: ImageBackend, readers: ReaderPool | None
-) -> None:
+def log_hardware(config: RunConfig, parts: StepParts, loader: Loader) -> None:
     """Log what computes, decodes and reads, and how a batch is split."""
-    world = parts.world
+    world, backend, readers = parts.world, loader.backend, loader.readers
     rank_batch, micro_batch = batch_sizes(config, world)
     reading = f"{readers.num_processes} process(es)" if readers is not None else "threads"
     log.info(

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.datasets.dataset import Contents, Dataset
-from data_pipeline.loading.bad_files import FaultLog
-from data_pipeline.loading.prefetch import ImageBackend
-from data_pipeline.loading.readers import ReaderPool
+from data_pipeline.loader import Loader
 from train.checkpoints.background import AsyncCheckpointWriter, record_copies
 from train.checkpoints.format import Progress
 from train.checkpoints.write import Snapshot
@@ -32,7 +30,7 @@ class RunState:
 
     Attributes:
         data: which samples the splits "train" and "val" hold.
-        readers: processes that read files ahead, if any.
+        loader: makes the batches of both splits.
         folder: the run's folder; None on the ranks other than 0, which write nothing.
         writer: writes checkpoints; None on the ranks other than 0.
         micro_batch: most samples that this rank takes through the network at once.
@@ -50,9 +48,7 @@ class RunState:
     train_set: Dataset
     val_set: Dataset
     data: dict[str, Contents]
-    backend: ImageBackend
-    readers: ReaderPool | None
-    faults: FaultLog
+    loader: Loader
     folder: RunFolder | None
     writer: AsyncCheckpointWriter | None
     metrics_log: MetricsLog

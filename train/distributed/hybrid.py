@@ -40,7 +40,7 @@ def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, grou
     """Return how many samples each rank brings to each pass of a step through the sharded layers.
 
     The sizes are the same on all ranks. A rank has as many passes as micro-batches
-    (`data_pipeline.loader.train_batches`), and their number and size may differ between ranks. A rank with
+    (`data_pipeline.loader.Loader.train`), and their number and size may differ between ranks. A rank with
     fewer joins the first passes with no samples of its own, so that all share the last pass, in which DDP
     reduces the gradients.
 
