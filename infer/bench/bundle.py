@@ -90,7 +90,7 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
             config=config,
             classes=dataset.classes,
             metrics={},
-            parts={"model": network.state_dict()},
+            states={"model": network.state_dict()},
         ),
     )
     return next((run / "checkpoints").glob("step-*"))

@@ -99,9 +99,9 @@ def compare(world: World, *overrides: str) -> dict[str, Any]:
     for mode in ("ddp", "hybrid"):
         trainer = make(world, f"parallel={mode}", *overrides)
         losses = train(trainer)
-        assert trainer.average is not None
+        assert trainer.ema is not None
         tensors = gather_tensors(trainer.parallel, trainer.network.state_dict())
-        average = gather_tensors(trainer.parallel, trainer.average.values)
+        average = gather_tensors(trainer.parallel, trainer.ema.values)
         momenta = gather_optimizer_state(trainer.parallel, trainer.optimizer)["state"]
         states.append(
             {f"weight {name}": tensor.clone() for name, tensor in tensors.items()}

@@ -78,7 +78,7 @@ def checkpoint_folder(base: Path, model: str = "paper") -> Path:
                 config=config,
                 classes=CLASSES,
                 metrics={"top1": 0.5, "loss": 1.5},
-                parts={"model": network.state_dict()},
+                states={"model": network.state_dict()},
             ),
         )
     return folder

@@ -100,7 +100,7 @@ def test_other_training_images_end_a_resume_with_one_line(trained: tuple[Path, P
     assert len(list(run.parent.iterdir())) == 1
 
 
-def test_readable_names_reach_the_bundle_and_the_rows_and_ids_stay(
+def test_readable_names_reach_the_bundle_and_the_rows(
     trained: tuple[Path, Path, str], demo_data: Path, tmp_path: Path
 ) -> None:
     data, run, _ = trained

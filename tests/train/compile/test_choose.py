@@ -140,7 +140,7 @@ def test_fused_lrn_gradient_in_float64() -> None:
 
 
 @pytest.mark.usefixtures("no_compile_threads")
-def test_a_compiled_network_is_kept_only_where_it_is_faster_and_computes_the_same(
+def test_compiled_network_computes_the_same_and_stays_if_faster(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.0") for _ in range(2))

@@ -180,21 +180,21 @@ def test_a_recipe_trains_and_is_judged_in_a_small_form(
     config = make_config(name, SMALL, digits)
     with ExitStack() as stack, caplog.at_level(logging.INFO, "train"):
         world = stack.enter_context(open_world("cpu"))
-        session = build_run(config, tmp_path, "none", world, stack)
-        network = session.trainer.network
+        run = build_run(config, tmp_path, "none", world, stack)
+        network = run.parts.network
         before = {n: p.detach().clone() for n, p in network.named_parameters()}
-        batches = session.loader.train(
-            session.train_set, config.augment,
+        batches = run.loader.train(
+            run.train_set, config.augment,
             seed=config.seed, global_batch=8, micro_batch=4, num_steps=1,
         )  # fmt: skip
         with closing(batches):
-            metrics = train_step(session.trainer, next(by_step(batches)), 0.01, 0).reduce(world)
-        judged = evaluate_epoch(session, lambda *_, **__: None)
+            metrics = train_step(run.parts, next(by_step(batches)), 0.01, 0).reduce(world)
+        judged = evaluate_epoch(run)
     assert metrics.num_samples == 8 and 1 < metrics.loss < 200
-    assert session.trainer.guard.read().total == 0
+    assert run.parts.guard.read().total == 0
     assert judged.num_samples == 10 and judged.loss == judged.loss
     still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
     assert still == []
     assert describe_lr(config.schedule, 8) in caplog.messages
     averaged = "the average of the weights (ema_decay 0.999) is evaluated and exported" in caplog.messages
-    assert averaged is (session.trainer.average is not None) is (name == "tiny-imagenet-best")
+    assert averaged is (run.parts.ema is not None) is (name == "tiny-imagenet-best")

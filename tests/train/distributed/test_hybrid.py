@@ -1,4 +1,4 @@
-"""Fully connected layers split over ranks: the numbers of plain DDP, in parts.
+"""Fully connected layers sharded over ranks compute the numbers of plain DDP.
 
 `tests.train.test_main` has whole runs on 2 and 4 ranks, resumed in either mode. Here 3 ranks, among which
 4096 units and 25 samples do not divide, and which have 2, 2 and 3 micro-batches.
@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize(("case", "loss", "numbers"), [("bn", 1e-5, 1e-3), ("owt in bf16", 0.01, 0.1)])
-def test_losses_norms_weights_averages_and_momenta_are_those_of_plain_ddp(
+def test_losses_norms_weights_and_momenta_equal_plain_ddps(
     found: Found, case: str, loss: float, numbers: float
 ) -> None:
     for rank in found:

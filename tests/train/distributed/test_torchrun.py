@@ -1,11 +1,12 @@
-"""Options of `alexnet train` for several machines; tests/scripts/deploy/test_slurm.py runs two."""
+"""Options of `alexnet train` for ranks and machines; tests/scripts/deploy/test_slurm.py runs two."""
 
 from __future__ import annotations
 
 import pytest
 
 from data_pipeline.common.errors import UserError
-from train.distributed.torchrun import Rendezvous, make_rendezvous
+from train.config.load import make_config
+from train.distributed.torchrun import Rendezvous, choose_rank_count, make_rendezvous
 
 
 def test_machines_meet_at_one_place_under_one_name() -> None:
@@ -36,3 +37,12 @@ def test_machines_that_could_not_find_each_other_are_wrong_use(
     with pytest.raises(UserError) as caught:
         make_rendezvous(num_nodes, endpoint, run_id)
     assert message in str(caught.value)
+
+
+def test_nproc_takes_numbers_and_auto() -> None:
+    config = make_config("demo", ["device=cpu"])
+    assert choose_rank_count("auto", config) == 1
+    assert choose_rank_count("3", config) == 3
+    for wrong in ("0", "-1", "two", "1.5"):
+        with pytest.raises(UserError, match="a number above 0, or auto"):
+            choose_rank_count(wrong, config)

@@ -106,7 +106,7 @@ def gradients_of_samples(trainer: StepParts, batch: Batch) -> Iterator[Tensor]:
         yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double()
 
 
-def test_a_step_of_the_trainer_against_gradients_sample_by_sample(world: World) -> None:
+def test_train_step_against_gradients_sample_by_sample(world: World) -> None:
     """The engine's parts, a file that cannot be read among them, against the definition, to 1e-4."""
     config = make_config("demo", [*NOISY, "global_batch=12", "micro_batch=5"])
     batches = noise_batches([5, 5, 2])

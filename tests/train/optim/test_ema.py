@@ -62,7 +62,7 @@ def test_the_network_gets_its_own_weights_back_on_every_path() -> None:
     assert {value.unique().item() for value in average.values.values()} == {1.0}
 
 
-def test_a_saved_average_is_taken_over_and_a_missing_one_is_refused() -> None:
+def test_saved_average_is_restored_and_a_missing_one_refused() -> None:
     net = network()
     average, other = ModelEma(net, decay=0.9), ModelEma(network(), decay=0.9)
     other.load(average.values)

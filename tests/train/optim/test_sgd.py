@@ -190,7 +190,7 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradient(name: Any, form: F
         assert same == [bad] * 4
 
 
-def test_velocities_are_taken_over_and_the_rest_is_the_configurations() -> None:
+def test_velocities_are_restored_and_the_rest_is_configured() -> None:
     layer = nn.Linear(3, 2)
     optimizer = make_optimizer(layer, OptimizerConfig())
     layer(torch.ones(3)).sum().backward()
