@@ -136,7 +136,7 @@ def train(
     from train.config.load import make_config, to_json
     from train.distributed.torchrun import (
         choose_rank_count,
-        make_rendezvous,
+        rendezvous_options,
         run_torchrun,
         training_arguments,
     )
@@ -146,7 +146,7 @@ def train(
         click.echo(to_json(config))
         return
     arguments = training_arguments(**options, debug=debug)
-    rendezvous = make_rendezvous(nnodes, rdzv_endpoint, rdzv_id)
+    rendezvous = rendezvous_options(nnodes, rdzv_endpoint, rdzv_id)
     code = run_torchrun(choose_rank_count(nproc, config), arguments, max_restarts, rendezvous)
     if code:
         raise click.exceptions.Exit(code)

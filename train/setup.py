@@ -81,7 +81,7 @@ def build_run(
         log_hardware(config, parts, loader)
     if world.is_main and out is not None:
         log_training(config, train_set)
-        folder, writer = open_run_folder(config, out, start, step, stack)
+        folder, writer = open_run_folder(config, out, start, step, world.device, stack)
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
@@ -252,14 +252,14 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
 
 
 def open_run_folder(
-    config: RunConfig, out: Path, start: Start, step: int, stack: ExitStack
+    config: RunConfig, out: Path, start: Start, step: int, device: torch.device, stack: ExitStack
 ) -> tuple[RunFolder, AsyncCheckpointWriter]:
     """Make the run's folder, or bring an earlier run's back to a step, and start the checkpoint writer."""
     folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
     claim_run(folder, env_launch())
     log.info(f"run folder: {folder.path}")
     best = rewind(folder, step) if start.run is not None else None
-    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, folder.sync_rows)
+    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, device, folder.sync_rows)
     return folder, stack.enter_context(closing(writer))
 
 

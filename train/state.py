@@ -10,9 +10,8 @@ import torch
 
 from data_pipeline.datasets.dataset import Contents, Dataset
 from data_pipeline.loader import Loader
-from train.checkpoints.background import AsyncCheckpointWriter, record_copies
-from train.checkpoints.format import Progress
-from train.checkpoints.write import Snapshot
+from train.checkpoints.background import AsyncCheckpointWriter
+from train.checkpoints.format import Progress, Snapshot
 from train.config.schema import RunConfig
 from train.distributed.hybrid import gather_optimizer_state, gather_tensors
 from train.health.metrics import Metrics
@@ -112,5 +111,4 @@ def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
         metrics={name: value for name, value in figures.items() if math.isfinite(value)},
         progress=run.progress,
         states=run.writer.staging.copy(states),
-        wait_until_copied=record_copies(run.parts.world.device),
     )

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.checkpoints.format import Pointer, write_pointer
+from train.checkpoints.format import Pointer, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
 from train.checkpoints.safe_load import check_tensors, load_plain
-from train.checkpoints.write import Snapshot, save_checkpoint
+from train.checkpoints.write import save_checkpoint
 from train.config.load import decode_config
 from train.config.schema import RunConfig
 from train.optim.sgd import make_optimizer

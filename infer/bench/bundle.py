@@ -17,7 +17,8 @@ from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
 from infer.predict.decode import open_decoder, valid_images
 from train.bench.images import make_bench_folder, write_bench_images
-from train.checkpoints.write import Snapshot, save_checkpoint
+from train.checkpoints.format import Snapshot
+from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import Normalize, make_model
 

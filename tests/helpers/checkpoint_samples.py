@@ -11,8 +11,8 @@ import torch
 from data_pipeline.common.files import sha256_of
 from tests.helpers.ranks import TINY
 from train.checkpoints.background import AsyncCheckpointWriter
-from train.checkpoints.format import MANIFEST, STATE, Pointer
-from train.checkpoints.write import Snapshot, save_checkpoint
+from train.checkpoints.format import MANIFEST, STATE, Pointer, Snapshot
+from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.config.schema import RunConfig
 from train.models.alexnet import AlexNet, make_model
@@ -38,9 +38,9 @@ def small_snapshot(step: int, value: float = 1.0, top1: float | None = None) -> 
     )
 
 
-def make_writer(folder: RunFolder, best: Pointer | None = None) -> AsyncCheckpointWriter:
+def make_writer(folder: RunFolder, best: Pointer | None = None, device: str = "cpu") -> AsyncCheckpointWriter:
     """The writer of a run, which keeps the newest checkpoint and the best."""
-    return AsyncCheckpointWriter(folder.checkpoints, CONFIG, best, folder.sync_rows)
+    return AsyncCheckpointWriter(folder.checkpoints, CONFIG, best, torch.device(device), folder.sync_rows)
 
 
 def row(step: int) -> MetricsRow:

@@ -30,7 +30,8 @@ from infer.bundle.manifest import (
 )
 from infer.export.pipeline import export_model
 from infer.predict.inputs import find_inputs
-from train.checkpoints.write import Snapshot, save_checkpoint
+from train.checkpoints.format import Snapshot
+from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import make_model
 

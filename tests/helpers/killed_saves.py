@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from tests.helpers.checkpoint_samples import CONFIG, make_writer, row, small_snapshot
+from train.checkpoints.format import Snapshot
 from train.checkpoints.load import find_checkpoint, find_newest_intact, load_checkpoint, verify_checkpoint
 from train.checkpoints.retention import restore_replaced, saved_steps
-from train.checkpoints.write import Snapshot
 from train.runs.folder import RunFolder, create_run
 from train.runs.resume import rewind
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import SaveError
-from train.checkpoints.format import Pointer, write_pointer
+from train.checkpoints.format import Pointer, Snapshot, write_pointer
 from train.checkpoints.retention import prune_checkpoints
-from train.checkpoints.write import Snapshot, save_checkpoint
+from train.checkpoints.write import save_checkpoint
 from train.config.schema import RunConfig
 
 log = logging.getLogger("train")
@@ -28,14 +28,21 @@ class AsyncCheckpointWriter:
         folder: the run's `checkpoints/`.
         config: whose `keep_checkpoints` and `keep_every` decide which checkpoints stay.
         best: the checkpoint with the best validation top-1 so far.
+        device: from which snapshots are copied.
         before_write: called on the thread before each checkpoint; it may raise `SaveError`. It brings the
             rows so far to the disk, since a run that resumes from the checkpoint does not write them again.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, best: Pointer | None, before_write: Callable[[], None]
+        self,
+        folder: Path,
+        config: RunConfig,
+        best: Pointer | None,
+        device: torch.device,
+        before_write: Callable[[], None],
     ) -> None:
-        self.folder, self.config, self.best, self.before_write = folder, config, best, before_write
+        self.folder, self.config, self.best = folder, config, best
+        self.device, self.before_write = device, before_write
         self.staging = PinnedStaging()
         self.failure: str | None = None
         """Error of the last failed write, None after a successful one. Up to date only after `wait()`."""
@@ -63,16 +70,26 @@ class AsyncCheckpointWriter:
             log.warning(f"training was held up for {time.monotonic() - started:.1f} s by the disk")
 
     def start(self, snapshot: Snapshot) -> None:
-        """Write a snapshot in the background. Call `wait` before taking it: nothing may be in flight."""
+        """Write a snapshot in the background. Call `wait` before taking it: nothing may be in flight.
+
+        Args:
+            snapshot: in memory of `staging`, to which copies may still be under way.
+        """
         assert self._in_flight is None
-        self._in_flight = snapshot.step, self._thread.submit(self._write, snapshot)
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(torch.cuda.current_stream(self.device))
+        self._in_flight = snapshot.step, self._thread.submit(self._write, snapshot, copied)
 
     def close(self) -> None:
         """Finish the write in flight, on every path: it may be the newest checkpoint of the run."""
         self._thread.shutdown(wait=True)
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, copied: torch.cuda.Event | None = None) -> None:
         """Write on the thread: first the checkpoint, then the pointers to it, then remove older ones."""
+        if copied is not None:
+            copied.synchronize()
         top1 = snapshot.metrics.get("top1")
         try:
             self.before_write()
@@ -113,8 +130,7 @@ class PinnedStaging:
     def copy(self, value: Any, *path: object) -> Any:
         """Copy nested dicts and lists, with all tensors in the host's memory.
 
-        Copies from a GPU are asynchronous: they are ordered before whatever training does next on the
-        stream, and `record_copies` gives a wait for their end.
+        Copies from a GPU are asynchronous, and ordered before whatever training does next on the stream.
 
         Args:
             value: nested dicts, lists and tuples of tensors and plain values.
@@ -132,12 +148,3 @@ class PinnedStaging:
         if isinstance(value, list | tuple):
             return type(value)(self.copy(inner, *path, number) for number, inner in enumerate(value))
         return value
-
-
-def record_copies(device: torch.device) -> Callable[[], None]:
-    """Record an event behind the copies issued so far; returns a wait for it, for any thread."""
-    if device.type != "cuda":
-        return lambda: None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event.synchronize

@@ -7,6 +7,7 @@ runs/<run>/checkpoints/{best,last}.json             {"step": 1234, "top1": 0.5}
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import read_small, write_json
 from data_pipeline.datasets.dataset import Contents
-from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.safe_load import check_tensors
+from train.config.schema import RunConfig
 from train.health.flat_loss import FlatLoss
 
 FORMAT = 1
@@ -63,6 +64,31 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     flat_loss: FlatLoss = FlatLoss()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The state of a run at one step.
+
+    Attributes:
+        step, epoch: optimiser steps and epochs finished.
+        samples_seen: training samples used, which is the position in the data stream.
+        metrics: of the validation split at this step; empty inside an epoch.
+        states: the `state_dict` of each of `COMPONENTS`, on the CPU; a missing one is saved as empty.
+        labels_text: names of the classes for people; empty where the data had none.
+        data: which samples the splits "train" and "val" held; empty in imported weights.
+    """
+
+    step: int
+    epoch: int
+    samples_seen: int
+    config: RunConfig
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+    states: dict[str, dict[str, Any]]
+    progress: Progress = field(default_factory=Progress)
+    labels_text: tuple[str, ...] = ()
+    data: dict[str, Contents] = field(default_factory=dict)
+
+
 class OptimizerState(msgspec.Struct, frozen=True):
     """Schema of `torch.optim.SGD.state_dict`."""
 
@@ -86,14 +112,13 @@ class RowState(msgspec.Struct, frozen=True):
 
 
 class CheckpointPayload(msgspec.Struct, frozen=True, kw_only=True):
-    """Schema of `state.pt`; `write.Snapshot` has the meaning of each field."""
+    """Schema of `state.pt`: a `Snapshot` without metrics, each state under its own name."""
 
     step: int
     epoch: int
     samples_seen: int
     config: dict[str, Any]
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
     model: dict[str, Tensor]
     average: dict[str, Tensor]
     optimizer: dict[str, Any]

@@ -6,7 +6,6 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
-from data_pipeline.datasets.dataset import Contents
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.format import (
     COMPONENTS,
@@ -23,7 +21,7 @@ from train.checkpoints.format import (
     CheckpointPayload,
     Manifest,
     Pointer,
-    Progress,
+    Snapshot,
     Weights,
     read_manifest,
     read_pointer,
@@ -31,40 +29,28 @@ from train.checkpoints.format import (
 from train.checkpoints.retention import saved_steps, step_folder
 from train.checkpoints.safe_load import load_plain
 from train.config.load import decode_config
-from train.config.schema import ModelConfig, RunConfig
+from train.config.schema import ModelConfig
 from train.models.alexnet import AlexNet, count_hidden_weights, make_model
 
 log = logging.getLogger("train")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint in memory, on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Snapshot):
+    """A verified checkpoint in memory.
 
     Attributes:
         folder: the step's folder.
         sha256: of `state.pt`; exported models carry it.
-        step, epoch: optimiser steps and epochs finished.
-        samples_seen: training samples used, which is the position in the data stream.
-        metrics: of the validation split at this step.
-        states: the `state_dict` of each of `COMPONENTS`.
-        labels_text: names of the classes for people; empty where the data had none.
-        data: which samples the splits "train" and "val" held; empty in imported weights.
     """
 
     folder: Path
     sha256: str
-    step: int
-    epoch: int
-    samples_seen: int
-    config: RunConfig
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    metrics: dict[str, float]
-    states: dict[str, dict[str, Any]]
-    progress: Progress
-    labels_text: tuple[str, ...]
-    data: dict[str, Contents]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing that the weights were trained with."""
+        return self.config.preprocessing
 
     @property
     def model_state(self) -> dict[str, Tensor]:
@@ -174,7 +160,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             samples_seen=payload.samples_seen,
             config=decode_config(payload.config),
             classes=payload.classes,
-            preprocessing=payload.preprocessing,
             metrics=manifest.metrics,
             states={name: state[name] for name in COMPONENTS},
             progress=payload.progress,

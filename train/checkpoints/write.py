@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import msgspec
 import torch
@@ -15,35 +13,8 @@ from torch.utils.serialization import config as serialization
 
 from data_pipeline.common.errors import SaveError
 from data_pipeline.common.files import fsync_path, write_json
-from data_pipeline.datasets.dataset import Contents
-from train.checkpoints.format import COMPONENTS, FORMAT, MANIFEST, STATE, Manifest, Progress
+from train.checkpoints.format import COMPONENTS, FORMAT, MANIFEST, STATE, Manifest, Snapshot
 from train.checkpoints.retention import REPLACED, WRITING, step_folder
-from train.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a run at one step, as a checkpoint holds it, unaffected by training that continues.
-
-    Attributes:
-        states: the `state_dict` of each of `COMPONENTS` that there is, on the CPU, in memory that does not
-            change until the snapshot is written.
-        wait_until_copied: returns when `states` are complete; copies from a GPU are asynchronous.
-
-    The other fields are those of `train.checkpoints.load.Checkpoint`.
-    """
-
-    step: int
-    epoch: int
-    samples_seen: int
-    config: RunConfig
-    classes: tuple[str, ...]
-    metrics: dict[str, float]
-    states: dict[str, dict[str, Any]]
-    progress: Progress = field(default_factory=Progress)
-    labels_text: tuple[str, ...] = ()
-    data: dict[str, Contents] = field(default_factory=dict)
-    wait_until_copied: Callable[[], None] = lambda: None
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -58,7 +29,6 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """
     final = step_folder(folder, snapshot.step)
     temporary, replaced = folder / f"{WRITING}{final.name}", folder / f"{REPLACED}{final.name}"
-    snapshot.wait_until_copied()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,7 +61,6 @@ def _write_state(path: Path, snapshot: Snapshot) -> Manifest:
         "classes": list(snapshot.classes),
         "labels_text": list(snapshot.labels_text),
         "data": msgspec.to_builtins(snapshot.data),
-        "preprocessing": msgspec.to_builtins(snapshot.config.preprocessing),
     }
     with path.open("wb") as file:
         hashing = _HashingFile(file)

@@ -52,31 +52,13 @@ def env_launch() -> Launch | None:
     )
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the torchruns of several machines meet; the same on all of them.
+def rendezvous_options(num_nodes: str, endpoint: str | None, run_id: str | None) -> list[str]:
+    """Build torchrun's options for the place where the torchruns of all machines meet.
 
-    Attributes:
+    Args:
         num_nodes: number of machines: `2`, or `1:4` where they may come and go.
-        endpoint: `HOST[:PORT]` of one of them, which hosts the store.
-        run_id: name of this launch.
-    """
-
-    num_nodes: str
-    endpoint: str
-    run_id: str
-
-    def options(self) -> list[str]:
-        """Format as torchrun's options."""
-        return [
-            f"--nnodes={self.num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
-            f"--rdzv-id={self.run_id}",
-        ]  # fmt: skip
-
-
-def make_rendezvous(num_nodes: str, endpoint: str | None, run_id: str | None) -> Rendezvous | None:
-    """Build the rendezvous from the options of `alexnet train`; None where there is a single machine.
-
+        endpoint: `HOST[:PORT]` of one of them, which hosts the store; None for a single machine.
+        run_id: name of this launch, the same on all machines; None for a single machine.
     Raises:
         UserError: options with which the machines could not meet.
     """
@@ -86,13 +68,16 @@ def make_rendezvous(num_nodes: str, endpoint: str | None, run_id: str | None) ->
     if most and int(most) < int(least):
         raise UserError(f"--nnodes {num_nodes}: the largest number is below the smallest")
     if endpoint is None and run_id is None and num_nodes == "1":
-        return None
+        # Both, since torchrun fills in missing options from variables that a cluster may have set (PET_…).
+        return ["--standalone", "--nnodes=1"]
     if endpoint is None or not run_id or run_id == "none":
         raise UserError(
             "several machines meet at --rdzv-endpoint HOST:PORT, under a name of this launch, --rdzv-id; "
             "give both, and the same on every machine"
         )
-    return Rendezvous(num_nodes, endpoint, run_id)
+    return [
+        f"--nnodes={num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}",
+    ]  # fmt: skip
 
 
 def choose_rank_count(wanted: str, config: RunConfig) -> int:
@@ -115,7 +100,7 @@ def choose_rank_count(wanted: str, config: RunConfig) -> int:
 
 
 def run_torchrun(
-    num_ranks: int, arguments: Sequence[str], max_restarts: int = 0, rendezvous: Rendezvous | None = None
+    num_ranks: int, arguments: Sequence[str], max_restarts: int, rendezvous: Sequence[str]
 ) -> int:
     """Run `train.main` under torchrun on this machine.
 
@@ -123,7 +108,7 @@ def run_torchrun(
         num_ranks: processes to start here.
         arguments: of `train.main`.
         max_restarts: how often all ranks are restarted after one of them fails.
-        rendezvous: with other machines; None where there are none.
+        rendezvous: from `rendezvous_options`.
     Returns:
         0, or the exit code of the rank that failed first; a rank has logged why by then.
     """
@@ -134,10 +119,8 @@ def run_torchrun(
 
     # torchrun would choose 1 and warn about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_share(num_ranks)))
-    # All of them, since torchrun fills in missing ones from variables that a cluster may have set (PET_…).
-    meeting = rendezvous.options() if rendezvous is not None else ["--standalone", "--nnodes=1"]
     options = [
-        *meeting, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
+        *rendezvous, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
         f"--signals-to-handle={SIGNALS}", "-m", "train.main", *arguments,
     ]  # fmt: skip
     # torchrun's own log repeats the rank's error, around a traceback of torchrun itself.

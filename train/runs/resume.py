@@ -117,24 +117,24 @@ def claim_run(folder: RunFolder, launch: Launch | None) -> None:
     Raises:
         SaveError: the disk is full, or cannot be written to.
     """
-    if launch is None:
-        return
     try:
-        write_json(folder.path / FILE, LaunchRecord(run_id=launch.run_id, launcher=launch.launcher))
+        _write_record(folder, launch, ended=None)
     except OSError as error:
         raise SaveError(f"{folder.path / FILE} could not be written: {error.strerror}") from error
 
 
 def end_run(folder: RunFolder, launch: Launch | None, error: InterruptedRunError | DivergedError) -> None:
     """Record that the run ended, so that a restart of the ranks does not try again."""
-    if launch is None:
-        return
-    ended = Ended(exit_code=error.exit_code, message=str(error))
-    record = LaunchRecord(run_id=launch.run_id, launcher=launch.launcher, ended=ended)
     try:
-        write_json(folder.path / FILE, record)
+        _write_record(folder, launch, Ended(exit_code=error.exit_code, message=str(error)))
     except OSError as failure:
         log.error(f"{folder.path / FILE} could not be written ({failure.strerror}): a restart will try again")
+
+
+def _write_record(folder: RunFolder, launch: Launch | None, ended: Ended | None) -> None:
+    if launch is not None:
+        record = LaunchRecord(run_id=launch.run_id, launcher=launch.launcher, ended=ended)
+        write_json(folder.path / FILE, record)
 
 
 def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:

@@ -14,22 +14,23 @@ import pytest
 import torch
 
 from tests.helpers.checkpoint_samples import CONFIG, make_writer, small_snapshot
-from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging, record_copies
+from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging
 from train.checkpoints.format import Pointer, read_pointer
 from train.checkpoints.load import load_checkpoint
 from train.checkpoints.retention import saved_steps
-from train.checkpoints.write import Snapshot
 from train.runs.folder import create_run
 
 
-def hold_back(snapshot: Snapshot) -> tuple[Snapshot, threading.Event]:
-    """The same snapshot, in flight as on a slow disk until the event is set."""
-    event = threading.Event()
+def hold_back(writer: AsyncCheckpointWriter) -> threading.Event:
+    """Keep the next checkpoint in flight, as on a slow disk, until the event is set."""
+    event, before_write = threading.Event(), writer.before_write
 
     def wait() -> None:
         assert event.wait(60)
+        before_write()
 
-    return dataclasses.replace(snapshot, wait_until_copied=wait), event
+    writer.before_write = wait
+    return event
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def test_pointers_and_removals_wait_for_the_checkpoint(
     writer.start(small_snapshot(1, top1=0.5))
     writer.wait()
     assert sorted(p.name for p in folder.iterdir()) == ["best.json", "last.json", "step-00000001"]
-    snapshot, go_on = hold_back(small_snapshot(2, top1=0.75))
-    writer.start(snapshot)
+    go_on = hold_back(writer)
+    writer.start(small_snapshot(2, top1=0.75))
     assert sorted(p.name for p in folder.iterdir()) == ["best.json", "last.json", "step-00000001"]
     assert (
         read_pointer(folder / "best.json") == read_pointer(folder / "last.json") == Pointer(step=1, top1=0.5)
@@ -65,9 +66,8 @@ def test_pointers_and_removals_wait_for_the_checkpoint(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_snapshot_does_not_change_while_training_continues(
-    writer: AsyncCheckpointWriter, device: str
-) -> None:
+def test_snapshot_does_not_change_while_training_continues(tmp_path: Path, device: str) -> None:
+    writer = make_writer(create_run(tmp_path, CONFIG), device=device)
     weight = torch.randn(4, 3, 11, 11, device=device).to(memory_format=torch.channels_last)
     moments: dict[str, Any] = {
         "state": {0: {"momentum_buffer": weight.clone()}},
@@ -76,12 +76,10 @@ def test_snapshot_does_not_change_while_training_continues(
     expected = weight.cpu().clone(memory_format=torch.preserve_format)
     for step in (1, 2):  # the second time, into the same memory
         states = writer.staging.copy({"model": {"weight": weight}, "optimizer": moments})
-        wait = record_copies(weight.device)
-        snapshot, go_on = hold_back(dataclasses.replace(small_snapshot(step), states=states))
-        writer.start(snapshot)
+        go_on = hold_back(writer)
+        writer.start(dataclasses.replace(small_snapshot(step), states=states))
         weight.add_(1)
         moments["param_groups"][0]["lr"] = 0.25
-        wait()
         go_on.set()
         writer.wait()
         found = load_checkpoint(writer.folder / f"step-0000000{step}")
@@ -89,6 +87,7 @@ def test_snapshot_does_not_change_while_training_continues(
         assert found.model_state["weight"].stride() == expected.stride()
         assert found.states["optimizer"]["param_groups"][0]["lr"] == (0.5 if step == 1 else 0.25)
         expected += 1
+    writer.close()
 
 
 def test_staging_reuses_memory_unless_the_shape_changed() -> None:
@@ -104,8 +103,8 @@ def test_staging_reuses_memory_unless_the_shape_changed() -> None:
 def test_second_checkpoint_waits_for_the_first_and_logs_it(
     writer: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    snapshot, go_on = hold_back(small_snapshot(50))
-    writer.start(snapshot)
+    go_on = hold_back(writer)
+    writer.start(small_snapshot(50))
     timer = threading.Timer(0.2, go_on.set)
     timer.start()
     writer.wait("step 100")
@@ -121,8 +120,8 @@ def test_second_checkpoint_waits_for_the_first_and_logs_it(
 def test_close_waits_for_the_checkpoint_in_flight(tmp_path: Path) -> None:
     folder = create_run(tmp_path, CONFIG)
     with closing(make_writer(folder)) as writer:
-        snapshot, go_on = hold_back(small_snapshot(7))
-        writer.start(snapshot)
+        go_on = hold_back(writer)
+        writer.start(small_snapshot(7))
         timer = threading.Timer(0.1, go_on.set)
         timer.start()
     timer.join()
@@ -155,7 +154,8 @@ def test_unexpected_error_reaches_the_training_thread(writer: AsyncCheckpointWri
     def fail() -> None:
         raise ArithmeticError("nobody foresaw this")
 
-    writer.start(dataclasses.replace(small_snapshot(1), wait_until_copied=fail))
+    writer.before_write = fail
+    writer.start(small_snapshot(1))
     with pytest.raises(ArithmeticError, match="nobody foresaw this"):
         writer.wait()
     writer.wait()

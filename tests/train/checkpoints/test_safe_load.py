@@ -178,7 +178,7 @@ def test_a_network_is_not_built_before_its_weights_are_as_large(folder: Path) ->
             "preprocessing.resize_px=4096",
         ],
     )
-    large = dataclasses.replace(checkpoint, config=config, preprocessing=config.preprocessing)
+    large = dataclasses.replace(checkpoint, config=config)
     with pytest.raises(
         UserError, match="its fully connected layers have 9 weights, those of its configuration"
     ):

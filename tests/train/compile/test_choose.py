@@ -20,7 +20,7 @@ from data_pipeline.loading.prefetch import Batch
 from tests.helpers.ranks import run_command
 from train.bench.flops import count_flops
 from train.bench.train import make_ratios, make_specs
-from train.compile.choose import compile_step, count_numbers, maybe_compile, prepare_lrn
+from train.compile.choose import compile_step, count_elements, maybe_compile, prepare_lrn
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
@@ -99,7 +99,7 @@ def test_both_forms_of_the_window_sum_are_the_same() -> None:
 def test_fused_lrn_computes_what_the_eager_one_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
     trainer = small_trainer(world, "model.name=paper", "precision=bf16")
     arguments: dict[str, Any] = {"crop_px": 32, "precision": trainer.precision, "world": world}
-    numbers = count_numbers(trainer.network, 32)
+    numbers = count_elements(trainer.network, 32)
     assert numbers == sum(c * side**2 for c, side in ((96, 26), (256, 12)))
     with caplog.at_level(logging.INFO, "train"):
         prepare_lrn(trainer.network, "auto", num_images=1000, **arguments)
