@@ -69,7 +69,7 @@ def evaluate(
         images_NHWC, labels_N, valid_N = to_device(batch, world.device)
         views = images_NHWC.shape[1:-3]
         with precision.autocast():
-            # `forward` bypasses a compiled call, which would compile anew for every size of batch.
+            # `forward` bypasses a compiled call, which would recompile for every batch size.
             logits_NC = network.forward(normalize(images_NHWC.flatten(0, len(views)))).float()
         if views:
             logits_NC = average_views(logits_NC, views[0])

@@ -114,7 +114,7 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after a step; the same on all ranks."""
+    """Row, checkpoint and poll that are due after a step; the same on all ranks."""
 
     row: bool
     checkpoint: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from train.config.schema import RunConfig
 from train.distributed.torchrun import env_launch
 from train.distributed.world import env_rank, open_world
 from train.health.metrics import Metrics
-from train.health.signals import remember_signals
+from train.health.signals import Interrupt
 from train.loop import run_epochs
 from train.runs.resume import end_run
 from train.setup import build_run
@@ -43,9 +43,9 @@ EXPECTED_ERRORS = (UserError, CorruptFileError, DivergedError, SaveError, Interr
 """Errors that are logged as one line, without a traceback."""
 
 MAIN_RANK_FIRST_S = 5.0
-"""So long the other ranks keep an error to themselves. Most errors meet every rank alike: rank 0 logs its own
-and exits, and torchrun then ends the others within this time. An error of one rank alone is logged after it.
-No collective can replace the wait: after an error the ranks need not be at the same one."""
+"""Seconds for which the other ranks hold back an error. Most errors occur on every rank: rank 0 logs its own,
+exits, and torchrun ends the others within this time. An error of one rank alone is logged after it. No
+collective can replace the wait: after an error the ranks need not be at the same one."""
 
 DEMO_NOTE = ", the embedded handwritten digits"
 
@@ -59,7 +59,7 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
     with ExitStack() as stack:
-        interrupt = stack.enter_context(remember_signals())  # closed last: it ignores a second signal
+        interrupt = stack.enter_context(closing(Interrupt()))  # closed last: it ignores a second signal
         world = stack.enter_context(open_world(config.device, config.timeout_s))
         run = build_run(config, out, resume, world, stack, interrupt)
         started = time.monotonic()

@@ -29,7 +29,7 @@ from train.evaluate import EVAL_BATCH
 from train.health.metrics import TOP_K
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
-from train.health.signals import Interrupt, remember_signals
+from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
@@ -85,7 +85,7 @@ def build_run(
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
-    interrupt = interrupt or stack.enter_context(remember_signals())
+    interrupt = interrupt or stack.enter_context(closing(Interrupt()))
     interrupt.listen()
     return RunState(
         config=config,

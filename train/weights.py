@@ -107,7 +107,7 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         classes, labels_text = named
     classes = classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
-        raise UserError(f"{path} tells {num_classes} classes apart, and {len(classes)} names were given")
+        raise UserError(f"{path} has {num_classes} classes, and {len(classes)} names were given")
     model = make_model_with(config.model, weights, num_classes, config.preprocessing.crop_px, path)
     optimizer, folder = make_optimizer(model, config.optimizer), create_run(out, config)
     saved = save_checkpoint(

@@ -56,7 +56,7 @@ def test_torchvisions_weights_come_in_and_go_out(tmp_path: Path) -> None:
     export_weights(imported, tmp_path / "out.pth", "torchvision")
     fresh = torchvision.models.alexnet(num_classes=7)
     fresh.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
-    with pytest.raises(UserError, match="tells 7 classes apart, and 2 names were given"):
+    with pytest.raises(UserError, match="has 7 classes, and 2 names were given"):
         import_weights(tmp_path / "in.pth", tmp_path / "runs", ("a", "b"))
 
 

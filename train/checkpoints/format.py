@@ -1,4 +1,4 @@
-"""The files of a checkpoint and their schemas.
+"""The files of a checkpoint, and their schemas.
 
 runs/<run>/checkpoints/step-00001234/state.pt       model, optimizer, scaler, position, configuration
                                     /manifest.json  sha256 and size of state.pt, step, metrics

@@ -1,4 +1,4 @@
-"""Reading files of `torch.save` that may come from a stranger.
+"""Loads files of `torch.save` from untrusted sources.
 
 Nothing in such a file is executed, and nothing in it can allocate more memory than the file has bytes.
 """

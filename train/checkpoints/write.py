@@ -1,4 +1,4 @@
-"""Writing a checkpoint so that it is whole or does not exist. No collectives: any thread may do it."""
+"""Writes a checkpoint so that it is complete or absent. No collectives: any thread may do it."""
 
 from __future__ import annotations
 

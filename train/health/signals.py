@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 from train.distributed.world import World
@@ -20,7 +18,10 @@ FLAG = "stop"
 
 
 class Interrupt:
-    """Remembers the first signal to this process, and schedules when the ranks agree on whether to stop."""
+    """Remembers the first signal to this process, and schedules when the ranks agree on whether to stop.
+
+    Only the main thread of a process can install handlers.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -43,7 +44,7 @@ class Interrupt:
                 continue  # under nohup a closing terminal must not stop the run
             self._before[number] = signal.signal(number, remember)
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Restore the handlers from before `listen`."""
         while self._before:
             signal.signal(*self._before.popitem())
@@ -71,13 +72,3 @@ class Interrupt:
             world.set_flag(FLAG)
             self._flag_is_set = True
         return bool(self) or world.flag_is_set(FLAG)
-
-
-@contextmanager
-def remember_signals() -> Iterator[Interrupt]:
-    """Make an `Interrupt`, and restore the handlers at the end. Only the main thread can install handlers."""
-    interrupt = Interrupt()
-    try:
-        yield interrupt
-    finally:
-        interrupt.restore()

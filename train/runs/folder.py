@@ -18,7 +18,7 @@ from train.config.schema import RunConfig
 class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `metrics.jsonl`. `top1` and `top5` are fractions; `images_per_s` is over all ranks.
 
-    `skipped` steps changed nothing, and their samples are not counted. What is not finite is null.
+    `skipped` steps changed nothing, and their samples are not counted. NaN and infinity are null.
     With `log_noise_scale`, training rows have `grad_square` and `grad_trace`, estimates of |G|² and tr(S)
     over the row's steps, and `noise_scale`, the ratio of their moving averages, in samples.
     """

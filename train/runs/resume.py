@@ -1,7 +1,7 @@
 """Resuming: which run and checkpoint a start continues, and how a run is brought back to a step.
 
 Ranks that torchrun restarts (`--max-restarts`) resume the run that they began: runs/<run>/launch.json names
-the torchrun that works on a run, and how the run ended where another try would end alike.
+the torchrun that works on a run, and the error that ended it, if another try would end with the same.
 """
 
 from __future__ import annotations
@@ -231,9 +231,7 @@ def rewind(folder: RunFolder, step: int) -> Pointer | None:
         else:
             write_pointer(folder.checkpoints, "best", best)
     except OSError as error:
-        raise SaveError(
-            f"{folder.path} cannot be gone on with: {error.filename}: {error.strerror}"
-        ) from error
+        raise SaveError(f"{folder.path} cannot be resumed: {error.filename}: {error.strerror}") from error
     if superseded:
         log.info(
             f"{len(superseded)} checkpoint(s) after step {step} are set aside until the next one is written"

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import closing
 from functools import partial
 
 import pytest
 
 from train.distributed.world import open_world
-from train.health.signals import POLL_S, remember_signals
+from train.health.signals import POLL_S, Interrupt
 
 
 def test_ranks_poll_about_every_three_seconds() -> None:
-    with open_world("cpu") as world, remember_signals() as interrupt:
+    with open_world("cpu") as world, closing(Interrupt()) as interrupt:
         assert interrupt.is_due(1), "the first step is a time to ask: nobody knows yet how long one takes"
         assert not interrupt.poll(world, 1)
         for step_s, steps_between in ((10.0, 1), (0.1, 30), (POLL_S / 300, 300)):
@@ -31,7 +32,7 @@ def test_first_signal_is_remembered_while_listening(
 ) -> None:
     request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))  # nohup, say
     before = [signal.getsignal(n) for n in (signal.SIGTERM, number)]
-    with open_world("cpu") as world, remember_signals() as interrupt:
+    with open_world("cpu") as world, closing(Interrupt()) as interrupt:
         assert [signal.getsignal(n) for n in (signal.SIGTERM, number)] == before
         interrupt.listen()
         assert not interrupt.check_flag(world)
@@ -46,7 +47,7 @@ def test_first_signal_is_remembered_while_listening(
 def test_nohup_stays_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with remember_signals() as interrupt:
+        with closing(Interrupt()) as interrupt:
             interrupt.listen()
             os.kill(os.getpid(), signal.SIGHUP)
             assert interrupt.received is None
