@@ -13,6 +13,7 @@ import msgspec
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loading.prefetch import Batch
+from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate
 from train.health.metrics import Metrics
@@ -63,7 +64,7 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         global_batch=config.global_batch,
         rank=world.rank,
         world_size=world.world_size,
-        micro_batch=run.micro_batch,
+        micro_batch=micro_batch_size(config, world),
         start_step=run.step,
         num_steps=num_steps,
     )

@@ -21,7 +21,7 @@ from train.checkpoints.format import Progress
 from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.schema import READERS, RunConfig
-from train.distributed.ddp import batch_sizes, describe_parallel, make_parallel
+from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, rank_batch_size
 from train.distributed.hybrid import shard_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
 from train.distributed.world import World, cpu_share
@@ -60,8 +60,7 @@ def build_run(
         out: folder in which the run's folder is made, or looked for; None for steps that leave no files.
         resume: see `train.runs.resume.choose_start`.
         stack: closes what must be closed.
-        interrupt: remembers signals from the end of this call on; before that there is nothing to save, and
-            a signal ends the process. None to make one.
+        interrupt: listens from the end of this call on, when there is a state to save; None to make one.
     Raises:
         UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
     """
@@ -76,16 +75,17 @@ def build_run(
     step = checkpoint.step if checkpoint is not None else 0
     parts = make_step_parts(config, train_set, world, checkpoint)
     loader = open_loader(config, world, (train_set, val_set), stack)
-    folder = writer = None
     if world.is_main:
         log_hardware(config, parts, loader)
+    folder = writer = None
     if world.is_main and out is not None:
         log_training(config, train_set)
         folder, writer = open_run_folder(config, out, start, step, world.device, stack)
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
-    interrupt = interrupt or stack.enter_context(closing(Interrupt()))
+    if interrupt is None:
+        interrupt = stack.enter_context(closing(Interrupt()))
     interrupt.listen()
     return RunState(
         config=config,
@@ -99,7 +99,6 @@ def build_run(
         metrics_log=MetricsLog(folder, step, num_steps, noise=config.log_noise_scale),
         abort=AbortPolicy(config, train_set, folder, writer.wait if writer is not None else lambda: None),
         interrupt=interrupt,
-        micro_batch=batch_sizes(config, world)[1],
         steps_per_epoch=num_steps,
         row=row,
         progress=checkpoint.progress if checkpoint is not None else Progress(),
@@ -183,7 +182,7 @@ def make_noise_meter(network: AlexNet, config: RunConfig, world: World) -> Noise
     Raises:
         UserError: each batch is a single part, of which no variance can be measured.
     """
-    _, micro_batch = batch_sizes(config, world)
+    micro_batch = micro_batch_size(config, world)
     if world.world_size == 1 and micro_batch == config.global_batch:
         raise UserError(
             "log_noise_scale compares the gradients of a batch's parts, and here a batch is one part: use "
@@ -209,14 +208,13 @@ def open_loader(
     config: RunConfig, world: World, datasets: tuple[Dataset, Dataset], stack: ExitStack
 ) -> Loader:
     """Open the decoder, and the processes that read files for it, if any."""
-    _, micro_batch = batch_sizes(config, world)
     cores = cpu_share(world.local_world_size)
     backend = make_backend(
         config.data.backend,
         device="gpu" if world.device.type == "cuda" and config.data.backend != "pillow" else "cpu",
         device_id=world.local_rank,
         preprocessing=config.preprocessing,
-        max_batch=max(micro_batch, EVAL_BATCH),
+        max_batch=max(micro_batch_size(config, world), EVAL_BATCH),
         num_threads=config.data.threads or cores,
     )
     stack.enter_context(closing(backend))
@@ -230,12 +228,12 @@ def open_loader(
 def log_hardware(config: RunConfig, parts: StepParts, loader: Loader) -> None:
     """Log what computes, decodes and reads, and how a batch is split."""
     world, backend, readers = parts.world, loader.backend, loader.readers
-    rank_batch, micro_batch = batch_sizes(config, world)
+    micro_batch = micro_batch_size(config, world)
     reading = f"{readers.num_processes} process(es)" if readers is not None else "threads"
     log.info(
         f"{world.world_size} rank(s) on {world.device_name}, {parts.precision.name} "
         f"({parts.precision.reason}), {backend.name} decoding on the {backend.device}, {reading} reading; "
-        f"batch {config.global_batch} in {math.ceil(rank_batch / micro_batch)} pass(es) "
+        f"batch {config.global_batch} in {math.ceil(rank_batch_size(config, world) / micro_batch)} pass(es) "
         f"of up to {micro_batch} a rank"
     )
     if config.parallel != "ddp" or config.compress != "none":
@@ -276,5 +274,5 @@ def compile_network(config: RunConfig, parts: StepParts, num_images: int, folder
     )
     if config.compile:
         run = folder.path if folder is not None else None
-        _, micro_batch = batch_sizes(config, parts.world)
+        micro_batch = micro_batch_size(config, parts.world)
         maybe_compile(parts.parallel, micro_batch, crop_px, parts.precision, parts.world, run)

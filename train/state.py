@@ -32,7 +32,6 @@ class RunState:
         loader: makes the batches of both splits.
         folder: the run's folder; None on the ranks other than 0, which write nothing.
         writer: writes checkpoints; None on the ranks other than 0.
-        micro_batch: most samples that this rank takes through the network at once.
         interrupt: remembers a signal that asked this rank to stop.
         row: counts since the last training row.
         progress: the run's history, which is the same on all ranks.
@@ -53,7 +52,6 @@ class RunState:
     metrics_log: MetricsLog
     abort: AbortPolicy
     interrupt: Interrupt
-    micro_batch: int
     steps_per_epoch: int
     row: RunningMetrics
     progress: Progress

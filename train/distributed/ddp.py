@@ -14,10 +14,15 @@ from train.distributed.world import World
 from train.models.alexnet import AlexNet
 
 
-def batch_sizes(config: RunConfig, world: World) -> tuple[int, int]:
-    """Return the samples of a step on the rank that has most, and the most it takes through at once."""
-    rank_batch = -(-config.global_batch // world.world_size)
-    return rank_batch, min(config.micro_batch or rank_batch, rank_batch)
+def rank_batch_size(config: RunConfig, world: World) -> int:
+    """Return the samples of a step on the rank that has most."""
+    return -(-config.global_batch // world.world_size)
+
+
+def micro_batch_size(config: RunConfig, world: World) -> int:
+    """Return the most samples that a rank takes through the network at once."""
+    rank_batch = rank_batch_size(config, world)
+    return min(config.micro_batch or rank_batch, rank_batch)
 
 
 def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel:
@@ -29,7 +34,6 @@ def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel
     Raises:
         UserError: more ranks than hidden units to split.
     """
-    _, micro_batch = batch_sizes(config, world)
     if config.parallel == "hybrid" and world.world_size > 1:
         if config.model.hidden_units < world.world_size:
             raise UserError(
@@ -37,6 +41,7 @@ def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel
                 "ranks: use parallel=ddp"
             )
         group_size = PAIR_SIZE if config.augment.mixes else 1
+        micro_batch = micro_batch_size(config, world)
         sizes = micro_batch_sizes(config.global_batch, world.world_size, micro_batch, group_size)
         return HybridParallel(network, world, sizes)
     parallel = DistributedDataParallel(

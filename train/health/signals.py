@@ -30,9 +30,6 @@ class Interrupt:
         self._last_time = time.monotonic()
         self._flag_is_set = False
 
-    def __bool__(self) -> bool:
-        return self.received is not None
-
     def listen(self) -> None:
         """Install handlers that remember a signal instead of ending the process; a second one is ignored."""
 
@@ -61,14 +58,14 @@ class Interrupt:
         """
         now = time.monotonic()
         seconds = (now - self._last_time) / max(1, step - self._last_step)
-        stop, slowest = world.max(float(bool(self)), seconds)
+        stop, slowest = world.max(float(self.received is not None), seconds)
         self._last_time, self._last_step = now, step
         self._next_step = step + max(1, int(POLL_S / max(slowest, 1e-9)))
         return bool(stop)
 
     def check_flag(self, world: World) -> bool:
         """Return whether this rank received a signal, or another one flagged that it did; no collective."""
-        if self and not self._flag_is_set:
+        if self.received is not None and not self._flag_is_set:
             world.set_flag(FLAG)
             self._flag_is_set = True
-        return bool(self) or world.flag_is_set(FLAG)
+        return self._flag_is_set or world.flag_is_set(FLAG)

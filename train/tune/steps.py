@@ -39,7 +39,7 @@ class Probe:
             KeyboardInterrupt: a signal asked to stop.
         """
         run_state = self.run_state
-        if run_state.interrupt:
+        if run_state.interrupt.received:
             raise KeyboardInterrupt(run_state.interrupt.received)
         counts = train_step(run_state.parts, next(self.steps), learning_rate, run_state.step)
         run_state.step += 1
