@@ -1,4 +1,4 @@
-"""What a run remembers of its own course, on two ranks and after a break."""
+"""The schedule and averages of a run, on two ranks and after a resume."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ COMPARABLE = (
 @pytest.fixture(scope="module")
 def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits under noise. On flat paper the windows of max pooling tie, rounding decides where their gradient
-    goes, and from there on two runs drift apart for reasons that are not the trainer's. Here they stay within
+    goes, and from there on two runs drift apart for reasons outside of training. Here they stay within
     1e-7 of each other."""
     base = tmp_path_factory.mktemp("subset")
     link_subset(demo_data, base / "links", num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)

@@ -1,5 +1,5 @@
-"""From the data folder to the rows of a prediction: what is in quarantine is left out and told, other images
-end a resume, and the classes' readable names arrive."""
+"""From the data folder to predicted rows: excluded images are left out and counted, a resume on other images
+is refused, and readable class names arrive."""
 
 from __future__ import annotations
 

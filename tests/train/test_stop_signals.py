@@ -109,7 +109,7 @@ def test_ranks_save_without_their_launcher(undisturbed: tuple[Path, Path], tmp_p
 def test_signal_to_torchrun_or_a_rank_stops_all_ranks(
     numbers: list[signal.Signals], to_launcher: bool, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A rank's end makes torchrun start all again: being told why the run ended, they leave at once."""
+    """A rank that exits makes torchrun restart all: they read in launch.json that the run ended, and exit."""
     arguments = [f"--data={undisturbed[0]}", *(f"--set={s}" for s in SETTINGS)]
     process = subprocess.Popen(
         [sys.executable, "-m", *torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)],

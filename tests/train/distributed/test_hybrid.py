@@ -29,7 +29,7 @@ Found = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What the ranks found, in the order of their numbers."""
+    """The results of all ranks, in the order of their numbers."""
     done = run_ranks(NUM_RANKS, ["tests.helpers.hybrid_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
     assert done.returncode == 0, done.stderr
     ranks: Found = json.loads(done.stdout)
