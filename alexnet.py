@@ -91,7 +91,7 @@ class TrainCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Those of `train.main`, and those declared here."""
-        from train.config.options import OPTIONS
+        from train.cli import OPTIONS
 
         return [*OPTIONS, *super().get_params(ctx)]
 
@@ -134,15 +134,20 @@ def train(
     alexnet train --nnodes 2 --rdzv-endpoint node1:29400 --rdzv-id job-17
     """
     from train.config.load import make_config, to_json
-    from train.distributed.torchrun import choose_rank_count, launch, make_rendezvous, training_arguments
+    from train.distributed.torchrun import (
+        choose_rank_count,
+        rendezvous_options,
+        run_torchrun,
+        training_arguments,
+    )
 
     config = make_config(options["recipe"], options["overrides"], options["data"])
     if print_config:
         click.echo(to_json(config))
         return
     arguments = training_arguments(**options, debug=debug)
-    rendezvous = make_rendezvous(nnodes, rdzv_endpoint, rdzv_id)
-    code = launch(choose_rank_count(nproc, config), arguments, max_restarts, rendezvous)
+    rendezvous = rendezvous_options(nnodes, rdzv_endpoint, rdzv_id)
+    code = run_torchrun(choose_rank_count(nproc, config), arguments, max_restarts, rendezvous)
     if code:
         raise click.exceptions.Exit(code)
 

@@ -1,25 +1,89 @@
-"""Evaluate one checkpoint on a split, in float32."""
+"""Evaluation over a split: the loop that validation during training shares with `alexnet evaluate`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
+
+import torch
+from torch.nn.functional import cross_entropy
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loading.prefetch import Batch
 from train.checkpoints.load import Checkpoint
-from train.distributed.world import cpu_share, open_world
-from train.health.metrics import Metrics
-from train.models.alexnet import Normalize
-from train.optim.precision import choose_precision
-from train.step import EVAL_BATCH, eval_micro_batch, evaluate
+from train.distributed.world import World, cpu_share, open_world
+from train.health.metrics import AccuracyMeter, Metrics
+from train.models.alexnet import AlexNet, Normalize
+from train.optim.mixup import average_views
+from train.optim.precision import Precision, choose_precision
+from train.step import to_device
+
+# Shapes: N samples of one batch, H and W rows and columns, C classes.
+
+EVAL_BATCH = 256
+"""Most images that one rank evaluates at once; with ten crops each image is ten."""
+
+
+class EvaluationStoppedError(Exception):
+    """An evaluation that ended early because `stop` asked for it."""
+
+
+def eval_micro_batch(ten_crop: bool) -> int:
+    """Return how many samples of a split to evaluate at once."""
+    return EVAL_BATCH // 10 if ten_crop else EVAL_BATCH
+
+
+@torch.inference_mode()
+def evaluate(
+    network: AlexNet,
+    normalize: Normalize,
+    batches: Iterable[Batch],
+    precision: Precision,
+    world: World,
+    *,
+    num_samples: int,
+    stop: Callable[[], bool] | None = None,
+) -> Metrics:
+    """Compute loss, top-1 and top-5 over a split, every sample counted once on any number of ranks.
+
+    Args:
+        batches: this rank's share of the split; where they hold several views, their softmax is averaged.
+        num_samples: size of the split, which the counts of all ranks must add up to.
+        stop: called before each batch; True ends the evaluation. The ranks need not agree.
+    Returns:
+        Metrics of the whole split, the same on every rank.
+    Raises:
+        EvaluationStoppedError: `stop` was True on any rank; raised on every rank.
+    """
+    network.eval()
+    meter, stopped = AccuracyMeter(world.device), False
+    for batch in batches:
+        if stop is not None and stop():
+            stopped = True
+            break
+        images_NHWC, labels_N, valid_N = to_device(batch, world.device)
+        views = images_NHWC.shape[1:-3]
+        with precision.autocast():
+            # `forward` bypasses a compiled call, which would recompile for every batch size.
+            logits_NC = network.forward(normalize(images_NHWC.flatten(0, len(views)))).float()
+        if views:
+            logits_NC = average_views(logits_NC, views[0])
+        meter.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
+    if stop is not None and world.any(stopped):
+        raise EvaluationStoppedError("the evaluation was broken off")
+    metrics = meter.reduce(world)
+    counted = metrics.num_samples + metrics.num_failed
+    assert counted == num_samples, f"counted {counted} of {num_samples} samples"
+    return metrics
 
 
 def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:
-    """The images to evaluate a checkpoint by: those of `data`, or of the folder that it was trained on.
+    """Open the images to evaluate a checkpoint on: those of `data`, or of the folder it was trained on.
 
     Raises:
         UserError: no such folder, or other classes than the checkpoint's.
@@ -43,12 +107,12 @@ def evaluate_checkpoint(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     ten_crop: bool = False,
 ) -> Metrics:
-    """Loss, top-1 and top-5 of a checkpoint over a split, every image once.
+    """Compute loss, top-1 and top-5 of a checkpoint over a split, in float32.
 
     Args:
         ten_crop: average the softmax over the ten views of the paper, for each image.
     Raises:
-        UserError: a device that is not here, or weights that do not fit.
+        UserError: a device that is not available, or weights that do not fit.
     """
     with open_world(device) as world:
         model = checkpoint.make_model().to(world.device)

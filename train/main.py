@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,27 @@ from data_pipeline.common.errors import (
 )
 from data_pipeline.common.text import visible
 from data_pipeline.datasets.demo import DEMO_ROOT
-from train.config.load import RunConfig, make_config, to_json
-from train.config.options import DEFAULT_RECIPE, OPTIONS
-from train.distributed.world import env_launch, env_rank, open_world
-from train.health.signals import remember_signals
+from train.cli import DEFAULT_RECIPE, OPTIONS
+from train.config.load import make_config, to_json
+from train.config.schema import RunConfig
+from train.distributed.torchrun import env_launch
+from train.distributed.world import env_rank, open_world
+from train.health.metrics import Metrics
+from train.health.signals import Interrupt
 from train.loop import run_epochs
 from train.runs.resume import end_run
 from train.setup import build_run
+from train.state import RunState
 
 log = logging.getLogger("train")
 
-OURS = (UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError, RankLostError)
-"""What a user is told in one line."""
+EXPECTED_ERRORS = (UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError, RankLostError)
+"""Errors that are logged as one line, without a traceback."""
+
+MAIN_RANK_FIRST_S = 5.0
+"""Seconds for which the other ranks hold back an error. Most errors occur on every rank: rank 0 logs its own,
+exits, and torchrun ends the others within this time. An error of one rank alone is logged after it. No
+collective can replace the wait: after an error the ranks need not be at the same one."""
 
 DEMO_NOTE = ", the embedded handwritten digits"
 
@@ -45,43 +54,50 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
     """Train as configured, on the ranks that torchrun started (outside torchrun: one).
 
     Returns:
-        On rank 0, the result as one JSON object: run, step, best top-1, how many images of each split the
-        quarantine list left out, skipped steps, how many checkpoints were written and for what share of the
-        time training was held up by them, and the last validation metrics.
+        On rank 0, the result as one JSON object, see `summarize`.
     Raises:
         UserError, CorruptFileError: each with what is wrong, where, and what to do.
     """
     with ExitStack() as stack:
-        interrupt = stack.enter_context(remember_signals())  # the last to go: a second signal finds it, too
+        interrupt = stack.enter_context(closing(Interrupt()))  # closed last: it ignores a second signal
         world = stack.enter_context(open_world(config.device, config.timeout_s))
-        run_state = build_run(config, out, resume, world, stack, interrupt)
+        run = build_run(config, out, resume, world, stack, interrupt)
         started = time.monotonic()
         try:
-            metrics = run_epochs(run_state)
+            metrics = run_epochs(run)
         except (InterruptedRunError, DivergedError) as error:
-            if run_state.folder is not None:
-                end_run(run_state.folder, env_launch(), error)
+            if run.folder is not None:
+                end_run(run.folder, env_launch(), error)
             raise
-        seconds = time.monotonic() - started
-        if run_state.unsaved is not None:
-            raise SaveError(f"the end of the run is not saved: {run_state.unsaved}")
-        if run_state.folder is None or run_state.saver is None:
+        if not world.is_main:
             return None
-        result: dict[str, Any] = {
-            "run": str(run_state.folder.path),
-            "step": run_state.step,
-            "best": run_state.saver.best,
-        }
-        result["num_quarantined"] = {split: c.num_quarantined for split, c in run_state.data.items()}
-        result["skipped_steps"] = run_state.skipped
-        result["checkpoints"] = {
-            "num_saved": run_state.saver.num_saved,
-            "held_up_s": run_state.held_up_s,
-            "held_up_share": run_state.held_up_s / seconds,
-        }
-        if metrics is not None:
-            result.update(asdict(metrics))
-        return msgspec.json.encode(result).decode()
+        return msgspec.json.encode(summarize(run, metrics, time.monotonic() - started)).decode()
+
+
+def summarize(run: RunState, metrics: Metrics | None, seconds: float) -> dict[str, Any]:
+    """Collect the result of a run on rank 0.
+
+    Args:
+        metrics: the last validation metrics, if there are any.
+        seconds: that training took.
+    Returns:
+        Run, step, best top-1, how many images of each split the quarantine list left out, skipped steps, how
+        many checkpoints were written and for what share of the time they held training up, and the metrics.
+    """
+    assert run.folder is not None and run.writer is not None
+    return {
+        "run": str(run.folder.path),
+        "step": run.step,
+        "best": run.writer.best,
+        "num_quarantined": {split: contents.num_quarantined for split, contents in run.data.items()},
+        "skipped_steps": run.skipped,
+        "checkpoints": {
+            "num_saved": run.writer.num_saved,
+            "held_up_s": run.held_up_s,
+            "held_up_share": run.held_up_s / seconds,
+        },
+        **(asdict(metrics) if metrics is not None else {}),
+    }
 
 
 @click.command(params=OPTIONS, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,7 +120,7 @@ def main(
     """
     set_up_logging(quiet=env_rank() != 0)
 
-    @record  # torchrun's own report then shows the traceback of an error that nobody foresaw
+    @record  # torchrun's own report then has the traceback of an unexpected error
     def run() -> str | None:
         try:
             config = make_config(recipe, overrides, data)
@@ -115,14 +131,14 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
-        except OURS as error:
+        except EXPECTED_ERRORS as error:
             if debug:
                 raise
             if env_rank() != 0 and isinstance(error, InterruptedRunError):
                 sys.exit(error.exit_code)
+            # A rank that others do not join reports at once: each of them reports another one as lost.
             if env_rank() != 0 and not isinstance(error, RankLostError):
-                # Most errors meet every rank alike. Rank 0 says it once; torchrun then ends the others.
-                time.sleep(5)
+                time.sleep(MAIN_RANK_FIRST_S)
             click.echo(f"error: {visible(str(error))}", err=True)
             sys.exit(error.exit_code)
 

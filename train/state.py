@@ -1,63 +1,112 @@
-"""The state of a run, as a checkpoint holds it: taken on all ranks together, copied on rank 0."""
+"""The state of a run on one rank, and the snapshot of it that a checkpoint holds."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from train.checkpoints.background import copied
-from train.checkpoints.write import State
+from data_pipeline.datasets.dataset import Contents, Dataset
+from data_pipeline.loader import Loader
+from train.checkpoints.background import AsyncCheckpointWriter
+from train.checkpoints.format import Progress, Snapshot
+from train.config.schema import RunConfig
 from train.distributed.hybrid import gather_optimizer_state, gather_tensors
 from train.health.metrics import Metrics
-from train.setup import RunState
-from train.step import TrainStep
+from train.health.signals import Interrupt
+from train.runs.abort import AbortPolicy
+from train.runs.folder import RunFolder
+from train.runs.metrics_log import MetricsLog
+from train.runs.running_metrics import RunningMetrics
+from train.step import StepParts
+
+
+@dataclass
+class RunState:
+    """One run on one rank: its components, and how far it has come.
+
+    Attributes:
+        data: which samples the splits "train" and "val" hold.
+        loader: makes the batches of both splits.
+        folder: the run's folder; None on the ranks other than 0, which write nothing.
+        writer: writes checkpoints; None on the ranks other than 0.
+        interrupt: remembers a signal that asked this rank to stop.
+        row: counts since the last training row.
+        progress: the run's history, which is the same on all ranks.
+        step: optimiser steps finished.
+        skipped: steps that the guard had skipped at the last row.
+        unevaluated: whether the epoch that ended with the last step has not been evaluated yet.
+        held_up_s: for how long training has waited for checkpoints, in seconds.
+    """
+
+    config: RunConfig
+    parts: StepParts
+    train_set: Dataset
+    val_set: Dataset
+    data: dict[str, Contents]
+    loader: Loader
+    folder: RunFolder | None
+    writer: AsyncCheckpointWriter | None
+    metrics_log: MetricsLog
+    abort: AbortPolicy
+    interrupt: Interrupt
+    steps_per_epoch: int
+    row: RunningMetrics
+    progress: Progress
+    step: int
+    skipped: int
+    unevaluated: bool
+    held_up_s: float = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
 
 
 @torch.no_grad()
-def gather_state(trainer: TrainStep) -> dict[str, dict[str, Any]]:
-    """The whole state of each of `train.checkpoints.load.PARTS`, wherever it is now.
+def gather_states(parts: StepParts) -> dict[str, dict[str, Any]]:
+    """Return the unsharded `state_dict` of each component, as views: nothing is copied yet.
 
-    Every rank calls this at the same step, so that what is split over the ranks can be put together here;
-    rank 0's answer is the one that counts. Nothing is copied yet.
+    Every rank must call this at the same step; only rank 0 uses the result.
     """
-    average = trainer.average.values if trainer.average is not None else {}
+    average = parts.ema.values if parts.ema is not None else {}
     return {
-        "model": gather_tensors(trainer.parallel, trainer.network.state_dict()),
-        "average": gather_tensors(trainer.parallel, average),
-        "optimizer": gather_optimizer_state(trainer.parallel, trainer.optimizer),
-        "scaler": trainer.scaler.state_dict(),
-        "guard": trainer.guard.state_dict(),
+        "model": gather_tensors(parts.parallel, parts.network.state_dict()),
+        "average": gather_tensors(parts.parallel, average),
+        "optimizer": gather_optimizer_state(parts.parallel, parts.optimizer),
+        "scaler": parts.scaler.state_dict(),
+        "guard": parts.guard.state_dict(),
     }
 
 
-def snapshot(run_state: RunState, metrics: Metrics | None) -> State | None:
-    """Copy what a checkpoint of the present step holds; training may go on as soon as this returns.
+def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
+    """Copy the state at the current step; training may continue as soon as this returns.
 
-    Every rank calls this. The saver must not be writing: it reads the memory that is copied to.
+    Every rank must call this. The writer must be idle: it reads the memory that is copied to.
 
     Args:
         metrics: of the validation split at this step; None inside an epoch.
     Returns:
-        On rank 0 the state; on the others None.
+        On rank 0 the snapshot; on the others None.
     """
-    parts = gather_state(run_state.trainer) | {"row": run_state.row.state_dict(run_state.skipped)}
-    if run_state.saver is None:
+    states = gather_states(run.parts) | {"row": run.row.state_dict(run.skipped)}
+    if run.writer is None:
         return None
     figures = {}
     if metrics is not None:
         figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
-    return State(
-        step=run_state.step,
-        epoch=run_state.step // run_state.steps_per_epoch,
-        samples_seen=run_state.step * run_state.config.global_batch,
-        config=run_state.config,
-        classes=run_state.train_set.classes,
-        labels_text=run_state.train_set.labels_text,
-        data=run_state.data,
+    return Snapshot(
+        step=run.step,
+        epoch=run.step // run.steps_per_epoch,
+        samples_seen=run.step * run.config.global_batch,
+        config=run.config,
+        classes=run.train_set.classes,
+        labels_text=run.train_set.labels_text,
+        data=run.data,
         metrics={name: value for name, value in figures.items() if math.isfinite(value)},
-        progress=run_state.progress,
-        parts=run_state.saver.copies.take(parts),
-        wait_until_copied=copied(run_state.trainer.world.device),
+        progress=run.progress,
+        states=run.writer.staging.copy(states),
     )

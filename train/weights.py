@@ -1,7 +1,7 @@
-"""Weights in and out: safetensors, torchvision's `alexnet`, and Caffe's BVLC AlexNet as ONNX.
+"""Import and export of weights: safetensors, torchvision's `alexnet`, and Caffe's BVLC AlexNet as ONNX.
 
-What comes in becomes a run with one checkpoint, so that it can be evaluated, exported and served like any
-other. Nothing that is read is executed.
+Imported weights become a run with one checkpoint, so that they can be evaluated, exported and served like any
+other. Nothing in an imported file is executed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.checkpoints.load import Checkpoint, Pointer, load_checkpoint, make_loaded
+from train.checkpoints.format import Pointer, Snapshot, write_pointer
+from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
 from train.checkpoints.safe_load import check_tensors, load_plain
-from train.checkpoints.write import State, save_checkpoint
-from train.config.load import RunConfig, decode_config
+from train.checkpoints.write import save_checkpoint
+from train.config.load import decode_config
+from train.config.schema import RunConfig
 from train.optim.sgd import make_optimizer
 from train.runs.folder import create_run
 
@@ -31,7 +33,7 @@ Target = Literal["safetensors", "torchvision"]
 TORCHVISION = RunConfig(
     recipe="torchvision", model=msgspec.structs.replace(RunConfig().model, name="owt", init="paper")
 )
-# Caffe feeds BGR in 0..255 less a mean, which is RGB in 0..1 less a 255th of it, times 255.
+# Caffe feeds BGR in 0..255 minus a mean: the same as RGB in 0..1 minus a 255th of it, times 255.
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
 CAFFE = RunConfig(
     recipe="bvlc",
@@ -72,7 +74,7 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
 
 
 def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None) -> Path:
-    """Make a run with one checkpoint of weights from elsewhere.
+    """Make a run with one checkpoint from a file of weights.
 
     Args:
         path: `.safetensors` as `export_weights` writes it; `.pth` or `.pt`, a state dict of torchvision's
@@ -83,7 +85,7 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         The checkpoint's folder.
     Raises:
         UserError: another kind of file, or another network's weights.
-        CorruptFileError: a file that cannot be read as what its name says.
+        CorruptFileError: a file that cannot be read as what its suffix claims.
     """
     readers = {
         ".safetensors": _read_safetensors,
@@ -105,32 +107,29 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         classes, labels_text = named
     classes = classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
-        raise UserError(f"{path} tells {num_classes} classes apart, and {len(classes)} names were given")
-    model = make_loaded(config.model, weights, num_classes, config.preprocessing.crop_px, path)
-    folder = create_run(out, config)
+        raise UserError(f"{path} has {num_classes} classes, and {len(classes)} names were given")
+    model = make_model_with(config.model, weights, num_classes, config.preprocessing.crop_px, path)
+    optimizer, folder = make_optimizer(model, config.optimizer), create_run(out, config)
     saved = save_checkpoint(
         folder.checkpoints,
-        State(
+        Snapshot(
             step=0,
             epoch=0,
             samples_seen=0,
             config=config,
             classes=classes,
             metrics={},
-            parts={
-                "model": model.state_dict(),
-                "optimizer": make_optimizer(model, config.optimizer).state_dict(),
-            },
+            states={"model": model.state_dict(), "optimizer": optimizer.state_dict()},
             labels_text=labels_text,
         ),
     )
-    for name in ("best", "last"):
-        folder.point(name, Pointer(step=0, top1=None))
+    write_pointer(folder.checkpoints, "best", Pointer(step=0, top1=None))
+    write_pointer(folder.checkpoints, "last", Pointer(step=0, top1=None))
     return saved
 
 
 Names = tuple[tuple[str, ...], tuple[str, ...]]
-"""The classes, and their names for people, if any."""
+"""The classes, and their names for people, which may be none."""
 
 Weights = tuple[RunConfig, dict[str, Tensor], Names | None]
 
@@ -168,7 +167,7 @@ def _read_torch(path: Path) -> Weights:
 
 
 def _read_bvlc(path: Path) -> Weights:
-    """BVLC's weights under our names, with the first convolution's channels turned from BGR to RGB."""
+    """Read BVLC's weights under our names, the first convolution's channels reordered from BGR to RGB."""
     import onnx
     import onnx.numpy_helper
     from google.protobuf.message import DecodeError
@@ -192,8 +191,13 @@ def _read_bvlc(path: Path) -> Weights:
     return CAFFE, weights, None
 
 
+_READERS = {
+    ".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".onnx": _read_bvlc,
+}  # fmt: skip
+
+
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """What a checkpoint is, as plain values; it is verified first."""
+    """Verify a checkpoint and describe it as plain values."""
     checkpoint = load_checkpoint(folder)
     return {
         "folder": str(folder),

@@ -17,7 +17,8 @@ from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
 from infer.predict.decode import open_decoder, valid_images
 from train.bench.images import make_bench_folder, write_bench_images
-from train.checkpoints.write import State, save_checkpoint
+from train.checkpoints.format import Snapshot
+from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import Normalize, make_model
 
@@ -83,14 +84,14 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
         last.bias.copy_(-last.weight @ mean)
     save_checkpoint(
         run / "checkpoints",
-        State(
+        Snapshot(
             step=1,
             epoch=1,
             samples_seen=len(dataset),
             config=config,
             classes=dataset.classes,
             metrics={},
-            parts={"model": network.state_dict()},
+            states={"model": network.state_dict()},
         ),
     )
     return next((run / "checkpoints").glob("step-*"))

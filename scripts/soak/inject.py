@@ -17,7 +17,8 @@ from scripts.soak.disk import Disk
 from scripts.soak.launch import Launch, wait_until
 from scripts.soak.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of
 from scripts.soak.report import Hit
-from train.checkpoints.load import MANIFEST, STATE, verify_checkpoint
+from train.checkpoints.format import MANIFEST, STATE
+from train.checkpoints.load import verify_checkpoint
 
 UNWRITTEN = "training goes on, and the checkpoints before it are untouched"
 """What a run says of a checkpoint that found no room."""

@@ -19,7 +19,7 @@ import train.loop
 from data_pipeline.loading.prefetch import Batch
 from train.health.metrics import AccuracyMeter
 from train.main import main
-from train.step import TrainStep, train_step
+from train.step import StepParts, train_step
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,10 +50,8 @@ def install(folder: Path, launch: int) -> None:
     path = folder / file_name(launch, restart, rank, world_size)
     target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-    def logged(
-        trainer: TrainStep, batches: Sequence[Batch], learning_rate: float, step: int
-    ) -> AccuracyMeter:
-        counts = train_step(trainer, batches, learning_rate, step)
+    def logged(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
+        counts = train_step(parts, batches, learning_rate, step)
         assert all(batch.step == step for batch in batches)
         line = Line(
             step=step + 1,

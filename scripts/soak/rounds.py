@@ -27,7 +27,8 @@ from scripts.soak.plan import (
     steps_of,
 )
 from scripts.soak.report import Hit
-from train.checkpoints.load import STATE, find_checkpoint, verify_checkpoint
+from train.checkpoints.format import STATE
+from train.checkpoints.load import find_checkpoint, verify_checkpoint
 from train.checkpoints.safe_load import load_plain
 
 log = logging.getLogger("train")

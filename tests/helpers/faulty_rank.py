@@ -1,7 +1,7 @@
 """`train.main` with one rank that fails on purpose: torchrun … -m tests.helpers.faulty_rank FAULTS OPTIONS...
 
-FAULTS is JSON, a list of {"kind", "rank", "forward", "restart", "after"}: at its so-and-so-many-th forward
-pass in training (0-based, counted from the start of the process), in the torchrun attempt `restart` (default:
+FAULTS is JSON, a list of {"kind", "rank", "forward", "restart", "after"}: in training
+pass `forward` (0-based, counted from the start of the process), in the torchrun attempt `restart` (default:
 any), once there is a file that matches `after` (default: at once), the rank
   nan       has a loss that is not a number
   inf       has an infinite loss with finite gradients
@@ -9,7 +9,7 @@ any), once there is a file that matches `after` (default: at once), the rank
   spike     has a gradient that is 1000 times as large
   kill      is killed by SIGKILL
   hang      sleeps for ever, and joins no collective
-  error     raises an exception that nobody foresaw
+  error     raises an unexpected exception
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from train.models.alexnet import AlexNet
 
 
 def install(faults: list[dict[str, Any]]) -> None:
-    """Make the network of this process fail where it is to."""
+    """Make the network of this process fail at the given passes."""
     rank, restart = int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     mine = [f for f in faults if f.get("rank", rank) == rank and f.get("restart", restart) == restart]
     whole, number = AlexNet.forward, -1

@@ -1,6 +1,6 @@
 """The ranks of `tests.train.distributed.test_hybrid`: torchrun … -m tests.helpers.hybrid_ranks [cuda].
 
-Rank 0 prints one JSON object of what was found; the test judges it.
+Rank 0 prints one JSON object of all ranks' results; the test checks it.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from train.distributed.hybrid import (
 )
 from train.distributed.world import World, open_world
 from train.optim.sgd import load_optimizer
-from train.setup import make_trainer
-from train.step import TrainStep, train_step
+from train.setup import make_step_parts
+from train.step import StepParts, train_step
 
 GLOBAL_BATCH = 25
 CLASSES = tuple("0123456789")
 RATE = 0.0003
 CROP_PX = 32
 SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}", "model.hidden_units=4096")
-"""As large as published behind the convolutions, which is what is split and compressed."""
+"""The fully connected layers, which are sharded, are as large as published."""
 NUM_STEPS = 2
 
 
-def make(world: World, *overrides: str) -> TrainStep:
-    """A trainer as a run would make it."""
+def make(world: World, *overrides: str) -> StepParts:
+    """The parts of a step as a run would make them."""
     config = make_config("demo", [*TINY, *SIZE, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
     dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
-    return make_trainer(config, dataset, world, None)
+    return make_step_parts(config, dataset, world, None)
 
 
 def batches_at(world: World, step: int, micro_batch: int = 4) -> list[Batch]:
-    """This rank's micro-batches of noise, which are the same samples on any number of ranks."""
+    """This rank's micro-batches of noise; all ranks together have the same samples on any number of ranks."""
     random = np.random.default_rng(step)
     images = random.integers(0, 256, (GLOBAL_BATCH, CROP_PX, CROP_PX, 3), dtype=np.uint8)
     labels = random.integers(0, len(CLASSES), GLOBAL_BATCH)
@@ -71,18 +71,18 @@ def linear_layers(network: nn.Module) -> list[nn.Linear]:
     return [m for m in network.modules() if isinstance(m, nn.Linear)]
 
 
-def train(trainer: TrainStep) -> list[float]:
+def train(parts: StepParts) -> list[float]:
     """The losses of some steps."""
     losses = []
     for step in range(NUM_STEPS):
-        counts = train_step(trainer, batches_at(trainer.world, step), RATE, step)
-        losses.append(counts.reduce(trainer.world).loss)
+        counts = train_step(parts, batches_at(parts.world, step), RATE, step)
+        losses.append(counts.reduce(parts.world).loss)
     return losses
 
 
-def loads_again(trainer: TrainStep) -> bool:
-    """Whether this rank gets its own momenta back out of the whole ones."""
-    parallel, optimizer = trainer.parallel, trainer.optimizer
+def loads_again(parts: StepParts) -> bool:
+    """Return whether this rank gets its own momenta back from the gathered ones."""
+    parallel, optimizer = parts.parallel, parts.optimizer
     before = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
     whole = copy.deepcopy(gather_optimizer_state(parallel, optimizer))
     for state in optimizer.state.values():
@@ -97,20 +97,20 @@ def compare(world: World, *overrides: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     states = []
     for mode in ("ddp", "hybrid"):
-        trainer = make(world, f"parallel={mode}", *overrides)
-        losses = train(trainer)
-        assert trainer.average is not None
-        tensors = gather_tensors(trainer.parallel, trainer.network.state_dict())
-        average = gather_tensors(trainer.parallel, trainer.average.values)
-        momenta = gather_optimizer_state(trainer.parallel, trainer.optimizer)["state"]
+        parts = make(world, f"parallel={mode}", *overrides)
+        losses = train(parts)
+        assert parts.ema is not None
+        tensors = gather_tensors(parts.parallel, parts.network.state_dict())
+        average = gather_tensors(parts.parallel, parts.ema.values)
+        momenta = gather_optimizer_state(parts.parallel, parts.optimizer)["state"]
         states.append(
             {f"weight {name}": tensor.clone() for name, tensor in tensors.items()}
             | {f"average {name}": tensor.clone() for name, tensor in average.items()}
             | {f"momentum {n}": value["momentum_buffer"].clone() for n, value in momenta.items()}
         )
-        assert loads_again(trainer)
-        held = sum(p.numel() for p in trainer.network.parameters())
-        found[mode] = {"losses": losses, "norm": trainer.guard.norms[1].item(), "parameters": held}
+        assert loads_again(parts)
+        held = sum(p.numel() for p in parts.network.parameters())
+        found[mode] = {"losses": losses, "norm": parts.guard.norms[1].item(), "parameters": held}
     one, other = states
     assert one.keys() == other.keys()
     found["shapes"] = all(one[name].shape == other[name].shape for name in one)
@@ -128,11 +128,11 @@ def compare(world: World, *overrides: str) -> dict[str, Any]:
 
 
 def masks(world: World) -> dict[str, Any]:
-    """Dropout made visible: all activations before it are 1, and all weights behind it are 1."""
-    trainer = make(
+    """Make dropout masks visible: all activations before dropout are 1, and all weights behind it are 1."""
+    parts = make(
         world, "parallel=hybrid", "model.dropout=0.5", "model.name=owt", f"micro_batch={GLOBAL_BATCH}"
     )
-    network = trainer.network
+    network = parts.network
     last_conv = [m for m in network.features.modules() if isinstance(m, nn.Conv2d)][-1]
     layers = linear_layers(network)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def masks(world: World) -> dict[str, Any]:
         places = np.arange(share.start, share.stop)
         images = np.zeros((len(places), CROP_PX, CROP_PX, 3), np.uint8)
         batch = Batch(images, places % 10, places >= 0, places, places, (), (), step, True)
-        train_step(trainer, [batch], 0.0, step)
+        train_step(parts, [batch], 0.0, step)
         runs.append(dict(seen))
     first, again, next_ = runs
     # Whose are the units of the next layer: each is the sum of all ranks' masked units.
@@ -168,7 +168,7 @@ def masks(world: World) -> dict[str, Any]:
     dist.all_gather(everyones, first["units"][:, :1000].contiguous())
     with torch.no_grad():
         layers[0].weight.fill_(1.0)
-    train_step(trainer, [batch], 0.0, 0)
+    train_step(parts, [batch], 0.0, 0)
     summed = seen["features out"][:, 0] - 1  # of the features of every sample of every rank, here
     elsewhere = summed.clone()
     dist.broadcast(elsewhere, src=0)
@@ -189,40 +189,40 @@ def masks(world: World) -> dict[str, Any]:
 
 
 def overflow(world: World) -> dict[str, Any]:
-    """A gradient that overflows in one rank's part alone, and a loss that is NaN on one rank alone."""
-    trainer = make(world, "parallel=hybrid")
-    trainer = dataclasses.replace(trainer, scaler=torch.amp.GradScaler(world.device.type, init_scale=1024.0))
-    assert isinstance(trainer.parallel, HybridParallel)
-    before = [p.detach().clone() for p in trainer.network.parameters()]
-    layer = linear_layers(trainer.network)[0]
+    """A gradient that overflows in one rank's shard alone, and a loss that is NaN on one rank alone."""
+    parts = make(world, "parallel=hybrid")
+    parts = dataclasses.replace(parts, scaler=torch.amp.GradScaler(world.device.type, init_scale=1024.0))
+    assert isinstance(parts.parallel, HybridParallel)
+    before = [p.detach().clone() for p in parts.network.parameters()]
+    layer = linear_layers(parts.network)[0]
     handles = [layer.weight.register_hook(lambda g: g * float("inf"))] if world.rank == 1 else []  # type: ignore[no-untyped-call]
-    train_step(trainer, batches_at(world, 0), RATE, 0)
-    scale, skips = trainer.scaler.get_scale(), trainer.guard.read().total
+    train_step(parts, batches_at(world, 0), RATE, 0)
+    scale, skips = parts.scaler.get_scale(), parts.guard.read().total
     for handle in handles:
         handle.remove()
     kinds = ("nan", "inf", "gradient")
     for number, kind in enumerate(kinds):
-        hook = trainer.parallel.register_forward_hook(
+        hook = parts.parallel.register_forward_hook(
             lambda _m, _i, logits, number=number, kind=kind: (
                 fail(kind, logits) if world.rank == number % world.world_size else logits
             )
         )
-        train_step(trainer, batches_at(world, 0), RATE, 1 + number)
+        train_step(parts, batches_at(world, 0), RATE, 1 + number)
         hook.remove()
-    kept = all(torch.equal(p, old) for p, old in zip(trainer.network.parameters(), before, strict=True))
-    counts = train_step(trainer, batches_at(world, 0), RATE, 4)
+    kept = all(torch.equal(p, old) for p, old in zip(parts.network.parameters(), before, strict=True))
+    counts = train_step(parts, batches_at(world, 0), RATE, 4)
     loss = counts.reduce(world).loss
     return {
         "scale": scale,
-        "skips": [skips, trainer.guard.read().total],
+        "skips": [skips, parts.guard.read().total],
         "unchanged": kept,
         "loss afterwards": loss,
-        "scale afterwards": trainer.scaler.get_scale(),
+        "scale afterwards": parts.scaler.get_scale(),
     }
 
 
 def main() -> None:
-    """Do all of it."""
+    """Run all cases, and let rank 0 print."""
     torch.set_num_threads(1)
     with open_world("cuda" if "cuda" in sys.argv else "cpu") as world:
         average = "ema_decay=0.5"

@@ -30,7 +30,8 @@ from infer.bundle.manifest import (
 )
 from infer.export.pipeline import export_model
 from infer.predict.inputs import find_inputs
-from train.checkpoints.write import State, save_checkpoint
+from train.checkpoints.format import Snapshot
+from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import make_model
 
@@ -71,14 +72,14 @@ def checkpoint_folder(base: Path, model: str = "paper") -> Path:
                     parameter.normal_(std=0.1)  # the exporter drops biases that are all zero
         save_checkpoint(
             folder.parent,
-            State(
+            Snapshot(
                 step=7,
                 epoch=1,
                 samples_seen=448,
                 config=config,
                 classes=CLASSES,
                 metrics={"top1": 0.5, "loss": 1.5},
-                parts={"model": network.state_dict()},
+                states={"model": network.state_dict()},
             ),
         )
     return folder

@@ -1,7 +1,7 @@
 """Saving, killed before each thing that it does to the disk: tests.helpers.killed_saves, in an empty folder.
 
 For every call that changes the disk (open, write, fsync, rename, …) a process is forked that saves and gets
-SIGKILL there. Then what it left is gone on with, as the next start of a run would. Prints as JSON, for each
+SIGKILL there. Then a run resumes from what is left. Prints as JSON, for each
 case, which checkpoint that was after each kill.
 """
 
@@ -19,27 +19,26 @@ from typing import Any
 
 import torch
 
-from tests.train.checkpoints.test_background import CONFIG, small_state
-from tests.train.test_parts import row
-from train.checkpoints.background import AsyncCheckpointWriter
-from train.checkpoints.load import find_checkpoint, load_checkpoint, verify_checkpoint
+from tests.helpers.checkpoint_samples import CONFIG, make_writer, row, small_snapshot
+from train.checkpoints.format import Snapshot
+from train.checkpoints.load import find_checkpoint, find_newest_intact, load_checkpoint, verify_checkpoint
 from train.checkpoints.retention import restore_replaced, saved_steps
-from train.checkpoints.write import State
-from train.runs.folder import RunFolder, create_run, go_back_to, newest_whole
+from train.runs.folder import RunFolder, create_run
+from train.runs.resume import rewind
 
 CHANGES = {
     "open", "write", "flush", "truncate", "close", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"
 }  # fmt: skip
-"""Calls of the system after which the disk may be another."""
+"""System calls that change the disk."""
 
 
 def is_of_the_system(called: Any) -> bool:
-    """Whether a function is one of the operating system's, or a file's own."""
+    """Return whether a function is one of the operating system's, or a file's own."""
     return called.__module__ in ("posix", "io", "_io") or isinstance(called.__self__, io.IOBase)
 
 
 def kill_before_call(number: int) -> None:
-    """Send this process SIGKILL before its so-and-so-many-th call that changes the disk from here on."""
+    """Send this process SIGKILL before its call `number`, counted from 0, that changes the disk."""
     left = number
 
     def count(frame: FrameType, event: str, called: Any) -> None:
@@ -53,47 +52,47 @@ def kill_before_call(number: int) -> None:
 
 
 def value_of(folder: Path) -> float:
-    """What the checkpoint's weights are filled with; it is whole."""
+    """Return the number that fills the weights of an intact checkpoint."""
     checkpoint = load_checkpoint(folder)
     (value,) = torch.unique(checkpoint.model_state["weight"]).tolist()
     return float(value)
 
 
 def check_next_start(folder: RunFolder) -> float:
-    """Go on as a resumed run does, and save once more. Returns what the checkpoint gone on from held."""
+    """Resume as a run does, and save once more. Returns the `value_of` the checkpoint resumed from."""
     restore_replaced(folder.checkpoints)
-    newest = newest_whole(folder.path)
+    newest = find_newest_intact(folder.path)
     found = value_of(newest)
     step = load_checkpoint(newest).step
-    best = go_back_to(folder, step)
+    best = rewind(folder, step)
     assert best is not None and find_checkpoint(folder.path) in saved_steps(folder.checkpoints).values()
     assert [r.step for r in folder.rows()] == list(range(1, step + 1))
-    saver = AsyncCheckpointWriter(folder, CONFIG, best)
-    saver._write(small_state(9, value=9.0))
-    assert saver.unsaved is None and value_of(folder.checkpoints / "step-00000009") == 9.0
+    writer = make_writer(folder, best)
+    writer._write(small_snapshot(9, value=9.0))
+    assert writer.failure is None and value_of(folder.checkpoints / "step-00000009") == 9.0
     assert not [p for p in folder.checkpoints.iterdir() if p.name.startswith(".")]
     for kept in saved_steps(folder.checkpoints).values():
         verify_checkpoint(kept)
     return found
 
 
-def sweep(name: str, before: list[State], last: State) -> list[float]:
-    """Kill the saving of the last state at every call, each time with the ones before on the disk."""
+def sweep(name: str, before: list[Snapshot], last: Snapshot) -> list[float]:
+    """Kill the saving of the last snapshot at every call, each time with the ones before on the disk."""
     found: list[float] = []
     status = signal.SIGKILL.value
     while status:
         assert status == signal.SIGKILL, status
         folder = create_run(Path(name), CONFIG)
-        saver = AsyncCheckpointWriter(folder, CONFIG, None)
+        writer = make_writer(folder)
         for state in before:
             folder.append(row(state.step))
-            saver._write(state)
+            writer._write(state)
         child = os.fork()
         if child == 0:
             if last.step not in {state.step for state in before}:
                 folder.append(row(last.step))
             kill_before_call(len(found))
-            saver._write(last)
+            writer._write(last)
             sys.setprofile(None)
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -102,9 +101,9 @@ def sweep(name: str, before: list[State], last: State) -> list[float]:
 
 
 def main() -> None:
-    """Do all of it."""
-    states = [small_state(step, value=float(step), top1=step / 10) for step in (1, 2)]
-    again = dataclasses.replace(states[1], parts=small_state(2, value=2.5).parts)
+    """Run both cases."""
+    states = [small_snapshot(step, value=float(step), top1=step / 10) for step in (1, 2)]
+    again = dataclasses.replace(states[1], states=small_snapshot(2, value=2.5).states)
     found = {"next": sweep("next", states[:1], states[1]), "same": sweep("same", states, again)}
     print(json.dumps(found))  # noqa: T201
 

@@ -1,4 +1,4 @@
-"""Run things as a user does: real torchrun, real command line, in processes of their own."""
+"""Run commands as a user does: real torchrun, real command line, in processes of their own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def torchrun_arguments(
 def train_ranks(
     num_ranks: int, *, data: Path, out: Path, overrides: Sequence[str] = (), options: Sequence[str] = ()
 ) -> Path:
-    """Train under torchrun and return the run's folder; the test fails with what was said if that fails."""
+    """Train under torchrun and return the run's folder; if it fails, the test fails with its stderr."""
     sets = [f"--set={o}" for o in overrides]
     done = run_command(
         torchrun_arguments(num_ranks, [f"--data={data}", f"--out={out}", *sets, *options]), cwd=out.parent
@@ -77,7 +77,7 @@ def read_rows(run: Path, split: str) -> list[dict[str, Any]]:
 
 
 def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what the clock says."""
+    """The rows without the fields that depend on the time."""
     return [{k: v for k, v in row.items() if k not in ("time", "images_per_s")} for row in rows]
 
 

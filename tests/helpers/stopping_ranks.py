@@ -1,4 +1,4 @@
-"""Ranks whose run is stopped after every step and gone on with: tests.helpers.stopping_ranks OPTIONS...
+"""Ranks whose run is stopped and resumed after every step: tests.helpers.stopping_ranks OPTIONS...
 
 OPTIONS are overrides of the demo recipe. Two runs are made in `whole/` and `stopped/`: one undisturbed, and
 one in which a rank, in turn, sends itself SIGUSR1: in the middle of the first step after each start, or,
@@ -20,16 +20,17 @@ from torch import Tensor
 
 from data_pipeline.common.errors import InterruptedRunError
 from data_pipeline.loading.prefetch import Batch
-from train.config.load import RunConfig, make_config
+from train.config.load import make_config
+from train.config.schema import RunConfig
 from train.distributed.world import env_rank
 from train.health.metrics import AccuracyMeter
 from train.main import train
 from train.models.alexnet import AlexNet
-from train.step import TrainStep, train_step
+from train.step import StepParts, train_step
 
 
 class Sender:
-    """Sends this process the signal in the second training pass of a session, or in its first evaluation."""
+    """Sends this process the signal in the second training pass of a start, or in its first evaluation."""
 
     def __init__(self) -> None:
         self.armed = False
@@ -48,12 +49,12 @@ class Sender:
 
 @contextmanager
 def stream_written(name: str) -> Iterator[None]:
-    """Write down which samples of this rank go into each step: `NAME-RANK.json`."""
+    """Record which samples of this rank go into each step: `NAME-RANK.json`."""
     stream: list[tuple[int, list[int]]] = []
 
-    def noted(trainer: TrainStep, batches: Sequence[Batch], rate: float, step: int) -> AccuracyMeter:
+    def noted(parts: StepParts, batches: Sequence[Batch], rate: float, step: int) -> AccuracyMeter:
         stream.append((step, [int(index) for batch in batches for index in batch.indices]))
-        return train_step(trainer, batches, rate, step)
+        return train_step(parts, batches, rate, step)
 
     with mock.patch("train.loop.train_step", noted):
         yield
@@ -72,7 +73,7 @@ def main(overrides: list[str]) -> None:
 
 
 def make_stopped(config: RunConfig) -> list[int]:
-    """Stop and go on until the run is through. Returns the steps that it was stopped after."""
+    """Stop and resume until the run is finished. Returns the steps that it was stopped after."""
     sender, stops, start = Sender(), [], 0
     while True:
         start += 1

@@ -1,6 +1,6 @@
 """Ranks without torchrun's cold start: processes of their own, forked from one that has torch imported.
 
-What has to do with torchrun itself (signals, restarts, its report) is run under it: `tests.helpers.ranks`.
+Tests of torchrun itself (signals, restarts, its report) run under it: `tests.helpers.ranks`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import msgspec
 from torch._C._distributed_c10d import TCPStore
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-PRELOADED = ["__main__", "train.setup", "train.loop", "train.config.options", "torch._dynamo"]
-"""Not DALI: what it does with a GPU when it is imported may not outlive a fork."""
+PRELOADED = ["__main__", "train.setup", "train.loop", "train.cli", "torch._dynamo"]
+"""Without DALI: a GPU that it initialises at import may not survive a fork."""
 PATIENCE_S = 30.0
-"""As torchrun: what has not left so long after another rank failed is killed."""
+"""Ranks that have not exited so long after another one failed are killed, as torchrun does."""
 
 
 class Ranks:
@@ -33,12 +33,12 @@ class Ranks:
 
     Args:
         arguments: the module and what follows it on the command line.
-        cwd: where they run; what they say goes to files there.
+        cwd: where they run; their output goes to files there.
     """
 
     def __init__(self, num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> None:
         self.arguments = list(map(str, arguments))
-        self._said = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
+        self._output = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
         self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             **THREADS, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
@@ -56,7 +56,7 @@ class Ranks:
                     self.arguments,
                     cwd,
                     {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    self._said,
+                    self._output,
                 ),
             )
             for rank in range(num_ranks)
@@ -66,11 +66,11 @@ class Ranks:
 
     @property
     def stderr(self) -> str:
-        """What they have said so far."""
-        return self._said[1].read_text() if self._said[1].exists() else ""
+        """Their stderr so far."""
+        return self._output[1].read_text() if self._output[1].exists() else ""
 
     def wait(self, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-        """Their end: the code is that of the first rank that failed, after which the others are ended."""
+        """Wait for their end. The code is that of the first rank that failed, which ends the others."""
         end, code, running = time.monotonic() + timeout_s, 0, list(self.processes)
         while running:
             if not connection.wait([process.sentinel for process in running], end - time.monotonic()):
@@ -83,10 +83,10 @@ class Ranks:
                     code, end = process.exitcode, min(end, time.monotonic() + PATIENCE_S)
                     for other in running:
                         other.terminate()
-        return subprocess.CompletedProcess(self.arguments, code, self._said[0].read_text(), self.stderr)
+        return subprocess.CompletedProcess(self.arguments, code, self._output[0].read_text(), self.stderr)
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> bool:
-        """Whether something came to hold while all of them ran."""
+        """Wait until a condition holds. Returns False if a rank exited first."""
         end = time.monotonic() + timeout_s
         while not condition():
             if not all(process.is_alive() for process in self.processes):
@@ -108,10 +108,10 @@ class Ranks:
             process.join()
 
 
-def _be_rank(arguments: list[str], cwd: Path, environment: dict[str, str], said: list[Path]) -> None:
+def _be_rank(arguments: list[str], cwd: Path, environment: dict[str, str], output: list[Path]) -> None:
     os.environ.update(environment)
     os.chdir(cwd)
-    for number, path in enumerate(said, start=1):
+    for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
@@ -144,10 +144,10 @@ def train_warm(
     options: Sequence[str] = (),
     module: Sequence[str | Path] = ("train.main",),
 ) -> Path:
-    """Train and return the run's folder; the test fails with what was said if that fails.
+    """Train and return the run's folder; if it fails, the test fails with their stderr.
 
     Args:
-        module: `train.main`, or one that wraps it, with what comes before its options.
+        module: `train.main`, or one that wraps it, with the arguments before its options.
     """
     sets = [f"--set={o}" for o in overrides]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run remembers of its own course, on two ranks and after a break."""
+"""The schedule and averages of a run, on two ranks and after a resume."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def test_a_broken_off_run_goes_on_with_the_same_rates_and_ends_with_the_same_bits(
-    demo_data: Path, tmp_path: Path
-) -> None:
+def test_resumed_run_has_the_same_rates_and_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
     """No epoch improves by 0.9, so that the rate falls after the second, and then no more."""
     data = link_subset(demo_data, tmp_path / "data", num_train=20, num_val=10)
     run = train_warm(2, data=data, out=tmp_path / "runs", overrides=SETTINGS)
@@ -49,6 +47,6 @@ def test_a_broken_off_run_goes_on_with_the_same_rates_and_ends_with_the_same_bit
     judged = evaluate_checkpoint(found, load_split(found, None, "val"))
     assert judged.loss == pytest.approx(rows["val"][-1]["loss"], rel=1e-4)
     last = evaluate_checkpoint(
-        dataclasses.replace(found, parts=found.parts | {"average": {}}), load_split(found, None, "val")
+        dataclasses.replace(found, states=found.states | {"average": {}}), load_split(found, None, "val")
     )
     assert abs(last.loss - judged.loss) > 1e-3

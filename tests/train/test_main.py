@@ -30,7 +30,7 @@ COMPARABLE = (
 @pytest.fixture(scope="module")
 def noisy_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits under noise. On flat paper the windows of max pooling tie, rounding decides where their gradient
-    goes, and from there on two runs drift apart for reasons that are not the trainer's. Here they stay within
+    goes, and from there on two runs drift apart for reasons outside of training. Here they stay within
     1e-7 of each other."""
     base = tmp_path_factory.mktemp("subset")
     link_subset(demo_data, base / "links", num_train=NUM_STEPS * BATCH, num_val=NUM_VAL)
@@ -90,9 +90,7 @@ def test_the_same_samples_and_losses_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("other", ["2", "3", "2 accumulating", "2 hybrid", "4 hybrid"])
-def test_validation_counts_every_sample_once_on_any_number_of_ranks(
-    runs_by_ranks: dict[str, Path], other: str
-) -> None:
+def test_validation_counts_each_sample_once_on_any_ranks(runs_by_ranks: dict[str, Path], other: str) -> None:
     (one,), (many,) = read_rows(runs_by_ranks["1"], "val"), read_rows(runs_by_ranks[other], "val")
     assert one["samples"] == many["samples"] == NUM_VAL
     assert one["top1"] * NUM_VAL == pytest.approx(round(one["top1"] * NUM_VAL), abs=1e-9)
@@ -110,7 +108,7 @@ def test_validation_counts_every_sample_once_on_any_number_of_ranks(
         ("2", 2, ("parallel=hybrid",)),
     ],
 )
-def test_a_run_stopped_inside_an_epoch_goes_on_with_other_ranks_or_in_another_mode(
+def test_run_resumes_inside_an_epoch_on_other_ranks_and_modes(
     before: str,
     after: int,
     overrides: tuple[str, ...],

@@ -1,5 +1,5 @@
-"""From the data folder to the rows of a prediction: what is in quarantine is left out and told, other images
-end a resume, and the classes' readable names arrive."""
+"""From the data folder to predicted rows: excluded images are left out and counted, a resume on other images
+is refused, and readable class names arrive."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_other_training_images_end_a_resume_with_one_line(trained: tuple[Path, P
     assert len(list(run.parent.iterdir())) == 1
 
 
-def test_readable_names_reach_the_bundle_and_the_rows_and_ids_stay(
+def test_readable_names_reach_the_bundle_and_the_rows(
     trained: tuple[Path, Path, str], demo_data: Path, tmp_path: Path
 ) -> None:
     data, run, _ = trained

@@ -1,4 +1,4 @@
-"""Asked to stop: all ranks save the same step and leave in time, whoever gets which signal, and how often."""
+"""Stop signals: all ranks save the same step and exit in time, whichever rank gets which signal."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 def has_rows(folder: Path) -> bool:
-    """Whether training has begun: a signal before has nothing to save."""
+    """Return whether training has begun: an earlier signal has nothing to save."""
     return any(path.stat().st_size for path in folder.glob("runs/*/metrics.jsonl"))
 
 
-def go_on(folder: Path, said: str, undisturbed: tuple[Path, Path]) -> None:
-    """A run that was stopped in time is saved where it says, and goes on to the same bits."""
+def check_saved_and_resume(folder: Path, said: str, undisturbed: tuple[Path, Path]) -> None:
+    """Check that the stopped run is saved at the step that it logged, and ends with the same bits."""
     data, whole = undisturbed
     (run,) = (folder / "runs").iterdir()
     (stopped,) = set(re.findall(r"error: stopped by .* at step (\d+), saved; go on with --resume auto", said))
@@ -65,7 +65,7 @@ def go_on(folder: Path, said: str, undisturbed: tuple[Path, Path]) -> None:
         (signal.SIGINT, 1, "another rank's signal"),
     ],
 )
-def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
+def test_signal_to_one_rank_stops_all_with_the_state_saved(
     number: signal.Signals, rank: int, asked: str, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     arguments = ["train.main", f"--data={undisturbed[0]}", "--out=runs", *(f"--set={s}" for s in SETTINGS)]
@@ -75,12 +75,10 @@ def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
         done = ranks.wait(KILL_S)
     assert done.returncode == 75, done.stderr
     assert f"error: stopped by {asked} at step " in done.stderr
-    go_on(tmp_path, done.stderr, undisturbed)
+    check_saved_and_resume(tmp_path, done.stderr, undisturbed)
 
 
-def test_ranks_that_torchrun_has_left_save_all_the_same(
-    undisturbed: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_ranks_save_without_their_launcher(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     """A second signal ends it, and with it the store by which ranks hear of a first one in an evaluation.
 
     Where they look for what they were told before the signal reaches them, they go on until it does.
@@ -108,10 +106,10 @@ def test_ranks_that_torchrun_has_left_save_all_the_same(
         pytest.param([signal.SIGUSR1], False, id="a rank"),
     ],
 )
-def test_a_signal_to_torchrun_or_its_rank_stops_all_and_a_second_one_changes_nothing(
+def test_signal_to_torchrun_or_a_rank_stops_all_ranks(
     numbers: list[signal.Signals], to_launcher: bool, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A rank's end makes torchrun start all again: being told why the run ended, they leave at once."""
+    """A rank that exits makes torchrun restart all: they read in launch.json that the run ended, and exit."""
     arguments = [f"--data={undisturbed[0]}", *(f"--set={s}" for s in SETTINGS)]
     process = subprocess.Popen(
         [sys.executable, "-m", *torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)],
@@ -132,4 +130,4 @@ def test_a_signal_to_torchrun_or_its_rank_stops_all_and_a_second_one_changes_not
     assert said.count("saved; go on with --resume auto") == (1 if to_launcher else 2)
     if not to_launcher:
         assert re.search(r"exitcode\s*: 75", said)
-    go_on(tmp_path, said, undisturbed)
+    check_saved_and_resume(tmp_path, said, undisturbed)

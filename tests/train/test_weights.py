@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 
 from alexnet import main
 from data_pipeline.common.errors import CorruptFileError, UserError
-from tests.train.checkpoints.test_load import Evil, save
-from tests.train.models.test_alexnet import bvlc_file
+from tests.helpers.bvlc import bvlc_file
+from tests.helpers.checkpoint_samples import Evil, save_small_network
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.models.alexnet import Normalize
 from train.weights import export_weights, import_weights
 
 
 def test_safetensors_and_back(tmp_path: Path) -> None:
-    folder, model = save(tmp_path / "run" / "checkpoints")
+    folder, model = save_small_network(tmp_path / "run" / "checkpoints")
     checkpoint = load_checkpoint(folder)
     export_weights(checkpoint, tmp_path / "w.safetensors", "safetensors")
     back = load_checkpoint(import_weights(tmp_path / "w.safetensors", tmp_path / "runs"))
@@ -56,7 +56,7 @@ def test_torchvisions_weights_come_in_and_go_out(tmp_path: Path) -> None:
     export_weights(imported, tmp_path / "out.pth", "torchvision")
     fresh = torchvision.models.alexnet(num_classes=7)
     fresh.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
-    with pytest.raises(UserError, match="tells 7 classes apart, and 2 names were given"):
+    with pytest.raises(UserError, match="has 7 classes, and 2 names were given"):
         import_weights(tmp_path / "in.pth", tmp_path / "runs", ("a", "b"))
 
 
@@ -123,7 +123,7 @@ def test_what_is_foreign_or_crafted_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    folder, _ = save(tmp_path / "run" / "checkpoints")
+    folder, _ = save_small_network(tmp_path / "run" / "checkpoints")
     run = tmp_path / "run"
 
     def invoke(*arguments: object) -> tuple[int, str]:

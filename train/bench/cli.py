@@ -228,7 +228,7 @@ def batch(
     help="The network.",
 )  # fmt: skip
 @click.option(
-    "--mode", "modes", multiple=True, type=click.Choice(["ddp", "ddp+bf16", "ddp+powersgd", "hybrid"]),
+    "--mode", "modes", multiple=True, type=click.Choice(["ddp", "ddp+bf16", "hybrid"]),
     default=("ddp", "ddp+bf16", "hybrid"), show_default=True, help="A way to train. Repeatable.",
 )  # fmt: skip
 @click.option(

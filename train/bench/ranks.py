@@ -21,21 +21,20 @@ from train.bench.traffic import sent_bytes
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.models.alexnet import AlexNet
-from train.setup import make_trainer
-from train.step import TrainStep, train_step
+from train.setup import make_step_parts
+from train.step import StepParts, train_step
 from train.tune.steps import noise_batch, wait_for
 
-Mode = Literal["ddp", "ddp+bf16", "ddp+powersgd", "hybrid"]
+Mode = Literal["ddp", "ddp+bf16", "hybrid"]
 SETTINGS: dict[Mode, tuple[str, ...]] = {
     "ddp": (),
     "ddp+bf16": ("compress=bf16",),
-    "ddp+powersgd": ("compress=powersgd", "powersgd_start=2"),
     "hybrid": ("parallel=hybrid",),
 }
 ALONE = "alone"
 """The same steps on as many ranks at the same time, of which none sends anything."""
 WARM_UP = 3
-"""Steps before those that count: DDP orders its buckets anew after the first; PowerSGD begins later."""
+"""Steps before those that count: DDP orders its buckets anew after the first."""
 
 
 class ScalingSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +89,7 @@ def measure(spec: ScalingSpec, world: World) -> RankFigures:
             trainer = _make(spec, mode, world)
             number = 0
 
-            def step(trainer: TrainStep = trainer) -> None:
+            def step(trainer: StepParts = trainer) -> None:
                 nonlocal number
                 train_step(trainer, [batch], 0.0, number)
                 number += 1
@@ -109,7 +108,7 @@ def measure(spec: ScalingSpec, world: World) -> RankFigures:
     return RankFigures(seconds=seconds, sent_bytes=sent, formula_bytes=formula, world_size=world.world_size)
 
 
-def _make(spec: ScalingSpec, mode: Mode, world: World) -> TrainStep:
+def _make(spec: ScalingSpec, mode: Mode, world: World) -> StepParts:
     values = {
         "model.name": spec.variant, "model.stem_stride": 4, "preprocessing.crop_px": spec.crop_px,
         "preprocessing.resize_px": spec.crop_px * 8 // 7, "precision": spec.precision, "device": spec.device,
@@ -118,7 +117,7 @@ def _make(spec: ScalingSpec, mode: Mode, world: World) -> TrainStep:
     texts = [f"{key}={value}" for key, value in values.items()]
     config = make_config("tiny-imagenet", [*texts, *spec.overrides, *SETTINGS[mode]])
     classes = tuple(f"class-{number}" for number in range(spec.num_classes))
-    return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
+    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
 def _time(step: Callable[[], None], count: int, world: World) -> float:
@@ -146,8 +145,6 @@ def _sent(step: Callable[[], None], world: World) -> int | None:
 
 def _formula(network: AlexNet, spec: ScalingSpec, mode: Mode, precision: str, ranks: int) -> int | None:
     """Bytes that each rank sends in a step: see docs/scaling.md."""
-    if mode == "ddp+powersgd":
-        return None
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     all_parameters = sum(p.numel() for p in network.parameters())
     there_and_back = 2 * (ranks - 1) / ranks

@@ -27,12 +27,13 @@ from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.augment import Augment
 from train.bench.turns import answer_lines
 from train.compile.choose import compile_step, fuse_lrn
-from train.config.load import RunConfig, make_config
+from train.config.load import make_config
+from train.config.schema import RunConfig
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter
 from train.models.lrn import LocalResponseNorm
-from train.setup import make_trainer
-from train.step import TrainStep, to_device, train_step
+from train.setup import make_step_parts
+from train.step import StepParts, to_device, train_step
 from train.tune.steps import noise_batch, peak_memory_mb, wait_for
 
 NUM_CLASSES = 1000
@@ -102,7 +103,7 @@ class OurSteps:
         self.device, self.batch, self.done = world.device, spec.batch, 0
         classes = tuple(f"class-{number}" for number in range(NUM_CLASSES))
         self.dataset = Dataset(Path(bench.folder), "train", (), np.zeros(0, np.int64), classes)
-        self.trainer: TrainStep = make_trainer(self.config, self.dataset, world, None)
+        self.trainer: StepParts = make_step_parts(self.config, self.dataset, world, None)
         if spec.lrn in ("none", "torch"):
             replace_lrn(self.trainer.network, spec.lrn)
         elif spec.lrn == "fused":

@@ -20,7 +20,7 @@ from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench.turns import answer_lines
-from train.config.load import READERS
+from train.config.schema import READERS
 
 BATCH = 64
 CROP_PX = 224

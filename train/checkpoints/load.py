@@ -1,102 +1,66 @@
-"""Checkpoints are verified before they are believed; `train.checkpoints.write` writes them.
-
-runs/<run>/checkpoints/step-00001234/state.pt       model, optimizer, scaler, position, configuration
-                                    /manifest.json  sha256 and size of state.pt, step, metrics
-runs/<run>/checkpoints/{best,last}.json             {"step": 1234, "top1": 0.5}
-"""
+"""Finding, verifying and loading checkpoints."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import read_small, sha256_of
-from data_pipeline.datasets.dataset import Contents
+from data_pipeline.common.files import sha256_of
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.checkpoints.retention import step_folder
-from train.checkpoints.safe_load import CheckpointPayload, Progress, load_plain
-from train.config.load import RunConfig, decode_config
+from train.checkpoints.format import (
+    COMPONENTS,
+    MANIFEST,
+    STATE,
+    CheckpointPayload,
+    Manifest,
+    Pointer,
+    Snapshot,
+    Weights,
+    read_manifest,
+    read_pointer,
+)
+from train.checkpoints.retention import saved_steps, step_folder
+from train.checkpoints.safe_load import load_plain
+from train.config.load import decode_config
 from train.config.schema import ModelConfig
-from train.health.flat_loss import FlatLoss
 from train.models.alexnet import AlexNet, count_hidden_weights, make_model
 
-FORMAT = 2
-"""1 had no average of the weights, and is read as such."""
-STATE, MANIFEST = "state.pt", "manifest.json"
-PARTS = ("model", "average", "optimizer", "scaler", "guard", "row")
-"""What has a state of its own in a checkpoint, as its `state_dict` gave it; an older file may lack some."""
-Weights = Literal["last", "average"]
+log = logging.getLogger("train")
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands beside a state file, and is believed before it.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Snapshot):
+    """A verified checkpoint in memory.
 
-    Args:
-        metrics: of the validation split, with the weights that `weights` tells.
-        weights: those of the last step, or their average over training.
-    """
-
-    format: int
-    step: int
-    epoch: int
-    sha256: str
-    size_bytes: int
-    metrics: dict[str, float]
-    weights: Weights = "last"
-
-
-class Pointer(msgspec.Struct, frozen=True, kw_only=True):
-    """`best.json` or `last.json`: which step, and its validation top-1 if it was evaluated."""
-
-    step: int
-    top1: float | None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint in memory, on the CPU.
-
-    Args:
+    Attributes:
         folder: the step's folder.
         sha256: of `state.pt`; exported models carry it.
-        step, epoch: optimiser steps and epochs finished.
-        samples_seen: training samples used, which is the position in the data stream.
-        metrics: of the validation split at this step.
-        parts: the state of each of `PARTS`; empty where the run has no such part, or the checkpoint is older.
-        progress: the run's course; empty in checkpoints from before it was kept.
-        labels_text: names of the classes for people; empty where the data had none.
-        data: which samples the splits "train" and "val" held; empty in weights from elsewhere.
     """
 
     folder: Path
     sha256: str
-    step: int
-    epoch: int
-    samples_seen: int
-    config: RunConfig
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    metrics: dict[str, float]
-    parts: dict[str, dict[str, Any]]
-    progress: Progress
-    labels_text: tuple[str, ...] = ()
-    data: dict[str, Contents] = field(default_factory=dict)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing that the weights were trained with."""
+        return self.config.preprocessing
 
     @property
     def model_state(self) -> dict[str, Tensor]:
-        """The weights that training goes on with."""
-        return self.parts["model"]
+        """The weights with which training resumes."""
+        return self.states["model"]
 
     @property
     def average_state(self) -> dict[str, Tensor]:
-        """Their average, where the run keeps one (`ema_decay`); else empty."""
-        return self.parts["average"]
+        """Their moving average, where the run keeps one (`ema_decay`); else empty."""
+        return self.states["average"]
 
     @property
     def class_labels(self) -> tuple[str, ...]:
@@ -110,12 +74,12 @@ class Checkpoint:
 
     @property
     def weights_name(self) -> Weights:
-        """Which of the two they are."""
+        """Which of the two `weights` are."""
         return "average" if self.average_state else "last"
 
     @property
     def description(self) -> str:
-        """What a person is told is used."""
+        """The folder, and which weights of it are used, for log lines."""
         average = f": the average of its weights (ema_decay {self.config.ema_decay:g})"
         return f"{self.folder}{average if self.average_state else ''}"
 
@@ -125,29 +89,31 @@ class Checkpoint:
         return self.folder.parent.parent
 
     def make_model(self) -> AlexNet:
-        """The network with the weights that were evaluated, in evaluation mode.
+        """Build the network with the weights that were evaluated, in evaluation mode.
 
         Raises:
             UserError: weights that do not fit the configuration saved with them.
         """
-        return make_loaded(
-            self.config.model, self.weights, len(self.classes), self.preprocessing.crop_px, self.folder
-        ).eval()
+        crop_px = self.preprocessing.crop_px
+        model = make_model_with(self.config.model, self.weights, len(self.classes), crop_px, self.folder)
+        return model.eval()
 
 
-def make_loaded(
+def make_model_with(
     config: ModelConfig, weights: dict[str, Tensor], num_classes: int, crop_px: int, source: Path
 ) -> AlexNet:
-    """A network of weights that came with its configuration; only one of their size is built.
+    """Build the network of a configuration and load weights into it.
+
+    The sizes are compared first, so that a file cannot make a network much larger than itself be built.
 
     Raises:
         UserError: weights that do not fit the configuration, with how they differ.
     """
     wanted = count_hidden_weights(config, num_classes=num_classes, crop_px=crop_px)
-    held = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
-    if wanted != held:
+    found = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
+    if wanted != found:
         raise UserError(
-            f"{source} holds another model's weights (its fully connected layers have {held} weights, those "
+            f"{source} holds another model's weights (its fully connected layers have {found} weights, those "
             f"of its configuration {wanted})"
         )
     model = make_model(config, num_classes=num_classes, crop_px=crop_px)
@@ -174,34 +140,31 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a checkpoint's hash, then read it. Nothing in it is executed.
+    """Verify a checkpoint's hash, then load it. Nothing in it is executed.
 
     Raises:
         CorruptFileError: a missing or damaged manifest or state file, or one that is not ours.
-        UserError: a checkpoint of a newer format, or a configuration that this version does not know.
+        UserError: a checkpoint of another format, or a configuration that this version does not know.
     """
     manifest, path = verify_checkpoint(folder), folder / STATE
     state = load_plain(path)
     try:
-        content = msgspec.convert(state, CheckpointPayload)
-        if content.step != manifest.step:
-            raise ValueError(f"it is of step {content.step}, its manifest of step {manifest.step}")
+        payload = msgspec.convert(state, CheckpointPayload)
+        if payload.step != manifest.step:
+            raise ValueError(f"it is of step {payload.step}, its manifest of step {manifest.step}")
         return Checkpoint(
             folder=folder,
             sha256=manifest.sha256,
-            step=content.step,
-            epoch=content.epoch,
-            samples_seen=content.samples_seen,
-            config=decode_config(content.config),
-            classes=content.classes,
-            preprocessing=content.preprocessing,
+            step=payload.step,
+            epoch=payload.epoch,
+            samples_seen=payload.samples_seen,
+            config=decode_config(payload.config),
+            classes=payload.classes,
             metrics=manifest.metrics,
-            parts={name: dict(state.get(name, {})) for name in PARTS},
-            # of the loss before a checkpoint of the first format nothing is known
-            progress=content.progress
-            or Progress(flat_loss=FlatLoss(since=content.step, window_start=content.step)),
-            labels_text=content.labels_text,
-            data=content.data,
+            states={name: state[name] for name in COMPONENTS},
+            progress=payload.progress,
+            labels_text=payload.labels_text,
+            data=payload.data,
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error
@@ -210,11 +173,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def verify_checkpoint(folder: Path) -> Manifest:
-    """Hold a checkpoint's state file against its manifest, without loading it.
+    """Compare a checkpoint's state file with its manifest, without loading it.
 
     Raises:
         CorruptFileError: a missing or damaged manifest or state file.
-        UserError: a checkpoint of a newer format.
+        UserError: a checkpoint of another format.
     """
     manifest = read_manifest(folder)
     path = folder / STATE
@@ -238,29 +201,13 @@ def verify_checkpoint(folder: Path) -> Manifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json` of one checkpoint; see `load_checkpoint` for the errors."""
-    path = folder / MANIFEST
-    try:
-        manifest = msgspec.json.decode(read_small(path), type=Manifest)
-    except OSError as error:
-        raise CorruptFileError(f"checkpoint {folder} has no readable {MANIFEST}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"checkpoint manifest {path} is damaged: {error}") from error
-    if manifest.format > FORMAT:
-        raise UserError(
-            f"checkpoint {folder} has format {manifest.format}; this version reads up to {FORMAT}"
-        )
-    return manifest
-
-
 def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str = "best") -> Path:
-    """The folder of one checkpoint.
+    """Find the folder of one checkpoint.
 
     Args:
         path: a step's folder, its `state.pt`, a run's folder, or None for the newest run.
-        runs: where runs are looked for when `path` is None.
-        pointer: `best` or `last`, which of a run's checkpoints is meant.
+        runs: where to look for runs when `path` is None.
+        pointer: `best` or `last`: which of a run's checkpoints to take.
     Raises:
         UserError: nothing there, with what to do.
         CorruptFileError: the run's pointer file is damaged.
@@ -281,13 +228,35 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
     return step_folder(path / "checkpoints", read_pointer(pointer_file).step)
 
 
-def read_pointer(path: Path) -> Pointer:
-    """Read `best.json` or `last.json`.
+def find_newest_intact(run: Path) -> Path:
+    """Find the newest checkpoint of a run that agrees with its manifest; each damaged one is logged.
 
     Raises:
-        CorruptFileError: not what `write_json` wrote.
+        CorruptFileError: all are damaged.
     """
-    try:
-        return msgspec.json.decode(read_small(path), type=Pointer)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is damaged: {error}") from error
+    for folder in reversed(saved_steps(run / "checkpoints").values()):
+        try:
+            verify_checkpoint(folder)
+        except CorruptFileError as error:
+            log.warning(f"{error}; going on from the checkpoint before it")
+        else:
+            return folder
+    raise CorruptFileError(f"no checkpoint of {run} is whole; start a new run with --resume none")
+
+
+def find_best(checkpoints: Path, last_step: int) -> Pointer | None:
+    """Find the intact checkpoint with the highest top-1 up to a step, the earliest among equal ones.
+
+    By the manifests: `best.json` may name a later one, or one from before a crash.
+    """
+    found = []
+    for step, folder in saved_steps(checkpoints).items():
+        with suppress(CorruptFileError):
+            top1 = read_manifest(folder).metrics.get("top1")
+            if step <= last_step and top1 is not None:
+                found.append((top1, -step, folder))
+    for top1, minus_step, folder in sorted(found, reverse=True):
+        with suppress(CorruptFileError):
+            verify_checkpoint(folder)
+            return Pointer(step=-minus_step, top1=top1)
+    return None

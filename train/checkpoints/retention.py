@@ -6,18 +6,23 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-WRITING, REMOVING, SET_ASIDE, REPLACED = ".writing-", ".removing-", ".aside-", ".replaced-"
-"""Names of what is no checkpoint yet, is none any more, lies behind the step that a run went back to, or
-makes room for another one of the same step."""
+WRITING = ".writing-"
+"""Prefix of a checkpoint that is not finished."""
+REMOVING = ".removing-"
+"""Prefix of a checkpoint that is being removed."""
+SUPERSEDED = ".aside-"
+"""Prefix of a checkpoint newer than the step resumed from; removed after the next save."""
+REPLACED = ".replaced-"
+"""Prefix of a checkpoint that makes room for another one of the same step."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands in a run's `checkpoints/`."""
+    """Return the folder of a step's checkpoint in a run's `checkpoints/`."""
     return folder / f"step-{step:08d}"
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a run's `checkpoints/` by step, ascending; whether they are whole is not asked."""
+    """Return the checkpoints in a run's `checkpoints/` by step, ascending, without verifying them."""
     found = {p.name[len("step-") :]: p for p in folder.glob("step-*") if p.is_dir()}
     return dict(sorted((int(step), path) for step, path in found.items() if step.isdecimal()))
 
@@ -25,13 +30,13 @@ def saved_steps(folder: Path) -> dict[int, Path]:
 def steps_to_keep(
     steps: Collection[int], *, keep_last: int, keep_every: int | None, best: int | None
 ) -> set[int]:
-    """Which checkpoints stay.
+    """Choose the checkpoints that stay.
 
     Args:
-        steps: of the checkpoints that there are.
-        keep_last: so many of the newest, at least 1.
-        keep_every: and the first one at or after each multiple of so many steps; None for no such.
-        best: and this one.
+        steps: of the existing checkpoints.
+        keep_last: how many of the newest stay, at least 1.
+        keep_every: the first one at or after each multiple of so many steps stays; None for no such.
+        best: this one stays.
 
     >>> sorted(steps_to_keep([5, 10, 12, 15, 20, 24], keep_last=1, keep_every=10, best=5))
     [5, 10, 20, 24]
@@ -47,7 +52,7 @@ def steps_to_keep(
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None, best: int | None) -> None:
-    """Remove what need not stay, and what was set aside. Called when a newer checkpoint is on the disk.
+    """Remove checkpoints that need not stay, and superseded ones. Call it when a newer one is on the disk.
 
     Raises:
         OSError: something cannot be removed.
@@ -56,12 +61,12 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None, b
     keep = steps_to_keep(saved, keep_last=keep_last, keep_every=keep_every, best=best)
     for step, path in saved.items():
         if step not in keep:
-            path.rename(folder / f"{REMOVING}{path.name}")  # no kill leaves half a checkpoint under its name
-    remove_leftovers(folder, aside=True)
+            path.rename(folder / f"{REMOVING}{path.name}")  # a kill must not leave half a checkpoint
+    remove_leftovers(folder, superseded=True)
 
 
 def restore_replaced(folder: Path) -> None:
-    """Bring back a checkpoint that a killed process had made room for, and not yet filled it."""
+    """Bring back a checkpoint that a killed process had moved to make room, before the new one was there."""
     for path in folder.glob(f"{REPLACED}*"):
         final = folder / path.name[len(REPLACED) :]
         if final.exists():
@@ -70,26 +75,26 @@ def restore_replaced(folder: Path) -> None:
             path.rename(final)
 
 
-def remove_leftovers(folder: Path, *, aside: bool = False) -> None:
-    """Remove what a killed process was writing or removing; with `aside` what was set aside, too."""
+def remove_leftovers(folder: Path, *, superseded: bool = False) -> None:
+    """Remove what a killed process was writing or removing, and on request superseded checkpoints."""
     restore_replaced(folder)
-    for prefix in (WRITING, REMOVING, *([SET_ASIDE] if aside else [])):
+    for prefix in (WRITING, REMOVING, *([SUPERSEDED] if superseded else [])):
         for path in folder.glob(f"{prefix}*"):
             shutil.rmtree(path)
 
 
 def supersede_after(folder: Path, step: int) -> list[Path]:
-    """Take the checkpoints behind a step out of the way of a run that goes on from there.
+    """Hide the checkpoints after a step from a run that resumes there.
 
-    They are damaged, or of a course that is given up: counted among the newest, they would push good ones
-    out, and the next resume would take them for the run's. They stay until the next checkpoint is written.
+    They are damaged, or of a course that is given up: counted among the newest, they would displace good
+    ones, and the next resume would take them for the run's. They stay until the next checkpoint is written.
 
     Returns:
         Where they were.
     """
     later = [path for saved, path in saved_steps(folder).items() if saved > step]
     for path in later:
-        aside = folder / f"{SET_ASIDE}{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        hidden = folder / f"{SUPERSEDED}{path.name}"
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
     return later

@@ -1,4 +1,4 @@
-"""Where Inductor's kernels take the place of torch's: in LRN, and in the whole network."""
+"""Decides where Inductor's kernels replace torch's: in LRN, and in the whole network."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from train.optim.precision import Precision
 log = logging.getLogger("train")
 
 WORTH_ELEMENTS = {"cpu": 5e9, "cuda": 2.5e11}
-"""From so many normalised numbers on, in a whole run, compiling takes less time than it saves: 25 s, against
-11 ns a number on two CPU cores. On a GPU the saving is an estimate, 0.1 ns."""
+"""Elements that LRN normalises in a whole run, from which on compiling takes less time than it saves: 25 s,
+against 11 ns an element on two CPU cores. On a GPU the saving is an estimate, 0.1 ns."""
 COMPILED = "compiled.json"
-"""In the run folder: whether the network is compiled, so that a resumed run computes the same bits."""
+"""File in the run folder: whether the network is compiled, so that a resumed run computes the same bits."""
 ROUNDS = 3
+"""Passes that are timed; the fastest counts."""
 
 
 def prepare_lrn(
@@ -41,35 +42,30 @@ def prepare_lrn(
     precision: Precision,
     world: World,
 ) -> None:
-    """Fuse a network's LRN where that is wanted, or pays in the run; rank 0 says which, and what it took.
+    """Compile a network's LRN if that is configured, or pays in the run; rank 0 logs the choice.
 
     The choice depends on the run alone, not on where it is resumed. Every rank must call this.
 
     Args:
-        wanted: `auto` fuses in runs long enough.
+        wanted: `auto` compiles in runs long enough.
         num_images: how many images the whole run trains on.
     """
-    layers = lrn_layers(network)
-    if not layers or wanted == "eager":
+    if wanted == "eager" or not lrn_layers(network):
         return
-    if wanted == "auto":
-        numbers = num_images * count_numbers(network, crop_px)
-        if numbers < WORTH_ELEMENTS[world.device.type]:
-            if world.is_main:
-                log.info(
-                    "LRN is not compiled: this run is too short to gain by it (lrn=fused does it anyway)"
-                )
-            return
-    fuse_lrn(network, crop_px, precision, world)
+    enough = WORTH_ELEMENTS[world.device.type]
+    if wanted == "fused" or num_images * count_elements(network, crop_px) >= enough:
+        fuse_lrn(network, crop_px, precision, world)
+    elif world.is_main:
+        log.info("LRN is not compiled: this run is too short to gain by it (lrn=fused does it anyway)")
 
 
 def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World) -> bool:
-    """Compile the LRN of a network, forward and backward; where that fails on any rank, none does.
+    """Compile the LRN of a network, forward and backward; if that fails on any rank, no rank uses it.
 
-    The first rank of a machine goes first, and the others find its kernels in the cache on disk.
+    The first rank of a machine compiles first, and the others find its kernels in the cache on disk.
 
     Returns:
-        Whether it is fused now.
+        Whether it is compiled now.
     """
     layers = lrn_layers(network)
     if not layers:
@@ -95,12 +91,12 @@ def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World)
 
 
 def lrn_layers(network: nn.Module) -> list[LocalResponseNorm]:
-    """The LRN of a network."""
+    """Return the LRN layers of a network."""
     return [module for module in network.modules() if isinstance(module, LocalResponseNorm)]
 
 
-def count_numbers(network: AlexNet, crop_px: int) -> int:
-    """How many numbers the LRN of a network normalises for one image."""
+def count_elements(network: AlexNet, crop_px: int) -> int:
+    """Count the elements that the LRN of a network normalises for one image."""
     counted: list[int] = []
     handles = [
         layer.register_forward_hook(lambda _module, inputs, _output: counted.append(inputs[0].numel()))
@@ -122,23 +118,18 @@ def compile_step(network: AlexNet) -> None:
     """
     for layer in lrn_layers(network):
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
-    # Inductor's front end looks at the gradient of what LRN returns, and warns of its own look.
+    # Inductor's front end reads `.grad` of LRN's output, and torch warns of that.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
     network.compile(dynamic=False)
 
 
 def maybe_compile(
-    parallel: Parallel,
-    batch: int,
-    crop_px: int,
-    precision: Precision,
-    world: World,
-    run: Path | None,
+    parallel: Parallel, batch: int, crop_px: int, precision: Precision, world: World, run: Path | None
 ) -> bool:
-    """Compile the network's passes if that makes them faster here: both are measured, on zeros.
+    """Compile the network's passes if that makes them faster here: both forms are timed, on zeros.
 
-    Rank 0 decides for all and writes the choice to the run folder, where a resumed run finds it. Every rank
-    must call this.
+    Rank 0 decides for all ranks and writes the choice to the run folder, where a resumed run finds it. Every
+    rank must call this.
 
     Args:
         batch: images that pass through at once.
@@ -191,7 +182,7 @@ def _try_lrn(
     precision: Precision,
     device: torch.device,
 ) -> str:
-    """Compile for every batch size but one; what went wrong, or nothing."""
+    """Compile LRN for every batch size above one. Returns the error, or an empty text."""
     for layer in layers:
         layer.fused = True
     weights = list(network.features.parameters())
@@ -217,7 +208,7 @@ def _zeros(network: nn.Module, batch: int, crop_px: int) -> Tensor:
 def _time_passes(
     parallel: DistributedDataParallel, images: Tensor, precision: Precision, rounds: int = ROUNDS
 ) -> float:
-    """Seconds of the fastest forward and backward pass."""
+    """Return the seconds of the fastest forward and backward pass."""
     best = float("inf")
     for _ in range(rounds):
         started = time.perf_counter()
@@ -232,7 +223,7 @@ def _time_passes(
 
 @contextmanager
 def _unchanged(parallel: DistributedDataParallel) -> Iterator[None]:
-    """Leave running statistics, gradients and the generator as they were."""
+    """Restore running statistics, gradients and the random generator at the end."""
     buffers = [buffer.clone() for buffer in parallel.buffers()]
     with torch.random.fork_rng():
         yield

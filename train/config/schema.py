@@ -1,18 +1,37 @@
-"""The tables of a run's configuration: data, model, optimiser, schedule; `load.py` has the whole."""
+"""The run configuration: a tree of frozen values, range-checked when it is built.
+
+`load.py` fills it from recipes and `--set`. It holds nothing that can be derived from another value (steps
+per epoch, rank batch).
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import msgspec
 
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.preprocessing import Preprocessing
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 AboveZero = Annotated[float, msgspec.Meta(gt=0)]
+AboveOne = Annotated[float, msgspec.Meta(gt=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Init = Literal["he", "paper", "caffe", "torch"]
+
+READERS = 4
+"""Most processes that read files for a GPU, unless `data.readers` sets another number."""
+
+FREE_TO_CHANGE = (
+    "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
+    "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
+)  # fmt: skip
+"""Keys of `RunConfig` that a resumed run may change: they decide where it computes, not what. All others
+decide the result."""
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,12 +41,12 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class DataConfig(Table, frozen=True):
     """Where the images are and who decodes them.
 
-    Args:
-        root: folder with `train/` and `val/`; `data/demo-digits` is written when it is not there.
+    Attributes:
+        root: folder with `train/` and `val/`; `data/demo-digits` is written when it is missing.
         backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
         threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
         readers: processes a rank that read files ahead; 0 for threads of the rank's own. None: processes
-            where a GPU decodes, since it is faster than threads read, and threads on a CPU, which is not.
+            where a GPU decodes, which is faster than threads can read, and threads on a CPU, which is not.
         prefetch: batches decoded ahead.
     """
 
@@ -39,12 +58,12 @@ class DataConfig(Table, frozen=True):
 
 
 class ModelConfig(Table, frozen=True):
-    """Which network, see `train.models.alexnet`.
+    """Which network to build, see `train.models.alexnet`.
 
-    Args:
-        stem_stride: the first convolution's: 4 for 224 pixels.
-        hidden_units: of each of the two fully connected layers before the last one; 4096 as published, fewer
-            for small data.
+    Attributes:
+        stem_stride: stride of the first convolution: 4 for 224 pixels.
+        hidden_units: of each of the two hidden fully connected layers; 4096 as published, fewer for small
+            data.
     """
 
     name: Literal["paper", "caffe", "owt", "bn"] = "paper"
@@ -55,18 +74,18 @@ class ModelConfig(Table, frozen=True):
 
 
 class OptimizerConfig(Table, frozen=True):
-    """SGD with momentum, and what is done to it, see `train.optim.sgd`.
+    """SGD with momentum and its variants, see `train.optim.sgd`.
 
-    Args:
+    Attributes:
         name: `sgd`, or `lars`, which gives each layer a rate of its own.
         momentum: share of the velocity that a step keeps.
-        momentum_form: where the rate goes. `torch` applies it to the velocity, so that a drop of the rate
-            acts at once; `paper` applies it to what enters the velocity, as Krizhevsky and Caffe did, so that
-            after a drop the velocity still carries steps of the old rate.
-        weight_decay: L2 penalty's factor.
+        momentum_form: where the learning rate enters. `torch` applies it to the velocity, so that a drop of
+            the rate acts at once; `paper` applies it to what enters the velocity, as Krizhevsky and Caffe
+            did, so that after a drop the velocity still carries steps of the old rate.
+        weight_decay: factor of the L2 penalty.
         nesterov: look ahead along the velocity.
-        decay_bias_and_norm: biases and norms decay, too.
-        bias_and_norm_rate: their rate, as a multiple of the others'.
+        decay_bias_and_norm: whether biases and norms decay as well.
+        bias_and_norm_rate: learning rate of biases and norms, as a multiple of the others'.
         trust_coefficient: LARS's ratio of a step of rate 1 to the layer's weights.
     """
 
@@ -87,7 +106,7 @@ class OptimizerConfig(Table, frozen=True):
 class ScheduleConfig(Table, frozen=True):
     """The learning rate over the run, see `train.optim.schedule.lr_at`. Times are in epochs.
 
-    Args:
+    Attributes:
         learning_rate: the rate after the warm-up, for batches of `reference_batch` samples.
         scaling: how the rate grows with `global_batch / reference_batch`: not at all, or by that factor
             (`linear`), or by its square root (`sqrt`).
@@ -96,13 +115,13 @@ class ScheduleConfig(Table, frozen=True):
             has not fallen for `patience` epochs, `max_drops` times at most; `poly` falls to 0 as
             (1 - t)^`power`, `cosine` as half a wave; `constant` stays.
         warmup_epochs: epochs of linear warm-up.
-        warmup_start: where it begins, as a fraction of the rate.
+        warmup_start: rate at the start of the warm-up, as a fraction of `learning_rate`.
         milestones: ascending epochs at which `step` lowers the rate.
-        factor: what it is multiplied by, 0..1.
+        factor: multiplier of each drop, 0..1.
         patience: epochs without a better validation top-1 before `plateau` lowers the rate.
         min_improvement: a better top-1 is one that is higher by at least this, in 0..1.
         max_drops: how often `plateau` lowers the rate.
-        power: of `poly`.
+        power: exponent of `poly`.
     """
 
     learning_rate: AboveZero = 0.01
@@ -125,3 +144,98 @@ class ScheduleConfig(Table, frozen=True):
             raise ValueError(f"scaling {self.scaling} needs reference_batch, which learning_rate is for")
         if self.kind == "plateau" and self.factor == 0:
             raise ValueError("plateau needs a factor above 0")
+
+
+class RunConfig(Table, frozen=True):
+    """Everything that decides a run's result.
+
+    Attributes:
+        recipe: the recipe's name, for the run folder and the records.
+        seed: of the data order, the augmentations, the initial weights and the dropout masks.
+        epochs: passes over the training split.
+        global_batch: samples an optimiser step uses, over all ranks and accumulation steps.
+        micro_batch: most samples that one rank takes through the network at once; None for no limit.
+            Accumulation follows from it.
+        precision: `auto` is bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU.
+        device: `auto` is CUDA where there is a GPU.
+        cpu_threads: compute threads a rank on a CPU; 0 shares the cores among the ranks of a machine.
+        timeout_s: a rank that keeps the others waiting in a collective for longer ends the run.
+        parallel: `ddp` gives every rank the whole network; `hybrid` splits the fully connected layers over
+            the ranks, so that fewer bytes travel (`train.distributed.hybrid`).
+        compress: `bf16` rounds gradients to bfloat16 while they travel under plain ddp.
+        lrn: `fused` compiles local response normalisation, `eager` does not; `auto` does in runs long enough.
+        compile: compile the network's passes as a whole where that is measured to be faster, at the start.
+        log_every: optimiser steps between training rows.
+        log_noise_scale: training rows have the gradient noise scale as well, see `train.health.noise_scale`;
+            needs a batch in parts, of several ranks or of `micro_batch`.
+        checkpoint_every: optimiser steps between checkpoints inside an epoch; None saves at its end only.
+        max_skipped: so many steps skipped in a row, because their gradient was not finite, end the run.
+        spike_factor: skip a step, too, whose gradient's norm is more than so many times its running mean;
+            None for no such check.
+        flat_loss_grace: a training loss that stays at ln(classes) for so many steps ends the run, see
+            `train.health.flat_loss`; 0 turns that off.
+        label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
+        ema_decay: keep a moving average of the weights, which is evaluated and exported in place of the last
+            ones (`train.optim.ema`); 0 keeps none.
+        ten_crop: evaluate each validation image by the mean of ten views, as the paper, not by the centre.
+        keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays as well.
+    """
+
+    recipe: str = "custom"
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    epochs: Positive = 90
+    global_batch: Positive = 128
+    micro_batch: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    timeout_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
+    parallel: Literal["ddp", "hybrid"] = "ddp"
+    compress: Literal["none", "bf16"] = "none"
+    lrn: Literal["auto", "fused", "eager"] = "auto"
+    compile: bool = False
+    log_every: Positive = 20
+    log_noise_scale: bool = False
+    checkpoint_every: Positive | None = None
+    keep_checkpoints: Positive = 2
+    keep_every: Positive | None = None
+    max_skipped: Positive = 10
+    spike_factor: AboveOne | None = None
+    flat_loss_grace: Count = 10_000
+    label_smoothing: BelowOne = 0.0
+    ema_decay: BelowOne = 0.0
+    ten_crop: bool = False
+    data: DataConfig = DataConfig()
+    preprocessing: Preprocessing = Preprocessing()
+    augment: Augment = Augment()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^/\0.][^/\0]{0,99}", self.recipe):
+            raise ValueError(
+                f"recipe {self.recipe[:100]!r} names a run's folder: 1 to 100 characters, no / and no . first"
+            )
+        if self.parallel != "hybrid":
+            return
+        if self.compress != "none":
+            raise ValueError(
+                f"compress={self.compress} is for plain ddp: parallel=hybrid sends no gradients of the large "
+                "layers; choose one"
+            )
+        if self.compile:
+            raise ValueError(
+                "compile=true compiles the network as a whole, and parallel=hybrid splits it: choose one"
+            )
+        if self.optimizer.name == "lars":
+            raise ValueError(
+                "lars needs the norm of each whole layer, of which parallel=hybrid leaves a rank a part; and "
+                "with batches as large as lars is for, ddp sends less (docs/scaling.md): use parallel=ddp"
+            )
+        if self.log_noise_scale:
+            raise ValueError(
+                "log_noise_scale compares each rank's own gradients, and under parallel=hybrid no rank has "
+                "one of the fully connected layers: use parallel=ddp"
+            )

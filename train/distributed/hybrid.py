@@ -1,9 +1,9 @@
-"""Hybrid parallelism: convolutions data parallel, fully connected layers split over the ranks.
+"""Hybrid parallelism: data parallel convolutions, fully connected layers sharded over the ranks.
 
 The fully connected layers hold 96% of AlexNet's parameters and do 8% of its arithmetic; the convolutions the
-other way round. So the gradients of the convolutions travel, as under DistributedDataParallel, and of the
-rest the activations (`tensor_parallel`). The losses are those of plain DDP. docs/scaling.md says when it
-pays.
+other way round. So the convolutions' gradients are all-reduced, as under DistributedDataParallel, and the
+fully connected layers exchange activations in place of gradients (`tensor_parallel`). The losses are those
+of plain DDP. docs/scaling.md shows when it pays.
 
 Source: Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks".
 """
@@ -37,15 +37,16 @@ from train.optim.precision import Precision
 
 
 def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, group_size: int = 1) -> list[int]:
-    """How many samples each rank brings to each pass of a step through the split layers, the same for all.
+    """Return how many samples each rank brings to each pass of a step through the sharded layers.
 
-    A rank has as many passes as micro-batches (`data_pipeline.loader.Loader.train`), and their number and
-    size may differ between ranks. Who has fewer joins the first passes with none of its own: so all end with
-    the same pass, in which DDP sums the gradients.
+    The sizes are the same on all ranks. A rank has as many passes as micro-batches
+    (`data_pipeline.loader.Loader.train`), and their number and size may differ between ranks. A rank with
+    fewer joins the first passes with no samples of its own, so that all share the last pass, in which DDP
+    reduces the gradients.
 
     Args:
         micro_batch: most samples that a rank takes at once.
-        group_size: so many samples are never parted.
+        group_size: so many consecutive samples are never separated.
 
     >>> micro_batch_sizes(25, 2, micro_batch=5)
     [5, 5, 3]
@@ -77,23 +78,22 @@ class _Trunk(nn.Module):
 class HybridParallel(nn.Module):
     """An AlexNet over several ranks, in the place of DistributedDataParallel.
 
-    Every rank calls everything here, and in a step as many forward passes as its micro-batches, of the sizes
-    of which `micro_batch_sizes` was made.
+    Every rank must call every method, and run as many forward passes in a step as it has micro-batches, of
+    the sizes that `micro_batch_sizes` was given.
 
     Args:
-        network: the whole network, the same on all ranks; its fully connected layers are replaced by parts.
-        rows: see `micro_batch_sizes`.
+        network: the whole network, the same on all ranks; its fully connected layers are replaced by shards.
+        sizes: see `micro_batch_sizes`.
     """
 
-    def __init__(self, network: AlexNet, world: World, rows: list[int]) -> None:
+    def __init__(self, network: AlexNet, world: World, sizes: list[int]) -> None:
         super().__init__()
-        self.network, self.world, self.rows = network, world, rows
+        self.network, self.world, self.sizes = network, world, sizes
         self.plan = MicroBatchPlan(world)
-        self._coming: Iterator[int] = iter(())
+        self._next_sizes: Iterator[int] = iter(())
+        kinds = (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
         names = [name for name, layer in network.classifier.named_children() if isinstance(layer, nn.Linear)]
-        for name, kind in zip(
-            names, (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear), strict=True
-        ):
+        for name, kind in zip(names, kinds, strict=True):
             whole = network.classifier.get_submodule(name)
             assert isinstance(whole, nn.Linear)
             network.classifier.register_module(name, kind(whole, self.plan))
@@ -101,22 +101,23 @@ class HybridParallel(nn.Module):
             _Trunk(network),
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # about a layer: the later ones' gradients travel while the earlier ones compute theirs
+            # about a layer: the later layers' gradients travel while the earlier ones' are computed
             bucket_cap_mb=2,
         )
-        # DDP would send them in a rank's first pass, which is not always the others': start_step does so.
+        # DDP would broadcast them in a rank's first pass, which the other ranks need not have: start_step
+        # does it instead.
         self.trunk.broadcast_buffers = False
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """This rank's images to their logits (N, C)."""
+        """Compute the logits (N, C) of this rank's images."""
         features_NF = self.trunk(images_NCHW)
-        self.plan.rows = next(self._coming)
+        self.plan.rows = next(self._next_sizes)
         assert len(features_NF) <= self.plan.rows, "the micro-batches are not those that were planned"
         logits_NC: Tensor = self.network.classifier(features_NF)
         return logits_NC
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """The convolutions' gradients stay here; those of the split layers do so in any case."""
+        """Accumulate the convolutions' gradients without reducing them; the shards' never are."""
         return self.trunk.no_sync()
 
     def start_step(self, num_batches: int, precision: Precision) -> None:
@@ -127,49 +128,51 @@ class HybridParallel(nn.Module):
         """
         for buffer in self.network.buffers():
             dist.broadcast(buffer, src=0)
-        # DDP orders its buckets anew in the second step's first pass, and waits for all ranks, some of which
-        # may wait in a pass of the split layers: let it do so now.
+        # DDP rebuilds its buckets in the second step's first pass, and waits for all ranks there, while some
+        # of them may wait in a pass of the sharded layers: rebuild them now, when all ranks are here.
         self.trunk.reducer._rebuild_buckets()
-        missing = len(self.rows) - num_batches
+        missing = len(self.sizes) - num_batches
         assert missing >= 0, "more micro-batches than were planned"
-        self._coming = iter(self.rows)
+        self._next_sizes = iter(self.sizes)
         first = next(m for m in self.network.modules() if isinstance(m, FirstColumnParallelLinear))
         for _ in range(missing):
-            self.plan.rows = next(self._coming)
+            self.plan.rows = next(self._next_sizes)
             none_NF = torch.empty(0, first.in_features, device=self.world.device, requires_grad=True)
             with precision.autocast():
                 logits_NC = self.network.classifier(none_NF)
             torch.autograd.backward(logits_NC.sum())
 
-    def agree(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Make of this step's gradients what all ranks judge alike; called when they are unscaled.
+    def global_norm_tensors(
+        self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer
+    ) -> list[Tensor]:
+        """Return tensors whose total norm is that of the whole gradient, the same on every rank.
 
-        float16's overflow on one rank becomes that of all.
+        So every rank's check for NaN and spikes agrees. Call it after `unscale_`: float16's overflow on one
+        rank becomes that of all.
 
         Returns:
-            Tensors whose norm is that of the whole gradient: those that every rank holds, and the norm of the
-            parts of all ranks.
+            The gradients that every rank holds, and the norm of all ranks' shards.
         """
         if scaler.is_enabled():
-            for found in scaler._found_inf_per_device(optimizer).values():
-                dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        places = self.places()
-        grads = [(n in places, p.grad) for n, p in self.network.named_parameters() if p.grad is not None]
-        squares = get_total_norm([grad for sharded, grad in grads if sharded]).double().square()
+            for found_inf in scaler._found_inf_per_device(optimizer).values():
+                dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
+        specs = self.shard_specs()
+        grads = [(n in specs, p.grad) for n, p in self.network.named_parameters() if p.grad is not None]
+        squares = get_total_norm([grad for is_shard, grad in grads if is_shard]).double().square()
         dist.all_reduce(squares)
-        return [*(grad for sharded, grad in grads if not sharded), squares.sqrt().float()]
+        return [*(grad for is_shard, grad in grads if not is_shard), squares.sqrt().float()]
 
-    def places(self) -> dict[str, tuple[int, int]]:
-        """For each parameter of which a rank holds a part: the dimension, and the whole's size along it."""
+    def shard_specs(self) -> dict[str, tuple[int, int]]:
+        """Map the name of each sharded parameter to its sharded dimension and the full size along it."""
         return {
             f"{prefix}.{name}": (dim, size)
             for prefix, layer in self.network.named_modules()
             if isinstance(layer, ParallelLinear)
-            for name, dim, size in layer.sharded()
+            for name, dim, size in layer.sharded_params()
         }
 
     def unshard(self) -> AlexNet:
-        """The network as one rank alone would hold it, for evaluation and checkpoints."""
+        """Return the network as one rank alone would hold it, for evaluation and checkpoints."""
         layers = OrderedDict(
             (name, layer.unshard() if isinstance(layer, ParallelLinear) else layer)
             for name, layer in self.network.classifier.named_children()
@@ -183,64 +186,66 @@ Parallel: TypeAlias = DistributedDataParallel | HybridParallel
 
 
 def whole_network(parallel: Parallel) -> AlexNet:
-    """The unsplit network, on every rank; all must call this. Under plain DDP it is what each rank has."""
+    """Return the unsharded network, on every rank; all must call this. Under plain DDP each rank has it."""
     network = parallel.unshard() if isinstance(parallel, HybridParallel) else parallel.module
     assert isinstance(network, AlexNet)
     return network
 
 
 def gather_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that go with the network's own by name, unsplit, on every rank; all must call this."""
+    """Unshard tensors that have the names of the network's own, on every rank; all must call this."""
     if not isinstance(parallel, HybridParallel):
         return dict(tensors)
-    places = parallel.places()
+    specs = parallel.shard_specs()
     return {
-        name: gather_shards(tensor, *places[name], parallel.world) if name in places else tensor
+        name: gather_shards(tensor, *specs[name], parallel.world) if name in specs else tensor
         for name, tensor in tensors.items()
     }
 
 
 def shard_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of what `gather_tensors` gave, in whichever mode it did."""
+    """Return this rank's shards of tensors from `gather_tensors`, gathered in whichever mode."""
     if not isinstance(parallel, HybridParallel):
         return dict(tensors)
-    places = parallel.places()
+    specs = parallel.shard_specs()
     return {
-        name: shard(tensor, places[name][0], parallel.world) if name in places else tensor
+        name: shard(tensor, specs[name][0], parallel.world) if name in specs else tensor
         for name, tensor in tensors.items()
     }
 
 
 def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's `state_dict` as of the unsplit network, on every rank; all must call this."""
-    return _change_state(parallel, optimizer, optimizer.state_dict(), gather_tensors)
+    """Return the `state_dict` of the unsharded network's optimiser, on every rank; all must call this."""
+    return _map_state(parallel, optimizer, optimizer.state_dict(), gather_tensors)
 
 
 def shard_optimizer_state(
     parallel: Parallel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """This rank's part of what `gather_optimizer_state` gave, in whichever mode it did."""
-    return _change_state(parallel, optimizer, state, shard_tensors)
+    """Return this rank's shard of a state from `gather_optimizer_state`, gathered in whichever mode."""
+    return _map_state(parallel, optimizer, state, shard_tensors)
 
 
-def _change_state(
+def _map_state(
     parallel: Parallel,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     change: Callable[[Parallel, Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Any]:
-    """Change what an optimiser keeps of each parameter; its state numbers the parameters in their order."""
+    """Apply `change` to the tensors of an optimiser's state, which numbers the parameters in their order."""
     network = parallel.network if isinstance(parallel, HybridParallel) else parallel.module
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     numbered = enumerate(p for group in optimizer.param_groups for p in group["params"])
-    own = {number: names[id(parameter)] for number, parameter in numbered}
-    changed = {
-        number: {
-            key: change(parallel, {own[number]: value})[own[number]]
-            if number in own and isinstance(value, Tensor) and value.ndim
-            else value
-            for key, value in values.items()
-        }
+    name_of = {number: names[id(parameter)] for number, parameter in numbered}
+
+    def changed(number: int, value: Any) -> Any:
+        if number not in name_of or not isinstance(value, Tensor) or not value.ndim:
+            return value
+        (tensor,) = change(parallel, {name_of[number]: value}).values()
+        return tensor
+
+    states = {
+        number: {key: changed(number, value) for key, value in values.items()}
         for number, values in state["state"].items()
     }
-    return {**state, "state": changed}
+    return {**state, "state": states}

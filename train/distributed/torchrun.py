@@ -1,4 +1,4 @@
-"""`alexnet train`: be this machine's torchrun, and answer with the ranks' exit code."""
+"""torchrun: `alexnet train` runs it on this machine, and a rank identifies the one that started it."""
 
 from __future__ import annotations
 
@@ -6,52 +6,61 @@ import logging
 import os
 import re
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from data_pipeline.common.errors import InterruptedRunError, UserError
-from train.config.load import RunConfig
+from train.config.schema import RunConfig
 from train.distributed.world import check_rank_count, choose_device, cpu_share
 
 log = logging.getLogger("train")
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What torchrun passes on to the ranks: its own list, and Slurm's signal before the time is up."""
+"""Signals that torchrun passes on to the ranks: its own list, and Slurm's before a job's time is up."""
 
 
 @dataclass(frozen=True)
-class Rendezvous:
-    """Where the torchruns of several machines find each other; the same on all of them.
+class Launch:
+    """Identifies the torchrun that started this process. A restart of the ranks is the same launch.
 
-    Args:
-        num_nodes: how many machines there are: `2`, or `1:4` where they may come and go.
-        endpoint: `HOST[:PORT]` of one of them, which holds the meeting.
-        run_id: a name for this launch.
+    Attributes:
+        run_id: torchrun's `--rdzv-id`; a new one each time with `--standalone`, `none` without either.
+        launcher: the torchrun process on this machine.
+        restarts: how often this launch has restarted its ranks.
     """
 
-    num_nodes: str
-    endpoint: str
     run_id: str
-
-    def options(self) -> list[str]:
-        """As torchrun's options."""
-        return [
-            f"--nnodes={self.num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
-            f"--rdzv-id={self.run_id}",
-        ]  # fmt: skip
+    launcher: str
+    restarts: int
 
 
-def make_rendezvous(num_nodes: str, endpoint: str | None, run_id: str | None) -> Rendezvous | None:
-    """What the options of `alexnet train` say of other machines; None where there are none.
+def env_launch() -> Launch | None:
+    """Return this process's launch; None outside torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    parent = os.getppid()
+    # Process ids are reused; together with the time at which the process began they are unique.
+    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return Launch(
+        run_id=os.environ["TORCHELASTIC_RUN_ID"],
+        launcher=f"{socket.gethostname()}:{parent}:{began}",
+        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
 
+
+def rendezvous_options(num_nodes: str, endpoint: str | None, run_id: str | None) -> list[str]:
+    """Build torchrun's options for the place where the torchruns of all machines meet.
+
+    Args:
+        num_nodes: number of machines: `2`, or `1:4` where they may come and go.
+        endpoint: `HOST[:PORT]` of one of them, which hosts the store; None for a single machine.
+        run_id: name of this launch, the same on all machines; None for a single machine.
     Raises:
-        UserError: machines that could not find each other.
+        UserError: options with which the machines could not meet.
     """
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", num_nodes):
         raise UserError(f"--nnodes takes a number of machines, or MIN:MAX, not {num_nodes!r}")
@@ -59,21 +68,24 @@ def make_rendezvous(num_nodes: str, endpoint: str | None, run_id: str | None) ->
     if most and int(most) < int(least):
         raise UserError(f"--nnodes {num_nodes}: the largest number is below the smallest")
     if endpoint is None and run_id is None and num_nodes == "1":
-        return None
+        # Both, since torchrun fills in missing options from variables that a cluster may have set (PET_…).
+        return ["--standalone", "--nnodes=1"]
     if endpoint is None or not run_id or run_id == "none":
         raise UserError(
             "several machines meet at --rdzv-endpoint HOST:PORT, under a name of this launch, --rdzv-id; "
             "give both, and the same on every machine"
         )
-    return Rendezvous(num_nodes, endpoint, run_id)
+    return [
+        f"--nnodes={num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}",
+    ]  # fmt: skip
 
 
 def choose_rank_count(wanted: str, config: RunConfig) -> int:
-    """How many ranks to start here.
+    """Return how many ranks to start on this machine.
 
     Args:
         wanted: a number, or `auto`: one for each GPU, and one where there is none.
-        config: says whether GPUs are to be used.
+        config: whose `device` decides whether GPUs are used.
     Raises:
         UserError: not a number above 0, or more ranks than GPUs.
     """
@@ -87,28 +99,31 @@ def choose_rank_count(wanted: str, config: RunConfig) -> int:
     return int(wanted)
 
 
-def launch(
-    num_ranks: int, arguments: Sequence[str], max_restarts: int = 0, rendezvous: Rendezvous | None = None
+def run_torchrun(
+    num_ranks: int, arguments: Sequence[str], max_restarts: int, rendezvous: Sequence[str]
 ) -> int:
     """Run `train.main` under torchrun on this machine.
 
     Args:
         num_ranks: processes to start here.
         arguments: of `train.main`.
-        max_restarts: how often all ranks are started again after one of them fails.
-        rendezvous: with other machines; None where there are none.
+        max_restarts: how often all ranks are restarted after one of them fails.
+        rendezvous: from `rendezvous_options`.
     Returns:
-        0, or the exit code of the rank that failed first; a rank has said why by then.
+        0, or the exit code of the rank that failed first; a rank has logged why by then.
     """
+    # Imported here: ranks import this module for `env_launch`, and need none of torchrun.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # torchrun would choose 1 and warn about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_share(num_ranks)))
-    # Said in full, since torchrun fills in what is not from variables that a cluster may have set (PET_…).
-    meeting = rendezvous.options() if rendezvous is not None else ["--standalone", "--nnodes=1"]
     options = [
-        *meeting, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
+        *rendezvous, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
         f"--signals-to-handle={SIGNALS}", "-m", "train.main", *arguments,
     ]  # fmt: skip
-    # Its own log repeats what the rank said, around a traceback of torchrun itself.
+    # torchrun's own log repeats the rank's error, around a traceback of torchrun itself.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.multiprocessing.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -129,7 +144,7 @@ def launch(
 def training_arguments(
     recipe: str, data: Path | None, out: Path, resume: str, overrides: Sequence[str], debug: bool
 ) -> list[str]:
-    """The options of `train.config.options`, as a command line."""
+    """Format the options of `train.cli` as a command line."""
     arguments = [f"--recipe={recipe}", f"--out={out}", f"--resume={resume}"]
     arguments += [f"--data={data}"] if data is not None else []
     arguments += [f"--set={override}" for override in overrides]

@@ -1,17 +1,15 @@
-"""The ranks of a run. The only module that reads torchrun's environment."""
+"""The ranks of a run: the process group, the collectives, and each rank's device and share of the machine."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,19 +23,19 @@ from data_pipeline.common.errors import RankLostError, UserError
 log = logging.getLogger("train")
 
 TIMEOUT_S = 600.0
-"""A collective that one rank does not join within this time ends the run, unless the configuration says."""
+"""Default of `timeout_s`: a collective that one rank does not join within this time ends the run."""
 
 REPORT_S = 3.0
-"""For so long ranks that timed out hear from each other who did; the others are the lost ones."""
+"""For so long ranks whose collective timed out report to each other; ranks that do not report are lost."""
 
 REST_S = 0.1
-"""For so long gloo's threads may free what they hold of the last collective, before Python ends."""
+"""So long gloo's threads get to free the tensors of the last collective before the interpreter ends."""
 
 T = TypeVar("T")
 
 
 @lru_cache(maxsize=1)
-def _say_that_the_store_is_gone() -> None:
+def _warn_once_that_the_store_is_gone() -> None:
     log.warning("the launcher is gone: the ranks hear of a signal to one of them only between steps")
 
 
@@ -53,52 +51,52 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks: rank 0."""
+        """Whether this rank writes files and logs: rank 0."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """What a person calls the device."""
+        """The device's name for people."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
 
     def all_reduce(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks, in place."""
-        with self.named_collective("the sum of counts"):
+        with self.named_collective("an all-reduce (sum)"):
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def max(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks; the same answer on all. Waits for the device."""
+        """Return the maximum of each value over the ranks, on all of them. Waits for the device."""
         largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.named_collective("the question whether to stop"):
+        with self.named_collective("an all-reduce (maximum)"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
             answer: list[float] = largest.tolist()
         return answer
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on all. Waits for the device."""
+        """Return whether the flag is set on any rank, on all of them. Waits for the device."""
         return bool(self.max(float(flag))[0])
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, of one shape on all: (world_size, ...), on every rank."""
+        """Return the tensors of all ranks, equal in shape: (world_size, ...), on every rank."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        with self.named_collective("the gathering of counts"):
+        with self.named_collective("an all-gather"):
             dist.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
     def set_flag(self, topic: str) -> None:
-        """Let every rank know, without a collective, that something has come up; see `flag_is_set`."""
+        """Set a flag that every rank can read without a collective; see `flag_is_set`."""
         try:
-            PrefixStore("told", dist.distributed_c10d._get_default_store()).set(topic, "")
+            PrefixStore("flags", dist.distributed_c10d._get_default_store()).set(topic, "")
         except dist.DistNetworkError:
-            _say_that_the_store_is_gone()
+            _warn_once_that_the_store_is_gone()
 
     def flag_is_set(self, topic: str) -> bool:
-        """Whether any rank has told so by now; False without the launcher, which holds what they tell."""
+        """Return whether any rank has set the flag; False if the launcher, which holds the store, is gone."""
         try:
-            return PrefixStore("told", dist.distributed_c10d._get_default_store()).check([topic])
+            return PrefixStore("flags", dist.distributed_c10d._get_default_store()).check([topic])
         except dist.DistNetworkError:
-            _say_that_the_store_is_gone()
+            _warn_once_that_the_store_is_gone()
             return False
 
     def barrier(self) -> None:
@@ -107,14 +105,14 @@ class World:
             dist.barrier()
 
     def broadcast_object(self, decide: Callable[[], T]) -> T:
-        """What rank 0 decides, on every rank; if it raises an exception, every rank raises it."""
+        """Return what `decide` returns on rank 0, on every rank; if it raises, every rank raises the same."""
         answer: list[Any] = [None]
         if self.is_main:
             try:
                 answer = [decide()]
-            except Exception as error:
+            except Exception as error:  # the other ranks wait for an answer, whatever happens
                 answer = [error]
-        with self.named_collective("the decision of rank 0"):
+        with self.named_collective("a broadcast of rank 0's decision"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
             raise answer[0]
@@ -122,8 +120,8 @@ class World:
         return decided
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Make running statistics (BatchNorm's) the same on every rank: their mean over the ranks."""
-        with self.named_collective("the mean of running statistics"):
+        """Replace running statistics (BatchNorm's) by their mean over the ranks, on every rank."""
+        with self.named_collective("an all-reduce of running statistics"):
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
@@ -131,13 +129,13 @@ class World:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's, in place."""
-        with self.named_collective("the running statistics of rank 0"):
+        with self.named_collective("a broadcast of running statistics"):
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     @contextmanager
     def named_collective(self, name: str) -> Iterator[None]:
-        """Give the failure of a collective its name, and that of the rank which did not join it.
+        """Name the collective that fails, and the ranks that did not join it, in the error.
 
         gloo raises where a rank is gone, or after the time-out. NCCL's own watchdog ends the process instead.
 
@@ -151,7 +149,8 @@ class World:
                 raise
             timed_out = "imed out" in str(error)
             reason = "timed out" if timed_out else "lost a connection"
-            lost = self._lost_ranks(REPORT_S if timed_out else REPORT_S / 5)  # a dead rank is known at once
+            # A dead rank closes its connections, so that the others notice at once and report together.
+            lost = self._lost_ranks(REPORT_S if timed_out else REPORT_S / 5)
             who = f"rank {' and '.join(map(str, lost))} did not join it" if lost else "every rank reports so"
             raise RankLostError(
                 f"rank {self.rank} {reason} in {name}: {who}. Start again with --resume auto, or let "
@@ -159,7 +158,7 @@ class World:
             ) from error
 
     def _lost_ranks(self, patience_s: float) -> list[int]:
-        """The ranks that do not say, within a short time, that they wait as this one does."""
+        """Return the ranks that do not report, within a short time, that they wait as this one does."""
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
         try:
             store = PrefixStore("waiting", dist.distributed_c10d._get_default_store())
@@ -168,47 +167,18 @@ class World:
             while missing and time.monotonic() < end:
                 missing = [rank for rank in missing if not store.check([str(rank)])]
                 time.sleep(0.1)
-        except RuntimeError:  # the store is gone with the launcher: nobody can be heard
+        except RuntimeError:  # the store is gone with the launcher: no rank can report
             pass
         return missing
 
 
 def env_rank() -> int:
-    """The rank that torchrun gave this process; 0 outside torchrun."""
+    """Return the rank that torchrun gave this process; 0 outside torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Which torchrun started this process. A restart of the ranks is the same launch.
-
-    Args:
-        run_id: torchrun's `--rdzv-id`; made up anew each time with `--standalone`, `none` without either.
-        launcher: the torchrun process on this machine.
-        restarts: how often this launch has started its ranks again.
-    """
-
-    run_id: str
-    launcher: str
-    restarts: int
-
-
-def env_launch() -> Launch | None:
-    """This process's launch; None outside torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    parent = os.getppid()
-    # A process id comes back one day; with the time at which the process began, it does not.
-    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    return Launch(
-        run_id=os.environ["TORCHELASTIC_RUN_ID"],
-        launcher=f"{socket.gethostname()}:{parent}:{began}",
-        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-    )
-
-
 def cpu_share(local_world_size: int) -> int:
-    """Processor cores that one of so many ranks on this machine can call its own, at least 1."""
+    """Return the processor cores for each of so many ranks on this machine, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
@@ -226,7 +196,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cud
 
 
 def check_rank_count(local_world_size: int, device: Literal["cpu", "cuda"], num_gpus: int) -> None:
-    """One device per local rank.
+    """Check that each local rank gets a device of its own.
 
     Raises:
         UserError: more ranks on this machine than it has GPUs.
@@ -240,8 +210,8 @@ def check_rank_count(local_world_size: int, device: Literal["cpu", "cuda"], num_
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 means float32: no TensorFloat-32, which keeps 10 bits of the mantissa, and is cuDNN's way."""
-    # Each by itself: a library that has set one of them would not be overruled by the setting for all.
+    """Turn off TensorFloat-32, cuDNN's default with a 10-bit mantissa, and restore it at the end."""
+    # Each setting by itself: the one for all does not overrule a library that has set one of them.
     settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -254,11 +224,11 @@ def exact_float32() -> Iterator[None]:
 
 
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """Where the ranks find each other: torchrun's store, or one of our own where there is a single rank."""
+    """Open the store at which the ranks meet: torchrun's, or one in this process outside torchrun."""
     if "RANK" not in os.environ:
         return HashStore()
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    # torchrun keeps its store through a restart of the ranks: the dead ones' addresses are still in it.
+    # torchrun's store outlives a restart of the ranks: the dead ranks' addresses are still in it.
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -266,10 +236,10 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 def open_world(wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it on every path.
 
-    Outside torchrun this is a group of one, so that nothing else has to tell the cases apart.
+    Outside torchrun this is a group of one, so that no other code has to distinguish the cases.
 
     Raises:
-        UserError: the device is not to be had, or there are more local ranks than GPUs.
+        UserError: the device is not available, or there are more local ranks than GPUs.
     """
     kind = choose_device(wanted)
     rank, world_size = env_rank(), int(os.environ.get("WORLD_SIZE", "1"))

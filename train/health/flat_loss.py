@@ -1,4 +1,4 @@
-"""The flat-loss guard: what AlexNet does when it learns nothing is to guess, for epochs, without an error."""
+"""The flat-loss guard: detects a network that learns nothing, whose loss stays at that of guessing."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from train.config.load import RunConfig
-from train.config.schema import ModelConfig
+from train.config.schema import ModelConfig, RunConfig
 from train.health.metrics import Metrics
 
 BELOW, ABOVE = 0.995, 1.05
-"""A mean loss between these multiples of the level is flat. A network that learns falls through the lower
-one; one that only guesses cannot, and jitters above the level as its last biases follow each batch."""
+"""A mean loss between these multiples of the level is flat. A network that learns falls below the lower one;
+one that guesses cannot, and jitters above the level as its last biases follow each batch."""
 NUM_WINDOWS = 10
-"""The loss is judged by its mean over a tenth of the grace steps, so that no single batch decides."""
+"""Windows in the grace steps: the loss is averaged over a tenth of them, so that no single batch decides."""
 
 
 class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
     """How long the loss has been flat; the same on all ranks, and part of a checkpoint.
 
-    Args:
-        since: optimiser steps finished when it was last seen elsewhere.
-        window_start: steps finished when the present window began.
-        samples, loss_sum: of the present window.
+    Attributes:
+        since: optimiser steps finished when the loss was last not flat.
+        window_start: steps finished when the current window began.
+        samples, loss_sum: of the current window.
     """
 
     since: int = 0
@@ -33,16 +32,16 @@ class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_steps(self) -> int:
-        """For how many steps it has been flat, by the windows that are over."""
+        """Number of steps with a flat loss, by the finished windows."""
         return self.window_start - self.since
 
     def after(self, step: int, metrics: Metrics, level: float, grace: int) -> FlatLoss:
-        """What is known after some more steps.
+        """Return the state after some more steps.
 
         Args:
             step: optimiser steps finished.
             metrics: of the training samples since the last call, over all ranks.
-            level: of `flat_level`.
+            level: the loss of guessing, from `flat_level`.
             grace: steps that the loss may be flat.
         """
         samples, loss_sum = self.samples, self.loss_sum
@@ -55,7 +54,7 @@ class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def flat_level(labels: npt.NDArray[np.int64], num_classes: int, label_smoothing: float) -> float:
-    """The loss of the best guess that does not look at the image: ln(classes) where all are as frequent.
+    """Return the loss of the best guess without the image: ln(classes) if all are equally frequent.
 
     It is the entropy of the labels. Mixing samples does not change it; smoothing evens them out.
 
@@ -71,8 +70,8 @@ def flat_level(labels: npt.NDArray[np.int64], num_classes: int, label_smoothing:
     return float(-(seen * np.log(seen)).sum())
 
 
-def what_to_change(model: ModelConfig) -> list[str]:
-    """What may make a network learn that only guesses."""
+def suggest_changes(model: ModelConfig) -> list[str]:
+    """Suggest changes that may make a network learn that only guesses."""
     changes = []
     if model.init != "he":
         changes.append(f"model.init=he in place of {model.init}")
@@ -82,8 +81,8 @@ def what_to_change(model: ModelConfig) -> list[str]:
 
 
 def describe_flat(level: float, num_classes: int, num_steps: int, config: RunConfig) -> str:
-    """What the guard says as it ends a run, and what to change."""
-    advice = what_to_change(config.model)
+    """Explain why the guard ends a run, and what to change."""
+    advice = suggest_changes(config.model)
     advice.append(f"another schedule.learning_rate than {config.schedule.learning_rate:g}")
     return (
         f"the training loss has been within half a percent of {level:.4f} for {num_steps} steps. That is "

@@ -1,4 +1,4 @@
-"""Exact accuracy: integers are counted on the device, summed over the ranks, and divided once."""
+"""Exact accuracy: integers counted on the device, summed over the ranks, and divided once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a set of samples came to. `top1` and `top5` are fractions in 0..1."""
+    """Loss and accuracy of a set of samples. `top1` and `top5` are fractions in 0..1."""
 
     loss: float
     top1: float
@@ -26,7 +26,7 @@ class Metrics:
 
 
 class AccuracyMeter:
-    """Running counts on one rank's device; nothing waits for the device until `reduce`."""
+    """Counts hits and sums losses on one rank's device; nothing waits for the device until `reduce`."""
 
     def __init__(self, device: torch.device) -> None:
         self.integers = torch.zeros(4, dtype=torch.int64, device=device)  # samples, top1, top5, failed
@@ -49,13 +49,13 @@ class AccuracyMeter:
         )
         self.loss_sum += (losses_N.double() * valid_N).sum()
 
-    def keep_unless(self, skip: Tensor) -> None:
-        """Forget everything where `skip`, a number on the device, is 1; its loss need not be finite."""
+    def clear_if(self, skip: Tensor) -> None:
+        """Set the counts to 0 where `skip`, a number on the device, is 1; the loss need not be finite."""
         self.integers = torch.where(skip.bool(), 0, self.integers)
         self.loss_sum = torch.where(skip.bool(), 0.0, self.loss_sum)
 
     def merge(self, other: AccuracyMeter) -> None:
-        """Add another's counts to these."""
+        """Add another meter's counts to these."""
         self.integers += other.integers
         self.loss_sum += other.loss_sum
 
@@ -63,7 +63,7 @@ class AccuracyMeter:
         """Sum over the ranks and divide. Waits for the device; every rank must call it.
 
         Returns:
-            The metrics of all ranks' samples; NaN where none could be read.
+            The metrics of all ranks' samples; NaN if none could be read.
         """
         integers, loss_sum = self.integers.clone(), self.loss_sum.clone()
         world.all_reduce(integers, loss_sum)

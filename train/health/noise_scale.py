@@ -1,6 +1,6 @@
-"""The gradient noise scale: up to which size a batch saves steps, from gradients that training makes anyway.
+"""The gradient noise scale: the batch size up to which larger batches save steps, from training's gradients.
 
-The gradients of a batch's parts scatter more than that of the whole batch, by what tr(S) says, the summed
+The gradients of a batch's parts vary more than that of the whole batch, in proportion to tr(S), the summed
 variance of one sample's gradient. The squared lengths of both together give tr(S) and |G|², the squared
 length of the true gradient, each without bias; their ratio is the simple noise scale, in samples.
 
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from train.distributed.world import World
 
 DECAY = 0.98
-"""Of the running sums, for each step: they remember about 50 steps."""
+"""Decay of the running sums for each step, which average about 50 steps."""
 
 
 class NoiseEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What some steps say of the gradient.
+    """Estimates of the gradient's length and variance over some steps.
 
-    Args:
+    Attributes:
         square: |G|², the squared length of the true gradient; an unbiased estimate can be below 0.
         trace: tr(S), the summed variance of one sample's gradient.
-        num_steps: over how many steps.
+        num_steps: number of steps.
     """
 
     square: float
@@ -36,12 +36,12 @@ class NoiseEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def scale(self) -> float | None:
-        """tr(S) / |G|², in samples; None where |G|² is lost in the noise."""
+        """tr(S) / |G|², in samples; None if |G|² is lost in the noise."""
         return self.trace / self.square if self.square > 0 else None
 
 
 def estimate_noise(steps: Iterable[Sequence[float]], global_batch: int) -> NoiseEstimate | None:
-    """The two-batch-size estimator over several steps.
+    """Estimate the noise with the two-batch-size estimator over several steps.
 
     With a batch of B samples in n parts of b_i, s_i the sum of a part's gradients and s that of all:
     E[sum |s_i|²/b_i] = B |G|² + n tr(S), and E[|s|²/B] = B |G|² + tr(S).
@@ -49,9 +49,9 @@ def estimate_noise(steps: Iterable[Sequence[float]], global_batch: int) -> Noise
     Args:
         steps: for each, sum |s_i|²/b_i over its parts; the number of parts; that of samples; and |s|² divided
             by global_batch², which is the squared length of the gradient that the optimiser sees.
-        global_batch: what the gradient was divided by.
+        global_batch: divisor of the gradient.
     Returns:
-        The estimate; None of no steps.
+        The estimate; None without any step.
     Source: McCandlish et al. 2018, appendix A.1, for parts that need not be of one size.
 
     >>> estimate_noise([(30.0, 2, 4, 5.0)], global_batch=4)
@@ -73,13 +73,13 @@ def estimate_noise(steps: Iterable[Sequence[float]], global_batch: int) -> Noise
 
 
 def smooth_noise(before: NoiseEstimate | None, new: NoiseEstimate) -> NoiseEstimate:
-    """Running sums of both parts, weighted by steps and forgetting old ones; their ratio is what to read.
+    """Update the exponential moving averages of both estimates, weighted by steps; use their ratio.
 
-    A mean of ratios would be biased, and a ratio of means is not moved by how few steps there were so far.
+    A mean of ratios would be biased; a ratio of means does not depend on how few steps there were so far.
 
     Args:
-        before: the sums so far; None at the start.
-        new: of the steps since.
+        before: the averages so far; None at the start.
+        new: estimate of the steps since.
 
     >>> first, second = (NoiseEstimate(square=s, trace=t, num_steps=1) for s, t in ((1.0, 80.0), (9.0, 0.0)))
     >>> round(smooth_noise(smooth_noise(None, first), second).scale, 2)
@@ -95,37 +95,37 @@ def smooth_noise(before: NoiseEstimate | None, new: NoiseEstimate) -> NoiseEstim
 
 
 class NoiseMeter:
-    """Squared lengths of gradients, part by part and as a whole; nothing waits for the device until `read`.
+    """Measures squared lengths of gradients, of parts and of the whole batch.
 
-    A part is what passes through the network at once: a rank's micro-batch. Its gradient is seen on its way
-    into `.grad`, before it is added to others or travels, and is not copied.
+    A part is one rank's micro-batch. A hook sees its gradient before it is accumulated into `.grad` and
+    reduced over the ranks, without a copy. Nothing waits for the device until `read`.
 
     Args:
-        network: all of whose parameters every rank holds whole.
+        network: every rank holds all of its parameters, unsharded.
         world: the ranks that share a batch.
-        global_batch: samples of a step; the loss is divided by it.
+        global_batch: samples of a step, by which the loss is divided.
     """
 
     def __init__(self, network: nn.Module, world: World, global_batch: int) -> None:
         self.world, self.global_batch = world, global_batch
-        self._squares: list[Tensor] = []  # of one parameter's gradient each, in this part
+        self._squares: list[Tensor] = []  # one for each parameter's gradient in this part
         self._parts: list[Tensor] = []
         self._steps: list[Tensor] = []
         for parameter in network.parameters():
-            parameter.register_hook(self._see)  # type: ignore[no-untyped-call]
+            parameter.register_hook(self._record)  # type: ignore[no-untyped-call]
 
-    def _see(self, gradient: Tensor) -> None:
+    def _record(self, gradient: Tensor) -> None:
         self._squares.append(_square(gradient))
 
     def start_part(self) -> None:
-        """Forget what was seen: a backward pass that counts comes next."""
+        """Begin a part before its backward pass."""
         self._squares.clear()
 
     def end_part(self, valid_N: Tensor) -> None:
-        """Close a part after its backward pass.
+        """End a part after its backward pass.
 
         Args:
-            valid_N: which of its samples count.
+            valid_N: False for samples that could not be read.
         """
         square, num_samples = torch.stack(self._squares).sum(), valid_N.sum()
         is_part = num_samples > 0
@@ -133,12 +133,12 @@ class NoiseMeter:
         self._parts.append(torch.stack([share, is_part.double(), num_samples.double()]))
 
     def end_step(self, gradients: Sequence[Tensor], loss_scale: Tensor, skip: Tensor) -> None:
-        """Close a step once its gradient is the sum over all ranks.
+        """End a step once its gradient is summed over all ranks.
 
         Args:
             gradients: free of any loss scale.
-            loss_scale: by which the parts' were multiplied.
-            skip: 1 where the step is not taken, and does not count here.
+            loss_scale: factor of the parts' gradients.
+            skip: 1 if the step is skipped; it does not count here.
         """
         factor = self.global_batch / (self.world.world_size * loss_scale.double())
         share, num_parts, num_samples = torch.stack(self._parts).sum(0)
@@ -147,15 +147,15 @@ class NoiseMeter:
         self._steps.append(row)
         self._parts.clear()
 
-    def unread(self) -> Tensor:
-        """What this rank knows of the steps since `read`, for `load` to go on with: float64 (steps, 5)."""
+    def pending(self) -> Tensor:
+        """Return this rank's measurements since `read`, for `load` of a resumed run: float64 (steps, 5)."""
         return torch.stack(self._steps) if self._steps else torch.zeros(0, 5, dtype=torch.float64)
 
     def load(self, ranks: Tensor) -> None:
-        """Go on from what every rank knew, with the same or another number of ranks.
+        """Restore the measurements of all ranks, of the same or of another number of ranks.
 
         Args:
-            ranks: `unread` of each, (world_size then, steps, 5).
+            ranks: `pending` of each, (world_size then, steps, 5).
         """
         mine = ranks[min(self.world.rank, len(ranks) - 1)].clone()
         if len(ranks) != self.world.world_size:  # parts add up over the ranks; the rest is the same on all
@@ -163,14 +163,14 @@ class NoiseMeter:
         self._steps = list(mine.to(self.world.device))
 
     def read(self) -> NoiseEstimate | None:
-        """The estimate of the steps since the last call. Waits for the device; every rank must call it.
+        """Estimate over the steps since the last call. Waits for the device; every rank must call it.
 
         Returns:
-            The same on every rank; None where every step was skipped.
+            The same on every rank; None if every step was skipped.
         """
         rows, self._steps = torch.stack(self._steps), []
         kept = rows[:, 4] == 0
-        # A skipped step's parts can be anything; its place stays, so that the ranks add up alike.
+        # A skipped step's numbers can be NaN; its row stays as 0, so that all ranks reduce equal shapes.
         ranks = torch.where(kept[:, None], rows[:, :3], 0.0)
         self.world.all_reduce(ranks)
         return estimate_noise(
@@ -186,9 +186,9 @@ class NoiseMeter:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Squared length, float64 ().
+    """Return the squared length, float64 ().
 
-    Row by row: over 17 million numbers at once, a float32 sum on a CPU comes out 0.1% too small.
+    Row by row: a float32 sum over 17 million numbers at once is 0.1% too small on a CPU.
     """
     rows = gradient.flatten(1) if gradient.ndim > 1 else gradient
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)

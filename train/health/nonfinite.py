@@ -1,8 +1,8 @@
 """Skips steps whose gradient is not finite: decided and counted on the device, read when a row is written.
 
-A step whose loss or gradient is not finite on any rank is skipped on all: gradients are judged after they
+A step whose loss or gradient is not finite on any rank is skipped on all: gradients are checked after they
 were summed over the ranks, and `propagate_nonfinite` carries a loss that is not finite into them, so that
-every rank sees the same and none has to be asked.
+every rank sees the same without another collective.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn.utils import get_total_norm
 from data_pipeline.common.errors import CorruptFileError
 
 SPIKE_WARMUP = 20
-"""Accepted steps before a gradient can be called a spike: the mean means nothing before."""
+"""Accepted steps before a gradient can be a spike: the running mean is not reliable earlier."""
 SPIKE_DECAY = 0.98
-"""Of the running mean of the gradient's norm: it remembers about 50 steps."""
+"""Decay of the running mean of the gradient's norm, which averages about 50 steps."""
 MIN_SCALE = 1.0
-"""float16's loss scale may not fall below this: it starts at 65536 and halves with each overflow."""
+"""Lowest usable loss scale of float16: it starts at 65536 and halves with each overflow."""
 
 
 @dataclass(frozen=True)
 class SkipStats:
-    """What the guard has counted since the run began.
+    """Counts of skipped steps since the run began.
 
-    Args:
+    Attributes:
         total: steps skipped.
         spikes: how many of them had a finite gradient that was too large.
-        in_row: steps skipped in a row, up to now.
-        first: where that row began, as steps finished before it.
+        in_row: consecutive steps skipped, up to now.
+        first: first step of that series, as steps finished before it.
     """
 
     total: int
@@ -42,12 +42,12 @@ class SkipStats:
 
 
 class Guard:
-    """Which steps may change the weights. Nothing waits for the device until `read`.
+    """Decides which steps may change the weights. Nothing waits for the device until `read`.
 
     Args:
-        device: where gradients are.
-        max_skipped: as many skipped steps in a row end the run; from there on every step is skipped, so that
-            the weights are those of the last good step however late the row is noticed.
+        device: of the gradients.
+        max_skipped: so many consecutive skipped steps end the run; from there on every step is skipped, so
+            that the weights are those of the last good step however late the run is stopped.
         spike_factor: a gradient whose norm is more than so many times its running mean is skipped as well.
     """
 
@@ -57,13 +57,13 @@ class Guard:
         self.norms = torch.zeros(2, dtype=torch.float64, device=device)  # accepted steps, mean of their norms
 
     def should_skip(self, gradients: Sequence[Tensor], step: int) -> Tensor:
-        """Whether a step is to be skipped.
+        """Decide whether to skip a step.
 
         Args:
             gradients: summed over the ranks and free of any loss scale.
             step: optimiser steps finished before this one.
         Returns:
-            float32 (), 1 to skip and 0 to go on: what a fused optimiser takes as `found_inf`.
+            float32 (), 1 to skip and 0 to keep the step: the `found_inf` of a fused optimiser.
         """
         norm = get_total_norm(gradients).double()
         finite = torch.isfinite(norm)
@@ -80,20 +80,20 @@ class Guard:
         return bad.float()
 
     def read(self) -> SkipStats:
-        """The counts. Waits for the device."""
+        """Return the counts. Waits for the device."""
         return SkipStats(*self.counts.tolist())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to decide as this one would have."""
+        """Return the tensors with which a resumed run decides as this one would have."""
         return {"counts": self.counts, "norms": self.norms}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved state; an empty one, of a checkpoint from before there was a guard, starts anew.
+        """Restore a saved state.
 
         Raises:
-            CorruptFileError: not what `state_dict` gave.
+            CorruptFileError: not what `state_dict` returned.
         """
-        for name, tensor in self.state_dict().items() if state else ():
+        for name, tensor in self.state_dict().items():
             found = state.get(name)
             if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
                 raise CorruptFileError(f"the checkpoint's guard has no usable {name}")
@@ -101,23 +101,24 @@ class Guard:
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
-    """The same loss, to the bit, where it is finite; where it is not, all gradients behind it are NaN.
+    """Return a finite loss unchanged, to the bit; one that is not finite makes all its gradients NaN.
 
-    A loss can be infinite with finite gradients (logits far apart), and only gradients travel between ranks.
+    A loss can be infinite with finite gradients (logits far apart), and only gradients are reduced over the
+    ranks.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 def restore_buffers(network: nn.Module, before: Sequence[Tensor], skip: Tensor) -> None:
-    """Running statistics (BatchNorm's) as they were before a skipped step, which the forward pass changed."""
+    """Undo a skipped step's change to running statistics (BatchNorm's), made by its forward pass."""
     for buffer, old in zip(network.buffers(), before, strict=True):
         buffer.copy_(torch.where(skip.bool(), old, buffer))
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no number in any floating-point tensor is NaN or infinite. Waits for the device."""
+    """Return whether no floating-point tensor holds NaN or infinity. Waits for the device."""
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    # A sum is several times as fast as a look at each number; huge but finite ones are looked at again.
+    # A sum is several times as fast as checking each number, but overflows for huge ones: check those again.
     if all(torch.isfinite(torch.stack([t.sum(dtype=torch.float32) for t in floats])).tolist()):
         return True
     return all(bool(torch.isfinite(tensor).all()) for tensor in floats)

@@ -43,7 +43,7 @@ class AlexNet(nn.Module):
 
 
 class Normalize(nn.Module):
-    """uint8 RGB, as decoded, to what the network reads: `(pixel / 255 - mean) / std`.
+    """Normalises decoded uint8 RGB for the network: `(pixel / 255 - mean) / std`.
 
     The same module runs in training, in evaluation and inside the exported graph.
 
@@ -58,13 +58,13 @@ class Normalize(nn.Module):
         super().__init__()
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
         std = torch.tensor(preprocessing.std, dtype=torch.float64)
-        # One multiplication and one addition a pixel; worked out in float64, applied in float32.
+        # One multiplication and one addition a pixel; computed in float64, applied in float32.
         self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
     def forward(self, images_NHWC: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
-            # The same numbers. ONNX Runtime's CPU kernels take a plane at a time, and not three values.
+            # The same numbers in another form: ONNX Runtime's CPU kernels are fast on planes, not on triples.
             images_NCHW = images_NHWC.float().permute(0, 3, 1, 2)
             return images_NCHW * self.scale[:, None, None] + self.shift[:, None, None]
         return (images_NHWC.float() * self.scale + self.shift).permute(0, 3, 1, 2)
@@ -116,7 +116,7 @@ def _bn_features(stem_stride: int) -> nn.Sequential:
         (4, 384, 3, 1, 1, 2),
         (5, 256, 3, 1, 1, 2),
     ):
-        # The norm that follows has a bias of its own.
+        # no bias: the norm that follows has its own
         layers[f"conv{number}"] = nn.Conv2d(
             in_channels, channels, kernel, stride, padding, groups=groups, bias=False
         )
@@ -167,7 +167,7 @@ FEATURES: dict[str, Callable[[int], nn.Sequential]] = {
 
 
 def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
-    """Channels and side of the last feature map, without computing one; a side of 0 where nothing is left."""
+    """Compute channels and side of the last feature map from the layers' sizes; side 0 if none is left."""
     channels, side = 3, crop_px
     for layer in features:
         if isinstance(layer, nn.Conv2d):
@@ -175,7 +175,7 @@ def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
             side = (side + 2 * int(layer.padding[0]) - layer.kernel_size[0]) // layer.stride[0] + 1
         elif isinstance(layer, nn.MaxPool2d):
             assert isinstance(layer.kernel_size, int) and isinstance(layer.stride, int) and not layer.padding
-            beyond = side - layer.kernel_size  # pixels that are not under the first window
+            beyond = side - layer.kernel_size  # pixels beyond the first window
             side = (-(-beyond // layer.stride) if layer.ceil_mode else beyond // layer.stride) + 1
         if side < 1:
             return channels, 0
@@ -183,10 +183,10 @@ def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
 
 
 def _last_map(config: ModelConfig, crop_px: int) -> tuple[int, int]:
-    """Channels and side of what the fully connected layers read.
+    """Return channels and side of the feature map that the fully connected layers read.
 
     Raises:
-        UserError: nothing.
+        UserError: crop_px is so small that no feature map is left after the last pooling.
     """
     channels, side = _feature_map(FEATURES[config.name](config.stem_stride), crop_px)
     if side < 1:
@@ -194,12 +194,12 @@ def _last_map(config: ModelConfig, crop_px: int) -> tuple[int, int]:
             f"crop_px {crop_px} is too small for `{config.name}` with stem_stride {config.stem_stride}: "
             "no pixel is left after the last pooling; use a larger crop or a smaller stem_stride"
         )
-    # torchvision averages to 6x6 whatever comes in; smaller maps keep their size.
+    # torchvision averages every map to 6x6; here smaller maps keep their size.
     return channels, min(side, 6) if config.name == "owt" else side
 
 
 def count_hidden_weights(config: ModelConfig, *, num_classes: int, crop_px: int) -> int:
-    """How many weights the fully connected layers of a network have, biases apart, without building them.
+    """Count the weights of a network's fully connected layers, without biases and without building them.
 
     >>> count_hidden_weights(ModelConfig(name="owt"), num_classes=1000, crop_px=224)
     58621952
@@ -209,16 +209,16 @@ def count_hidden_weights(config: ModelConfig, *, num_classes: int, crop_px: int)
 
 
 def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNet:
-    """Build and initialise one of the family, in float32 and channels_last, on torch's default generator.
+    """Build and initialise a network, in float32 and channels_last, with torch's default generator.
 
     Args:
         config: which network, its stem stride, hidden units, dropout and initialisation.
         num_classes: number of logits, at least 2.
-        crop_px: side of the images it will see, in pixels.
+        crop_px: side of its input images, in pixels.
     Returns:
         A model in training mode; (N, 3, crop_px, crop_px) -> (N, num_classes).
     Raises:
-        UserError: images so small that nothing is left after the last pooling.
+        UserError: images so small that no feature map is left after the last pooling, or a single class.
     Source: Krizhevsky et al. 2012, section 3.5; Krizhevsky 2014; BVLC `bvlc_alexnet/train_val.prototxt`.
     """
     if num_classes < 2:

@@ -1,4 +1,4 @@
-"""Initial weights. The choice decides whether AlexNet leaves its plateau at ln(classes) at all."""
+"""Initial weights; the choice decides whether AlexNet leaves its plateau at ln(classes) at all."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def initialize(model: nn.Module, init: Init) -> None:
             std = 0.005 if init == "caffe" and id(layer) in hidden else 0.01
             nn.init.normal_(layer.weight, std=std)
         if layer.bias is not None:
-            one = {"he": 0.0, "paper": 1.0, "caffe": 0.1}[init]
-            nn.init.constant_(layer.bias, one if id(layer) in positive_bias else 0.0)
+            positive = {"he": 0.0, "paper": 1.0, "caffe": 0.1}[init]
+            nn.init.constant_(layer.bias, positive if id(layer) in positive_bias else 0.0)

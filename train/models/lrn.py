@@ -2,8 +2,8 @@
 
 `nn.LocalResponseNorm` composes padding, a 3-d average pooling and a power, keeps each intermediate for the
 backward pass, and has no bfloat16 kernel on the CPU. Here both passes are written out, accumulate in
-float32 whatever the input's type is, and save only the input and one scale per element. Each is one pass over
-memory, or few, where Inductor has fused it (C++ on a CPU, Triton on a GPU), and several without a compiler.
+float32 whatever the input's type is, and save only the input and one scale per element. Fused by Inductor
+(C++ on a CPU, Triton on a GPU) each is one pass over memory, or few; without a compiler several.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def window_sum(x_NCHW: Tensor, size: int) -> Tensor:
 
 
 def padded_window_sum(x_NCHW: Tensor, size: int) -> Tensor:
-    """The same as `window_sum`, in the form that Inductor turns into one pass without a copy."""
+    """Compute `window_sum` in a form that Inductor fuses into one pass without a copy."""
     reach, channels = size // 2, x_NCHW.shape[1]
     padded = pad(x_NCHW, (0, 0) * (x_NCHW.ndim - 2) + (reach, reach))
     total = padded[:, :channels]
@@ -62,7 +62,7 @@ def _power_minus_beta(scale: Tensor, beta: float) -> Tensor:
 def _forward(
     x: Tensor, size: int, alpha: float, beta: float, k: float, sum_over: WindowSum
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the scale that the backward pass needs."""
+    """Return the output, and the scale that the backward pass needs."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = sum_over(wide * wide, size).mul_(alpha / size).add_(k)
     return (_power_minus_beta(scale, beta) * wide).to(x.dtype), scale
@@ -80,7 +80,7 @@ def _backward(
 
 @cache
 def _fused() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """Both passes compiled by Inductor: each shape once a process, and kept on disk between processes."""
+    """Compile both passes with Inductor: each shape once a process, cached on disk between processes."""
     return torch.compile(_forward, dynamic=False), torch.compile(_backward, dynamic=False)
 
 
@@ -109,9 +109,10 @@ class _LocalResponseNorm(torch.autograd.Function):
 
 
 def _any_batch(tensor: Tensor) -> Tensor:
-    """The same numbers, so marked that one kernel serves every batch size: the last one is often smaller.
+    """Detach a tensor and mark its batch size as dynamic, so that one kernel serves every batch size.
 
-    Without their history, too: both passes are written out, and the compiler need not look for another.
+    The last batch is often smaller. Detached, because both passes are written out: the compiler must not
+    derive another backward pass.
     """
     tensor = tensor.detach()
     torch._dynamo.maybe_mark_dynamic(tensor, 0)

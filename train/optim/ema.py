@@ -1,4 +1,4 @@
-"""The running average of the weights (EMA), which is evaluated and exported in place of the last ones."""
+"""The exponential moving average of the weights (EMA), evaluated and exported in place of the last ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from data_pipeline.common.errors import CorruptFileError
 class ModelEma:
     """Exponential moving average of a network's weights and running statistics, on their device.
 
-    Early on the average forgets faster, as if it had seen only what it has seen.
+    The decay is warmed up: min(decay, (1 + step) / (10 + step)).
 
     Args:
-        network: begins as its present weights.
+        network: whose current weights are the first average.
         decay: share of the average that a step keeps in the long run, 0..1: 0.999 averages about 1000 steps.
     Source: Polyak & Juditsky 1992; Szegedy et al. 2016, section 8; TensorFlow's ExponentialMovingAverage
-        (the beginning).
+        (the warm-up).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -29,28 +29,28 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int, skip: Tensor) -> None:
-        """Take in the weights after a step. Nothing waits for the device.
+        """Average in the weights after a step. Nothing waits for the device.
 
         Args:
             step: optimiser steps finished before this one.
-            skip: (), 1 where the step was skipped: the average then stays as it is, to the bit.
+            skip: (), 1 if the step was skipped: the average then stays unchanged, to the bit.
         """
         keep = min(self.decay, (1 + step) / (10 + step))
         new = network.state_dict()
         floats = [name for name, value in self.values.items() if value.is_floating_point()]
-        # One tensor for each: a single one would be taken for a number, which waits for the device.
+        # A list of tensors: a single one would be read as a Python number, which waits for the device.
         shares = [(1 - keep) * (1 - skip)] * len(floats)
         torch._foreach_lerp_([self.values[n] for n in floats], [new[n] for n in floats], shares)
         for name in self.values.keys() - floats:  # counters
             self.values[name].copy_(new[name])
 
-    def statistics(self, network: nn.Module) -> list[Tensor]:
-        """The averages of running statistics, which each rank gathers from its own samples."""
+    def buffers(self, network: nn.Module) -> list[Tensor]:
+        """Return the averages of running statistics, which differ between ranks: each has its own samples."""
         return [self.values[name] for name, _ in network.named_buffers() if name in self.values]
 
     @contextmanager
-    def in_place(self, network: nn.Module) -> Iterator[None]:
-        """Let the network have the average for weights; its own come back on every path."""
+    def swapped_in(self, network: nn.Module) -> Iterator[None]:
+        """Swap the average into the network, and its own weights back on every path."""
         self._swap(network)
         try:
             yield
@@ -66,10 +66,10 @@ class ModelEma:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Go on from a saved average.
+        """Restore a saved average.
 
         Raises:
-            CorruptFileError: none was saved, or that of another network.
+            CorruptFileError: no average was saved, or that of another network.
         """
         shapes = {name: tensor.shape for name, tensor in self.values.items()}
         if {name: tensor.shape for name, tensor in values.items()} != shapes:

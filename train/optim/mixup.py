@@ -1,7 +1,4 @@
-"""MixUp, CutMix and ten crops on the device: what `data_pipeline.transforms.mix` plans, done to tensors.
-
-Legend: N samples, V views, C classes, H and W rows and columns.
-"""
+"""MixUp, CutMix and ten crops on the device, as `data_pipeline.transforms.mix` plans the mixing."""
 
 from __future__ import annotations
 
@@ -12,11 +9,13 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from data_pipeline.transforms.mix import MixParams
 
+# Shapes: N samples, V views, C classes, H and W rows and columns.
+
 
 def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
-    """Each sample mixed with its partner, as `tests.helpers.reference.mix_images` defines it.
+    """Mix each sample with its partner, as `tests.helpers.reference.mix_images` defines it.
 
-    Normalisation is affine and the weights of a pixel add up to 1, so it does not matter which comes first.
+    Normalisation is affine and the weights of a pixel add up to 1, so mixing and normalising commute.
 
     Args:
         inputs_NCHW: float, any memory format, which is kept.
@@ -36,12 +35,12 @@ def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
 def mixed_losses(
     logits_NC: Tensor, labels_N: Tensor, plan: MixParams | None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of each sample against its label, or against the labels that it was mixed of.
+    """Compute each sample's cross-entropy with its label, or with both labels that it was mixed from.
 
     Args:
         logits_NC: float32.
         labels_N: int64.
-        plan: None where nothing was mixed.
+        plan: None if nothing was mixed.
         label_smoothing: share of each label that is spread over all classes. Source: Szegedy et al. 2016,
             section 7.
     Returns:
@@ -56,7 +55,7 @@ def mixed_losses(
 
 
 def average_views(logits: Tensor, num_views: int) -> Tensor:
-    """The logarithm of the mean softmax over the views of each image; a softmax of it changes nothing.
+    """Return the logarithm of the mean softmax over the views of each image; its softmax is that mean.
 
     Args:
         logits: (N * V, C), the views of an image one after another.

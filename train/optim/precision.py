@@ -1,4 +1,4 @@
-"""Which number format the forward pass uses, and the scaler that float16 needs."""
+"""The number format of the forward pass, and the loss scaler that float16 needs."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """A resolved choice. `reason` says how it came about, for the log."""
+    """A resolved number format; `reason` explains the choice in the log."""
 
     name: Literal["fp32", "bf16", "fp16"]
     device_type: str
     reason: str
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Context for a forward pass: matrix arithmetic in this format, sums and norms in float32."""
+        """Return a context for a forward pass: matrix products in this format, sums and norms in float32."""
         return torch.autocast(self.device_type, _TYPES[self.name], enabled=self.name != "fp32")
 
     def make_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling for float16's narrow range; passes everything through for the others."""
+        """Build the loss scaler for float16's narrow range; disabled for the other formats."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is native on a device, not emulated."""
+    """Return whether bfloat16 arithmetic is native on a device, not emulated."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
-    """Resolve `auto`, and refuse what the device cannot do.
+    """Resolve `auto`, and refuse formats that the device does not have.
 
     Raises:
         UserError: float16 on a CPU, or bfloat16 on a GPU without it.

@@ -14,7 +14,7 @@ def lr_at(
     *,
     steps_per_epoch: int,
     total_steps: int,
-    base_rate: float | None = None,
+    base_lr: float | None = None,
     drops: int = 0,
 ) -> float:
     """Learning rate for one optimiser step.
@@ -24,8 +24,8 @@ def lr_at(
         schedule: base rate, warm-up and decay, in epochs.
         steps_per_epoch: optimiser steps in one pass over the data, at least 1.
         total_steps: optimiser steps of the whole run.
-        base_rate: the rate after the warm-up, of `base_rate_for`; None for `schedule.learning_rate`.
-        drops: how often `plateau` has lowered the rate, of `plateau_drops`.
+        base_lr: the rate after the warm-up, from `base_lr_for`; None for `schedule.learning_rate`.
+        drops: how often `plateau` has lowered the rate, from `plateau_drops`.
     Returns:
         The rate to use for the next step, above 0 (`cosine` and `poly` reach 0 only after the last one).
     Source: Goyal et al. 2017, section 2.2 (warm-up); Krizhevsky et al. 2012, section 5 (decay by 10);
@@ -35,7 +35,7 @@ def lr_at(
     >>> [lr_at(s, schedule, steps_per_epoch=10, total_steps=30) for s in (0, 19, 20)]
     [0.1, 0.1, 0.05]
     """
-    base = schedule.learning_rate if base_rate is None else base_rate
+    base = schedule.learning_rate if base_lr is None else base_lr
     warmup_steps = schedule.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         start = schedule.warmup_start
@@ -53,13 +53,13 @@ def lr_at(
     return base
 
 
-def base_rate_for(schedule: ScheduleConfig, global_batch: int) -> float:
-    """The rate after the warm-up, scaled to the batch.
+def base_lr_for(schedule: ScheduleConfig, global_batch: int) -> float:
+    """Scale the learning rate after the warm-up to the batch.
 
     Source: Goyal et al. 2017, section 2.1 (linear); Krizhevsky 2014, section 5 (square root).
 
     >>> schedule = ScheduleConfig(learning_rate=0.1, scaling="sqrt", reference_batch=256)
-    >>> base_rate_for(schedule, 1024)
+    >>> base_lr_for(schedule, 1024)
     0.2
     """
     if schedule.reference_batch is None or schedule.scaling == "none":
@@ -69,11 +69,11 @@ def base_rate_for(schedule: ScheduleConfig, global_batch: int) -> float:
 
 
 def plateau_drops(errors: Sequence[float], schedule: ScheduleConfig) -> int:
-    """How often `plateau` has lowered the rate after some epochs; 0 for the other kinds.
+    """Count how often `plateau` has lowered the rate after some epochs; 0 for the other kinds.
 
     Args:
         errors: validation error (1 - top-1) of each epoch so far, in order.
-        schedule: patience, what counts as an improvement, and how many drops there may be.
+        schedule: patience, smallest improvement, and the limit of drops.
     Source: Krizhevsky et al. 2012, section 5: by hand, when the validation error stopped improving.
 
     >>> schedule = ScheduleConfig(kind="plateau", patience=2, min_improvement=0.01)
@@ -93,9 +93,9 @@ def plateau_drops(errors: Sequence[float], schedule: ScheduleConfig) -> int:
     return min(drops, schedule.max_drops)
 
 
-def describe_rate(schedule: ScheduleConfig, global_batch: int) -> str:
-    """How the rate comes about and runs, for the log: what the configuration alone does not show."""
-    base = base_rate_for(schedule, global_batch)
+def describe_lr(schedule: ScheduleConfig, global_batch: int) -> str:
+    """Describe the scaled learning rate and its course for the log; the configuration shows neither."""
+    base = base_lr_for(schedule, global_batch)
     text = f"learning rate {base:g}"
     if schedule.scaling != "none":
         text += (

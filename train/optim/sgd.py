@@ -1,4 +1,4 @@
-"""The optimiser: SGD with momentum in one fused pass, and what LARS and the paper's velocity do before it."""
+"""The optimiser: fused SGD with momentum, with gradients scaled first for LARS and the paper's velocity."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from train.config.schema import OptimizerConfig
 
-RATE_FACTOR = "rate_factor"
-"""Key of a parameter group: what the rate of the schedule is multiplied by in it."""
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group: factor of the schedule's learning rate."""
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD or LARS over all parameters of a model; `set_rate` sets the learning rate before each step.
+    """Build SGD or LARS over all parameters of a model; `set_lr` sets the learning rate before each step.
 
-    Biases and norms (every parameter of fewer than two dimensions) do not decay unless the configuration
-    says so, can have a rate of their own, and are plain SGD under LARS. The update is fused into one pass
-    over the parameters.
+    Biases and norms (every parameter of fewer than two dimensions) do not decay unless configured to, can
+    have a learning rate of their own, and are plain SGD under LARS. The update is fused into one pass over
+    the parameters.
 
     Source: Krizhevsky et al. 2012, section 5; He et al. 2019, section 3.1 (no decay of biases and norms).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    alike = config.decay_bias_and_norm and config.bias_and_norm_rate == 1 and config.name == "sgd"
-    spared = [] if alike else [p for p in parameters if p.ndim < 2]
-    others = [p for p in parameters if not any(p is s for s in spared)]
+    one_group = config.decay_bias_and_norm and config.bias_and_norm_rate == 1 and config.name == "sgd"
+    no_decay = [] if one_group else [p for p in parameters if p.ndim < 2]
+    decay = [p for p in parameters if one_group or p.ndim >= 2]
     trust = config.trust_coefficient if config.name == "lars" else 0.0
     groups: list[dict[str, Any]] = [
-        {"params": others, RATE_FACTOR: 1.0, "trust_coefficient": trust},
+        {"params": decay, LR_FACTOR: 1.0, "trust_coefficient": trust},
         {
-            "params": spared,
-            RATE_FACTOR: config.bias_and_norm_rate,
+            "params": no_decay,
+            LR_FACTOR: config.bias_and_norm_rate,
             "trust_coefficient": 0.0,
             "weight_decay": config.weight_decay if config.decay_bias_and_norm else 0.0,
         },
     ]
-    plain = config.name == "sgd" and config.momentum_form == "torch"
-    optimizer = (torch.optim.SGD if plain else ScaledSgd)(
+    lr_in_velocity = config.momentum_form == "paper"
+    scaled = config.name == "lars" or lr_in_velocity
+    optimizer = (ScaledSgd if scaled else torch.optim.SGD)(
         [group for group in groups if group["params"]],
         lr=0.0,
         momentum=config.momentum,
@@ -48,62 +49,62 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD
         fused=True,
     )
     for group in optimizer.param_groups:
-        group["rate_inside"] = config.momentum_form == "paper"
+        group["lr_in_velocity"] = lr_in_velocity
     return optimizer
 
 
 class ScaledSgd(torch.optim.SGD):
-    """Fused SGD whose gradients are scaled first, on the device: by LARS, by the rate, or by both.
+    """Fused SGD whose gradients are scaled first, on the device: by LARS, by the learning rate, or by both.
 
-    With v the velocity, g the gradient, w the weights, and m, d and r momentum, decay and rate:
+    With v the velocity, g the gradient, w the weights, and m, d and r momentum, decay and learning rate:
 
         torch's form            v = m v + (g + d w)        w = w - r v
         the paper's             v = m v + r (g + d w)      w = w - v
         LARS, either form       (g + d w) times  trust |w| / (|g| + d |w|)
 
-    At a constant rate the first two are the same. Where a step is to be skipped (`found_inf`), only the
-    gradients have changed, which are dropped.
+    At a constant rate the first two are the same. In a skipped step (`found_inf`) only the gradients change,
+    which are not used again.
 
     Source: Krizhevsky et al. 2012, section 5; You et al. 2017, algorithm 1, which has the paper's form.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; nothing waits for the device."""
-        kept = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        """Update once; nothing waits for the device."""
+        configured = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
         try:
             for group in self.param_groups:
                 _scale_gradients(group)
             loss: float | None = super().step(closure)
             return loss
         finally:
-            for group, (lr, weight_decay) in zip(self.param_groups, kept, strict=True):
+            for group, (lr, weight_decay) in zip(self.param_groups, configured, strict=True):
                 group["lr"], group["weight_decay"] = lr, weight_decay
 
 
 def _scale_gradients(group: dict[str, Any]) -> None:
-    """Scale a group's gradients, and set the rate and the decay with which they are to be applied."""
+    """Scale a group's gradients, and set the learning rate and decay of the fused update to match."""
     parameters = [p for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     if not parameters:
         return
-    inside = group["lr"] if group["rate_inside"] else 1.0
+    factor = group["lr"] if group["lr_in_velocity"] else 1.0
     if group["trust_coefficient"]:
         decay = group["weight_decay"]
         ratios = trust_ratios(parameters, gradients, group["trust_coefficient"], decay)
         if decay:
             torch._foreach_add_(gradients, parameters, alpha=decay)
-        torch._foreach_mul_(gradients, list((ratios * inside).unbind()))
+        torch._foreach_mul_(gradients, list((ratios * factor).unbind()))
         group["weight_decay"] = 0.0
-    elif group["rate_inside"]:
-        torch._foreach_mul_(gradients, inside)
-        group["weight_decay"] *= inside
-    if group["rate_inside"]:
+    elif group["lr_in_velocity"]:
+        torch._foreach_mul_(gradients, factor)
+        group["weight_decay"] *= factor
+    if group["lr_in_velocity"]:
         group["lr"] = 1.0
 
 
 def trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust: float, weight_decay: float) -> Tensor:
-    """LARS's ratio of each layer, 1 where its weights or its gradient are all 0.
+    """Return LARS's ratio of each layer, 1 if its weights or its gradient are all 0.
 
     Returns:
         (L) float32, for L layers.
@@ -114,14 +115,14 @@ def trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust: float, w
     return torch.where((weight_L > 0) & (gradient_L > 0), ratios_L, 1.0)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of the schedule, times each group's own factor."""
+def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of the schedule, times each group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group[RATE_FACTOR]
+        group["lr"] = learning_rate * group[LR_FACTOR]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over velocities and the present rate; all else is the configuration's, which may be newer.
+    """Restore velocities and the current learning rate; all else stays as configured.
 
     Raises:
         UserError: a state for other parameters.
@@ -139,9 +140,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give every parameter without a momentum one of zero, which is what it starts from in any case.
+    """Give every parameter a momentum buffer of zeros if it has none, which is what it starts from anyway.
 
-    The fused step would leave memory as it found it there, were the very first step skipped.
+    The fused update leaves the new buffer uninitialised if the very first step is skipped.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():

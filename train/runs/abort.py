@@ -1,127 +1,144 @@
-"""When training only wastes time: what the guard counted is told, and ends the run where it must."""
+"""Abort policy: log skipped steps; stop the run after too many of them, or when the loss does not move."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import msgspec
 import torch
+from torch import nn
 
 from data_pipeline.common.errors import DivergedError
 from data_pipeline.common.files import write_json
 from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.transforms.sampler import permutation_at, positions_at
 from train.checkpoints.retention import saved_steps
-from train.health.flat_loss import describe_flat, flat_level
+from train.config.schema import RunConfig
+from train.distributed.world import World
+from train.health.flat_loss import FlatLoss, describe_flat, flat_level
 from train.health.metrics import Metrics
-from train.health.nonfinite import MIN_SCALE, all_finite
-from train.setup import RunState
+from train.health.nonfinite import MIN_SCALE, SkipStats, all_finite
+from train.runs.folder import RunFolder
 
 log = logging.getLogger("train")
 
 NUM_SHOWN = 3
-"""Paths that a message names; the file has all."""
+"""Most paths that a message names; the file has all."""
 
 
-def check_skipped_steps(run_state: RunState) -> int:
-    """Tell which steps were skipped since the last call; all ranks call this, and all see the same counts.
+@dataclass(frozen=True)
+class AbortPolicy:
+    """Ends a run that only wastes time, with what was seen and what to change.
 
-    Returns:
-        How many they were.
-    Raises:
-        DivergedError: `max_skipped` in a row, or float16's loss scale is down to nothing.
+    Every rank calls every method with the same numbers, so that all ranks stop at the same step.
+
+    Attributes:
+        train_set: whose files are named as evidence.
+        folder: the run's; None on the ranks other than 0, which neither log nor write.
+        wait_for_writes: returns when no checkpoint is being written, so that the newest one can be named.
     """
-    skips, scaler = run_state.trainer.guard.read(), run_state.trainer.scaler
-    new, run_state.skipped = skips.total - run_state.skipped, skips.total
-    limit = run_state.config.max_skipped
-    if new and run_state.folder is not None:
-        log.warning(
-            f"{new} step(s) up to step {run_state.step} skipped on all ranks, {skips.in_row} in a row now "
-            f"({limit} end the run): the gradient was not finite, or a spike; {skips.total} since the run "
-            f"began, {skips.spikes} of them spikes"
-        )
-    if skips.in_row >= limit:
-        raise DivergedError(
-            f"{limit} steps in a row, from step {skips.first + 1} on, had a gradient that is not finite"
-            f"{'' if run_state.config.spike_factor is None else ' or a spike'}; the weights are those of "
-            f"step {skips.first}. {_evidence(run_state, skips.first, limit)}{_last_good(run_state)}"
-            "Start anew with a lower schedule.learning_rate or a longer schedule.warmup_epochs"
-        )
-    if scaler.is_enabled() and (scale := scaler.get_scale()) < MIN_SCALE:
-        raise DivergedError(
-            f"float16's loss scale fell to {scale:g} by step {run_state.step}: gradients overflow without "
-            f"any scaling. {_last_good(run_state)}Use precision=bf16 or fp32, or a lower "
-            "schedule.learning_rate"
-        )
-    return new
 
+    config: RunConfig
+    train_set: Dataset
+    folder: RunFolder | None
+    wait_for_writes: Callable[[], None]
 
-def check_flat_loss(run_state: RunState, metrics: Metrics) -> None:
-    """Watch the training loss since the last row; all ranks call this, and all see the same.
+    def check_skipped_steps(
+        self, stats: SkipStats, scaler: torch.amp.GradScaler, *, step: int, seen: int
+    ) -> None:
+        """Log the steps that were skipped since the last check.
 
-    Args:
-        metrics: of the samples since the last row, over all ranks.
-    Raises:
-        DivergedError: it has sat at ln(classes) for `flat_loss_grace` steps.
-    """
-    config, labels, num_classes = (
-        run_state.config,
-        run_state.train_set.labels,
-        len(run_state.train_set.classes),
-    )
-    if config.flat_loss_grace == 0:
-        return
-    level = flat_level(labels, num_classes, config.label_smoothing)
-    flat = run_state.progress.flat_loss.after(run_state.step, metrics, level, config.flat_loss_grace)
-    run_state.progress = msgspec.structs.replace(run_state.progress, flat_loss=flat)
-    if flat.num_steps >= config.flat_loss_grace:
-        said = describe_flat(level, num_classes, flat.num_steps, config)
-        raise DivergedError(f"{said}. {_last_good(run_state)}".rstrip(". "))
+        Args:
+            step: optimiser steps finished.
+            seen: total of skipped steps at the last check.
+        Raises:
+            DivergedError: `max_skipped` in a row, or float16's loss scale is too small to be used.
+        """
+        limit = self.config.max_skipped
+        if stats.total > seen and self.folder is not None:
+            log.warning(
+                f"{stats.total - seen} step(s) up to step {step} skipped on all ranks, {stats.in_row} in a "
+                f"row now ({limit} end the run): the gradient was not finite, or a spike; {stats.total} "
+                f"since the run began, {stats.spikes} of them spikes"
+            )
+        if stats.in_row >= limit:
+            raise DivergedError(
+                f"{limit} steps in a row, from step {stats.first + 1} on, had a gradient that is not finite"
+                f"{'' if self.config.spike_factor is None else ' or a spike'}; the weights are those of "
+                f"step {stats.first}. {self._write_samples(stats.first, limit)}{self._last_good()}"
+                "Start anew with a lower schedule.learning_rate or a longer schedule.warmup_epochs"
+            )
+        if scaler.is_enabled() and (scale := scaler.get_scale()) < MIN_SCALE:
+            raise DivergedError(
+                f"float16's loss scale fell to {scale:g} by step {step}: gradients overflow without "
+                f"any scaling. {self._last_good()}Use precision=bf16 or fp32, or a lower "
+                "schedule.learning_rate"
+            )
 
+    def check_flat_loss(self, flat: FlatLoss, step: int, metrics: Metrics) -> FlatLoss:
+        """Follow the training loss.
 
-def check_weights(run_state: RunState) -> None:
-    """Let no weights that are not finite become a checkpoint, or push a good one out.
+        Args:
+            flat: the state at the last row.
+            step: optimiser steps finished.
+            metrics: of the samples since the last row, over all ranks.
+        Returns:
+            The state at this row.
+        Raises:
+            DivergedError: the loss has stayed at ln(classes) for `flat_loss_grace` steps.
+        """
+        config, num_classes = self.config, len(self.train_set.classes)
+        if config.flat_loss_grace == 0:
+            return flat
+        level = flat_level(self.train_set.labels, num_classes, config.label_smoothing)
+        flat = flat.after(step, metrics, level, config.flat_loss_grace)
+        if flat.num_steps >= config.flat_loss_grace:
+            reason = describe_flat(level, num_classes, flat.num_steps, config)
+            raise DivergedError(f"{reason}. {self._last_good()}".rstrip(". "))
+        return flat
 
-    Raises:
-        DivergedError: a weight or a momentum is NaN or infinite on any rank; all raise it.
-    """
-    trainer = run_state.trainer
-    momenta = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    held = [*trainer.network.state_dict().values(), *(m for m in momenta if isinstance(m, torch.Tensor))]
-    if trainer.world.any(not all_finite(held)):
-        raise DivergedError(
-            f"the weights or their momentum are not finite at step {run_state.step}, which is not saved. "
-            f"{_last_good(run_state)}Start anew with a lower schedule.learning_rate"
-        )
+    def check_weights(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, world: World, step: int
+    ) -> None:
+        """Refuse to save weights that are not finite; they would push a good checkpoint out.
 
+        Raises:
+            DivergedError: a weight or a momentum is NaN or infinite on any rank; all raise it.
+        """
+        momenta = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [*network.state_dict().values(), *(m for m in momenta if isinstance(m, torch.Tensor))]
+        if world.any(not all_finite(tensors)):
+            raise DivergedError(
+                f"the weights or their momentum are not finite at step {step}, which is not saved. "
+                f"{self._last_good()}Start anew with a lower schedule.learning_rate"
+            )
 
-def samples_at(run_state: RunState, step: int) -> list[str]:
-    """Paths of the samples of one step, over all ranks; a function of the seed and the step alone."""
-    config, dataset = run_state.config, run_state.train_set
-    epoch, positions = positions_at(step, len(dataset), config.global_batch, 0, 1)
-    indices = permutation_at(config.seed, epoch, len(dataset))[positions]
-    return [printable(dataset.path_at(int(index))) for index in indices]
+    def _write_samples(self, first: int, num_steps: int) -> str:
+        """Write the samples of some steps to `diverged.json`, on rank 0. Returns a sentence that names it."""
+        if self.folder is None:
+            return ""
+        steps = [{"step": s + 1, "samples": self._samples_at(s)} for s in range(first, first + num_steps)]
+        path = self.folder.path / "diverged.json"
+        shown = ", ".join(self._samples_at(first)[:NUM_SHOWN])
+        try:
+            write_json(path, steps)
+        except OSError as error:
+            return f"Their samples begin with {shown}; {path} could not be written: {error.strerror}. "
+        return f"Their samples, {shown} and so on, are in {path}. "
 
+    def _samples_at(self, step: int) -> list[str]:
+        """Return the paths of a step's samples over all ranks, a function of the seed and the step alone."""
+        size = len(self.train_set)
+        epoch, positions = positions_at(step, size, self.config.global_batch, 0, 1)
+        indices = permutation_at(self.config.seed, epoch, size)[positions]
+        return [printable(self.train_set.path_at(int(index))) for index in indices]
 
-def _evidence(run_state: RunState, first: int, num_steps: int) -> str:
-    """Write the samples of the steps to `diverged.json`, on rank 0, and name the first."""
-    if run_state.folder is None:
-        return ""
-    steps = [{"step": s + 1, "samples": samples_at(run_state, s)} for s in range(first, first + num_steps)]
-    path: Path = run_state.folder.path / "diverged.json"
-    shown = ", ".join(samples_at(run_state, first)[:NUM_SHOWN])
-    try:
-        write_json(path, steps)
-    except OSError as error:
-        return f"Their samples begin with {shown}; {path} could not be written: {error.strerror}. "
-    return f"Their samples, {shown} and so on, are in {path}. "
-
-
-def _last_good(run_state: RunState) -> str:
-    """The newest checkpoint, as part of a message; one that is being written is waited for."""
-    if run_state.folder is None or run_state.saver is None:
-        return ""
-    run_state.saver.wait()
-    saved = list(saved_steps(run_state.folder.checkpoints).values())
-    return f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. "
+    def _last_good(self) -> str:
+        """Return a sentence that names the newest checkpoint."""
+        if self.folder is None:
+            return ""
+        self.wait_for_writes()
+        saved = list(saved_steps(self.folder.checkpoints).values())
+        return f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. "

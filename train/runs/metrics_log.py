@@ -1,4 +1,4 @@
-"""Rows of a run: to `metrics.jsonl` and TensorBoard on rank 0, nowhere on the others."""
+"""The rows of a run: to `metrics.jsonl` and TensorBoard on rank 0, nowhere on the other ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -18,51 +18,53 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_pipeline.common.files import RetryingAppendFile
 from train.health.metrics import Metrics
-from train.health.noise_scale import NoiseEstimate
-from train.runs.folder import MetricsRow
-from train.runs.noise_rows import NoiseRows
-from train.setup import RunState
+from train.health.noise_scale import NoiseEstimate, smooth_noise
+from train.runs.folder import MetricsRow, RunFolder
 
 log = logging.getLogger("train")
 
 
-class Recorder(Protocol):
-    """Where rows go."""
+class MetricsLog:
+    """Writes rows; those that the disk does not take are kept and written later.
 
-    def __call__(
+    Args:
+        folder: the run's; None on the ranks other than 0, which write nothing.
+        step: optimiser steps finished when the run starts or resumes.
+        steps_per_epoch: optimiser steps of an epoch.
+        noise: whether training rows have the gradient noise scale (`log_noise_scale`).
+    """
+
+    def __init__(self, folder: RunFolder | None, step: int, steps_per_epoch: int, *, noise: bool) -> None:
+        self._folder, self._steps_per_epoch = folder, steps_per_epoch
+        self._noise: NoiseAverages | None = None
+        self._failing = False
+        if folder is not None:
+            self._board = TensorBoardWriter(folder.path / "tensorboard", purge_step=step + 1)
+            self._noise = NoiseAverages(folder.rows()) if noise else None
+
+    def write(
         self,
         split: str,
+        step: int,
         metrics: Metrics,
         lr: float,
         images_per_s: float,
         skipped: int = 0,
         noise: NoiseEstimate | None = None,
     ) -> None:
-        """Write one row for the present step."""
+        """Write one row.
 
-
-def make_recorder(run_state: RunState) -> Recorder:
-    """What writes the rows of a run."""
-    folder = run_state.folder
-    if folder is None:
-        return lambda split, metrics, lr, images_per_s, skipped=0, noise=None: None
-    board = TensorBoardWriter(folder.path / "tensorboard", purge_step=run_state.step + 1)
-    noise_rows = NoiseRows(folder.rows()) if run_state.config.log_noise_scale else None
-    failing = False
-
-    def record(
-        split: str,
-        metrics: Metrics,
-        lr: float,
-        images_per_s: float,
-        skipped: int = 0,
-        noise: NoiseEstimate | None = None,
-    ) -> None:
-        nonlocal failing
+        Args:
+            step: optimiser steps finished.
+            skipped: how many of the row's steps were skipped.
+            noise: estimate over the row's steps, if there is one.
+        """
+        if self._folder is None:
+            return
         row = MetricsRow(
             split=split,
-            epoch=-(-run_state.step // run_state.steps_per_epoch),
-            step=run_state.step,
+            epoch=-(-step // self._steps_per_epoch),
+            step=step,
             samples=metrics.num_samples,
             failed=metrics.num_failed,
             skipped=skipped,
@@ -72,31 +74,59 @@ def make_recorder(run_state: RunState) -> Recorder:
             lr=lr,
             images_per_s=images_per_s,
             time=time.time(),
-            **(noise_rows.fields(noise) if noise_rows is not None and split == "train" else {}),
+            **(self._noise.fields(noise) if self._noise is not None and split == "train" else {}),
         )
-        figures = {
+        scalars = {
             f"{split}/{name}": value
             for name, value in msgspec.structs.asdict(row).items()
             if name not in ("split", "epoch", "step", "time") and isinstance(value, int | float)
         }
-        errors = (folder.append(row), board.add(figures, run_state.step))
+        errors = self._folder.append(row), self._board.add(scalars, step)
         error = errors[0] or errors[1]
-        if error is not None and not failing:
+        if error is not None and not self._failing:
             log.error(
                 f"{error.filename} could not be written: {error.strerror}; training goes on, and what "
                 "belongs there is kept until there is room"
             )
-        failing = error is not None
+        self._failing = error is not None
 
-    return record
+
+class NoiseAverages:
+    """Moving averages of the gradient noise scale; they follow from the rows, so a resumed run has them.
+
+    Args:
+        rows: those that the run has so far.
+    """
+
+    def __init__(self, rows: Iterable[MetricsRow]) -> None:
+        self._average: NoiseEstimate | None = None
+        last_step = 0
+        for row in rows:
+            if row.split != "train":
+                continue
+            if isinstance(row.grad_square, float) and isinstance(row.grad_trace, float):
+                steps = row.step - last_step - row.skipped
+                self._add(NoiseEstimate(square=row.grad_square, trace=row.grad_trace, num_steps=steps))
+            last_step = row.step
+
+    def fields(self, new: NoiseEstimate | None) -> dict[str, float | None]:
+        """Return a row's fields for the steps since the last row; None without a finite estimate."""
+        if new is None or not (math.isfinite(new.square) and math.isfinite(new.trace)):
+            return dict.fromkeys(("grad_square", "grad_trace", "noise_scale"))
+        average = self._add(new)
+        return {"grad_square": new.square, "grad_trace": new.trace, "noise_scale": average.scale}
+
+    def _add(self, new: NoiseEstimate) -> NoiseEstimate:
+        self._average = smooth_noise(self._average, new)
+        return self._average
 
 
 class TensorBoardWriter:
-    """A file of scalars for TensorBoard. TensorBoard's own writer does not survive a full disk.
+    """Writes scalars to a file for TensorBoard. TensorBoard's own writer does not survive a full disk.
 
     Args:
-        folder: where event files lie; a run has one for each time that it was started.
-        purge_step: what earlier files say of this step and later ones counts no more.
+        folder: of event files; a run has one for each time that it was started.
+        purge_step: TensorBoard ignores this step and later ones in earlier files.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
@@ -106,13 +136,13 @@ class TensorBoardWriter:
         start = SessionLog(status=SessionLog.START)
         self._append(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
-    def add(self, figures: dict[str, float], step: int) -> OSError | None:
-        """Add the figures of one step.
+    def add(self, scalars: dict[str, float], step: int) -> OSError | None:
+        """Add the scalars of one step.
 
         Returns:
-            Why they, and what was kept before, are not on the disk yet, if so.
+            The error, if they and what was kept before are not on the disk yet.
         """
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         return self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _append(self, event: Event) -> OSError | None:
@@ -122,5 +152,5 @@ class TensorBoardWriter:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: null stands for it."""
+    """Return None, JSON's null, for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -17,9 +17,9 @@ import torch
 
 from data_pipeline.datasets.dataset import Dataset
 from train.bench.turns import answer_lines
-from train.config.load import RunConfig
+from train.config.schema import RunConfig
 from train.distributed.world import cpu_share, open_world
-from train.setup import make_trainer
+from train.setup import make_step_parts
 from train.step import train_step
 from train.tune.steps import noise_batch, peak_memory_mb, wait_for
 
@@ -59,7 +59,7 @@ def measure(config: RunConfig, num_classes: int, steps: int) -> Fit:
         try:
             classes = tuple(f"class-{number}" for number in range(num_classes))
             nothing = Dataset(Path(), "train", (), np.zeros(0, np.int64), classes)
-            trainer = make_trainer(config, nothing, world, None)
+            trainer = make_step_parts(config, nothing, world, None)
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
             seconds = []
             for number in range(2 + steps):

@@ -17,10 +17,10 @@ import msgspec
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from train.bench.turns import four_digits, open_subject
-from train.config.load import RunConfig
+from train.config.schema import RunConfig
 from train.distributed.world import choose_device
 from train.health.noise_scale import NoiseEstimate, smooth_noise
-from train.optim.schedule import base_rate_for, lr_at
+from train.optim.schedule import base_lr_for, lr_at
 from train.tune.batch_fit import Fit, memory_limit_mb
 from train.tune.plots import COLORS, GREY, draw_panels, mark_line
 from train.tune.steps import open_probe
@@ -177,7 +177,7 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
     sums: NoiseEstimate | None = None
     with open_probe(probed) as probe, show_progress("noise scale", num_steps) as progress:
         run_state = probe.run_state
-        meter = run_state.trainer.noise
+        meter = run_state.parts.noise
         assert meter is not None
         window = max(1, num_steps // WINDOWS)
         losses: list[float] = []
@@ -187,7 +187,7 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
                 config.schedule,
                 steps_per_epoch=run_state.steps_per_epoch,
                 total_steps=run_state.total_steps,
-                base_rate=base_rate_for(config.schedule, config.global_batch),
+                base_lr=base_lr_for(config.schedule, config.global_batch),
             )
             losses.append(probe.step(rate).loss)
             if number % window == 0 and (found := meter.read()) is not None:
@@ -196,7 +196,7 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
                 scale = None if found.scale is None else four_digits(found.scale)
                 rows.append(NoiseRow(step=number, noise_scale=scale, loss=four_digits(loss)))
             progress.advance(1, f"step {number}, loss {losses[-1]:.3f}")
-        name, num_classes = run_state.trainer.world.device_name, len(run_state.train_set.classes)
+        name, num_classes = run_state.parts.world.device_name, len(run_state.train_set.classes)
     return rows, None if sums is None else sums.scale, name, num_classes
 
 

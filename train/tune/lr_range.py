@@ -10,9 +10,9 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
-from train.config.load import RunConfig
-from train.health.flat_loss import flat_level, what_to_change
-from train.optim.schedule import base_rate_for
+from train.config.schema import RunConfig
+from train.health.flat_loss import flat_level, suggest_changes
+from train.optim.schedule import base_lr_for
 from train.tune.plots import COLORS, GREY, draw_panels, mark_line
 from train.tune.rate_range import Sweep, advise_rate, rates_between, read_sweep, why_ended
 from train.tune.steps import open_probe
@@ -80,7 +80,7 @@ def bench_rates(
             with open_probe(seeded) as probe:
                 train_set = probe.run_state.train_set
                 level = flat_level(train_set.labels, len(train_set.classes), config.label_smoothing)
-                device = probe.run_state.trainer.world.device_name
+                device = probe.run_state.parts.world.device_name
                 while len(losses) < num_steps and why_ended(losses, level) is None:
                     rate = rates[len(losses)]
                     loss = probe.step(rate).loss
@@ -88,14 +88,14 @@ def bench_rates(
                     progress.advance(1, f"seed {seeded.seed}, rate {rate:.2g}, loss {loss:.3f}")
             progress.advance(num_steps - len(losses))
             sweeps.append(read_sweep(seeded.seed, rates[: len(losses)], losses, num_steps, level))
-    advice = advise_rate(sweeps, level, what_to_change(config.model))
-    scale = base_rate_for(config.schedule, config.global_batch) / config.schedule.learning_rate
+    advice = advise_rate(sweeps, level, suggest_changes(config.model))
+    scale = base_lr_for(config.schedule, config.global_batch) / config.schedule.learning_rate
     return RateReport(
         recipe=config.recipe,
         device=device,
         global_batch=config.global_batch,
         guess_loss=level,
-        recipe_rate=base_rate_for(config.schedule, config.global_batch),
+        recipe_rate=base_lr_for(config.schedule, config.global_batch),
         sweeps=sweeps,
         learning_rate=advice.rate,
         setting=f"schedule.learning_rate={advice.rate / scale:.3g}" if advice.rate is not None else None,

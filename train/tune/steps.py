@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from data_pipeline.loading.prefetch import Batch
-from train.config.load import RunConfig
+from train.config.schema import RunConfig
 from train.distributed.world import open_world
 from train.health.metrics import Metrics
 from train.loop import open_steps
-from train.setup import RunState, build_run
+from train.setup import build_run
+from train.state import RunState
 from train.step import train_step
 
 
@@ -38,11 +39,11 @@ class Probe:
             KeyboardInterrupt: a signal asked to stop.
         """
         run_state = self.run_state
-        if run_state.interrupt:
+        if run_state.interrupt.received:
             raise KeyboardInterrupt(run_state.interrupt.received)
-        counts = train_step(run_state.trainer, next(self.steps), learning_rate, run_state.step)
+        counts = train_step(run_state.parts, next(self.steps), learning_rate, run_state.step)
         run_state.step += 1
-        return counts.reduce(run_state.trainer.world)
+        return counts.reduce(run_state.parts.world)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: what is copied stays as it was, one at a time, and errors are told."""
+"""Checkpoints written beside training: snapshots do not change, writes are serial, errors are logged."""
 
 from __future__ import annotations
 
@@ -13,78 +13,61 @@ from typing import Any
 import pytest
 import torch
 
-from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging, copied
-from train.checkpoints.load import Pointer, load_checkpoint, read_pointer
+from tests.helpers.checkpoint_samples import CONFIG, make_writer, small_snapshot
+from train.checkpoints.background import AsyncCheckpointWriter, PinnedStaging
+from train.checkpoints.format import Pointer, read_pointer
+from train.checkpoints.load import load_checkpoint
 from train.checkpoints.retention import saved_steps
-from train.checkpoints.write import State
-from train.config.load import make_config
 from train.runs.folder import create_run
 
-CONFIG = make_config("demo", ["keep_checkpoints=1"])
 
-
-def small_state(step: int, value: float = 1.0, top1: float | None = None) -> State:
-    """A state that is written in no time."""
-    return State(
-        step=step,
-        epoch=0,
-        samples_seen=step * 64,
-        config=CONFIG,
-        classes=("a", "b"),
-        metrics={} if top1 is None else {"top1": top1},
-        parts={
-            "model": {"weight": torch.full((3, 3), value)},
-            "optimizer": {"state": {}, "param_groups": []},
-        },
-    )
-
-
-def held_back(state: State) -> tuple[State, threading.Event]:
-    """The same, and what lets it be written: until then it is in flight, as if the disk were slow."""
-    event = threading.Event()
+def hold_back(writer: AsyncCheckpointWriter) -> threading.Event:
+    """Keep the next checkpoint in flight, as on a slow disk, until the event is set."""
+    event, before_write = threading.Event(), writer.before_write
 
     def wait() -> None:
         assert event.wait(60)
+        before_write()
 
-    return dataclasses.replace(state, wait_until_copied=wait), event
+    writer.before_write = wait
+    return event
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Iterator[AsyncCheckpointWriter]:
-    with closing(AsyncCheckpointWriter(create_run(tmp_path, CONFIG), CONFIG, None)) as saver:
-        yield saver
+def writer(tmp_path: Path) -> Iterator[AsyncCheckpointWriter]:
+    with closing(make_writer(create_run(tmp_path, CONFIG))) as writer:
+        yield writer
 
 
-def test_nothing_points_to_a_checkpoint_or_is_removed_before_it_is_written(
-    saver: AsyncCheckpointWriter,
+def test_pointers_and_removals_wait_for_the_checkpoint(
+    writer: AsyncCheckpointWriter,
 ) -> None:
-    folder = saver.folder.checkpoints
-    saver.start(small_state(1, top1=0.5))
-    saver.wait()
+    folder = writer.folder
+    writer.start(small_snapshot(1, top1=0.5))
+    writer.wait()
     assert sorted(p.name for p in folder.iterdir()) == ["best.json", "last.json", "step-00000001"]
-    state, go_on = held_back(small_state(2, top1=0.75))
-    saver.start(state)
+    go_on = hold_back(writer)
+    writer.start(small_snapshot(2, top1=0.75))
     assert sorted(p.name for p in folder.iterdir()) == ["best.json", "last.json", "step-00000001"]
     assert (
         read_pointer(folder / "best.json") == read_pointer(folder / "last.json") == Pointer(step=1, top1=0.5)
     )
     go_on.set()
-    saver.wait()
+    writer.wait()
     assert list(saved_steps(folder)) == [2]
     assert (
         read_pointer(folder / "best.json") == read_pointer(folder / "last.json") == Pointer(step=2, top1=0.75)
     )
-    saver.start(small_state(3, top1=0.25))
-    saver.wait()
+    writer.start(small_snapshot(3, top1=0.25))
+    writer.wait()
     assert list(saved_steps(folder)) == [2, 3], "the best stays, whatever comes after it"
     assert (read_pointer(folder / "best.json").step, read_pointer(folder / "last.json").step) == (2, 3)
-    assert (saver.num_saved, saver.unsaved) == (3, None)
+    assert (writer.num_saved, writer.failure) == (3, None)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_is_copied_stays_as_it_was_while_training_goes_on(
-    saver: AsyncCheckpointWriter, device: str
-) -> None:
+def test_snapshot_does_not_change_while_training_continues(tmp_path: Path, device: str) -> None:
+    writer = make_writer(create_run(tmp_path, CONFIG), device=device)
     weight = torch.randn(4, 3, 11, 11, device=device).to(memory_format=torch.channels_last)
     moments: dict[str, Any] = {
         "state": {0: {"momentum_buffer": weight.clone()}},
@@ -92,87 +75,87 @@ def test_what_is_copied_stays_as_it_was_while_training_goes_on(
     }
     expected = weight.cpu().clone(memory_format=torch.preserve_format)
     for step in (1, 2):  # the second time, into the same memory
-        parts = saver.copies.take({"model": {"weight": weight}, "optimizer": moments})
-        wait = copied(weight.device)
-        state, go_on = held_back(dataclasses.replace(small_state(step), parts=parts))
-        saver.start(state)
+        states = writer.staging.copy({"model": {"weight": weight}, "optimizer": moments})
+        go_on = hold_back(writer)
+        writer.start(dataclasses.replace(small_snapshot(step), states=states))
         weight.add_(1)
         moments["param_groups"][0]["lr"] = 0.25
-        wait()
         go_on.set()
-        saver.wait()
-        found = load_checkpoint(saver.folder.checkpoints / f"step-0000000{step}")
+        writer.wait()
+        found = load_checkpoint(writer.folder / f"step-0000000{step}")
         assert torch.equal(found.model_state["weight"], expected)
         assert found.model_state["weight"].stride() == expected.stride()
-        assert found.parts["optimizer"]["param_groups"][0]["lr"] == (0.5 if step == 1 else 0.25)
+        assert found.states["optimizer"]["param_groups"][0]["lr"] == (0.5 if step == 1 else 0.25)
         expected += 1
+    writer.close()
 
 
-def test_copies_use_the_same_memory_again_unless_the_shape_changed() -> None:
-    copies = PinnedStaging()
-    first = copies.take({"a": [torch.ones(3), 7], "b": {"a": torch.zeros(2)}})
-    again = copies.take({"a": [torch.zeros(3), 8], "b": {"a": torch.zeros(2, 2)}})
+def test_staging_reuses_memory_unless_the_shape_changed() -> None:
+    staging = PinnedStaging()
+    first = staging.copy({"a": [torch.ones(3), 7], "b": {"a": torch.zeros(2)}})
+    again = staging.copy({"a": [torch.zeros(3), 8], "b": {"a": torch.zeros(2, 2)}})
     assert again["a"][0].data_ptr() == first["a"][0].data_ptr()
     assert again["a"][0].tolist() == [0, 0, 0]
     assert again["a"][1] == 8
     assert again["b"]["a"].shape == (2, 2)
 
 
-def test_a_second_checkpoint_waits_for_the_first_and_says_so(
-    saver: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
+def test_second_checkpoint_waits_for_the_first_and_logs_it(
+    writer: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state, go_on = held_back(small_state(50))
-    saver.start(state)
+    go_on = hold_back(writer)
+    writer.start(small_snapshot(50))
     timer = threading.Timer(0.2, go_on.set)
     timer.start()
-    saver.wait("step 100")
+    writer.wait("step 100")
     timer.join()
-    said = [record.getMessage() for record in caplog.records]
-    assert said[0] == "step 100 waits: the checkpoint of step 50 is still being written"
-    assert said[1].startswith("training was held up for 0.")
-    assert list(saved_steps(saver.folder.checkpoints)) == [50]
-    saver.wait("step 100")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "step 100 waits: the checkpoint of step 50 is still being written"
+    assert lines[1].startswith("training was held up for 0.")
+    assert list(saved_steps(writer.folder)) == [50]
+    writer.wait("step 100")
     assert len(caplog.records) == 2
 
 
-def test_leaving_waits_for_the_checkpoint_in_flight(tmp_path: Path) -> None:
+def test_close_waits_for_the_checkpoint_in_flight(tmp_path: Path) -> None:
     folder = create_run(tmp_path, CONFIG)
-    with closing(AsyncCheckpointWriter(folder, CONFIG, None)) as saver:
-        state, go_on = held_back(small_state(7))
-        saver.start(state)
+    with closing(make_writer(folder)) as writer:
+        go_on = hold_back(writer)
+        writer.start(small_snapshot(7))
         timer = threading.Timer(0.1, go_on.set)
         timer.start()
     timer.join()
     assert load_checkpoint(folder.checkpoints / "step-00000007").step == 7
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_makes_up_for_it(
-    saver: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
+def test_failed_write_is_logged_and_cleared_by_the_next_one(
+    writer: AsyncCheckpointWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = saver.folder.checkpoints
-    saver.start(small_state(1, top1=0.5))
-    saver.wait()
+    folder = writer.folder
+    writer.start(small_snapshot(1, top1=0.5))
+    writer.wait()
     folder.rename(folder.with_name("away"))
     folder.write_text("a file where the folder was")
-    saver.start(small_state(2, top1=0.75))
-    saver.wait()
-    assert str(saver.unsaved).endswith("step-00000002 could not be written: File exists")
+    writer.start(small_snapshot(2, top1=0.75))
+    writer.wait()
+    assert str(writer.failure).endswith("step-00000002 could not be written: File exists")
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert record.getMessage().endswith("; training goes on, and the checkpoints before it are untouched")
-    assert saver.best == Pointer(step=1, top1=0.5), "what is not there cannot be the best"
+    assert writer.best == Pointer(step=1, top1=0.5), "what is not there cannot be the best"
     folder.unlink()
     folder.with_name("away").rename(folder)
-    saver.start(small_state(3))
-    saver.wait()
-    assert (saver.unsaved, list(saved_steps(folder))) == (None, [1, 3])
+    writer.start(small_snapshot(3))
+    writer.wait()
+    assert (writer.failure, list(saved_steps(folder))) == (None, [1, 3])
 
 
-def test_an_error_that_nobody_foresaw_reaches_the_training_thread(saver: AsyncCheckpointWriter) -> None:
+def test_unexpected_error_reaches_the_training_thread(writer: AsyncCheckpointWriter) -> None:
     def fail() -> None:
         raise ArithmeticError("nobody foresaw this")
 
-    saver.start(dataclasses.replace(small_state(1), wait_until_copied=fail))
+    writer.before_write = fail
+    writer.start(small_snapshot(1))
     with pytest.raises(ArithmeticError, match="nobody foresaw this"):
-        saver.wait()
-    saver.wait()
+        writer.wait()
+    writer.wait()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it does not exist: kills at every point, damaged files, a full disk, retention."""
+"""A checkpoint is whole or absent: kills at every point, damaged files, a full disk, retention."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.soak.rounds import compare_runs
+from tests.helpers.checkpoint_samples import CONFIG, make_writer, row, small_snapshot
 from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
-from tests.train.checkpoints.test_background import CONFIG, small_state
-from tests.train.test_parts import row
-from train.checkpoints.background import AsyncCheckpointWriter
-from train.checkpoints.load import MANIFEST, STATE, find_checkpoint
+from train.checkpoints.format import MANIFEST, STATE
+from train.checkpoints.load import find_checkpoint
 from train.checkpoints.retention import saved_steps, steps_to_keep
 from train.runs.folder import create_run
 
@@ -43,8 +42,8 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_warm(2, data=digits, out=tmp_path_factory.mktemp("whole") / "runs", overrides=SETTINGS)
 
 
-def test_a_kill_at_any_point_of_the_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A next step's: the one before it, or it. One in the place of another of its step: either of the two."""
+def test_kill_at_any_call_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
+    """Of the next step: the old one or the new one. In place of one of the same step: either of the two."""
     done = run_ranks(1, ["tests.helpers.killed_saves"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = msgspec.json.decode(done.stdout)
@@ -54,20 +53,20 @@ def test_a_kill_at_any_point_of_the_writing_leaves_a_whole_checkpoint(tmp_path: 
         assert found[case] == sorted(found[case]), "what was there once was gone after a later kill"
 
 
-def test_everything_is_on_the_disk_before_its_name_is_and_before_anything_goes(
+def test_fsync_comes_before_rename_and_rename_before_removal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a power cut needs, which no kill shows: the order of fsync, rename and removal."""
+    """A power cut needs this order, and no kill can show it."""
     folder = create_run(tmp_path, CONFIG)
-    saver = AsyncCheckpointWriter(folder, CONFIG, None)
-    saver._write(small_state(1, top1=0.25))
-    said: list[str] = []
+    writer = make_writer(folder)
+    writer._write(small_snapshot(1, top1=0.25))
+    calls: list[str] = []
 
     def noted(name: str, path_of: Callable[..., Path]) -> None:
         real = getattr(os, name)
 
         def call(*arguments: Any, **more: Any) -> object:
-            said.append(f"{name} {path_of(*arguments).relative_to(folder.path)}")
+            calls.append(f"{name} {path_of(*arguments).relative_to(folder.path)}")
             return real(*arguments, **more)
 
         monkeypatch.setattr(os, name, call)
@@ -77,9 +76,9 @@ def test_everything_is_on_the_disk_before_its_name_is_and_before_anything_goes(
     noted("replace", lambda source, target: target)
     noted("rmdir", lambda path, **_: folder.checkpoints / Path(path).name)
     folder.append(row(2))
-    saver._write(small_state(2, top1=0.75))
+    writer._write(small_snapshot(2, top1=0.75))
     writing = "checkpoints/.writing-step-00000002"
-    assert said == [
+    assert calls == [
         "fsync metrics.jsonl",
         f"fsync {writing}/state.pt",
         f"fsync {writing}/.manifest.json.writing", f"replace {writing}/manifest.json", f"fsync {writing}",
@@ -105,7 +104,7 @@ DAMAGE: dict[int, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def test_a_run_names_each_damaged_file_and_goes_on_from_the_one_before(
+def test_resume_logs_each_damaged_file_and_takes_the_one_before(
     whole: Path, digits: Path, tmp_path: Path
 ) -> None:
     """Every kind of damage at once, and half a row at the end of `metrics.jsonl`, before a real resume."""
@@ -144,9 +143,7 @@ def mounted(folder: Path, size_mb: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_training_goes_on_and_the_next_start_from_what_was_saved(
-    whole: Path, digits: Path, tmp_path: Path
-) -> None:
+def test_full_disk_is_logged_and_the_next_start_resumes(whole: Path, digits: Path, tmp_path: Path) -> None:
     """A file system with room for two checkpoints and a half; then, with more room, the rest of the run."""
     size_mb = 2.5 * (find_checkpoint(whole) / STATE).stat().st_size / 2**20
     sets = [f"--set={s}" for s in SETTINGS]
@@ -172,9 +169,7 @@ def test_a_full_disk_is_told_training_goes_on_and_the_next_start_from_what_was_s
         assert compare_runs(run, whole) == (True, True)
 
 
-def test_a_disk_that_takes_no_checkpoint_does_not_end_training_but_is_told(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_disk_without_room_does_not_end_training(digits: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: both fail inside `write`."""
     arguments = ["tests.helpers.limited_files", "1000000", f"--data={digits}", "--out=runs"]
     done = run_ranks(1, [*arguments, *(f"--set={s}" for s in SETTINGS)], cwd=tmp_path)
@@ -212,7 +207,7 @@ def test_ranks_killed_at_any_time_lose_no_row_and_no_bit(whole: Path, digits: Pa
 
 
 @given(st.sets(st.integers(1, 300), min_size=1), st.integers(1, 5), st.none() | st.integers(1, 50), st.data())
-def test_the_last_ones_the_best_and_every_so_many_steps_stay(
+def test_last_best_and_every_so_many_steps_stay(
     steps: set[int], keep_last: int, keep_every: int | None, data: st.DataObject
 ) -> None:
     best = data.draw(st.none() | st.sampled_from(sorted(steps)))

@@ -1,4 +1,4 @@
-"""Checkpoints: verified before they are believed, and nothing in them is run."""
+"""Checkpoints are verified before they are loaded, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -6,55 +6,32 @@ import dataclasses
 import os
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import sha256_of, write_json
+from data_pipeline.common.files import write_json
 from infer.export.pipeline import make_origin
-from tests.helpers.ranks import TINY
-from train.checkpoints.load import (
-    MANIFEST,
-    STATE,
-    Pointer,
-    find_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_pointer,
+from tests.helpers.checkpoint_samples import (
+    CLASSES,
+    Evil,
+    forge,
+    replace,
+    save_small_network,
+    small_config,
 )
+from train.checkpoints.format import MANIFEST, STATE, Pointer, read_pointer
+from train.checkpoints.load import find_checkpoint, load_checkpoint, load_weights
 from train.checkpoints.retention import REPLACED, prune_checkpoints, restore_replaced
-from train.checkpoints.write import State, save_checkpoint
-from train.config.load import RunConfig, make_config
+from train.config.load import make_config
 from train.models.alexnet import AlexNet, make_model
 from train.weights import export_weights
-
-CLASSES = tuple("0123456789")
-
-
-def small_config() -> RunConfig:
-    return make_config("demo", TINY)
-
-
-def save(folder: Path, step: int = 3, top1: float = 0.5) -> tuple[Path, AlexNet]:
-    config = small_config()
-    model = make_model(config.model, num_classes=10, crop_px=22)
-    state = State(
-        step=step,
-        epoch=1,
-        samples_seen=step * 64,
-        config=config,
-        classes=CLASSES,
-        metrics={"top1": top1},
-        parts={"model": model.state_dict()},
-    )
-    return save_checkpoint(folder, state), model
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AlexNet]:
-    return save(tmp_path_factory.mktemp("run") / "checkpoints")
+    return save_small_network(tmp_path_factory.mktemp("run") / "checkpoints")
 
 
 @pytest.fixture
@@ -67,12 +44,7 @@ def copied(saved: tuple[Path, AlexNet], tmp_path: Path) -> Path:
     return folder
 
 
-def replace(path: Path, content: bytes) -> None:
-    path.unlink()
-    path.write_bytes(content)
-
-
-def test_what_is_saved_is_what_is_loaded(saved: tuple[Path, AlexNet]) -> None:
+def test_load_returns_what_was_saved(saved: tuple[Path, AlexNet]) -> None:
     folder, model = saved
     checkpoint = load_checkpoint(folder)
     assert (checkpoint.step, checkpoint.epoch, checkpoint.samples_seen) == (3, 1, 192)
@@ -87,7 +59,7 @@ def test_what_is_saved_is_what_is_loaded(saved: tuple[Path, AlexNet]) -> None:
 
 
 @pytest.mark.parametrize("where", [100, -100])
-def test_a_flipped_bit_is_found(copied: Path, where: int) -> None:
+def test_flipped_bit_is_found(copied: Path, where: int) -> None:
     content = bytearray((copied / STATE).read_bytes())
     content[where] ^= 1
     replace(copied / STATE, bytes(content))
@@ -96,36 +68,19 @@ def test_a_flipped_bit_is_found(copied: Path, where: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 1000])
-def test_a_truncated_file_is_found(copied: Path, keep: int) -> None:
+def test_truncated_file_is_found(copied: Path, keep: int) -> None:
     replace(copied / STATE, (copied / STATE).read_bytes()[:keep])
     with pytest.raises(CorruptFileError, match=rf"is damaged: it has {keep} of"):
         load_checkpoint(copied)
 
 
-def test_missing_and_broken_manifests_are_told(copied: Path) -> None:
+def test_missing_and_broken_manifests_are_errors(copied: Path) -> None:
     replace(copied / MANIFEST, b'{"format": 1')
     with pytest.raises(CorruptFileError, match=r"manifest .* is damaged"):
         load_checkpoint(copied)
     (copied / MANIFEST).unlink()
     with pytest.raises(CorruptFileError, match="no readable manifest"):
         load_checkpoint(copied)
-
-
-def forge(folder: Path, **changes: object) -> None:
-    """Write a manifest that fits the state file."""
-    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
-    manifest |= {"sha256": sha256_of(folder / STATE), "size_bytes": (folder / STATE).stat().st_size}
-    replace(folder / MANIFEST, msgspec.json.encode(manifest | changes))
-
-
-class Evil:
-    """What a crafted checkpoint could hold: unpickling it would make a folder."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.target),)
 
 
 def test_nothing_in_a_checkpoint_is_executed(copied: Path, tmp_path: Path) -> None:
@@ -138,40 +93,21 @@ def test_nothing_in_a_checkpoint_is_executed(copied: Path, tmp_path: Path) -> No
     assert not target.exists()
 
 
-def test_a_whole_file_of_something_else_is_not_a_checkpoint(copied: Path) -> None:
+def test_other_files_and_other_formats_are_refused(copied: Path) -> None:
     (copied / STATE).unlink()
     torch.save({"weights": torch.zeros(3)}, copied / STATE)
     forge(copied)
     with pytest.raises(CorruptFileError, match="of ours: Object missing required field `step`"):
         load_checkpoint(copied)
     forge(copied, format=99)
-    with pytest.raises(UserError, match="has format 99; this version reads up to 2"):
+    with pytest.raises(UserError, match=r"has format 99; this version reads 1$"):
         load_checkpoint(copied)
 
 
-def test_a_checkpoint_of_the_first_format_is_read(copied: Path) -> None:
-    state = torch.load(copied / STATE, weights_only=True)
-    for part in ("average", "progress", "guard", "labels_text", "data"):
-        state.pop(part, None)
-    for key in ("ema_decay", "label_smoothing", "flat_loss_grace", "ten_crop"):
-        del state["config"][key]
-    (copied / STATE).unlink()
-    torch.save({**state, "format": 1}, copied / STATE)
-    forge(copied, format=1)
-    checkpoint = load_checkpoint(copied)
-    assert checkpoint.config == msgspec.structs.replace(small_config(), flat_loss_grace=10_000)
-    assert (checkpoint.weights_name, checkpoint.weights is checkpoint.model_state) == ("last", True)
-    # of the loss before it nothing is known, so that no step counts as flat
-    flat = checkpoint.progress.flat_loss
-    assert (checkpoint.progress.val_errors, flat.since, flat.num_steps) == ((), 3, 0)
-
-
-def test_the_average_is_what_is_evaluated_exported_and_taken_out(
-    saved: tuple[Path, AlexNet], tmp_path: Path
-) -> None:
+def test_average_is_evaluated_exported_and_converted(saved: tuple[Path, AlexNet], tmp_path: Path) -> None:
     average = {name: value + 1 for name, value in saved[1].state_dict().items()}
     checkpoint = load_checkpoint(saved[0])
-    checkpoint = dataclasses.replace(checkpoint, parts=checkpoint.parts | {"average": average})
+    checkpoint = dataclasses.replace(checkpoint, states=checkpoint.states | {"average": average})
     assert checkpoint.weights_name == "average"
     export_weights(checkpoint, tmp_path / "weights.safetensors", "safetensors")
     for weights in (checkpoint.make_model().state_dict(), load_file(tmp_path / "weights.safetensors")):
@@ -209,15 +145,15 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]
 
 
-def test_a_kill_while_a_checkpoint_of_the_same_step_is_replaced_leaves_one_of_them(tmp_path: Path) -> None:
+def test_kill_while_replacing_a_step_leaves_one_of_both(tmp_path: Path) -> None:
     """The old one steps aside for the new one; a kill in between must not leave the step without any."""
-    folder, _ = save(tmp_path / "checkpoints")
+    folder, _ = save_small_network(tmp_path / "checkpoints")
     aside = folder.with_name(f"{REPLACED}{folder.name}")
     folder.rename(aside)
     restore_replaced(folder.parent)
     assert load_checkpoint(folder).step == 3
     folder.rename(aside)
-    second, _ = save(tmp_path / "checkpoints", top1=0.75)
+    second, _ = save_small_network(tmp_path / "checkpoints", top1=0.75)
     restore_replaced(folder.parent)
     assert load_checkpoint(second).metrics == {"top1": 0.75}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

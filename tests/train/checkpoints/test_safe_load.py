@@ -24,10 +24,10 @@ from torch import Tensor
 from alexnet import main
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import MAX_SMALL_BYTES
-from tests.train.checkpoints.test_background import small_state
-from tests.train.checkpoints.test_load import Evil, forge
-from tests.train.models.test_alexnet import bvlc_file
-from train.checkpoints.load import MANIFEST, STATE, load_checkpoint, read_pointer
+from tests.helpers.bvlc import bvlc_file
+from tests.helpers.checkpoint_samples import Evil, forge, small_snapshot
+from train.checkpoints.format import MANIFEST, STATE, read_pointer
+from train.checkpoints.load import load_checkpoint
 from train.checkpoints.safe_load import MAX_PICKLE_BYTES
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config, to_json
@@ -41,7 +41,7 @@ State = dict[str, Any]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint of a few numbers, for the test to change."""
-    return save_checkpoint(tmp_path / "run" / "checkpoints", small_state(3))
+    return save_checkpoint(tmp_path / "run" / "checkpoints", small_snapshot(3))
 
 
 def files_of(path: Path) -> set[Path]:
@@ -178,7 +178,7 @@ def test_a_network_is_not_built_before_its_weights_are_as_large(folder: Path) ->
             "preprocessing.resize_px=4096",
         ],
     )
-    large = dataclasses.replace(checkpoint, config=config, preprocessing=config.preprocessing)
+    large = dataclasses.replace(checkpoint, config=config)
     with pytest.raises(
         UserError, match="its fully connected layers have 9 weights, those of its configuration"
     ):
@@ -264,8 +264,8 @@ def test_weights_that_come_in_are_held_to_the_same(tmp_path: Path, monkeypatch: 
 
 def test_what_we_write_is_read_again(tmp_path: Path) -> None:
     """The checks refuse nothing of ours: a row being counted, an average, a guard, labels."""
-    parts: dict[str, dict[str, Any]] = {
-        **small_state(1).parts,
+    states: dict[str, dict[str, Any]] = {
+        **small_snapshot(1).states,
         "average": {"weight": torch.ones(3, 3)},
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3, 3)}, 1: {"momentum_buffer": None}},
                       "param_groups": [{"lr": 0.1, "nesterov": False, "foreach": None, "params": [0, 1]}]},
@@ -274,11 +274,11 @@ def test_what_we_write_is_read_again(tmp_path: Path) -> None:
         "row": {"integers": torch.zeros(2, 4, dtype=torch.int64), "loss_sums": torch.zeros(2), "noise": None,
                 "num_steps": 1, "skipped": 0, "seconds": 0.5},
     }  # fmt: skip
-    state = dataclasses.replace(small_state(1), parts=parts, labels_text=("eh", "bee"))
+    state = dataclasses.replace(small_snapshot(1), states=states, labels_text=("eh", "bee"))
     run = create_run(tmp_path, state.config)
     found = load_checkpoint(save_checkpoint(run.checkpoints, state))
     assert found.labels_text == ("eh", "bee")
-    for name, part in parts.items():
-        assert str(found.parts[name]) == str(part)
+    for name, saved in states.items():
+        assert str(found.states[name]) == str(saved)
     shutil.rmtree(run.path)
     assert all(isinstance(value, Tensor) for value in found.average_state.values())

@@ -1,4 +1,4 @@
-"""What makes a step fast must not change what it computes, nor wait for the device."""
+"""Fast forms of a step compute the same numbers, and do not wait for the device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from data_pipeline.loading.prefetch import Batch
 from tests.helpers.ranks import run_command
 from train.bench.flops import count_flops
 from train.bench.train import make_ratios, make_specs
-from train.compile.choose import compile_step, count_numbers, maybe_compile, prepare_lrn
+from train.compile.choose import compile_step, count_elements, maybe_compile, prepare_lrn
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
 from train.models.alexnet import make_model
 from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
-from train.setup import make_trainer
-from train.step import TrainStep, train_step
+from train.setup import make_step_parts
+from train.step import StepParts, train_step
 
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
@@ -54,17 +54,17 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def no_compile_threads() -> Iterator[None]:
-    """Inductor keeps a pool of threads for the next compilation, which is no leak but looks like one."""
+    """Inductor keeps a pool of threads for the next compilation, which is not a leak but looks like one."""
     import torch._inductor.config
 
     with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         yield
 
 
-def small_trainer(world: World, *overrides: str) -> TrainStep:
+def small_trainer(world: World, *overrides: str) -> StepParts:
     config = make_config("tiny-imagenet", [*SMALL, *overrides])
     classes = tuple("abcdefghij")
-    return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
+    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
 def small_batch(*, last: bool = True) -> Batch:
@@ -78,11 +78,11 @@ LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9",
 
 @pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
 def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
-    trainer = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
+    parts = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
     total = AccuracyMeter(world.device)
     with WaitsForDevice() as waits:
         for step in range(2):
-            total.merge(train_step(trainer, [small_batch(last=False), small_batch()], 0.01, step))
+            total.merge(train_step(parts, [small_batch(last=False), small_batch()], 0.01, step))
         assert waits.seen == []
         metrics = total.reduce(world)  # where a row is written
         assert "_local_scalar_dense" in waits.seen
@@ -97,15 +97,15 @@ def test_both_forms_of_the_window_sum_are_the_same() -> None:
 
 @pytest.mark.usefixtures("no_compile_threads")
 def test_fused_lrn_computes_what_the_eager_one_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = small_trainer(world, "model.name=paper", "precision=bf16")
-    arguments: dict[str, Any] = {"crop_px": 32, "precision": trainer.precision, "world": world}
-    numbers = count_numbers(trainer.network, 32)
+    parts = small_trainer(world, "model.name=paper", "precision=bf16")
+    arguments: dict[str, Any] = {"crop_px": 32, "precision": parts.precision, "world": world}
+    numbers = count_elements(parts.network, 32)
     assert numbers == sum(c * side**2 for c, side in ((96, 26), (256, 12)))
     with caplog.at_level(logging.INFO, "train"):
-        prepare_lrn(trainer.network, "auto", num_images=1000, **arguments)
-        layers = [m for m in trainer.network.modules() if isinstance(m, LocalResponseNorm)]
+        prepare_lrn(parts.network, "auto", num_images=1000, **arguments)
+        layers = [m for m in parts.network.modules() if isinstance(m, LocalResponseNorm)]
         assert [layer.fused for layer in layers] == [False, False]
-        prepare_lrn(trainer.network, "auto", num_images=10**7, **arguments)
+        prepare_lrn(parts.network, "auto", num_images=10**7, **arguments)
     said = [record.message for record in caplog.records]
     assert [layer.fused for layer in layers] == [True, True], said
     assert "too short to gain" in said[0] and "LRN compiled in" in said[-1]
@@ -140,7 +140,7 @@ def test_fused_lrn_gradient_in_float64() -> None:
 
 
 @pytest.mark.usefixtures("no_compile_threads")
-def test_a_compiled_network_is_kept_only_where_it_is_faster_and_computes_the_same(
+def test_compiled_network_computes_the_same_and_stays_if_faster(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.0") for _ in range(2))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import UserError
-from train.config.load import RunConfig, decode_config, make_config, to_json
+from train.config.load import decode_config, make_config, to_json
+from train.config.schema import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_a_wrong_key_or_value_says_what_is_right(override: str, message: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults() -> None:
+def test_overrides_beat_the_recipe_and_the_recipe_defaults() -> None:
     config = make_config("demo", ["epochs=3", "data.backend=pillow", "micro_batch=16"])
     assert (config.epochs, config.data.backend, config.micro_batch) == (3, "pillow", 16)
     assert config.model.stem_stride == 2

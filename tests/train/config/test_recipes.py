@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from alexnet import main
 from data_pipeline.transforms.sampler import steps_per_epoch
 from tests.helpers.ranks import link_subset
-from train.config.load import RunConfig, decode_config, make_config, recipe_names
+from train.config.load import decode_config, make_config, recipe_names
+from train.config.schema import RunConfig
 from train.distributed.world import open_world
 from train.loop import by_step, evaluate_epoch
-from train.optim.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
+from train.optim.schedule import base_lr_for, describe_lr, lr_at, plateau_drops
 from train.setup import build_run
 from train.step import train_step
 
@@ -38,10 +39,10 @@ def header(name: str) -> str:
 def rates(config: RunConfig, steps: list[int], num_images: int = NUM_IMAGENET) -> list[float]:
     """The rate of some steps, at the recipe's own batch."""
     per_epoch = steps_per_epoch(num_images, config.global_batch)
-    base = base_rate_for(config.schedule, config.global_batch)
+    base = base_lr_for(config.schedule, config.global_batch)
     total = per_epoch * config.epochs
     return [
-        lr_at(s, config.schedule, steps_per_epoch=per_epoch, total_steps=total, base_rate=base) for s in steps
+        lr_at(s, config.schedule, steps_per_epoch=per_epoch, total_steps=total, base_lr=base) for s in steps
     ]
 
 
@@ -142,10 +143,10 @@ def test_imagenet_bn_lars_is_its_authors_solver() -> None:
     assert (optimizer.momentum, optimizer.momentum_form, optimizer.weight_decay) == (0.9, "paper", 5e-4)
     assert (config.model.name, config.model.init) == ("bn", "caffe")
     for batch, rate in ((8192, 16.0), (131072, 64.0)):
-        assert base_rate_for(schedule, batch) == rate
+        assert base_lr_for(schedule, batch) == rate
     linear = make_config("imagenet-bn-lars", ["schedule.scaling=linear", "global_batch=8192"]).schedule
-    assert base_rate_for(linear, 8192) == 8.0
-    assert describe_rate(schedule, 8192) == (
+    assert base_lr_for(linear, 8192) == 8.0
+    assert describe_lr(schedule, 8192) == (
         "learning rate 16 (32 for a batch of 32768, scaled by the square root of the batch), reached from "
         "0.5 in 10 epoch(s), falling to 0 with the power 2"
     )
@@ -179,21 +180,21 @@ def test_a_recipe_trains_and_is_judged_in_a_small_form(
     config = make_config(name, SMALL, digits)
     with ExitStack() as stack, caplog.at_level(logging.INFO, "train"):
         world = stack.enter_context(open_world("cpu"))
-        session = build_run(config, tmp_path, "none", world, stack)
-        network = session.trainer.network
+        run = build_run(config, tmp_path, "none", world, stack)
+        network = run.parts.network
         before = {n: p.detach().clone() for n, p in network.named_parameters()}
-        batches = session.loader.train(
-            session.train_set, config.augment,
+        batches = run.loader.train(
+            run.train_set, config.augment,
             seed=config.seed, global_batch=8, micro_batch=4, num_steps=1,
         )  # fmt: skip
         with closing(batches):
-            metrics = train_step(session.trainer, next(by_step(batches)), 0.01, 0).reduce(world)
-        judged = evaluate_epoch(session, lambda *_, **__: None)
+            metrics = train_step(run.parts, next(by_step(batches)), 0.01, 0).reduce(world)
+        judged = evaluate_epoch(run)
     assert metrics.num_samples == 8 and 1 < metrics.loss < 200
-    assert session.trainer.guard.read().total == 0
+    assert run.parts.guard.read().total == 0
     assert judged.num_samples == 10 and judged.loss == judged.loss
     still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
     assert still == []
-    assert describe_rate(config.schedule, 8) in caplog.messages
+    assert describe_lr(config.schedule, 8) in caplog.messages
     averaged = "the average of the weights (ema_decay 0.999) is evaluated and exported" in caplog.messages
-    assert averaged is (session.trainer.average is not None) is (name == "tiny-imagenet-best")
+    assert averaged is (run.parts.ema is not None) is (name == "tiny-imagenet-best")

@@ -1,4 +1,4 @@
-"""Fully connected layers split over ranks: the numbers of plain DDP, in parts.
+"""Fully connected layers sharded over ranks compute the numbers of plain DDP.
 
 `tests.train.test_main` has whole runs on 2 and 4 ranks, resumed in either mode. Here 3 ranks, among which
 4096 units and 25 samples do not divide, and which have 2, 2 and 3 micro-batches.
@@ -21,7 +21,7 @@ from tests.helpers.ranks import run_command
 from tests.helpers.warm_ranks import run_ranks
 from train.config.load import make_config
 from train.distributed.hybrid import micro_batch_sizes
-from train.distributed.tensor_parallel import part_bounds
+from train.distributed.tensor_parallel import shard_bounds
 
 NUM_RANKS = 3
 Found = list[dict[str, Any]]
@@ -29,7 +29,7 @@ Found = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What the ranks found, in the order of their numbers."""
+    """The results of all ranks, in the order of their numbers."""
     done = run_ranks(NUM_RANKS, ["tests.helpers.hybrid_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
     assert done.returncode == 0, done.stderr
     ranks: Found = json.loads(done.stdout)
@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize(("case", "loss", "numbers"), [("bn", 1e-5, 1e-3), ("owt in bf16", 0.01, 0.1)])
-def test_losses_norms_weights_averages_and_momenta_are_those_of_plain_ddp(
+def test_losses_norms_weights_and_momenta_equal_plain_ddps(
     found: Found, case: str, loss: float, numbers: float
 ) -> None:
     for rank in found:
@@ -102,7 +102,7 @@ def test_every_rank_can_join_every_pass_and_all_end_together(
 
 @given(st.integers(1, 5000), st.integers(1, 64))
 def test_parts_are_the_whole_and_differ_by_one_at_most(size: int, world_size: int) -> None:
-    bounds = [part_bounds(size, rank, world_size) for rank in range(world_size)]
+    bounds = [shard_bounds(size, rank, world_size) for rank in range(world_size)]
     assert [a for a, _ in bounds] + [size] == [0] + [b for _, b in bounds]
     sizes = {b - a for a, b in bounds}
     assert max(sizes) - min(sizes) <= 1 and max(sizes) == -(-size // world_size)

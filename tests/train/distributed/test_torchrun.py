@@ -1,18 +1,17 @@
-"""Options of `alexnet train` for several machines; tests/scripts/deploy/test_slurm.py runs two."""
+"""Options of `alexnet train` for ranks and machines; tests/scripts/deploy/test_slurm.py runs two."""
 
 from __future__ import annotations
 
 import pytest
 
 from data_pipeline.common.errors import UserError
-from train.distributed.torchrun import Rendezvous, make_rendezvous
+from train.config.load import make_config
+from train.distributed.torchrun import choose_rank_count, rendezvous_options
 
 
 def test_machines_meet_at_one_place_under_one_name() -> None:
-    assert make_rendezvous("1", None, None) is None
-    meeting = make_rendezvous("2:4", "node1:29400", "job-17")
-    assert meeting == Rendezvous("2:4", "node1:29400", "job-17")
-    assert meeting.options() == [
+    assert rendezvous_options("1", None, None) == ["--standalone", "--nnodes=1"]
+    assert rendezvous_options("2:4", "node1:29400", "job-17") == [
         "--nnodes=2:4", "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-id=job-17",
     ]  # fmt: skip
 
@@ -34,5 +33,14 @@ def test_machines_that_could_not_find_each_other_are_wrong_use(
     num_nodes: str, endpoint: str | None, run_id: str | None, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        make_rendezvous(num_nodes, endpoint, run_id)
+        rendezvous_options(num_nodes, endpoint, run_id)
     assert message in str(caught.value)
+
+
+def test_nproc_takes_numbers_and_auto() -> None:
+    config = make_config("demo", ["device=cpu"])
+    assert choose_rank_count("auto", config) == 1
+    assert choose_rank_count("3", config) == 3
+    for wrong in ("0", "-1", "two", "1.5"):
+        with pytest.raises(UserError, match="a number above 0, or auto"):
+            choose_rank_count(wrong, config)

@@ -20,9 +20,9 @@ from train.distributed.world import World, open_world
 from train.health.noise_scale import NoiseEstimate, NoiseMeter, estimate_noise, smooth_noise
 from train.main import train
 from train.runs.folder import MetricsRow
-from train.runs.noise_rows import NoiseRows
-from train.setup import make_trainer
-from train.step import TrainStep, to_device, train_step
+from train.runs.metrics_log import NoiseAverages
+from train.setup import make_step_parts
+from train.step import StepParts, to_device, train_step
 
 NOISY = (
     *TINY, "epochs=1", "log_noise_scale=true", "schedule.kind=constant", "schedule.warmup_epochs=0",
@@ -96,36 +96,36 @@ def noise_batches(sizes: Sequence[int]) -> list[Batch]:
     return batches
 
 
-def gradients_of_samples(trainer: TrainStep, batch: Batch) -> Iterator[Tensor]:
+def gradients_of_samples(parts: StepParts, batch: Batch) -> Iterator[Tensor]:
     """One flat gradient for each sample of a batch, each from a pass of its own."""
-    images_NHWC, labels_N, _ = to_device(batch, trainer.world.device)
-    parameters = list(trainer.network.parameters())
+    images_NHWC, labels_N, _ = to_device(batch, parts.world.device)
+    parameters = list(parts.network.parameters())
     for image_HWC, label in zip(images_NHWC, labels_N, strict=True):
-        logits_NC = trainer.network(trainer.normalize(image_HWC[None]))
+        logits_NC = parts.network(parts.normalize(image_HWC[None]))
         loss = nn.functional.cross_entropy(logits_NC, label[None])
         yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double()
 
 
-def test_a_step_of_the_trainer_against_gradients_sample_by_sample(world: World) -> None:
-    """The engine's parts, a file that cannot be read among them, against the definition, to 1e-4."""
+def test_train_step_against_gradients_sample_by_sample(world: World) -> None:
+    """Three micro-batches, one with an unreadable file, against the definition, to 1e-4."""
     config = make_config("demo", [*NOISY, "global_batch=12", "micro_batch=5"])
     batches = noise_batches([5, 5, 2])
     batches[1].valid[4] = False
-    trainer = make_trainer(
+    parts = make_step_parts(
         config, Dataset(Path(), "train", (), np.zeros(0, np.int64), tuple("0123456789")), world, None
     )
     sums, whole, count = 0.0, torch.zeros(()), 0
     for batch in batches:
-        gradients = list(gradients_of_samples(trainer, batch))
+        gradients = list(gradients_of_samples(parts, batch))
         kept = [g for g, valid in zip(gradients, batch.valid, strict=True) if valid]
         part = torch.stack(kept).sum(0)
         sums += part.square().sum().item() / len(kept)
         whole, count = whole + part, count + len(kept)
     trace = (sums - whole.square().sum().item() / count) / (len(batches) - 1)
     square = (whole.square().sum().item() / count - trace) / count
-    train_step(trainer, batches, 1e-4, 0)
-    assert trainer.noise is not None
-    found = trainer.noise.read()
+    train_step(parts, batches, 1e-4, 0)
+    assert parts.noise is not None
+    found = parts.noise.read()
     assert found is not None and count == 11
     assert found.trace == pytest.approx(trace, rel=1e-4)
     assert found.square == pytest.approx(square, rel=1e-4)
@@ -144,7 +144,7 @@ def test_two_ranks_log_what_one_rank_with_the_same_parts_does(digits: Path, tmp_
     assert "grad_trace" not in read_rows(runs[0], "val")[0]
     # A resumed run has the rows alone, and goes on with the sums that they add up to.
     rows = [MetricsRow(**row) for row in one]
-    resumed = NoiseRows(rows[:3])
+    resumed = NoiseAverages(rows[:3])
     last = NoiseEstimate(square=one[3]["grad_square"], trace=one[3]["grad_trace"], num_steps=1)
     assert resumed.fields(last) == {key: one[3][key] for key in ("grad_square", "grad_trace", "noise_scale")}
     assert resumed.fields(None)["noise_scale"] is None

@@ -1,4 +1,4 @@
-"""Bad gradients never reach the weights: skipped, counted, shown, and in the end the end of the run."""
+"""Bad gradients never reach the weights: they are skipped, counted and logged; too many end the run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from train.config.load import make_config
 from train.distributed.world import open_world
 from train.health.nonfinite import SPIKE_WARMUP, Guard, SkipStats, all_finite, propagate_nonfinite
 from train.loop import save
-from train.runs.abort import check_skipped_steps, check_weights
-from train.setup import RunState, build_run
+from train.setup import build_run
+from train.state import RunState
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def session(digits: Path, tmp_path: Path) -> Iterator[RunState]:
+def run(digits: Path, tmp_path: Path) -> Iterator[RunState]:
     """A run of one rank, about to begin, of the network with running statistics, and an average of both."""
     sets = [
         *TINY,
@@ -53,50 +53,56 @@ def session(digits: Path, tmp_path: Path) -> Iterator[RunState]:
         yield build_run(make_config("demo", sets, digits), tmp_path, "none", world, stack)
 
 
-def first_batch(session: RunState) -> Batch:
-    batches = session.loader.train(
-        session.train_set, session.config.augment, seed=0, global_batch=BATCH, num_steps=1
-    )
+def first_batch(run: RunState) -> Batch:
+    batches = run.loader.train(run.train_set, run.config.augment, seed=0, global_batch=BATCH, num_steps=1)
     with closing(batches):
         return next(batches)
 
 
-def fail_next(session: RunState, kind: str) -> Any:
+def fail_next(run: RunState, kind: str) -> Any:
     """Make the network's next forward passes fail; `remove()` the hook that is returned."""
 
     def hook(module: object, images: object, logits_NC: Tensor) -> Tensor:
         return fail(kind, logits_NC)
 
-    return session.trainer.network.register_forward_hook(hook)
+    return run.parts.network.register_forward_hook(hook)
 
 
-def held(session: RunState) -> list[Tensor]:
+def held(run: RunState) -> list[Tensor]:
     """Weights, running statistics, momenta and the average of the weights, copied."""
-    trainer = session.trainer
-    assert trainer.average is not None
-    momenta = [s["momentum_buffer"] for s in trainer.optimizer.state.values()]
-    averages = trainer.average.values.values()
-    return [t.clone() for t in (*trainer.network.state_dict().values(), *momenta, *averages)]
+    parts = run.parts
+    assert parts.ema is not None
+    momenta = [s["momentum_buffer"] for s in parts.optimizer.state.values()]
+    averages = parts.ema.values.values()
+    return [t.clone() for t in (*parts.network.state_dict().values(), *momenta, *averages)]
+
+
+def check_skipped(run: RunState) -> None:
+    run.abort.check_skipped_steps(run.parts.guard.read(), run.parts.scaler, step=run.step, seen=run.skipped)
+
+
+def check_weights(run: RunState) -> None:
+    run.abort.check_weights(run.parts.network, run.parts.optimizer, run.parts.world, run.step)
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_a_bad_step_changes_nothing_not_even_as_the_first(session: RunState, kind: str) -> None:
-    batch, before = first_batch(session), held(session)
-    hook = fail_next(session, kind)
-    counts = train_step(session.trainer, [batch], 0.01, 0)
+def test_bad_step_changes_nothing_even_as_the_first(run: RunState, kind: str) -> None:
+    batch, before = first_batch(run), held(run)
+    hook = fail_next(run, kind)
+    counts = train_step(run.parts, [batch], 0.01, 0)
     hook.remove()
-    assert all(torch.equal(new, old) for new, old in zip(held(session), before, strict=True))
-    assert session.trainer.guard.read() == SkipStats(total=1, spikes=0, in_row=1, first=0)
+    assert all(torch.equal(new, old) for new, old in zip(held(run), before, strict=True))
+    assert run.parts.guard.read() == SkipStats(total=1, spikes=0, in_row=1, first=0)
     assert (counts.integers.tolist(), counts.loss_sum.item()) == ([0, 0, 0, 0], 0.0)
-    counts = train_step(session.trainer, [batch], 0.01, 1)
-    assert session.trainer.guard.read() == SkipStats(total=1, spikes=0, in_row=0, first=0)
+    counts = train_step(run.parts, [batch], 0.01, 1)
+    assert run.parts.guard.read() == SkipStats(total=1, spikes=0, in_row=0, first=0)
     assert counts.integers[0].item() == BATCH
-    after = held(session)
+    after = held(run)
     assert not all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
     assert all_finite(after)
 
 
-def test_an_infinite_loss_poisons_and_a_finite_one_keeps_its_bits() -> None:
+def test_infinite_loss_makes_gradients_nan_and_a_finite_one_none() -> None:
     for value in (1.7, float("inf"), float("nan")):
         loss = torch.tensor(value, requires_grad=True)
         torch.autograd.backward(propagate_nonfinite(loss))
@@ -104,11 +110,11 @@ def test_an_infinite_loss_poisons_and_a_finite_one_keeps_its_bits() -> None:
         assert torch.equal(propagate_nonfinite(loss), loss) is (loss.grad.item() == 1.0) is (value == 1.7)
 
 
-def test_the_row_of_skipped_steps_freezes_the_guard_at_its_limit() -> None:
+def test_guard_skips_every_step_from_its_limit_on() -> None:
     guard = Guard(CPU, max_skipped=2, spike_factor=None)
     good, bad = [torch.ones(3)], [torch.tensor([1.0, float("inf")])]
-    said = [guard.should_skip(g, step).item() for step, g in enumerate((good, bad, good, bad, bad, good))]
-    assert said == [0, 1, 0, 1, 1, 1]
+    skipped = [guard.should_skip(g, step).item() for step, g in enumerate((good, bad, good, bad, bad, good))]
+    assert skipped == [0, 1, 0, 1, 1, 1]
     assert guard.read() == SkipStats(total=4, spikes=0, in_row=3, first=3)
     other = Guard(CPU, max_skipped=2, spike_factor=None)
     other.load_state_dict(guard.state_dict())
@@ -117,7 +123,7 @@ def test_the_row_of_skipped_steps_freezes_the_guard_at_its_limit() -> None:
         other.load_state_dict({"counts": torch.zeros(3)})
 
 
-def test_spikes_are_skipped_only_when_asked_and_once_the_mean_is_known() -> None:
+def test_spikes_are_skipped_if_configured_after_a_warm_up() -> None:
     for factor, expected in ((None, 0), (10.0, 1)):
         guard = Guard(CPU, max_skipped=3, spike_factor=factor)
         early = [guard.should_skip([torch.tensor([n])], step).item() for step, n in enumerate((1.0, 50.0))]
@@ -131,41 +137,39 @@ def test_spikes_are_skipped_only_when_asked_and_once_the_mean_is_known() -> None
         assert guard.read() == SkipStats(total=expected, spikes=expected, in_row=0, first=30 if factor else 0)
 
 
-def test_float16s_loss_scale_has_a_floor(session: RunState) -> None:
+def test_float16s_loss_scale_has_a_floor(run: RunState) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    session.trainer = dataclasses.replace(session.trainer, scaler=scaler)
-    batch, before = first_batch(session), held(session)
-    hook = fail_next(session, "gradient")
+    run.parts = dataclasses.replace(run.parts, scaler=scaler)
+    batch, before = first_batch(run), held(run)
+    hook = fail_next(run, "gradient")
     for _ in range(2):
-        train_step(session.trainer, [batch], 0.01, session.step)
-        session.step += 1
-        check_skipped_steps(session)
+        train_step(run.parts, [batch], 0.01, run.step)
+        run.step += 1
+        check_skipped(run)
     assert scaler.get_scale() == 1.0
-    train_step(session.trainer, [batch], 0.01, session.step)
+    train_step(run.parts, [batch], 0.01, run.step)
     hook.remove()
     with pytest.raises(DivergedError, match=r"loss scale fell to 0.5 by step 2: .*no checkpoint yet"):
-        check_skipped_steps(session)
-    assert all(torch.equal(new, old) for new, old in zip(held(session), before, strict=True))
+        check_skipped(run)
+    assert all(torch.equal(new, old) for new, old in zip(held(run), before, strict=True))
 
 
-def test_weights_that_are_not_finite_are_never_saved_and_push_no_good_ones_out(session: RunState) -> None:
-    check_weights(session)
-    session.step = 1
-    save(session, None)
-    session.step = 2
-    weight = next(session.trainer.network.parameters())
+def test_weights_that_are_not_finite_are_never_saved(run: RunState) -> None:
+    check_weights(run)
+    run.step = 1
+    save(run, None)
+    run.step = 2
+    weight = next(run.parts.network.parameters())
     with torch.no_grad():
         weight[0, 0, 0, 0] = 3e38  # finite, though the sum of two of them is not
         weight[0, 0, 0, 1] = 3e38
-        check_weights(session)
+        check_weights(run)
         weight[0, 0, 0, 0] = float("nan")
     good = r"not finite at step 2, which is not saved\. The last good checkpoint is .*step-00000001\."
     with pytest.raises(DivergedError, match=good):
-        save(session, None)
-    assert session.folder is not None and list(saved_steps(session.folder.checkpoints)) == [1]
-    assert all_finite(
-        list(load_checkpoint(session.folder.checkpoints / "step-00000001").model_state.values())
-    )
+        save(run, None)
+    assert run.folder is not None and list(saved_steps(run.folder.checkpoints)) == [1]
+    assert all_finite(list(load_checkpoint(run.folder.checkpoints / "step-00000001").model_state.values()))
 
 
 def test_a_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) -> None:
@@ -180,9 +184,7 @@ def test_a_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) ->
     assert skipped == {SPIKE_WARMUP + 3: 0}
 
 
-def test_ranks_skip_alike_and_too_many_in_a_row_end_the_run_with_the_samples_named(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_too_many_skipped_in_a_row_end_the_run_with_evidence(digits: Path, tmp_path: Path) -> None:
     faults = [
         {"kind": "gradient", "rank": 1, "forward": 0},
         {"kind": "inf", "rank": 0, "forward": 2},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnx.numpy_helper
@@ -15,6 +13,7 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.bvlc import bvlc_file
 from train.config.schema import Init, ModelConfig
 from train.models.alexnet import AlexNet, Normalize, make_model
 from train.models.lrn import LocalResponseNorm
@@ -50,11 +49,6 @@ def test_owt_is_torchvisions_alexnet_both_ways(crop_px: int) -> None:
         )
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours(images_NCHW), theirs(images_NCHW), rtol=1e-4, atol=1e-4)
-
-
-def bvlc_file() -> onnx.ModelProto:
-    folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
-    return onnx.load(folder / "light_bvlc_alexnet.onnx")
 
 
 def test_caffe_agrees_layer_by_layer_with_bvlcs_file() -> None:
@@ -161,7 +155,7 @@ def test_a_crop_that_leaves_nothing_is_refused_with_advice() -> None:
         make_model(ModelConfig(stem_stride=4), num_classes=10, crop_px=56)
 
 
-def test_normalize_is_the_contracts_arithmetic_and_moves_no_pixel() -> None:
+def test_normalize_is_the_contracts_arithmetic_in_place() -> None:
     preprocessing = Preprocessing()
     images_NHWC = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
     out = Normalize(preprocessing)(images_NHWC)

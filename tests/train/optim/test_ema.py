@@ -55,14 +55,14 @@ def test_the_network_gets_its_own_weights_back_on_every_path() -> None:
     change(net, 1.0)
     average = ModelEma(net, decay=0.9)
     change(net, 2.0)
-    with pytest.raises(ZeroDivisionError), average.in_place(net):
+    with pytest.raises(ZeroDivisionError), average.swapped_in(net):
         assert {value.unique().item() for value in net.state_dict().values()} == {1.0}
         raise ZeroDivisionError
     assert {value.unique().item() for value in net.state_dict().values()} == {2.0}
     assert {value.unique().item() for value in average.values.values()} == {1.0}
 
 
-def test_a_saved_average_is_taken_over_and_a_missing_one_is_refused() -> None:
+def test_saved_average_is_restored_and_a_missing_one_refused() -> None:
     net = network()
     average, other = ModelEma(net, decay=0.9), ModelEma(network(), decay=0.9)
     other.load(average.values)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config.schema import ScheduleConfig
-from train.optim.schedule import base_rate_for, describe_rate, lr_at, plateau_drops
+from train.optim.schedule import base_lr_for, describe_lr, lr_at, plateau_drops
 
 
 def rates(schedule: ScheduleConfig, *, steps_per_epoch: int, epochs: int) -> list[float]:
@@ -52,10 +52,10 @@ def test_poly_is_the_authors_policy() -> None:
 )
 def test_the_rate_scales_with_the_batch(scaling: str, batch: int, expected: float) -> None:
     schedule = ScheduleConfig(learning_rate=2.0, scaling=scaling, reference_batch=512, kind="constant")  # type: ignore[arg-type]
-    base = base_rate_for(schedule, batch)
+    base = base_lr_for(schedule, batch)
     assert base == expected
-    assert lr_at(3, schedule, steps_per_epoch=10, total_steps=100, base_rate=base) == expected
-    said = describe_rate(schedule, batch)
+    assert lr_at(3, schedule, steps_per_epoch=10, total_steps=100, base_lr=base) == expected
+    said = describe_lr(schedule, batch)
     assert said.startswith(f"learning rate {expected:g}") and said.endswith(", constant")
     assert ("(2 for a batch of 512, scaled " in said) is (scaling != "none")
 

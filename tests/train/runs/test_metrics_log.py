@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_pipeline.common.errors import SaveError
 from data_pipeline.common.files import RetryingAppendFile
-from tests.train.test_parts import row
+from tests.helpers.checkpoint_samples import row
 from train.config.load import make_config
 from train.runs.folder import create_run
 from train.runs.metrics_log import TensorBoardWriter
@@ -32,7 +32,7 @@ def room_for(size_bytes: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_what_the_disk_does_not_take_is_kept_and_comes_first_when_there_is_room(tmp_path: Path) -> None:
+def test_pieces_without_room_are_kept_and_written_first_later(tmp_path: Path) -> None:
     file = RetryingAppendFile(tmp_path / "new" / "rows")
     assert file.append(b"first\n") is None
     with room_for(10):
@@ -65,7 +65,7 @@ def test_rows_wait_for_room_and_no_checkpoint_comes_before_them(tmp_path: Path) 
     assert [r.step for r in folder.rows()] == [1, 2]
 
 
-def test_scalars_are_what_tensorboard_reads_without_those_that_a_resume_takes_back(tmp_path: Path) -> None:
+def test_tensorboard_resume_purges_later_steps(tmp_path: Path) -> None:
     board = TensorBoardWriter(tmp_path, purge_step=1)
     for step in (1, 2, 3):
         assert board.add({"train/loss": float(step)}, step) is None

@@ -1,58 +1,181 @@
-"""A run may be stopped anywhere: it goes on to the same bits, and its files tell the truth."""
+"""Resuming by hand and after a restart by torchrun, which recovers from ranks that die, hang or fail."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
-import torch
+import msgspec
+import pytest
 
+from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, UserError
+from data_pipeline.common.files import sha256_of, write_json
 from scripts.soak.rounds import compare_runs
-from tests.helpers.ranks import TINY, link_subset, read_rows
-from tests.helpers.warm_ranks import run_ranks
-from train.distributed.world import World
-from train.health.metrics import AccuracyMeter
-from train.runs.open_row import RunningMetrics
+from tests.helpers.ranks import TINY, link_subset, run_command, torchrun_arguments
+from tests.helpers.warm_ranks import run_ranks, train_warm
+from train.checkpoints.format import FORMAT, MANIFEST, STATE, Manifest, Pointer
+from train.checkpoints.load import find_best
+from train.config.load import make_config
+from train.config.schema import FREE_TO_CHANGE, RunConfig
+from train.distributed.torchrun import Launch, env_launch
+from train.runs.folder import create_run
+from train.runs.resume import FILE, Start, choose_start, claim_run, end_run, find_resumable
 
-ANYWHERE = (
-    *TINY, "log_every=2", "model.name=bn", "model.dropout=0.5", "epochs=2", "global_batch=30",
-    "micro_batch=5", "augment.crop=random_resized", "augment.mixup=0.2", "ema_decay=0.5",
-    "log_noise_scale=true", "keep_checkpoints=1",
+BATCH = 30
+SETTINGS = (
+    *TINY, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "micro_batch=5", "checkpoint_every=2",
+    "augment.crop=random_resized",
 )  # fmt: skip
 
 
-def test_a_run_stopped_after_every_step_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
-    """Stopped in the middle of accumulation, of a row, and of evaluation, by one rank or the other."""
-    data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=20)
-    sets = [*ANYWHERE, f"data.root={data}"]
-    done = run_ranks(2, ["tests.helpers.stopping_ranks", *sets], cwd=tmp_path)
+@pytest.fixture(scope="module")
+def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return link_subset(demo_data, tmp_path_factory.mktemp("restart") / "data", num_train=120, num_val=10)
+
+
+def test_dead_ranks_are_restarted_and_end_with_the_same_bits(digits: Path, tmp_path: Path) -> None:
+    """A step is three forward passes of each rank: deaths before the first checkpoint, and inside a step."""
+    faults = [
+        {"kind": "error", "rank": 1, "forward": 1, "restart": 0},  # in step 1: nothing is saved yet
+        # in step 4, after the checkpoint of step 2, which is written beside training
+        {"kind": "kill", "rank": 0, "forward": 10, "restart": 1, "after": "runs/*/checkpoints/step-00000002"},
+    ]
+    whole = train_warm(2, data=digits, out=tmp_path / "whole", overrides=SETTINGS)
+    sets = [f"--data={digits}", *(f"--set={s}" for s in SETTINGS)]
+    done = run_command(
+        torchrun_arguments(2, [*sets, "--out=runs"], faults=faults, max_restarts=3), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    # At the end of an epoch twice: its evaluation is broken off, and made by the next start.
-    assert json.loads(done.stdout) == [1, 2, 3, 3, 4, 5, 6]
-    (whole,), (stopped,) = (list((tmp_path / name).iterdir()) for name in ("whole", "stopped"))
-    assert compare_runs(stopped, whole) == (True, True)
-    assert [row["step"] for row in read_rows(whole, "train")] == [2, 3, 4, 6]
-    for rank in range(2):  # the samples of each step, as the rank wrote them down; none done twice
-        streams = [(tmp_path / f"{name}-{rank}.json").read_text() for name in ("whole", "stopped")]
-        assert streams[0] == streams[1] and len(json.loads(streams[0])) == 6
+    (run,) = (tmp_path / "runs").iterdir()
+    assert msgspec.json.decode(done.stdout)["step"] == 8
+    assert "which has no checkpoint yet" in done.stderr
+    starts = [line for line in done.stderr.splitlines() if "resuming at step" in line]
+    assert [int(line.split("resuming at step ")[1].split(";")[0]) for line in starts] == [0, 2]
+    assert "ArithmeticError: nobody foresaw this" in done.stderr
+    assert compare_runs(run, whole) == (True, True)
 
 
-def test_a_row_that_was_being_counted_is_gone_on_with_by_other_numbers_of_ranks() -> None:
-    """Two ranks' counts, as a checkpoint has them; nothing is lost or doubled on 2, 1 and 3 ranks."""
-    state = {
-        "integers": torch.tensor([[5, 1, 2, 0], [7, 3, 4, 1]]),
-        "loss_sums": torch.tensor([0.5, 0.25], dtype=torch.float64),
-        "noise": None, "num_steps": 2, "skipped": 0, "seconds": 3.0,
-    }  # fmt: skip
-    for world_size, expected in ((2, [[5, 1, 2, 0], [7, 3, 4, 1]]), (1, [[12, 4, 6, 1]]),
-                                 (3, [[12, 4, 6, 1], [0] * 4, [0] * 4])):  # fmt: skip
-        rows = []
-        for rank in range(world_size):
-            row = RunningMetrics(World(rank, world_size, rank, world_size, torch.device("cpu")), None)
-            row.load_state_dict(state)
-            rows.append(row)
-            assert row.num_steps == 2 and 3 <= row.seconds < 60
-        assert [row.counts.integers.tolist() for row in rows] == expected
-        assert sum(row.counts.loss_sum.item() for row in rows) == 0.75
-        rows[0].add(AccuracyMeter(torch.device("cpu")))
-        assert rows[0].num_steps == 3
+def test_timeout_names_the_hung_rank_and_the_collective(digits: Path, tmp_path: Path) -> None:
+    faults = msgspec.json.encode([{"kind": "hang", "rank": 1, "forward": 7}]).decode()
+    sets = [f"--data={digits}", "--out=runs", *(f"--set={s}" for s in (*SETTINGS, "timeout_s=4"))]
+    done = run_ranks(2, ["tests.helpers.faulty_rank", faults, *sets], cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "error: rank 0 timed out in the sum of gradients of step 3: rank 1 did not join it. "
+        "Start again with --resume auto, or let torchrun do so with --max-restarts"
+    ) in done.stderr.splitlines()
+
+
+def test_torchruns_report_has_the_traceback_of_unexpected_errors(digits: Path, tmp_path: Path) -> None:
+    sets = [f"--data={digits}", "--out=runs", *(f"--set={s}" for s in SETTINGS)]
+    arguments = torchrun_arguments(1, sets, faults=[{"kind": "error", "forward": 1}])
+    done = run_command(arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    report = done.stderr.partition("Root Cause (first observed failure)")[2]
+    assert "traceback : Traceback (most recent call last)" in report
+    assert "in train_step" in report and "ArithmeticError: nobody foresaw this" in report
+
+
+def test_launch_resumes_its_own_run_and_no_other_does(tmp_path: Path) -> None:
+    config = make_config("demo")
+    launch = Launch(run_id="none", launcher="host:1:2", restarts=1)
+    assert choose_start(tmp_path, "none", config, launch) == Start(None, None)
+    folder = create_run(tmp_path, config)
+    claim_run(folder, launch)
+    assert choose_start(tmp_path, "none", config, launch) == Start(folder.path, None)
+    for other in (
+        None,
+        Launch(run_id="none", launcher="host:1:3", restarts=1),  # a later process of the same number
+        Launch(run_id="job-7", launcher="host:1:3", restarts=1),
+    ):
+        assert choose_start(tmp_path, "none", config, other) == Start(None, None)
+
+    claim_run(folder, Launch(run_id="job-7", launcher="host:1:2", restarts=0))
+    moved = Launch(run_id="job-7", launcher="elsewhere:5:6", restarts=1)
+    assert choose_start(tmp_path, "none", config, moved) == Start(folder.path, None)
+    fresh = Launch(run_id="job-7", launcher="elsewhere:5:6", restarts=0)  # the same name, used again
+    assert choose_start(tmp_path, "none", config, fresh) == Start(None, None)
+
+
+@pytest.mark.parametrize("kind", [DivergedError, InterruptedRunError])
+def test_run_that_would_end_alike_is_not_tried_again(
+    kind: type[DivergedError | InterruptedRunError], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, launch = make_config("demo"), Launch(run_id="none", launcher="host:1:2", restarts=1)
+    folder = create_run(tmp_path, config)
+    end_run(folder, launch, kind("as it was said"))
+    with pytest.raises(kind, match="as it was said"):
+        choose_start(tmp_path, "none", config, launch)
+    (folder.path / FILE).write_bytes(b'{"run_id"')
+    assert choose_start(tmp_path, "none", config, launch) == Start(None, None)
+    assert "launch.json cannot be read, and is passed over" in caplog.text
+
+
+def test_outside_torchrun_there_is_no_launch() -> None:
+    assert "TORCHELASTIC_RUN_ID" not in os.environ
+    assert env_launch() is None
+
+
+def write_checkpoint(folder: Path, *, step: int, top1: float, format: int = FORMAT) -> Path:
+    """A checkpoint whose state is a few bytes: enough for whatever does not load it."""
+    path = folder / f"step-{step:08d}"
+    path.mkdir()
+    (path / STATE).write_bytes(b"state")
+    manifest = Manifest(
+        format=format, step=step, epoch=1, sha256=sha256_of(path / STATE), size_bytes=5,
+        metrics={"top1": top1}, weights="last",
+    )  # fmt: skip
+    write_json(path / MANIFEST, manifest)
+    return path
+
+
+def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    config = make_config("demo")
+    assert find_resumable(tmp_path, "auto", config) is None
+    assert find_resumable(tmp_path, "none", config) is None
+    folder = create_run(tmp_path, config)
+    (folder.checkpoints / "last.json").write_text('{"step": 5, "top1": 0.5}')
+    with pytest.raises(CorruptFileError, match=r"no checkpoint of .* is whole"):
+        find_resumable(tmp_path, "auto", config)
+    found = write_checkpoint(folder.checkpoints, step=5, top1=0.5)
+    assert find_resumable(tmp_path, "auto", make_config("demo", ["data.threads=3", "log_every=1"])) == found
+    with pytest.raises(UserError, match=r"seed was 0, now 1; .*model.name was 'paper', now 'owt'"):
+        find_resumable(tmp_path, "auto", make_config("demo", ["seed=1", "model.name=owt"]))
+    with pytest.raises(UserError, match="does not exist"):
+        find_resumable(tmp_path, str(tmp_path / "nothing"), config)
+    (folder.path / "config.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"config.json is damaged"):
+        find_resumable(tmp_path, "auto", config)
+
+
+def test_keys_that_may_change_are_keys() -> None:
+    assert set(FREE_TO_CHANGE) < set(RunConfig.__struct_fields__)
+
+
+def test_another_format_is_refused_by_every_way_to_resume(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, make_config("demo"))
+    checkpoint = write_checkpoint(folder.checkpoints, step=1, top1=0.3, format=2)
+    for resume in ("auto", str(folder.path), str(checkpoint)):
+        with pytest.raises(UserError, match=r"step-00000001 has format 2; this version reads 1$"):
+            find_resumable(tmp_path, resume, make_config("demo"))
+
+
+def test_damaged_checkpoints_are_logged_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config("demo")
+    folder = create_run(tmp_path, config)
+    whole = write_checkpoint(folder.checkpoints, step=1, top1=0.3)
+    best = write_checkpoint(folder.checkpoints, step=2, top1=0.9)
+    flipped = write_checkpoint(folder.checkpoints, step=3, top1=0.95)
+    truncated = write_checkpoint(folder.checkpoints, step=4, top1=0.4)
+    bare = write_checkpoint(folder.checkpoints, step=5, top1=0.4)
+    (folder.checkpoints / "last.json").write_text('{"step": 5, "top1": 0.4}')
+    (flipped / STATE).write_bytes(b"stata")
+    (truncated / STATE).write_bytes(b"")
+    (bare / MANIFEST).unlink()
+    assert find_resumable(tmp_path, "auto", config) == best
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    named = [str(bad) in line for bad, line in zip((bare, truncated, flipped), warnings, strict=True)]
+    assert named == [True] * 3
+    assert find_best(folder.checkpoints, 2) == Pointer(step=2, top1=0.9)
+    assert find_best(folder.checkpoints, 1) == Pointer(step=1, top1=0.3)
+    assert whole.exists()

@@ -1,4 +1,4 @@
-"""What was counted since the last training row: a run may stop before the next one is due."""
+"""Metrics since the last training row; a checkpoint keeps them, since a run may stop between two rows."""
 
 from __future__ import annotations
 
@@ -13,61 +13,60 @@ from train.health.noise_scale import NoiseMeter
 
 
 class RunningMetrics:
-    """The row that is being counted on this rank.
+    """This rank's counts for the training row that is due next.
 
     Args:
-        world: the ranks that it is summed over in the end.
-        noise: counts with it, where somebody asks.
+        world: the ranks over which the row is reduced in the end.
+        noise: counts along, with `log_noise_scale`.
     """
 
     def __init__(self, world: World, noise: NoiseMeter | None) -> None:
         self.world, self.noise = world, noise
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
-        """Count from nothing."""
+    def reset(self) -> None:
+        """Start a row, without any step in it."""
         self.counts, self.num_steps = AccuracyMeter(self.world.device), 0
         self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """For how long it has been counted, without the time between a stop and a resume."""
+        """Time since the row was started, without the time between a stop and a resume."""
         return time.monotonic() - self._started
 
     def add(self, counts: AccuracyMeter) -> None:
-        """Count one step."""
+        """Add one step."""
         self.counts.merge(counts)
         self.num_steps += 1
 
     def state_dict(self, skipped: int) -> dict[str, Any]:
-        """What all ranks have counted, each for itself; nothing right behind a row. Every rank calls this.
+        """Return the counts of all ranks, side by side; empty right after a row. Every rank must call this.
 
         Args:
-            skipped: steps that the guard had skipped when the row began.
+            skipped: steps that the guard had skipped when the row was started.
         """
         if self.num_steps == 0:
             return {}
         return {
             "integers": self.world.all_gather(self.counts.integers),
             "loss_sums": self.world.all_gather(self.counts.loss_sum),
-            "noise": None if self.noise is None else self.world.all_gather(self.noise.unread()),
+            "noise": None if self.noise is None else self.world.all_gather(self.noise.pending()),
             "num_steps": self.num_steps,
             "skipped": skipped,
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting: to the bit with as many ranks as before, else with all that they had on rank 0."""
+        """Resume counting: to the bit with as many ranks as before, else with all their counts on rank 0."""
         if not state:
             return
         integers_R4, losses_R = state["integers"], state["loss_sums"]
         if len(losses_R) == self.world.world_size:
-            mine = integers_R4[self.world.rank], losses_R[self.world.rank]
-        else:
-            mine = integers_R4.sum(0), losses_R.sum()
-        if len(losses_R) == self.world.world_size or self.world.is_main:
-            self.counts.integers.copy_(mine[0])
-            self.counts.loss_sum.copy_(mine[1])
+            self.counts.integers.copy_(integers_R4[self.world.rank])
+            self.counts.loss_sum.copy_(losses_R[self.world.rank])
+        elif self.world.is_main:
+            self.counts.integers.copy_(integers_R4.sum(0))
+            self.counts.loss_sum.copy_(losses_R.sum())
         if self.noise is not None and state["noise"] is not None:
             self.noise.load(state["noise"])
         self.num_steps = int(state["num_steps"])

@@ -1,0 +1,77 @@
+"""The ranks of `tests.train.distributed.test_ddp`: torchrun … -m tests.helpers.ddp_ranks.
+
+Rank 0 prints one JSON object of all ranks' results; the test checks it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.helpers.hybrid_ranks import GLOBAL_BATCH, batches_at, linear_layers, make
+from train.bench.traffic import sent_bytes
+from train.distributed.world import World, open_world
+from train.step import StepParts, train_step
+
+
+def make_parts(world: World, *overrides: str) -> StepParts:
+    """The parts of a step that takes its share of a batch at once."""
+    return make(world, f"micro_batch={GLOBAL_BATCH}", "model.hidden_units=1024", *overrides)
+
+
+def gradient_of(parts: StepParts, step: int) -> Tensor:
+    """The gradient of a step that leaves the weights unchanged, flat."""
+    train_step(parts, batches_at(parts.world, 0, GLOBAL_BATCH), 0.0, step)
+    return torch.cat([p.grad.flatten().clone() for p in parts.network.parameters() if p.grad is not None])
+
+
+def traffic(world: World, *overrides: str) -> dict[str, int]:
+    """Bytes that this rank sends in a step, after DDP rebuilt its buckets, and the terms of the formulas."""
+    parts = make_parts(world, *overrides)
+    for step in range(3):
+        before = sent_bytes()
+        gradient_of(parts, step)
+        world.barrier()
+    in_fc = sum(p.numel() for layer in linear_layers(parts.network) for p in layer.parameters())
+    return {
+        "sent": sent_bytes() - before,
+        "convolutions": sum(p.numel() for p in parts.network.parameters()) - in_fc,
+        "fully connected": in_fc,
+        "features": linear_layers(parts.network)[0].in_features,
+        "hidden": linear_layers(parts.network)[-1].in_features,
+    }
+
+
+def rounding(world: World) -> dict[str, Any]:
+    """The relative distance of the bf16 gradient from the plain one, and whether all ranks have the same."""
+    plain, rounded = (gradient_of(make_parts(world, f"compress={kind}"), 0) for kind in ("none", "bf16"))
+    gathered = world.all_gather(rounded)
+    return {
+        "distance": float((rounded - plain).norm() / plain.norm()),
+        "equal": all(torch.equal(rounded, other) for other in gathered),
+    }
+
+
+def main() -> None:
+    """Measure, and let rank 0 print."""
+    torch.set_num_threads(1)
+    with open_world("cpu") as world:
+        found: dict[str, Any] = {
+            "ddp": traffic(world),
+            "bf16": traffic(world, "compress=bf16"),
+            "hybrid": traffic(world, "parallel=hybrid"),
+            "rounding": rounding(world),
+        }
+        gathered: list[Any] = [None] * world.world_size
+        dist.all_gather_object(gathered, found)
+        if world.is_main:
+            click.echo(json.dumps(gathered))
+
+
+if __name__ == "__main__":
+    main()

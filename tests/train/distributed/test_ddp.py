@@ -1,0 +1,100 @@
+"""Gradients over two real ranks, plain and in bfloat16; and the bytes sent, as the kernel counts them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+
+from data_pipeline.common.errors import UserError
+from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH
+from tests.helpers.warm_ranks import run_ranks
+from train.bench.traffic import sent_bytes
+from train.config.load import make_config
+from train.distributed.ddp import describe_parallel, make_parallel
+from train.distributed.world import World, open_world
+from train.models.alexnet import make_model
+
+NUM_RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of all ranks, in the order of their numbers."""
+    done = run_ranks(NUM_RANKS, ["tests.helpers.ddp_ranks"], cwd=tmp_path_factory.mktemp("ranks"))
+    assert done.returncode == 0, done.stderr
+    ranks: list[dict[str, Any]] = json.loads(done.stdout)
+    assert len(ranks) == NUM_RANKS
+    return ranks
+
+
+def test_sent_bytes_are_those_of_the_formulas(found: list[dict[str, Any]]) -> None:
+    """The formulas of docs/scaling.md, in which 2 (K - 1)/K is 1 here; half a percent is for headers."""
+    for rank in found:
+        ddp, hybrid = rank["ddp"], rank["hybrid"]
+        whole = 4 * (ddp["convolutions"] + ddp["fully connected"])
+        assert ddp["sent"] == pytest.approx(whole, rel=0.005)
+        assert rank["bf16"]["sent"] == pytest.approx(whole / 2, rel=0.005)
+        batch = GLOBAL_BATCH + 1  # both ranks bring as many samples as the one that has more
+        activations = batch * ((hybrid["features"] + hybrid["hidden"]) * 4 + 4 * len(CLASSES))
+        assert hybrid["sent"] == pytest.approx(4 * hybrid["convolutions"] + activations, rel=0.005)
+
+
+def test_bf16_rounds_alike_on_all_ranks(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert 1e-4 < rank["rounding"]["distance"] < 4e-3  # half a unit in the last of 8 bits
+        assert rank["rounding"]["equal"]
+
+
+def two_ranks() -> World:
+    """A place among two ranks that do not exist."""
+    with open_world("cpu") as world:
+        return World(0, 2, 0, 2, world.device)
+
+
+def test_description_names_what_travels() -> None:
+    config = make_config("demo", ["compress=bf16"])
+    assert describe_parallel(config, two_ranks()) == "gradients travel in bfloat16"
+    hybrid = make_config("demo", ["parallel=hybrid"])
+    assert describe_parallel(hybrid, two_ranks()) == (
+        "hybrid: the fully connected layers are split over 2 ranks"
+    )
+
+
+def test_one_rank_compresses_nothing() -> None:
+    config = make_config("demo", ["compress=bf16", "model.stem_stride=1", "preprocessing.crop_px=32"])
+    with open_world("cpu") as world:
+        parallel = make_parallel(make_model(config.model, num_classes=10, crop_px=32), config, world)
+        assert parallel._comm_hooks == []
+        text = describe_parallel(config, world)
+    assert text == "compress=bf16 on one rank: nothing travels, and nothing is split or compressed"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel=hybrid", "compress=bf16"], "compress=bf16 is for plain ddp"),
+        (["compress=powersgd"], "compress: Invalid enum value 'powersgd'; it is one of none, bf16"),
+        (["powersgd_rank=4"], "unknown key 'powersgd_rank'"),
+    ],
+)
+def test_impossible_settings_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config("demo", overrides)
+
+
+def test_bytes_of_open_connections_are_counted() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as one,
+        server.accept()[0] as other,
+    ):
+        before = sent_bytes()
+        one.sendall(b"x" * 12_345)
+        other.sendall(b"y" * 55)
+        received = b""
+        while len(received) < 12_345:
+            received += other.recv(1 << 16)
+        assert sent_bytes() - before == 12_400
