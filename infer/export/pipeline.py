@@ -38,12 +38,11 @@ from infer.bundle.manifest import (
 )
 from infer.bundle.write import measure_files, staging_folder, write_bundle
 from infer.export.compare import spread
-from infer.export.cpu_form import has_shared_weights, write_cpu_graph
+from infer.export.cpu_form import has_shared_weights
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
 from infer.export.gate import run_gate
-from infer.export.quantize import quantize_onnx
-from infer.export.quantize_cpu import quantize_for_cpu
-from infer.export.to_onnx import export_onnx
+from infer.export.quantize import quantize_for_cpu, quantize_for_tensorrt
+from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu, export_onnx
 from infer.export.to_tensorrt import build_engine
 from infer.export.verify_precision import check_plan_size, prove_precision
 from infer.predict.decode import open_decoder, valid_images
@@ -225,7 +224,7 @@ def _write_onnx(
     path = folder / ONNX_NAME
     if precision != "int8":
         export_onnx(checkpoint, path, precision=precision)
-        write_cpu_graph(path, folder / CPU_NAME)
+        export_for_cpu(checkpoint, folder / CPU_NAME, path, precision=precision)
         return None
     whole = load_split(checkpoint, calibrate, "train")
     sample = spread(whole, CALIBRATION_IMAGES)
@@ -246,13 +245,12 @@ def _write_onnx(
                     yield valid_images(batch)
 
     source = path.with_name("float32.onnx")
-    export_onnx(checkpoint, source)
     batches = list(images())
-    try:
-        quantize_onnx(source, path, batches)
-        quantize_for_cpu(source, folder / CPU_NAME, batches)
-    finally:
-        source.unlink()
+    export_onnx(checkpoint, source)
+    quantize_for_tensorrt(source, path, batches)
+    betas = export_for_int8_cpu(checkpoint, source)
+    quantize_for_cpu(source, folder / CPU_NAME, batches, betas)
+    source.unlink()
     return Calibration(
         data=printable(whole.root.resolve().name), split=whole.split, num_images=num_images, method="minmax"
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from infer.bundle.manifest import INPUT_NAME, OUTPUT_NAME, Precision
+from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 
@@ -39,7 +40,7 @@ class ContractModel(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, *, half: bool = False) -> None:
         super().__init__()
-        self.normalize = Normalize(checkpoint.preprocessing)
+        self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
         self.network = checkpoint.make_model().to(self.dtype)
 
@@ -56,11 +57,41 @@ def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "f
     Args:
         checkpoint: a verified checkpoint.
         path: where to write; its folder exists.
-        precision: fp32 or fp16; int8 starts from fp32 and is `infer.export.quantize`'s work.
+        precision: fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
     Raises:
         UserError: a model too large for one file.
     """
-    model = ContractModel(checkpoint, half=precision == "fp16").eval()
+    _write(ContractModel(checkpoint, half=precision == "fp16"), checkpoint, path)
+
+
+def export_for_cpu(checkpoint: Checkpoint, path: Path, weights: Path, *, precision: Precision) -> None:
+    """Write a checkpoint in the form for ONNX Runtime's CPU provider, if it has one of its own.
+
+    Args:
+        checkpoint, precision: as in `export_onnx`.
+        path: where to write; nothing is written for a network without LRN, which needs no other form.
+        weights: the file of `export_onnx`, in the same folder: the large weights are read from there.
+    """
+    model = ContractModel(checkpoint, half=precision == "fp16")
+    if use_banded_lrn(model.network):
+        _write(model, checkpoint, path)
+        share_weights(path, weights)
+
+
+def export_for_int8_cpu(checkpoint: Checkpoint, path: Path) -> list[float]:
+    """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
+
+    Returns:
+        The exponent beta of each LRN.
+    """
+    model = ContractModel(checkpoint)
+    betas = use_banded_lrn(model.network, channels_last=True)
+    model.normalize = fold_normalization(model.network, checkpoint.preprocessing)
+    _write(model, checkpoint, path)
+    return betas
+
+
+def _write(model: ContractModel, checkpoint: Checkpoint, path: Path) -> None:
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > MAX_ONNX_BYTES:
         raise UserError(f"the weights take {size_bytes / 2**30:.1f} GiB, and an ONNX file holds at most 2")
@@ -69,7 +100,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "f
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         program = torch.onnx.export(
-            model,
+            model.eval(),
             (example_NHWC,),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],

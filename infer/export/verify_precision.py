@@ -10,7 +10,7 @@ import onnx
 
 from data_pipeline.common.errors import GateError
 from infer.bundle.manifest import Precision, Proof
-from infer.export.cpu_form import is_of_lrn
+from infer.export.cpu_form import is_lrn_sum
 
 _HEAVY = ("Conv", "Gemm", "MatMul")
 _WIDE = ("LRN", "Softmax")
@@ -38,7 +38,7 @@ def prove_precision(path: Path, precision: Precision) -> Proof:
     made_by = {name: node for node in graph.node for name in node.output}
     computed: dict[str, Counter[str]] = {}
     for node in graph.node:
-        if node.op_type not in (*_HEAVY, *_WIDE) or is_of_lrn(node):
+        if node.op_type not in (*_HEAVY, *_WIDE) or is_lrn_sum(node):
             continue
         inputs = node.input[:2] if node.op_type in _HEAVY else node.input[:1]
         found = {_type_of(name, types, made_by) for name in inputs}
