@@ -1,4 +1,4 @@
-"""How far two models agree on real images, and how far they must. Imports neither torch nor train."""
+"""Measure how far models agree on real images. Imports neither torch nor train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import eval_batches
 from data_pipeline.transforms.preprocessing import Preprocessing
-from infer.bundle.manifest import Agreement, Limits
+from infer.bundle.gate_report import Agreement, Limits
 from infer.predict.decode import open_decoder, valid_images
 
 # Shapes: N images, C classes, K the five best.
@@ -29,7 +29,13 @@ Runner = Callable[[NDArray[np.uint8]], Probabilities]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of running several models on the same images; accuracies and shares in 0..1."""
+    """Agreement of several models with a reference, on the same images; accuracies and shares in 0..1.
+
+    Attributes:
+        num_images, num_failed: images compared, and images that could not be read.
+        num_available: size of the split.
+        agreements: by the candidate's name.
+    """
 
     num_images: int
     num_failed: int
@@ -48,22 +54,22 @@ def compare(
 ) -> Comparison:
     """Run a reference and its candidates on the same decoded images: all, or 1,000 spread over the split.
 
-    Where a candidate's best class differs from the reference's, but the reference holds both to be equal
-    within `Limits.tie_margin` (twice the difference that a probability may have), that is a tie: it counts
-    as agreement, and is counted in `num_ties`. The same goes for the edge of the five best.
+    Where a candidate's best class differs from the reference's, but their probabilities by the reference
+    differ by no more than `Limits.tie_margin` (twice the difference that a probability may have), that is a
+    tie: it counts as agreement, and in `num_ties`. The same goes for the edge of the five best.
 
     Args:
-        reference: what is held to be right.
-        candidates: what is judged, by name.
+        reference: the model whose probabilities are taken as right.
+        candidates: the models to compare with it, by name.
         dataset: labelled images.
         preprocessing: the contract of all of them.
-        limits: of these only the margins are used here.
+        limits: only the margins are used here.
         max_batch: largest batch that all of them take.
     Raises:
         GateError: a probability that is not a number.
         UserError: not one image could be read.
     """
-    sample = spread(dataset, MAX_IMAGES)
+    sample = sample_evenly(dataset, MAX_IMAGES)
     tallies = {name: Tally(limits) for name in candidates}
     num_images = num_correct = num_failed = 0
     size = min(max_batch, MAX_GATE_BATCH)
@@ -92,8 +98,8 @@ def compare(
     )
 
 
-def spread(dataset: Dataset, limit: int) -> Dataset:
-    """The dataset, or `limit` of its samples spread evenly, so that every class has its share."""
+def sample_evenly(dataset: Dataset, limit: int) -> Dataset:
+    """The dataset, or `limit` of its samples at even distances, so that every class has its share."""
     if len(dataset) <= limit:
         return dataset
     chosen = np.arange(limit, dtype=np.int64) * len(dataset) // limit
@@ -101,7 +107,11 @@ def spread(dataset: Dataset, limit: int) -> Dataset:
 
 
 class Tally:
-    """Running comparison of one artefact with the reference."""
+    """Counts the agreement of one candidate with the reference, batch by batch.
+
+    Args:
+        limits: its margins decide what is a tie.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -112,6 +122,9 @@ class Tally:
     def add(self, expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64]) -> None:
         """Count one batch.
 
+        Args:
+            expected_NC, found_NC: probabilities by the reference and by the candidate.
+            labels_N: the true classes.
         Raises:
             GateError: a probability that is not a number, from either side.
         """
@@ -143,7 +156,7 @@ class Tally:
         self.total += float(difference_NC.sum())
 
     def agreement(self) -> Agreement:
-        """The counts as shares and means, divided once."""
+        """The counts as shares and means; each is divided once."""
         return Agreement(
             top1_agreement=self.top1 / self.num_images,
             top5_agreement=self.top5 / self.num_images,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx.external_data_helper import set_external_data
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
@@ -135,12 +136,9 @@ def share_weights(path: Path, source: Path) -> None:
     model, content = onnx.load(path), source.read_bytes()
     for tensor in model.graph.initializer:
         length = len(tensor.raw_data)
-        if length < _MIN_SHARED_BYTES or (offset := content.find(tensor.raw_data)) < 0:
-            continue
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", source.name), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=value)
+        if length >= _MIN_SHARED_BYTES and (offset := content.find(tensor.raw_data)) >= 0:
+            set_external_data(tensor, source.name, offset=offset, length=length)
+            tensor.ClearField("raw_data")
     onnx.save(model, path)
     onnx.checker.check_model(path, full_check=True)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import CPU_NAME, INPUT_NAME, ONNX_NAME
+from infer.bundle.schema import CPU_NAME, INPUT_NAME, ONNX_NAME
 from infer.export.cpu_form import BandedLrn, has_shared_weights
 from infer.export.quantize import quantize_for_cpu
 from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu
-from infer.export.verify_precision import prove_precision
+from infer.export.verify_precision import check_precision
 from tests.helpers.infer_samples import checkpoint_folder
 from train.checkpoints.load import load_checkpoint
 from train.models.lrn import LocalResponseNorm
@@ -87,8 +87,8 @@ def test_int8_for_the_cpu_has_unsigned_activations_and_weights_of_7_bits(
     assert betas == [0.75, 0.75]
     quantize_for_cpu(source, path, [IMAGES], betas)
     assert not has_shared_weights(path) and path.stat().st_size < 0.27 * bundle.onnx_path.stat().st_size
-    proof = prove_precision(path, "int8")
-    assert proof.computed_in["Conv"] == {"int8/uint8": 5} and proof.computed_in["Gemm"] == {"int8/uint8": 3}
+    check = check_precision(path, "int8")
+    assert check.computed_in["Conv"] == {"int8/uint8": 5} and check.computed_in["Gemm"] == {"int8/uint8": 3}
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         if tensor.name.endswith("weight_quantized"):

@@ -17,16 +17,22 @@ import torch
 import infer.export.pipeline
 from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
+from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle, load_bundle
-from infer.bundle.manifest import LIMITS
-from infer.export.compare import Tally, spread
+from infer.export.compare import Tally, sample_evenly
 from infer.export.engine_options import choose_builder, profile_batches
 from infer.export.gate import torch_runner
-from infer.export.pipeline import export_model
 from infer.export.to_onnx import export_onnx
 from infer.export.to_tensorrt import BuildError, build_engine
 from infer.runtime.cuda import Gpu, GpuScan
-from tests.helpers.infer_samples import CLASSES, IMAGES_PER_CLASS, checkpoint_folder, data_folder, exported
+from tests.helpers.infer_samples import (
+    CLASSES,
+    IMAGES_PER_CLASS,
+    checkpoint_folder,
+    data_folder,
+    export_model,
+    exported,
+)
 from train.checkpoints.load import Checkpoint, load_checkpoint
 
 NO_GPU = GpuScan((), None, "no NVIDIA driver")
@@ -270,9 +276,9 @@ def test_large_split_is_sampled_evenly(base: Path) -> None:
     from data_pipeline.datasets.image_folder import load_image_folder
 
     dataset = load_image_folder(data_folder(base), "val")
-    few = spread(dataset, 20)
+    few = sample_evenly(dataset, 20)
     assert len(few) == 20 and np.bincount(few.labels).tolist() == [2] * 10
-    assert spread(dataset, 50) is dataset
+    assert sample_evenly(dataset, 50) is dataset
 
 
 @pytest.mark.gpu
