@@ -70,31 +70,36 @@ def compare(
         UserError: not one image could be read.
     """
     sample = sample_evenly(dataset, MAX_IMAGES)
-    tallies = {name: Tally(limits) for name in candidates}
-    num_images = num_correct = num_failed = 0
+    labels: list[NDArray[np.int64]] = []
+    expected: list[Probabilities] = []
+    found: dict[str, list[Probabilities]] = {name: [] for name in candidates}
+    num_failed = 0
     size = min(max_batch, MAX_GATE_BATCH)
     with open_decoder(preprocessing, size) as decoder, show_progress("gate", len(sample)) as progress:
         for batch in eval_batches(sample, decoder, preprocessing, micro_batch=size):
-            images_NHWC, labels_N = valid_images(batch), batch.labels[batch.valid]
             num_failed += len(batch.failures)
             progress.advance(len(batch))
-            if not len(labels_N):
+            if not batch.valid.any():
                 continue
-            expected_NC = reference(images_NHWC)
-            num_images += len(labels_N)
-            num_correct += int((expected_NC.argmax(1) == labels_N).sum())
+            images_NHWC = valid_images(batch)
+            labels.append(batch.labels[batch.valid])
+            expected.append(reference(images_NHWC))
             for name, run in candidates.items():
-                tallies[name].add(expected_NC, run(images_NHWC), labels_N)
-    if not num_images:
+                found[name].append(run(images_NHWC))
+    if not labels:
         raise UserError(
             f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
         )
+    labels_N, expected_NC = np.concatenate(labels), np.concatenate(expected)
     return Comparison(
-        num_images=num_images,
+        num_images=len(labels_N),
         num_failed=num_failed,
         num_available=len(dataset),
-        reference_accuracy=num_correct / num_images,
-        agreements={name: tally.agreement() for name, tally in tallies.items()},
+        reference_accuracy=_share(expected_NC.argmax(1) == labels_N),
+        agreements={
+            name: measure_agreement(expected_NC, np.concatenate(batches), labels_N, limits)
+            for name, batches in found.items()
+        },
     )
 
 
@@ -106,62 +111,43 @@ def sample_evenly(dataset: Dataset, limit: int) -> Dataset:
     return dataset.take(chosen)
 
 
-class Tally:
-    """Counts the agreement of one candidate with the reference, batch by batch.
+def measure_agreement(
+    expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64], limits: Limits
+) -> Agreement:
+    """Compare the probabilities of a candidate with the reference's.
 
     Args:
-        limits: its margins decide what is a tie.
+        expected_NC, found_NC: by the reference and by the candidate.
+        labels_N: the true classes.
+        limits: the margins decide what is a tie.
+    Raises:
+        GateError: a probability that is not a number, from either side.
     """
+    for what, values in (("the checkpoint", expected_NC), ("the export", found_NC)):
+        if not np.isfinite(values).all():
+            raise GateError(f"gate: {what} gives probabilities that are not finite; nothing was shipped")
+    margin = limits.tie_margin
+    edge_margin = margin if limits.top5_margin is None else limits.top5_margin
+    rows_N = np.arange(len(labels_N))
+    expected_N, found_N = expected_NC.argmax(1), found_NC.argmax(1)
+    same_N = expected_N == found_N
+    gap_N = expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N]
+    tied_N = ~same_N & (margin > 0) & (gap_N <= margin)
+    k = min(TOP_K, expected_NC.shape[1])
+    edge_N = np.sort(expected_NC, axis=1)[:, -k]
+    found_NK = np.argpartition(found_NC, -k, axis=1)[:, -k:]
+    among_NK = np.take_along_axis(expected_NC, found_NK, axis=1) >= edge_N[:, None] - edge_margin
+    difference_NC = np.abs(expected_NC.astype(np.float64) - found_NC)
+    return Agreement(
+        top1_agreement=_share(same_N | tied_N),
+        top5_agreement=_share(np.logical_and.reduce(among_NK, axis=1)),
+        num_ties=int(tied_N.sum()),
+        max_probability_difference=float(difference_NC.max()),
+        mean_probability_difference=float(difference_NC.mean()),
+        accuracy=_share(found_N == labels_N),
+    )
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.num_images = self.num_values = 0
-        self.top1 = self.top5 = self.ties = self.correct = 0
-        self.largest = self.total = 0.0
 
-    def add(self, expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64]) -> None:
-        """Count one batch.
-
-        Args:
-            expected_NC, found_NC: probabilities by the reference and by the candidate.
-            labels_N: the true classes.
-        Raises:
-            GateError: a probability that is not a number, from either side.
-        """
-        for what, values in (("the checkpoint", expected_NC), ("the export", found_NC)):
-            if not np.isfinite(values).all():
-                raise GateError(f"gate: {what} gives probabilities that are not finite; nothing was shipped")
-        margin = self.limits.tie_margin
-        edge_margin = margin if self.limits.top5_margin is None else self.limits.top5_margin
-        rows_N = np.arange(len(labels_N))
-        expected_N, found_N = expected_NC.argmax(1), found_NC.argmax(1)
-        same_N = expected_N == found_N
-        tied_N = (
-            ~same_N
-            & (margin > 0)
-            & (expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N] <= margin)
-        )
-        k = min(TOP_K, expected_NC.shape[1])
-        edge_N = np.sort(expected_NC, axis=1)[:, -k]
-        found_NK = np.argpartition(found_NC, -k, axis=1)[:, -k:]
-        among_NK = np.take_along_axis(expected_NC, found_NK, axis=1) >= edge_N[:, None] - edge_margin
-        difference_NC = np.abs(expected_NC.astype(np.float64) - found_NC)
-        self.num_images += len(labels_N)
-        self.num_values += difference_NC.size
-        self.top1 += int((same_N | tied_N).sum())
-        self.ties += int(tied_N.sum())
-        self.top5 += int(among_NK.all(axis=1).sum())
-        self.correct += int((found_N == labels_N).sum())
-        self.largest = max(self.largest, float(difference_NC.max()))
-        self.total += float(difference_NC.sum())
-
-    def agreement(self) -> Agreement:
-        """The counts as shares and means; each is divided once."""
-        return Agreement(
-            top1_agreement=self.top1 / self.num_images,
-            top5_agreement=self.top5 / self.num_images,
-            num_ties=self.ties,
-            max_probability_difference=self.largest,
-            mean_probability_difference=self.total / self.num_values,
-            accuracy=self.correct / self.num_images,
-        )
+def _share(hits_N: NDArray[np.bool_]) -> float:
+    """The share of images, counted in integers and divided once."""
+    return int(hits_N.sum()) / len(hits_N)

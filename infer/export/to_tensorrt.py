@@ -20,7 +20,7 @@ from data_pipeline.common.files import write_atomic
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, Engine, Precision, PrecisionCheck
 from infer.bundle.write import measure_files
-from infer.export.engine_options import Builder, EngineOptions, choose_builder, profile_batches
+from infer.export.engine_options import EngineOptions, choose_builder, profile_batches
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
 from infer.runtime.tensorrt import make_logger
@@ -116,30 +116,38 @@ def build_engine(
     options = options or EngineOptions()
     scan = scan_gpus()
     chosen = choose_builder(tensorrt_versions(), scan, options.gpus)
-    if options.timing_cache is not None and chosen.library == "tensorrt_rtx":
+    ahead_of_time = chosen.library == "tensorrt_rtx"
+    if options.timing_cache is not None and ahead_of_time:
         raise UserError(
             "--timing-cache is for tensorrt, and the engine is built with tensorrt_rtx, which times nothing "
             "while it builds; what it compiles on a GPU is kept in the user's cache"
         )
-    trt = importlib.import_module(chosen.library)
     started = time.monotonic()
-    build = _Build(trt, precision)
-    plan, engine = build.run(chosen, onnx_path, f"alexnet {checkpoint_sha256}", crop_px, max_batch, options)
+    build = _Build(importlib.import_module(chosen.library), precision)
+    build.parse(onnx_path, f"alexnet {checkpoint_sha256}")
+    batches = profile_batches(max_batch, options.tuned_batch)
+    build.set_batches(batches, crop_px)
+    gpus = build.set_gpus(chosen.gpus) if ahead_of_time else chosen.gpus
+    plan = build.run(options)
     engine_path.write_bytes(plan)
-    seconds = time.monotonic() - started
-    gpus = ", ".join(engine.gpus)
     log.info(
-        "%s %s built %s, %.0f MB in %.1f s; loads on %s",
-        *(engine.library, engine.version, chosen.note, len(plan) / 1e6, seconds, gpus),
+        "%s built %s, %.0f MB in %.1f s; loads on %s",
+        *(build.who, chosen.note, len(plan) / 1e6, time.monotonic() - started, ", ".join(gpus)),
     )
-    if chosen.library == "tensorrt_rtx":
-        missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(trt))))
+    if ahead_of_time:
+        missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(build.trt))))
         without = f" and, in {precision}, on {missing}" if missing else ""
         log.info(
             "TensorRT-RTX engines do not load on Hopper (sm90)%s: there, build with alexnet[trt]", without
         )
-        return engine
-    return replace(engine, built_on=scan.gpus[0].name)
+    return Engine(
+        library=chosen.library,
+        version=build.trt.__version__,
+        gpus=gpus,
+        profile_batches=batches,
+        builder_level=int(build.config.builder_optimization_level),
+        built_on="" if ahead_of_time else scan.gpus[0].name,
+    )
 
 
 class _Build:
@@ -153,62 +161,43 @@ class _Build:
         self.builder = trt.Builder(self.logger)
         self.config = self.builder.create_builder_config()
 
-    def run(
-        self,
-        chosen: Builder,
-        onnx_path: Path,
-        name: str,
-        crop_px: int,
-        max_batch: int,
-        options: EngineOptions,
-    ) -> tuple[memoryview, Engine]:
-        """Build; returns the serialised plan and its description."""
-        trt, config = self.trt, self.config
-        network = self._parse(onnx_path)
-        network.name = name
-        if hasattr(trt.BuilderFlag, "TF32"):
-            config.clear_flag(trt.BuilderFlag.TF32)
-        batches = profile_batches(max_batch, options.tuned_batch)
-        profile = self.builder.create_optimization_profile()
-        profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
-        if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"{self.who} refuses batches of {batches}: {_words(self.messages)}")
-        if options.builder_level is not None:
-            config.builder_optimization_level = options.builder_level
-        gpus = chosen.gpus
-        if chosen.library == "tensorrt_rtx":
-            gpus = self._target(gpus)
-        cache = None
-        if options.timing_cache is not None:
-            cache = self.attach_timing_cache(options.timing_cache)
-        plan = self.builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildError(f"{self.who} cannot build the engine: {_words(self.messages)}")
-        if cache is not None and options.timing_cache is not None:
-            write_atomic(options.timing_cache, bytes(memoryview(cache.serialize())))
-        for message in self.messages:
-            log.warning("%s: %s", trt.__name__, message)
-        return memoryview(plan), Engine(
-            library=chosen.library,
-            version=trt.__version__,
-            gpus=gpus,
-            profile_batches=batches,
-            builder_level=int(config.builder_optimization_level),
-        )
-
-    def _parse(self, onnx_path: Path) -> Any:
-        """Parse an ONNX file into a network."""
+    def parse(self, onnx_path: Path, name: str) -> None:
+        """Parse an ONNX file into the network to build."""
         flags = self.trt.NetworkDefinitionCreationFlag
         # TensorRT 11 has no other networks and may drop the flag.
         strongly_typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-        network = self.builder.create_network(strongly_typed)
-        parser = self.trt.OnnxParser(network, self.logger)
+        self.network = self.builder.create_network(strongly_typed)
+        parser = self.trt.OnnxParser(self.network, self.logger)
         if not parser.parse(onnx_path.read_bytes()):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise BuildError(f"{self.who} cannot parse the model: {_words(errors or self.messages)}")
-        return network
+        self.network.name = name
 
-    def _target(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    def set_batches(self, batches: tuple[int, int, int], crop_px: int) -> None:
+        """Add the optimisation profile: the smallest, the tuned and the largest batch."""
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
+        if self.config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{self.who} refuses batches of {batches}: {_words(self.messages)}")
+
+    def run(self, options: EngineOptions) -> memoryview:
+        """Build the network; returns the serialised plan."""
+        if hasattr(self.trt.BuilderFlag, "TF32"):
+            self.config.clear_flag(self.trt.BuilderFlag.TF32)
+        if options.builder_level is not None:
+            self.config.builder_optimization_level = options.builder_level
+        path = options.timing_cache
+        cache = None if path is None else self.attach_timing_cache(path)
+        plan = self.builder.build_serialized_network(self.network, self.config)
+        if plan is None:
+            raise BuildError(f"{self.who} cannot build the engine: {_words(self.messages)}")
+        if path is not None and cache is not None:
+            write_atomic(path, bytes(memoryview(cache.serialize())))
+        for message in self.messages:
+            log.warning("%s: %s", self.trt.__name__, message)
+        return memoryview(plan)
+
+    def set_gpus(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """Set the GPUs that TensorRT-RTX builds for, the wanted ones or all that it offers; returns them."""
         offered = tuple(gpu for gpu in _offered(self.trt) if gpu not in _RTX_CANNOT[self.precision])
         gpus = wanted or offered

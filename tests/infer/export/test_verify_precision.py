@@ -16,7 +16,7 @@ from alexnet import main
 from data_pipeline.common.errors import GateError, UserError
 from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle, load_bundle
-from infer.export.compare import Tally
+from infer.export.compare import measure_agreement
 from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
 from infer.export.gate import check_limits, torch_runner
 from infer.export.to_onnx import export_onnx
@@ -123,9 +123,7 @@ def test_int8_that_lost_accuracy_does_not_pass() -> None:
     expected = np.tile(np.array([[0.9, 0.1]], np.float32), (100, 1))
     found = expected.copy()
     found[0] = found[0, ::-1]
-    tally = Tally(LIMITS["int8"])
-    tally.add(expected, found, np.zeros(100, np.int64))
-    found_99 = tally.agreement()
+    found_99 = measure_agreement(expected, found, np.zeros(100, np.int64), LIMITS["int8"])
     report = tiny_manifest().report
     assert report is not None and found_99.top1_agreement == 0.99
     report = replace(report, limits=LIMITS["int8"], checkpoint_accuracy=1.0)
