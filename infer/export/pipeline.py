@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import math
 import platform
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loader import eval_batches
+from data_pipeline.loader import Loader
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import SCHEMA_VERSION, Manifest, now_utc
@@ -197,10 +196,8 @@ class _Export:
 
 def _decode(dataset: Dataset, preprocessing: Preprocessing) -> list[NDArray[np.uint8]]:
     """The images of a dataset that can be read, in batches (n, crop, crop, 3)."""
-    with (
-        open_decoder(preprocessing, CALIBRATION_BATCH) as decoder,
-        closing(eval_batches(dataset, decoder, preprocessing, micro_batch=CALIBRATION_BATCH)) as batches,
-    ):
+    with open_decoder(preprocessing, CALIBRATION_BATCH) as decoder:
+        batches = Loader(decoder, preprocessing).eval(dataset, micro_batch=CALIBRATION_BATCH)
         return [valid_images(batch) for batch in batches if batch.valid.any()]
 
 
