@@ -6,7 +6,7 @@ from infer.bundle.schema import CPU_NAME, ENGINE_NAME, ONNX_NAME, Count, Engine,
 
 
 class Limits(Strict, frozen=True):
-    """What the gate demands; agreement and accuracy in 0..1, differences in probability; None is no limit.
+    """The limits of the gate; agreement and accuracy in 0..1, differences in probability; None is no limit.
 
     Attributes:
         tie_margin: classes whose probabilities by the reference differ by no more than this count as equal.
@@ -84,7 +84,7 @@ class Agreement(Strict, frozen=True):
 
 
 class GateReport(Strict, frozen=True):
-    """The comparison with the checkpoint that the export was shipped on.
+    """The comparison of each file with the checkpoint, which the export passed.
 
     Attributes:
         data, split: the validation images.

@@ -50,8 +50,6 @@ def load_bundle(path: Path, *, without: Collection[str] = ()) -> Bundle:
     """
     folder = path.parent if path.name == MANIFEST_NAME else path
     manifest = read_manifest(folder)
-    if manifest.report is None:
-        raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
     for name, entry in manifest.files.items():
         if name not in without and (problem := file_problem(folder / name, entry)):
             raise CorruptFileError(f"{folder / name}: {problem}; export the checkpoint again")

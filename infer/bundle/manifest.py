@@ -111,11 +111,11 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ValueError("the gate's report and the engine's description contradict each other")
         if (self.cpu is None) != (gate.cpu is None):
             raise ValueError(f"the gate's report and the description of {CPU_NAME} contradict each other")
-        judged = [(found, gate.checkpoint_accuracy) for found in gate.agreements.values()]
+        compared = [(found, gate.checkpoint_accuracy) for found in gate.agreements.values()]
         if self.rebuild is not None and self.rebuild.agreement is not None:
             assert self.rebuild.onnx_accuracy is not None
-            judged.append((self.rebuild.agreement, self.rebuild.onnx_accuracy))
-        for found, accuracy in judged:
+            compared.append((self.rebuild.agreement, self.rebuild.onnx_accuracy))
+        for found, accuracy in compared:
             if beyond := found.beyond(gate.limits, accuracy):
                 raise ValueError(f"the gate's report is beyond its own limits: {beyond[0]}")
 
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         UserError: there is no bundle here, or one of another schema.
-        CorruptFileError: the manifest is damaged, was changed, or contradicts itself.
+        CorruptFileError: the manifest is damaged, was changed, contradicts itself, or has no gate report.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -171,6 +171,9 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: not what was exported (it does not match its {DIGEST_KEY}); "
                 "export the checkpoint again"
             )
-        return msgspec.convert(plain, Manifest)
+        manifest = msgspec.convert(plain, Manifest)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: {error}; export the checkpoint again") from error
+    if manifest.report is None:
+        raise CorruptFileError(f"{path} has no gate report; export the checkpoint again")
+    return manifest

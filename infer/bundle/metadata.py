@@ -8,7 +8,7 @@ from infer.bundle.manifest import Manifest
 
 
 def metadata_mismatch(metadata: dict[str, str], manifest: Manifest) -> str | None:
-    """Name what in an ONNX file's metadata disagrees with the manifest, or None.
+    """Describe how an ONNX file's metadata disagree with the manifest, or None.
 
     A mismatch means that the file is from another export.
 

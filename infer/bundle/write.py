@@ -32,10 +32,10 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path) -> None:
-    """Refuse to write over anything but nothing, an empty folder, or an earlier export.
+    """Raise unless `target` is missing, an empty folder, or an earlier export.
 
     Raises:
-        UserError: with the name of what stands in the way.
+        UserError: names the file that is in the way.
     """
     if not target.exists() and not target.is_symlink():
         return

@@ -33,7 +33,7 @@ from infer.bundle.schema import (
     PrecisionCheck,
 )
 from infer.runtime.base import InferenceBackend
-from infer.runtime.choose import Machine, decide, probe_machine, why_no_engine
+from infer.runtime.choose import Machine, decide, probe_machine, why_no_cuda, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 
 _ON_GPU = f"{ONNX_NAME} on the GPU"
@@ -52,7 +52,7 @@ class FileStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The doctor's findings.
+    """The doctor's findings on one bundle.
 
     Attributes:
         healthy: whether every file is what was exported, and they belong together.
@@ -100,8 +100,7 @@ def examine_bundle(path: Path) -> BundleReport:
     """
     folder = find_bundle(path)
     manifest = read_manifest(folder)
-    if manifest.report is None:
-        raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
+    assert manifest.report is not None
     bundle, machine = Bundle(folder, manifest), probe_machine()
     files = _examine_files(bundle)
     whole = {file.name for file in files if file.problem is None}
@@ -215,10 +214,8 @@ def _try_here(bundle: Bundle, machine: Machine, whole: set[str]) -> dict[str, st
     onnx, here = ONNX_NAME in whole, {}
     whole_cpu = onnx and bundle.cpu_path.name in whole  # it may read its weights from the other
     here[_on_cpu(bundle)] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if whole_cpu else "damaged"
-    if not machine.scan.gpus:
-        here[_ON_GPU] = f"no: {machine.scan.reason}"
-    elif not machine.cuda_provider:
-        here[_ON_GPU] = "no: this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    if reason := why_no_cuda(machine):
+        here[_ON_GPU] = f"no: {reason}"
     else:
         here[_ON_GPU] = _try(lambda: OnnxBackend(bundle, "cuda"), bundle) if onnx else "damaged"
     if bundle.manifest.engine is None:

@@ -1,4 +1,4 @@
-"""ONNX in float32 to ONNX in 8-bit integers: Q/DQ pairs with scales from real images (static quantisation).
+"""Quantise a float32 ONNX model to 8-bit integers: Q/DQ pairs with scales from real images.
 
 Two forms. TensorRT parses symmetric int8 for weights (a scale a channel) and activations, a pair of its own
 at each input, and biases in float32; ONNX Runtime runs that file, too. ONNX Runtime's CPU provider is fastest

@@ -30,7 +30,7 @@ class InferenceBackend(Protocol):
         ...
 
     def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Do the same for contiguous images in the memory of the model's own device."""
+        """Like `run`, for contiguous images in the memory of the model's own device."""
         ...
 
     def close(self) -> None:

@@ -111,6 +111,15 @@ def why_no_engine(bundle: Bundle, machine: Machine) -> str | None:
     return None
 
 
+def why_no_cuda(machine: Machine) -> str | None:
+    """The reason why ONNX Runtime cannot use a GPU here, or None if none is known."""
+    if not machine.scan.gpus:
+        return machine.scan.reason or "there is no GPU"
+    if not machine.cuda_provider:
+        return "this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    return None
+
+
 def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Machine) -> Decision:
     """Choose the runtime and the device.
 
@@ -118,9 +127,7 @@ def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Ma
         UserError: what was asked for cannot be had here, with the reason.
     """
     no_engine = why_no_engine(bundle, machine)
-    no_cuda = machine.scan.reason if not machine.scan.gpus else None
-    if not no_cuda and not machine.cuda_provider:
-        no_cuda = "this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    no_cuda = why_no_cuda(machine)
     if backend == "trt":
         if device == "cpu":
             raise UserError("--backend trt with --device cpu: a TensorRT engine runs on a GPU only")

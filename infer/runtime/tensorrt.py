@@ -1,4 +1,4 @@
-"""A TensorRT engine behind the `InferenceBackend` protocol. Everything in here needs a GPU."""
+"""A TensorRT engine behind the `InferenceBackend` protocol; running it needs a GPU."""
 
 from __future__ import annotations
 
