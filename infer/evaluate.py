@@ -16,7 +16,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
-from infer.bundle.load import Bundle, find_bundle, load_bundle
+from infer.bundle.load import Bundle, data_of_run, find_bundle, load_bundle
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
@@ -129,25 +129,3 @@ def evaluate_exported(
     with closing(choice.backend):
         log.info(f"runs on: {choice.sentence}")
         return evaluate_bundle(bundle, choice.backend, dataset, ten_crop=ten_crop)
-
-
-def data_of_run(bundle: Bundle) -> Path:
-    """The data folder of the run that a bundle lies in; a bundle itself holds no paths."""
-    config = bundle.folder.parent.parent / "config.json"
-    try:
-        root = msgspec.json.decode(config.read_bytes(), type=_RunConfig).data.root
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        root = None
-    if root is None:
-        raise UserError(f"{bundle.folder} does not lie in a run that names its data: use --data DIR")
-    return Path(root)
-
-
-class _RunData(msgspec.Struct):
-    root: str | None = None
-
-
-class _RunConfig(msgspec.Struct):
-    """What is wanted of a run's `config.json`."""
-
-    data: _RunData

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alexnet import main
+from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import LIMITS
 from tests.helpers.ranks import REPOSITORY, TINY, run_command
 from tests.helpers.warm_ranks import run_ranks
 

@@ -25,9 +25,10 @@ import numpy as np
 
 from infer.bench.bundle import make_bench_checkpoint, make_bench_data
 from infer.bench.subjects import PHASES
+from infer.bundle.gate_report import Agreement
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import Agreement, Precision
-from infer.export.pipeline import export_model
+from infer.bundle.schema import Precision
+from infer.export.pipeline import export_models
 from train.bench.turns import Ask, four_digits, open_subject
 
 FIRST_BATCH = 32
@@ -121,9 +122,9 @@ def bench_infer(
             checkpoint = make_bench_checkpoint(model, data, work / model, overrides)
             for precision in precisions:
                 out = work / model / precision
-                bundles[model, precision] = export_model(
-                    checkpoint, "onnx", data=data, out=out, max_batch=MAX_BATCH, precision=precision
-                )
+                bundles[model, precision] = export_models(
+                    checkpoint, ("onnx",), data=data, out=out, max_batch=MAX_BATCH, precision=precision
+                )["onnx"]
                 ask[model, precision] = _open(stack, "ours", out, data, device)
             ask[model, "plain"] = _open(stack, "plain", checkpoint, data, device)
         about = {key: one("about") for key, one in ask.items()}

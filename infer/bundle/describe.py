@@ -1,22 +1,19 @@
-"""Bundles in words: what was exported, how the gate judged it, where its engine loads."""
+"""Format a bundle for people: its files, its precision, the gate's report, and where its engine loads."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import (
+from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
     ONNX_NAME,
-    Agreement,
     Calibration,
     CpuModel,
     Engine,
-    GateReport,
-    Limits,
-    Proof,
-    Rebuild,
+    PrecisionCheck,
 )
 
 _COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
@@ -24,7 +21,7 @@ _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
 
 
 def describe_export(bundle: Bundle) -> list[str]:
-    """Lines that say what was exported, where it loads, and how the gate judged it."""
+    """Format the lines that `alexnet export` prints for one bundle."""
     manifest = bundle.manifest
     files = ", ".join(f"{name} {entry.size_bytes / 1e6:.1f} MB" for name, entry in manifest.files.items())
     lines = [
@@ -34,8 +31,7 @@ def describe_export(bundle: Bundle) -> list[str]:
     ]
     if manifest.engine is not None:
         lines.append(f"  engine: {engine_words(manifest.engine)}")
-    if manifest.proof is not None:
-        lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(manifest.proof)}")
+    lines.append(f"  precision, read from {ONNX_NAME}: {precision_words(manifest.precision_check)}")
     if manifest.cpu is not None:
         lines.append(f"  {CPU_NAME}: {cpu_words(manifest.cpu)}")
     if manifest.calibration is not None:
@@ -46,11 +42,11 @@ def describe_export(bundle: Bundle) -> list[str]:
 
 
 def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
-    """The gate's report as a table of the checkpoint, the ONNX file and the engine.
+    """Format the gate's report as a table of the checkpoint, the ONNX files and the engine.
 
     Args:
         gate: the report of the export.
-        rebuild: what speaks for an engine that was built later.
+        rebuild: the comparison of an engine that was built later.
     """
     unreadable = f", {gate.num_failed} more could not be read" if gate.num_failed else ""
     lines = [
@@ -58,20 +54,17 @@ def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
         f"  limits: {limit_words(gate.limits)}",
         _COLUMNS.format(*_HEADER),
         _COLUMNS.format("checkpoint", "", "", "", "", "", f"{gate.checkpoint_accuracy:.2%}"),
-        _row(ONNX_NAME, gate.onnx),
-        *([_row(CPU_NAME, gate.cpu)] if gate.cpu is not None else []),
+        *(_row(name, found) for name, found in gate.agreements.items()),
     ]
     if rebuild is not None:
         return lines + rebuild_lines(rebuild)
-    if gate.engine is not None:
-        lines.append(_row(ENGINE_NAME, gate.engine))
     if gate.engine_not_run is not None:
         lines.append(f"    {ENGINE_NAME}  not run: {gate.engine_not_run}")
     return [line.rstrip() for line in lines]
 
 
 def rebuild_lines(rebuild: Rebuild) -> list[str]:
-    """What speaks for an engine that was built from the ONNX file, after the export."""
+    """Format the comparison of an engine that was built from the ONNX file after the export."""
     when = rebuild.created.partition(".")[0]
     old = rebuild.replaces
     before = (
@@ -90,24 +83,23 @@ def rebuild_lines(rebuild: Rebuild) -> list[str]:
 def engine_words(engine: Engine) -> str:
     """`tensorrt 11.0, loads on GPUs of sm89; batches of 1 to 64, tuned for 32, builder level 3`."""
     smallest, tuned, largest = engine.profile_batches
-    level = "" if engine.builder_level is None else f", builder level {engine.builder_level}"
     timed = f", timed on {engine.built_on}" if engine.built_on else ""
     return (
         f"{engine.library} {engine.version}, loads on GPUs of {', '.join(engine.gpus)}; "
-        f"batches of {smallest} to {largest}, tuned for {tuned}{level}{timed}"
+        f"batches of {smallest} to {largest}, tuned for {tuned}, builder level {engine.builder_level}{timed}"
     )
 
 
-def proof_words(proof: Proof) -> str:
+def precision_words(check: PrecisionCheck) -> str:
     """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
-    kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in proof.computed_in.items())
-    return f"{kinds}; {proof.num_quantize} Q and {proof.num_dequantize} DQ nodes"
+    kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in check.computed_in.items())
+    return f"{kinds}; {check.num_quantize} Q and {check.num_dequantize} DQ nodes"
 
 
 def cpu_words(cpu: CpuModel) -> str:
     """`for ONNX Runtime on a CPU, weights in model.onnx; Conv int8/uint8, …`."""
     weights = f", weights in {cpu.reads}" if cpu.reads else ""
-    return f"for ONNX Runtime on a CPU{weights}; {proof_words(cpu.proof)}"
+    return f"for ONNX Runtime on a CPU{weights}; {precision_words(cpu.precision_check)}"
 
 
 def calibration_words(by: Calibration) -> str:
@@ -116,7 +108,7 @@ def calibration_words(by: Calibration) -> str:
 
 
 def limit_words(limits: Limits) -> str:
-    """What the gate demands, in one line."""
+    """The limits of the gate in one line."""
     parts = [
         f"top-1 agreement of at least {limits.min_top1_agreement:.4g}",
         f"top-5 of at least {limits.min_top5_agreement:.4g}",
@@ -141,7 +133,7 @@ def _row(name: str, found: Agreement) -> str:
 
 
 def rebuild_advice(folder: Path, *, has_gpu: bool, has_tensorrt: bool) -> str | None:
-    """How to get an engine for this machine from a bundle whose own does not run here, if there is a way."""
+    """The command that builds an engine for this machine from a bundle, or None where none can be built."""
     if not has_gpu or not has_tensorrt:
         return None
     return f"build one for this machine: alexnet export {folder} --format trt"

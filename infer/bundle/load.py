@@ -1,4 +1,4 @@
-"""The exported folder: the model's files, and `bundle.json` with what is needed to trust and run them."""
+"""Find an exported folder, verify every file of it, and load it as a `Bundle`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
+
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
-from infer.bundle.manifest import (
-    ENGINE_NAME,
-    MANIFEST_NAME,
-    ONNX_NAME,
-    FileEntry,
-    Manifest,
-    read_manifest,
-)
+from infer.bundle.manifest import Manifest, read_manifest
+from infer.bundle.schema import ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: where it lies, and what its manifest says."""
+    """A verified bundle: its folder and its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -33,7 +29,7 @@ class Bundle:
 
     @property
     def cpu_path(self) -> Path:
-        """What ONNX Runtime runs on a CPU: a form of the model for it, or the ONNX file."""
+        """The file that ONNX Runtime runs on a CPU: the form of the model for it, or the ONNX file."""
         return self.folder / (self.manifest.cpu.file if self.manifest.cpu else ONNX_NAME)
 
     @property
@@ -47,15 +43,13 @@ def load_bundle(path: Path, *, without: Collection[str] = ()) -> Bundle:
 
     Args:
         path: the bundle's folder, or its `bundle.json`.
-        without: files that the caller will replace and not use; they are not looked at.
+        without: files that the caller will replace and not use; they are not verified.
     Raises:
-        UserError: there is no bundle here, or a newer version of this program wrote it.
+        UserError: there is no bundle here, or one of another schema.
         CorruptFileError: the manifest is damaged, or a file is missing, a link, or not what was written.
     """
     folder = path.parent if path.name == MANIFEST_NAME else path
     manifest = read_manifest(folder)
-    if manifest.report is None:
-        raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
     for name, entry in manifest.files.items():
         if name not in without and (problem := file_problem(folder / name, entry)):
             raise CorruptFileError(f"{folder / name}: {problem}; export the checkpoint again")
@@ -68,7 +62,7 @@ def open_bundle(path: Path | None) -> Bundle:
 
 
 def file_problem(path: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file of a bundle, or None. A file of another size is not read."""
+    """Describe how a file differs from its entry, or None. A file of another size is not read."""
     if path.is_symlink() or not path.is_file():
         return "missing, or not a plain file"
     if path.stat().st_size != entry.size_bytes or sha256_of(path) != entry.sha256:
@@ -77,12 +71,12 @@ def file_problem(path: Path, entry: FileEntry) -> str | None:
 
 
 def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
-    """The folder of a bundle: the one asked for, or the newest export.
+    """Find the folder of a bundle: the one asked for, or the newest export.
 
     Args:
         path: a bundle's folder or its `bundle.json`; a run's folder stands for its newest export; None for
             the newest export of all runs.
-        runs: where runs are looked for when `path` is None.
+        runs: folder of the runs that are searched when `path` is None.
     Raises:
         UserError: there is none.
     """
@@ -103,17 +97,43 @@ def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
 
 
 def _newest(manifests: Iterable[Path]) -> Path | None:
-    """The folder of the newest of these manifests, by what they say of themselves."""
+    """The folder of the newest of these manifests, by the time in the manifest."""
     folders = [m.parent for m in manifests if not m.parent.name.startswith(".")]
     return max(folders, key=lambda f: (_created(f), f.name), default=None)
 
 
 def _created(folder: Path) -> float:
-    """When a bundle was exported, in seconds since 1970; by its file's time if the manifest cannot tell.
+    """When a bundle was exported, in seconds since 1970; its file's time if the manifest cannot be read.
 
-    So a damaged newest export is still the one that is chosen, and loading it says what is wrong.
+    So a damaged newest export is still the one that is chosen, and loading it reports what is wrong.
     """
     try:
         return datetime.fromisoformat(read_manifest(folder).created).timestamp()
     except (UserError, CorruptFileError, ValueError):
         return (folder / MANIFEST_NAME).stat().st_mtime
+
+
+class _RunData(msgspec.Struct):
+    root: str | None = None
+
+
+class _RunConfig(msgspec.Struct):
+    """The part of a run's `config.json` that names its data; other keys are skipped."""
+
+    data: _RunData
+
+
+def data_of_run(bundle: Bundle) -> Path:
+    """The data folder of the run that a bundle lies in; a bundle itself holds no paths.
+
+    Raises:
+        UserError: it lies in no run, or the run names no data.
+    """
+    config = bundle.folder.parent.parent / "config.json"
+    try:
+        root = msgspec.json.decode(config.read_bytes(), type=_RunConfig).data.root
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        root = None
+    if root is None:
+        raise UserError(f"{bundle.folder} does not lie in a run that names its data: use --data DIR")
+    return Path(root)

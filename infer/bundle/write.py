@@ -1,4 +1,4 @@
-"""Writing a bundle so that a reader sees all of it or none of it."""
+"""Write a bundle so that a reader sees all of it or none of it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
-from infer.bundle.load import Bundle, load_bundle
-from infer.bundle.manifest import (
-    CPU_NAME,
-    ENGINE_NAME,
-    MANIFEST_NAME,
-    ONNX_NAME,
-    FileEntry,
-    Manifest,
-    encode_manifest,
-)
+from infer.bundle.load import Bundle, file_problem, load_bundle
+from infer.bundle.manifest import Manifest, encode_manifest
+from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
 
 
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` to build an export in; gone afterwards, whatever happened.
+    """Make a hidden folder beside `target` to build an export in; it is deleted afterwards in any case.
 
     Raises:
-        UserError: `target` holds something that is not an export of ours, which we will not replace.
+        UserError: `target` holds something that is not an export of ours, which is never replaced.
     """
     check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +32,10 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path) -> None:
-    """Refuse to write over anything but nothing, an empty folder, or an earlier export.
+    """Raise unless `target` is missing, an empty folder, or an earlier export.
 
     Raises:
-        UserError: with the name of what stands in the way.
+        UserError: names the file that is in the way.
     """
     if not target.exists() and not target.is_symlink():
         return
@@ -54,7 +47,7 @@ def check_replaceable(target: Path) -> None:
     try:
         ours = load_bundle(target).manifest.files.keys() | {MANIFEST_NAME}
     except CorruptFileError:
-        # A damaged export is what exporting again is the cure for; its file names are all ours.
+        # Exporting again is the cure for a damaged export; then all file names that an export has are ours.
         ours = {MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME}
     except UserError:
         ours = set()
@@ -63,11 +56,32 @@ def check_replaceable(target: Path) -> None:
 
 
 def measure_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """The manifest's entries for files in a folder."""
+    """Hash files of a folder for the manifest."""
     return {
         name: FileEntry(sha256=sha256_of(folder / name), size_bytes=(folder / name).stat().st_size)
         for name in names
     }
+
+
+def copy_files(bundle: Bundle, names: Iterable[str], folder: Path) -> None:
+    """Copy files of a bundle and verify the copies.
+
+    Raises:
+        CorruptFileError: a file that changed since the bundle was verified.
+    """
+    for name in names:
+        shutil.copyfile(bundle.folder / name, folder / name)
+        if file_problem(folder / name, bundle.manifest.files[name]):
+            raise CorruptFileError(f"{bundle.folder / name} changed while it was copied")
+
+
+def sync_files(folder: Path, names: Iterable[str]) -> None:
+    """Make a finished folder and its files readable for all, and flush them to the disk."""
+    for name in names:
+        (folder / name).chmod(0o644)
+        fsync_path(folder / name)
+    fsync_path(folder)
+    folder.chmod(0o755)
 
 
 def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
@@ -85,11 +99,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
     """
     assert manifest.report is not None, "only what passed the gate is shipped"
     (staging / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
-    for name in (*manifest.files, MANIFEST_NAME):
-        (staging / name).chmod(0o644)
-        fsync_path(staging / name)
-    fsync_path(staging)
-    staging.chmod(0o755)
+    sync_files(staging, (*manifest.files, MANIFEST_NAME))
     aside = staging.with_name(staging.name + ".replaced")
     if target.exists():
         target.rename(aside)

@@ -12,7 +12,7 @@ import msgspec
 
 from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle, find_bundle, load_bundle
-from infer.bundle.manifest import ENGINE_NAME, MANIFEST_NAME, Format, Precision
+from infer.bundle.schema import ENGINE_NAME, MANIFEST_NAME, Format, Precision
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, choose_builder, parse_formats
 from infer.export.triton import check_engine, check_repository, write_repository
 from infer.runtime.choose import tensorrt_versions

@@ -1,12 +1,11 @@
-"""`alexnet doctor BUNDLE`: whether it is whole, where it comes from, and what of it runs on this machine."""
+"""`alexnet doctor BUNDLE`: verify a bundle, report where it comes from, and run what runs on this machine."""
 
 from __future__ import annotations
 
-import logging
 import mmap
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,30 +16,25 @@ from infer.bundle.describe import (
     cpu_words,
     engine_words,
     gate_lines,
-    proof_words,
+    precision_words,
     rebuild_advice,
 )
+from infer.bundle.gate_report import LIMITS, GateReport, Rebuild
 from infer.bundle.load import Bundle, file_problem, find_bundle
-from infer.bundle.manifest import (
+from infer.bundle.manifest import read_digest, read_manifest
+from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
-    LIMITS,
     MANIFEST_NAME,
     ONNX_NAME,
     Calibration,
     Engine,
-    GateReport,
     Origin,
-    Proof,
-    Rebuild,
-    read_manifest,
-    seal_of,
+    PrecisionCheck,
 )
 from infer.runtime.base import InferenceBackend
-from infer.runtime.choose import Machine, decide, probe_machine, why_no_engine
+from infer.runtime.choose import Machine, decide, probe_machine, why_no_cuda, why_no_engine
 from infer.runtime.onnx import OnnxBackend
-
-log = logging.getLogger("infer")
 
 _ON_GPU = f"{ONNX_NAME} on the GPU"
 # The first ONNX Runtime that knows an opset and an IR version; source: its docs/Versioning.md.
@@ -49,7 +43,7 @@ _IR_SINCE = {8: "1.14", 9: "1.16", 10: "1.18"}
 
 
 class FileStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of the bundle: what it should be, and `problem` if it is not that."""
+    """A file of the bundle as listed in the manifest; `problem` is how it differs, or None."""
 
     name: str
     size_bytes: int
@@ -58,22 +52,23 @@ class FileStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What the doctor found; `healthy` is whether every file is what was exported and belongs together.
+    """The doctor's findings on one bundle.
 
-    Args:
-        manifest_sha256: the seal of the manifest, and with it the one name of the whole bundle.
-        unlisted: files in the folder that the manifest does not know; nothing uses them.
+    Attributes:
+        healthy: whether every file is what was exported, and they belong together.
+        manifest_sha256: the manifest's digest, and with it the one name of the whole bundle.
+        unlisted: files in the folder that the manifest does not list; nothing uses them.
         loads_on: for each file, which libraries and GPUs load it.
         here: for each file and device, `ok: …` after it was loaded and ran, or why it does not.
         predict_would_use: the choice of `alexnet predict` without options.
-        advice: what to type to have an engine here; None where there is nothing to do or to gain.
+        advice: the command that builds an engine for this machine; None where one runs, or none can be built.
     """
 
     folder: str
     healthy: bool
     created: str
     schema_version: int
-    manifest_sha256: str | None
+    manifest_sha256: str
     format: str
     precision: str
     num_classes: int
@@ -82,7 +77,7 @@ class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
     unlisted: list[str]
     checkpoint: Origin
     versions: dict[str, str]
-    proof: Proof | None
+    precision_check: PrecisionCheck = msgspec.field(name="proof")
     calibration: Calibration | None
     engine: Engine | None
     gate: GateReport
@@ -101,41 +96,25 @@ def examine_bundle(path: Path) -> BundleReport:
         path: the bundle's folder, its `bundle.json`, or a run's folder for its newest export.
     Raises:
         UserError: there is no bundle here.
-        CorruptFileError: the manifest itself is damaged or was changed: then nothing that it says counts.
+        CorruptFileError: the manifest itself is damaged or was changed: then nothing in it can be trusted.
     """
     folder = find_bundle(path)
     manifest = read_manifest(folder)
-    if manifest.report is None:
-        raise CorruptFileError(f"{folder / MANIFEST_NAME} has no gate report; export the checkpoint again")
-    bundle = Bundle(folder, manifest)
-    files = [
-        FileStatus(
-            name=name,
-            size_bytes=entry.size_bytes,
-            sha256=entry.sha256,
-            problem=file_problem(folder / name, entry),
-        )
-        for name, entry in manifest.files.items()
-    ]
+    assert manifest.report is not None
+    bundle, machine = Bundle(folder, manifest), probe_machine()
+    files = _examine_files(bundle)
     whole = {file.name for file in files if file.problem is None}
-    if ENGINE_NAME in whole and not _names(folder / ENGINE_NAME, manifest.checkpoint.sha256):
-        whole.remove(ENGINE_NAME)
-        problem = "does not name the checkpoint that it should be built from"
-        files = [msgspec.structs.replace(f, problem=problem) if f.name == ENGINE_NAME else f for f in files]
-    machine = probe_machine()
     here = _try_here(bundle, machine, whole)
-    foreign = any(verdict.startswith("damaged") for verdict in here.values())
-    no_engine = why_no_engine(bundle, machine)
-    sound = len(whole) == len(files) and not foreign
+    healthy = len(whole) == len(files) and not any(text.startswith("damaged") for text in here.values())
     advice = None
-    if no_engine or ENGINE_NAME not in whole:
+    if ENGINE_NAME not in whole or why_no_engine(bundle, machine):
         advice = rebuild_advice(folder, has_gpu=bool(machine.scan.gpus), has_tensorrt=bool(machine.tensorrt))
     return BundleReport(
         folder=str(folder),
-        healthy=sound,
+        healthy=healthy,
         created=manifest.created,
         schema_version=manifest.schema_version,
-        manifest_sha256=seal_of(folder),
+        manifest_sha256=read_digest(folder),
         format=manifest.format,
         precision=manifest.precision,
         num_classes=len(manifest.classes),
@@ -144,7 +123,7 @@ def examine_bundle(path: Path) -> BundleReport:
         unlisted=sorted(p.name for p in folder.iterdir() if p.name not in {*manifest.files, MANIFEST_NAME}),
         checkpoint=manifest.checkpoint,
         versions=manifest.versions,
-        proof=manifest.proof,
+        precision_check=manifest.precision_check,
         calibration=manifest.calibration,
         engine=manifest.engine,
         gate=manifest.report,
@@ -152,21 +131,40 @@ def examine_bundle(path: Path) -> BundleReport:
         rebuild=manifest.rebuild,
         loads_on=_loads_on(bundle),
         here=here,
-        predict_would_use=_choice(bundle, machine, here) if sound else None,
+        predict_would_use=_choice(bundle, machine, here) if healthy else None,
         advice=advice,
     )
 
 
+def _examine_files(bundle: Bundle) -> list[FileStatus]:
+    """Compare each file with the manifest; an engine must name its checkpoint, too."""
+    manifest, files = bundle.manifest, []
+    for name, entry in manifest.files.items():
+        path = bundle.folder / name
+        problem = file_problem(path, entry)
+        if name == ENGINE_NAME and problem is None and not _holds(path, manifest.checkpoint.sha256):
+            problem = "does not name the checkpoint that it should be built from"
+        files.append(FileStatus(name=name, size_bytes=entry.size_bytes, sha256=entry.sha256, problem=problem))
+    return files
+
+
+def _holds(plan: Path, sha256: str) -> bool:
+    """Whether a plan holds a checkpoint's hash, which is the name of its network; needs no GPU."""
+    if not plan.stat().st_size:
+        return False
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(sha256.encode()) >= 0
+
+
 def report_lines(report: BundleReport) -> list[str]:
-    """The report for people."""
+    """Format the report for people."""
     checkpoint = report.checkpoint
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in checkpoint.metrics.items())
-    seal = report.manifest_sha256 or f"none: schema {report.schema_version} had no seal"
     lines = [
         f"bundle: {report.folder}",
         f"  {report.precision}, batches of 1 to {report.max_batch}, {report.num_classes} classes",
         f"  exported {report.created.partition('.')[0]} UTC, schema {report.schema_version}",
-        f"  manifest SHA-256: {seal}",
+        f"  manifest SHA-256: {report.manifest_sha256}",
         "files:",
         *(
             f"  {file.name}: {file.problem or 'ok'}, {file.size_bytes / 1e6:.1f} MB, SHA-256 {file.sha256}"
@@ -178,9 +176,8 @@ def report_lines(report: BundleReport) -> list[str]:
         f"  {checkpoint.model}, recipe {checkpoint.recipe}, step {checkpoint.step}, epoch {checkpoint.epoch}"
         f"{f'; {metrics}' if metrics else ''}",
         f"  made with {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        f"  precision, read from {ONNX_NAME}: {precision_words(report.precision_check)}",
     ]
-    if report.proof is not None:
-        lines.append(f"  precision, read from {ONNX_NAME}: {proof_words(report.proof)}")
     if report.calibration is not None:
         lines.append(f"  {calibration_words(report.calibration)}")
     lines += gate_lines(report.gate, report.rebuild)
@@ -195,21 +192,13 @@ def report_lines(report: BundleReport) -> list[str]:
     return lines
 
 
-def _names(plan: Path, sha256: str) -> bool:
-    """Whether a plan holds a checkpoint's hash, as the name of its network does; needs no GPU."""
-    if not plan.stat().st_size:
-        return False
-    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(sha256.encode()) >= 0
-
-
 def _loads_on(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
-    proof, made_with = manifest.proof, manifest.versions.get("onnxruntime-gpu", "unknown")
+    check, made_with = manifest.precision_check, manifest.versions.get("onnxruntime-gpu", "unknown")
     words = f"exported with ONNX Runtime {made_with}"
-    if proof is not None and proof.opset in _OPSET_SINCE and proof.ir_version in _IR_SINCE:
-        since = max(_OPSET_SINCE[proof.opset], _IR_SINCE[proof.ir_version])
-        needs = f"opset {proof.opset}, IR {proof.ir_version}"
+    if check.opset in _OPSET_SINCE and check.ir_version in _IR_SINCE:
+        since = max(_OPSET_SINCE[check.opset], _IR_SINCE[check.ir_version])
+        needs = f"opset {check.opset}, IR {check.ir_version}"
         words = f"ONNX Runtime {since} or later, CPU and GPUs ({needs}); {words}"
     engine = manifest.engine
     for_cpu = {CPU_NAME: cpu_words(manifest.cpu)} if manifest.cpu else {}
@@ -221,14 +210,12 @@ def _on_cpu(bundle: Bundle) -> str:
 
 
 def _try_here(bundle: Bundle, machine: Machine, whole: set[str]) -> dict[str, str]:
-    """Load each file on each device that there is, and run it once."""
+    """Load each whole file on each device of this machine, and run it once."""
     onnx, here = ONNX_NAME in whole, {}
     whole_cpu = onnx and bundle.cpu_path.name in whole  # it may read its weights from the other
     here[_on_cpu(bundle)] = _try(lambda: OnnxBackend(bundle, "cpu"), bundle) if whole_cpu else "damaged"
-    if not machine.scan.gpus:
-        here[_ON_GPU] = f"no: {machine.scan.reason}"
-    elif not machine.cuda_provider:
-        here[_ON_GPU] = "no: this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    if reason := why_no_cuda(machine):
+        here[_ON_GPU] = f"no: {reason}"
     else:
         here[_ON_GPU] = _try(lambda: OnnxBackend(bundle, "cuda"), bundle) if onnx else "damaged"
     if bundle.manifest.engine is None:
@@ -238,20 +225,19 @@ def _try_here(bundle: Bundle, machine: Machine, whole: set[str]) -> dict[str, st
     elif reason := why_no_engine(bundle, machine):
         here[ENGINE_NAME] = f"no: {reason}"
     else:
-        from infer.runtime.tensorrt import TensorRTBackend, library_says
+        from infer.runtime.tensorrt import TensorRTBackend, engine_validity
 
-        said = library_says(bundle)
+        validity = engine_validity(bundle)
         verdict = _try(lambda: TensorRTBackend(bundle), bundle)
-        here[ENGINE_NAME] = verdict if said is None else f"{verdict}; the library calls it {said}"
+        here[ENGINE_NAME] = verdict if validity is None else f"{verdict}; the library calls it {validity}"
     return here
 
 
-def _try(load: Any, bundle: Bundle) -> str:
+def _try(load: Callable[[], InferenceBackend], bundle: Bundle) -> str:
     """Load and run a grey image: `ok: …`, `no: …`, or `damaged: …` for a file of another bundle."""
     crop_px = bundle.manifest.preprocessing.crop_px
     try:
-        backend: InferenceBackend = load()
-        with closing(backend):
+        with closing(load()) as backend:
             probabilities = backend.run(np.full((1, crop_px, crop_px, 3), 128, np.uint8))
             if not abs(float(probabilities.sum()) - 1) < 1e-2:
                 return f"damaged: its probabilities add up to {float(probabilities.sum()):.3g}"
@@ -263,7 +249,7 @@ def _try(load: Any, bundle: Bundle) -> str:
 
 
 def _choice(bundle: Bundle, machine: Machine, here: dict[str, str]) -> str | None:
-    """What `alexnet predict` comes to: its choice, or, where that fails, what it takes in its place."""
+    """The choice of `alexnet predict`, or, where that fails here, what it uses in its place."""
     on_cpu = _on_cpu(bundle)
     usable = [name for name in (ENGINE_NAME, _ON_GPU, on_cpu) if here.get(name, "").startswith("ok")]
     if not usable:

@@ -1,9 +1,10 @@
-"""`alexnet doctor`: what this machine has, and what training and prediction would use here."""
+"""`alexnet doctor`: report this machine's libraries and GPUs, and what training and prediction would use."""
 
 from __future__ import annotations
 
 import importlib
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -15,34 +16,35 @@ NOT_INSTALLED = "not installed"
 
 
 def examine() -> dict[str, Any]:
-    """Look at every part that the project can use; nothing is assumed, each is imported and asked.
+    """Import every part that the project can use, and ask it what it can do here.
 
     Returns:
         Sections of plain values: `python`, `torch`, `gpus`, `dali`, `onnxruntime`, `tensorrt`,
-        `tensorrt_rtx`, `training` and `prediction`. A part that is missing or broken says so in its `status`.
+        `tensorrt_rtx`, `training` and `prediction`. The `status` of a part names what is missing or broken.
     """
     torch = _import("torch")
-    report: dict[str, Any] = {
+    return {
         "python": {
             "version": platform.python_version(),
             "platform": platform.platform(),
             "cpu_cores": usable_cores(),
             "alexnet": _version("alexnet"),
         },
-        "torch": _torch(torch),
+        "torch": _library("torch", _torch_builds),
         "gpus": _gpus(torch),
-        "dali": _dali(),
-        "onnxruntime": _onnxruntime(),
-        "tensorrt": _plain("tensorrt"),
-        "tensorrt_rtx": _plain("tensorrt_rtx"),
+        "dali": _library("nvidia.dali"),
+        "onnxruntime": _library(
+            "onnxruntime", lambda module: {"providers_built_in": list(module.get_available_providers())}
+        ),
+        "tensorrt": _library("tensorrt"),
+        "tensorrt_rtx": _library("tensorrt_rtx"),
+        "training": _training(torch),
+        "prediction": _prediction(),
     }
-    report["training"] = _training(torch)
-    report["prediction"] = _prediction()
-    return report
 
 
 def _import(name: str) -> ModuleType | str:
-    """A module, or one line that says why it is not to be had."""
+    """Import a module; where that fails, return one line with the reason."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -59,19 +61,17 @@ def _version(distribution: str) -> str:
         return NOT_INSTALLED
 
 
-def _plain(name: str) -> dict[str, Any]:
+def _library(
+    name: str, details: Callable[[ModuleType], dict[str, Any]] = lambda module: {}
+) -> dict[str, Any]:
     module = _import(name)
     if isinstance(module, str):
         return {"status": module}
-    return {"status": "ok", "version": str(getattr(module, "__version__", "unknown"))}
+    return {"status": "ok", "version": str(getattr(module, "__version__", "unknown")), **details(module)}
 
 
-def _torch(torch: ModuleType | str) -> dict[str, Any]:
-    if isinstance(torch, str):
-        return {"status": torch}
+def _torch_builds(torch: ModuleType) -> dict[str, Any]:
     return {
-        "status": "ok",
-        "version": str(torch.__version__),
         "cuda_built_for": torch.version.cuda,
         "cuda_available": torch.cuda.is_available(),
         "nccl": torch.distributed.is_nccl_available(),
@@ -91,24 +91,6 @@ def _gpus(torch: ModuleType | str) -> list[dict[str, Any]]:
         }
         for gpu in every
     ]
-
-
-def _dali() -> dict[str, Any]:
-    module = _import("nvidia.dali")
-    if isinstance(module, str):
-        return {"status": module}
-    return {"status": "ok", "version": str(module.__version__)}
-
-
-def _onnxruntime() -> dict[str, Any]:
-    module = _import("onnxruntime")
-    if isinstance(module, str):
-        return {"status": module}
-    return {
-        "status": "ok",
-        "version": str(module.__version__),
-        "providers_built_in": list(module.get_available_providers()),
-    }
 
 
 def _training(torch: ModuleType | str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How far two models agree on real images, and how far they must. Imports neither torch nor train."""
+"""Measure how far models agree on real images. Imports neither torch nor train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.transforms.preprocessing import Preprocessing
-from infer.bundle.manifest import Agreement, Limits
+from infer.bundle.gate_report import Agreement, Limits
 from infer.predict.decode import open_decoder, valid_images
 
 # Shapes: N images, C classes, K the five best.
@@ -29,7 +29,13 @@ Runner = Callable[[NDArray[np.uint8]], Probabilities]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of running several models on the same images; accuracies and shares in 0..1."""
+    """Agreement of several models with a reference, on the same images; accuracies and shares in 0..1.
+
+    Attributes:
+        num_images, num_failed: images compared, and images that could not be read.
+        num_available: size of the split.
+        agreements: by the candidate's name.
+    """
 
     num_images: int
     num_failed: int
@@ -48,107 +54,100 @@ def compare(
 ) -> Comparison:
     """Run a reference and its candidates on the same decoded images: all, or 1,000 spread over the split.
 
-    Where a candidate's best class differs from the reference's, but the reference holds both to be equal
-    within `Limits.tie_margin` (twice the difference that a probability may have), that is a tie: it counts
-    as agreement, and is counted in `num_ties`. The same goes for the edge of the five best.
+    Where a candidate's best class differs from the reference's, but their probabilities by the reference
+    differ by no more than `Limits.tie_margin` (twice the difference that a probability may have), that is a
+    tie: it counts as agreement, and in `num_ties`. The same goes for the edge of the five best.
 
     Args:
-        reference: what is held to be right.
-        candidates: what is judged, by name.
+        reference: the model whose probabilities are taken as right.
+        candidates: the models to compare with it, by name.
         dataset: labelled images.
         preprocessing: the contract of all of them.
-        limits: of these only the margins are used here.
+        limits: only the margins are used here.
         max_batch: largest batch that all of them take.
     Raises:
         GateError: a probability that is not a number.
         UserError: not one image could be read.
     """
-    sample = spread(dataset, MAX_IMAGES)
-    tallies = {name: Tally(limits) for name in candidates}
-    num_images = num_correct = num_failed = 0
+    sample = sample_evenly(dataset, MAX_IMAGES)
+    labels: list[NDArray[np.int64]] = []
+    expected: list[Probabilities] = []
+    found: dict[str, list[Probabilities]] = {name: [] for name in candidates}
+    num_failed = 0
     size = min(max_batch, MAX_GATE_BATCH)
     with open_decoder(preprocessing, size) as decoder, show_progress("gate", len(sample)) as progress:
         for batch in Loader(decoder, preprocessing).eval(sample, micro_batch=size):
-            images_NHWC, labels_N = valid_images(batch), batch.labels[batch.valid]
             num_failed += len(batch.failures)
             progress.advance(len(batch))
-            if not len(labels_N):
+            if not batch.valid.any():
                 continue
-            expected_NC = reference(images_NHWC)
-            num_images += len(labels_N)
-            num_correct += int((expected_NC.argmax(1) == labels_N).sum())
+            images_NHWC = valid_images(batch)
+            labels.append(batch.labels[batch.valid])
+            expected.append(reference(images_NHWC))
             for name, run in candidates.items():
-                tallies[name].add(expected_NC, run(images_NHWC), labels_N)
-    if not num_images:
+                found[name].append(run(images_NHWC))
+    if not labels:
         raise UserError(
             f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
         )
+    labels_N, expected_NC = np.concatenate(labels), np.concatenate(expected)
     return Comparison(
-        num_images=num_images,
+        num_images=len(labels_N),
         num_failed=num_failed,
         num_available=len(dataset),
-        reference_accuracy=num_correct / num_images,
-        agreements={name: tally.agreement() for name, tally in tallies.items()},
+        reference_accuracy=_share(expected_NC.argmax(1) == labels_N),
+        agreements={
+            name: measure_agreement(expected_NC, np.concatenate(batches), labels_N, limits)
+            for name, batches in found.items()
+        },
     )
 
 
-def spread(dataset: Dataset, limit: int) -> Dataset:
-    """The dataset, or `limit` of its samples spread evenly, so that every class has its share."""
+def sample_evenly(dataset: Dataset, limit: int) -> Dataset:
+    """The dataset, or `limit` of its samples at even distances, so that every class has its share."""
     if len(dataset) <= limit:
         return dataset
     chosen = np.arange(limit, dtype=np.int64) * len(dataset) // limit
     return dataset.take(chosen)
 
 
-class Tally:
-    """Running comparison of one artefact with the reference."""
+def measure_agreement(
+    expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64], limits: Limits
+) -> Agreement:
+    """Compare the probabilities of a candidate with the reference's.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.num_images = self.num_values = 0
-        self.top1 = self.top5 = self.ties = self.correct = 0
-        self.largest = self.total = 0.0
+    Args:
+        expected_NC, found_NC: by the reference and by the candidate.
+        labels_N: the true classes.
+        limits: the margins decide what is a tie.
+    Raises:
+        GateError: a probability that is not a number, from either side.
+    """
+    for what, values in (("the checkpoint", expected_NC), ("the export", found_NC)):
+        if not np.isfinite(values).all():
+            raise GateError(f"gate: {what} gives probabilities that are not finite; nothing was shipped")
+    margin = limits.tie_margin
+    edge_margin = margin if limits.top5_margin is None else limits.top5_margin
+    rows_N = np.arange(len(labels_N))
+    expected_N, found_N = expected_NC.argmax(1), found_NC.argmax(1)
+    same_N = expected_N == found_N
+    gap_N = expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N]
+    tied_N = ~same_N & (margin > 0) & (gap_N <= margin)
+    k = min(TOP_K, expected_NC.shape[1])
+    edge_N = np.sort(expected_NC, axis=1)[:, -k]
+    found_NK = np.argpartition(found_NC, -k, axis=1)[:, -k:]
+    among_NK = np.take_along_axis(expected_NC, found_NK, axis=1) >= edge_N[:, None] - edge_margin
+    difference_NC = np.abs(expected_NC.astype(np.float64) - found_NC)
+    return Agreement(
+        top1_agreement=_share(same_N | tied_N),
+        top5_agreement=_share(np.logical_and.reduce(among_NK, axis=1)),
+        num_ties=int(tied_N.sum()),
+        max_probability_difference=float(difference_NC.max()),
+        mean_probability_difference=float(difference_NC.mean()),
+        accuracy=_share(found_N == labels_N),
+    )
 
-    def add(self, expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64]) -> None:
-        """Count one batch.
 
-        Raises:
-            GateError: a probability that is not a number, from either side.
-        """
-        for what, values in (("the checkpoint", expected_NC), ("the export", found_NC)):
-            if not np.isfinite(values).all():
-                raise GateError(f"gate: {what} gives probabilities that are not finite; nothing was shipped")
-        margin = self.limits.tie_margin
-        edge_margin = margin if self.limits.top5_margin is None else self.limits.top5_margin
-        rows_N = np.arange(len(labels_N))
-        expected_N, found_N = expected_NC.argmax(1), found_NC.argmax(1)
-        same_N = expected_N == found_N
-        tied_N = (
-            ~same_N
-            & (margin > 0)
-            & (expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N] <= margin)
-        )
-        k = min(TOP_K, expected_NC.shape[1])
-        edge_N = np.sort(expected_NC, axis=1)[:, -k]
-        found_NK = np.argpartition(found_NC, -k, axis=1)[:, -k:]
-        among_NK = np.take_along_axis(expected_NC, found_NK, axis=1) >= edge_N[:, None] - edge_margin
-        difference_NC = np.abs(expected_NC.astype(np.float64) - found_NC)
-        self.num_images += len(labels_N)
-        self.num_values += difference_NC.size
-        self.top1 += int((same_N | tied_N).sum())
-        self.ties += int(tied_N.sum())
-        self.top5 += int(among_NK.all(axis=1).sum())
-        self.correct += int((found_N == labels_N).sum())
-        self.largest = max(self.largest, float(difference_NC.max()))
-        self.total += float(difference_NC.sum())
-
-    def agreement(self) -> Agreement:
-        """The counts as shares and means, divided once."""
-        return Agreement(
-            top1_agreement=self.top1 / self.num_images,
-            top5_agreement=self.top5 / self.num_images,
-            num_ties=self.ties,
-            max_probability_difference=self.largest,
-            mean_probability_difference=self.total / self.num_values,
-            accuracy=self.correct / self.num_images,
-        )
+def _share(hits_N: NDArray[np.bool_]) -> float:
+    """The share of images, counted in integers and divided once."""
+    return int(hits_N.sum()) / len(hits_N)

@@ -1,4 +1,4 @@
-"""How an engine shall be built, and which TensorRT library can do it here. Loads neither of them."""
+"""Options for building an engine, and the choice of the TensorRT library. Loads neither library."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from data_pipeline.common.errors import UserError
-from infer.bundle.manifest import Format
+from infer.bundle.schema import Format
 from infer.runtime.cuda import GpuScan
 
-# The engine is tuned for this batch, which is also what prediction sends unless it is told otherwise.
+# The engine is tuned for this batch, which is also prediction's default.
 TUNED_BATCH = 32
 MAX_BUILDER_LEVEL = 5
 DEFAULT_MAX_BATCH = 64
@@ -19,16 +19,16 @@ MAX_MAX_BATCH = 4096
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to build an engine.
+    """Options for building an engine.
 
-    Args:
+    Attributes:
         gpus: architectures to build for, as `sm89`; none for all that the library offers.
-        tuned_batch: batch that it shall be fastest at; None for 32, or the largest if that is less.
-        builder_level: 0 builds soonest, 5 searches longest; None for the library's own, 3.
-        timing_cache: file with the kernel timings of earlier builds, read where there is one and written
-            afterwards. TensorRT's alone: TensorRT-RTX times nothing while it builds.
+        tuned_batch: batch to tune for; None for 32, or the largest if that is less.
+        builder_level: 0 builds soonest, 5 searches longest; None for the library's default, 3.
+        timing_cache: file with the kernel timings of earlier builds, read if it exists and written
+            afterwards. For TensorRT alone: TensorRT-RTX times nothing while it builds.
     Raises:
-        UserError: a level that there is not.
+        UserError: a level out of range.
     """
 
     gpus: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class EngineOptions:
             raise UserError(f"--builder-level {self.builder_level}: a number from 0 to {MAX_BUILDER_LEVEL}")
 
     def asked(self) -> str | None:
-        """The first option that was given, as the command line spells it; None where all are left alone."""
+        """The first option that was given, as the command line spells it; None if none was."""
         given = {
             "--gpu": self.gpus,
             "--opt-batch": self.tuned_batch is not None,
@@ -53,7 +53,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Builder:
-    """A TensorRT library that can build here, and for which GPUs it will."""
+    """A TensorRT library that can build here, the GPUs that it builds for, and a note for the log."""
 
     library: Literal["tensorrt", "tensorrt_rtx"]
     gpus: tuple[str, ...]
@@ -61,16 +61,16 @@ class Builder:
 
 
 def choose_builder(versions: dict[str, str], scan: GpuScan, wanted: tuple[str, ...] = ()) -> Builder:
-    """`tensorrt` where there is a GPU for it, else `tensorrt_rtx` ahead of time.
+    """Choose `tensorrt` where there is a GPU for it, else `tensorrt_rtx` ahead of time.
 
     Args:
         versions: the libraries that are installed, as `infer.runtime.choose.tensorrt_versions` lists them.
         scan: the GPUs of this machine.
-        wanted: architectures that were asked for; others than this machine's are TensorRT-RTX's.
+        wanted: architectures that were asked for; only TensorRT-RTX builds for others than this machine's.
     Returns:
         The builder; no `gpus` means all that the library offers for the precision.
     Raises:
-        UserError: neither can build here; names the extra to install.
+        UserError: neither can build here; the message names the extra to install.
     """
     if "tensorrt" in versions and scan.gpus and set(wanted) <= {scan.gpus[0].architecture}:
         gpu = scan.gpus[0]
@@ -100,9 +100,9 @@ def profile_batches(max_batch: int, tuned: int | None = None) -> tuple[int, int,
 
     Args:
         max_batch: the largest.
-        tuned: which batch shall be fastest; None for the usual one.
+        tuned: batch to tune for; None for the default.
     Raises:
-        UserError: a tuned batch that the engine would not take.
+        UserError: a tuned batch above the largest.
 
     >>> profile_batches(64)
     (1, 32, 64)
@@ -113,13 +113,13 @@ def profile_batches(max_batch: int, tuned: int | None = None) -> tuple[int, int,
 
 
 def check_max_batch(max_batch: int) -> None:
-    """Raise UserError for a largest batch that nobody would want."""
+    """Raise UserError for a largest batch out of range."""
     if not 1 <= max_batch <= MAX_MAX_BATCH:
         raise UserError(f"--max-batch {max_batch}: a number from 1 to {MAX_MAX_BATCH}")
 
 
 def parse_formats(text: str) -> tuple[Format, ...]:
-    """The formats of `--format`, in the order given.
+    """Parse `--format`: the formats in the order given.
 
     Raises:
         UserError: anything but onnx, trt, or both.

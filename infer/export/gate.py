@@ -1,8 +1,9 @@
-"""The gate: an export is shipped only if it agrees with its checkpoint on real validation images."""
+"""The gate: ship an export only if it agrees with its checkpoint on real validation images."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack, closing
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from data_pipeline.common.errors import GateError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.describe import gate_lines
+from infer.bundle.gate_report import LIMITS, GateReport
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import CPU_NAME, ENGINE_NAME, LIMITS, ONNX_NAME, GateReport, beyond_limits
+from infer.bundle.schema import CPU_NAME, ENGINE_NAME, ONNX_NAME
 from infer.export.compare import Probabilities, Runner, compare
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import probe_machine, why_no_engine
@@ -27,54 +29,44 @@ log = logging.getLogger("infer")
 
 
 def run_gate(
-    bundle: Bundle, checkpoint: Checkpoint, dataset: Dataset, proven: GateReport | None = None
+    bundle: Bundle, checkpoint: Checkpoint, dataset: Dataset, earlier: GateReport | None = None
 ) -> GateReport:
-    """Compare a draft bundle's files with the checkpoint, and say yes or raise.
+    """Compare a draft bundle's files with the checkpoint, and raise if one does not agree.
 
-    The ONNX file, and the form of it for a CPU if there is one, run in ONNX Runtime on the CPU, the
-    checkpoint in torch in float32 on the CPU, the engine on the GPU where it can run. All see the same
-    decoded validation images: see `infer.export.compare.compare`.
+    The ONNX file, and its form for a CPU if there is one, run in ONNX Runtime on the CPU, the checkpoint in
+    torch in float32 on the CPU, the engine on the GPU where it can run. All see the same decoded validation
+    images: see `infer.export.compare.compare`.
 
     Args:
-        bundle: its files are written and measured; its report is not there yet.
-        checkpoint: what it was made from.
+        bundle: its files are written and measured; its manifest has no report yet.
+        checkpoint: the source of the export.
         dataset: labelled images, as `train.evaluate.load_split` gives them.
-        proven: the report on the same ONNX file, which then is not run again; its engine is.
+        earlier: the report on the same ONNX files, which are then not run again; the engine is.
     Returns:
         The report to ship with it.
     Raises:
-        GateError: an artefact beyond the limits; the whole report is logged first.
+        GateError: a file beyond the limits; the whole report is logged first.
         UserError: not one validation image could be read.
     """
     manifest = bundle.manifest
     limits = LIMITS[manifest.precision]
     engine_not_run = why_no_engine(bundle, probe_machine()) if manifest.engine else None
     candidates: dict[str, InferenceBackend] = {}
-    try:
-        if proven is None:
-            candidates[ONNX_NAME] = OnnxBackend(bundle, "cpu", file=ONNX_NAME)
+    with ExitStack() as stack:
+        if earlier is None:
+            candidates[ONNX_NAME] = stack.enter_context(closing(OnnxBackend(bundle, "cpu", file=ONNX_NAME)))
             if manifest.cpu is not None:
-                candidates[CPU_NAME] = OnnxBackend(bundle, "cpu")
+                candidates[CPU_NAME] = stack.enter_context(closing(OnnxBackend(bundle, "cpu")))
         if manifest.engine and engine_not_run is None:
-            candidates[ENGINE_NAME] = load_for_gate(bundle)
-        if proven is not None and not candidates:
-            return replace(proven, engine_not_run=engine_not_run)
+            candidates[ENGINE_NAME] = stack.enter_context(closing(load_for_gate(bundle)))
+        elif earlier is not None:
+            return replace(earlier, engine_not_run=engine_not_run)
+        runners = {name: candidate.run for name, candidate in candidates.items()}
         found = compare(
-            torch_runner(checkpoint),
-            {name: candidate.run for name, candidate in candidates.items()},
-            dataset,
-            checkpoint.preprocessing,
-            limits,
-            manifest.max_batch,
+            torch_runner(checkpoint), runners, dataset, checkpoint.preprocessing, limits, manifest.max_batch
         )
-        onnx = candidates.get(ONNX_NAME)
-        provider = onnx.provider if onnx is not None else ""
-    finally:
-        for candidate in candidates.values():
-            candidate.close()
-    engine = found.agreements.get(ENGINE_NAME)
-    if proven is not None:
-        report = replace(proven, engine=engine, engine_not_run=None)
+    if earlier is not None:
+        report = replace(earlier, engine=found.agreements[ENGINE_NAME])
     else:
         report = GateReport(
             data=printable(dataset.root.resolve().name),
@@ -85,44 +77,41 @@ def run_gate(
             checkpoint_accuracy=found.reference_accuracy,
             limits=limits,
             onnx=found.agreements[ONNX_NAME],
-            onnx_provider=provider,
+            onnx_provider=candidates[ONNX_NAME].provider,
             cpu=found.agreements.get(CPU_NAME),
-            engine=engine,
+            engine=found.agreements.get(ENGINE_NAME),
             engine_not_run=engine_not_run,
         )
-    judge(report)
+    check_limits(report)
     return report
 
 
-def judge(report: GateReport) -> None:
-    """Raise for artefacts beyond the limits, all of them in one line, behind the whole report on stderr.
+def check_limits(report: GateReport) -> None:
+    """Log the agreement of each file, or raise if one is beyond the limits; then the whole report is logged.
 
     Raises:
-        GateError: with what is beyond which limit.
+        GateError: one line with all files and limits that are concerned.
     """
-    named = {ONNX_NAME: report.onnx, CPU_NAME: report.cpu, ENGINE_NAME: report.engine}
-    judged = {name: agreement for name, agreement in named.items() if agreement is not None}
     beyond = {
         name: why
-        for name, agreement in judged.items()
-        if (why := beyond_limits(agreement, report.limits, report.checkpoint_accuracy))
+        for name, found in report.agreements.items()
+        if (why := found.beyond(report.limits, report.checkpoint_accuracy))
     }
-    if not beyond:
-        for name, found in judged.items():
-            log.info(
-                "gate: %s agrees with its checkpoint on %d images: top-1 %.2f%% (%d ties), top-5 %.2f%%, "
-                "probabilities within %.2g, accuracy %.4f (checkpoint %.4f)",
-                *(name, report.num_images, found.top1_agreement * 100, found.num_ties),
-                *(found.top5_agreement * 100, found.max_probability_difference),
-                *(found.accuracy, report.checkpoint_accuracy),
-            )
-        return
-    for line in gate_lines(report):
-        log.info("%s", line)
-    reasons = "; ".join(
-        f"{name} does not agree with its checkpoint ({'; '.join(why)})" for name, why in beyond.items()
-    )
-    raise GateError(f"gate: {reasons}; nothing was shipped")
+    if beyond:
+        for line in gate_lines(report):
+            log.info("%s", line)
+        reasons = "; ".join(
+            f"{name} does not agree with its checkpoint ({'; '.join(why)})" for name, why in beyond.items()
+        )
+        raise GateError(f"gate: {reasons}; nothing was shipped")
+    for name, found in report.agreements.items():
+        log.info(
+            "gate: %s agrees with its checkpoint on %d images: top-1 %.2f%% (%d ties), top-5 %.2f%%, "
+            "probabilities within %.2g, accuracy %.4f (checkpoint %.4f)",
+            *(name, report.num_images, found.top1_agreement * 100, found.num_ties),
+            *(found.top5_agreement * 100, found.max_probability_difference),
+            *(found.accuracy, report.checkpoint_accuracy),
+        )
 
 
 def torch_runner(checkpoint: Checkpoint) -> Runner:

@@ -1,4 +1,4 @@
-"""Export from end to end: checkpoint, ONNX, engine, gate, bundle. What the gate refuses is not shipped."""
+"""Export a checkpoint: write ONNX, build the engine, run the gate, write the bundle."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import importlib.metadata
 import logging
 import math
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,32 +17,29 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
+from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import (
+from infer.bundle.manifest import SCHEMA_VERSION, Manifest, now_utc
+from infer.bundle.schema import (
     CPU_NAME,
-    ENGINE_NAME,
     ONNX_NAME,
-    SCHEMA_VERSION,
     Calibration,
     CpuModel,
     Format,
-    Manifest,
     Origin,
     Precision,
     image_input,
-    now_utc,
     probability_output,
 )
-from infer.bundle.write import measure_files, staging_folder, write_bundle
-from infer.export.compare import spread
-from infer.export.cpu_form import has_shared_weights, write_cpu_graph
+from infer.bundle.write import copy_files, measure_files, staging_folder, write_bundle
+from infer.export.compare import sample_evenly
+from infer.export.cpu_form import has_shared_weights
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
 from infer.export.gate import run_gate
-from infer.export.quantize import quantize_onnx
-from infer.export.quantize_cpu import quantize_for_cpu
-from infer.export.to_onnx import export_onnx
-from infer.export.to_tensorrt import build_engine
-from infer.export.verify_precision import check_plan_size, prove_precision
+from infer.export.quantize import quantize_for_cpu, quantize_for_tensorrt
+from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu, export_onnx
+from infer.export.to_tensorrt import add_engine
+from infer.export.verify_precision import check_precision
 from infer.predict.decode import open_decoder, valid_images
 from infer.runtime.choose import tensorrt_versions
 from train.checkpoints.load import Checkpoint, load_checkpoint
@@ -55,7 +49,7 @@ log = logging.getLogger("infer")
 
 CALIBRATION_IMAGES = 256
 CALIBRATION_BATCH = 16
-_USED_TO_BUILD = ("alexnet", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "numpy", "pillow")
+_LIBRARIES = ("alexnet", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "numpy", "pillow")
 
 
 def export_models(
@@ -71,19 +65,19 @@ def export_models(
 ) -> dict[Format, Bundle]:
     """Export a checkpoint in one format or in both, each as a bundle that agrees with it.
 
-    Of two bundles the second has the first one's ONNX file, byte for byte, and its verdict.
+    With two formats, both bundles have the same ONNX file, byte for byte, and the same verdict on it.
 
     Args:
         checkpoint_folder: a step's folder, as `train.checkpoints.load.find_checkpoint` gives it.
-        formats: `onnx`, and `trt` for an engine with the ONNX file that it was built from beside it.
+        formats: `onnx`; `trt` for an engine, with the ONNX file that it was built from beside it.
         data: folder with the `val/` images of the gate; None for the data that the run was trained on.
-        out: the bundle's folder, or of two formats the folder of both; None for the run's `export/`. An
+        out: the bundle's folder, or with two formats the folder of both; None for the run's `export/`. An
             earlier export there is replaced, once the new one has passed the gate.
         max_batch: largest batch that the model takes, 1..4096.
         precision: of the weights and the arithmetic; LRN and softmax are computed in float32 in each.
         calibrate: for int8, folder with the `train/` images that set the ranges; None for the data that the
             run was trained on.
-        options: how a TensorRT engine is built.
+        options: for the TensorRT engine.
     Returns:
         The bundles by format, verified on the disk.
     Raises:
@@ -114,33 +108,9 @@ def export_models(
     return {format: bundles[format] for format in formats}
 
 
-def export_model(
-    checkpoint_folder: Path,
-    format: Format,
-    *,
-    data: Path | None = None,
-    out: Path | None = None,
-    max_batch: int = DEFAULT_MAX_BATCH,
-    precision: Precision = "fp32",
-    calibrate: Path | None = None,
-    options: EngineOptions | None = None,
-) -> Bundle:
-    """Export a checkpoint in one format: see `export_models`."""
-    return export_models(
-        checkpoint_folder,
-        (format,),
-        data=data,
-        out=out,
-        max_batch=max_batch,
-        precision=precision,
-        calibrate=calibrate,
-        options=options,
-    )[format]
-
-
 @dataclass(frozen=True)
 class _Export:
-    """One checkpoint on its way into bundles."""
+    """The arguments that the bundles of one export share."""
 
     checkpoint: Checkpoint
     dataset: Dataset
@@ -149,117 +119,90 @@ class _Export:
     calibrate: Path | None
     options: EngineOptions
 
-    def write(self, format: Format, target: Path, given: Bundle | None) -> Bundle:
+    def write(self, format: Format, target: Path, onnx_bundle: Bundle | None) -> Bundle:
         """Write one bundle.
 
         Args:
-            format: which.
+            format: its format.
             target: its folder.
-            given: the bundle of format `onnx` of this export, if there is one: its ONNX file is taken.
+            onnx_bundle: the bundle of format `onnx` of this export, if there is one: its files are copied,
+                and not compared with the checkpoint again.
         """
-        checkpoint, precision = self.checkpoint, self.precision
-        crop_px = checkpoint.preprocessing.crop_px
         with staging_folder(target) as staging:
-            onnx_path, engine_path = staging / ONNX_NAME, staging / ENGINE_NAME
-            if given is None:
-                calibration = _write_onnx(checkpoint, staging, precision, self.calibrate)
+            if onnx_bundle is None:
+                draft, earlier = self._write_onnx(staging), None
             else:
-                for name in {given.onnx_path.name, given.cpu_path.name}:
-                    shutil.copyfile(given.folder / name, staging / name)
-                calibration = given.manifest.calibration
-            proof = prove_precision(onnx_path, precision)
-            cpu = _describe_cpu(staging / CPU_NAME, precision)
-            engine = None
+                copy_files(onnx_bundle, onnx_bundle.manifest.files, staging)
+                earlier = onnx_bundle.manifest.report
+                draft = replace(onnx_bundle.manifest, created=now_utc(), report=None)
             if format == "trt":
-                engine = build_engine(
-                    onnx_path,
-                    engine_path,
-                    checkpoint_sha256=checkpoint.sha256,
-                    crop_px=crop_px,
-                    max_batch=self.max_batch,
-                    precision=precision,
-                    options=self.options,
-                )
-                check_plan_size(engine_path, proof, precision)
-            draft = Manifest(
-                schema_version=SCHEMA_VERSION,
-                created=now_utc(),
-                format=format,
-                precision=precision,
-                max_batch=self.max_batch,
-                classes=tuple(map(printable, checkpoint.classes)),
-                labels_text=tuple(map(printable, checkpoint.labels_text)),
-                preprocessing=checkpoint.preprocessing,
-                inputs=(image_input(crop_px),),
-                outputs=(probability_output(len(checkpoint.classes)),),
-                files=measure_files(staging, sorted(path.name for path in staging.iterdir())),
-                checkpoint=make_origin(checkpoint),
-                versions=_versions(),
-                engine=engine,
-                calibration=calibration,
-                proof=proof,
-                cpu=cpu,
-            )
-            proven = None
-            same = ONNX_NAME, CPU_NAME
-            if given is not None and all(
-                draft.files.get(name) == given.manifest.files.get(name) for name in same
-            ):
-                proven = given.manifest.report
-            report = run_gate(Bundle(staging, draft), checkpoint, self.dataset, proven)
+                draft = add_engine(staging, draft, self.max_batch, self.options)
+            report = run_gate(Bundle(staging, draft), self.checkpoint, self.dataset, earlier)
             return write_bundle(staging, target, replace(draft, report=report))
 
+    def _write_onnx(self, folder: Path) -> Manifest:
+        """Write the model and its form for a CPU, check their precision, and describe them."""
+        checkpoint, precision = self.checkpoint, self.precision
+        path, cpu_path = folder / ONNX_NAME, folder / CPU_NAME
+        calibration = None
+        if precision == "int8":
+            calibration = self._write_int8(path, cpu_path)
+        else:
+            export_onnx(checkpoint, path, precision=precision)
+            export_for_cpu(checkpoint, cpu_path, path, precision=precision)
+        cpu = None
+        if cpu_path.exists():
+            reads = ONNX_NAME if has_shared_weights(cpu_path) else ""
+            check = check_precision(cpu_path, precision)
+            cpu = CpuModel(file=CPU_NAME, reads=reads, precision_check=check)
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            created=now_utc(),
+            format="onnx",
+            precision=precision,
+            max_batch=self.max_batch,
+            classes=tuple(map(printable, checkpoint.classes)),
+            labels_text=tuple(map(printable, checkpoint.labels_text)),
+            preprocessing=checkpoint.preprocessing,
+            inputs=(image_input(checkpoint.preprocessing.crop_px),),
+            outputs=(probability_output(len(checkpoint.classes)),),
+            files=measure_files(folder, sorted(path.name for path in folder.iterdir())),
+            checkpoint=make_origin(checkpoint),
+            versions=_versions(),
+            calibration=calibration,
+            precision_check=check_precision(path, precision),
+            cpu=cpu,
+        )
 
-def _describe_cpu(path: Path, precision: Precision) -> CpuModel | None:
-    """What the form for a CPU is, if there is one."""
-    if not path.exists():
-        return None
-    reads = ONNX_NAME if has_shared_weights(path) else ""
-    return CpuModel(file=path.name, reads=reads, proof=prove_precision(path, precision))
-
-
-def _write_onnx(
-    checkpoint: Checkpoint, folder: Path, precision: Precision, calibrate: Path | None
-) -> Calibration | None:
-    """Write the model in its precision, and its form for a CPU; say what int8 was calibrated on."""
-    path = folder / ONNX_NAME
-    if precision != "int8":
-        export_onnx(checkpoint, path, precision=precision)
-        write_cpu_graph(path, folder / CPU_NAME)
-        return None
-    whole = load_split(checkpoint, calibrate, "train")
-    sample = spread(whole, CALIBRATION_IMAGES)
-    log.info("int8: calibrating on %d training images of %s", len(sample), printable(whole.root))
-    num_images = 0
-
-    def images() -> Iterator[NDArray[np.uint8]]:
-        nonlocal num_images
-        with (
-            open_decoder(checkpoint.preprocessing, CALIBRATION_BATCH) as decoder,
-            closing(
-                Loader(decoder, checkpoint.preprocessing).eval(sample, micro_batch=CALIBRATION_BATCH)
-            ) as batches,
-        ):
-            for batch in batches:
-                if batch.valid.any():
-                    num_images += int(batch.valid.sum())
-                    yield valid_images(batch)
-
-    source = path.with_name("float32.onnx")
-    export_onnx(checkpoint, source)
-    batches = list(images())
-    try:
-        quantize_onnx(source, path, batches)
-        quantize_for_cpu(source, folder / CPU_NAME, batches)
-    finally:
+    def _write_int8(self, path: Path, cpu_path: Path) -> Calibration:
+        """Write the model and its form for a CPU in int8, with the ranges of training images."""
+        images = load_split(self.checkpoint, self.calibrate, "train")
+        sample = sample_evenly(images, CALIBRATION_IMAGES)
+        log.info("int8: calibrating on %d training images of %s", len(sample), printable(images.root))
+        batches = _decode(sample, self.checkpoint.preprocessing)
+        source = path.with_name("float32.onnx")
+        export_onnx(self.checkpoint, source)
+        quantize_for_tensorrt(source, path, batches)
+        lrn_betas = export_for_int8_cpu(self.checkpoint, source)
+        quantize_for_cpu(source, cpu_path, batches, lrn_betas)
         source.unlink()
-    return Calibration(
-        data=printable(whole.root.resolve().name), split=whole.split, num_images=num_images, method="minmax"
-    )
+        return Calibration(
+            data=printable(images.root.resolve().name),
+            split=images.split,
+            num_images=sum(map(len, batches)),
+            method="minmax",
+        )
+
+
+def _decode(dataset: Dataset, preprocessing: Preprocessing) -> list[NDArray[np.uint8]]:
+    """The images of a dataset that can be read, in batches (n, crop, crop, 3)."""
+    with open_decoder(preprocessing, CALIBRATION_BATCH) as decoder:
+        batches = Loader(decoder, preprocessing).eval(dataset, micro_batch=CALIBRATION_BATCH)
+        return [valid_images(batch) for batch in batches if batch.valid.any()]
 
 
 def make_origin(checkpoint: Checkpoint) -> Origin:
-    """What a bundle says of the checkpoint that it was made of."""
+    """Describe the checkpoint for the manifest."""
     return Origin(
         sha256=checkpoint.sha256,
         step=checkpoint.step,
@@ -273,7 +216,7 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), **tensorrt_versions()}
-    for name in _USED_TO_BUILD:
+    for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

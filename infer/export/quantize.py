@@ -1,85 +1,90 @@
-"""ONNX in float32 to ONNX in 8-bit integers: Q/DQ pairs with scales from real images.
+"""Quantise a float32 ONNX model to 8-bit integers: Q/DQ pairs with scales from real images.
 
-The form is the one that TensorRT parses: symmetric int8 for weights (a scale a channel) and activations, a
-pair of its own at each input, and biases in float32. ONNX Runtime runs the same file.
+Two forms. TensorRT parses symmetric int8 for weights (a scale a channel) and activations, a pair of its own
+at each input, and biases in float32; ONNX Runtime runs that file, too. ONNX Runtime's CPU provider is fastest
+with unsigned activations, since ReLU leaves nothing below zero, and signed weights: what the processors'
+8-bit dot products (VNNI) take. Those weights have 7 bits, because processors without VNNI overflow on 8.
+
+Source: ONNX Runtime, "Quantize ONNX models": the QDQ format, U8S8 and `reduce_range`.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-
-from infer.bundle.manifest import INPUT_NAME
-
-
-class Scheme(NamedTuple):
-    """How a graph is quantised.
-
-    Args:
-        operators: which kinds.
-        unsigned_activations: uint8 with a zero point, in place of int8 around zero.
-        options: ONNX Runtime's extra options.
-        reduce_range: weights of 7 bits, for processors whose 8-bit products overflow.
-    """
-
-    operators: tuple[str, ...]
-    unsigned_activations: bool
-    options: dict[str, bool]
-    reduce_range: bool = False
-
-
-TENSORRT_SCHEME = Scheme(
-    operators=("Conv", "Gemm", "MatMul"),
-    unsigned_activations=False,
-    options={
-        "ActivationSymmetric": True,
-        "WeightSymmetric": True,
-        "DedicatedQDQPair": True,
-        "AddQDQPairToWeight": True,
-        "QuantizeBias": False,  # an int32 bias is what TensorRT does not parse
-    },
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
 )
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from infer.bundle.schema import INPUT_NAME
+from infer.export.cpu_form import is_lrn_sum
+from infer.export.to_onnx import strip_notes
 
 
-def quantize_onnx(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
-    """Write `source` quantised to int8, with ranges as the images reach them (min-max).
+def quantize_for_tensorrt(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
+    """Write a model quantised to int8 as TensorRT parses it.
 
     Args:
-        source: a float32 model as `infer.export.to_onnx` writes it.
+        source: a float32 model as `infer.export.to_onnx.export_onnx` writes it.
         target: where to write.
-        batches: decoded images (n, crop, crop, 3), read once.
+        batches: decoded images (n, crop, crop, 3), read once; the smallest and largest values set the ranges.
     """
-    quantize_graph(source, target, batches, TENSORRT_SCHEME)
-    model = onnx.load(target)
-    keep_logits(model.graph)
-    copy_identity(source, model)
-    onnx.save(model, target)
-    onnx.checker.check_model(target, full_check=True)
+    _quantize(
+        source,
+        target,
+        batches,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        activation_type=QuantType.QInt8,
+        extra_options={
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "DedicatedQDQPair": True,
+            "AddQDQPairToWeight": True,
+            "QuantizeBias": False,  # TensorRT does not parse an int32 bias
+        },
+    )
+    _save(onnx.load(target), target, source)
 
 
-def quantize_graph(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], scheme: Scheme) -> None:
-    """Static quantisation in the Q/DQ format, a scale for each channel of a weight.
+def quantize_for_cpu(
+    source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], lrn_betas: Sequence[float]
+) -> None:
+    """Write a model quantised to int8 as ONNX Runtime's CPU provider computes it fastest.
 
     Args:
-        source, target, batches: as `quantize_onnx`.
-    Source: ONNX Runtime, "Quantize ONNX models", static quantisation in the QDQ format.
+        source: a float32 model as `infer.export.to_onnx.export_for_int8_cpu` writes it.
+        target, batches: as in `quantize_for_tensorrt`.
+        lrn_betas: exponent of each LRN, as the export returned them.
     """
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantFormat,
-        QuantType,
-        quantize_static,
+    _quantize(
+        source,
+        target,
+        batches,
+        op_types_to_quantize=["Conv", "Relu", "Gemm"],  # LRN's matrix products stay in float32
+        activation_type=QuantType.QUInt8,
+        reduce_range=True,
+        extra_options={"WeightSymmetric": True},
     )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    model = onnx.load(target)
+    _take_pixels(model.graph)
+    _take_integers(model.graph, lrn_betas)
+    _save(model, target, source)
 
+
+def _quantize(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], **options: Any) -> None:
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._batches: Iterator[NDArray[np.uint8]] = iter(batches)
@@ -88,9 +93,9 @@ def quantize_graph(source: Path, target: Path, batches: Iterable[NDArray[np.uint
             images_NHWC = next(self._batches, None)
             return None if images_NHWC is None else {INPUT_NAME: images_NHWC}
 
-    chatter = logging.getLogger()
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)  # it advises on the root logger to do what was just done
+    root_logger = logging.getLogger()
+    level = root_logger.level
+    root_logger.setLevel(logging.ERROR)  # ONNX Runtime advises there to do what was just done
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             prepared = Path(folder) / "prepared.onnx"
@@ -100,31 +105,28 @@ def quantize_graph(source: Path, target: Path, batches: Iterable[NDArray[np.uint
                 str(target),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(scheme.operators),
                 per_channel=True,
-                activation_type=QuantType.QUInt8 if scheme.unsigned_activations else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                reduce_range=scheme.reduce_range,
-                extra_options=dict(scheme.options),
+                **options,
             )
     finally:
-        chatter.setLevel(level)
+        root_logger.setLevel(level)
 
 
-def copy_identity(source: Path, model: onnx.ModelProto) -> None:
-    """Give a model the names and the metadata of the file that it was made from, and take out notes."""
+def _save(model: onnx.ModelProto, target: Path, source: Path) -> None:
+    """Write a quantised model, with its logits in float32 and the names and metadata of its source."""
+    _keep_logits(model.graph)
+    strip_notes(model)
     before = onnx.load(source, load_external_data=False)
     model.producer_name, model.producer_version = before.producer_name, before.producer_version
     model.doc_string = before.doc_string
-    del model.metadata_props[:]
     model.metadata_props.extend(before.metadata_props)
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
+    onnx.save(model, target)
+    onnx.checker.check_model(target, full_check=True)
 
 
-def keep_logits(graph: Any) -> None:
+def _keep_logits(graph: Any) -> None:
     """Leave the logits in float32."""
     # In 256 steps over their whole range, the two best of 1000 logits are too often equal.
     made_by = {name: node for node in graph.node for name in node.output}
@@ -136,3 +138,47 @@ def keep_logits(graph: Any) -> None:
     softmax.input[0] = quantize.input[0]
     graph.node.remove(dequantize)
     graph.node.remove(quantize)
+
+
+def _take_pixels(graph: Any) -> None:
+    """Let the first convolution read the pixels, 8-bit values already, without a detour over float32."""
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    cast = next(node for node in graph.node if node.op_type == "Cast")
+    (quantize,) = (node for node in graph.node if cast.output[0] in node.input)
+    (dequantize,) = (node for node in graph.node if quantize.output[0] in node.input)
+    scale, zero = (numpy_helper.to_array(values[name]) for name in quantize.input[1:])
+    assert scale == 1 and zero == 0, "the fourth plane spans the whole range"
+    dequantize.input[0] = cast.input[0]
+    graph.node.remove(cast)
+    graph.node.remove(quantize)
+
+
+def _take_integers(graph: Any, lrn_betas: Sequence[float]) -> None:
+    """Let each LRN read the 8-bit values q of its input s·q.
+
+    It is y = q / ((bias + band·s²·Σq²) · s^(-1/beta))^beta then. ONNX Runtime would otherwise dequantise the
+    input once for each node that reads it.
+    """
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    for total, beta in zip(filter(is_lrn_sum, list(graph.node)), lrn_betas, strict=True):
+        dequantize = total
+        while dequantize.op_type != "DequantizeLinear":
+            dequantize = made_by[dequantize.input[0]]
+        scale, zero = (numpy_helper.to_array(values[name]) for name in dequantize.input[1:])
+        readers = {node.op_type for node in graph.node if dequantize.output[0] in node.input}
+        assert zero == 0 and readers <= {"Mul", "Transpose"}, (zero, readers)
+        (add,) = (node for node in graph.node if total.output[0] in node.input)
+        whole = float(scale) ** (-1 / beta)
+        for node, factor in ((total, whole * float(scale) ** 2), (add, whole)):
+            place = next(i for i, name in enumerate(node.input) if name in values)
+            array = numpy_helper.to_array(values[node.input[place]]).astype(np.float64) * factor
+            # A constant of its own: the LRNs may share the bias.
+            name = f"{node.name}.{node.input[place].rpartition('.')[2]}"
+            graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+            node.input[place] = name
+        dequantize.CopyFrom(
+            helper.make_node(
+                "Cast", dequantize.input[:1], dequantize.output, dequantize.name, to=onnx.TensorProto.FLOAT
+            )
+        )

@@ -1,14 +1,13 @@
-"""Engines from a bundle's own ONNX file, where there is no checkpoint: for another GPU or another TensorRT.
+"""Build an engine from a bundle's own ONNX file, for another GPU or TensorRT, where there is no checkpoint.
 
-The ONNX file keeps its bytes, and with them the gate's verdict. The engine goes through the proof of its
-size, is held against the ONNX file on validation images where both can run, and otherwise is said to be
-unknown. Imports neither torch nor train: it is the machine that serves where this is wanted.
+The ONNX file keeps its bytes, and with them the gate's verdict. The engine is compared with the ONNX file on
+validation images where both can run; else the bundle records why not. Imports neither torch nor train:
+machines that serve have neither.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -20,24 +19,14 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from infer.bundle.describe import rebuild_lines
-from infer.bundle.load import Bundle
-from infer.bundle.manifest import (
-    CPU_NAME,
-    ENGINE_NAME,
-    LIMITS,
-    ONNX_NAME,
-    Engine,
-    Rebuild,
-    beyond_limits,
-    now_utc,
-    read_manifest,
-)
-from infer.bundle.write import measure_files, staging_folder, write_bundle
-from infer.evaluate import data_of_run
+from infer.bundle.gate_report import LIMITS, Rebuild
+from infer.bundle.load import Bundle, data_of_run
+from infer.bundle.manifest import now_utc, read_manifest
+from infer.bundle.schema import ENGINE_NAME, ONNX_NAME
+from infer.bundle.write import copy_files, staging_folder, write_bundle
 from infer.export.compare import compare
 from infer.export.engine_options import EngineOptions, check_max_batch
-from infer.export.to_tensorrt import build_engine
-from infer.export.verify_precision import check_plan_size
+from infer.export.to_tensorrt import add_engine
 from infer.runtime.choose import probe_machine, tensorrt_versions, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 from infer.runtime.tensorrt import load_for_gate
@@ -57,11 +46,11 @@ def rebuild_engine(
 
     Args:
         bundle: a verified bundle.
-        out: where the bundle with the engine shall be; None for the bundle's own folder if it has an engine,
-            else `trt-<precision>` beside it.
+        out: folder of the bundle with the engine; None for the bundle's own folder if it has an engine, else
+            `trt-<precision>` beside it.
         max_batch: largest batch of the engine; None for the bundle's.
-        data: folder with `val/` to hold the engine against the ONNX file on; None for that of the run that
-            the bundle lies in, if it is here.
+        data: folder with the `val/` images for the comparison with the ONNX file; None for that of the run
+            that the bundle lies in, if it is here.
         options: see `EngineOptions`.
     Returns:
         The bundle, verified on the disk.
@@ -71,41 +60,20 @@ def rebuild_engine(
         GateError: the engine does not agree with the ONNX file.
     """
     manifest = bundle.manifest
-    if manifest.proof is None:
-        raise UserError(f"{bundle.folder} is older than the proof of precision: export the checkpoint again")
     target = _target(bundle, out)
     largest = manifest.max_batch if max_batch is None else max_batch
     check_max_batch(largest)
     with staging_folder(target) as staging:
-        onnx_names = (ONNX_NAME, CPU_NAME) if manifest.cpu is not None else (ONNX_NAME,)
-        for name in onnx_names:
-            shutil.copyfile(bundle.folder / name, staging / name)
-        engine = build_engine(
-            staging / ONNX_NAME,
-            staging / ENGINE_NAME,
-            checkpoint_sha256=manifest.checkpoint.sha256,
-            crop_px=manifest.preprocessing.crop_px,
-            max_batch=largest,
-            precision=manifest.precision,
-            options=options,
-        )
-        check_plan_size(staging / ENGINE_NAME, manifest.proof, manifest.precision)
-        files = measure_files(staging, (*onnx_names, ENGINE_NAME))
-        for name in onnx_names:
-            if files[name] != manifest.files[name]:
-                raise CorruptFileError(f"{bundle.folder / name} changed while it was copied")
+        copy_files(bundle, manifest.files.keys() - {ENGINE_NAME}, staging)
+        draft = add_engine(staging, manifest, largest, options or EngineOptions())
+        versions = {k: v for k, v in manifest.versions.items() if not k.startswith("tensorrt")}
         assert manifest.report is not None
         draft = replace(
-            manifest,
-            format="trt",
-            max_batch=largest,
-            files=files,
-            versions=_versions(manifest.versions),
-            engine=engine,
+            draft,
+            versions={**versions, **tensorrt_versions()},
             report=replace(manifest.report, engine=None, engine_not_run="built again after the export"),
-            rebuild=None,
         )
-        rebuild = _evidence(Bundle(staging, draft), bundle, data, manifest.engine)
+        rebuild = _compare_with_onnx(Bundle(staging, draft), bundle, data)
         return write_bundle(staging, target, replace(draft, rebuild=rebuild))
 
 
@@ -124,22 +92,17 @@ def _target(bundle: Bundle, out: Path | None) -> Path:
     return target
 
 
-def _versions(before: dict[str, str]) -> dict[str, str]:
-    """The versions of the export, with today's TensorRT in place of that day's."""
-    kept = {name: version for name, version in before.items() if not name.startswith("tensorrt")}
-    return {**kept, **tensorrt_versions()}
-
-
-def _evidence(draft: Bundle, source: Bundle, data: Path | None, replaces: Engine | None) -> Rebuild:
-    """Hold the engine against the ONNX file, or say why that cannot be done here.
+def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebuild:
+    """Compare the new engine with the ONNX file, or record why that cannot be done here.
 
     Raises:
         GateError: beyond the limits of the precision.
     """
     manifest = draft.manifest
     limits = LIMITS[manifest.precision]
-    if unknown := why_no_engine(draft, probe_machine()):
-        return Rebuild(created=now_utc(), replaces=replaces, unknown=f"not run here: {unknown}")
+    created, replaces = now_utc(), source.manifest.engine
+    if problem := why_no_engine(draft, probe_machine()):
+        return Rebuild(created=created, replaces=replaces, unknown=f"not run here: {problem}")
     with closing(load_for_gate(draft)) as engine, closing(OnnxBackend(draft, "cpu")) as onnx:
         crop_px = manifest.preprocessing.crop_px
         engine.run(np.zeros((1, crop_px, crop_px, 3), np.uint8))
@@ -149,27 +112,21 @@ def _evidence(draft: Bundle, source: Bundle, data: Path | None, replaces: Engine
             if data is not None:
                 raise
             why = f"it loads and runs here, and was compared on no images: {error}"
-            return Rebuild(created=now_utc(), replaces=replaces, unknown=why)
-        found = compare(
-            onnx.run,
-            {ENGINE_NAME: engine.run},
-            dataset,
-            manifest.preprocessing,
-            limits,
-            manifest.max_batch,
-        )
+            return Rebuild(created=created, replaces=replaces, unknown=why)
+        runners = {ENGINE_NAME: engine.run}
+        found = compare(onnx.run, runners, dataset, manifest.preprocessing, limits, manifest.max_batch)
+    agreement = found.agreements[ENGINE_NAME]
     rebuild = Rebuild(
-        created=now_utc(),
+        created=created,
         replaces=replaces,
         data=printable(dataset.root.resolve().name),
         split=dataset.split,
         num_images=found.num_images,
         num_failed=found.num_failed,
         onnx_accuracy=found.reference_accuracy,
-        agreement=found.agreements[ENGINE_NAME],
+        agreement=agreement,
     )
-    beyond = beyond_limits(found.agreements[ENGINE_NAME], limits, found.reference_accuracy)
-    if beyond:
+    if beyond := agreement.beyond(limits, found.reference_accuracy):
         for line in rebuild_lines(rebuild):
             log.info("%s", line)
         raise GateError(

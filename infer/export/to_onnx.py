@@ -1,4 +1,4 @@
-"""Checkpoint to ONNX, with the contract inside: uint8 NHWC pixels in, probabilities out, any batch."""
+"""Export a checkpoint to ONNX with the contract inside: uint8 NHWC pixels in, probabilities out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import onnx
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.bundle.manifest import INPUT_NAME, OUTPUT_NAME, Precision
+from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, Precision
+from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 
@@ -23,15 +23,15 @@ log = logging.getLogger("infer")
 
 OPSET = 20
 MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less some room for the graph
-# Housekeeping of the libraries among themselves; nobody who exports can act on it.
+# Warnings that the libraries raise for one another; nobody who exports can act on them.
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 class ContractModel(nn.Module):
-    """What is exported: pixels as decoded to probabilities.
+    """The exported module: decoded pixels to probabilities.
 
     Args:
-        checkpoint: what to export.
+        checkpoint: the source of the weights and the preprocessing.
         half: whether the network computes in float16; normalisation, LRN and softmax stay in float32.
     Shape:
         uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1.
@@ -39,7 +39,7 @@ class ContractModel(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, *, half: bool = False) -> None:
         super().__init__()
-        self.normalize = Normalize(checkpoint.preprocessing)
+        self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
         self.network = checkpoint.make_model().to(self.dtype)
 
@@ -56,11 +56,41 @@ def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "f
     Args:
         checkpoint: a verified checkpoint.
         path: where to write; its folder exists.
-        precision: fp32 or fp16; int8 starts from fp32 and is `infer.export.quantize`'s work.
+        precision: fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
     Raises:
         UserError: a model too large for one file.
     """
-    model = ContractModel(checkpoint, half=precision == "fp16").eval()
+    _write(ContractModel(checkpoint, half=precision == "fp16"), checkpoint, path)
+
+
+def export_for_cpu(checkpoint: Checkpoint, path: Path, weights: Path, *, precision: Precision) -> None:
+    """Write a checkpoint in the form for ONNX Runtime's CPU provider, if it has one of its own.
+
+    Args:
+        checkpoint, precision: as in `export_onnx`.
+        path: where to write; nothing is written for a network without LRN, which needs no other form.
+        weights: the file of `export_onnx`, in the same folder: the large weights are read from there.
+    """
+    model = ContractModel(checkpoint, half=precision == "fp16")
+    if use_banded_lrn(model.network):
+        _write(model, checkpoint, path)
+        share_weights(path, weights)
+
+
+def export_for_int8_cpu(checkpoint: Checkpoint, path: Path) -> list[float]:
+    """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
+
+    Returns:
+        The exponent beta of each LRN.
+    """
+    model = ContractModel(checkpoint)
+    betas = use_banded_lrn(model.network, channels_last=True)
+    model.normalize = fold_normalization(model.network, checkpoint.preprocessing)
+    _write(model, checkpoint, path)
+    return betas
+
+
+def _write(model: ContractModel, checkpoint: Checkpoint, path: Path) -> None:
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > MAX_ONNX_BYTES:
         raise UserError(f"the weights take {size_bytes / 2**30:.1f} GiB, and an ONNX file holds at most 2")
@@ -69,7 +99,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "f
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         program = torch.onnx.export(
-            model,
+            model.eval(),
             (example_NHWC,),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
@@ -82,41 +112,31 @@ def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "f
         if not issubclass(warning.category, _QUIET):
             log.warning("ONNX export: %s", " ".join(str(warning.message).split()))
     assert program is not None
-    _strip(program.model)
-    program.model.producer_name, program.model.producer_version = "alexnet", version("alexnet")
-    program.model.doc_string = (
+    proto = program.model_proto
+    strip_notes(proto)
+    proto.producer_name, proto.producer_version = "alexnet", version("alexnet")
+    proto.doc_string = (
         f"AlexNet ({checkpoint.config.model.name}) for {len(checkpoint.classes)} classes: "
         f"uint8 RGB images of {crop_px}x{crop_px} pixels, NHWC, to probabilities"
     )
-    program.model.metadata_props.update(
-        model=checkpoint.config.model.name,
-        recipe=checkpoint.config.recipe,
-        step=str(checkpoint.step),
-        classes=msgspec.json.encode(tuple(map(printable, checkpoint.classes))).decode(),
-        labels=msgspec.json.encode(tuple(map(printable, checkpoint.class_labels))).decode(),
-        preprocessing=msgspec.json.encode(checkpoint.preprocessing).decode(),
-        checkpoint_sha256=checkpoint.sha256,
-    )
-    program.save(path, external_data=False)
+    metadata = {
+        "model": checkpoint.config.model.name,
+        "recipe": checkpoint.config.recipe,
+        "step": str(checkpoint.step),
+        "classes": msgspec.json.encode(tuple(map(printable, checkpoint.classes))).decode(),
+        "labels": msgspec.json.encode(tuple(map(printable, checkpoint.class_labels))).decode(),
+        "preprocessing": msgspec.json.encode(checkpoint.preprocessing).decode(),
+        "checkpoint_sha256": checkpoint.sha256,
+    }
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, path)
     onnx.checker.check_model(path, full_check=True)
 
 
-def _strip(model: Any) -> None:
-    """Remove what the exporter notes about the code: stack traces with this machine's paths."""
-    model.doc_string = None
-    model.metadata_props.clear()
-    for graph in (model.graph, *model.functions.values()):
-        graph.doc_string = None
-        graph.metadata_props.clear()
-        for value in (*graph.inputs, *graph.outputs):
-            value.doc_string = None
-            value.metadata_props.clear()
-        for node in graph:
-            node.doc_string = None
-            node.metadata_props.clear()
-            for value in node.outputs:
-                value.doc_string = None
-                value.metadata_props.clear()
-    for value in model.graph.initializers.values():
-        value.doc_string = None
-        value.metadata_props.clear()
+def strip_notes(model: onnx.ModelProto) -> None:
+    """Remove the notes of an exporter or quantiser, such as stack traces with this machine's paths."""
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (model, graph, *graph.node, *values):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")

@@ -1,4 +1,4 @@
-"""ONNX to a TensorRT engine: one code path for `tensorrt` (10, 11) and `tensorrt_rtx`.
+"""Build a TensorRT engine from an ONNX file: one code path for `tensorrt` (10, 11) and `tensorrt_rtx`.
 
 `tensorrt` builds on a GPU, for that GPU. `tensorrt_rtx` builds ahead of time, without one, for every GPU
 generation that it offers; the weights are stored once, so that more generations make no larger plan.
@@ -15,28 +15,73 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.common.files import write_atomic
-from infer.bundle.manifest import INPUT_NAME, Engine, Precision
-from infer.export.engine_options import Builder, EngineOptions, choose_builder, profile_batches
+from infer.bundle.manifest import Manifest
+from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, Engine, Precision, PrecisionCheck
+from infer.bundle.write import measure_files
+from infer.export.engine_options import EngineOptions, choose_builder, profile_batches
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
-from infer.runtime.tensorrt_log import make_logger
+from infer.runtime.tensorrt import make_logger
 
 log = logging.getLogger("infer")
 
-# "Cannot compile operation for Turing (SM75): FP32 GEMM is not supported", says tensorrt_rtx 1.7.
+# tensorrt_rtx 1.7: "Cannot compile operation for Turing (SM75): FP32 GEMM is not supported".
 _RTX_CANNOT: dict[Precision, frozenset[str]] = {
     "fp32": frozenset({"sm75"}),
     "fp16": frozenset(),
     "int8": frozenset({"sm75"}),
 }
 
+_BYTES_PER_WEIGHT: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+# The most and the least of a plan's size over its weights': kernels, tables and padding beside them, and what
+# is left out because it is zero or folded away. In int8, biases and scales stay in float32.
+_MOST, _MOST_INT8, _LEAST = 1.1, 1.4, 0.9
+_OVERHEAD_BYTES = 12 * 2**20
+
 
 class BuildError(RuntimeError):
     """TensorRT refused the network; carries the parser's or the builder's messages."""
 
     exit_code = 1
+
+
+def add_engine(folder: Path, manifest: Manifest, max_batch: int, options: EngineOptions) -> Manifest:
+    """Build the engine of the ONNX file in a folder, beside it, and check its size.
+
+    Args:
+        folder: of a bundle that is being written.
+        manifest: describes the other files.
+        max_batch: largest batch that the engine takes.
+        options: see `EngineOptions`.
+    Returns:
+        The manifest with the engine, without a report.
+    Raises:
+        UserError, BuildError: see `build_engine`.
+        GateError: see `check_plan_size`.
+    """
+    path = folder / ENGINE_NAME
+    engine = build_engine(
+        folder / ONNX_NAME,
+        path,
+        checkpoint_sha256=manifest.checkpoint.sha256,
+        crop_px=manifest.preprocessing.crop_px,
+        max_batch=max_batch,
+        precision=manifest.precision,
+        options=options,
+    )
+    check_plan_size(path, manifest.precision_check, manifest.precision)
+    files = {**manifest.files, **measure_files(folder, (ENGINE_NAME,))}
+    return replace(
+        manifest,
+        format="trt",
+        max_batch=max_batch,
+        files=dict(sorted(files.items())),
+        engine=engine,
+        report=None,
+        rebuild=None,
+    )
 
 
 def build_engine(
@@ -57,48 +102,56 @@ def build_engine(
     Args:
         onnx_path: the model, with the input that the bundle describes.
         engine_path: where the plan goes.
-        checkpoint_sha256: stored in the plan as a part of the network's name, for whoever loads it.
+        checkpoint_sha256: stored in the plan as a part of the network's name, and compared when it is loaded.
         crop_px: side of the images, in pixels.
         max_batch: largest batch that the engine takes.
         precision: of the ONNX file.
         options: see `EngineOptions`.
     Returns:
-        What was built, for the manifest.
+        The engine's description, for the manifest.
     Raises:
-        UserError: no TensorRT can build here, or not so.
+        UserError: no TensorRT can build here, or not with these options.
         BuildError: the library refused the model; with its messages.
     """
     options = options or EngineOptions()
     scan = scan_gpus()
     chosen = choose_builder(tensorrt_versions(), scan, options.gpus)
-    if options.timing_cache is not None and chosen.library == "tensorrt_rtx":
+    ahead_of_time = chosen.library == "tensorrt_rtx"
+    if options.timing_cache is not None and ahead_of_time:
         raise UserError(
             "--timing-cache is for tensorrt, and the engine is built with tensorrt_rtx, which times nothing "
             "while it builds; what it compiles on a GPU is kept in the user's cache"
         )
-    trt = importlib.import_module(chosen.library)
     started = time.monotonic()
-    build = _Build(trt, precision)
-    plan, engine = build.run(chosen, onnx_path, f"alexnet {checkpoint_sha256}", crop_px, max_batch, options)
+    build = _Build(importlib.import_module(chosen.library), precision)
+    build.parse(onnx_path, f"alexnet {checkpoint_sha256}")
+    batches = profile_batches(max_batch, options.tuned_batch)
+    build.set_batches(batches, crop_px)
+    gpus = build.set_gpus(chosen.gpus) if ahead_of_time else chosen.gpus
+    plan = build.run(options)
     engine_path.write_bytes(plan)
-    seconds = time.monotonic() - started
-    gpus = ", ".join(engine.gpus)
     log.info(
-        "%s %s built %s, %.0f MB in %.1f s; loads on %s",
-        *(engine.library, engine.version, chosen.note, len(plan) / 1e6, seconds, gpus),
+        "%s built %s, %.0f MB in %.1f s; loads on %s",
+        *(build.who, chosen.note, len(plan) / 1e6, time.monotonic() - started, ", ".join(gpus)),
     )
-    if chosen.library == "tensorrt_rtx":
-        missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(trt))))
+    if ahead_of_time:
+        missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(build.trt))))
         without = f" and, in {precision}, on {missing}" if missing else ""
         log.info(
             "TensorRT-RTX engines do not load on Hopper (sm90)%s: there, build with alexnet[trt]", without
         )
-        return engine
-    return replace(engine, built_on=scan.gpus[0].name)
+    return Engine(
+        library=chosen.library,
+        version=build.trt.__version__,
+        gpus=gpus,
+        profile_batches=batches,
+        builder_level=int(build.config.builder_optimization_level),
+        built_on="" if ahead_of_time else scan.gpus[0].name,
+    )
 
 
 class _Build:
-    """One build: the library's objects, and the messages that it leaves."""
+    """One build: the library's objects, and the messages that it logs."""
 
     def __init__(self, trt: Any, precision: Precision) -> None:
         self.trt, self.precision = trt, precision
@@ -108,63 +161,44 @@ class _Build:
         self.builder = trt.Builder(self.logger)
         self.config = self.builder.create_builder_config()
 
-    def run(
-        self,
-        chosen: Builder,
-        onnx_path: Path,
-        name: str,
-        crop_px: int,
-        max_batch: int,
-        options: EngineOptions,
-    ) -> tuple[memoryview, Engine]:
-        """The serialised plan, and what it is."""
-        trt, config = self.trt, self.config
-        network = self._parse(onnx_path)
-        network.name = name
-        if hasattr(trt.BuilderFlag, "TF32"):
-            config.clear_flag(trt.BuilderFlag.TF32)
-        batches = profile_batches(max_batch, options.tuned_batch)
-        profile = self.builder.create_optimization_profile()
-        profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
-        if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"{self.who} refuses batches of {batches}: {_words(self.messages)}")
-        if options.builder_level is not None:
-            config.builder_optimization_level = options.builder_level
-        gpus = chosen.gpus
-        if chosen.library == "tensorrt_rtx":
-            gpus = self._target(gpus)
-        cache = None
-        if options.timing_cache is not None:
-            cache = self.attach_timing_cache(options.timing_cache)
-        plan = self.builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildError(f"{self.who} cannot build the engine: {_words(self.messages)}")
-        if cache is not None and options.timing_cache is not None:
-            write_atomic(options.timing_cache, bytes(memoryview(cache.serialize())))
-        for message in self.messages:
-            log.warning("%s: %s", trt.__name__, message)
-        return memoryview(plan), Engine(
-            library=chosen.library,
-            version=trt.__version__,
-            gpus=gpus,
-            profile_batches=batches,
-            builder_level=int(config.builder_optimization_level),
-        )
-
-    def _parse(self, onnx_path: Path) -> Any:
-        """The network that an ONNX file describes."""
+    def parse(self, onnx_path: Path, name: str) -> None:
+        """Parse an ONNX file into the network to build."""
         flags = self.trt.NetworkDefinitionCreationFlag
         # TensorRT 11 has no other networks and may drop the flag.
         strongly_typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-        network = self.builder.create_network(strongly_typed)
-        parser = self.trt.OnnxParser(network, self.logger)
+        self.network = self.builder.create_network(strongly_typed)
+        parser = self.trt.OnnxParser(self.network, self.logger)
         if not parser.parse(onnx_path.read_bytes()):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise BuildError(f"{self.who} cannot parse the model: {_words(errors or self.messages)}")
-        return network
+        self.network.name = name
 
-    def _target(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
-        """Set the GPUs that TensorRT-RTX builds for: those wanted, or all that it offers."""
+    def set_batches(self, batches: tuple[int, int, int], crop_px: int) -> None:
+        """Add the optimisation profile: the smallest, the tuned and the largest batch."""
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape(INPUT_NAME, *((batch, crop_px, crop_px, 3) for batch in batches))
+        if self.config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{self.who} refuses batches of {batches}: {_words(self.messages)}")
+
+    def run(self, options: EngineOptions) -> memoryview:
+        """Build the network; returns the serialised plan."""
+        if hasattr(self.trt.BuilderFlag, "TF32"):
+            self.config.clear_flag(self.trt.BuilderFlag.TF32)
+        if options.builder_level is not None:
+            self.config.builder_optimization_level = options.builder_level
+        path = options.timing_cache
+        cache = None if path is None else self.attach_timing_cache(path)
+        plan = self.builder.build_serialized_network(self.network, self.config)
+        if plan is None:
+            raise BuildError(f"{self.who} cannot build the engine: {_words(self.messages)}")
+        if path is not None and cache is not None:
+            write_atomic(path, bytes(memoryview(cache.serialize())))
+        for message in self.messages:
+            log.warning("%s: %s", self.trt.__name__, message)
+        return memoryview(plan)
+
+    def set_gpus(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Set the GPUs that TensorRT-RTX builds for, the wanted ones or all that it offers; returns them."""
         offered = tuple(gpu for gpu in _offered(self.trt) if gpu not in _RTX_CANNOT[self.precision])
         gpus = wanted or offered
         if unknown := sorted(set(gpus) - set(offered)):
@@ -181,7 +215,7 @@ class _Build:
         return gpus
 
     def attach_timing_cache(self, path: Path) -> Any:
-        """The timing cache of this build: that of the file, or an empty one where there is no file.
+        """Attach the timing cache in a file, or an empty one where there is no file; returns the cache.
 
         Raises:
             UserError: a file that is no timing cache of this library, version and GPU.
@@ -189,7 +223,7 @@ class _Build:
         content = path.read_bytes() if path.exists() else b""
         num_before = len(self.messages)
         cache = self.config.create_timing_cache(content)
-        # Of a file that it cannot use, the library makes an empty cache and a warning.
+        # For a file that it cannot use, the library creates an empty cache and logs a warning.
         usable = cache is not None and len(self.messages) == num_before
         if not usable or not self.config.set_timing_cache(cache, False):
             why = _words(self.messages[num_before:])
@@ -197,6 +231,27 @@ class _Build:
                 f"--timing-cache {path}: not one of {self.who} for this GPU; name another file ({why})"
             )
         return cache
+
+
+def check_plan_size(path: Path, check: PrecisionCheck, precision: Precision) -> None:
+    """Compare a plan's size with its weights': in another precision it is twice or half as large.
+
+    Args:
+        path: the plan.
+        check: of the ONNX file that it was built from; it counts the weights.
+        precision: the one that the plan should have.
+    Raises:
+        GateError: it is too large or too small for the precision.
+    """
+    nominal = _BYTES_PER_WEIGHT[precision] * sum(check.num_values.values())
+    most = nominal * (_MOST_INT8 if precision == "int8" else _MOST) + _OVERHEAD_BYTES
+    size = path.stat().st_size
+    if not nominal * _LEAST <= size <= most:
+        what = "much" if size > most else "little"
+        raise GateError(
+            f"gate: {path.name} has {size / 1e6:.0f} MB, too {what} for weights in {precision} "
+            f"({nominal * _LEAST / 1e6:.0f} to {most / 1e6:.0f} MB); nothing was shipped"
+        )
 
 
 def _offered(trt: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""A bundle as a model of Triton Inference Server: `config.pbtxt`, the labels, and the file as it is.
+"""Write bundles as models of Triton Inference Server: `config.pbtxt`, the labels, and the model file.
 
     DIR/alexnet_fp32_onnx/config.pbtxt  labels.txt  1/model.onnx
     DIR/alexnet_fp32_trt/config.pbtxt   labels.txt  1/model.plan
@@ -9,18 +9,18 @@ Source: Triton Inference Server, `model_config.proto`, "Model Configuration" and
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import fsync_path, sha256_of
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import fsync_path
 from data_pipeline.common.text import visible
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import ENGINE_NAME, INPUT_NAME, ONNX_NAME, OUTPUT_NAME, Format, Manifest, Precision
+from infer.bundle.manifest import Manifest
+from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, OUTPUT_NAME, Format, Precision
+from infer.bundle.write import copy_files, staging_folder, sync_files
 
-LABELS_NAME = "labels.txt"
+LABELS_NAME, CONFIG_NAME = "labels.txt", "config.pbtxt"
 _TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 # By format: the bundle's file, Triton's usual name for it, its backend and its platform.
 _KINDS: dict[Format, tuple[str, str, str, str]] = {
@@ -35,10 +35,10 @@ def model_name(format: Format, precision: Precision) -> str:
 
 
 def check_repository(root: Path, formats: Iterable[Format], precision: Precision) -> None:
-    """Refuse to write over anything that is there.
+    """Refuse to write over an existing model.
 
     Raises:
-        UserError: with what stands in the way.
+        UserError: a model of that name exists, or `root` is no folder.
     """
     if root.exists() and not root.is_dir():
         raise UserError(f"--triton {root} is not a folder")
@@ -52,7 +52,7 @@ def check_engine(library: str) -> None:
     """Refuse an engine that Triton's TensorRT backend, which links TensorRT itself, cannot load.
 
     Raises:
-        UserError: says what to do instead.
+        UserError: it is of TensorRT-RTX; the message names the alternatives.
     """
     if library == "tensorrt_rtx":
         raise UserError(
@@ -65,12 +65,12 @@ def write_repository(root: Path, bundles: Mapping[Format, Bundle]) -> list[Path]
     """Write bundles as models of a Triton model repository; each appears whole or not at all.
 
     Args:
-        root: the repository; made where it is not there, and kept where it has other models.
-        bundles: verified bundles, by the format that is wanted of each.
+        root: the repository; created if missing, and left with its other models.
+        bundles: verified bundles, by the format to write of each.
     Returns:
         The models' folders.
     Raises:
-        UserError: a model of that name is there, or an engine that Triton cannot load.
+        UserError: a model of that name exists, or an engine that Triton cannot load.
         CorruptFileError: a bundle that changed while it was copied.
     """
     for format, bundle in bundles.items():
@@ -86,31 +86,25 @@ def _write_model(root: Path, format: Format, bundle: Bundle) -> Path:
     manifest = bundle.manifest
     source, name, _, _ = _KINDS[format]
     target = root / model_name(format, manifest.precision)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=root))
-    try:
-        (staging / "1").mkdir()
-        shutil.copyfile(bundle.folder / source, staging / "1" / name)
-        if sha256_of(staging / "1" / name) != manifest.files[source].sha256:
-            raise CorruptFileError(f"{bundle.folder / source} changed while it was copied")
+    with staging_folder(target) as staging:
+        version = staging / "1"
+        version.mkdir()
+        copy_files(bundle, (source,), version)
+        (version / source).rename(version / name)
         (staging / LABELS_NAME).write_text("".join(f"{visible(label)}\n" for label in manifest.class_labels))
-        (staging / "config.pbtxt").write_text(config_text(manifest, format))
-        for file in (staging / "1" / name, staging / LABELS_NAME, staging / "config.pbtxt"):
-            file.chmod(0o644)
-            fsync_path(file)
-        staging.chmod(0o755)
+        (staging / CONFIG_NAME).write_text(config_text(manifest, format))
+        sync_files(version, (name,))
+        sync_files(staging, (LABELS_NAME, CONFIG_NAME))
         staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     fsync_path(root)
     return target
 
 
 def config_text(manifest: Manifest, format: Format) -> str:
-    """`config.pbtxt` of a bundle: its tensors, its largest batch, and dynamic batching.
+    """Format `config.pbtxt` of a bundle: its tensors, its largest batch, and dynamic batching.
 
-    An engine's batches are those of its optimisation profile, and requests are gathered up to the one that
-    it is tuned for. ONNX Runtime has no such batch, so there Triton's own rule holds.
+    An engine's batches are those of its optimisation profile, and requests are gathered up to the batch that
+    it is tuned for. ONNX Runtime has no such batch, so Triton's default applies there.
 
     Args:
         manifest: of the bundle.
@@ -161,10 +155,10 @@ output [
 
 
 def _dims(shape: tuple[int | str, ...]) -> str:
-    """The dimensions behind the batch."""
+    """The dimensions without the batch."""
     return ", ".join(str(size) for size in shape[1:])
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format; ASCII, in which JSON's escapes are the same."""
+    """Quote a string for protobuf's text format; ASCII, in which JSON's escapes are the same."""
     return json.dumps(text.encode("ascii", "backslashreplace").decode())

@@ -11,7 +11,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import MANIFEST_NAME
+from infer.bundle.schema import MANIFEST_NAME
 
 log = logging.getLogger("infer")
 

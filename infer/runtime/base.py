@@ -1,4 +1,4 @@
-"""The interface that every runtime has, and the check of a batch that they share."""
+"""The interface of every runtime, and the check of a batch that they share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 
 class InferenceBackend(Protocol):
-    """A loaded model. `run` is for one thread at a time; `close` gives back what it holds.
+    """A loaded model. `run` is for one thread at a time; `close` frees what it holds.
 
     Attributes:
         name: `onnx` or `trt`.
-        provider: who computes, e.g. `ONNX Runtime 1.31.1 CPUExecutionProvider`.
+        provider: the library that computes, e.g. `ONNX Runtime 1.31.1 CPUExecutionProvider`.
         device: `cpu`, or the GPU's name.
-        precision: as the bundle says.
+        precision: of the bundle.
         max_batch: most images that one `run` takes.
     """
 
@@ -30,7 +30,7 @@ class InferenceBackend(Protocol):
         ...
 
     def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """As `run`, for contiguous images in the memory of the model's own device."""
+        """Like `run`, for contiguous images in the memory of the model's own device."""
         ...
 
     def close(self) -> None:
@@ -38,11 +38,7 @@ class InferenceBackend(Protocol):
         ...
 
 
-def check_batch(images_NHWC: NDArray[np.uint8], max_batch: int) -> None:
+def check_batch(count: int, max_batch: int) -> None:
     """Raise ValueError for a batch that is empty or above the bundle's limit: it is never cut silently."""
-    _check_count(len(images_NHWC), max_batch)
-
-
-def _check_count(count: int, max_batch: int) -> None:
     if not 1 <= count <= max_batch:
         raise ValueError(f"a batch of {count}; the model takes 1 to {max_batch}")

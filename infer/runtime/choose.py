@@ -1,6 +1,6 @@
-"""Running a bundle: one Protocol, ONNX Runtime and TensorRT behind it, and the choice between them.
+"""Choose between ONNX Runtime and TensorRT, CPU and GPU, for a bundle on this machine.
 
-What was asked for is what runs, or it is a `UserError`; what `auto` chose, and why, is said in a sentence.
+A runtime or device that was asked for is used, or it is a `UserError`; a sentence explains `auto`'s choice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DISTRIBUTIONS = {
 
 
 class Choice(NamedTuple):
-    """A backend that runs, and the sentence that says which and why."""
+    """A loaded backend, and the sentence that names it and why it was chosen."""
 
     backend: InferenceBackend
     sentence: str
@@ -35,9 +35,9 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run a model on.
+    """The GPUs and runtimes of a machine.
 
-    Args:
+    Attributes:
         scan: GPUs, as the driver shows them.
         tensorrt: versions of the TensorRT libraries that are installed, by import name; none without a GPU.
         cuda_provider: whether ONNX Runtime was built with its CUDA provider.
@@ -49,16 +49,21 @@ class Machine:
 
 
 class Decision(NamedTuple):
-    """What to run on what, and why; pure, made from the manifest and the machine alone."""
+    """The runtime and device to use, and why; made from the manifest and the machine alone.
+
+    Attributes:
+        skips_engine: whether `why` is the reason that the bundle's engine is not used.
+    """
 
     runtime: Literal["onnx", "trt"]
     device: Literal["cpu", "cuda"]
     why: str
+    skips_engine: bool = False
 
 
 @lru_cache(maxsize=1)
 def probe_machine() -> Machine:
-    """Look at this machine. Loads ONNX Runtime, but no TensorRT; without a GPU none is looked for."""
+    """Examine this machine. Loads ONNX Runtime, but no TensorRT; without a GPU, TensorRT is not searched."""
     import onnxruntime
 
     scan = scan_gpus()
@@ -87,7 +92,7 @@ def tensorrt_versions() -> dict[str, str]:
 
 
 def why_no_engine(bundle: Bundle, machine: Machine) -> str | None:
-    """The reason why a bundle's engine cannot run here, or None if nothing speaks against it."""
+    """The reason why a bundle's engine cannot run here, or None if none is known."""
     engine = bundle.manifest.engine
     if engine is None:
         return "the bundle holds no engine"
@@ -106,16 +111,23 @@ def why_no_engine(bundle: Bundle, machine: Machine) -> str | None:
     return None
 
 
+def why_no_cuda(machine: Machine) -> str | None:
+    """The reason why ONNX Runtime cannot use a GPU here, or None if none is known."""
+    if not machine.scan.gpus:
+        return machine.scan.reason or "there is no GPU"
+    if not machine.cuda_provider:
+        return "this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    return None
+
+
 def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Machine) -> Decision:
     """Choose the runtime and the device.
 
     Raises:
-        UserError: what was asked for cannot be had here; says why.
+        UserError: what was asked for cannot be had here, with the reason.
     """
     no_engine = why_no_engine(bundle, machine)
-    no_cuda = machine.scan.reason if not machine.scan.gpus else None
-    if not no_cuda and not machine.cuda_provider:
-        no_cuda = "this ONNX Runtime has no CUDA provider (install onnxruntime-gpu)"
+    no_cuda = why_no_cuda(machine)
     if backend == "trt":
         if device == "cpu":
             raise UserError("--backend trt with --device cpu: a TensorRT engine runs on a GPU only")
@@ -127,21 +139,26 @@ def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Ma
         return Decision("trt", "cuda", "as asked")
     if backend == "auto" and device != "cpu" and not no_engine:
         return Decision("trt", "cuda", "its engine fits this GPU")
-    about_engine = f"not its engine, since {no_engine}" if bundle.manifest.engine and no_engine else ""
     if device == "cuda":
         if no_cuda:
             raise UserError(f"--device cuda cannot be had: {no_cuda}")
         return Decision("onnx", "cuda", "as asked")
-    if device == "cpu" or no_cuda:
-        reason = "as asked" if device == "cpu" else f"{no_cuda}"
-        return Decision("onnx", "cpu", reason if backend == "onnx" else about_engine or reason)
-    return Decision("onnx", "cuda", about_engine or "the fastest there is for it here")
+    runs_on: Literal["cpu", "cuda"] = "cpu" if device == "cpu" or no_cuda else "cuda"
+    if bundle.manifest.engine and no_engine and not (runs_on == "cpu" and backend == "onnx"):
+        return _without_engine(runs_on, no_engine)
+    if device == "cpu":
+        return Decision("onnx", "cpu", "as asked")
+    return Decision("onnx", runs_on, no_cuda or "the fastest there is for it here")
+
+
+def _without_engine(device: Literal["cpu", "cuda"], reason: str) -> Decision:
+    return Decision("onnx", device, f"not its engine, since {reason}", skips_engine=True)
 
 
 def choose_backend(
     bundle: Bundle, *, backend: BackendName = "auto", device: DeviceName = "auto", threads: int = 0
 ) -> Choice:
-    """Load a bundle with what was asked for, or with the best there is here.
+    """Load a bundle with what was asked for, or with the fastest that works here.
 
     Args:
         backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
@@ -152,27 +169,25 @@ def choose_backend(
         CorruptFileError: a file of the bundle that does not belong to its manifest.
     """
     decision = decide(bundle, backend, device, probe_machine())
-    why = decision.why
     if decision.runtime == "trt":
         from infer.runtime.tensorrt import TensorRTBackend
 
         try:
-            return _say(TensorRTBackend(bundle), why)
+            return _choice(TensorRTBackend(bundle), decision.why)
         except UserError as error:
             if backend == "trt":
                 raise
-            why = f"not its engine, since {error}"
-            decision = decide(bundle, "onnx", device, probe_machine())
+            decision = _without_engine(decide(bundle, "onnx", device, probe_machine()).device, str(error))
+    why = decision.why
     if decision.device == "cuda":
         try:
-            return _say(OnnxBackend(bundle, "cuda", threads=threads), why)
+            return _choice(OnnxBackend(bundle, "cuda", threads=threads), why)
         except UserError as error:
             if device == "cuda":
                 raise
-            why = f"{why}; {error}" if why.startswith("not its engine") else str(error)
-    return _say(OnnxBackend(bundle, "cpu", threads=threads), why)
+            why = f"{why}; {error}" if decision.skips_engine else str(error)
+    return _choice(OnnxBackend(bundle, "cpu", threads=threads), why)
 
 
-def _say(backend: InferenceBackend, why: str) -> Choice:
-    what = f"{backend.provider}, {backend.precision}, on {backend.device}"
-    return Choice(backend, f"{what} ({why})")
+def _choice(backend: InferenceBackend, why: str) -> Choice:
+    return Choice(backend, f"{backend.provider}, {backend.precision}, on {backend.device} ({why})")

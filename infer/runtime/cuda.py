@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ _NON_BLOCKING = 1
 
 
 class CudaError(RuntimeError):
-    """A call of the driver that failed, with its name and the driver's own words."""
+    """A call of the driver that failed, with its name and the driver's reason."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuScan:
-    """The GPUs there are, or the reason why there are none."""
+    """The GPUs of this machine, or the reason why there are none; `driver`: its CUDA version, like `13.0`."""
 
     gpus: tuple[Gpu, ...]
     driver: str | None
@@ -61,7 +60,7 @@ class _Driver:
             raise CudaError(f"{name}: {words} (CUDA error {status})")
 
     def integer(self, name: str, *arguments: Any) -> int:
-        """The number that a query writes through its first argument."""
+        """Call a query, and return the number that it writes through its first argument."""
         value = ctypes.c_int()
         self.call(name, ctypes.byref(value), *arguments)
         return value.value
@@ -94,7 +93,7 @@ def _describe(driver: _Driver, index: int) -> Gpu:
 
 
 class CudaSession:
-    """A GPU's primary context, one stream, and the memory taken through it; `close` gives all of it back.
+    """A GPU's primary context, one stream, and the memory allocated through it; `close` frees all of it.
 
     Args:
         index: which of `scan_gpus().gpus`.
@@ -171,11 +170,3 @@ class CudaSession:
             self._driver.call("cuStreamDestroy_v2", self._stream)
         self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
         self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
-
-    def __enter__(self) -> CudaSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,7 +1,9 @@
-"""ONNX Runtime, on a CPU or a CUDA device."""
+"""ONNX Runtime behind the `InferenceBackend` protocol, on a CPU or a CUDA device."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +13,9 @@ from numpy.typing import NDArray
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.machine import usable_cores
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import INPUT_NAME, OUTPUT_NAME
-from infer.bundle.metadata import foreign_metadata
-from infer.runtime.base import _check_count, check_batch
+from infer.bundle.metadata import metadata_mismatch
+from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME
+from infer.runtime.base import check_batch
 from infer.runtime.cuda import scan_gpus
 
 
@@ -24,10 +26,10 @@ class OnnxBackend:
         bundle: a verified bundle.
         device: `cpu`, or `cuda` for the first GPU.
         threads: of the CPU provider; 0 lets ONNX Runtime take one for each core this process may use.
-        file: which ONNX file of the bundle; None for the one that is meant for the device.
+        file: which ONNX file of the bundle; None for the one in the form for the device.
     Raises:
         UserError: the model cannot be loaded, or the CUDA provider not used, with ONNX Runtime's reason.
-        CorruptFileError: the labels or the preprocessing in the model are not those of the manifest.
+        CorruptFileError: the metadata in the model disagree with the manifest.
     """
 
     name = "onnx"
@@ -47,16 +49,16 @@ class OnnxBackend:
         self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
         self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
         self._memory = device
-        if strange := foreign_metadata(self._session.get_modelmeta().custom_metadata_map, manifest):
-            raise CorruptFileError(f"{path} has {strange} than its bundle.json says")
+        if mismatch := metadata_mismatch(self._session.get_modelmeta().custom_metadata_map, manifest):
+            raise CorruptFileError(f"{path} has {mismatch} than its bundle.json says")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        check_batch(images_NHWC, self.max_batch)
+        check_batch(len(images_NHWC), self.max_batch)
         probabilities_NC: NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: images_NHWC})[0]
         return probabilities_NC
 
     def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        _check_count(shape[0], self.max_batch)
+        check_batch(shape[0], self.max_batch)
         binding = self._session.io_binding()
         binding.bind_input(INPUT_NAME, self._memory, 0, np.uint8, shape, address)
         binding.bind_output(OUTPUT_NAME)
@@ -69,15 +71,12 @@ class OnnxBackend:
 
 
 def _make_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> Any:
-    import contextlib
-    import io
-
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Between batches its threads would wait by computing, on the cores that decode.
+    # Its threads would else spin between batches, on the cores that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     if device == "cpu":
@@ -89,20 +88,20 @@ def _make_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> A
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # TF32 keeps 10 bits of the mantissa: it is not the fp32 that the bundle promises.
     provider = ("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"})
-    chatter = io.StringIO()
+    printed = io.StringIO()
     # Errors come as exceptions, too: one line is enough.
     options.log_severity_level = 4
     onnxruntime.set_default_logger_severity(4)
     try:
-        with contextlib.redirect_stdout(chatter):  # preload_dlls prints what it misses
+        with contextlib.redirect_stdout(printed):  # preload_dlls prints what it misses
             onnxruntime.preload_dlls()
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions share no base but this
         if "fallback to CPU" in str(error):
-            # What it says when its CUDA provider could not be loaded at all.
+            # Its message when the CUDA provider could not be loaded at all.
             needs = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
             raise UserError(f"ONNX Runtime cannot load CUDA or cuDNN: {needs}") from error
-        reason = f"{chatter.getvalue()} {error}".strip().splitlines()[0]
+        reason = f"{printed.getvalue()} {error}".strip().splitlines()[0]
         raise UserError(f"ONNX Runtime cannot use the GPU: {reason}") from error
     finally:
         onnxruntime.set_default_logger_severity(2)

@@ -1,7 +1,7 @@
-"""What TensorRT-RTX compiled for a GPU, kept for the next process that runs the same engine there.
+"""Keep the kernels that TensorRT-RTX compiled for a GPU, for the next process that runs the engine there.
 
-TensorRT-RTX compiles an engine's kernels where it first runs, and has no timing cache: this is what it has
-instead. The library itself holds a file against the GPU, the driver and its own version before it uses it.
+TensorRT-RTX compiles an engine's kernels where it first runs; it has this cache in place of a timing cache.
+The library itself compares a file with the GPU, the driver and its own version before it uses it.
 `RuntimeCache` needs a GPU.
 
 Source: TensorRT-RTX, `IRuntimeConfig.create_runtime_cache`, `IRuntimeCache.deserialize`.
@@ -19,7 +19,7 @@ log = logging.getLogger("infer")
 
 
 def cache_path(engine_sha256: str, version: str, architecture: str) -> Path | None:
-    """The file for an engine, a version of the library and a kind of GPU; None for a user without a home."""
+    """The file for an engine, a library version and a GPU architecture; None for a user without a home."""
     name = f"{engine_sha256[:32]}-{version}-{architecture}.bin"
     try:
         return user_cache() / "tensorrt-rtx" / name
@@ -49,7 +49,7 @@ class RuntimeCache:
         self.context = engine.create_execution_context(self._config)
 
     def save(self) -> None:
-        """Keep what was compiled since, if anything was."""
+        """Write the cache if anything was compiled since it was read."""
         blob = self._cache.serialize()
         content = b"" if blob is None else bytes(memoryview(blob))
         if self._path is None or not content or content == self._stored:

@@ -1,4 +1,4 @@
-"""A TensorRT engine behind the `InferenceBackend` protocol. Everything in here needs a GPU."""
+"""A TensorRT engine behind the `InferenceBackend` protocol; running it needs a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,29 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME
+from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME
 from infer.runtime.base import check_batch
 from infer.runtime.cuda import CudaError, CudaSession, scan_gpus
 from infer.runtime.rtx_cache import RuntimeCache, cache_path
-from infer.runtime.tensorrt_log import make_logger
+
+
+def make_logger(trt: Any, messages: list[str]) -> Any:
+    """A TensorRT logger that collects warnings and errors, and writes nothing to the terminal.
+
+    Args:
+        trt: the library, `tensorrt` or `tensorrt_rtx`.
+        messages: receives one line a message, the latest last.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.WARNING:
+                messages.append(" ".join(message.split()))
+
+    return Logger()
 
 
 class TensorRTBackend:
@@ -23,8 +41,8 @@ class TensorRTBackend:
     Args:
         bundle: a verified bundle with an engine.
     Raises:
-        UserError: this machine cannot load the engine, in the library's words.
-        CorruptFileError: the engine was built from another checkpoint than the manifest says.
+        UserError: this machine cannot load the engine, with the library's reason.
+        CorruptFileError: the engine was built from another checkpoint than the manifest names.
     """
 
     name = "trt"
@@ -50,7 +68,7 @@ class TensorRTBackend:
             raise
 
     def _load(self, trt: Any, plan: bytes, bundle: Bundle) -> None:
-        """Deserialise, check the contract, and take the buffers."""
+        """Deserialise the plan, compare it with the manifest, and allocate the buffers."""
         manifest = bundle.manifest
         self._runtime = trt.Runtime(make_logger(trt, self._messages))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -77,8 +95,8 @@ class TensorRTBackend:
                 raise RuntimeError(f"TensorRT refused the buffer of {name}: {self._reason()}")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        check_batch(images_NHWC, self.max_batch)
         n = len(images_NHWC)
+        check_batch(n, self.max_batch)
         self._cuda.activate()
         self._images[:n] = images_NHWC
         self._cuda.copy_in(self._images_gpu, self._images[:n])
@@ -111,10 +129,10 @@ class TensorRTBackend:
 
 
 def load_for_gate(bundle: Bundle) -> TensorRTBackend:
-    """The engine of a draft bundle, on the GPU that it was built for.
+    """Load the engine of a draft bundle on the GPU that it was built for.
 
     Raises:
-        GateError: it does not load, though everything says that it should.
+        GateError: it does not load, though its manifest fits this machine.
     """
     try:
         return TensorRTBackend(bundle)
@@ -122,11 +140,11 @@ def load_for_gate(bundle: Bundle) -> TensorRTBackend:
         raise GateError(f"gate: the engine should run on this GPU and does not: {error}") from error
 
 
-def library_says(bundle: Bundle) -> str | None:
-    """What the library makes of a plan before it loads it: `valid`, `suboptimal`, or `invalid (why)`.
+def engine_validity(bundle: Bundle) -> str | None:
+    """The library's verdict on a plan before it is loaded: `valid`, `suboptimal`, or `invalid (why)`.
 
     Returns:
-        None for `tensorrt`, which only says so by loading; `tensorrt_rtx` can be asked, without a GPU too.
+        None for `tensorrt`, which has no such query; `tensorrt_rtx` has one that needs no GPU.
     """
     facts, path = bundle.manifest.engine, bundle.engine_path
     assert facts is not None and path is not None
@@ -140,7 +158,7 @@ def library_says(bundle: Bundle) -> str | None:
 
 
 def check_contract(engine: Any, bundle: Bundle) -> None:
-    """Hold an engine against its manifest: tensor names, types, and the optimisation profile.
+    """Compare an engine with its manifest: tensor names, types, and the optimisation profile.
 
     Raises:
         CorruptFileError: they differ.

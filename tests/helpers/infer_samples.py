@@ -11,24 +11,20 @@ import torch
 
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.demo import write_demo
+from infer.bundle.gate_report import LIMITS, Agreement, GateReport
 from infer.bundle.load import Bundle, load_bundle
-from infer.bundle.manifest import (
-    LIMITS,
+from infer.bundle.manifest import DIGEST_KEY, SCHEMA_VERSION, Manifest, encode_manifest, manifest_digest
+from infer.bundle.schema import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
-    SEAL,
-    Agreement,
     Engine,
     FileEntry,
-    GateReport,
-    Manifest,
+    Format,
     Origin,
-    encode_manifest,
+    PrecisionCheck,
     image_input,
     probability_output,
-    seal_text,
 )
-from infer.export.pipeline import export_model
+from infer.export.pipeline import export_models
 from infer.predict.inputs import find_inputs
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
@@ -92,6 +88,11 @@ def exported(base: Path) -> Bundle:
     return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
 
 
+def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:
+    """Export a checkpoint in one format, with the options of `export_models`."""
+    return export_models(checkpoint, (format,), **options)[format]
+
+
 def tiny_manifest(**changes: object) -> Manifest:
     """A manifest that is consistent in itself, without files behind it."""
     agreement = Agreement(
@@ -115,6 +116,9 @@ def tiny_manifest(**changes: object) -> Manifest:
         files={"model.onnx": FileEntry(sha256="0" * 64, size_bytes=0)},
         checkpoint=Origin(sha256="1" * 64, step=7, epoch=1, recipe="demo", model="paper"),
         versions={},
+        precision_check=PrecisionCheck(
+            computed_in={}, num_values={}, num_quantize=0, num_dequantize=0, opset=20, ir_version=10
+        ),
         report=GateReport(
             data="digits",
             split="val",
@@ -136,7 +140,14 @@ def with_engine(
     """The tiny manifest in format `trt`."""
     nothing = FileEntry(sha256="0" * 64, size_bytes=0)
     engine = msgspec.convert(
-        {"library": library, "version": version, "gpus": gpus, "profile_batches": (1, 8, 8)}, Engine
+        {
+            "library": library,
+            "version": version,
+            "gpus": gpus,
+            "profile_batches": (1, 8, 8),
+            "builder_level": 3,
+        },
+        Engine,
     )
     report = tiny_manifest().report
     assert report is not None
@@ -165,15 +176,8 @@ def write_tiny(
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
-    """Change keys of a manifest and seal it again, as somebody would who knows how."""
-    plain = unseal_manifest(folder, **changes)
-    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode({**plain, SEAL: seal_text(plain)}))
-
-
-def unseal_manifest(folder: Path, **changes: object) -> dict[str, Any]:
-    """Change keys of a manifest (`...` removes one) and take its seal away; returns what is in it now."""
+    """Change keys of a manifest and its digest with them, as somebody would who knows how."""
     path = folder / MANIFEST_NAME
     plain = {**msgspec.json.decode(path.read_bytes(), type=dict[str, Any]), **changes}
-    plain = {key: value for key, value in plain.items() if value is not ... and key != SEAL}
-    path.write_bytes(msgspec.json.encode(plain))
-    return plain
+    plain.pop(DIGEST_KEY, None)
+    path.write_bytes(msgspec.json.encode({**plain, DIGEST_KEY: manifest_digest(plain)}))

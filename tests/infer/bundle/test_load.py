@@ -11,7 +11,8 @@ import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.bundle.load import find_bundle, load_bundle
-from infer.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION
+from infer.bundle.manifest import SCHEMA_VERSION
+from infer.bundle.schema import MANIFEST_NAME
 from infer.bundle.write import measure_files, staging_folder, write_bundle
 from tests.helpers.infer_samples import edit_manifest, tiny_manifest, write_tiny
 
@@ -112,10 +113,10 @@ def test_manifest_that_is_not_json_or_too_large_is_refused(
         load_bundle(folder)
 
 
-def test_newer_schema_is_the_users_to_solve(tmp_path: Path) -> None:
+def test_another_schema_is_the_users_to_solve(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "b")
     edit_manifest(folder, schema_version=SCHEMA_VERSION + 1, something_new=True)
-    with pytest.raises(UserError, match="upgrade alexnet"):
+    with pytest.raises(UserError, match="export the checkpoint again"):
         load_bundle(folder)
 
 

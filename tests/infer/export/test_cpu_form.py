@@ -8,48 +8,39 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
-from onnx.reference import ReferenceEvaluator
+import torch
 
 from infer.bundle.load import Bundle
-from infer.bundle.manifest import CPU_NAME, INPUT_NAME, ONNX_NAME
-from infer.export.cpu_form import expand_lrn, has_shared_weights, write_cpu_graph
-from infer.export.quantize_cpu import fold_normalisation, quantize_for_cpu
-from infer.export.to_onnx import export_onnx
-from infer.export.verify_precision import prove_precision
+from infer.bundle.schema import CPU_NAME, INPUT_NAME, ONNX_NAME
+from infer.export.cpu_form import BandedLrn, has_shared_weights
+from infer.export.quantize import quantize_for_cpu
+from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu
+from infer.export.verify_precision import check_precision
 from tests.helpers.infer_samples import checkpoint_folder
 from train.checkpoints.load import load_checkpoint
+from train.models.lrn import LocalResponseNorm
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8)
 
 
-def probabilities(path: Path | bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def probabilities(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = session.run(None, {INPUT_NAME: IMAGES})[0]
     return found
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("size", "beta"), [(5, 0.75), (4, 0.75), (3, 0.6)])
-def test_an_lrn_written_out_is_what_onnx_says(size: int, beta: float, channels_last: bool) -> None:
-    """Against the operator's definition; onnx's own reference counts channels by the batch (1.23)."""
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 9, 4, 3]) for n in ("x", "out")]
-    node = helper.make_node("LRN", ["x"], ["y"], name="lrn", size=size, alpha=0.2, beta=beta, bias=1.5)
-    relu = helper.make_node("Relu", ["x0"], ["x1"], name="relu")
-    node.input[0] = "x1"
-    last = helper.make_node("Identity", ["y"], ["out"], name="last")
-    values[0].name = "x0"
-    graph = helper.make_graph([relu, node, last], "one", [values[0]], [values[1]])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    x = np.random.default_rng(1).normal(size=(2, 9, 4, 3)).astype(np.float32)
-    positive, expected = np.maximum(x, 0), np.empty_like(x)
+@pytest.mark.parametrize(("size", "beta"), [(5, 0.75), (7, 0.75), (3, 0.6)])
+def test_banded_lrn_is_what_onnx_defines(size: int, beta: float, channels_last: bool) -> None:
+    norm = LocalResponseNorm(size, alpha=0.2, beta=beta, k=1.5)
+    x = np.maximum(np.random.default_rng(1).normal(size=(2, 9, 4, 3)), 0).astype(np.float32)
+    expected = np.empty_like(x)
     for c in range(9):
-        near = positive[:, max(0, c - (size - 1) // 2) : c + size // 2 + 1]
-        expected[:, c] = positive[:, c] / (1.5 + 0.2 / size * (near**2).sum(1)) ** beta
-    assert len(expand_lrn(model, channels_last=channels_last)) == 1
-    (found,) = ReferenceEvaluator(model).run(None, {"x0": x})
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        near = x[:, max(0, c - size // 2) : c + size // 2 + 1]
+        expected[:, c] = x[:, c] / (1.5 + 0.2 / size * (near**2).sum(1)) ** beta
+    found = BandedLrn(norm, channels=9, channels_last=channels_last)(torch.from_numpy(x))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(norm(torch.from_numpy(x)).numpy(), expected, rtol=0, atol=1e-6)
 
 
 def test_a_bundle_has_a_form_for_the_cpu_that_reads_the_others_weights(bundle: Bundle) -> None:
@@ -65,29 +56,39 @@ def test_a_bundle_has_a_form_for_the_cpu_that_reads_the_others_weights(bundle: B
 
 
 def test_a_network_without_lrn_needs_no_form_of_its_own(base: Path, tmp_path: Path) -> None:
-    export_onnx(load_checkpoint(checkpoint_folder(base, "owt")), tmp_path / ONNX_NAME)
-    assert not write_cpu_graph(tmp_path / ONNX_NAME, tmp_path / CPU_NAME)
+    checkpoint = load_checkpoint(checkpoint_folder(base, "owt"))
+    export_for_cpu(checkpoint, tmp_path / CPU_NAME, tmp_path / ONNX_NAME, precision="fp32")
     assert not (tmp_path / CPU_NAME).exists()
 
 
-def test_pixels_go_into_the_first_convolution_as_they_are(bundle: Bundle) -> None:
+@pytest.fixture(scope="module")
+def for_int8(
+    bundle: Bundle, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[float]]:
+    """The float32 model that int8 for a CPU starts from, and the exponents of its LRN layers."""
+    path = tmp_path_factory.mktemp("for-int8") / "float32.onnx"
+    return path, export_for_int8_cpu(load_checkpoint(checkpoint_folder(base)), path)
+
+
+def test_pixels_go_into_the_first_convolution_as_they_are(
+    bundle: Bundle, for_int8: tuple[Path, list[float]]
+) -> None:
     """The border, too: the convolution pads with zeros where the normalisation would have made them."""
-    model = onnx.load(bundle.onnx_path)
-    fold_normalisation(model)
+    model = onnx.load(for_int8[0])
     assert {"Mul", "Add"}.isdisjoint(node.op_type for node in model.graph.node[:6])
-    np.testing.assert_allclose(
-        probabilities(model.SerializeToString()), probabilities(bundle.onnx_path), rtol=0, atol=2e-6
-    )
+    np.testing.assert_allclose(probabilities(for_int8[0]), probabilities(bundle.onnx_path), rtol=0, atol=2e-6)
 
 
 def test_int8_for_the_cpu_has_unsigned_activations_and_weights_of_7_bits(
-    bundle: Bundle, tmp_path: Path
+    bundle: Bundle, for_int8: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
     path = tmp_path / CPU_NAME
-    quantize_for_cpu(bundle.onnx_path, path, [IMAGES])
+    source, betas = for_int8
+    assert betas == [0.75, 0.75]
+    quantize_for_cpu(source, path, [IMAGES], betas)
     assert not has_shared_weights(path) and path.stat().st_size < 0.27 * bundle.onnx_path.stat().st_size
-    proof = prove_precision(path, "int8")
-    assert proof.computed_in["Conv"] == {"int8/uint8": 5} and proof.computed_in["Gemm"] == {"int8/uint8": 3}
+    check = check_precision(path, "int8")
+    assert check.computed_in["Conv"] == {"int8/uint8": 5} and check.computed_in["Gemm"] == {"int8/uint8": 3}
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         if tensor.name.endswith("weight_quantized"):

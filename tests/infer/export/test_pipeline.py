@@ -18,15 +18,18 @@ import infer.export.pipeline
 from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.load import Bundle, load_bundle
-from infer.bundle.manifest import LIMITS
-from infer.export.compare import Tally, spread
 from infer.export.engine_options import choose_builder, profile_batches
 from infer.export.gate import torch_runner
-from infer.export.pipeline import export_model
 from infer.export.to_onnx import export_onnx
 from infer.export.to_tensorrt import BuildError, build_engine
 from infer.runtime.cuda import Gpu, GpuScan
-from tests.helpers.infer_samples import CLASSES, IMAGES_PER_CLASS, checkpoint_folder, data_folder, exported
+from tests.helpers.infer_samples import (
+    CLASSES,
+    IMAGES_PER_CLASS,
+    checkpoint_folder,
+    export_model,
+    exported,
+)
 from train.checkpoints.load import Checkpoint, load_checkpoint
 
 NO_GPU = GpuScan((), None, "no NVIDIA driver")
@@ -235,44 +238,6 @@ def test_onnx_bundle_of_one_image_a_batch(base: Path, tmp_path: Path) -> None:
         "model.cpu.onnx",
         "model.onnx",
     ]
-
-
-def test_ties_count_as_agreement_and_are_counted() -> None:
-    tally = Tally(LIMITS["fp32"])
-    expected = np.array([[0.40005, 0.39995, 0.2], [0.5, 0.3, 0.2]], np.float32)
-    found = np.array([[0.39999, 0.40001, 0.2], [0.3, 0.5, 0.2]], np.float32)
-    tally.add(expected, found, np.array([0, 0]))
-    agreement = tally.agreement()
-    assert (agreement.top1_agreement, agreement.num_ties) == (0.5, 1)
-    assert agreement.max_probability_difference == pytest.approx(0.2)
-    assert agreement.accuracy == 0
-
-
-def test_five_best_are_compared_as_a_set() -> None:
-    expected = np.array([[0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.05]], np.float32)
-    for swap, share in (((1, 2), 1.0), ((4, 5), 0.0)):
-        tally = Tally(LIMITS["fp32"])
-        found = expected.copy()
-        found[0, list(swap)] = found[0, list(reversed(swap))]
-        tally.add(expected, found, np.array([0]))
-        assert tally.agreement().top5_agreement == share
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_probability_that_is_no_number_fails(side: int) -> None:
-    values = [np.array([[0.5, 0.5]], np.float32), np.array([[0.5, 0.5]], np.float32)]
-    values[side][0, 0] = np.nan
-    with pytest.raises(GateError, match="not finite"):
-        Tally(LIMITS["fp32"]).add(values[0], values[1], np.array([0]))
-
-
-def test_large_split_is_sampled_evenly(base: Path) -> None:
-    from data_pipeline.datasets.image_folder import load_image_folder
-
-    dataset = load_image_folder(data_folder(base), "val")
-    few = spread(dataset, 20)
-    assert len(few) == 20 and np.bincount(few.labels).tolist() == [2] * 10
-    assert spread(dataset, 50) is dataset
 
 
 @pytest.mark.gpu

@@ -25,12 +25,7 @@ from infer.export.to_tensorrt import _Build, build_engine
 from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.cuda import scan_gpus
 from infer.runtime.onnx import OnnxBackend
-from tests.helpers.infer_samples import (
-    data_folder,
-    edit_manifest,
-    tiny_manifest,
-    write_tiny,
-)
+from tests.helpers.infer_samples import data_folder, edit_manifest
 
 NO_GPU_HERE = pytest.mark.skipif(bool(scan_gpus().gpus), reason="this machine has a GPU")
 
@@ -171,7 +166,7 @@ def test_an_engine_that_differs_replaces_nothing_and_is_code_4(
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
 
 
-def test_an_engine_beyond_its_limits_is_not_believed_though_it_is_sealed(base: Path, copy: Path) -> None:
+def test_an_engine_beyond_its_limits_is_refused_though_its_digest_fits(base: Path, copy: Path) -> None:
     manifest = msgspec.to_builtins(read_manifest(copy))
     agreement = {**manifest["report"]["onnx"], "max_probability_difference": 0.5}
     rebuild = {
@@ -201,8 +196,6 @@ def test_wrong_uses_of_a_bundle_are_one_line_and_code_2(bundle: Bundle, tmp_path
         assert done.exit_code == 2, (arguments, done.output)
         (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
         assert words in line, line
-    done = export(write_tiny(tmp_path / "old", tiny_manifest(proof=None)), "--format", "trt")
-    assert "is older than the proof of precision: export the checkpoint again" in done.stderr
 
 
 @NO_GPU_HERE
@@ -226,11 +219,10 @@ def test_a_file_that_is_no_timing_cache_is_refused(tmp_path: Path) -> None:
             build.attach_timing_cache(tmp_path / "cache")
 
 
-def test_the_proof_says_which_onnx_a_runtime_must_know(bundle: Bundle) -> None:
+def test_the_precision_check_holds_the_versions_of_onnx(bundle: Bundle) -> None:
     model = onnx.load(bundle.onnx_path)
-    proof = bundle.manifest.proof
-    assert proof is not None
-    assert (proof.opset, proof.ir_version) == (model.opset_import[0].version, model.ir_version)
+    check = bundle.manifest.precision_check
+    assert (check.opset, check.ir_version) == (model.opset_import[0].version, model.ir_version)
 
 
 @pytest.mark.gpu

@@ -14,17 +14,16 @@ from msgspec.structs import replace
 
 from alexnet import main
 from data_pipeline.common.errors import GateError, UserError
+from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle, load_bundle
-from infer.bundle.manifest import LIMITS
-from infer.export.compare import Tally
+from infer.export.compare import measure_agreement
 from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
-from infer.export.gate import judge, torch_runner
-from infer.export.pipeline import export_model
+from infer.export.gate import check_limits, torch_runner
 from infer.export.to_onnx import export_onnx
-from infer.export.to_tensorrt import build_engine
-from infer.export.verify_precision import check_plan_size, prove_precision
+from infer.export.to_tensorrt import build_engine, check_plan_size
+from infer.export.verify_precision import check_precision
 from infer.runtime.cuda import Gpu, GpuScan
-from tests.helpers.infer_samples import checkpoint_folder, data_folder, exported, tiny_manifest
+from tests.helpers.infer_samples import checkpoint_folder, data_folder, export_model, exported, tiny_manifest
 from train.checkpoints.load import load_checkpoint
 
 
@@ -42,12 +41,11 @@ def test_int8_is_calibrated_on_training_images_gated_and_built_for_the_gpus_aske
     assert msgspec.json.decode(result.stdout)["precision"] == manifest.precision == "int8"
     assert manifest.calibration is not None
     assert (manifest.calibration.split, manifest.calibration.num_images) == ("train", 256)
-    proof = manifest.proof
-    assert proof is not None
-    assert proof.computed_in == {
+    check = manifest.precision_check
+    assert check.computed_in == {
         "Conv": {"int8": 5}, "Gemm": {"int8": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
     }  # fmt: skip
-    assert proof.num_quantize == proof.num_dequantize == 23
+    assert check.num_quantize == check.num_dequantize == 23
     gate = manifest.report
     assert gate is not None and gate.limits == LIMITS["int8"]
     assert gate.onnx.top1_agreement >= 0.99 and gate.onnx.max_probability_difference > 1e-4
@@ -63,15 +61,15 @@ def test_int8_is_calibrated_on_training_images_gated_and_built_for_the_gpus_aske
     assert bundle.engine_path is not None and fp32 is not None
     assert bundle.engine_path.stat().st_size < 0.4 * fp32.stat().st_size
     with pytest.raises(GateError, match=r"model\.engine has .* too much for weights in int8"):
-        check_plan_size(fp32, proof, "int8")
+        check_plan_size(fp32, check, "int8")
 
 
 def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base))
     path = tmp_path / "model.onnx"
     export_onnx(checkpoint, path, precision="fp16")
-    proof = prove_precision(path, "fp16")
-    assert proof.computed_in == {
+    check = check_precision(path, "fp16")
+    assert check.computed_in == {
         "Conv": {"float16": 5}, "Gemm": {"float16": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
     }  # fmt: skip
     assert path.stat().st_size < 0.51 * exported(base).onnx_path.stat().st_size
@@ -85,17 +83,17 @@ def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> No
     )
     if engine.library == "tensorrt_rtx":
         assert engine.gpus[0] == "sm75"
-    check_plan_size(tmp_path / "e", proof, "fp16")
+    check_plan_size(tmp_path / "e", check, "fp16")
     with pytest.raises(GateError, match=r"e has \d+ MB, too little for weights in fp32 \(\d+ to \d+ MB\)"):
-        check_plan_size(tmp_path / "e", proof, "fp32")
+        check_plan_size(tmp_path / "e", check, "fp32")
     with pytest.raises(GateError, match=r"not fp32 \(Conv in float16 instead of float"):
-        prove_precision(path, "fp32")
+        check_precision(path, "fp32")
 
 
 def test_what_was_asked_for_and_is_not_in_the_file_is_refused(bundle: Bundle) -> None:
     for precision in ("fp16", "int8"):
         with pytest.raises(GateError, match=f"is not {precision}") as raised:
-            prove_precision(bundle.onnx_path, precision)
+            check_precision(bundle.onnx_path, precision)
         assert raised.value.exit_code == 4
 
 
@@ -125,19 +123,18 @@ def test_int8_that_lost_accuracy_does_not_pass() -> None:
     expected = np.tile(np.array([[0.9, 0.1]], np.float32), (100, 1))
     found = expected.copy()
     found[0] = found[0, ::-1]
-    tally = Tally(LIMITS["int8"])
-    tally.add(expected, found, np.zeros(100, np.int64))
-    found_99 = tally.agreement()
+    found_99 = measure_agreement(expected, found, np.zeros(100, np.int64), LIMITS["int8"])
     report = tiny_manifest().report
     assert report is not None and found_99.top1_agreement == 0.99
     report = replace(report, limits=LIMITS["int8"], checkpoint_accuracy=1.0)
     with pytest.raises(
         GateError, match=r"accuracy 99\.00%, 1\.00 points below the reference's; at most 0\.5"
     ):
-        judge(replace(report, onnx=found_99))
-    judge(replace(report, onnx=replace(found_99, accuracy=0.995)))  # half a point is within half a point
+        check_limits(replace(report, onnx=found_99))
+    # Half a point is within half a point.
+    check_limits(replace(report, onnx=replace(found_99, accuracy=0.995)))
     with pytest.raises(GateError, match=r"accuracy 99\.49%, 0\.51 points"):
-        judge(replace(report, onnx=replace(found_99, accuracy=0.9949)))
+        check_limits(replace(report, onnx=replace(found_99, accuracy=0.9949)))
 
 
 def test_wrong_uses_are_told(base: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import doctest
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -27,8 +28,7 @@ from infer.runtime.choose import (
 )
 from infer.runtime.cuda import CudaError, CudaSession, Gpu, GpuScan, scan_gpus
 from infer.runtime.onnx import OnnxBackend
-from infer.runtime.tensorrt import TensorRTBackend
-from infer.runtime.tensorrt_log import make_logger
+from infer.runtime.tensorrt import TensorRTBackend, make_logger
 from tests.helpers.infer_samples import tiny_manifest, with_engine
 
 NO_GPU = GpuScan((), None, "no NVIDIA driver")
@@ -44,7 +44,7 @@ def bundle_of(manifest: Manifest) -> Bundle:
 
 def test_auto_takes_the_engine_where_it_fits() -> None:
     decision = decide(bundle_of(with_engine()), "auto", "auto", GPU_MACHINE)
-    assert decision == ("trt", "cuda", "its engine fits this GPU")
+    assert decision[:3] == ("trt", "cuda", "its engine fits this GPU")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,8 @@ def test_auto_takes_the_engine_where_it_fits() -> None:
 def test_auto_says_why_it_does_not(
     manifest: Manifest, machine: Machine, runtime: str, device: str, why: str
 ) -> None:
-    assert decide(bundle_of(manifest), "auto", "auto", machine) == (runtime, device, why)
+    decision = decide(bundle_of(manifest), "auto", "auto", machine)
+    assert decision == (runtime, device, why, why.startswith("not its engine"))
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ def test_what_was_asked_for_and_cannot_be_had_is_an_error(
 def test_what_was_asked_for_is_what_runs() -> None:
     both = bundle_of(with_engine())
     assert decide(both, "onnx", "auto", GPU_MACHINE)[:2] == ("onnx", "cuda")
-    assert decide(both, "onnx", "cpu", GPU_MACHINE) == ("onnx", "cpu", "as asked")
-    assert decide(both, "auto", "cpu", GPU_MACHINE) == ("onnx", "cpu", "as asked")
-    assert decide(both, "trt", "auto", GPU_MACHINE) == ("trt", "cuda", "as asked")
+    assert decide(both, "onnx", "cpu", GPU_MACHINE) == ("onnx", "cpu", "as asked", False)
+    assert decide(both, "auto", "cpu", GPU_MACHINE) == ("onnx", "cpu", "as asked", False)
+    assert decide(both, "trt", "auto", GPU_MACHINE) == ("trt", "cuda", "as asked", False)
     with pytest.raises(UserError, match="the bundle holds no engine"):
         decide(bundle_of(tiny_manifest()), "trt", "auto", GPU_MACHINE)
 
@@ -221,7 +222,7 @@ def test_examples_in_the_docstrings() -> None:
 
 @pytest.mark.gpu
 def test_gpu_memory_comes_back_as_it_went() -> None:
-    with CudaSession() as cuda:
+    with closing(CudaSession()) as cuda:
         sent, received = cuda.pinned((1000, 3), np.float32), cuda.pinned((1000, 3), np.float32)
         sent[:] = np.random.default_rng(0).random((1000, 3), np.float32)
         pointer = cuda.allocate(sent.nbytes)

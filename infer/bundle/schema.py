@@ -1,0 +1,123 @@
+"""Names, field types and parts of `bundle.json`; `gate_report` has the gate's, `manifest` the whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+MANIFEST_NAME = "bundle.json"
+ONNX_NAME = "model.onnx"
+CPU_NAME = "model.cpu.onnx"
+ENGINE_NAME = "model.engine"
+INPUT_NAME = "images"
+OUTPUT_NAME = "probabilities"
+
+Format = Literal["onnx", "trt"]
+Precision = Literal["fp32", "fp16", "int8"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every part of the manifest: immutable, and an unknown key is an error."""
+
+
+class TensorSpec(Strict, frozen=True):
+    """An input or output of the model; a name in `shape` is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class FileEntry(Strict, frozen=True):
+    """Hash and size of a file of the bundle."""
+
+    sha256: Sha256
+    size_bytes: Count
+
+
+class Origin(Strict, frozen=True):
+    """The checkpoint that was exported.
+
+    Attributes:
+        weights: those of its last step, or their average over training.
+        metrics: of the validation split, those that are finite.
+    """
+
+    sha256: Sha256
+    step: Count
+    epoch: Count
+    recipe: str
+    model: str
+    weights: Literal["last", "average"] = "last"
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class Engine(Strict, frozen=True):
+    """A TensorRT plan: who built it, and on which GPUs it loads (`sm89`, ...).
+
+    Attributes:
+        profile_batches: smallest, tuned and largest batch of its one optimisation profile.
+        builder_level: the builder's optimisation level.
+        built_on: the GPU that it was timed on; empty for one that was built ahead of time.
+    """
+
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    gpus: tuple[Annotated[str, msgspec.Meta(pattern="^sm[0-9]+[a-z]?$")], ...]
+    profile_batches: tuple[int, int, int]
+    builder_level: int
+    built_on: str = ""
+
+
+class Calibration(Strict, frozen=True):
+    """The training images that the ranges of an int8 model come from."""
+
+    data: str
+    split: str
+    num_images: Count
+    method: Literal["minmax"]
+
+
+class PrecisionCheck(Strict, frozen=True):
+    """The precision of an ONNX file, as read from the file.
+
+    Attributes:
+        computed_in: for each kind of operator, how many take which type.
+        num_values: stored weights by type.
+        num_quantize, num_dequantize: number of QuantizeLinear and DequantizeLinear nodes.
+        opset, ir_version: the versions of ONNX that a runtime must support.
+    """
+
+    computed_in: dict[str, dict[str, int]]
+    num_values: dict[str, int]
+    num_quantize: Count
+    num_dequantize: Count
+    opset: int
+    ir_version: int
+
+
+class CpuModel(Strict, frozen=True):
+    """The form of the model that ONNX Runtime's CPU provider runs, where it is not `model.onnx` itself.
+
+    Attributes:
+        file: its name in the bundle.
+        reads: the file that holds the weights which it does not hold itself; empty where it holds all.
+        precision_check: as read from the file; the sums of LRN, always in float32, are not counted.
+    """
+
+    file: str
+    reads: str
+    precision_check: PrecisionCheck = msgspec.field(name="proof")
+
+
+def image_input(crop_px: int) -> TensorSpec:
+    """The one input of every bundle: uint8 RGB, NHWC."""
+    return TensorSpec(name=INPUT_NAME, dtype="uint8", shape=("batch", crop_px, crop_px, 3))
+
+
+def probability_output(num_classes: int) -> TensorSpec:
+    """The one output of every bundle: softmax over the classes."""
+    return TensorSpec(name=OUTPUT_NAME, dtype="float32", shape=("batch", num_classes))
