@@ -67,9 +67,9 @@ def predict(**options: Any) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
         # Hashing a model and importing what runs it take about as long, and the one needs no interpreter.
         verified = pool.submit(open_bundle, options["model"])
-        from infer.commands.run_predict import predict_images
+        from infer.commands.run_predict import run_predict
         from infer.predict.options import PredictOptions
 
-        summary = predict_images(PredictOptions(**options), verified.result)
+        summary = run_predict(PredictOptions(**options), verified.result)
     if summary.errors + summary.kept_errors:
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)

@@ -1,4 +1,4 @@
-"""What to predict: files, folders, globs, lists, and tar shards, in order and in little memory."""
+"""The inputs of a prediction: files, folders, globs, lists and tar shards, in order and in little memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from data_pipeline.datasets.image_folder import is_image, walk_images
 from data_pipeline.datasets.packed_strings import PackedStrings
 from data_pipeline.loader import ImageSource
 from data_pipeline.shards.shard_format import walk_tar
-from infer.predict.rows import Item
 
 log = logging.getLogger("infer")
 
@@ -31,16 +30,23 @@ MAX_PATH_BYTES = 1 << 16
 """Of a line in a list: far above what Linux takes for a path."""
 _PIECE = 1 << 16
 
+Item = Path | ImageSource
+"""One input: a file, or an image that lies elsewhere."""
+
 _Part = Callable[[], Iterator[Item]]
 
 
+def path_of(item: Item) -> Path:
+    """The path by which rows and messages name an input."""
+    return item.path if isinstance(item, ImageSource) else item
+
+
 class Inputs:
-    """Inputs in order. What folders and lists name is found at once and kept packed; tar shards and stdin are
-    read as they are predicted.
+    """Inputs in order. Folders and lists are read at once and kept packed; shards and stdin when predicted.
 
     Args:
-        parts: what gives the inputs of each argument.
-        total: how many there are; None where that is not known before the end.
+        parts: functions that give the inputs of each argument.
+        total: number of inputs; None if it is not known before the end.
     """
 
     def __init__(self, parts: Sequence[_Part], total: int | None) -> None:
@@ -59,15 +65,15 @@ def find_inputs(
 
     Args:
         arguments: each a file, whatever its suffix; a folder, whose images come in byte order; a tar shard,
-            whose images come as they lie in it; a glob (`**` enters folders), where no file has that name;
+            whose images come in the order of the tar; a glob (`**` enters folders), if no file has that name;
             `@list.txt`, a file of paths; or `-`, such a list on stdin. In a list, paths end with their line,
             or with a NUL if there is any; tar shards in it are read, and what cannot be read becomes an
             error row.
         recursive: whether to enter folders inside folders.
         stdin: where `-` is read; None for the process's own.
     Raises:
-        UserError: a file or folder that does not exist, a glob without a match, what is no list, or no input
-            at all.
+        UserError: a file or folder that does not exist, a glob without a match, a file that is no list, or
+            no input at all.
     """
     parts: list[_Part] = []
     counts: list[int | None] = []
@@ -128,7 +134,7 @@ def _read_list(path: str) -> PackedStrings:
 
 
 def _items(paths: Callable[[], Iterator[Path]]) -> Iterator[Item]:
-    """What a list's paths stand for: of a tar shard, its images."""
+    """The inputs of a list: each path, or the images of a tar shard."""
     for path in paths():
         if path.suffix == SHARD_SUFFIX:
             yield from _members(str(path))
@@ -137,7 +143,7 @@ def _items(paths: Callable[[], Iterator[Path]]) -> Iterator[Item]:
 
 
 def _listed(stream: BinaryIO, name: str) -> Iterator[Path]:
-    """The paths of a list, as they come; ended by NULs if the first piece holds one (`find -print0`)."""
+    """Reads the paths of a list; they end with NULs if the first piece holds one (`find -print0`)."""
     piece, rest = stream.read1(_PIECE), b""  # type: ignore[attr-defined]
     end = b"\0" if b"\0" in piece else b"\n"
     while piece:
@@ -159,7 +165,7 @@ def _named(names: list[bytes], end: bytes) -> Iterator[Path]:
 
 
 def _members(shard: str) -> Iterator[ImageSource]:
-    """The images of a tar shard, by its headers alone; where it is damaged, one input that fails says so."""
+    """Finds the images of a tar shard by its headers alone; damage becomes one last input that fails."""
     found = 0
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -176,12 +182,12 @@ def _members(shard: str) -> Iterator[ImageSource]:
 
 @dataclass(frozen=True)
 class ShardMember:
-    """Reads one image of a tar shard, by its place there.
+    """Reads one image of a tar shard.
 
-    Args:
+    Attributes:
         shard: the tar file.
-        offset: where the image's bytes begin.
-        size_bytes: how many there are.
+        offset: position of the image's first byte.
+        size_bytes: length of the image.
     """
 
     shard: str
@@ -204,7 +210,7 @@ class ShardMember:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What stands for an input that is known to fail, and why."""
+    """Fails to read an input that is known to be bad, with the reason."""
 
     reason: str
 
