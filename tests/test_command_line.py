@@ -81,7 +81,7 @@ def test_help_imports_no_work(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_python_interface_is_imported_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_python_interface_is_lazy(tmp_path: Path) -> None:
     code = (
         "import sys, alexnet\n"
         "heavy = {'torch', 'torchvision', 'train', 'nvidia', 'numpy', 'onnxruntime', 'msgspec', 'infer'}\n"

@@ -1,4 +1,4 @@
-"""What `alexnet export` does: a checkpoint to bundles, or a bundle's own ONNX file to an engine.
+"""Runs `alexnet export`: a checkpoint becomes bundles, or a bundle's own ONNX file an engine.
 
 Imports torch only for a checkpoint, so that a machine that serves builds engines without it.
 """
@@ -38,7 +38,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     triton: Path | None = None
 
     def engine(self) -> EngineOptions:
-        """How engines shall be built."""
+        """The options for building engines."""
         return EngineOptions(
             gpus=tuple(filter(None, self.gpu.split(","))),
             tuned_batch=self.opt_batch,
@@ -48,7 +48,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
-    """What an export made: bundles by format, and the folders of Triton's models."""
+    """The result of an export: bundles by format, and the folders of Triton's models."""
 
     bundles: dict[Format, Bundle]
     triton: list[Path]
@@ -96,7 +96,7 @@ def _from_bundle(options: ExportOptions) -> Exported:
     wanted = None if options.formats is None else parse_formats(options.formats)
     engine = options.engine()
     building = wanted is not None and "trt" in wanted
-    # An engine that is replaced need not be whole.
+    # An engine that is replaced need not be intact.
     bundle = load_bundle(folder, without=(ENGINE_NAME,) if building else ())
     manifest = bundle.manifest
     if options.precision not in (None, manifest.precision):
@@ -133,7 +133,7 @@ def _from_bundle(options: ExportOptions) -> Exported:
 def _check_triton(
     root: Path, formats: tuple[Format, ...], precision: Precision, engine: EngineOptions
 ) -> None:
-    """Say at once what would be refused after the export."""
+    """Raise at once what would be raised after the export."""
     check_repository(root, formats, precision)
     if "trt" in formats:
         check_engine(choose_builder(tensorrt_versions(), scan_gpus(), engine.gpus).library)

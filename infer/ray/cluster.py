@@ -27,7 +27,7 @@ _MAX_THREADS = 4
 
 
 class Share(NamedTuple):
-    """How a cluster is shared out: the number of workers, and the threads and GPUs of each."""
+    """The number of workers on a cluster, and the threads and GPUs of each."""
 
     workers: int
     threads: int

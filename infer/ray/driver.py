@@ -20,8 +20,7 @@ from infer.predict.resume import identity_of
 from infer.predict.table import Summary
 from infer.ray.cluster import ray_cluster, share_cluster
 from infer.ray.job_folder import SUMMARY_NAME, PartFormat, Plan, plan_job
-from infer.ray.part_files import completed_parts
-from infer.ray.worker import PartResult, PartWorker
+from infer.ray.parts import PartResult, PartWorker, completed_parts
 
 log = logging.getLogger("infer")
 
@@ -81,13 +80,13 @@ def _predict_parts(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    how = {**options.for_predictor(), "threads": share.threads}
+    settings = {**options.for_predictor(), "threads": share.threads}
     if not share.gpus:
-        how["device"] = "cpu"
+        settings["device"] = "cpu"
     numbers = ray.data.from_items(missing, override_num_blocks=min(len(missing), _MAX_BLOCKS))
     rows = numbers.map(  # Ray restarts an actor that dies, and gives its part to another
         PartWorker,
-        fn_constructor_args=(plan, bundle.folder.resolve(), options.strict, how),
+        fn_constructor_args=(plan, bundle.folder.resolve(), options.strict, settings),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         num_cpus=share.threads,
         num_gpus=share.gpus,

@@ -94,7 +94,7 @@ class Plan(NamedTuple):
 
     Attributes:
         folder: of the job.
-        job: what is to be done.
+        job: as `_job.json` has it.
         offsets: where the inputs of each part begin in the file of inputs; the last one is its end.
         num_inputs: of all parts.
     """
@@ -106,7 +106,7 @@ class Plan(NamedTuple):
 
     @property
     def num_parts(self) -> int:
-        """How many parts there are."""
+        """Number of parts."""
         return len(self.offsets) - 1
 
     def part_path(self, number: int) -> Path:

@@ -24,8 +24,7 @@ from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, identity_of
 from infer.predictor import Predictor
 from infer.ray.job_folder import INPUTS_NAME, JOB_NAME, Job, PartFormat, Plan, plan_job
-from infer.ray.part_files import completed_parts
-from infer.ray.worker import PartResult, PartWorker
+from infer.ray.parts import PartResult, PartWorker, completed_parts
 
 IDENTITY = RunIdentity(model_sha256="1" * 64, top=5, min_probability=0.0, ten_crop=False)
 
