@@ -16,7 +16,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
-from infer.bundle.load import Bundle, find_bundle, load_bundle
+from infer.bundle.load import Bundle, open_bundle
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes
 from infer.runtime.base import InferenceBackend
@@ -119,7 +119,7 @@ def evaluate_exported(
     Raises:
         UserError: no data, or other classes than the bundle's.
     """
-    bundle = load_bundle(find_bundle(path))
+    bundle = open_bundle(path)
     root = data or data_of_run(bundle)
     dataset = open_dataset(root, split)
     choice = choose_backend(bundle, device=device)
@@ -136,19 +136,9 @@ def data_of_run(bundle: Bundle) -> Path:
     """
     config = bundle.folder.parent.parent / "config.json"
     try:
-        root = msgspec.json.decode(config.read_bytes(), type=_RunConfig).data.root
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        root = msgspec.json.decode(config.read_bytes())["data"]["root"]
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         root = None
-    if root is None:
+    if not isinstance(root, str):
         raise UserError(f"{bundle.folder} does not lie in a run that names its data: use --data DIR")
     return Path(root)
-
-
-class _RunData(msgspec.Struct):
-    root: str | None = None
-
-
-class _RunConfig(msgspec.Struct):
-    """The part of a run's `config.json` that is read here."""
-
-    data: _RunData
