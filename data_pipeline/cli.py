@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from data_pipeline.common.errors import EXIT_SOME_UNREADABLE
+
 PATH = click.Path(path_type=Path)
-EXIT_SOME_UNREADABLE = 3
 
 
 @click.group()

@@ -16,19 +16,19 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
-from infer.bundle.load import Bundle, data_of_run, find_bundle, load_bundle
+from infer.bundle.load import Bundle, data_of_run, open_bundle
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
+from infer.predict.rows import DEFAULT_BATCH, rank_classes
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
 
 log = logging.getLogger("infer")
 
 TOP_K = 5
-DEFAULT_BATCH = 32
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What a split came to: `top1` and `top5` in 0..1 over `num_samples` images; unreadable ones apart."""
+    """The result: `top1` and `top5` in 0..1 over `num_samples` images; `num_failed` failed."""
 
     top1: float
     top5: float
@@ -37,21 +37,19 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     num_failed: int
 
 
-class _Counts:
-    """Integer counts, and the sum of the losses."""
+class _AccuracyMeter:
+    """Integer counts of right answers, and the sum of the losses."""
 
     def __init__(self) -> None:
         self.samples = self.top1 = self.top5 = 0
         self.loss_sum = 0.0
 
     def add(self, probabilities_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> None:
-        k = min(TOP_K, probabilities_NC.shape[1])
-        # Stable, so that of equal probabilities the lower class comes first, on every machine.
-        ranked_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :k]
-        hits_NK = ranked_NK == labels_N[:, None]
+        """Count one batch."""
+        hits_NK = rank_classes(probabilities_NC, TOP_K) == labels_N[:, None]
         true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
         self.samples += len(labels_N)
-        self.top1 += int(hits_NK[:, 0].sum())
+        self.top1 += int(hits_NK[:, :1].sum())
         self.top5 += int(hits_NK.sum())
         # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
         self.loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
@@ -70,13 +68,13 @@ def evaluate_bundle(
 
     Args:
         bundle: a verified bundle.
-        backend: it, loaded.
+        backend: the bundle, loaded.
         dataset: a split with the bundle's classes.
-        batch_size: images a batch; lowered, with a warning, to what the bundle takes.
-        decoder: who decodes.
-        ten_crop: judge each image by the mean probabilities of the paper's ten views.
+        batch_size: images in a batch; lowered, with a warning, to what the bundle takes.
+        decoder: which decoder.
+        ten_crop: average the softmax of the paper's ten views of each image.
     Raises:
-        UserError: other classes than the bundle's, or not one image that could be read.
+        UserError: other classes than the bundle's, or no image that could be read.
     """
     manifest = bundle.manifest
     if tuple(map(printable, dataset.classes)) != manifest.classes:
@@ -84,7 +82,7 @@ def evaluate_bundle(
             f"{printable(dataset.root)}/{dataset.split} has other classes than the model "
             f"({len(dataset.classes)} and {len(manifest.classes)}): name its data with --data"
         )
-    counts, num_failed = _Counts(), 0
+    meter, num_failed = _AccuracyMeter(), 0
     size = fit_batch(batch_size, backend.max_batch)
     with (
         open_decoder(manifest.preprocessing, size, decoder, decoding_device(backend, decoder)) as source,
@@ -92,18 +90,17 @@ def evaluate_bundle(
     ):
         loader = Loader(source, manifest.preprocessing)
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
-            if batch.valid.any():
-                counts.add(run_valid(backend, batch, size), batch.labels[batch.valid])
+            meter.add(run_valid(backend, batch, size), batch.labels[batch.valid])
             num_failed += len(batch.failures)
             progress.advance(len(batch))
-    assert counts.samples + num_failed == len(dataset), (counts.samples, num_failed, len(dataset))
-    if not counts.samples:
+    assert meter.samples + num_failed == len(dataset), (meter.samples, num_failed, len(dataset))
+    if not meter.samples:
         raise UserError(f"none of the {num_failed} images in {printable(dataset.root)} could be read")
     return Evaluation(
-        top1=counts.top1 / counts.samples,
-        top5=counts.top5 / counts.samples,
-        loss=counts.loss_sum / counts.samples,
-        num_samples=counts.samples,
+        top1=meter.top1 / meter.samples,
+        top5=meter.top5 / meter.samples,
+        loss=meter.loss_sum / meter.samples,
+        num_samples=meter.samples,
         num_failed=num_failed,
     )
 
@@ -122,7 +119,7 @@ def evaluate_exported(
     Raises:
         UserError: no data, or other classes than the bundle's.
     """
-    bundle = load_bundle(find_bundle(path))
+    bundle = open_bundle(path)
     root = data or data_of_run(bundle)
     dataset = open_dataset(root, split)
     choice = choose_backend(bundle, device=device)

@@ -1,6 +1,6 @@
 """Prediction from Python: load a bundle once, give it images, get rows.
 
-    from infer import Predictor, find_inputs
+    from alexnet import Predictor, find_inputs
 
     with Predictor("runs/demo-20260101T000000Z/export/onnx-fp32") as predictor:
         for row in predictor(["cat.jpg", array, pillow_image]):
@@ -14,43 +14,58 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.loader import ImageSource
+from data_pipeline.common.errors import UserError
+from data_pipeline.loader import ImageSource, Loader
 from data_pipeline.loading.prefetch import Batch
 from infer.bundle.load import Bundle, open_bundle
-from infer.predict.decode import DecoderName, quick_decoder
-from infer.predict.decoding import Decoding
-from infer.predict.rows import DEFAULT_BATCH, Item, Row, RowMaker, SeenRow, check_top
+from infer.predict.decode import (
+    DecoderName,
+    SilentFaultLog,
+    choose_decoder,
+    decoding_device,
+    fit_batch,
+    host_pixels,
+    open_decoder,
+    run_valid,
+)
+from infer.predict.rows import DEFAULT_BATCH, OkRow, PredictionWithPixels, Row, check_top, rows_of
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from infer.predict.inputs import Item
+
     Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
+
+CENTRE_VIEW = 4
+"""Which of the ten views is the centre, not mirrored."""
 
 
 class Predictor:
-    """A loaded model; one thread at a time.
+    """A loaded model that predicts images in batches, read and decoded ahead; for one thread at a time.
 
     Args:
-        bundle: the exported folder; None for the newest export under runs/; or one that is verified already.
+        bundle: the exported folder; None for the newest export under runs/; or a verified bundle.
         backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
         device: `cpu`, `cuda`, or `auto`.
         decoder: `dali`, `pillow`, or `auto`: DALI where it is installed.
-        top: classes a row; None for five, or all where the model has fewer.
-        batch_size: images a batch.
-        min_probability: classes below are left out of a row.
+        top: classes in a row; None for five, or all if the model has fewer.
+        batch_size: images in a batch; lowered, with a warning, to what the model takes.
+        min_probability: classes below are left out of a row, which may leave none.
         ten_crop: average the softmax of the paper's ten views of each image.
         threads: for decoding, and for the model on a CPU; None for one for each core this process may use.
-        expected: how many images there will be, if that is known: see `infer.predict.decode.quick_decoder`.
+        expected: number of images to come, if it is known: see `infer.predict.decode.choose_decoder`.
     Raises:
-        UserError: no such bundle, or what was asked for cannot be had here.
+        UserError: no such bundle, a value out of range, or what was asked for is not available here.
         CorruptFileError: a bundle that was changed.
     """
 
@@ -70,48 +85,72 @@ class Predictor:
     ) -> None:
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(None if bundle is None else Path(bundle))
+        if not 0 <= min_probability <= 1:
+            raise UserError(f"--min-probability {min_probability}: 0 to 1")
         self.bundle = bundle
-        check_top(self.bundle, top)
-        choice = choose_backend(self.bundle, backend=backend, device=device, threads=threads or 0)
-        self.backend = choice.backend
-        self.runs_on = choice.sentence
-        try:
-            self._make = RowMaker(
-                self.bundle, self.backend, top=top, min_probability=min_probability, ten_crop=ten_crop
-            )
-            self._decoding = Decoding(
-                self.bundle.manifest.preprocessing,
-                self.backend,
-                name=quick_decoder(decoder, self.backend, expected),
-                batch_size=batch_size,
-                ten_crop=ten_crop,
-                threads=threads,
-            )
-        except BaseException:
-            self.backend.close()
-            raise
-        self.top = self._make.top
+        self.top = check_top(bundle, top)
+        self._batch_size = fit_batch(batch_size, bundle.manifest.max_batch)
+        self._min_probability, self._ten_crop, self._threads = min_probability, ten_crop, threads
+        self.backend, self.runs_on = choose_backend(
+            bundle, backend=backend, device=device, threads=threads or 0
+        )
+        self._decoder_name = choose_decoder(decoder, self.backend, expected)
+        self._open = ExitStack()
+        self._loader: Loader | None = None
 
     def __call__(self, inputs: Input | Iterable[Input]) -> Iterator[Row]:
-        """A row for each input, in order, as batches finish.
+        """A row for each input, in order, as batches finish; memory does not grow with their number.
 
         Args:
             inputs: one or many: paths of files, uint8 arrays (height, width, 3) in RGB or (height, width) in
-                gray, Pillow images, or what `find_inputs` found. What cannot be read is an error row.
+                gray, Pillow images, or the result of `find_inputs`. What cannot be read is an error row.
         """
-        return self._make.rows(_items(inputs), self._decoding)
+        with closing(self.rows(inputs)) as rows:
+            for one in rows:
+                yield one.row
 
-    def seen(self, inputs: Input | Iterable[Input]) -> Iterator[SeenRow]:
-        """As a call, with the pixels that the model saw, which are good until the next row is asked for."""
-        return self._make.seen(_items(inputs), self._decoding)
+    def rows(
+        self, inputs: Input | Iterable[Input], *, keep_pixels: bool = False
+    ) -> Generator[PredictionWithPixels, None, None]:
+        """As a call; with `keep_pixels`, each row with what the model saw of its image.
+
+        Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre.
+        """
+        labels = self.bundle.manifest.class_labels
+        with closing(self.decode(inputs)) as batches:
+            for batch in batches:
+                probabilities_NC = run_valid(self.backend, batch, self._batch_size)
+                rows = rows_of(
+                    batch, probabilities_NC, labels, top=self.top, min_probability=self._min_probability
+                )
+                pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
+                for row, seen in zip(rows, pixels, strict=True):
+                    yield PredictionWithPixels(row, seen if isinstance(row, OkRow) else None)
 
     def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:
         """The inputs as a call decodes them for the model, batch by batch. Close it when done."""
-        return self._decoding.batches(_items(inputs))
+        if self._loader is None:  # kept until `close`: DALI's graphs take longer to build than an image
+            preprocessing = self.bundle.manifest.preprocessing
+            decoder = self._open.enter_context(
+                open_decoder(
+                    preprocessing,
+                    self._batch_size,
+                    self._decoder_name,
+                    decoding_device(self.backend, self._decoder_name),
+                    self._threads,
+                )
+            )
+            self._loader = Loader(decoder, preprocessing, faults=SilentFaultLog())
+        return self._loader.predict(_items(inputs), micro_batch=self._batch_size, ten_crop=self._ten_crop)
+
+    def _seen_pixels(self, batch: Batch) -> Iterable[NDArray[np.uint8]]:
+        pixels = host_pixels(batch)
+        return pixels[:, CENTRE_VIEW] if self._ten_crop else pixels
 
     def close(self) -> None:
         """Free the decoder and the model; a second call does nothing."""
-        self._decoding.close()
+        self._open.close()
+        self._loader = None
         self.backend.close()
 
     def __enter__(self) -> Predictor:

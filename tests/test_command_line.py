@@ -81,6 +81,28 @@ def test_help_imports_no_work(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_python_interface_is_lazy(tmp_path: Path) -> None:
+    code = (
+        "import sys, alexnet\n"
+        "heavy = {'torch', 'torchvision', 'train', 'nvidia', 'numpy', 'onnxruntime', 'msgspec', 'infer'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "from alexnet import Predictor, find_inputs, load_bundle\n"
+        "print(Predictor.__module__, find_inputs.__module__, load_bundle.__module__)\n"
+        "print(sorted({'torch', 'torchvision', 'train', 'nvidia', 'onnx'} & set(sys.modules)))\n"
+        "try: alexnet.predictor\n"
+        "except AttributeError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "[]",
+        "infer.predictor infer.predict.inputs infer.bundle.load",
+        "[]",
+        "module 'alexnet' has no attribute 'predictor'",
+    ]
+
+
 def test_the_version_is_the_packages() -> None:
     assert invoke("--version").output.strip() == "alexnet, version 0.1.0"
     assert 'version = "0.1.0"' in (REPOSITORY / "pyproject.toml").read_text()

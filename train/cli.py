@@ -1,4 +1,4 @@
-"""The options of training, and `alexnet checkpoint …`.
+"""The options of training, and the commands `alexnet train` and `alexnet checkpoint …`.
 
 Imports nothing heavier than click: every command imports its work inside its body.
 """
@@ -49,6 +49,62 @@ OPTIONS: list[click.Parameter] = [
     click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
 ]
 """Options that `python -m train.main` and `alexnet train` share."""
+
+
+@click.command(params=list(OPTIONS))
+@click.option(
+    "--nproc", default="auto", show_default=True, metavar="N|auto", help="Ranks: auto is one for each GPU."
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    help="Start all ranks again, from the run's last checkpoint, when one dies; so often at most.",
+)
+@click.option(
+    "--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines; start it on each."
+)
+@click.option(
+    "--rdzv-endpoint", metavar="HOST[:PORT]", help="Where several machines meet: one of them, on a free port."
+)
+@click.option("--rdzv-id", metavar="NAME", help="Name of this launch, the same on all its machines.")
+def train(
+    nproc: str,
+    max_restarts: int,
+    nnodes: str,
+    rdzv_endpoint: str | None,
+    rdzv_id: str | None,
+    print_config: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Train: is torchrun for this machine, with exit code 75 where training was stopped and saved.
+
+    For several machines, start it on each (docs/clusters.md has templates for Slurm and Kubeflow).
+
+    \b
+    alexnet train --nproc 2
+    alexnet train --recipe tiny-imagenet --data tiny-imagenet-200 --max-restarts 3
+    alexnet train --nnodes 2 --rdzv-endpoint node1:29400 --rdzv-id job-17
+    """
+    from train.config.load import make_config, to_json
+    from train.distributed.torchrun import (
+        choose_rank_count,
+        rendezvous_options,
+        run_torchrun,
+        training_arguments,
+    )
+
+    config = make_config(options["recipe"], options["overrides"], options["data"])
+    if print_config:
+        click.echo(to_json(config))
+        return
+    arguments = training_arguments(**options, debug=debug)
+    rendezvous = rendezvous_options(nnodes, rdzv_endpoint, rdzv_id)
+    code = run_torchrun(choose_rank_count(nproc, config), arguments, max_restarts, rendezvous)
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 @click.group()

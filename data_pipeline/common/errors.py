@@ -1,5 +1,8 @@
 """The errors that a user can act on. Each carries the exit code of the command line."""
 
+EXIT_SOME_UNREADABLE = 3
+"""Exit code of a command that finished, but could not read some of its inputs. No exception raises it."""
+
 
 class UserError(ValueError):
     """Wrong use: a bad option, a missing folder, a checkpoint of another model. One line, with what to do."""

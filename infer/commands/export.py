@@ -1,139 +1,77 @@
-"""What `alexnet export` does: a checkpoint to bundles, or a bundle's own ONNX file to an engine.
-
-Imports torch only for a checkpoint, so that a machine that serves builds engines without it.
-"""
+"""The command `alexnet export`. Imports its work inside its body."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from typing import Any
 
-import msgspec
+import click
 
-from data_pipeline.common.errors import UserError
-from infer.bundle.load import Bundle, find_bundle, load_bundle
-from infer.bundle.schema import ENGINE_NAME, MANIFEST_NAME, Format, Precision
-from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, choose_builder, parse_formats
-from infer.export.triton import check_engine, check_repository, write_repository
-from infer.runtime.choose import tensorrt_versions
-from infer.runtime.cuda import scan_gpus
-
-log = logging.getLogger("infer")
+PATH = click.Path(path_type=Path)
 
 
-class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of the command; None where one was not given."""
+@click.command()
+@click.argument("source", metavar="[CHECKPOINT|BUNDLE]", type=PATH, required=False)
+@click.option(
+    "--format", "formats", metavar="onnx|trt|onnx,trt",
+    help="ONNX (the default), or a TensorRT engine with the ONNX file beside it, or a bundle of each. "
+    "Of a BUNDLE, trt builds the engine again from its ONNX file.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Of weights and arithmetic; LRN and softmax stay in float32. Default: fp32.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", type=PATH,
+    help="Folder with train/ for int8's ranges. Default: what it was trained on.",
+)  # fmt: skip
+@click.option("--max-batch", type=int, help="Largest batch the model takes. Default: 64, or the bundle's.")
+@click.option("--opt-batch", type=int, help="Batch that the engine is tuned for. Default: 32 or the largest.")
+@click.option("--builder-level", type=int, help="0 builds soonest, 5 searches longest. Default: 3.")
+@click.option(
+    "--timing-cache",
+    type=PATH,
+    help="TensorRT's kernel timings, read and written: the next build is shorter.",
+)
+@click.option("--gpu", default="", metavar="sm89,…", help="Build the engine for these GPUs only.")
+@click.option(
+    "--out", type=PATH,
+    help="Folder to write; with two formats, the folder of both. Default: export/<format>-<precision>, or "
+    "the bundle's own.",
+)  # fmt: skip
+@click.option("--data", type=PATH, help="Folder with val/ for the gate. Default: what it was trained on.")
+@click.option("--triton", type=PATH, metavar="DIR", help="Write models for Triton Inference Server as well.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the bundle's manifest as JSON; of two formats, both by name.",
+)
+def export(as_json: bool, **options: Any) -> None:
+    """Export a checkpoint to ONNX or TensorRT, if it agrees with the checkpoint on validation images.
 
-    source: Path | None = None
-    formats: str | None = None
-    precision: Precision | None = None
-    calibrate: Path | None = None
-    gpu: str = ""
-    opt_batch: int | None = None
-    builder_level: int | None = None
-    timing_cache: Path | None = None
-    out: Path | None = None
-    data: Path | None = None
-    max_batch: int | None = None
-    triton: Path | None = None
+    Default: the best checkpoint of the newest run. Of a BUNDLE, --format trt builds the engine for
+    this machine from the ONNX file in it, and --triton writes a model repository.
 
-    def engine(self) -> EngineOptions:
-        """How engines shall be built."""
-        return EngineOptions(
-            gpus=tuple(filter(None, self.gpu.split(","))),
-            tuned_batch=self.opt_batch,
-            builder_level=self.builder_level,
-            timing_cache=self.timing_cache,
-        )
-
-
-class Exported(msgspec.Struct, frozen=True, kw_only=True):
-    """What an export made: bundles by format, and the folders of Triton's models."""
-
-    bundles: dict[Format, Bundle]
-    triton: list[Path]
-
-
-def export(options: ExportOptions) -> Exported:
-    """Export a checkpoint or build a bundle's engine, and write Triton's models if they are wanted.
-
-    Raises:
-        UserError, CorruptFileError, BuildError, GateError: see `pipeline` and `rebuild`.
+    \b
+    alexnet export --format onnx
+    alexnet export --format onnx,trt --precision int8 --max-batch 128
+    alexnet export --format trt --precision fp16 --gpu sm89,sm120 --builder-level 5
+    alexnet export runs/demo-20260101T000000Z/export/trt-fp32 --format trt
     """
-    source = options.source
-    is_bundle = source is not None and (source.name == MANIFEST_NAME or (source / MANIFEST_NAME).exists())
-    return _from_bundle(options) if is_bundle else _from_checkpoint(options)
+    import msgspec
 
+    from infer.bundle.describe import describe_export
+    from infer.commands.run_export import ExportOptions, run_export
 
-def _from_checkpoint(options: ExportOptions) -> Exported:
-    formats = parse_formats(options.formats or "onnx")
-    precision = options.precision or "fp32"
-    engine = options.engine()
-    if options.triton is not None:
-        _check_triton(options.triton, formats, precision, engine)
-    from infer.export.pipeline import export_models
-    from train.checkpoints.load import find_checkpoint
-
-    folder = find_checkpoint(options.source)
-    log.info("checkpoint: %s", folder)
-    bundles = export_models(
-        folder,
-        formats,
-        data=options.data,
-        out=options.out,
-        max_batch=DEFAULT_MAX_BATCH if options.max_batch is None else options.max_batch,
-        precision=precision,
-        calibrate=options.calibrate,
-        options=engine,
-    )
-    models = [] if options.triton is None else write_repository(options.triton, bundles)
-    return Exported(bundles=bundles, triton=models)
-
-
-def _from_bundle(options: ExportOptions) -> Exported:
-    assert options.source is not None
-    folder = find_bundle(options.source)
-    wanted = None if options.formats is None else parse_formats(options.formats)
-    engine = options.engine()
-    building = wanted is not None and "trt" in wanted
-    # An engine that is replaced need not be whole.
-    bundle = load_bundle(folder, without=(ENGINE_NAME,) if building else ())
-    manifest = bundle.manifest
-    if options.precision not in (None, manifest.precision):
-        raise UserError(f"{folder} is in {manifest.precision}: export a checkpoint in {options.precision}")
-    if options.calibrate is not None:
-        raise UserError("--calibrate is for a checkpoint; a bundle has its ranges already")
-    if not building:
-        given = {"--out": options.out, "--data": options.data, "--max-batch": options.max_batch}
-        asked = next((name for name, value in given.items() if value is not None), engine.asked())
-        if asked:
-            raise UserError(f"{asked} is for a checkpoint, or for --format trt, which builds an engine")
-        if options.triton is None:
-            raise UserError(
-                f"{folder} is exported already: --format trt builds its engine for this machine, "
-                "--triton DIR writes a model repository"
-            )
-    formats = wanted or (("onnx",) if manifest.engine is None else ("onnx", "trt"))
-    if options.triton is not None:
-        check_repository(options.triton, formats, manifest.precision)
-        if building:
-            _check_triton(options.triton, formats, manifest.precision, engine)
-    if building:
-        from infer.export.rebuild import rebuild_engine
-
-        log.info("bundle: %s", folder)
-        bundle = rebuild_engine(
-            bundle, out=options.out, max_batch=options.max_batch, data=options.data, options=engine
-        )
-    bundles: dict[Format, Bundle] = dict.fromkeys(formats, bundle)
-    models = [] if options.triton is None else write_repository(options.triton, bundles)
-    return Exported(bundles={"trt": bundle} if building else {}, triton=models)
-
-
-def _check_triton(
-    root: Path, formats: tuple[Format, ...], precision: Precision, engine: EngineOptions
-) -> None:
-    """Say at once what would be refused after the export."""
-    check_repository(root, formats, precision)
-    if "trt" in formats:
-        check_engine(choose_builder(tensorrt_versions(), scan_gpus(), engine.gpus).library)
+    made = run_export(ExportOptions(**options))
+    for model in made.triton:
+        click.echo(f"triton model: {model}", err=as_json)
+    if as_json:
+        manifests = {format: bundle.manifest for format, bundle in made.bundles.items()}
+        one = next(iter(manifests.values())) if len(manifests) == 1 else manifests
+        click.echo(msgspec.json.format(msgspec.json.encode(one)))
+        return
+    for bundle in made.bundles.values():
+        for line in describe_export(bundle):
+            click.echo(line)

@@ -1,8 +1,8 @@
-"""Predictions as one HTML file: what the model saw of each image; sortable, filtered, self-contained.
+"""Predictions as one self-contained HTML file that shows what the model saw, with sorting and filters.
 
 The filters and the order are kept in the address behind `#`, so that a view can be linked to:
 `gallery.html#errors=1`, `#below=50`, `#find=cat`, `#sort=probability`, `#sort=-probability`. A second press
-on a column's name turns its order round.
+on a column's name reverses its order.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import printable, visible
+from data_pipeline.common.text import visible
 from infer.bundle.load import Bundle
-from infer.predict.rows import OkRow, SeenRow
+from infer.predict.rows import OkRow, PredictionWithPixels
 from infer.predict.table import RowCounter
+from infer.predict.writers import name_unwritable
 
 THUMBNAIL_PX = 96
 THUMBNAIL_QUALITY = 80
@@ -127,20 +127,20 @@ class Gallery:
     """Writes rows into an open page.
 
     Args:
-        page: the page's file.
+        page: the file of the page.
     """
 
     def __init__(self, page: TextIO) -> None:
         self._page = page
         self._count = 0
 
-    def write(self, seen: SeenRow) -> None:
-        """Add one row; nothing of it is kept."""
-        row, number = seen.row, self._count
+    def write(self, prediction: PredictionWithPixels) -> None:
+        """Add one row to the page; nothing of it is kept in memory."""
+        (row, pixels), number = prediction, self._count
         self._count += 1
         path = escape(visible(row.path))
         if isinstance(row, OkRow):
-            assert seen.pixels is not None
+            assert pixels is not None
             best = row.predictions[0] if row.predictions else None
             label = escape(visible(best.label)) if best else ""
             bars = "".join(
@@ -148,7 +148,7 @@ class Gallery:
                 f'<i style="width:{p.probability:.1%}"></i><span>{p.probability:.1%}</span></div>'
                 for p in row.predictions
             )
-            picture = f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(seen.pixels)}">'
+            picture = f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(pixels)}">'
             probability, kind = (f"{best.probability:.6f}" if best else "0"), ""
             what = bars or "no class reaches the least probability"
         else:
@@ -162,22 +162,20 @@ class Gallery:
 
 @contextmanager
 def open_gallery(path: Path, bundle: Bundle, counter: RowCounter) -> Iterator[Gallery]:
-    """A page to write rows into. It is whole when this ends, also where the run ends early.
+    """A page to write rows into. It is complete when this ends, also if the run ends early.
 
     Args:
         path: the file.
         bundle: the model, for the title.
-        counter: what counted the rows, for the summary.
+        counter: counts the rows, for the summary.
     Raises:
         UserError: it cannot be written.
     """
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'sha256-{digest}'"
     title = escape(visible(f"Predictions of {bundle.manifest.checkpoint.model}, {bundle.manifest.precision}"))
-    try:
+    with name_unwritable(path):
         page = path.open("w", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
     with page:
         page.write(
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,4 +1,4 @@
-"""What to predict: files, folders, globs, lists, and tar shards, in order and in little memory."""
+"""The inputs of a prediction: files, folders, globs, lists and tar shards, in order and in little memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.image_folder import is_image, walk_images
 from data_pipeline.loader import ImageSource
 from data_pipeline.shards.shard_format import walk_tar
-from infer.predict.rows import Item
 
 log = logging.getLogger("infer")
 
@@ -31,25 +30,34 @@ MAX_PATH_BYTES = 1 << 16
 """Of a line in a list: far above what Linux takes for a path."""
 _PIECE = 1 << 16
 
-_Part = Callable[[], Iterator[Item]]
+Item = Path | ImageSource
+"""One input: a file, or an image that lies elsewhere."""
+
+
+def path_of(item: Item) -> Path:
+    """The path by which rows and messages name an input."""
+    return item.path if isinstance(item, ImageSource) else item
 
 
 class Inputs:
-    """Inputs in order. What folders and lists name is found at once and kept packed; tar shards and stdin are
-    read as they are predicted.
+    """Inputs in order. Folders and lists are read at once and kept packed; shards and stdin when predicted.
 
     Args:
-        parts: what gives the inputs of each argument.
-        total: how many there are; None where that is not known before the end.
+        lists: functions that give paths of images and tar shards.
+        total: number of inputs; None if it is not known before the end.
     """
 
-    def __init__(self, parts: Sequence[_Part], total: int | None) -> None:
-        self._parts = parts
+    def __init__(self, lists: Sequence[Callable[[], Iterator[str]]], total: int | None) -> None:
+        self._lists = lists
         self.total = total
 
     def __iter__(self) -> Iterator[Item]:
-        for part in self._parts:
-            yield from part()
+        for paths in self._lists:
+            for path in paths():
+                if path.endswith(SHARD_SUFFIX):
+                    yield from _members(path)
+                else:
+                    yield Path(path)
 
 
 def find_inputs(
@@ -59,85 +67,72 @@ def find_inputs(
 
     Args:
         arguments: each a file, whatever its suffix; a folder, whose images come in byte order; a tar shard,
-            whose images come as they lie in it; a glob (`**` enters folders), where no file has that name;
+            whose images come in the order of the tar; a glob (`**` enters folders), if no file has that name;
             `@list.txt`, a file of paths; or `-`, such a list on stdin. In a list, paths end with their line,
             or with a NUL if there is any; tar shards in it are read, and what cannot be read becomes an
             error row.
         recursive: whether to enter folders inside folders.
         stdin: where `-` is read; None for the process's own.
     Raises:
-        UserError: a file or folder that does not exist, a glob without a match, what is no list, or no input
-            at all.
+        UserError: a file or folder that does not exist, a glob without a match, a file that is no list, or
+            no input at all.
     """
-    parts: list[_Part] = []
-    counts: list[int | None] = []
+    lists: list[Callable[[], Iterator[str]]] = []
+    total: int | None = 0
     for argument in arguments:
-        for part, count in _parts_of(os.fspath(argument), recursive, stdin):
-            parts.append(part)
-            counts.append(count)
-    known = [count for count in counts if count is not None]
-    if len(known) == len(counts) and not sum(known):
+        argument = os.fspath(argument)
+        if argument == STDIN:
+            lists.append(partial(_listed, stdin or sys.stdin.buffer, "stdin"))
+            total = None
+            continue
+        paths = _read_list(argument[1:]) if argument.startswith(LIST_MARK) else _paths(argument, recursive)
+        lists.append(paths.__iter__)
+        if total is not None:
+            # Nobody knows how many images a shard holds before it is read.
+            total = None if any(path.endswith(SHARD_SUFFIX) for path in paths) else total + len(paths)
+    if total == 0:
         where = ", ".join(printable(argument) for argument in arguments) or "an empty list of paths"
         raise UserError(
             f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} "
             "(tar shards are read where they are named: shards/*.tar)"
         )
-    return Inputs(parts, sum(known) if len(known) == len(counts) else None)
+    return Inputs(lists, total)
 
 
-def _parts_of(argument: str, recursive: bool, stdin: BinaryIO | None) -> Iterator[tuple[_Part, int | None]]:
-    if argument == STDIN:
-        yield partial(_items, partial(_listed, stdin or sys.stdin.buffer, "stdin")), None
-    elif argument.startswith(LIST_MARK):
-        names = _read_list(argument[len(LIST_MARK) :])
-        shards = any(name.endswith(SHARD_SUFFIX) for name in names)
-        yield partial(_items, partial(map, Path, names)), None if shards else len(names)
-    elif os.path.lexists(argument):
-        yield _existing(argument, recursive)
-    elif glob.has_magic(argument):
-        matches = sorted(glob.glob(argument, recursive=recursive), key=os.fsencode)  # noqa: PTH207 - as typed
-        if not matches:
+def _paths(argument: str, recursive: bool) -> PackedStrings:
+    """Paths of images and shards: a file itself, the images of a folder, or those of each match of a glob."""
+    names = [argument]
+    if not os.path.lexists(argument):
+        if not glob.has_magic(argument):
+            raise UserError(f"no such file or folder: {printable(argument)}")
+        names = sorted(glob.glob(argument, recursive=recursive), key=os.fsencode)  # noqa: PTH207 - as typed
+        if not names:
             raise UserError(f"no file or folder matches {printable(argument)}")
-        for match in matches:
-            yield _existing(match, recursive)
-    else:
-        raise UserError(f"no such file or folder: {printable(argument)}")
+    return PackedStrings.pack(path for name in names for path in _paths_in(name, recursive))
 
 
-def _existing(path: str, recursive: bool) -> tuple[_Part, int | None]:
-    if Path(path).is_dir():
-        names = PackedStrings.pack(str(Path(path, name)) for name in walk_images(path, recursive))
-        if not len(names):
-            log.warning("no images in %s", printable(path))
-        return _packed(names)
-    if path.endswith(SHARD_SUFFIX):
-        return partial(_members, path), None
-    return _packed(PackedStrings.pack([path]))
-
-
-def _packed(names: PackedStrings) -> tuple[_Part, int]:
-    return lambda: map(Path, names), len(names)
+def _paths_in(name: str, recursive: bool) -> Iterator[str]:
+    if not Path(name).is_dir():
+        yield name
+        return
+    empty = True
+    for path in walk_images(name, recursive):
+        empty = False
+        yield str(Path(name, path))
+    if empty:
+        log.warning("no images in %s", printable(name))
 
 
 def _read_list(path: str) -> PackedStrings:
     try:
         with Path(path).open("rb") as file:
-            return PackedStrings.pack(os.fspath(name) for name in _listed(file, path))
+            return PackedStrings.pack(_listed(file, path))
     except OSError as error:
         raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
 
 
-def _items(paths: Callable[[], Iterator[Path]]) -> Iterator[Item]:
-    """What a list's paths stand for: of a tar shard, its images."""
-    for path in paths():
-        if path.suffix == SHARD_SUFFIX:
-            yield from _members(str(path))
-        else:
-            yield path
-
-
-def _listed(stream: BinaryIO, name: str) -> Iterator[Path]:
-    """The paths of a list, as they come; ended by NULs if the first piece holds one (`find -print0`)."""
+def _listed(stream: BinaryIO, name: str) -> Iterator[str]:
+    """Reads the paths of a list; they end with NULs if the first piece holds one (`find -print0`)."""
     piece, rest = stream.read1(_PIECE), b""  # type: ignore[attr-defined]
     end = b"\0" if b"\0" in piece else b"\n"
     while piece:
@@ -151,15 +146,15 @@ def _listed(stream: BinaryIO, name: str) -> Iterator[Path]:
     yield from _named([rest], end)
 
 
-def _named(names: list[bytes], end: bytes) -> Iterator[Path]:
+def _named(names: list[bytes], end: bytes) -> Iterator[str]:
     for name in names:
         name = name if end == b"\0" else name.removesuffix(b"\r")
         if name:
-            yield Path(os.fsdecode(name))
+            yield os.fsdecode(name)
 
 
 def _members(shard: str) -> Iterator[ImageSource]:
-    """The images of a tar shard, by its headers alone; where it is damaged, one input that fails says so."""
+    """Finds the images of a tar shard by its headers alone; damage becomes one last input that fails."""
     found = 0
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -176,12 +171,12 @@ def _members(shard: str) -> Iterator[ImageSource]:
 
 @dataclass(frozen=True)
 class ShardMember:
-    """Reads one image of a tar shard, by its place there.
+    """Reads one image of a tar shard.
 
-    Args:
+    Attributes:
         shard: the tar file.
-        offset: where the image's bytes begin.
-        size_bytes: how many there are.
+        offset: position of the image's first byte.
+        size_bytes: length of the image.
     """
 
     shard: str
@@ -204,7 +199,7 @@ class ShardMember:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What stands for an input that is known to fail, and why."""
+    """Fails to read an input that is known to be bad, with the reason."""
 
     reason: str
 

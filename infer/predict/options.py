@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from data_pipeline.common.errors import UserError
 from infer.predict.decode import DecoderName
+from infer.predict.inputs import STDIN
 from infer.predict.rows import DEFAULT_BATCH
-from infer.predict.writers import Format
+from infer.predict.writers import SUFFIXES, Format
 from infer.runtime.choose import BackendName, DeviceName
 
 
 class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The command's options, as the command line gives them.
 
-    Args:
+    Attributes:
         paths: see `infer.predict.inputs.find_inputs`.
         model: a bundle; None for the newest export, which is named on stderr.
         backend, device, decoder, top, batch_size, min_probability, ten_crop: see `infer.predictor.Predictor`.
         recursive: whether to enter folders inside folders.
-        strict: the first input that cannot be read ends the run.
-        resume: go on after the rows that `output` has.
-        format: how rows are written; None for what the name of `output` says, else a table.
+        strict: stop with an error at the first input that cannot be read.
+        resume: continue after the rows that `output` has.
+        format: of the rows; None to take it from the name of `output`, else a table.
         output: the file to write; None for stdout.
-        html: a gallery to write besides.
-        engine: who does the work: this process, or workers of a Ray cluster that write a folder of parts.
-        address: which Ray cluster; None for one of its own on this machine.
-        workers: how many; None for as many as the cluster has room for.
-        part_rows: inputs a part; None for a number that suits how many there are.
+        html: a gallery to write as well.
+        engine: `local` predicts in this process; `ray` by workers of a Ray cluster, which write a folder of
+            parts.
+        address: of the Ray cluster; None to start one on this machine.
+        workers: number of Ray workers; None for as many as the cluster has room for.
+        part_rows: inputs in a part; None to choose by the number of inputs.
     """
 
     paths: Sequence[str]
@@ -52,3 +55,48 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None = None
     workers: int | None = None
     part_rows: int | None = None
+
+    def for_predictor(self) -> dict[str, Any]:
+        """The keyword arguments of a `Predictor`."""
+        names = ("backend", "device", "decoder", "top", "batch_size", "min_probability", "ten_crop")
+        return {name: getattr(self, name) for name in names}
+
+
+def check_options(options: PredictOptions) -> Format:
+    """The format of the rows.
+
+    Raises:
+        UserError: options that exclude each other, or that need another.
+    """
+    if list(options.paths).count(STDIN) > 1:
+        raise UserError("- is given twice: there is one stdin")
+    return _check_ray(options) if options.engine == "ray" else _check_local(options)
+
+
+def _check_local(options: PredictOptions) -> Format:
+    suffix = options.output.suffix.lower() if options.output is not None else ""
+    format: Format = options.format or SUFFIXES.get(suffix, "table")
+    if options.resume and options.output is None:
+        raise UserError("--resume goes on with a file: name it with --output")
+    if options.resume and format == "table":
+        raise UserError("--resume needs --format jsonl, csv or parquet: a table cannot be read back")
+    for name in ("address", "workers", "part_rows"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --engine ray")
+    if format == "parquet" and options.output is None:
+        raise UserError("--format parquet needs a file: --output rows.parquet")
+    if options.html is not None and options.resume:
+        raise UserError("--html with --resume: a gallery shows one whole run; leave one of them out")
+    if options.html is not None and options.html == options.output:
+        raise UserError("--html and --output name the same file")
+    return format
+
+
+def _check_ray(options: PredictOptions) -> Format:
+    if options.output is None:
+        raise UserError("--engine ray writes a folder of parts: name it with --output DIR")
+    if options.html is not None:
+        raise UserError("--html with --engine ray: a gallery is made by one process; leave one of them out")
+    if options.format in ("table", "csv"):
+        raise UserError(f"--format {options.format} with --engine ray: use jsonl or parquet")
+    return options.format or "parquet"

@@ -1,4 +1,4 @@
-"""Arrays and Pillow images as inputs: encoded without loss, so that they take the way that files take."""
+"""Arrays and Pillow images as inputs: encoded without loss, and then decoded as files are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import Image
 from data_pipeline.common.errors import ImageError
 from data_pipeline.loader import ImageSource
 
-_AS_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
+"""Modes that PNG can hold; the others, CMYK among them, become RGB first."""
 
 
 def from_array(array: NDArray[Any], number: int) -> ImageSource:
@@ -22,7 +23,7 @@ def from_array(array: NDArray[Any], number: int) -> ImageSource:
 
     Args:
         array: read when its batch is; do not change it before its row has come.
-        number: its place among the inputs, which its row is named by.
+        number: its place among the inputs, by which its row is named.
     """
     return ImageSource(Path(f"<input {number}>"), partial(_encode_array, array))
 
@@ -50,13 +51,8 @@ def _encode_array(array: NDArray[Any], max_bytes: int) -> bytes:
 def _encode_image(image: Image.Image, max_bytes: int) -> bytes:
     try:
         exif = image.info.get("exif") or image.getexif().tobytes()
-        if image.mode == "CMYK":
-            turned = image.convert("RGB")  # PNG has no CMYK
-        elif image.mode in _AS_PNG:
-            turned = image
-        else:
-            turned = image.convert("RGB")
-        return _save(turned, "PNG", max_bytes, compress_level=1, exif=exif)
+        in_png = image if image.mode in _PNG_MODES else image.convert("RGB")
+        return _save(in_png, "PNG", max_bytes, compress_level=1, exif=exif)
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"this Pillow image cannot be read: {error}") from error
 

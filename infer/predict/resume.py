@@ -1,9 +1,14 @@
-"""What the rows of a run depend on besides its inputs, kept with them so that a later run can go on."""
+"""Resuming a run: the rows that a file has already, and whether they are of the same model and options."""
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
 
 import msgspec
 
@@ -12,19 +17,31 @@ from data_pipeline.common.files import sha256_of
 from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle
 from infer.bundle.schema import MANIFEST_NAME
+from infer.predict.inputs import Item, path_of
+from infer.predict.options import PredictOptions
+from infer.predict.rows import check_top
+from infer.predict.writers import (
+    ROW_GROUP,
+    FileFormat,
+    csv_columns,
+    import_parquet,
+    journal_of,
+    parquet_schema,
+    safe_cell,
+)
 
 log = logging.getLogger("infer")
 
 
 class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The model and the options that decide what a row says.
+    """The model and the options that decide the content of a row.
 
-    Who decodes, the backend, the device and the size of batches are not among them: they change the last
-    digits of a probability.
+    The decoder, the backend, the device and the batch size are not among them: they change the last digits of
+    a probability.
 
-    Args:
+    Attributes:
         model_sha256: of the bundle's manifest, which holds the hashes of its files.
-        top: classes a row.
+        top: classes in a row.
         min_probability: classes below are left out.
         ten_crop: whether ten views of each image are averaged.
     """
@@ -35,18 +52,27 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ten_crop: bool
 
 
-def identity_of(bundle: Bundle, *, top: int, min_probability: float, ten_crop: bool) -> RunIdentity:
-    """The identity of a run with a verified bundle."""
+def identity_of(bundle: Bundle, options: PredictOptions) -> RunIdentity:
+    """The identity of a run of these options with a verified bundle.
+
+    Raises:
+        UserError: `top` is out of range.
+    """
     return RunIdentity(
-        model_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
-        top=top,
-        min_probability=float(min_probability),
-        ten_crop=ten_crop,
+        model_sha256=manifest_digest(bundle),
+        top=check_top(bundle, options.top),
+        min_probability=options.min_probability,
+        ten_crop=options.ten_crop,
     )
 
 
+def manifest_digest(bundle: Bundle) -> str:
+    """SHA-256 of a bundle's manifest: which model it is."""
+    return sha256_of(bundle.folder / MANIFEST_NAME)
+
+
 def check_identity(begun: RunIdentity, now: RunIdentity, rows: Path) -> None:
-    """Refuse to go on with another model or other options than the rows were begun with.
+    """Refuse to resume with another model or other options than the rows were begun with.
 
     Raises:
         UserError: they differ; names the first difference.
@@ -57,7 +83,12 @@ def check_identity(begun: RunIdentity, now: RunIdentity, rows: Path) -> None:
             f"{where} are of another model (its bundle.json has SHA-256 {begun.model_sha256[:12]}…): "
             "give that one as --model, or another --output"
         )
-    for name in ("top", "min_probability", "ten_crop"):
+    check_same(begun, now, ("top", "min_probability", "ten_crop"), where)
+
+
+def check_same(begun: msgspec.Struct, now: msgspec.Struct, options: Sequence[str], where: str) -> None:
+    """Raise a UserError that names the first of some options that differs between two runs."""
+    for name in options:
         before, after = getattr(begun, name), getattr(now, name)
         if before != after:
             raise UserError(
@@ -67,13 +98,13 @@ def check_identity(begun: RunIdentity, now: RunIdentity, rows: Path) -> None:
 
 
 def check_saved_identity(rows: Path, now: RunIdentity) -> None:
-    """Hold a run against what `save_identity` kept beside the rows; where it kept nothing, that is said.
+    """Compare a run with the identity saved beside the rows; logs a warning where none was saved.
 
     Raises:
         UserError: the rows are of another model or other options.
-        CorruptFileError: what was kept is damaged.
+        CorruptFileError: the saved identity is damaged.
     """
-    path = identity_path(rows)
+    path = _identity_path(rows)
     try:
         begun = msgspec.json.decode(path.read_bytes(), type=RunIdentity)
     except FileNotFoundError:
@@ -91,8 +122,8 @@ def check_saved_identity(rows: Path, now: RunIdentity) -> None:
 
 
 def save_identity(rows: Path, identity: RunIdentity) -> None:
-    """Keep the identity beside a file of rows; nothing beside what is no plain file, such as /dev/null."""
-    path = identity_path(rows)
+    """Save the identity beside a file of rows, unless that is no plain file, such as /dev/null."""
+    path = _identity_path(rows)
     if not rows.exists() or rows.is_file():
         try:
             path.write_bytes(msgspec.json.encode(identity))
@@ -101,6 +132,129 @@ def save_identity(rows: Path, identity: RunIdentity) -> None:
             log.debug("%s", error)
 
 
-def identity_path(rows: Path) -> Path:
-    """Where the identity of a file of rows stands."""
+def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
+
+
+class CompletedRow(NamedTuple):
+    """A row of an earlier run: its path as written, and whether it is an error."""
+
+    path: str
+    failed: bool
+
+
+def has_rows(format: FileFormat, output: Path) -> bool:
+    """Whether an earlier run began to write this file."""
+    files = (output, journal_of(output)) if format == "parquet" else (output,)
+    return any(file.is_file() and file.stat().st_size for file in files)
+
+
+def skip_completed(
+    completed: Iterable[CompletedRow], items: Iterator[Item], format: FileFormat, output: Path
+) -> tuple[int, int]:
+    """Take the inputs that have a row already from `items`.
+
+    Args:
+        completed: rows of the earlier run.
+        items: the inputs of this one.
+        format: of the file.
+        output: the file, for messages.
+    Returns:
+        How many rows there are, and how many of them are errors.
+    Raises:
+        UserError: the rows are not those of the first inputs.
+    """
+    rows = errors = 0
+    for row in completed:
+        item = next(items, None)
+        if item is None:
+            raise UserError(f"--resume: {printable(output)} has more rows than there are inputs")
+        path = printable(path_of(item))
+        if row.path != (safe_cell(path) if format == "csv" else path):
+            raise UserError(
+                f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
+                f"is {path}: give the inputs that it was begun with, or another --output"
+            )
+        rows, errors = rows + 1, errors + row.failed
+    return rows, errors
+
+
+def completed_rows(format: FileFormat, output: Path, places: int) -> Iterator[CompletedRow]:
+    """The rows that an output file has; cuts off a last line that was written in part, and logs that.
+
+    Raises:
+        CorruptFileError: a file that holds something else.
+        UserError: a CSV or Parquet file with other columns.
+    """
+    if format == "parquet":
+        journal = journal_of(output)
+        if not journal.exists() and output.exists():
+            _read_parquet(output, journal)
+        format, output = "jsonl", journal
+    if not output.exists():
+        return
+    complete_bytes = 0
+    with output.open("rb") as file:
+        for number, record in enumerate(_records(file, quoted=format == "csv")):
+            if not record.endswith(b"\n"):
+                break
+            row = _parse(record, format, number, output, places)
+            complete_bytes += len(record)
+            if row is not None:
+                yield row
+    if complete_bytes < output.stat().st_size:
+        log.warning("%s ended within a row, which is done again", printable(output))
+        os.truncate(output, complete_bytes)
+
+
+def _records(file: BinaryIO, quoted: bool) -> Iterator[bytes]:
+    """Lines; a CSV record continues on the next line while a quote is open."""
+    record = b""
+    for line in file:
+        record += line
+        if not quoted or record.count(b'"') % 2 == 0:
+            yield record
+            record = b""
+    if record:
+        yield record.removesuffix(b"\n")  # a quote is open, so the record is incomplete
+
+
+class _JsonRow(msgspec.Struct):
+    path: str
+    status: Literal["ok", "error"]
+
+
+def _parse(record: bytes, format: FileFormat, number: int, output: Path, places: int) -> CompletedRow | None:
+    """One record of a file; None for the header of CSV."""
+    try:
+        if format == "jsonl":
+            row = msgspec.json.decode(record, type=_JsonRow)
+            return CompletedRow(row.path, row.status == "error")
+        (cells,) = csv.reader(io.StringIO(record.decode(), newline=""), strict=True)
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {error}") from error
+    if number == 0:
+        if cells != csv_columns(places):
+            raise UserError(
+                f"--resume: {printable(output)} has other columns; give --top as it was begun with"
+            )
+        return None
+    if len(cells) != len(csv_columns(places)) or cells[1] not in ("ok", "error"):
+        raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
+    return CompletedRow(cells[0], cells[1] == "error")
+
+
+def _read_parquet(output: Path, journal: Path) -> None:
+    """Turn a finished Parquet file back into its journal, to continue after its last row."""
+    pa, pq = import_parquet()
+    temporary = journal.with_name(f".{journal.name}.partial")
+    try:
+        with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
+            if not file.schema_arrow.equals(parquet_schema()):
+                raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
+            for batch in file.iter_batches(ROW_GROUP):
+                for row in batch.to_pylist():
+                    lines.write(msgspec.json.encode({k: v for k, v in row.items() if v is not None}) + b"\n")
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptFileError(f"{printable(output)} is no whole Parquet file: {error}") from error
+    temporary.replace(journal)

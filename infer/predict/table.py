@@ -1,15 +1,19 @@
-"""Rows of predictions for people: a table, and a summary."""
+"""Rows as a table for people, and a summary of a run."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from data_pipeline.common.text import visible
-from infer.predict.rows import OkRow, Row, SeenRow
+from infer.predict.rows import ErrorRow, OkRow, PredictionWithPixels, Row
+from infer.predict.writers import name_unwritable
 from infer.runtime.base import InferenceBackend
 
 if TYPE_CHECKING:
@@ -20,10 +24,21 @@ GAP = "  "
 MIN_PATH_CELLS, MAX_PATH_CELLS = 16, 48
 MIN_CLASS_CELLS, MAX_CLASS_CELLS = 10, 24
 PERCENT_CELLS = 7  # " 100.0%"
+FILE_WIDTH = 120
+"""Width of a table that goes to a file or a pipe."""
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a prediction came to, with what really ran."""
+    """Counts of a prediction, its speed, and what it really ran on.
+
+    Attributes:
+        images: rows of this run.
+        errors: those of them that could not be read.
+        kept, kept_errors: the same of an earlier run that this one resumed.
+        seconds: duration of this run.
+        images_per_s: `images` by `seconds`.
+        backend, provider, device, precision: see `infer.runtime.base.InferenceBackend`.
+    """
 
     images: int
     errors: int
@@ -47,10 +62,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RowCounter:
-    """Counts rows as they pass, and the time from the first request on.
+    """Counts rows, and the seconds since the first was asked for.
 
     Args:
-        backend: what predicts, for the summary.
+        backend: the model, for the summary.
     """
 
     def __init__(self, backend: InferenceBackend) -> None:
@@ -58,24 +73,20 @@ class RowCounter:
         self._seconds = 0.0
         self.images = self.errors = 0
 
-    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows, counted."""
-        return (seen.row for seen in self.count_seen(SeenRow(row, None) for row in rows))
-
-    def count_seen(self, rows: Iterable[SeenRow]) -> Iterator[SeenRow]:
-        """The same rows with what they were made from, counted."""
+    def count(self, predictions: Iterable[PredictionWithPixels]) -> Iterator[PredictionWithPixels]:
+        """Pass rows on, and count them."""
         started = time.perf_counter()
-        for seen in rows:
+        for one in predictions:
             self.images += 1
-            self.errors += not isinstance(seen.row, OkRow)
+            self.errors += isinstance(one.row, ErrorRow)
             self._seconds = time.perf_counter() - started
-            yield seen
+            yield one
 
     def summary(self, kept: int = 0, kept_errors: int = 0) -> Summary:
-        """What passed until now.
+        """The rows until now.
 
         Args:
-            kept: rows of an earlier run that this one went on with.
+            kept: rows of an earlier run that this one resumed.
             kept_errors: how many of them are errors.
         """
         backend = self._backend
@@ -94,14 +105,14 @@ class RowCounter:
 
 
 class TableWriter:
-    """Prints rows as a table, each as it comes: nothing is kept, and the columns do not move.
+    """Prints each row as it comes, in columns whose width does not change.
 
     Long labels lose their end and long paths their beginning; percentages and reasons are never cut.
 
     Args:
-        console: where to; its width decides how many of the `places` classes have room.
-        places: classes a row.
-        label_cells: of the longest label; the columns are no wider than it needs.
+        console: prints; its width decides how many of the `places` classes have room.
+        places: classes in a row.
+        label_cells: width of the longest label; the columns are no wider than it needs.
     """
 
     def __init__(self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS) -> None:
@@ -128,13 +139,38 @@ class TableWriter:
         _print(self._console, line)
 
 
+@contextmanager
+def open_table(output: Path | None, labels: Iterable[str], places: int) -> Iterator[TableWriter]:
+    """A writer of a table.
+
+    Args:
+        output: the file; None for stdout.
+        labels: of all classes.
+        places: classes in a row.
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    label_cells = max(cell_len(visible(label)) for label in labels)
+    if output is None:
+        width = None if sys.stdout.isatty() else FILE_WIDTH
+        yield TableWriter(Console(width=width), places, label_cells)
+        return
+    with name_unwritable(output):
+        file = output.open("w", encoding="utf-8")
+    with file:
+        yield TableWriter(Console(file=file, width=FILE_WIDTH), places, label_cells)
+
+
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:
-    """How to share a line among the path and the classes.
+    """Shares a line among the path and the classes.
 
     Args:
         width: cells of a line.
         top: classes that are wanted.
-        label_cells: of the longest label.
+        label_cells: width of the longest label.
     Returns:
         Cells of the path, cells of each class, and how many classes there is room for (at least one).
 
@@ -151,14 +187,14 @@ def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[in
 
 
 def _head(text: str, cells: int) -> str:
-    """Exactly so many cells of the beginning of a text."""
+    """The beginning of a text, exactly so many cells wide."""
     from rich.cells import cell_len, set_cell_size
 
     return set_cell_size(text, cells) if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
 
 
 def _tail(text: str, cells: int) -> str:
-    """Exactly so many cells of the end of a text."""
+    """The end of a text, exactly so many cells wide."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= cells:
@@ -169,5 +205,5 @@ def _tail(text: str, cells: int) -> str:
 
 
 def _print(console: Console, line: Text) -> None:
-    # Wrapping would break the columns, and cutting would hide reasons: the terminal may fold a line.
+    # Wrapping would break the columns, and cutting would hide reasons, so the terminal may fold a line.
     console.print(line, soft_wrap=True, highlight=False)

@@ -1,38 +1,28 @@
-"""Rows of predictions as files: JSON lines, CSV and Parquet, written as they come, and gone on with later."""
+"""Writers of rows as files: JSON lines, CSV and Parquet."""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
-import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.predict.rows import ErrorRow, Item, OkRow, Row, path_of
+from infer.predict.rows import ErrorRow, OkRow, Row
 
-log = logging.getLogger("infer")
-
+FileFormat = Literal["jsonl", "csv", "parquet"]
 Format = Literal["table", "jsonl", "csv", "parquet"]
 SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-
-
-class KeptRow(NamedTuple):
-    """What a row of an earlier run was about, as it is written there."""
-
-    path: str
-    failed: bool
 
 
 class RowWriter(Protocol):
@@ -43,7 +33,7 @@ class RowWriter(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line, in UTF-8, flushed row by row so that a reader sees them as they come."""
+    """Writes one JSON object a line, in UTF-8, and flushes each, so that a reader sees it at once."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -55,12 +45,12 @@ class JsonlWriter:
 
 
 class CsvWriter:
-    """Path, status, error, and class_id, label and probability of each place, in UTF-8.
+    """Writes path, status, error, and class_id, label and probability of each place, in UTF-8.
 
     Args:
-        stream: where to.
-        places: classes a row.
-        header: whether to begin with the columns' names.
+        stream: where to write.
+        places: classes in a row.
+        header: whether to begin with the names of the columns.
     """
 
     def __init__(self, stream: BinaryIO, places: int, *, header: bool = True) -> None:
@@ -71,10 +61,10 @@ class CsvWriter:
     def write(self, row: Row) -> None:
         error = row.error if isinstance(row, ErrorRow) else ""
         cells: list[object] = [safe_cell(row.path), row.status, safe_cell(error)]
-        found = row.predictions if isinstance(row, OkRow) else ()
-        for one in found:
+        predictions = row.predictions if isinstance(row, OkRow) else ()
+        for one in predictions:
             cells += [one.class_id, safe_cell(one.label), one.probability]
-        self._put([*cells, *[""] * (3 * (self._places - len(found)))])
+        self._put([*cells, *[""] * (3 * (self._places - len(predictions)))])
 
     def _put(self, cells: Iterable[object]) -> None:
         text = io.StringIO()
@@ -84,7 +74,7 @@ class CsvWriter:
 
 
 def csv_columns(places: int) -> list[str]:
-    """Names of the columns for so many classes a row."""
+    """Names of the columns for rows of `places` classes."""
     names = ("class_id", "label", "probability")
     return ["path", "status", "error", *(f"{name}_{n}" for n in range(1, places + 1) for name in names)]
 
@@ -102,151 +92,49 @@ def safe_cell(text: str) -> str:
 
 @contextmanager
 def open_output(
-    format: Literal["jsonl", "csv", "parquet"],
-    output: Path | None,
-    places: int,
-    *,
-    append: bool,
-    stdout: BinaryIO,
+    format: FileFormat, output: Path | None, places: int, *, append: bool, stdout: BinaryIO
 ) -> Iterator[RowWriter]:
     """A writer of rows.
 
-    Parquet cannot be read before its end is written. Its rows go to `<output>.rows.jsonl` first, which
-    becomes the Parquet file when all are there, and which a later run goes on with if that is not to be.
+    A Parquet file cannot be read before its end is written. Its rows go to `<output>.rows.jsonl` first, which
+    becomes the Parquet file when all are there; if the run ends before, a later one resumes from it.
 
     Args:
-        format: how.
-        output: the file; None for `stdout`.
-        places: classes a row.
-        append: go on after the rows that are there.
-        stdout: the process's own.
+        format: of the rows.
+        output: the file; None for `stdout`, which takes no Parquet.
+        places: classes in a row.
+        append: whether to continue after the rows that are there.
+        stdout: the standard output of the process.
     Raises:
-        UserError: the file cannot be written; Parquet to stdout, or without pyarrow.
+        UserError: the file cannot be written, or Parquet without pyarrow.
     """
     if output is None:
-        if format == "parquet":
-            raise UserError("--format parquet needs a file: --output rows.parquet")
+        assert format != "parquet"
         yield JsonlWriter(stdout) if format == "jsonl" else CsvWriter(stdout, places)
         return
-    target = _journal(output) if format == "parquet" else output
     if format == "parquet":
         import_parquet()
-    try:
+    target = journal_of(output) if format == "parquet" else output
+    with name_unwritable(target):
         file = target.open("ab" if append else "wb")
-    except OSError as error:
-        raise UserError(f"cannot write {printable(target)}: {error.strerror or error}") from error
     with file:
-        empty = file.tell() == 0
-        yield CsvWriter(file, places, header=empty) if format == "csv" else JsonlWriter(file)
+        yield CsvWriter(file, places, header=file.tell() == 0) if format == "csv" else JsonlWriter(file)
     if format == "parquet":
         _write_parquet(target, output)
         target.unlink()
 
 
-def has_rows(format: Format, output: Path) -> bool:
-    """Whether an earlier run began to write this file."""
-    files = (output, _journal(output)) if format == "parquet" else (output,)
-    return any(file.is_file() and file.stat().st_size for file in files)
-
-
-def skip_kept(
-    kept: Iterable[KeptRow], items: Iterator[Item], format: Format, output: Path
-) -> tuple[int, int]:
-    """Pass the inputs that have their row already.
-
-    Args:
-        kept: rows of the earlier run.
-        items: the inputs of this one; those with a row are taken from it.
-        format: of the file.
-        output: the file, for messages.
-    Returns:
-        How many rows there are, and how many of them are errors.
-    Raises:
-        UserError: the rows are not those of the first inputs.
-    """
-    rows = errors = 0
-    for row in kept:
-        item = next(items, None)
-        if item is None:
-            raise UserError(f"--resume: {printable(output)} has more rows than there are inputs")
-        path = printable(path_of(item))
-        if row.path != (safe_cell(path) if format == "csv" else path):
-            raise UserError(
-                f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
-                f"is {path}: "
-                "give the inputs that it was begun with, or another --output"
-            )
-        rows, errors = rows + 1, errors + row.failed
-    return rows, errors
-
-
-def kept_rows(format: Format, output: Path, places: int) -> Iterator[KeptRow]:
-    """The rows that an output file has already; a last line that was only half written is cut off, and said.
-
-    Raises:
-        CorruptFileError: a file that holds something else.
-        UserError: a table, or a CSV file with other columns.
-    """
-    if format == "table":
-        raise UserError("--resume needs --format jsonl, csv or parquet: a table cannot be read back")
-    if format == "parquet":
-        journal = _journal(output)
-        if not journal.exists() and output.exists():
-            _read_parquet(output, journal)
-        format, output = "jsonl", journal
-    if not output.exists():
-        return
-    whole = 0
-    with output.open("rb") as file:
-        for number, record in enumerate(_records(file, quoted=format == "csv")):
-            if not record.endswith(b"\n"):
-                break
-            row = _parse(record, format, number, output, places)
-            whole += len(record)
-            if row is not None:
-                yield row
-    if whole < output.stat().st_size:
-        log.warning("%s ended within a row, which is done again", printable(output))
-        os.truncate(output, whole)
-
-
-def _records(file: BinaryIO, quoted: bool) -> Iterator[bytes]:
-    """Lines; in CSV, a record goes on while a quote is open."""
-    record = b""
-    for line in file:
-        record += line
-        if not quoted or record.count(b'"') % 2 == 0:
-            yield record
-            record = b""
-    if record:
-        yield record.removesuffix(b"\n")  # within quotes, so not whole
-
-
-class _JsonRow(msgspec.Struct):
-    path: str
-    status: Literal["ok", "error"]
-
-
-def _parse(record: bytes, format: Format, number: int, output: Path, places: int) -> KeptRow | None:
+@contextmanager
+def name_unwritable(path: Path) -> Iterator[None]:
+    """Turns a failure to open a file for writing into a `UserError` that names the file."""
     try:
-        if format == "jsonl":
-            row = msgspec.json.decode(record, type=_JsonRow)
-            return KeptRow(row.path, row.status == "error")
-        (cells,) = csv.reader(io.StringIO(record.decode(), newline=""), strict=True)
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {error}") from error
-    if number == 0:
-        if cells != csv_columns(places):
-            raise UserError(
-                f"--resume: {printable(output)} has other columns; give --top as it was begun with"
-            )
-        return None
-    if len(cells) != len(csv_columns(places)) or cells[1] not in ("ok", "error"):
-        raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
-    return KeptRow(cells[0], cells[1] == "error")
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
-def _journal(output: Path) -> Path:
+def journal_of(output: Path) -> Path:
+    """The file that holds the rows of a Parquet file until all are there."""
     return output.with_name(output.name + ".rows.jsonl")
 
 
@@ -280,18 +168,3 @@ def _write_parquet(journal: Path, output: Path) -> None:
         while rows := [msgspec.json.decode(line) for line in itertools.islice(lines, ROW_GROUP)]:
             writer.write_table(pa.Table.from_pylist(rows, schema))
     temporary.replace(output)
-
-
-def _read_parquet(output: Path, journal: Path) -> None:
-    pa, pq = import_parquet()
-    temporary = journal.with_name(f".{journal.name}.partial")
-    try:
-        with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
-            if not file.schema_arrow.equals(parquet_schema()):
-                raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
-            for batch in file.iter_batches(ROW_GROUP):
-                for row in batch.to_pylist():
-                    lines.write(msgspec.json.encode({k: v for k, v in row.items() if v is not None}) + b"\n")
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptFileError(f"{printable(output)} is no whole Parquet file: {error}") from error
-    temporary.replace(journal)

@@ -21,10 +21,11 @@ from alexnet import main
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.loader import Loader
-from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
 from infer.predict.decode import DecoderName, open_decoder, run_valid, valid_images
-from infer.predict.rows import ErrorRow, OkRow, Row, predict
+from infer.predict.inputs import find_inputs
+from infer.predict.rows import ErrorRow, OkRow, Row
+from infer.predictor import Predictor
 from infer.runtime.choose import BackendName, probe_machine, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.images import broken, encode, kinds, photo
@@ -123,8 +124,9 @@ def test_ten_crops_average_the_softmax_of_the_views(bundle: Bundle, files: list[
         rows = list(predictor([dataset.path_at(i) for i in range(4)]))
         for row, probabilities in zip(rows, expected, strict=True):
             assert dict(found(row)) == pytest.approx(dict(enumerate(probabilities.tolist())), abs=1e-6)
-        seen = next(iter(predictor.seen([dataset.path_at(0)])))
-        assert seen.pixels is not None and np.array_equal(seen.pixels, views[0, 4])
+        first = next(predictor.rows(dataset.path_at(0), keep_pixels=True))
+        assert first.pixels is not None and np.array_equal(first.pixels, views[0, 4])
+        assert next(predictor.rows(dataset.path_at(0))).pixels is None
 
 
 def invoke(*arguments: object, stdin: bytes = b"") -> Result:
@@ -270,19 +272,20 @@ def test_on_a_gpu_the_model_reads_what_dali_decoded_there(
 
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])
 def test_batches_are_full_and_the_last_is_partial(
-    bundle: Bundle, files: list[Path], decoder: DecoderName
+    bundle: Bundle, files: list[Path], decoder: DecoderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
+    run = OnnxBackend.run
 
-    class Watched(OnnxBackend):
-        def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-            sizes.append(len(images_NHWC))
-            return super().run(images_NHWC)
+    def watched(self: OnnxBackend, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        sizes.append(len(images_NHWC))
+        return run(self, images_NHWC)
 
-    backend = Watched(bundle, "cpu")
+    monkeypatch.setattr(OnnxBackend, "run", watched)
     for batch_size, expected in ((4, [4, 4, 4, 4, 3]), (8, [8, 8, 3]), (1, [1] * 19)):
         sizes.clear()
         inputs = itertools.islice(itertools.cycle(files), 19)  # no length to look at
-        rows = list(predict(inputs, bundle, backend, batch_size=batch_size, decoder=decoder))
+        how: Any = {"backend": "onnx", "device": "cpu", "decoder": decoder, "batch_size": batch_size}
+        with Predictor(bundle, **how) as predictor:
+            rows = list(predictor(inputs))
         assert len(rows) == 19 and sizes == expected
-    backend.close()

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,9 +25,10 @@ from infer.bundle.load import Bundle
 from infer.evaluate import evaluate_bundle
 from infer.export.gate import torch_runner
 from infer.predict.decode import DecoderName, open_decoder, valid_images
-from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, predict, top_k
+from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, top_k
 from infer.predict.table import RowCounter, TableWriter, layout
 from infer.predict.writers import JsonlWriter
+from infer.predictor import Predictor
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.infer_samples import CLASSES, checkpoint_folder, data_folder, images_in
 from train.checkpoints.load import load_checkpoint
@@ -37,6 +38,12 @@ def write_jsonl(rows: Iterable[Row], stream: io.BytesIO) -> None:
     writer = JsonlWriter(stream)
     for row in rows:
         writer.write(row)
+
+
+@pytest.fixture(scope="session")
+def predictor(bundle: Bundle) -> Iterator[Predictor]:
+    with Predictor(bundle, backend="onnx", device="cpu", batch_size=8) as predictor:
+        yield predictor
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +67,10 @@ def inputs(base: Path, tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("decoder", ["auto", "pillow"])
 def test_one_row_for_each_input_in_order(
-    bundle: Bundle, backend: OnnxBackend, inputs: list[Path], batch_size: int, decoder: DecoderName
+    bundle: Bundle, inputs: list[Path], batch_size: int, decoder: DecoderName
 ) -> None:
-    rows = list(predict(inputs, bundle, backend, batch_size=batch_size, decoder=decoder))
+    with Predictor(bundle, backend="onnx", device="cpu", batch_size=batch_size, decoder=decoder) as predictor:
+        rows = list(predictor(inputs))
     assert [row.path for row in rows] == [str(path) for path in inputs]
     failed = [row for row in rows if isinstance(row, ErrorRow)]
     assert [Path(row.path).name for row in failed] == ["truncated.jpg", "empty.png", "gone.jpg", "text.jpg"]
@@ -75,12 +83,11 @@ def test_one_row_for_each_input_in_order(
             assert all(CLASSES[p.class_id] == p.label for p in row.predictions)
 
 
-def test_rows_are_the_checkpoints_predictions(
-    base: Path, bundle: Bundle, backend: OnnxBackend, inputs: list[Path]
-) -> None:
+def test_rows_are_the_checkpoints_predictions(base: Path, bundle: Bundle, inputs: list[Path]) -> None:
     run = torch_runner(load_checkpoint(checkpoint_folder(base)))
     good = [path for path in inputs if "val" in path.parts]
-    rows = list(predict(good, bundle, backend, top=1, decoder="pillow", batch_size=4))
+    with Predictor(bundle, device="cpu", top=1, decoder="pillow", batch_size=4) as predictor:
+        rows = list(predictor(good))
     from PIL import Image
 
     for path, row in zip(good, rows, strict=True):
@@ -92,44 +99,41 @@ def test_rows_are_the_checkpoints_predictions(
         assert row.predictions[0].probability == pytest.approx(float(expected.max()), abs=1e-4)
 
 
-def test_rows_stream_and_inputs_are_not_all_taken_first(
-    base: Path, bundle: Bundle, backend: OnnxBackend
-) -> None:
+def test_rows_stream_and_inputs_are_not_all_taken_first(base: Path, bundle: Bundle) -> None:
     image = images_in(data_folder(base) / "val")[0]
     taken = 0
 
-    def endless() -> object:
+    def endless() -> Iterator[Path]:
         nonlocal taken
         while True:
             taken += 1
             yield image
 
-    rows = predict(endless(), bundle, backend, batch_size=4)  # type: ignore[arg-type]
-    assert isinstance(next(rows), OkRow)
-    assert taken < 100
-    rows.close()  # type: ignore[attr-defined]
+    with Predictor(bundle, device="cpu", batch_size=4) as predictor:
+        rows = predictor(endless())
+        assert isinstance(next(rows), OkRow)
+        assert taken < 100
+        rows.close()  # type: ignore[attr-defined]
 
 
-def test_arguments_are_checked_before_the_first_row(
-    bundle: Bundle, backend: OnnxBackend, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_arguments_are_checked_before_the_first_row(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     for top in (0, 11):
         with pytest.raises(UserError, match=r"the model has 10 classes; use 1 to 10"):
-            predict([], bundle, backend, top=top)
+            Predictor(bundle, top=top)
     with pytest.raises(UserError, match="at least 1"):
-        predict([], bundle, backend, batch_size=0)
-    predict([], bundle, backend, batch_size=100)
+        Predictor(bundle, batch_size=0)
+    Predictor(bundle, device="cpu", batch_size=100).close()
     assert caplog.messages == ["batches of 8 instead of 100: the model was exported for no more"]
 
 
-def test_file_names_survive_json(base: Path, tmp_path: Path, bundle: Bundle, backend: OnnxBackend) -> None:
+def test_file_names_survive_json(base: Path, tmp_path: Path, predictor: Predictor) -> None:
     image = images_in(data_folder(base) / "val")[0]
     names = [b"caf\xe9.jpg", "größe 数.jpg".encode(), b'quo"te\n.jpg', b"-dash.jpg"]
     paths = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) for name in names]
     for path in paths:
         shutil.copy(image, path)
     stream = io.BytesIO()
-    write_jsonl(predict(paths, bundle, backend, top=2), stream)
+    write_jsonl(predictor(paths), stream)
     lines = stream.getvalue().decode("utf-8", "strict").splitlines()
     rows = [json.loads(line) for line in lines]
     found = [row["path"].rpartition("/")[2] for row in rows]
@@ -142,9 +146,9 @@ def test_file_names_survive_json(base: Path, tmp_path: Path, bundle: Bundle, bac
     ]
 
 
-def test_error_rows_in_json(bundle: Bundle, backend: OnnxBackend, tmp_path: Path) -> None:
+def test_error_rows_in_json(predictor: Predictor, tmp_path: Path) -> None:
     stream = io.BytesIO()
-    write_jsonl(predict([tmp_path / "gone.jpg"], bundle, backend), stream)
+    write_jsonl(predictor(tmp_path / "gone.jpg"), stream)
     row = json.loads(stream.getvalue())
     assert row == {"path": str(tmp_path / "gone.jpg"), "status": "error", "error": row["error"]}
     assert "No such file" in row["error"]
@@ -193,9 +197,10 @@ def test_narrow_terminals_show_fewer_classes() -> None:
         assert path + shown * (cell + 2) <= width
 
 
-def test_summary_says_what_ran(bundle: Bundle, backend: OnnxBackend, inputs: list[Path]) -> None:
+def test_summary_says_what_ran(predictor: Predictor, inputs: list[Path]) -> None:
+    backend = predictor.backend
     counter = RowCounter(backend)
-    rows = list(counter.count(predict(inputs, bundle, backend)))
+    rows = list(counter.count(predictor.rows(inputs)))
     summary = counter.summary()
     assert (summary.images, summary.errors) == (len(rows), 4) == (12, 4)
     assert (summary.backend, summary.device, summary.precision) == ("onnx", "cpu", "fp32")
@@ -262,17 +267,13 @@ import sys
 from pathlib import Path
 for name in ("torch", "torchvision", "train", "onnx", "onnxscript", "nvidia"):
     sys.modules[name] = None  # importing it fails, as where it is not installed
-from infer.predict.inputs import find_inputs
-from infer.runtime.choose import choose_backend
-from infer.bundle.load import find_bundle, load_bundle
-from infer.predict.rows import predict
-from infer.predict.writers import JsonlWriter
-bundle = load_bundle(find_bundle(Path(sys.argv[1])))
-backend, sentence = choose_backend(bundle)
-print(sentence, file=sys.stderr)
-writer = JsonlWriter(sys.stdout.buffer)
-for row in predict(list(find_inputs([sys.argv[2]]))[:3], bundle, backend):
-    writer.write(row)
+from alexnet import Predictor, find_inputs, load_bundle
+from infer.predict.writers import JsonlWriter as Writer
+with Predictor(load_bundle(Path(sys.argv[1]))) as predictor:
+    print(predictor.runs_on, file=sys.stderr)
+    writer = Writer(sys.stdout.buffer)
+    for row in predictor(list(find_inputs([sys.argv[2]]))[:3]):
+        writer.write(row)
 """
     arguments = [sys.executable, "-c", code, str(bundle.folder), str(data_folder(base) / "val")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -282,8 +283,8 @@ for row in predict(list(find_inputs([sys.argv[2]]))[:3], bundle, backend):
 
 
 def test_bad_files_are_rows_and_not_also_log_lines(
-    bundle: Bundle, backend: OnnxBackend, inputs: list[Path], caplog: pytest.LogCaptureFixture
+    predictor: Predictor, inputs: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        list(predict(inputs, bundle, backend))
+        list(predictor(inputs))
     assert not [message for message in caplog.messages if "left out" in message]

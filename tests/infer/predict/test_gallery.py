@@ -19,7 +19,7 @@ from PIL import Image
 from alexnet import main
 from infer.bundle.load import Bundle
 from infer.predict.gallery import open_gallery
-from infer.predict.rows import ErrorRow, OkRow, Prediction, SeenRow
+from infer.predict.rows import ErrorRow, OkRow, Prediction, PredictionWithPixels
 from infer.predict.table import RowCounter
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.images import photo
@@ -140,7 +140,7 @@ ATTACKS = (
 )
 
 
-def odd_rows() -> list[SeenRow]:
+def odd_rows() -> list[PredictionWithPixels]:
     """Hostile names as path, as label and in reasons; sure, unsure, with no class at all, and errors."""
     rows = []
     for number, name in enumerate(ATTACKS):
@@ -151,10 +151,13 @@ def odd_rows() -> list[SeenRow]:
             Prediction(class_id=i, label=label, probability=best if i == 0 else (1 - best) / 4)
             for i, label in enumerate(labels)
         )
-        rows += [SeenRow(OkRow(path=name, predictions=found), pixels)]
+        rows += [PredictionWithPixels(OkRow(path=name, predictions=found), pixels)]
         if number % 3 == 1:
-            rows += [SeenRow(ErrorRow(path=name, error=f"damaged JPEG: {name}"), None)]
-    return [*rows, SeenRow(OkRow(path="nothing sure.jpg", predictions=()), np.asarray(photo(56, 56, 9)))]
+            rows += [PredictionWithPixels(ErrorRow(path=name, error=f"damaged JPEG: {name}"), None)]
+    return [
+        *rows,
+        PredictionWithPixels(OkRow(path="nothing sure.jpg", predictions=()), np.asarray(photo(56, 56, 9))),
+    ]
 
 
 def test_hostile_names_are_text_in_a_browser(
@@ -163,7 +166,7 @@ def test_hostile_names_are_text_in_a_browser(
     page, rows, backend = tmp_path / "odd.html", odd_rows(), OnnxBackend(bundle, "cpu")
     counter = RowCounter(backend)
     with open_gallery(page, bundle, counter) as gallery:
-        for row in counter.count_seen(rows):
+        for row in counter.count(rows):
             gallery.write(row)
     backend.close()
     document = browser(page.as_uri())

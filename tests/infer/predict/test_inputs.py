@@ -15,8 +15,7 @@ from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.files import read_file
 from data_pipeline.common.text import printable
 from data_pipeline.loader import ImageSource
-from infer.predict.inputs import Inputs, find_inputs
-from infer.predict.rows import path_of
+from infer.predict.inputs import Inputs, find_inputs, path_of
 
 
 def touch(root: Path, *names: str) -> None:

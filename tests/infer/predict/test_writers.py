@@ -12,10 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from infer.predict.resume import completed_rows, skip_completed
 from infer.predict.rows import ErrorRow, OkRow, Prediction, Row
-from infer.predict.writers import CsvWriter, Format, JsonlWriter, kept_rows, open_output, skip_kept
+from infer.predict.writers import CsvWriter, FileFormat, JsonlWriter, open_output
 
-FORMATS: tuple[Literal["jsonl", "csv", "parquet"], ...] = ("jsonl", "csv", "parquet")
+FORMATS: tuple[FileFormat, ...] = ("jsonl", "csv", "parquet")
 ROWS: list[Row] = [
     OkRow(
         path='-a "b",\n=c.jpg',
@@ -30,13 +31,13 @@ ROWS: list[Row] = [
 PATHS = [Path(row.path) for row in ROWS]
 
 
-def write(format: Literal["jsonl", "csv", "parquet"], path: Path, rows: list[Row], append: bool) -> None:
+def write(format: FileFormat, path: Path, rows: list[Row], append: bool) -> None:
     with open_output(format, path, 2, append=append, stdout=io.BytesIO()) as writer:
         for row in rows:
             writer.write(row)
 
 
-def read(format: Format, path: Path) -> list[dict[str, object]]:
+def read(format: FileFormat, path: Path) -> list[dict[str, object]]:
     if format == "jsonl":
         return [json.loads(line) for line in path.read_bytes().splitlines()]
     if format == "csv":
@@ -67,14 +68,12 @@ def test_parquet_holds_types_and_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_going_on_gives_the_file_of_one_run(
-    tmp_path: Path, format: Literal["jsonl", "csv", "parquet"]
-) -> None:
+def test_going_on_gives_the_file_of_one_run(tmp_path: Path, format: FileFormat) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     write(format, whole, ROWS, append=False)
     write(format, parts, ROWS[:2], append=False)
     items = iter(PATHS)
-    assert skip_kept(kept_rows(format, parts, 2), items, format, parts) == (2, 1)
+    assert skip_completed(completed_rows(format, parts, 2), items, format, parts) == (2, 1)
     write(format, parts, ROWS[2:], append=True)
     assert next(items) == PATHS[2]
     assert read(format, parts) == read(format, whole)
@@ -91,7 +90,7 @@ def test_a_row_that_was_cut_anywhere_is_done_again(
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        kept = list(kept_rows(format, path, 2))
+        kept = list(completed_rows(format, path, 2))
         write(format, path, ROWS[len(kept) :], append=True)
         assert path.read_bytes() == whole, size
     assert "rows ended within a row, which is done again" in caplog.messages[-1]
@@ -107,7 +106,7 @@ def test_parquet_that_was_cut_off_goes_on_from_its_journal(tmp_path: Path) -> No
         raise KeyboardInterrupt
     assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet.rows.jsonl"]
     items = iter(PATHS)
-    assert skip_kept(kept_rows("parquet", path, 2), items, "parquet", path) == (1, 0)
+    assert skip_completed(completed_rows("parquet", path, 2), items, "parquet", path) == (1, 0)
     write("parquet", path, ROWS[1:], append=True)
     assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
 
@@ -120,7 +119,7 @@ def test_a_parquet_journal_that_was_cut_within_a_row_goes_on(
     whole = journal.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1, len(whole)):
         journal.write_bytes(whole[:size])
-        kept = list(kept_rows("parquet", path, 2))
+        kept = list(completed_rows("parquet", path, 2))
         assert len(kept) == whole[:size].count(b"\n")
         write("parquet", path, ROWS[len(kept) :], append=True)
         assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
@@ -135,19 +134,17 @@ def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"row 2 of .*rows.jsonl is of \+gone.jpg, and that input is other.jpg"
     ):
-        skip_kept(kept_rows("jsonl", path, 2), iter([PATHS[0], Path("other.jpg")]), "jsonl", path)
+        skip_completed(completed_rows("jsonl", path, 2), iter([PATHS[0], Path("other.jpg")]), "jsonl", path)
     with pytest.raises(UserError, match="has more rows than there are inputs"):
-        skip_kept(kept_rows("jsonl", path, 2), iter(PATHS[:2]), "jsonl", path)
+        skip_completed(completed_rows("jsonl", path, 2), iter(PATHS[:2]), "jsonl", path)
     path.write_bytes(b'{"path":1}\n')
     with pytest.raises(CorruptFileError, match=r"row 1 of .*rows.jsonl is damaged"):
-        list(kept_rows("jsonl", path, 2))
+        list(completed_rows("jsonl", path, 2))
     write("csv", path, ROWS, append=False)
     with pytest.raises(UserError, match="has other columns; give --top as it was begun with"):
-        list(kept_rows("csv", path, 3))
+        list(completed_rows("csv", path, 3))
     with pytest.raises(CorruptFileError, match="no whole Parquet file"):
-        list(kept_rows("parquet", path, 2))
-    with pytest.raises(UserError, match="a table cannot be read back"):
-        list(kept_rows("table", path, 2))
+        list(completed_rows("parquet", path, 2))
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         write("jsonl", tmp_path, ROWS, append=False)
 

@@ -1,12 +1,14 @@
-"""A prediction cut into parts: the plan, going on with it, and a worker that checks what it sees; no Ray."""
+"""A prediction cut into parts: the plan, resuming it, and a worker that checks what it sees; no Ray."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,29 @@ import msgspec
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.text import printable
-from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
+from infer.predict.inputs import find_inputs
+from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, identity_of
-from infer.ray.job_folder import INPUTS_NAME, JobFolder, PartFormat, digest_of, load_job, plan_job
-from infer.ray.job_inputs import FailedInput, FileInput, MemberInput
-from infer.ray.part_files import KeptPart, kept_parts
-from infer.ray.worker import PartResult, PartWorker, WorkerOptions
+from infer.predictor import Predictor
+from infer.ray.job_folder import INPUTS_NAME, JOB_NAME, Job, PartFormat, Plan, plan_job
+from infer.ray.parts import PartResult, PartWorker, completed_parts
 
 IDENTITY = RunIdentity(model_sha256="1" * 64, top=5, min_probability=0.0, ten_crop=False)
 
 
-def plan(folder: Path, paths: Sequence[str | Path], resume: bool = False, **changes: Any) -> JobFolder:
-    inputs = find_inputs(paths)
-    options: dict[str, Any] = {
-        "format": "jsonl", "identity": IDENTITY, "part_rows": 2, "total": inputs.total, "resume": resume
-    }  # fmt: skip
-    return plan_job(folder, inputs, **{**options, **changes})
+def plan(
+    folder: Path,
+    paths: Sequence[str | Path],
+    resume: bool = False,
+    part_rows: int | None = 2,
+    format: PartFormat = "jsonl",
+    identity: RunIdentity = IDENTITY,
+) -> Plan:
+    options = PredictOptions(paths=[str(path) for path in paths], part_rows=part_rows, resume=resume)
+    return plan_job(folder, find_inputs(paths), options, format, identity)
 
 
 def write_inputs(folder: Path, files: Sequence[Path]) -> list[str | Path]:
@@ -52,18 +58,20 @@ def write_inputs(folder: Path, files: Sequence[Path]) -> list[str | Path]:
 def test_inputs_are_written_down_by_parts(tmp_path: Path, files: list[Path]) -> None:
     arguments = write_inputs(tmp_path, files)
     job = plan(tmp_path / "job", arguments)
-    assert [part.count for part in job.job.parts] == [2, 2, 2, 2] and job.job.num_inputs == 8
-    parts = [job.inputs_of(number) for number in range(4)]
-    inputs = [one for part in parts for one in part.inputs]
-    kinds = [MemberInput, MemberInput, MemberInput, FailedInput, FileInput, FileInput, FileInput, FileInput]
-    assert [type(one) for one in inputs] == kinds
-    names = [printable(os.fsdecode(one.path)) for one in inputs]
+    parts = [job.inputs(number) for number in range(job.num_parts)]
+    assert [len(part) for part in parts] == [2, 2, 2, 2] and job.num_inputs == 8
+    inputs = [one for part in parts for one in part]
+    assert [(one.offset is None, bool(one.reason)) for one in inputs] == [
+        *[(False, False)] * 3, (True, True), *[(True, False)] * 4
+    ]  # fmt: skip
+    names = [printable(one.path) for one in inputs]
     assert names[0] == f"{tmp_path}/s.tar/deep/0.jpg" and names[3:6] == [
         f"{tmp_path}/s.tar", f"{tmp_path}/caf\\xe9\n.jpg", "gone.jpg"
     ]  # fmt: skip
-    assert [[w.place for w in part.witnesses] for part in parts] == [[0], [0], [0], [0, 1]]
-    assert load_job(tmp_path / "job") == job.job
-    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == ["_inputs.bin", "_job.json"]
+    assert inputs[5].file == str(Path.cwd() / "gone.jpg")
+    written = msgspec.json.decode((tmp_path / "job" / JOB_NAME).read_bytes(), type=Job)
+    assert written == job.job
+    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == [INPUTS_NAME, JOB_NAME]
 
 
 def test_a_job_goes_on_only_as_what_it_was_begun_as(
@@ -75,25 +83,23 @@ def test_a_job_goes_on_only_as_what_it_was_begun_as(
     begun = plan(folder, paths)
     with pytest.raises(UserError, match="holds a job: go on with it by --resume"):
         plan(folder, paths)
-    assert plan(folder, paths, resume=True).job == begun.job
-    assert plan(folder, paths, resume=True, part_rows=None).job == begun.job
+    assert plan(folder, paths, resume=True) == begun
+    assert plan(folder, paths, resume=True, part_rows=None) == begun
     other = msgspec.structs.replace
-    for changes, words in (
-        (
-            {"identity": other(IDENTITY, model_sha256="2" * 64)},
-            "are of another model .its bundle.json has",
-        ),
-        ({"identity": other(IDENTITY, top=3)}, "begun with top 5, and now it is 3: give --top as it was"),
-        ({"identity": other(IDENTITY, min_probability=0.5)}, "give --min-probability as it was"),
-        ({"identity": other(IDENTITY, ten_crop=True)}, "begun with ten_crop False, and now it is True"),
-        ({"format": "parquet"}, "was begun with --format jsonl, not parquet"),
-        ({"part_rows": 3}, "was begun with --part-rows 2, not 3"),
-    ):
+    changes: dict[str, dict[str, Any]] = {
+        "are of another model .its bundle.json has": {"identity": other(IDENTITY, model_sha256="2" * 64)},
+        "begun with top 5, and now it is 3: give --top as it was": {"identity": other(IDENTITY, top=3)},
+        "give --min-probability as it was": {"identity": other(IDENTITY, min_probability=0.5)},
+        "begun with ten_crop False, and now it is True": {"identity": other(IDENTITY, ten_crop=True)},
+        "begun with format jsonl, and now it is parquet: give --format as it was": {"format": "parquet"},
+        "begun with part_rows 2, and now it is 3: give --part-rows as it was": {"part_rows": 3},
+    }
+    for words, changed in changes.items():
         with pytest.raises(UserError, match=words):
-            plan(folder, paths, resume=True, **changes)
+            plan(folder, paths, resume=True, **changed)
     for others, words in (
         ([*paths[:3], files[5], paths[4]], f"input 4 of .* was {files[3]}, and now it is {files[5]}"),
-        (paths[:4], "was begun with more inputs"),
+        (paths[:4], f"input 5 of .* was {files[0]}, and now it is nothing"),
         (paths[:3], f"input 4 of .* was {files[3]}, and now it is nothing"),
         ([*paths, files[5]], f"input 6 of .* was nothing, and now it is {files[5]}"),
     ):
@@ -101,33 +107,31 @@ def test_a_job_goes_on_only_as_what_it_was_begun_as(
             plan(folder, others, resume=True)
     shutil.copy(files[0], tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"was begun in {files[0].parent}, where relative paths start"):
+    elsewhere = tmp_path / files[0].name
+    with pytest.raises(UserError, match=f"input 5 of .* was {files[0]}, and now it is {elsewhere}"):
         plan(folder, paths, resume=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["_inputs.bin", "_job.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [INPUTS_NAME, JOB_NAME]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds other things than a job"):
         plan(tmp_path / "other", paths)
+    (folder / JOB_NAME).write_bytes(b"{")
+    with pytest.raises(CorruptFileError, match=r"_job.json is damaged: .*; remove the folder"):
+        plan(folder, paths, resume=True)
 
 
-def make_worker(job: JobFolder, bundle: Bundle, **changes: Any) -> PartWorker:
-    options = WorkerOptions(
-        folder=str(job.folder),
-        job_sha256=digest_of(job.folder),
-        model=str(bundle.folder),
-        backend="onnx",
-        device="cpu",
-        decoder="pillow",
-        batch_size=2,
-        threads=1,
-        strict=False,
-    )
-    return PartWorker(msgspec.json.encode(msgspec.structs.replace(options, **changes)).decode())
+@contextmanager
+def open_worker(job: Plan, model: Path, strict: bool = False, **changes: Any) -> Iterator[PartWorker]:
+    how: dict[str, Any] = {"device": "cpu", "decoder": "pillow", "batch_size": 2, "threads": 1, **changes}
+    worker = PartWorker(job, model, strict, how)
+    yield worker
+    if worker.predictor is not None:
+        worker.predictor.close()
 
 
-def rows_in(job: JobFolder) -> list[dict[str, Any]]:
+def rows_in(job: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for number in range(len(job.job.parts)):
+    for number in range(job.num_parts):
         path = job.part_path(number)
         if job.job.format == "jsonl":
             rows += [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -143,20 +147,18 @@ def test_parts_hold_the_rows_of_one_process(
     files: list[Path],
     format: PartFormat,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = write_inputs(tmp_path, files)
-    identity = identity_of(bundle, top=3, min_probability=0.01, ten_crop=False)
-    job = plan(tmp_path / "job", arguments, part_rows=3, format=format, identity=identity)
     how: Any = {"device": "cpu", "decoder": "pillow", "batch_size": 2, "top": 3, "min_probability": 0.01}
+    options = PredictOptions(paths=[], **how)
+    job = plan(tmp_path / "job", arguments, part_rows=3, format=format, identity=identity_of(bundle, options))
     with Predictor(bundle.folder, **how) as predictor:
         expected = msgspec.to_builtins(list(predictor(find_inputs(arguments))))
     monkeypatch.chdir(tmp_path)  # a worker starts elsewhere
-    worker = make_worker(job, bundle)
-    results = [worker.predict_part(number) for number in (2, 0, 1)]
-    worker.close()
-    assert [(r.number, r.images, r.errors, r.failure) for r in results] == [
-        (2, 2, 0, ""), (0, 3, 1, ""), (1, 3, 2, "")
-    ]  # fmt: skip
+    with open_worker(job, bundle.folder, top=3, min_probability=0.01) as worker:
+        results = [worker.predict(number) for number in (2, 0, 1)]
+    assert [(r.summary.images, r.summary.errors) for r in results] == [(2, 0), (3, 1), (3, 2)]
     assert "CPUExecutionProvider, fp32, on cpu" in results[0].runs_on
     rows = rows_in(job)
     assert [row.pop("index") for row in rows] == list(range(8))
@@ -167,59 +169,58 @@ def test_parts_hold_the_rows_of_one_process(
             assert one.pop("probability") == pytest.approx(two.pop("probability"), abs=1e-6)
             assert one == two
     assert kept == expected
-    assert list(kept_parts(job)) == [KeptPart(0, 3, 1), KeptPart(1, 3, 2), KeptPart(2, 2, 0)]
+    assert completed_parts(job) == {0: 1, 1: 2, 2: 0} and not caplog.records
     whole = job.part_path(1).read_bytes()
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", job.part_path(0).read_bytes()):
         job.part_path(1).write_bytes(damaged)
-        (one,) = [part for part in kept_parts(job) if not isinstance(part, KeptPart)]
-        assert f"part-000001.{format} is not whole and is predicted again: " in one
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert completed_parts(job) == {0: 1, 2: 0}
+        (line,) = caplog.messages
+        assert f"part-000001.{format} is not whole and is predicted again: " in line
 
 
-def failure_of(worker: PartWorker, number: int = 0) -> str:
-    result = worker.predict_part(number)
-    worker.close()
-    assert (result.images, result.exit_code) == (0, 2) and result.failure.startswith("on worker ")
-    return result.failure
+def failure_of(job: Plan, model: Path) -> str:
+    with open_worker(job, model) as worker:
+        error = worker({"item": 0})["item"]
+    assert isinstance(error, UserError) and str(error).startswith("on worker ")
+    return str(error)
 
 
 def test_a_worker_that_sees_other_files_says_so(tmp_path: Path, bundle: Bundle, files: list[Path]) -> None:
     copies = [Path(shutil.copy(file, tmp_path)) for file in files[:2]]
-    identity = identity_of(bundle, top=5, min_probability=0, ten_crop=False)
+    identity = identity_of(bundle, PredictOptions(paths=[]))
     job = plan(tmp_path / "job", copies, identity=identity)
-    gone = make_worker(job, bundle, folder=str(tmp_path / "elsewhere"))
-    assert "elsewhere is not there: --output must be a folder that all machines share" in failure_of(gone)
-    another = make_worker(job, bundle, job_sha256="0" * 64)
-    assert "job holds another job: --output must be a folder" in failure_of(another)
-    no_model = make_worker(job, bundle, model=str(tmp_path / "nothing"))
-    assert "nothing is not there: the model must lie at the same path" in failure_of(no_model)
-    other_job = plan(tmp_path / "other", copies)
-    assert "is another model than on the machine that asks" in failure_of(make_worker(other_job, bundle))
-    copies[0].write_bytes(files[4].read_bytes())
-    assert "0.jpg has other content than where the job was started: inputs must lie at the same path" in (
-        failure_of(make_worker(job, bundle)).replace(copies[0].name, "0.jpg")
-    )
-    copies[0].unlink()
-    assert "cannot be read: inputs must lie at the same path" in failure_of(make_worker(job, bundle))
-    assert not list((tmp_path / "job").glob("part-*"))
+    not_shared = "_inputs.jsonl is not that of the job: --output must be a folder that all machines share"
+    (tmp_path / "elsewhere").mkdir()
+    assert not_shared in failure_of(job._replace(folder=tmp_path / "elsewhere"), bundle.folder)
+    another = plan(tmp_path / "another", copies[:1], identity=identity)
+    assert not_shared in failure_of(job._replace(folder=another.folder), bundle.folder)
+    assert f"{tmp_path}/nothing does not exist" in failure_of(job, tmp_path / "nothing")
+    other_model = plan(tmp_path / "other", copies)
+    assert "is another model than on the machine that asks" in failure_of(other_model, bundle.folder)
     with (tmp_path / "job" / INPUTS_NAME).open("r+b") as file:
-        file.write(b"\0")
-    result = make_worker(job, bundle).predict_part(0)
-    assert result.exit_code == 1 and "_inputs.bin is not what _job.json says" in result.failure
+        file.write(b" ")
+    assert not_shared in failure_of(job, bundle.folder)
+    for folder in ("job", "elsewhere", "another", "other"):
+        assert not list((tmp_path / folder).glob("*part-*"))
 
 
 def test_what_a_worker_cannot_do_comes_back_as_a_line(
     tmp_path: Path, bundle: Bundle, files: list[Path]
 ) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
-    identity = identity_of(bundle, top=5, min_probability=0, ten_crop=False)
+    identity = identity_of(bundle, PredictOptions(paths=[]))
     job = plan(tmp_path / "job", [files[0], tmp_path / "broken.jpg"], identity=identity)
-    worker = make_worker(job, bundle, strict=True)
-    (answer,) = worker({"item": [0]})["result"]  # type: ignore[dict-item]
-    worker.close()
-    result = msgspec.json.decode(answer, type=PartResult)
-    assert result.exit_code == 1 and f"{tmp_path}/broken.jpg: damaged JPEG" in result.failure
-    assert result.failure.endswith("(--strict)") and not job.part_path(0).exists()
+    with open_worker(job, bundle.folder, strict=True) as worker:
+        error = worker({"item": 0})["item"]
+    assert isinstance(error, CorruptFileError) and f"{tmp_path}/broken.jpg: damaged JPEG" in str(error)
+    assert str(error).endswith("(--strict)") and not job.part_path(0).exists()
     job.part_path(0).mkdir()
-    result = make_worker(job, bundle).predict_part(0)
-    assert result.exit_code == 1 and "part-000000.jsonl: Is a directory" in result.failure
-    assert not list(job.folder.glob(".part*"))
+    with open_worker(job, bundle.folder) as worker:
+        error = worker({"item": 0})["item"]
+        assert isinstance(error, SaveError) and "part-000000.jsonl: Is a directory" in str(error)
+        assert not list(job.folder.glob(".part*"))
+        job.part_path(0).rmdir()
+        result = worker({"item": 0})["item"]
+        assert isinstance(result, PartResult) and result.summary.errors == 1 and job.part_path(0).exists()

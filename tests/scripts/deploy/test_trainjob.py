@@ -11,9 +11,10 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alph
 from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
 from pydantic import ValidationError
 
-from alexnet import EXIT_WRONG_USE, train
+from alexnet import EXIT_WRONG_USE
 from data_pipeline.common.errors import InterruptedRunError
 from tests.helpers.ranks import REPOSITORY
+from train.cli import train
 from train.config.load import make_config
 
 MODELS = {"TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}

@@ -22,11 +22,11 @@ from click.testing import CliRunner
 
 from alexnet import main
 from data_pipeline.common.errors import UserError
-from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
+from infer.predict.inputs import find_inputs
 from infer.predict.options import PredictOptions
-from infer.ray.cluster import Share
-from infer.ray.engine import share_cluster
+from infer.predictor import Predictor
+from infer.ray.cluster import Share, share_cluster
 from tests.helpers.images import encode, photo
 from tests.helpers.infer_samples import data_folder, images_in
 from tests.helpers.ranks import REPOSITORY

@@ -1,0 +1,64 @@
+"""The command `alexnet evaluate`. Imports its work inside its body."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.common.errors import EXIT_SOME_UNREADABLE
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", metavar="[CHECKPOINT|BUNDLE]", type=PATH, required=False)
+@click.option("--data", type=PATH, help="Folder with the split. Default: what it was trained on.")
+@click.option("--split", default="val", show_default=True, help="Which folder of the data.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--ten-crop", is_flag=True, help="Average the softmax of the paper's ten views of each image.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    model: Path | None, data: Path | None, split: str, device: Any, ten_crop: bool, as_json: bool
+) -> None:
+    """Loss, top-1 and top-5 of a checkpoint or of an exported model.
+
+    Default: the best checkpoint of the newest run.
+
+    \b
+    alexnet evaluate
+    alexnet evaluate runs/demo-20260101T000000Z/export/onnx-fp32 --json
+    """
+    import dataclasses
+
+    import msgspec
+
+    if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
+        from infer.evaluate import evaluate_exported
+
+        metrics = msgspec.structs.asdict(
+            evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
+        )
+    else:
+        from train.checkpoints.load import find_checkpoint, load_checkpoint
+        from train.evaluate import evaluate_checkpoint, load_split
+
+        checkpoint = load_checkpoint(find_checkpoint(model))
+        click.echo(f"checkpoint: {checkpoint.description}", err=True)
+        if checkpoint.config.ten_crop and not ten_crop:
+            click.echo("its run was judged by ten views of each image, as --ten-crop does", err=True)
+        metrics = dataclasses.asdict(
+            evaluate_checkpoint(
+                checkpoint, load_split(checkpoint, data, split), device=device, ten_crop=ten_crop
+            )
+        )
+    if as_json:
+        click.echo(msgspec.json.encode(metrics))
+    else:
+        click.echo(
+            f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f} "
+            f"on {metrics['num_samples']} images ({metrics['num_failed']} could not be read)"
+        )
+    if metrics["num_failed"]:
+        raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)

@@ -1,0 +1,139 @@
+"""Runs `alexnet export`: a checkpoint becomes bundles, or a bundle's own ONNX file an engine.
+
+Imports torch only for a checkpoint, so that a machine that serves builds engines without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from data_pipeline.common.errors import UserError
+from infer.bundle.load import Bundle, find_bundle, load_bundle
+from infer.bundle.schema import ENGINE_NAME, MANIFEST_NAME, Format, Precision
+from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, choose_builder, parse_formats
+from infer.export.triton import check_engine, check_repository, write_repository
+from infer.runtime.choose import tensorrt_versions
+from infer.runtime.cuda import scan_gpus
+
+log = logging.getLogger("infer")
+
+
+class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of the command; None where one was not given."""
+
+    source: Path | None = None
+    formats: str | None = None
+    precision: Precision | None = None
+    calibrate: Path | None = None
+    gpu: str = ""
+    opt_batch: int | None = None
+    builder_level: int | None = None
+    timing_cache: Path | None = None
+    out: Path | None = None
+    data: Path | None = None
+    max_batch: int | None = None
+    triton: Path | None = None
+
+    def engine(self) -> EngineOptions:
+        """The options for building engines."""
+        return EngineOptions(
+            gpus=tuple(filter(None, self.gpu.split(","))),
+            tuned_batch=self.opt_batch,
+            builder_level=self.builder_level,
+            timing_cache=self.timing_cache,
+        )
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of an export: bundles by format, and the folders of Triton's models."""
+
+    bundles: dict[Format, Bundle]
+    triton: list[Path]
+
+
+def run_export(options: ExportOptions) -> Exported:
+    """Export a checkpoint or build a bundle's engine, and write Triton's models if they are wanted.
+
+    Raises:
+        UserError, CorruptFileError, BuildError, GateError: see `pipeline` and `rebuild`.
+    """
+    source = options.source
+    is_bundle = source is not None and (source.name == MANIFEST_NAME or (source / MANIFEST_NAME).exists())
+    return _from_bundle(options) if is_bundle else _from_checkpoint(options)
+
+
+def _from_checkpoint(options: ExportOptions) -> Exported:
+    formats = parse_formats(options.formats or "onnx")
+    precision = options.precision or "fp32"
+    engine = options.engine()
+    if options.triton is not None:
+        _check_triton(options.triton, formats, precision, engine)
+    from infer.export.pipeline import export_models
+    from train.checkpoints.load import find_checkpoint
+
+    folder = find_checkpoint(options.source)
+    log.info("checkpoint: %s", folder)
+    bundles = export_models(
+        folder,
+        formats,
+        data=options.data,
+        out=options.out,
+        max_batch=DEFAULT_MAX_BATCH if options.max_batch is None else options.max_batch,
+        precision=precision,
+        calibrate=options.calibrate,
+        options=engine,
+    )
+    models = [] if options.triton is None else write_repository(options.triton, bundles)
+    return Exported(bundles=bundles, triton=models)
+
+
+def _from_bundle(options: ExportOptions) -> Exported:
+    assert options.source is not None
+    folder = find_bundle(options.source)
+    wanted = None if options.formats is None else parse_formats(options.formats)
+    engine = options.engine()
+    building = wanted is not None and "trt" in wanted
+    # An engine that is replaced need not be intact.
+    bundle = load_bundle(folder, without=(ENGINE_NAME,) if building else ())
+    manifest = bundle.manifest
+    if options.precision not in (None, manifest.precision):
+        raise UserError(f"{folder} is in {manifest.precision}: export a checkpoint in {options.precision}")
+    if options.calibrate is not None:
+        raise UserError("--calibrate is for a checkpoint; a bundle has its ranges already")
+    if not building:
+        given = {"--out": options.out, "--data": options.data, "--max-batch": options.max_batch}
+        asked = next((name for name, value in given.items() if value is not None), engine.asked())
+        if asked:
+            raise UserError(f"{asked} is for a checkpoint, or for --format trt, which builds an engine")
+        if options.triton is None:
+            raise UserError(
+                f"{folder} is exported already: --format trt builds its engine for this machine, "
+                "--triton DIR writes a model repository"
+            )
+    formats = wanted or (("onnx",) if manifest.engine is None else ("onnx", "trt"))
+    if options.triton is not None:
+        check_repository(options.triton, formats, manifest.precision)
+        if building:
+            _check_triton(options.triton, formats, manifest.precision, engine)
+    if building:
+        from infer.export.rebuild import rebuild_engine
+
+        log.info("bundle: %s", folder)
+        bundle = rebuild_engine(
+            bundle, out=options.out, max_batch=options.max_batch, data=options.data, options=engine
+        )
+    bundles: dict[Format, Bundle] = dict.fromkeys(formats, bundle)
+    models = [] if options.triton is None else write_repository(options.triton, bundles)
+    return Exported(bundles={"trt": bundle} if building else {}, triton=models)
+
+
+def _check_triton(
+    root: Path, formats: tuple[Format, ...], precision: Precision, engine: EngineOptions
+) -> None:
+    """Raise at once what would be raised after the export."""
+    check_repository(root, formats, precision)
+    if "trt" in formats:
+        check_engine(choose_builder(tensorrt_versions(), scan_gpus(), engine.gpus).library)

@@ -1,0 +1,115 @@
+"""Runs `alexnet predict`: finds inputs, predicts, and writes rows. Imports neither torch nor train."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.decode.pillow import image_readers
+from infer.bundle.load import Bundle
+from infer.predict.gallery import open_gallery
+from infer.predict.inputs import Item, find_inputs
+from infer.predict.options import PredictOptions, check_options
+from infer.predict.resume import (
+    RunIdentity,
+    check_saved_identity,
+    completed_rows,
+    has_rows,
+    identity_of,
+    save_identity,
+    skip_completed,
+)
+from infer.predict.rows import ErrorRow
+from infer.predict.table import RowCounter, Summary, open_table
+from infer.predict.writers import Format, RowWriter, open_output
+from infer.predictor import Predictor
+from infer.runtime.choose import probe_machine
+
+log = logging.getLogger("infer")
+
+
+def run_predict(options: PredictOptions, verified_bundle: Callable[[], Bundle]) -> Summary:
+    """Predict images and write a row for each, in order, as batches finish.
+
+    Args:
+        options: of the command.
+        verified_bundle: waits until the bundle that `options.model` names is verified, and gives it.
+    Returns:
+        Counts, and what the prediction ran on; they are logged as well.
+    Raises:
+        UserError: no images, no model, a backend or device that is not available, or rows to resume that are
+            of other inputs.
+        CorruptFileError: a bundle that was changed; with `strict`, an input that cannot be read.
+    """
+    format = check_options(options)
+    if options.engine == "ray":
+        from infer.ray.driver import predict_on_ray
+
+        assert format in ("jsonl", "parquet")
+        return predict_on_ray(options, format, verified_bundle)
+    return _predict_here(options, format, verified_bundle)
+
+
+def _predict_here(options: PredictOptions, format: Format, verified_bundle: Callable[[], Bundle]) -> Summary:
+    inputs = find_inputs(options.paths, recursive=options.recursive)
+    # Imported while the bundle is being verified, since both take a while.
+    probe_machine()
+    image_readers()
+    with ExitStack() as stack:
+        predictor = stack.enter_context(
+            Predictor(verified_bundle(), expected=inputs.total, **options.for_predictor())
+        )
+        log.info(f"model: {predictor.bundle.folder}")
+        log.info(f"runs on: {predictor.runs_on}")
+        identity = identity_of(predictor.bundle, options)
+        items, kept, kept_errors = iter(inputs), 0, 0
+        if options.resume:
+            kept, kept_errors = _skip_completed(options, format, identity, items)
+        counter = RowCounter(predictor.backend)
+        writer = stack.enter_context(_open_writer(options, format, predictor))
+        if options.output is not None and format != "table":
+            save_identity(options.output, identity)
+        gallery = None
+        if options.html is not None:
+            gallery = stack.enter_context(open_gallery(options.html, predictor.bundle, counter))
+        # Rows that a person sees as they come are progress enough; a bar would be drawn into them.
+        shown = options.output is not None or not sys.stdout.isatty()
+        total = None if inputs.total is None else inputs.total - kept
+        progress = stack.enter_context(show_progress("predict", total, shown=shown))
+        for one in counter.count(predictor.rows(items, keep_pixels=gallery is not None)):
+            writer.write(one.row)
+            if gallery is not None:
+                gallery.write(one)
+            if options.strict and isinstance(one.row, ErrorRow):
+                raise CorruptFileError(f"{one.row.path}: {one.row.error} (--strict)")
+            progress.advance(1)
+    summary = counter.summary(kept, kept_errors)
+    log.info(summary.sentence())
+    if not kept + counter.images:
+        raise UserError("the lists and shards that were given name no images")
+    return summary
+
+
+def _skip_completed(
+    options: PredictOptions, format: Format, identity: RunIdentity, items: Iterator[Item]
+) -> tuple[int, int]:
+    """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
+    assert options.output is not None and format != "table"
+    if has_rows(format, options.output):
+        check_saved_identity(options.output, identity)
+    rows = completed_rows(format, options.output, identity.top)
+    kept, kept_errors = skip_completed(rows, items, format, options.output)
+    log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
+    return kept, kept_errors
+
+
+def _open_writer(
+    options: PredictOptions, format: Format, predictor: Predictor
+) -> AbstractContextManager[RowWriter]:
+    if format == "table":
+        return open_table(options.output, predictor.bundle.manifest.class_labels, predictor.top)
+    return open_output(format, options.output, predictor.top, append=options.resume, stdout=sys.stdout.buffer)
