@@ -1,11 +1,10 @@
-"""Models for benchmarks: random weights, but for a last layer that tells the photographs apart.
+"""Models for benchmarks: random weights, but for a last layer that classifies the photographs.
 
 So they go through the exporter and its gate as any checkpoint does, and their accuracy means something.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
 from infer.predict.decode import open_decoder, valid_images
-from train.bench.images import make_bench_folder, write_bench_images
+from train.bench.images import FOLDER, link_bench_images
 from train.checkpoints.write import State, save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import Normalize, make_model
@@ -32,29 +31,19 @@ def make_bench_data(folder: Path | None, num_images: int) -> Path:
     Args:
         folder: where; None for a folder kept among the temporary files.
     """
-    root = make_bench_folder() / f"classes-{num_images}" if folder is None else folder
-    if (root / "complete.txt").is_file():
-        return root
-    photos = sorted(write_bench_images(make_bench_folder() / str(num_images), num_images).rglob("*.jpg"))
-    for number, photo in enumerate(photos):
-        for split in ("train", "val"):
-            target = root / split / f"photo-{number:04d}" / photo.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                os.link(photo, target)
-    (root / "complete.txt").touch()
+    root = folder or FOLDER / f"classes-{num_images}"
+    names = (f"{s}/photo-{number:04d}/photo.jpg" for s in ("train", "val") for number in range(num_images))
+    link_bench_images(root, names, 2 * num_images, num_images)
     return root
 
 
 def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
-    """A checkpoint of a network with random weights that knows the photographs.
+    """A checkpoint in a run's folder: a network with random weights that knows the photographs of `data`.
 
     The last layer is the nearest-mean classifier of what comes out of the one before: in closed form.
 
     Args:
         variant: a key of `RECIPES`.
-        data: of `make_bench_data`.
-        run: the run's folder.
         overrides: keys of the recipe, `dotted.key=value`.
     Returns:
         The checkpoint's folder.
@@ -81,16 +70,9 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
     with torch.no_grad():
         last.weight.copy_(SHARPNESS * apart / apart.norm(dim=1, keepdim=True) / apart.norm(dim=1).mean())
         last.bias.copy_(-last.weight @ mean)
-    save_checkpoint(
-        run / "checkpoints",
-        State(
-            step=1,
-            epoch=1,
-            samples_seen=len(dataset),
-            config=config,
-            classes=dataset.classes,
-            metrics={},
-            parts={"model": network.state_dict()},
-        ),
-    )
+    state = State(
+        step=1, epoch=1, samples_seen=len(dataset), config=config, classes=dataset.classes, metrics={},
+        parts={"model": network.state_dict()},
+    )  # fmt: skip
+    save_checkpoint(run / "checkpoints", state)
     return next((run / "checkpoints").glob("step-*"))
