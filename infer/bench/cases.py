@@ -51,7 +51,7 @@ class BundleCase:
         return _seconds(self._work(phase, batch), num_batches)
 
     def _work(self, phase: str, batch: int) -> Callable[[], object]:
-        """What a phase does for one batch."""
+        """The work of a phase for one batch."""
         predictor, manifest = self.predictor, self.predictor.bundle.manifest
         if phase == "one_batch":
             return lambda: self._predict(batch)

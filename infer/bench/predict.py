@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,22 +35,17 @@ ROUND_IMAGES = 512
 """That each phase takes in a round; the baseline a quarter of them."""
 BASELINE = "plain"
 SHOWN = [phase for phase in PHASES if phase != "one_batch"]
-Samples = defaultdict[tuple[str, str, int, str], list[float]]
-"""By model, precision or `plain`, batch size and phase: seconds for one batch, of each or of each round."""
+Key = tuple[str, str, int, str]
+"""Model, precision or `plain`, batch size, phase."""
+Samples = defaultdict[Key, list[float]]
+"""Seconds for one batch: of each batch, or the mean of each round."""
 
 
 def bench_infer(
-    folder: Path | None,
-    *,
-    models: Sequence[str],
-    precisions: Sequence[Precision],
-    batches: Sequence[int],
-    num_images: int,
-    num_rounds: int,
-    device: str,
-    round_images: int = ROUND_IMAGES,
+    folder: Path | None, *, models: Sequence[str], precisions: Sequence[Precision], batches: Sequence[int],
+    num_images: int, num_rounds: int, device: str, round_images: int = ROUND_IMAGES,
     overrides: Sequence[str] = (),
-) -> Report:
+) -> Report:  # fmt: skip
     """Measure prediction; the options are those of the command, and `overrides`, keys of the recipes.
 
     Raises:
@@ -81,16 +75,21 @@ def bench_infer(
         first = bundles[models[-1], precisions[0]]
         processes = measure_processes(first, next((data / "val").rglob("*.jpg")), max(3, num_rounds))
     seconds = {name: statistics.median(values) for name, values in processes.items()}
-    ratios, notes = make_ratios(samples, models, precisions, batches, device, seconds)
+    speeds = {key: key[2] / statistics.median(values) for key, values in samples.items()}
+    ratios, notes = make_ratios(speeds, models, precisions, batches, device, seconds)
     return {
         "machine": harness.machine_name(),
         "num_images": num_images,
         "rates": [
-            make_rate(samples, key, batch, runs_on[key], bundle, device)
+            {"model": key[0], "batch": batch, **runs_on[key],
+             "images_per_s": {phase: four_digits(speeds[(*key, batch, phase)]) for phase in SHOWN},
+             "model_ms": percentiles_ms(samples[(*key, batch, "model")]),
+             "one_batch_ms": percentiles_ms(samples[(*key, batch, "one_batch")]),
+             **accuracy_of(bundle, device)}
             for key, bundle in bundles.items() for batch in batches
         ],
         "plain_images_per_s": {
-            model: {str(b): four_digits(speed(samples, model, BASELINE, b, "end_to_end")) for b in batches}
+            model: {str(b): four_digits(speeds[model, BASELINE, b, "end_to_end"]) for b in batches}
             for model in models
         },
         "seconds": {name: four_digits(value) for name, value in seconds.items()},
@@ -147,63 +146,37 @@ def measure_processes(bundle: Bundle, image: Path, num_rounds: int) -> dict[str,
     return seconds
 
 
-def speed(samples: Samples, model: str, precision: str, batch: int, phase: str) -> float:
-    """Images per second, the median."""
-    return batch / statistics.median(samples[model, precision, batch, phase])
+def percentiles_ms(seconds: list[float]) -> list[float]:
+    """Median and 99th percentile."""
+    return [four_digits(value * 1e3) for value in np.percentile(seconds, [50, 99])]
 
 
-def make_rate(
-    samples: Samples, key: tuple[str, str], batch: int, runs_on: dict[str, str], bundle: Bundle, device: str
-) -> dict[str, Any]:
-    """A row: images per second by phase, and accuracy as the gate found it; see docs/inference-speed.md.
-
-    `model_ms` and `one_batch_ms`, from files to rows, are the median and the 99th percentile of one batch.
-    """
-
-    def percentiles_ms(phase: str) -> list[float]:
-        return [four_digits(value * 1e3) for value in np.percentile(samples[(*key, batch, phase)], [50, 99])]
-
+def accuracy_of(bundle: Bundle, device: str) -> dict[str, float]:
+    """What the gate measured of the file that runs on this device."""
     report = bundle.manifest.report
     assert report is not None
     agreement = report.cpu if device == "cpu" and report.cpu is not None else report.onnx
-    return {
-        "model": key[0],
-        "batch": batch,
-        **runs_on,
-        "images_per_s": {phase: four_digits(speed(samples, *key, batch, phase)) for phase in SHOWN},
-        "model_ms": percentiles_ms("model"),
-        "one_batch_ms": percentiles_ms("one_batch"),
-        "accuracy": agreement.accuracy,
-        "top1_agreement": agreement.top1_agreement,
-    }
+    return {"accuracy": agreement.accuracy, "top1_agreement": agreement.top1_agreement}
 
 
 def make_ratios(
-    samples: Samples,
-    models: Sequence[str],
-    precisions: Sequence[str],
-    batches: Sequence[int],
-    device: str,
-    seconds: dict[str, float],
-) -> tuple[Ratios, list[str]]:
+    speeds: dict[Key, float], models: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
+    device: str, seconds: dict[str, float],
+) -> tuple[Ratios, list[str]]:  # fmt: skip
     """Each is the worst over the networks, at a batch of 32, int8's of each network beside it."""
-
-    def at_first(model: str, phase: str, precision: str = precisions[0]) -> float:
-        return speed(samples, model, precision, FIRST_BATCH, phase)
+    ours = precisions[0]
+    measured = models if FIRST_BATCH in batches else ()
 
     def of_bound(model: str) -> float:
-        decode, run = at_first(model, "decode"), at_first(model, "model")
-        bound = 1 / (1 / decode + 1 / run) if device == "cpu" else min(decode, run)
-        return at_first(model, "end_to_end") / bound
+        decode, run, both = (speeds[model, ours, FIRST_BATCH, p] for p in ("decode", "model", "end_to_end"))
+        return both / (1 / (1 / decode + 1 / run) if device == "cpu" else min(decode, run))
 
     def of_baseline(model: str, batch: int) -> float:
-        ours, plain = (speed(samples, model, who, batch, "end_to_end") for who in (precisions[0], BASELINE))
-        return ours / plain
+        return speeds[model, ours, batch, "end_to_end"] / speeds[model, BASELINE, batch, "end_to_end"]
 
-    measured = models if FIRST_BATCH in batches else ()
     int8 = {
-        f"int8_vs_fp32_{model}": at_first(model, "model", "int8") / at_first(model, "model", "fp32")
-        for model in (measured if {"fp32", "int8"} <= set(precisions) else ())
+        f"int8_vs_fp32_{m}": speeds[m, "int8", FIRST_BATCH, "model"] / speeds[m, "fp32", FIRST_BATCH, "model"]
+        for m in (measured if {"fp32", "int8"} <= set(precisions) else ())
     }
     ratios, notes = harness.round_ratios(
         {

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ CROP_PX = 224
 MEMORY_EPOCHS = 20
 SHARD_BYTES = 50_000_000
 SETTLE_S = 0.5
-
 Key = tuple[str, int]
 """Name of a loader, and its number of cores."""
 MakeBatches = Callable[[int], Generator[int, None, None]]
@@ -128,12 +128,8 @@ def torchvision_loader(folder: Path, num_cores: int) -> MakeBatches:
     )
 
     def batches(count: int) -> Generator[int, None, None]:
-        while count:
-            for pixels, _labels in loader:
-                yield len(pixels)
-                count -= 1
-                if not count:
-                    return
+        for pixels, _labels in islice(chain.from_iterable(repeat(loader)), count):
+            yield len(pixels)
 
     return batches
 
@@ -218,13 +214,8 @@ def make_ratios(rates: dict[Key, list[float]], cores: int) -> tuple[Ratios, list
         "overlap": (("overlap", cores), ("dali", cores)),
         "dali_gpu_vs_torchvision": (("dali_gpu", usable_cores()), ("torchvision", cores)),
     }
-    ratios, notes = harness.round_ratios(
-        {
-            name: harness.median_ratio(rates.get(top), rates.get(bottom))
-            for name, (top, bottom) in pairs.items()
-        },
-        "not measured here",
-    )
+    found = {name: harness.median_ratio(rates.get(a), rates.get(b)) for name, (a, b) in pairs.items()}
+    ratios, notes = harness.round_ratios(found, "not measured here")
     overlap = "overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding took"
     return ratios, [overlap, *notes]
 

@@ -20,7 +20,7 @@ from typing import Any
 from data_pipeline.common.machine import usable_cores
 
 Report = dict[str, Any]
-"""What `--json` prints."""
+"""The object that `--json` prints."""
 Ratios = dict[str, float | None]
 log = logging.getLogger("train")
 
@@ -42,15 +42,12 @@ class Case:
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
         assert process.stdin is not None and process.stdout is not None
         self._requests, self._replies = process.stdin, process.stdout
-        self._send(make, *arguments)
+        self.request(make, *arguments)
 
-    def request(self, method: str, *arguments: object) -> Any:
-        """Call a method of the case in its process, and wait for what it returns."""
-        return self._send(method, *arguments)
-
-    def _send(self, *message: object) -> Any:
+    def request(self, method: object, *arguments: object) -> Any:
+        """Call a method of the case, by its name, in its process, and wait for what it returns."""
         try:
-            pickle.dump(message, self._requests)
+            pickle.dump((method, *arguments), self._requests)
             self._requests.flush()
             return pickle.load(self._replies)
         except (EOFError, BrokenPipeError):

@@ -85,14 +85,9 @@ class Figures(msgspec.Struct):
 
 
 def bench_scaling(
-    *,
-    ranks: Sequence[int],
-    links: Sequence[str],
-    modes: Sequence[str],
-    device: Any,
-    precision: Any,
+    *, ranks: Sequence[int], links: Sequence[str], modes: Sequence[str], device: Any, precision: Any,
     **options: Any,
-) -> Report:
+) -> Report:  # fmt: skip
     """Measure steps on several ranks; the options are those of the command, most of them `ScalingSpec`'s.
 
     Args:

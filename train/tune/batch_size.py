@@ -54,15 +54,9 @@ class NoiseRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bench_batches(
-    config: RunConfig,
-    *,
-    smallest: int,
-    largest: int,
-    steps: int,
-    noise_steps: int,
-    ranks: int,
+    config: RunConfig, *, smallest: int, largest: int, steps: int, noise_steps: int, ranks: int,
     limit_mb: float | None,
-) -> Report:
+) -> Report:  # fmt: skip
     """Measure throughput and memory by batch size, and the gradient noise scale in training.
 
     Args:
