@@ -1,4 +1,4 @@
-"""Models for benchmarks: random weights, but for a last layer that classifies the photographs.
+"""Models for benchmarks: their weights are random, but the last layer classifies the photographs.
 
 So they go through the exporter and its gate as any checkpoint does, and their accuracy means something.
 """
@@ -22,11 +22,11 @@ from train.models.alexnet import Normalize, make_model
 
 RECIPES = {"owt": "imagenet-owt", "paper": "imagenet-paper"}
 SHARPNESS = 20.0
-"""Of the softmax: the logit of a photograph's own class, those of unlike ones being near 0."""
+"""The logit of a photograph's own class, those of unlike ones being near 0."""
 
 
 def make_bench_data(folder: Path | None, num_images: int) -> Path:
-    """A data folder of `num_images` classes of one photograph each, for training and validation alike.
+    """Make a data folder of `num_images` classes of one photograph each, the same for both splits.
 
     Args:
         folder: where; None for a folder kept among the temporary files.
@@ -38,7 +38,7 @@ def make_bench_data(folder: Path | None, num_images: int) -> Path:
 
 
 def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
-    """A checkpoint in a run's folder: a network with random weights that knows the photographs of `data`.
+    """Write the checkpoint of a network with random weights that classifies the photographs of `data`.
 
     The last layer is the nearest-mean classifier of what comes out of the one before: in closed form.
 

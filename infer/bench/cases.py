@@ -24,7 +24,7 @@ DeviceKind = Literal["cpu", "cuda"]
 
 
 class BundleCase:
-    """A bundle, phase by phase and as `alexnet predict` runs it."""
+    """An exported model, measured phase by phase and as `alexnet predict` runs it."""
 
     def __init__(self, stack: ExitStack, bundle: Path, photos: Path, device: DeviceKind) -> None:
         self.bundle, self.device, self.batch = bundle, device, 0
@@ -32,13 +32,13 @@ class BundleCase:
         self.open = stack.enter_context(ExitStack())
 
     def runs_on(self) -> dict[str, str]:
-        """The provider, device and precision that really compute."""
+        """Return the provider, device and precision that really compute."""
         with Predictor(self.bundle, device=self.device) as predictor:
             backend = predictor.backend
             return {"provider": backend.provider, "device": backend.device, "precision": backend.precision}
 
     def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
-        """Seconds for each of so many batches; all together of `decode` and `end_to_end`, which overlap."""
+        """Return seconds for each batch; for all together of `decode` and `end_to_end`, which overlap."""
         if batch != self.batch:  # one predictor at a time, since each holds the model
             self.open.close()
             predictor = Predictor(self.bundle, device=self.device, batch_size=batch)
@@ -51,7 +51,7 @@ class BundleCase:
         return _seconds(self._work(phase, batch), num_batches)
 
     def _work(self, phase: str, batch: int) -> Callable[[], object]:
-        """The work of a phase for one batch."""
+        """Return a phase's work for one batch."""
         predictor, manifest = self.predictor, self.predictor.bundle.manifest
         if phase == "one_batch":
             return lambda: self._predict(batch)
@@ -115,11 +115,11 @@ class BaselineCase:
         )
 
     def runs_on(self) -> dict[str, str]:
-        """The provider, device and precision that compute."""
+        """Return the provider, device and precision that compute."""
         return {"provider": f"torch {self.torch.__version__}", "device": self.device, "precision": "fp32"}
 
     def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
-        """Seconds for each of so many batches, from files to the five best classes."""
+        """Return seconds for each of so many batches, from files to the five best classes."""
         from PIL import Image
 
         torch, photos = self.torch, cycle(self.photos)
@@ -134,7 +134,7 @@ class BaselineCase:
 
 
 def _seconds(work: Callable[[], object], count: int = 1) -> list[float]:
-    """Seconds for each of `count` calls."""
+    """Time each of `count` calls, in seconds."""
     seconds = []
     for _ in range(count):
         started = time.perf_counter()

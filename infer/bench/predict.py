@@ -1,4 +1,4 @@
-"""`alexnet bench infer`: how fast files become rows, phase by phase and against a plain loop; the first row.
+"""`alexnet bench infer`: files to rows, phase by phase and against a plain loop; the first row's time.
 
 A phase is measured alone, on all cores. Decoding and model share the cores when they run together, so that no
 arrangement of the two can be faster than one after the other: the bound is 1 / (1/decode + 1/model) images a
@@ -29,10 +29,10 @@ from train.bench import harness
 from train.bench.harness import Case, Ratios, Report, four_digits, log
 
 FIRST_BATCH = 32
-"""The promised ratios are for this one; the other sizes have one round."""
+"""The promised ratios are for this size; the others have one round."""
 MAX_BATCH = 256
 ROUND_IMAGES = 512
-"""That each phase takes in a round; the baseline a quarter of them."""
+"""Images of a phase in a round; the baseline takes a quarter of them."""
 BASELINE = "plain"
 SHOWN = [phase for phase in PHASES if phase != "one_batch"]
 Key = tuple[str, str, int, str]
@@ -116,7 +116,7 @@ def measure_round(
 
 
 def measure_processes(bundle: Bundle, image: Path, num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of whole processes; of `first_row`, until the row is there."""
+    """Return seconds of whole processes; of `first_row`, until the row is there."""
     session = (
         "import onnxruntime as o; s = o.SessionOptions(); s.intra_op_num_threads = "
         f"{usable_cores()}; o.InferenceSession({str(bundle.cpu_path)!r}, s, "
@@ -147,12 +147,12 @@ def measure_processes(bundle: Bundle, image: Path, num_rounds: int) -> dict[str,
 
 
 def percentiles_ms(seconds: list[float]) -> list[float]:
-    """Median and 99th percentile."""
+    """Return the median and the 99th percentile."""
     return [four_digits(value * 1e3) for value in np.percentile(seconds, [50, 99])]
 
 
 def accuracy_of(bundle: Bundle, device: str) -> dict[str, float]:
-    """What the gate measured of the file that runs on this device."""
+    """Return the gate's figures of the file that runs on this device."""
     report = bundle.manifest.report
     assert report is not None
     agreement = report.cpu if device == "cpu" and report.cpu is not None else report.onnx
@@ -163,7 +163,7 @@ def make_ratios(
     speeds: dict[Key, float], models: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
     device: str, seconds: dict[str, float],
 ) -> tuple[Ratios, list[str]]:  # fmt: skip
-    """Each is the worst over the networks, at a batch of 32, int8's of each network beside it."""
+    """Return the ratios, each the worst over the networks, and the notes; int8's also by network."""
     ours = precisions[0]
     measured = models if FIRST_BATCH in batches else ()
 
@@ -199,7 +199,7 @@ def make_ratios(
 
 
 def describe(report: Report) -> list[str]:
-    """A row for each model, precision and batch; then the ratios and the notes."""
+    """Return a table row for each model, precision and batch, then the ratios and the notes."""
     columns = [("images/s", "<18"), *((phase, ">11.0f") for phase in SHOWN), ("plain loop", ">11.0f")]
     columns += [("model ms", ">17"), ("files to rows ms", ">19"), ("accuracy", ">10.1%"), ("agrees", ">8.1%")]
     rows = [

@@ -20,18 +20,18 @@ device_option = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), d
 
 
 def folder_option(what: str) -> Callable[..., Any]:
-    """Where a benchmark keeps its files."""
+    """Return `--folder`, where a benchmark keeps its files."""
     text = f"Where the {what} are kept. Default: a temporary folder."
     return click.option("--folder", type=PATH, help=text)
 
 
 def images_option(*names: str, at_least: int, default: int) -> Callable[..., Any]:
-    """How many synthetic JPEGs a benchmark writes."""
+    """Return `--images`, how many synthetic JPEGs a benchmark writes."""
     return option("--images", *names, type=INT(at_least), default=default, help="How many JPEGs to write.")
 
 
 def rounds_option(default: int, text: str) -> Callable[..., Any]:
-    """How often every case is measured."""
+    """Return `--rounds`, how often every case is measured."""
     return option("--rounds", "num_rounds", type=INT(1), default=default, help=text)
 
 

@@ -54,13 +54,13 @@ class LoaderCase:
         self.images_per_s(2, 0)
 
     def images_per_s(self, num_batches: int, step_s: float) -> float:
-        """See `time_batches`; waits until torch's workers have finished what they read ahead."""
+        """Run `time_batches`, and let torch's workers finish what they read ahead."""
         rate = time_batches(self._batches, num_batches, step_s)
         time.sleep(SETTLE_S)
         return rate
 
     def memory_mb(self, num_epochs: int, batches_per_epoch: int) -> list[float]:
-        """Resident memory of this process after each epoch over all images."""
+        """Return the resident memory of this process after each epoch over all images."""
         memory = []
         for number, _ in enumerate(self._batches(num_epochs * batches_per_epoch), start=1):
             if number % batches_per_epoch == 0:
@@ -71,7 +71,7 @@ class LoaderCase:
 
 
 def time_batches(make_batches: MakeBatches, num_batches: int, step_s: float) -> float:
-    """Images per second once batches flow: from the first batch's arrival to that of the last.
+    """Return images per second, timed from the first batch's arrival to that of the last.
 
     Args:
         num_batches: that are counted; one more is made, the first.
@@ -89,7 +89,7 @@ def time_batches(make_batches: MakeBatches, num_batches: int, step_s: float) -> 
 
 
 def our_loader(folder: Path, num_cores: int, name: str) -> MakeBatches:
-    """This project's loader, on a folder of files or of shards; as in training, processes read for a GPU."""
+    """Open this project's loader on files or shards; as in training, processes read for a GPU."""
     gpu = name == "dali_gpu"
     preprocessing = Preprocessing(crop_px=CROP_PX)
     dataset = open_dataset(folder, "train", quarantine=False)
@@ -115,7 +115,7 @@ def our_loader(folder: Path, num_cores: int, name: str) -> MakeBatches:
 
 
 def torchvision_loader(folder: Path, num_cores: int) -> MakeBatches:
-    """torch's DataLoader with torchvision's v2 transforms, a worker for each core, uint8 out."""
+    """Open torch's DataLoader with torchvision's v2 transforms, a worker for each core, uint8 out."""
     import torch
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -135,7 +135,7 @@ def torchvision_loader(folder: Path, num_cores: int) -> MakeBatches:
 
 
 def dali_reader(folder: Path, num_cores: int) -> MakeBatches:
-    """DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+    """Open DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
     import numpy as np
     import nvidia.dali
 
@@ -205,7 +205,7 @@ def bench_data(folder: Path | None, *, images: int, num_rounds: int, batches: in
 
 
 def make_ratios(rates: dict[Key, list[float]], cores: int) -> tuple[Ratios, list[str]]:
-    """Rates over rates, and the notes on them."""
+    """Divide rates by rates; return the ratios and the notes on them."""
     pairs: dict[str, tuple[Key, Key]] = {
         "dali_vs_torchvision_2_cores": (("dali", 2), ("torchvision", 2)),
         "dali_vs_torchvision_1_core": (("dali", 1), ("torchvision", 1)),
@@ -221,7 +221,7 @@ def make_ratios(rates: dict[Key, list[float]], cores: int) -> tuple[Ratios, list
 
 
 def describe(report: Report) -> list[str]:
-    """A row for each loader, then the ratios, the memory and the notes."""
+    """Return a line for each loader, the ratios, the memory and the notes."""
     memory = report["memory_mb"]
     return [
         f"{report['machine']}: {report['num_images']} JPEGs of {report['kilobytes']} kB on average",

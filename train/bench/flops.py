@@ -25,7 +25,7 @@ class Flops(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def step(self) -> int:
-        """Both passes. The update of the weights is left out: it is 1/100 of them."""
+        """Sum of both passes. The update of the weights is left out: it is 1/100 of them."""
         return self.forward + self.backward
 
 
@@ -50,7 +50,7 @@ def count_flops(model: nn.Module, crop_px: int) -> Flops:
 
 
 def flops_of(spec: StepSpec, crop_px: int) -> Flops:
-    """The arithmetic of a case's network; normalisations are not counted."""
+    """Count a case's network; normalisations are not counted."""
     with torch.device("meta"):
         if spec.name == "torchvision":
             from torchvision.models import alexnet
@@ -61,7 +61,7 @@ def flops_of(spec: StepSpec, crop_px: int) -> Flops:
 
 
 def gemm_gflops(precision: str, device: str) -> float:
-    """The fastest of a few square matrix products, in 1e9 operations a second."""
+    """Measure a few square matrix products; return the fastest, in 1e9 operations a second."""
     fastest = 0.0
     for side in GEMM_SIDES[device]:
         a, b = (torch.randn(side, side, device=device).to(GEMM_TYPES[precision]) for _ in range(2))

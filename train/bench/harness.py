@@ -82,14 +82,14 @@ def run_alone(function: Callable[..., Any], *arguments: object) -> Any:
 
 
 def rounds(count: int, prefix: str = "") -> Iterator[int]:
-    """Numbers from 1 to `count`; logs each before its round is measured."""
+    """Yield the numbers from 1 to `count`, and log each before its round is measured."""
     for number in range(1, count + 1):
         log.info(f"{prefix}round {number} of {count}")
         yield number
 
 
 def four_digits(value: float) -> float:
-    """A measured figure without digits that mean nothing; a small ratio keeps as many as a large rate.
+    """Round a figure to its significant digits; a small ratio keeps as many as a large rate.
 
     >>> four_digits(0.00215155), four_digits(1234.56)
     (0.002152, 1235.0)
@@ -98,7 +98,7 @@ def four_digits(value: float) -> float:
 
 
 def rate(values: Sequence[float]) -> dict[str, Any]:
-    """The median of images per second in each round, and all of them."""
+    """Return the median of the rounds' images per second, and each of them."""
     return {
         "images_per_s": four_digits(statistics.median(values)),
         "rounds": [four_digits(value) for value in values],
@@ -106,7 +106,7 @@ def rate(values: Sequence[float]) -> dict[str, Any]:
 
 
 def median_ratio(tops: Sequence[float] | None, bottoms: Sequence[float] | None) -> float | None:
-    """Median over the rounds of one value over another; None where either was not measured.
+    """Return the median over the rounds of one value over another; None if either was not measured.
 
     >>> median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]), median_ratio([1.0], None)
     (3.0, None)
@@ -117,19 +117,19 @@ def median_ratio(tops: Sequence[float] | None, bottoms: Sequence[float] | None) 
 
 
 def round_ratios(ratios: Ratios, reason: str = "not measured") -> tuple[Ratios, list[str]]:
-    """The ratios in four digits, and a note for each that is None."""
+    """Return the ratios in four digits, and a note for each that is None."""
     notes = [f"{name}: {reason}" for name, value in ratios.items() if value is None]
     return {name: None if value is None else four_digits(value) for name, value in ratios.items()}, notes
 
 
 def ratio_lines(ratios: Mapping[str, float | None], width: int = 30, digits: int = 2) -> list[str]:
-    """A line for each ratio."""
+    """Return a line for each ratio."""
     texts = {k: "not measured" if ratio is None else f"{ratio:.{digits}f}" for k, ratio in ratios.items()}
     return [f"{name:<{width}} {text}" for name, text in texts.items()]
 
 
 def table_lines(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A plain table.
+    """Return the lines of a plain table.
 
     Args:
         columns: heading and format of the cells, alignment and width first: `("step s", ">9.3f")`.
@@ -148,7 +148,7 @@ def table_lines(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[obje
 
 
 def machine_name(device: str = "cpu") -> str:
-    """The processor, and the GPU or the number of cores that may be used."""
+    """Return the processor's name, and the GPU's or the number of cores that may be used."""
     if device == "cpu":
         return f"{platform.machine()}, {usable_cores()} cores"
     import torch  # not in every case's process: its memory is measured

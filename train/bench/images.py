@@ -28,7 +28,7 @@ HEIGHT_PX, WIDTH_PX = 375, 500
 NUM_CLASSES = 10
 QUALITY = (85, 90)
 FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-data"
-"""Where benchmarks keep their images between runs, unless the user names a folder."""
+"""Keeps the images of benchmarks between runs, unless the user names a folder."""
 _FIELD_PX = 1024
 _FIELDS = 6
 _LEAVES = 60
@@ -92,7 +92,7 @@ def link_bench_images(root: Path, names: Iterable[str], total: int, num_sources:
 
 
 def _natural_field(random: np.random.Generator) -> Float:
-    """(side, side), mean 0, deviation 1: amplitudes fall with frequency as 1 / f, as those of photographs.
+    """Return noise (side, side), mean 0, deviation 1; its amplitudes fall as 1 / f, as those of photographs.
 
     Source: Field 1987, "Relations between the statistics of natural images".
     """
@@ -106,7 +106,7 @@ def _natural_field(random: np.random.Generator) -> Float:
 
 
 def _photograph(random: np.random.Generator, fields: list[Float]) -> Image.Image:
-    """Leaves of flat colour, one upon another, under natural texture and a little of the sensor's noise.
+    """Draw leaves of flat colour, one upon another, under natural texture and a little of the sensor's noise.
 
     Source: Lee, Mumford and Huang 2001, "Occlusion models for natural images" (dead leaves).
     """

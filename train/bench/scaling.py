@@ -1,4 +1,4 @@
-"""`alexnet bench scaling`: what more ranks bring, by what travels between them, over loopback or a slow wire.
+"""`alexnet bench scaling`: throughput of several ranks by how they train, over loopback or a slow wire.
 
 Every rank keeps its batch (weak scaling), and its share of the cores. Beside the ways to train, the same
 steps run on the same ranks at the same time and send nothing. Efficiency is their time over that of a step:
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 class ScalingSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ranks measure.
+    """Settings of the ranks.
 
     Attributes:
         modes: keys of `SETTINGS`, `ddp` first: its ranks do the steps without traffic, too.
@@ -71,7 +71,7 @@ class ScalingSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct):
-    """What the ranks measured of one mode, or of its steps without traffic.
+    """Results of one mode, or of the steps without traffic.
 
     Attributes:
         step_s: one for each round, of the slowest rank.
@@ -119,7 +119,7 @@ def bench_scaling(
 
 
 def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> dict[str, Figures]:
-    """Start the ranks by torchrun, on one host or on two; figures by mode and `alone`."""
+    """Start the ranks by torchrun, on one host or on two; return figures by mode and `alone`."""
     module = ["-m", "train.bench.scaling", msgspec.json.encode(spec).decode()]
     if link == "loopback":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -138,7 +138,7 @@ def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> dict[str, Figures]:
 def make_rows(
     spec: ScalingSpec, link: str, ranks: int, found: dict[str, Figures], earlier: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row for each mode, compared with the first of the earlier rows that has one rank."""
+    """Return a row for each mode, compared with the first of the earlier rows that has one rank."""
     one = next((row for row in earlier if row["ranks"] == 1), None)
     rows = []
     for mode in spec.modes:
@@ -160,7 +160,7 @@ def make_rows(
 
 
 def describe(report: Report) -> list[str]:
-    """A row for each link, number of ranks and mode, then the notes."""
+    """Return a table row for each link, number of ranks and mode, then the notes."""
     rows = [[*{**row, "ranks": f"{row['ranks']:>5}"}.values()] for row in report["rows"]]
     head = "{machine}: {variant}, {precision}, {rank_batch} images of {crop_px} pixels a rank"
     return [head.format(**report), *table_lines(COLUMNS, rows), *report["notes"]]
@@ -197,7 +197,7 @@ def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
 
 
 def slowest_step_s(step: Callable[[], None], count: int, world: World) -> float:
-    """Median seconds of a step, of the slowest rank."""
+    """Return the median seconds of a step, of the slowest rank."""
     times = []
     for _ in range(count):
         world.barrier()
@@ -209,7 +209,7 @@ def slowest_step_s(step: Callable[[], None], count: int, world: World) -> float:
 
 
 def bytes_sent_by(step: Callable[[], None], world: World) -> int | None:
-    """Bytes of a step, of the rank that sends most; None where the kernel does not see them."""
+    """Count the bytes of the rank that sends most; None where the kernel does not see them."""
     if world.device.type != "cpu":
         return None  # NCCL sends past the connections that the kernel counts
     world.barrier()
@@ -221,7 +221,7 @@ def bytes_sent_by(step: Callable[[], None], world: World) -> int | None:
 
 
 def formula_bytes(trainer: TrainStep, spec: ScalingSpec, mode: str, hidden_units: int) -> int:
-    """Bytes that each rank sends in a step: see docs/scaling.md."""
+    """Compute the bytes that each rank sends in a step: see docs/scaling.md."""
     ranks, network = trainer.world.world_size, trainer.network
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     all_parameters = sum(p.numel() for p in network.parameters())

@@ -51,7 +51,7 @@ def bench_startup(folder: Path | None, *, files: int) -> Report:
 
 
 def measure_start(folder: Path) -> dict[str, float]:
-    """Seconds from opening the data to the first batch, and the peak of this process's memory until then."""
+    """Measure seconds from opening the data to the first batch, and this process's peak of memory."""
     started = time.perf_counter()
     preprocessing = Preprocessing(crop_px=224)
     dataset = open_dataset(folder, "train")
@@ -68,7 +68,7 @@ def measure_start(folder: Path) -> dict[str, float]:
 
 
 def describe(report: Report) -> list[str]:
-    """A row for each start."""
+    """Return a line for each start."""
     rows = {"first": report["first"], "again": report["again"], "one file added": report["changed"]}
     return [report["machine"]] + [
         f"{name:<15} {start['num_images']} images: first batch after {start['seconds']} s, "

@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-3
 
 
 class StepSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Which network is trained, and how.
+    """One network and the way to train it.
 
     Attributes:
         name: a network of ours, or `torchvision`: its `alexnet`, contiguous, with its reference script's SGD.
@@ -47,7 +47,7 @@ class StepSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCase:
-    """A network under measurement; subclasses set `optimizer`, and say what a pass and a step are."""
+    """A network under measurement; subclasses set `optimizer`, and define `forward` and `step`."""
 
     optimizer: torch.optim.Optimizer
     first_step_s: float
@@ -56,7 +56,7 @@ class StepCase:
         self.device = device
 
     def forward(self) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         raise NotImplementedError
 
     def step(self) -> object:
@@ -64,7 +64,7 @@ class StepCase:
         raise NotImplementedError
 
     def time_passes(self, count: int) -> dict[str, float]:
-        """Seconds for a forward pass, a backward pass and a whole step, means of `count` of each."""
+        """Return seconds for a forward pass, a backward pass and a whole step, means of `count` of each."""
         forward_s = backward_s = 0.0
         for _ in range(count):
             self.optimizer.zero_grad()
@@ -82,12 +82,12 @@ class StepCase:
         return {"forward": forward_s / count, "backward": backward_s / count, "step": step_s / count}
 
     def first_step_and_memory(self) -> tuple[float, float]:
-        """Seconds from nothing to the end of the first step, and the peak of memory so far, in MB."""
+        """Return seconds from nothing to the end of the first step, and the peak of memory so far, in MB."""
         return self.first_step_s, peak_memory_mb(self.device)
 
 
 class OurSteps(StepCase):
-    """A network of ours, trained as a run trains it."""
+    """A network of this project, trained as a run trains it."""
 
     def __init__(self, world: World, spec: StepSpec, crop_px: int, folder: Path) -> None:
         super().__init__(world.device)
@@ -104,7 +104,7 @@ class OurSteps(StepCase):
         self.sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
 
     def forward(self) -> Tensor:
-        """The loss of a batch, as in training."""
+        """Return the loss of a batch, as in training."""
         images_NHWC, labels_N, _ = to_device(self.sample, self.device)
         inputs_NCHW = self.trainer.normalize(images_NHWC)
         with self.trainer.precision.autocast():
@@ -117,7 +117,7 @@ class OurSteps(StepCase):
         return train_step(self.trainer, [self.sample if batch is None else batch], LEARNING_RATE, self.done)
 
     def fed_images_per_s(self, num_batches: int, train: bool) -> float:
-        """Images per second of the loader alone, or of steps fed by it as training feeds them.
+        """Measure the loader alone, or steps fed by it as in training; return images per second.
 
         As many batches as are read ahead go first, untimed: then the queue is as full as it will stay.
         """
@@ -158,7 +158,7 @@ class TorchvisionSteps(StepCase):
         self.labels_N = torch.randint(NUM_CLASSES, (spec.batch,), device=self.device)
 
     def forward(self) -> Tensor:
-        """The loss of a batch that is normalised already."""
+        """Return the loss of a batch that is normalised already."""
         return cross_entropy(self.model(self.images_NCHW), self.labels_N)
 
     def step(self) -> None:

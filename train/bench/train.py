@@ -37,7 +37,7 @@ PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 @dataclass
 class Measured:
-    """What the rounds gave.
+    """Results of the rounds.
 
     Attributes:
         seconds: for one batch in each round, by case and phase; `fed_step` is the step alone, measured again
@@ -109,7 +109,7 @@ def bench_train(
 def make_specs(
     variants: Sequence[str], batches: Sequence[int], precisions: Sequence[PrecisionName], compiled: bool
 ) -> list[StepSpec]:
-    """The cases: each network in each way asked for, and those that the ratios compare with."""
+    """List the cases: each network in each way asked for, and those that the ratios compare with."""
     specs = [
         StepSpec(name=name, batch=batch, precision=precision, compiled=whole)
         for name in variants
@@ -126,7 +126,7 @@ def make_specs(
 
 
 def label(spec: StepSpec) -> str:
-    """A case in a few words, for people."""
+    """Name a case in a few words, for people."""
     compiled = " compiled" if spec.compiled else ""
     return f"{spec.name}{LRN_TEXT[spec.lrn]} {spec.precision} batch {spec.batch}{compiled}"
 
@@ -182,7 +182,7 @@ def measure_fed(
 
 
 def make_phases(spec: StepSpec, measured: Measured) -> dict[str, dict[str, Any]]:
-    """Rates by phase; `mfu` is the best round's fraction of the best matrix product, None for the loader."""
+    """Return rates by phase; `mfu` compares the best round with the best matrix product."""
     flops = flops_of(spec, measured.crop_px)
     phases = {}
     for phase in PHASES:
@@ -200,7 +200,7 @@ def make_phases(spec: StepSpec, measured: Measured) -> dict[str, dict[str, Any]]
 
 
 def make_ratios(specs: Sequence[StepSpec], measured: Measured) -> tuple[Ratios, list[str]]:
-    """The promised ratios, of the first batch and precision, and the notes on them."""
+    """Return the promised ratios, of the first batch and precision, and the notes on them."""
     seconds = measured.seconds
 
     def find(name: str, lrn: str = "fused") -> StepSpec | None:
@@ -241,7 +241,7 @@ def make_ratios(specs: Sequence[StepSpec], measured: Measured) -> tuple[Ratios, 
 
 
 def describe(report: Report) -> list[str]:
-    """Peaks, a row for each case, then the ratios and the notes."""
+    """Return the peaks, a table row for each case, the ratios and the notes."""
     rows = []
     for rate in report["rates"]:
         cells: list[str | None] = []

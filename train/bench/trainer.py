@@ -1,4 +1,4 @@
-"""Training steps without images: the trainer as a run builds it, batches of noise, time and memory."""
+"""Training steps without images: a run's trainer on batches of noise, timed, with its memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.step import TrainStep
 def bench_config(
     variant: str, global_batch: int, crop_px: int, precision: str, device: str, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration with which training would run a network on images of `crop_px` pixels."""
+    """Return the configuration that trains a network on images of `crop_px` pixels."""
     values = {
         "model.name": variant, "model.stem_stride": 4, "preprocessing.crop_px": crop_px,
         "preprocessing.resize_px": crop_px * 8 // 7, "global_batch": global_batch, "precision": precision,
@@ -31,13 +31,13 @@ def bench_config(
 
 
 def make_noise_trainer(config: RunConfig, num_classes: int, world: World) -> TrainStep:
-    """The trainer of a run whose data has so many classes and no images."""
+    """Build the trainer of a run whose data has so many classes and no images."""
     classes = tuple(f"class-{number}" for number in range(num_classes))
     return make_trainer(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
 def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
-    """A step's samples without a file behind them; the same ones every time."""
+    """Return a step's samples without files behind them; the same ones every time."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
     labels, places = random.integers(0, num_classes, size), np.arange(size)
@@ -45,14 +45,14 @@ def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
 
 
 def wait_for(device: torch.device) -> float:
-    """The time, in seconds, once the device has finished its work."""
+    """Wait until the device has finished its work; return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory this process has held: on the GPU, what torch held there; on a CPU, the process's."""
+    """Return the peak of memory: on a GPU, what torch held there; on a CPU, what this process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -31,9 +31,9 @@ KNEE = 0.9
 USABLE = 0.9
 """Share of the memory that a step may take; the rest is for the loader, and for evaluation."""
 PARTS = 4
-"""Of a batch, whose gradients are compared for the noise scale."""
+"""Number of parts of a batch, whose gradients are compared for the noise scale."""
 WINDOWS = 6
-"""Of the steps, each with an estimate of its own."""
+"""Number of windows of steps, each with an estimate of its own."""
 
 
 class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +103,7 @@ def bench_batches(
 def measure_sizes(
     config: RunConfig, num_classes: int, sizes: Sequence[int], steps: int, limit_mb: float
 ) -> tuple[list[BatchRow], str | None]:
-    """A row for each size that fits, and the first size that does not, with the reason."""
+    """Return a row for each size that fits, and the first size that does not, with the reason."""
     rows: list[BatchRow] = []
     with show_progress("batch sizes", len(sizes)) as progress:
         for size in sizes:
@@ -157,7 +157,7 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
 
 
 def memory_limit_mb(device: str) -> float:
-    """How much there is: of a GPU its memory; on a CPU what is free, or left by the control group.
+    """Return the memory there is: a GPU's; on a CPU what is free, or left by the control group.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst, `memory.max`.
     """
@@ -207,13 +207,13 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
 
 
 def find_knee(rows: Sequence[BatchRow]) -> int:
-    """The smallest batch at which the hardware is busy."""
+    """Return the smallest batch at which the hardware is busy."""
     most = max(row.images_per_s for row in rows)
     return next(row.batch for row in rows if row.images_per_s >= KNEE * most)
 
 
 def extrapolate(rows: Sequence[BatchRow], limit_mb: float) -> int:
-    """The largest batch that would fit, by the straight line through the two largest sizes.
+    """Return the largest batch that would fit, by the straight line through the two largest sizes.
 
     >>> rows = [BatchRow(batch=b, images_per_s=1, step_ms=1, memory_mb=100 + 2 * b) for b in (8, 16)]
     >>> extrapolate(rows, 1100)
@@ -229,7 +229,7 @@ def extrapolate(rows: Sequence[BatchRow], limit_mb: float) -> int:
 
 
 def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int) -> tuple[int, str]:
-    """The batch over all ranks, and why.
+    """Recommend a batch over all ranks, with the reason.
 
     >>> [advise_batch(32, *given)[0] for given in ((300, 999, 2), (300, 999, 64), (None, 16, 1))]
     [64, 256, 16]
@@ -258,7 +258,7 @@ def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int)
 
 
 def describe(report: Report) -> list[str]:
-    """A row for each size, then the noise in windows, and the recommendation."""
+    """Return a table row for each size, the noise in windows, and the recommendation."""
     columns = [("batch", ">6"), ("images/s", ">11.1f"), ("step ms", ">10.1f"), ("MB", ">8.0f"), ("", "<")]
     rows = [
         [r.batch, r.images_per_s, r.step_ms, r.memory_mb, "  the knee" if r.batch == report["knee"] else ""]

@@ -12,7 +12,7 @@ from train.bench.cli import INT, PATH, echo_report, json_option, option, overrid
 
 
 def recipe_options(command: Any) -> Any:
-    """Options that name what to train."""
+    """Add the options that name what to train."""
     for add in (
         overrides_option(help="Set a key, as in training. Repeatable."),
         click.option("--data", "root", type=PATH, help="Folder with train/ and val/."),
@@ -23,7 +23,7 @@ def recipe_options(command: Any) -> Any:
 
 
 def plot_option(default: str) -> Callable[..., Any]:
-    """Where the picture is written."""
+    """Return `--plot`, where the picture is written."""
     return option("--plot", type=PATH, default=Path(default), help="The picture: .png, .svg or .pdf.")
 
 

@@ -16,9 +16,8 @@ from train.tune.rate_range import advise_rate, rates_between, read_sweep, why_en
 from train.tune.steps import open_probe
 
 RANGES = {"sgd": (1e-4, 1.0), "lars": (1e-2, 100.0)}
-"""Where an optimiser's rates lie, if nothing else is asked for."""
+"""First and last rate by optimiser, unless options name them."""
 NUM_LINES = 13
-"""Of the table."""
 
 
 def bench_rates(
@@ -74,7 +73,7 @@ def bench_rates(
 
 
 def describe(report: Report) -> list[str]:
-    """The loss by rate, how each sweep ended, and the advice."""
+    """Return the loss by rate, the end of each sweep, and the advice."""
     sweeps = report["sweeps"]
     longest = max(sweeps, key=lambda sweep: len(sweep.rates)).rates
     last = len(longest) - 1

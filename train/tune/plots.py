@@ -42,7 +42,7 @@ def check_picture(path: Path) -> None:
 
 @contextmanager
 def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[list[Axes]]:
-    """Yields panels side by side, to be drawn on, and writes them at the end.
+    """Yield panels side by side, to be drawn on, and write them at the end.
 
     Args:
         path: ends in one of `FORMATS`.
@@ -71,7 +71,7 @@ def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[
 
 
 def mark_line(panel: Axes, x: float, text: str, color: str, *, dashed: bool = False) -> None:
-    """A vertical line with its name in the legend."""
+    """Draw a vertical line with its name in the legend."""
     panel.axvline(x, color=color, linewidth=1.2, linestyle="--" if dashed else "-", label=text)
 
 

@@ -1,4 +1,4 @@
-"""Reading a learning-rate range test: the rate grows from step to step, and the loss shows how far it may.
+"""Reads a learning-rate range test: the rate grows from step to step, and the loss shows how far it may.
 
 Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
 """
@@ -58,7 +58,7 @@ class RateAdvice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rates_between(low: float, high: float, num_steps: int) -> list[float]:
-    """Rates from `low` to `high`, each the same multiple of the one before.
+    """Return rates from `low` to `high`, each the same multiple of the one before.
 
     >>> [round(rate, 6) for rate in rates_between(0.001, 1.0, 4)]
     [0.001, 0.01, 0.1, 1.0]
@@ -67,7 +67,7 @@ def rates_between(low: float, high: float, num_steps: int) -> list[float]:
 
 
 def why_ended(losses: Sequence[float | None], level: float) -> str | None:
-    """The reason to end a sweep after these steps; None to continue it.
+    """Return the reason to end a sweep after these steps; None to continue it.
 
     Args:
         losses: one a step so far; None for a step that was skipped.
@@ -85,7 +85,7 @@ def why_ended(losses: Sequence[float | None], level: float) -> str | None:
 
 
 def smooth(losses: Sequence[float | None], width: int) -> list[float]:
-    """Running median over `width` steps, fewer at both ends; steps without a loss count as the worst.
+    """Return the running median over `width` steps, fewer at both ends; a step without a loss counts as inf.
 
     >>> smooth([3.0, 2.0, 9.0, 1.0, None], 3)
     [2.5, 3.0, 2.0, 9.0, inf]
@@ -98,7 +98,7 @@ def smooth(losses: Sequence[float | None], width: int) -> list[float]:
 def read_sweep(
     seed: int, rates: Sequence[float], losses: Sequence[float | None], num_steps: int, level: float
 ) -> Sweep:
-    """Evaluates the steps of one sweep.
+    """Evaluate the steps of one sweep.
 
     Args:
         rates, losses: of the steps that were made, at least one.
@@ -131,7 +131,7 @@ def read_sweep(
 
 
 def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -> RateAdvice:
-    """Recommends a rate.
+    """Recommend a rate.
 
     Args:
         level: the loss of guessing.

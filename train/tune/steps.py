@@ -1,4 +1,4 @@
-"""A recipe's own training steps, taken one by one: as in a run, but nothing stays of them."""
+"""A recipe's own training steps, one by one: as in a run, but nothing is written."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     )  # fmt: skip
 
 
-def test_rates_are_of_what_really_ran_with_accuracy_beside_them(report: Report) -> None:
+def test_bench_infer_reports_rates_with_accuracy(report: Report) -> None:
     assert [(rate["model"], rate["precision"], rate["batch"]) for rate in report["rates"]] == [
         ("paper", "fp32", 32),
         ("paper", "int8", 32),
@@ -39,7 +39,7 @@ def test_rates_are_of_what_really_ran_with_accuracy_beside_them(report: Report) 
     assert report["ratios"]["int8_vs_fp32"] == pytest.approx(int8 / fp32, rel=1e-2)
 
 
-def test_every_promised_ratio_is_there_and_the_report_can_be_read(report: Report) -> None:
+def test_bench_infer_has_every_promised_ratio(report: Report) -> None:
     promised = {
         "end_to_end_vs_bound",
         "vs_plain_loop",

@@ -42,7 +42,7 @@ def why_no_hosts() -> str | None:
     return None
 
 
-def test_bytes_are_those_of_the_formulas_and_every_way_is_compared_with_steps_alone() -> None:
+def test_bench_scaling_counts_the_bytes_of_the_formulas() -> None:
     report = bench_tiny()
     assert [(row["link"], row["ranks"], row["mode"]) for row in report["rows"]] == [
         ("loopback", 2, mode) for mode in ("ddp", "ddp+bf16", "hybrid")
@@ -58,7 +58,7 @@ def test_bytes_are_those_of_the_formulas_and_every_way_is_compared_with_steps_al
 
 
 @pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
-def test_two_hosts_are_joined_by_a_wire_of_the_rate_asked_for_and_are_gone_afterwards() -> None:
+def test_two_hosts_have_a_wire_of_the_given_rate_and_leave_none() -> None:
     (row,) = (row for row in bench_tiny(("160mbit",), ("ddp",))["rows"] if row["link"] == "160mbit")
     assert row["mode"] == "ddp" and row["sent_mb"] is not None
     # The bucket lets half a megabyte through at once; the rest takes its 0.05 s a megabyte.
@@ -75,7 +75,7 @@ def tools() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_where_two_hosts_cannot_be_made_it_says_why(tools: Path) -> None:
+def test_two_hosts_script_says_why_it_cannot_run(tools: Path) -> None:
     arguments = ("1gbit", "1", "--", "-m", "train.main")
     done = two_hosts("1gbit")
     assert done.returncode == 2 and "netns_two_hosts.sh RATE RANKS_PER_HOST --" in done.stderr
