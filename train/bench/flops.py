@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.bench.steps import NUM_CLASSES, StepSpec
-from train.bench.trainer import bench_config, wait_for
+from train.bench.trainer import bench_config, time_calls
 from train.models.alexnet import make_model
 
 GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
@@ -65,9 +66,6 @@ def gemm_gflops(precision: str, device: str) -> float:
     fastest = 0.0
     for side in GEMM_SIDES[device]:
         a, b = (torch.randn(side, side, device=device).to(GEMM_TYPES[precision]) for _ in range(2))
-        torch.mm(a, b)
-        for _ in range(3):
-            started = wait_for(a.device)
-            torch.mm(a, b)
-            fastest = max(fastest, 2 * side**3 / (wait_for(a.device) - started))
+        _first, *others = time_calls(partial(torch.mm, a, b), 4, a.device)
+        fastest = max(fastest, 2 * side**3 / min(others))
     return fastest / 1e9

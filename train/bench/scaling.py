@@ -29,7 +29,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines
 from train.bench.traffic import sent_bytes
-from train.bench.trainer import bench_config, make_noise_trainer, noise_batch, wait_for
+from train.bench.trainer import bench_config, make_noise_trainer, noise_batch, time_calls
 from train.distributed.world import World, choose_device, cpu_share, open_world
 from train.optim.precision import choose_precision
 from train.step import TrainStep, train_step
@@ -198,12 +198,10 @@ def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
 
 def slowest_step_s(step: Callable[[], None], count: int, world: World) -> float:
     """Return the median seconds of a step, of the slowest rank."""
-    times = []
+    times: list[float] = []
     for _ in range(count):
         world.barrier()
-        started = wait_for(world.device)
-        step()
-        times.append(wait_for(world.device) - started)
+        times += time_calls(step, 1, world.device)
     (slowest,) = world.max(statistics.median(times))
     return slowest
 

@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from train.bench import harness
@@ -22,7 +23,7 @@ from train.bench.flops import flops_of, gemm_gflops
 from train.bench.harness import Case, Ratios, Report, four_digits, log
 from train.bench.images import write_bench_images
 from train.bench.steps import StepSpec, open_steps
-from train.bench.trainer import wait_for
+from train.bench.trainer import time_calls
 from train.distributed.world import choose_device, cpu_share, exact_float32
 from train.models.lrn import LocalResponseNorm
 from train.optim.precision import choose_precision
@@ -159,13 +160,15 @@ def measure_lrn(measured: Measured, batch: int, device: str) -> None:
         leaf = x.contiguous(memory_format=memory_format).requires_grad_()
         best = measured.lrn_s.setdefault(layout, {})
         for form, module in modules.items():
-            seconds = []
-            for _ in range(2 if form in best else 3):  # the very first pass compiles
-                leaf.grad = None
-                started = wait_for(leaf.device)
-                torch.autograd.backward(module(leaf), leaf.detach())
-                seconds.append(wait_for(leaf.device) - started)
+            # The very first pass compiles, and does not count.
+            seconds = time_calls(partial(pass_both_ways, module, leaf), 2 if form in best else 3, leaf.device)
             best[form] = min(best.get(form, math.inf), *seconds[-2:])
+
+
+def pass_both_ways(module: nn.Module, leaf: Tensor) -> None:
+    """Run a module forward and backward."""
+    leaf.grad = None
+    torch.autograd.backward(module(leaf), leaf.detach())
 
 
 def measure_fed(

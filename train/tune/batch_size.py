@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ import torch
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from train.bench.harness import Report, four_digits, run_alone, table_lines
-from train.bench.trainer import make_noise_trainer, noise_batch, peak_memory_mb, wait_for
+from train.bench.trainer import make_noise_trainer, noise_batch, peak_memory_mb, time_calls
 from train.config.load import RunConfig
 from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
@@ -142,11 +143,7 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
         try:
             trainer = make_noise_trainer(config, num_classes, world)
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
-            seconds = []
-            for number in range(2 + steps):
-                started = wait_for(world.device)
-                train_step(trainer, [batch], 0.0, number)
-                seconds.append(wait_for(world.device) - started)
+            seconds = time_calls(partial(train_step, trainer, [batch], 0.0, 0), 2 + steps, world.device)
             return statistics.median(seconds[2:]), peak_memory_mb(world.device)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             return str(error).splitlines()[0] or "out of memory"
