@@ -1,11 +1,10 @@
-"""Models for benchmarks: random weights, but for a last layer that tells the photographs apart.
+"""Models for benchmarks: their weights are random, but the last layer classifies the photographs.
 
 So they go through the exporter and its gate as any checkpoint does, and their accuracy means something.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
 from infer.predict.decode import open_decoder, valid_images
-from train.bench.images import make_bench_folder, write_bench_images
+from train.bench.images import FOLDER, link_bench_images
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
@@ -24,38 +23,28 @@ from train.models.alexnet import Normalize, make_model
 
 RECIPES = {"owt": "imagenet-owt", "paper": "imagenet-paper"}
 SHARPNESS = 20.0
-"""Of the softmax: the logit of a photograph's own class, those of unlike ones being near 0."""
+"""The logit of a photograph's own class, those of unlike ones being near 0."""
 
 
 def make_bench_data(folder: Path | None, num_images: int) -> Path:
-    """A data folder of `num_images` classes of one photograph each, for training and validation alike.
+    """Make a data folder of `num_images` classes of one photograph each, the same for both splits.
 
     Args:
         folder: where; None for a folder kept among the temporary files.
     """
-    root = make_bench_folder() / f"classes-{num_images}" if folder is None else folder
-    if (root / "complete.txt").is_file():
-        return root
-    photos = sorted(write_bench_images(make_bench_folder() / str(num_images), num_images).rglob("*.jpg"))
-    for number, photo in enumerate(photos):
-        for split in ("train", "val"):
-            target = root / split / f"photo-{number:04d}" / photo.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                os.link(photo, target)
-    (root / "complete.txt").touch()
+    root = folder or FOLDER / f"classes-{num_images}"
+    names = (f"{s}/photo-{number:04d}/photo.jpg" for s in ("train", "val") for number in range(num_images))
+    link_bench_images(root, names, 2 * num_images, num_images)
     return root
 
 
 def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
-    """A checkpoint of a network with random weights that knows the photographs.
+    """Write the checkpoint of a network with random weights that classifies the photographs of `data`.
 
     The last layer is the nearest-mean classifier of what comes out of the one before: in closed form.
 
     Args:
         variant: a key of `RECIPES`.
-        data: of `make_bench_data`.
-        run: the run's folder.
         overrides: keys of the recipe, `dotted.key=value`.
     Returns:
         The checkpoint's folder.
@@ -82,16 +71,9 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
     with torch.no_grad():
         last.weight.copy_(SHARPNESS * apart / apart.norm(dim=1, keepdim=True) / apart.norm(dim=1).mean())
         last.bias.copy_(-last.weight @ mean)
-    save_checkpoint(
-        run / "checkpoints",
-        Snapshot(
-            step=1,
-            epoch=1,
-            samples_seen=len(dataset),
-            config=config,
-            classes=dataset.classes,
-            metrics={},
-            states={"model": network.state_dict()},
-        ),
-    )
+    state = Snapshot(
+        step=1, epoch=1, samples_seen=len(dataset), config=config, classes=dataset.classes, metrics={},
+        states={"model": network.state_dict()},
+    )  # fmt: skip
+    save_checkpoint(run / "checkpoints", state)
     return next((run / "checkpoints").glob("step-*"))

@@ -1,42 +1,34 @@
-"""`alexnet bench infer`, beside the trainer's benchmarks. Imports its work inside its body."""
+"""`alexnet bench`: the group of all benchmarks, and `infer`, which imports its work inside its body."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from train.bench.cli import bench as bench
+from train.bench import cli
+from train.bench.cli import INT, option
+from train.tune.cli import batch, lr
 
 
-@bench.command()
-@click.option(
+@click.command()
+@option(
     "--model", "models", multiple=True, type=click.Choice(["owt", "paper"]), default=("owt", "paper"),
-    show_default=True, help="A network to measure. Repeatable.",
+    help="A network to measure. Repeatable.",
 )  # fmt: skip
-@click.option(
+@option(
     "--precision", "precisions", multiple=True, type=click.Choice(["fp32", "fp16", "int8"]),
-    default=("fp32", "int8"), show_default=True, help="Repeatable.",
+    default=("fp32", "int8"), help="Repeatable.",
 )  # fmt: skip
-@click.option(
-    "--batch", "batches", multiple=True, type=click.IntRange(1, 256), default=(1, 8, 32, 128, 256),
-    show_default=True, help="Images of a batch. Repeatable; the ratios are for 32.",
+@option(
+    "--batch", "batches", multiple=True, type=INT(1, 256), default=(1, 8, 32, 128, 256),
+    help="Images of a batch. Repeatable; the ratios are for 32.",
 )  # fmt: skip
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where the photographs are kept. Default: a temporary folder.",
-)
-@click.option(
-    "--images", "num_images", type=click.IntRange(10), default=1000, show_default=True,
-    help="How many JPEGs to write.",
-)  # fmt: skip
-@click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns at a batch of 32."
-)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cli.folder_option("photographs")
+@cli.images_option("num_images", at_least=10, default=1000)
+@cli.rounds_option(5, "Turns at a batch of 32.")
+@option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
+@cli.json_option
 def infer(as_json: bool, **options: Any) -> None:
     """Images/s of prediction, phase by phase and end to end, against a plain loop; the first row's time.
 
@@ -46,9 +38,13 @@ def infer(as_json: bool, **options: Any) -> None:
     alexnet bench infer
     alexnet bench infer --json --model owt --batch 32 --rounds 3
     """
-    import msgspec
-
     from infer.bench.predict import bench_infer, describe
 
-    report = bench_infer(tell=lambda line: click.echo(line, err=True), **options)
-    click.echo(msgspec.json.encode(report) if as_json else describe(report))
+    cli.echo_report(bench_infer(**options), describe, as_json)
+
+
+bench = click.Group(
+    "bench",
+    commands=[batch, cli.data, infer, lr, cli.scaling, cli.startup, cli.train],
+    help="Measure this machine: each command compares in one run and reports ratios.",
+)

@@ -1,51 +1,71 @@
-"""How much arithmetic a network is, counted from its layers; nothing is computed."""
+"""The arithmetic of a network, counted from its layers, and this machine's peak."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
+from train.bench.steps import NUM_CLASSES, StepSpec
+from train.bench.trainer import bench_config, time_calls
+from train.models.alexnet import make_model
+
+GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
+GEMM_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Flops(msgspec.Struct, frozen=True, kw_only=True):
-    """Floating-point operations for one image: two for each multiply-add of convolutions and linear layers.
-
-    Args:
-        forward: of the forward pass.
-        backward: gradients of weights and inputs; the first layer's input is the image and needs none.
-    """
+    """Floating-point operations for an image: two for each multiply-add of convolutions and linear layers."""
 
     forward: int
     backward: int
 
     @property
     def step(self) -> int:
-        """Both passes. The update of the weights is left out: it is 1/100 of them."""
+        """Sum of both passes. The update of the weights is left out: it is 1/100 of them."""
         return self.forward + self.backward
 
 
 def count_flops(model: nn.Module, crop_px: int) -> Flops:
-    """Count a network on the meta device, for one image.
+    """Count a network on the meta device; torch's own counter ignores a backward pass's groups.
 
     Args:
-        model: any network of convolutions and linear layers, on the meta device; (N, 3, crop_px, crop_px) in.
-        crop_px: side of the image.
+        model: any network of convolutions and linear layers, (N, 3, crop_px, crop_px) in; it keeps the hooks.
     """
     counted: list[int] = []
 
     def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        places = math.prod(output.shape[2:]) if isinstance(module, nn.Conv2d) else 1
-        counted.append(2 * module.weight.numel() * places)
+        assert isinstance(module.weight, Tensor)
+        counted.append(2 * module.weight.numel() * math.prod(output.shape[2:]))
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        model(torch.empty(1, 3, crop_px, crop_px, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    model(torch.empty(1, 3, crop_px, crop_px, device="meta"))
+    # Gradients of weights and of inputs; the first layer's input is the image, which needs none.
     return Flops(forward=sum(counted), backward=2 * sum(counted) - counted[0])
+
+
+def flops_of(spec: StepSpec, crop_px: int) -> Flops:
+    """Count a case's network; normalisations are not counted."""
+    with torch.device("meta"):
+        if spec.name == "torchvision":
+            from torchvision.models import alexnet
+
+            return count_flops(alexnet(num_classes=NUM_CLASSES), crop_px)
+        model = bench_config(spec.name, spec.batch, crop_px, spec.precision, "cpu").model
+        return count_flops(make_model(model, num_classes=NUM_CLASSES, crop_px=crop_px), crop_px)
+
+
+def gemm_gflops(precision: str, device: str) -> float:
+    """Measure a few square matrix products; return the fastest, in 1e9 operations a second."""
+    fastest = 0.0
+    for side in GEMM_SIDES[device]:
+        a, b = (torch.randn(side, side, device=device).to(GEMM_TYPES[precision]) for _ in range(2))
+        _first, *others = time_calls(partial(torch.mm, a, b), 4, a.device)
+        fastest = max(fastest, 2 * side**3 / min(others))
+    return fastest / 1e9

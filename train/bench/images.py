@@ -1,45 +1,55 @@
-"""Photographs that are none: JPEGs whose size, spectrum and edges are like those of ImageNet, for benchmarks.
+"""Synthetic JPEGs with ImageNet-like size, spectrum and edges, for benchmarks.
 
 A smooth gradient decodes in half the time of a photograph, so the figures would flatter every loader.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 
+log = logging.getLogger("train")
 Float = npt.NDArray[np.float64]
 
 HEIGHT_PX, WIDTH_PX = 375, 500
 NUM_CLASSES = 10
 QUALITY = (85, 90)
+FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-data"
+"""Keeps the images of benchmarks between runs, unless the user names a folder."""
 _FIELD_PX = 1024
 _FIELDS = 6
 _LEAVES = 60
 _MARKER = "bench-images.txt"
 
 
-def write_bench_images(root: Path, count: int = 2000) -> Path:
+def write_bench_images(root: Path | None, count: int) -> Path:
     """Write `root/train/<class>/<number>.jpg`, about 500 x 375 pixels each; nothing if they are there.
 
     The sides vary by a tenth and a quarter of the images are upright, as they come from cameras. The files
     are the same on every machine with the same Pillow.
 
     Args:
-        root: the folder to make, or one made before.
-        count: how many.
+        root: the folder to make, or one made before; None for one of `FOLDER`.
     Returns:
-        `root`.
+        The folder.
     Raises:
         UserError: `root` holds something else.
     """
+    root = root or FOLDER / str(count)
+    log.info(f"{count} images in {root}")
     note = f"{count} synthetic images for benchmarks\n"
     marker = root / _MARKER
     if marker.is_file() and marker.read_text(encoding="utf-8") == note:
@@ -58,13 +68,31 @@ def write_bench_images(root: Path, count: int = 2000) -> Path:
     return root
 
 
-def make_bench_folder() -> Path:
-    """Where benchmarks keep their images between runs: below the folder for temporary files."""
-    return Path(tempfile.gettempdir()) / "alexnet-bench-data"
+def link_bench_images(root: Path, names: Iterable[str], total: int, num_sources: int) -> None:
+    """Make hard links to the benchmark's images, which need no room; nothing if they are all there.
+
+    Args:
+        names: below `root`; `total` of them, each linked to the next image, over and over.
+        num_sources: how many images there are.
+    """
+    if (root / "complete.txt").is_file():
+        return
+    photos = cycle(sorted(write_bench_images(None, num_sources).rglob("*.jpg")))
+    made: set[Path] = set()
+    with show_progress("linking files", total) as progress:
+        for number, target in enumerate((root / name for name in names), start=1):
+            if target.parent not in made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.add(target.parent)
+            with suppress(FileExistsError):
+                os.link(next(photos), target)
+            if number % 10_000 == 0:
+                progress.advance(10_000)
+    (root / "complete.txt").touch()
 
 
 def _natural_field(random: np.random.Generator) -> Float:
-    """(side, side), mean 0, deviation 1: amplitudes fall with frequency as 1 / f, as those of photographs.
+    """Return noise (side, side), mean 0, deviation 1; its amplitudes fall as 1 / f, as those of photographs.
 
     Source: Field 1987, "Relations between the statistics of natural images".
     """
@@ -78,7 +106,7 @@ def _natural_field(random: np.random.Generator) -> Float:
 
 
 def _photograph(random: np.random.Generator, fields: list[Float]) -> Image.Image:
-    """Leaves of flat colour, one upon another, under natural texture and a little of the sensor's noise.
+    """Draw leaves of flat colour, one upon another, under natural texture and a little of the sensor's noise.
 
     Source: Lee, Mumford and Huang 2001, "Occlusion models for natural images" (dead leaves).
     """

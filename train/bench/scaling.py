@@ -1,147 +1,126 @@
-"""`alexnet bench scaling`: what more ranks bring, by what travels between them, over loopback or a slow wire.
+"""`alexnet bench scaling`: throughput of several ranks by how they train, over loopback or a slow wire.
 
 Every rank keeps its batch (weak scaling), and its share of the cores. Beside the ways to train, the same
 steps run on the same ranks at the same time and send nothing. Efficiency is their time over that of a step:
-so it tells what the traffic costs, and not what ranks take from each other that share a machine, as
-`vs_one_rank` does.
+the cost of the traffic alone. `vs_one_rank` also has what ranks of one machine take from each other.
+
+The ranks run `torchrun … -m train.bench.scaling SPEC`, of which rank 0 prints JSON.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import platform
 import statistics
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import click
 import msgspec
 import torch
+from torch import nn
 
 from data_pipeline.common.errors import UserError
-from train.bench.ranks import ALONE, Mode, RankFigures, ScalingSpec
-from train.bench.turns import four_digits
-from train.distributed.world import choose_device, cpu_share
+from data_pipeline.common.machine import usable_cores
+from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines
+from train.bench.traffic import sent_bytes
+from train.bench.trainer import bench_config, make_noise_trainer, noise_batch, time_calls
+from train.distributed.world import World, choose_device, cpu_share, open_world
 from train.optim.precision import choose_precision
+from train.step import StepParts, train_step
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "netns_two_hosts.sh"
+SETTINGS = {"ddp": (), "ddp+bf16": ("compress=bf16",), "hybrid": ("parallel=hybrid",)}
+ALONE = "alone"
+"""The same steps on as many ranks at the same time, of which none sends anything."""
+WARM_UP = 3
+"""Steps before those that count: DDP orders its buckets anew after the first."""
+COLUMNS = (
+    ("link", "<12"), ("ranks  ", "<7"), ("mode", "<13"), ("images/s", ">9.1f"), ("step s", ">9.3f"),
+    ("efficiency", ">12.0%"), ("vs one", ">8.4g"), ("sent MB", ">10.4g"), ("formula", ">9.4g"),
+)  # fmt: skip
 
 
-class ScalingRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to train on so many ranks.
+class ScalingSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the ranks.
 
-    Args:
-        link: `loopback`, or the rate of the wire between two hosts that share the ranks.
-        step_s: the median over the rounds, of the slowest rank.
-        efficiency: time of the same steps without traffic, over that of a step.
-        vs_one_rank: images per second of a rank, over those of a single one; None without a row for it.
-        sent_mb: megabytes that a rank sends in a step, counted by the kernel; None where it does not.
-        formula_mb: megabytes by the formulas of docs/scaling.md; None where there is none.
+    Attributes:
+        modes: keys of `SETTINGS`, `ddp` first: its ranks do the steps without traffic, too.
+        rank_batch: samples of a step on each rank.
+        num_rounds, steps: how often each mode is measured, and over how many steps.
+        threads: of each rank, on a CPU; 0 on a GPU.
+        overrides: further keys of the configuration.
     """
 
-    link: str
-    ranks: int
-    mode: Mode
-    images_per_s: float
-    step_s: float
-    efficiency: float
-    vs_one_rank: float | None
-    sent_mb: float | None
-    formula_mb: float | None
-
-
-class ScalingReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `bench_scaling` measured."""
-
-    machine: str
     variant: str
-    precision: str
+    modes: tuple[str, ...]
     rank_batch: int
     crop_px: int
-    rows: list[ScalingRow]
-    notes: list[str]
+    num_classes: int
+    precision: str
+    device: Literal["cpu", "cuda"]
+    num_rounds: int
+    steps: int
+    threads: int
+    overrides: tuple[str, ...]
+
+
+class Figures(msgspec.Struct):
+    """Results of one mode, or of the steps without traffic.
+
+    Attributes:
+        step_s: one for each round, of the slowest rank.
+        sent: bytes in a step, of the rank that sends most, counted by the kernel; None on GPUs.
+        formula: bytes by docs/scaling.md.
+    """
+
+    step_s: list[float] = msgspec.field(default_factory=list)
+    sent: int | None = None
+    formula: int = 0
 
 
 def bench_scaling(
-    *,
-    variant: Literal["owt", "paper", "caffe", "bn"] = "owt",
-    modes: Sequence[Mode] = ("ddp", "ddp+bf16", "hybrid"),
-    ranks: Sequence[int] = (1, 2, 4),
-    links: Sequence[str] = (),
-    rank_batch: int = 64,
-    crop_px: int = 224,
-    num_classes: int = 1000,
-    precision: str = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    rounds: int = 3,
-    steps: int = 3,
-    overrides: Sequence[str] = (),
-    tell: Callable[[str], None] = lambda text: None,
-) -> ScalingReport:
-    """Measure steps on several ranks, in turns.
+    *, ranks: Sequence[int], links: Sequence[str], modes: Sequence[str], device: Any, precision: Any,
+    **options: Any,
+) -> Report:  # fmt: skip
+    """Measure steps on several ranks; the options are those of the command, most of them `ScalingSpec`'s.
 
     Args:
-        variant: which network.
-        modes: `ddp` is always one of them, since its ranks do the steps without traffic, too.
-        ranks: how many; each a torchrun.
-        links: rates as tc takes them; even numbers of ranks are measured on two hosts joined by each, too.
-        rank_batch: samples of a step on each rank.
-        crop_px, num_classes: of the images.
-        precision, device: as in a run.
-        rounds: turns.
-        steps: that are timed in each.
-        overrides: further keys of the configuration.
-        tell: called with a line on what is being done.
+        links: even numbers of ranks are measured on two hosts joined by each, too.
     Raises:
         UserError: two hosts cannot be had here, or the ranks failed; their messages are on stderr.
     """
     kind = choose_device(device)
     if kind == "cuda" and max(ranks) > torch.cuda.device_count():
         raise UserError(f"{max(ranks)} ranks, and {torch.cuda.device_count()} GPU(s): lower --ranks")
-    chosen = choose_precision(precision, torch.device(kind)).name  # type: ignore[arg-type]
     threads = 0 if kind == "cuda" else max(1, cpu_share(1) // max(r for r in ranks if r <= cpu_share(1)))
-    spec = ScalingSpec(
-        variant=variant,
-        modes=tuple(dict.fromkeys(("ddp", *modes))),
-        rank_batch=rank_batch,
-        crop_px=crop_px,
-        num_classes=num_classes,
-        precision=chosen,
-        device=kind,
-        rounds=rounds,
-        steps=steps,
-        threads=threads,
-        overrides=tuple(overrides),
-    )
-    rows: list[ScalingRow] = []
+    chosen = choose_precision(precision, torch.device(kind)).name
+    modes = tuple(dict.fromkeys(("ddp", *modes)))
+    spec = ScalingSpec(modes=modes, precision=chosen, device=kind, threads=threads, **options)
+    rows: list[dict[str, Any]] = []
     for link in ("loopback", *links):
         for count in ranks:
-            if link != "loopback" and count % 2:
-                continue
-            tell(f"{count} rank(s), {link}")
-            rows += _rows(spec, link, _run(spec, link, count), next((r for r in rows if r.ranks == 1), None))
+            if link == "loopback" or count % 2 == 0:
+                log.info(f"{count} rank(s), {link}")
+                rows += make_rows(spec, link, count, run_ranks(spec, link, count), rows)
     notes = ["efficiency: the same steps on the same ranks without traffic, over a step"]
-    cores = len(os.sched_getaffinity(0))
     if kind == "cpu":
+        cores = usable_cores()
         notes.append(f"{threads} thread(s) a rank on {cores} cores")
         if max(ranks) * threads > cores:
             notes.append(f"more than {cores // threads} ranks share cores: their step_s is no scaling")
-    name = torch.cuda.get_device_name() if kind == "cuda" else f"{cores} cores"
-    return ScalingReport(
-        machine=f"{platform.machine()}, {name}",
-        variant=variant,
-        precision=chosen,
-        rank_batch=rank_batch,
-        crop_px=crop_px,
-        rows=rows,
-        notes=notes,
-    )
+    settings = {name: getattr(spec, name) for name in ("variant", "precision", "rank_batch", "crop_px")}
+    return {"machine": machine_name(kind), **settings, "rows": rows, "notes": notes}
 
 
-def _run(spec: ScalingSpec, link: str, ranks: int) -> RankFigures:
-    module = ["-m", "train.bench.ranks", msgspec.json.encode(spec).decode()]
+def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> dict[str, Figures]:
+    """Start the ranks by torchrun, on one host or on two; return figures by mode and `alone`."""
+    module = ["-m", "train.bench.scaling", msgspec.json.encode(spec).decode()]
     if link == "loopback":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     else:
@@ -149,49 +128,120 @@ def _run(spec: ScalingSpec, link: str, ranks: int) -> RankFigures:
             raise UserError(f"--link needs scripts/{SCRIPT.name} of the project, which its wheel has not")
         command = ["bash", str(SCRIPT), link, str(ranks // 2), "--"]
     threads = {"OMP_NUM_THREADS": str(spec.threads)} if spec.threads else {}
-    done = subprocess.run(
-        [*command, *module], stdout=subprocess.PIPE, env={**os.environ, "PYTHON": sys.executable, **threads}
-    )
+    environment = {**os.environ, "PYTHON": sys.executable, **threads}
+    done = subprocess.run([*command, *module], stdout=subprocess.PIPE, env=environment)
     if done.returncode:
         raise UserError(f"{ranks} rank(s) over {link} failed: their message is above")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=RankFigures)
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[str, Figures])
 
 
-def _rows(spec: ScalingSpec, link: str, found: RankFigures, one: ScalingRow | None) -> list[ScalingRow]:
+def make_rows(
+    spec: ScalingSpec, link: str, ranks: int, found: dict[str, Figures], earlier: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a row for each mode, compared with the first of the earlier rows that has one rank."""
+    one = next((row for row in earlier if row["ranks"] == 1), None)
     rows = []
     for mode in spec.modes:
-        step_s = statistics.median(found.seconds[mode])
-        ratios = [a / b for a, b in zip(found.seconds[ALONE], found.seconds[mode], strict=True)]
-        sent, formula = found.sent_bytes[mode], found.formula_bytes[mode]
+        figures, step_s = found[mode], statistics.median(found[mode].step_s)
         rows.append(
-            ScalingRow(
-                link=link,
-                ranks=found.world_size,
-                mode=mode,
-                images_per_s=four_digits(found.world_size * spec.rank_batch / step_s),
-                step_s=four_digits(step_s),
-                efficiency=four_digits(statistics.median(ratios)),
-                vs_one_rank=None if one is None else four_digits(one.step_s / step_s),
-                sent_mb=None if sent is None else four_digits(sent / 1e6),
-                formula_mb=None if formula is None else four_digits(formula / 1e6),
-            )
+            {
+                "link": link,
+                "ranks": ranks,
+                "mode": mode,
+                "images_per_s": four_digits(ranks * spec.rank_batch / step_s),
+                "step_s": four_digits(step_s),
+                "efficiency": four_digits(median_ratio(found[ALONE].step_s, figures.step_s) or 0),
+                "vs_one_rank": None if one is None else four_digits(one["step_s"] / step_s),
+                "sent_mb": None if figures.sent is None else four_digits(figures.sent / 1e6),
+                "formula_mb": four_digits(figures.formula / 1e6),
+            }
         )
     return rows
 
 
-def describe(report: ScalingReport) -> str:
-    """The report for people."""
-    lines = [
-        f"{report.machine}: {report.variant}, {report.precision}, {report.rank_batch} images of "
-        f"{report.crop_px} pixels a rank",
-        f"{'link':<12}{'ranks':>5}  {'mode':<13}{'images/s':>9}{'step s':>9}{'efficiency':>12}{'vs one':>8}"
-        f"{'sent MB':>10}{'formula':>9}",
-    ]
-    for row in report.rows:
-        cells = [f"{value:>{width}.4g}" if value is not None else f"{'-':>{width}}" for value, width in (
-            (row.vs_one_rank, 8), (row.sent_mb, 10), (row.formula_mb, 9))]  # fmt: skip
-        lines.append(
-            f"{row.link:<12}{row.ranks:>5}  {row.mode:<13}{row.images_per_s:>9.1f}{row.step_s:>9.3f}"
-            f"{row.efficiency:>12.0%}" + "".join(cells)
-        )
-    return "\n".join([*lines, *report.notes])
+def describe(report: Report) -> list[str]:
+    """Return a table row for each link, number of ranks and mode, then the notes."""
+    rows = [[*{**row, "ranks": f"{row['ranks']:>5}"}.values()] for row in report["rows"]]
+    head = "{machine}: {variant}, {precision}, {rank_batch} images of {crop_px} pixels a rank"
+    return [head.format(**report), *table_lines(COLUMNS, rows), *report["notes"]]
+
+
+def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
+    """Measure each mode once a round, and after `ddp` its steps without traffic."""
+    found: defaultdict[str, Figures] = defaultdict(Figures)
+    batch = noise_batch(spec.rank_batch, spec.crop_px, spec.num_classes)
+    # One network at a time: three of them, with gradients and momentum, would not fit into a small machine.
+    for _ in range(spec.num_rounds):
+        for mode in spec.modes:
+            config = bench_config(
+                spec.variant, spec.rank_batch * world.world_size, spec.crop_px, spec.precision, spec.device,
+                (*spec.overrides, *SETTINGS[mode]),
+            )  # fmt: skip
+            trainer = make_noise_trainer(config, spec.num_classes, world)
+
+            def step(trainer: StepParts = trainer) -> None:
+                train_step(trainer, [batch], 0.0, 0)
+
+            for _ in range(WARM_UP):
+                step()
+            found[mode].step_s.append(slowest_step_s(step, spec.steps, world))
+            found[mode].sent = bytes_sent_by(step, world)
+            found[mode].formula = formula_bytes(trainer, spec, mode, config.model.hidden_units)
+            if mode == "ddp":
+                with trainer.parallel.no_sync():
+                    step()
+                    found[ALONE].step_s.append(slowest_step_s(step, spec.steps, world))
+            del trainer, step
+            gc.collect()
+    return found
+
+
+def slowest_step_s(step: Callable[[], None], count: int, world: World) -> float:
+    """Return the median seconds of a step, of the slowest rank."""
+    times: list[float] = []
+    for _ in range(count):
+        world.barrier()
+        times += time_calls(step, 1, world.device)
+    (slowest,) = world.max(statistics.median(times))
+    return slowest
+
+
+def bytes_sent_by(step: Callable[[], None], world: World) -> int | None:
+    """Count the bytes of the rank that sends most; None where the kernel does not see them."""
+    if world.device.type != "cpu":
+        return None  # NCCL sends past the connections that the kernel counts
+    world.barrier()
+    before = sent_bytes()
+    step()
+    time.sleep(0.05)  # gloo's threads may still be sending
+    (most,) = world.max(sent_bytes() - before)
+    return int(most)
+
+
+def formula_bytes(trainer: StepParts, spec: ScalingSpec, mode: str, hidden_units: int) -> int:
+    """Compute the bytes that each rank sends in a step: see docs/scaling.md."""
+    ranks, network = trainer.world.world_size, trainer.network
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    all_parameters = sum(p.numel() for p in network.parameters())
+    there_and_back = 2 * (ranks - 1) / ranks
+    if mode != "hybrid":
+        return round(there_and_back * all_parameters * (2 if mode == "ddp+bf16" else 4))
+    in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
+    activation = 4 if trainer.precision.name == "fp32" else 2
+    numbers = (layers[0].in_features + hidden_units) * activation + 4 * spec.num_classes
+    return round(there_and_back * (4 * (all_parameters - in_layers) + spec.rank_batch * ranks * numbers))
+
+
+def main(text: str) -> None:
+    """Measure, and print the figures on rank 0."""
+    spec = msgspec.json.decode(text, type=ScalingSpec)
+    if spec.device == "cpu":
+        torch.set_num_threads(spec.threads)
+    with open_world(spec.device) as world:
+        found = measure(spec, world)
+        if world.is_main:
+            click.echo(msgspec.json.encode(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

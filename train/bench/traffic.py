@@ -1,4 +1,4 @@
-"""How many bytes this process has sent over its TCP connections, as the kernel counts them."""
+"""The kernel's count of the bytes that this process has sent over its TCP connections."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import struct
 from pathlib import Path
 
 TCP_INFO_BYTES_SENT = 200
-"""Where `tcpi_bytes_sent` and, behind it, `tcpi_bytes_retrans` stand in `struct tcp_info` of linux/tcp.h."""
+"""Offset of `tcpi_bytes_sent`, followed by `tcpi_bytes_retrans`, in `struct tcp_info` of linux/tcp.h."""
 
 
 def sent_bytes() -> int:
-    """Bytes written to all TCP connections that are open now, payload alone, each once.
+    """Return the bytes written to all TCP connections that are open now: payload, without retransmissions.
 
     gloo keeps its connections for as long as its group lives, so the difference of two calls is what was sent
-    in between; the ranks' talk with torchrun's store is in it, a few hundred bytes. What NCCL sends through
-    shared memory or InfiniBand is not seen.
+    in between, with a few hundred bytes for torchrun's store. NCCL's traffic through shared memory or
+    InfiniBand is not counted.
 
     Raises:
         OSError: a kernel from before Linux 5.5 does not count.

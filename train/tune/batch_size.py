@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import torch
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
-from train.bench.turns import four_digits, open_subject
+from train.bench.harness import Report, four_digits, run_alone, table_lines
+from train.bench.trainer import make_noise_trainer, noise_batch, peak_memory_mb, time_calls
 from train.config.schema import RunConfig
-from train.distributed.world import choose_device
+from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
 from train.optim.schedule import base_lr_for, lr_at
-from train.tune.batch_fit import Fit, memory_limit_mb
-from train.tune.plots import COLORS, GREY, draw_panels, mark_line
+from train.step import train_step
 from train.tune.steps import open_probe
 
 KNEE = 0.9
@@ -30,13 +32,13 @@ KNEE = 0.9
 USABLE = 0.9
 """Share of the memory that a step may take; the rest is for the loader, and for evaluation."""
 PARTS = 4
-"""Of a batch, whose gradients are compared for the noise scale."""
+"""Number of parts of a batch, whose gradients are compared for the noise scale."""
 WINDOWS = 6
-"""Of the steps, each with an estimate of its own."""
+"""Number of windows of steps, each with an estimate of its own."""
 
 
 class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch size on one device: images per second (median of the steps) and the peak of memory."""
+    """One batch size on one device: images per second, the median of the steps, and the peak of memory."""
 
     batch: int
     images_per_s: float
@@ -52,48 +54,10 @@ class NoiseRow(msgspec.Struct, frozen=True, kw_only=True):
     loss: float
 
 
-class BatchReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `bench_batches` measured.
-
-    Args:
-        rows: by batch size, of those that fit.
-        limit_mb: memory that a step may take here.
-        largest_fit: the largest size that was measured and fits.
-        largest_estimate: the largest that would fit, by the straight line through the two largest rows.
-        did_not_fit: the smallest size that does not, and why; None where none was tried.
-        knee: the smallest size at 90% of the most images per second.
-        noise: in windows of training.
-        noise_scale: of all of them together, the later ones weighing more; None where it cannot be told.
-        ranks: how many the recommendation is for.
-        global_batch: the recommendation.
-        why: in sentences.
-    """
-
-    recipe: str
-    device: str
-    rows: list[BatchRow]
-    limit_mb: float
-    largest_fit: int
-    largest_estimate: int
-    did_not_fit: str | None
-    knee: int
-    noise: list[NoiseRow]
-    noise_scale: float | None
-    ranks: int
-    global_batch: int
-    why: str
-
-
 def bench_batches(
-    config: RunConfig,
-    *,
-    smallest: int = 8,
-    largest: int = 512,
-    steps: int = 5,
-    noise_steps: int = 60,
-    ranks: int = 1,
-    limit_mb: float | None = None,
-) -> BatchReport:
+    config: RunConfig, *, smallest: int, largest: int, steps: int, noise_steps: int, ranks: int,
+    limit_mb: float | None,
+) -> Report:  # fmt: skip
     """Measure throughput and memory by batch size, and the gradient noise scale in training.
 
     Args:
@@ -103,72 +67,113 @@ def bench_batches(
         noise_steps: of training, for the noise scale.
         ranks: how many the recommendation is for.
         limit_mb: memory that a step may take; None for 90% of what is there.
+    Returns:
+        `rows`, of the sizes that fit; `largest_estimate`, the largest that would fit, by the straight line
+        through the two largest rows; `noise` in windows of training, and `noise_scale` of all of them
+        together, the later ones weighing more; the recommended `global_batch`, and `why`.
     Raises:
         UserError: not even the smallest fits; or from the parts, as in a run.
     """
     if smallest > largest:
         raise UserError(f"--from must not be above --to, not {smallest} and {largest}")
-    device = choose_device(config.device)
-    limit = limit_mb or USABLE * memory_limit_mb(device)
-    noise, scale, name, num_classes = _measure_noise(config, noise_steps)
-    rows, did_not_fit = _measure_sizes(config, num_classes, smallest, largest, steps, limit)
+    limit = limit_mb or USABLE * memory_limit_mb(choose_device(config.device))
+    noise, scale, device, num_classes = measure_noise(config, noise_steps)
+    sizes = [smallest * 2**n for n in range(32) if smallest * 2**n <= largest]
+    rows, did_not_fit = measure_sizes(config, num_classes, sizes, steps, limit)
     if not rows:
         raise UserError(f"a batch of {did_not_fit}: try a smaller --from")
-    knee = find_knee(rows)
-    estimate = extrapolate(rows, limit)
+    knee, estimate = find_knee(rows), extrapolate(rows, limit)
     global_batch, why = advise_batch(knee, scale, min(estimate, 2**20), ranks)
-    return BatchReport(
-        recipe=config.recipe,
-        device=name,
-        rows=rows,
-        limit_mb=round(limit),
-        largest_fit=rows[-1].batch,
-        largest_estimate=estimate,
-        did_not_fit=did_not_fit,
-        knee=knee,
-        noise=noise,
-        noise_scale=None if scale is None else four_digits(scale),
-        ranks=ranks,
-        global_batch=global_batch,
-        why=why,
-    )
+    return {
+        "recipe": config.recipe,
+        "device": device,
+        "rows": rows,
+        "limit_mb": round(limit),
+        "largest_fit": rows[-1].batch,
+        "largest_estimate": estimate,
+        "did_not_fit": did_not_fit,
+        "knee": knee,
+        "noise": noise,
+        "noise_scale": None if scale is None else four_digits(scale),
+        "ranks": ranks,
+        "global_batch": global_batch,
+        "why": why,
+    }
 
 
-def _measure_sizes(
-    config: RunConfig, num_classes: int, smallest: int, largest: int, steps: int, limit: float
+def measure_sizes(
+    config: RunConfig, num_classes: int, sizes: Sequence[int], steps: int, limit_mb: float
 ) -> tuple[list[BatchRow], str | None]:
-    sizes = [smallest * 2**n for n in range(32) if smallest * 2**n <= largest]
+    """Return a row for each size that fits, and the first size that does not, with the reason."""
     rows: list[BatchRow] = []
     with show_progress("batch sizes", len(sizes)) as progress:
         for size in sizes:
-            if len(rows) >= 2 and size > (fits := extrapolate(rows, limit)):
+            if len(rows) >= 2 and size > (fits := extrapolate(rows, limit_mb)):
                 return rows, f"{size}, since by its memory about {fits} fit"
-            one = msgspec.structs.replace(
+            sized = msgspec.structs.replace(
                 config, global_batch=size, micro_batch=None, log_noise_scale=False, compile=False
             )
-            with open_subject(
-                "train.tune.batch_fit", [msgspec.json.encode(one).decode(), str(num_classes)]
-            ) as ask:
-                fit = msgspec.convert(ask(steps), Fit)
-            if fit.step_s is None or fit.memory_mb is None:
-                return rows, f"{size}: {fit.reason}"
-            if fit.memory_mb > limit:
-                return rows, f"{size}, which takes {fit.memory_mb:.0f} MB of {limit:.0f}"
-            step_s = statistics.median(fit.step_s)
+            fit = run_alone(measure_fit, sized, num_classes, steps)
+            if isinstance(fit, str):
+                return rows, f"{size}: {fit}"
+            step_s, memory_mb = fit
+            if memory_mb > limit_mb:
+                return rows, f"{size}, which takes {memory_mb:.0f} MB of {limit_mb:.0f}"
             rows.append(
                 BatchRow(
-                    batch=size,
-                    images_per_s=four_digits(size / step_s),
-                    step_ms=four_digits(step_s * 1e3),
-                    memory_mb=round(fit.memory_mb),
+                    batch=size, images_per_s=four_digits(size / step_s), step_ms=four_digits(step_s * 1e3),
+                    memory_mb=round(memory_mb),
                 )
-            )
-            progress.advance(1, f"{size}: {size / step_s:.0f} images/s, {fit.memory_mb:.0f} MB")
+            )  # fmt: skip
+            progress.advance(1, f"{size}: {size / step_s:.0f} images/s, {memory_mb:.0f} MB")
     return rows, None
 
 
-def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], float | None, str, int]:
-    """The recipe's own first steps, each in parts; the device, and how many classes there are."""
+def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float, float] | str:
+    """Train on a batch of noise, of the configuration's `global_batch`, in one pass.
+
+    Args:
+        steps: that are timed, after two that are not.
+    Returns:
+        Median seconds of a step, and the peak of memory in MB; or why it does not fit.
+    """
+    with open_world(config.device, config.timeout_s) as world:
+        if world.device.type == "cpu":
+            torch.set_num_threads(config.cpu_threads or cpu_share(1))
+        try:
+            trainer = make_noise_trainer(config, num_classes, world)
+            batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
+            seconds = time_calls(partial(train_step, trainer, [batch], 0.0, 0), 2 + steps, world.device)
+            return statistics.median(seconds[2:]), peak_memory_mb(world.device)
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            return str(error).splitlines()[0] or "out of memory"
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            return str(error).splitlines()[0]
+
+
+def memory_limit_mb(device: str) -> float:
+    """Return the memory there is: a GPU's; on a CPU what is free, or left by the control group.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst, `memory.max`.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 1e6
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for base in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if (path := Path(base)).is_file() and (text := path.read_text().strip()).isdigit():
+            free = min(free, float(text))
+    return free / 1e6
+
+
+def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], float | None, str, int]:
+    """Measure the noise of the recipe's own first steps, each in parts.
+
+    Returns:
+        A row for each window, the scale of all together, the device's name, and how many classes there are.
+    """
     parts = max(1, config.global_batch // PARTS)
     probed = msgspec.structs.replace(
         config, log_noise_scale=True, micro_batch=parts, compress="none", parallel="ddp"
@@ -183,12 +188,10 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
         losses: list[float] = []
         for number in range(1, num_steps + 1):
             rate = lr_at(
-                run_state.step,
-                config.schedule,
-                steps_per_epoch=run_state.steps_per_epoch,
+                run_state.step, config.schedule, steps_per_epoch=run_state.steps_per_epoch,
                 total_steps=run_state.total_steps,
                 base_lr=base_lr_for(config.schedule, config.global_batch),
-            )
+            )  # fmt: skip
             losses.append(probe.step(rate).loss)
             if number % window == 0 and (found := meter.read()) is not None:
                 sums = smooth_noise(sums, found)
@@ -201,13 +204,13 @@ def _measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], f
 
 
 def find_knee(rows: Sequence[BatchRow]) -> int:
-    """The smallest batch at which the hardware is busy."""
+    """Return the smallest batch at which the hardware is busy."""
     most = max(row.images_per_s for row in rows)
     return next(row.batch for row in rows if row.images_per_s >= KNEE * most)
 
 
 def extrapolate(rows: Sequence[BatchRow], limit_mb: float) -> int:
-    """The largest batch that would fit, by the straight line through the two largest sizes.
+    """Return the largest batch that would fit, by the straight line through the two largest sizes.
 
     >>> rows = [BatchRow(batch=b, images_per_s=1, step_ms=1, memory_mb=100 + 2 * b) for b in (8, 16)]
     >>> extrapolate(rows, 1100)
@@ -223,7 +226,7 @@ def extrapolate(rows: Sequence[BatchRow], limit_mb: float) -> int:
 
 
 def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int) -> tuple[int, str]:
-    """The batch over all ranks, and why.
+    """Recommend a batch over all ranks, with the reason.
 
     >>> [advise_batch(32, *given)[0] for given in ((300, 999, 2), (300, 999, 64), (None, 16, 1))]
     [64, 256, 16]
@@ -251,57 +254,26 @@ def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int)
     return max(useful, ranks), "; ".join(why)
 
 
-def describe(report: BatchReport) -> str:
-    """The report for a person."""
-    lines = [
-        f"recipe {report.recipe} on {report.device}; a step may take {report.limit_mb:.0f} MB",
-        f"{'batch':>6}{'images/s':>11}{'step ms':>10}{'MB':>8}",
+def describe(report: Report) -> list[str]:
+    """Return a table row for each size, the noise in windows, and the recommendation."""
+    columns = [("batch", ">6"), ("images/s", ">11.1f"), ("step ms", ">10.1f"), ("MB", ">8.0f"), ("", "<")]
+    rows = [
+        [r.batch, r.images_per_s, r.step_ms, r.memory_mb, "  the knee" if r.batch == report["knee"] else ""]
+        for r in report["rows"]
     ]
-    for row in report.rows:
-        mark = "  the knee" if row.batch == report.knee else ""
-        lines.append(
-            f"{row.batch:>6}{row.images_per_s:>11.1f}{row.step_ms:>10.1f}{row.memory_mb:>8.0f}{mark}"
-        )
-    if report.did_not_fit is not None:
-        lines.append(f"does not fit: {report.did_not_fit}")
-    lines.append(
-        f"largest that was measured and fits: {report.largest_fit}; about {report.largest_estimate} would"
-    )
-    for noise in report.noise:
-        scale = "lost in the noise" if noise.noise_scale is None else f"{noise.noise_scale:.0f}"
-        lines.append(f"noise scale up to step {noise.step}: {scale} (loss {noise.loss:.3f})")
-    lines.append(
-        "the noise scale grows in training, often tenfold: measure it again in a run (log_noise_scale)"
-    )
-    lines.append(
-        f"recommended for {report.ranks} rank(s): global_batch = {report.global_batch}: {report.why}"
-    )
-    return "\n".join(lines)
-
-
-def draw(report: BatchReport, path: Path) -> None:
-    """Images per second and memory by batch, and the noise scale by step."""
-    sizes = [row.batch for row in report.rows]
-    with draw_panels(path, 3) as (speed, memory, noise):
-        speed.plot(sizes, [row.images_per_s for row in report.rows], "o-", color=COLORS[0])
-        mark_line(speed, report.knee, f"90% of the most: {report.knee}", COLORS[1], dashed=True)
-        share = report.global_batch / report.ranks
-        mark_line(speed, share, f"recommended: {share:g}", "black")
-        speed.set(xscale="log", xlabel="batch of a rank", ylabel="images/s", ylim=(0, None))
-        speed.set_title(f"{report.recipe}, speed")
-        speed.legend(loc="lower right", fontsize=7.5)
-        memory.plot(sizes, [row.memory_mb for row in report.rows], "o-", color=COLORS[0])
-        memory.axhline(report.limit_mb, color=GREY, linestyle=":", label=f"limit: {report.limit_mb:.0f} MB")
-        memory.set(xscale="log", yscale="log", xlabel="batch of a rank", ylabel="MB", title="peak of memory")
-        memory.legend(loc="center left", fontsize=7.5)
-        for panel in (speed, memory):
-            panel.set_xticks(sizes, [str(size) for size in sizes])
-            panel.minorticks_off()
-        known = [(row.step, row.noise_scale) for row in report.noise if row.noise_scale is not None]
-        noise.plot([step for step, _ in known], [scale for _, scale in known], "o-", color=COLORS[2])
-        noise.axhline(report.global_batch, color="black", label=f"recommended: {report.global_batch}")
-        if report.noise_scale is not None:
-            label = f"of all: {report.noise_scale:.0f}"
-            noise.axhline(report.noise_scale, color=COLORS[2], linestyle="--", label=label)
-        noise.set(xlabel="step", ylabel="samples", yscale="log", title="gradient noise scale")
-        noise.legend(loc="best", fontsize=7.5)
+    lines = [
+        f"recipe {report['recipe']} on {report['device']}; a step may take {report['limit_mb']:.0f} MB",
+        *table_lines(columns, rows),
+    ]
+    if report["did_not_fit"] is not None:
+        lines.append(f"does not fit: {report['did_not_fit']}")
+    fit, estimate = report["largest_fit"], report["largest_estimate"]
+    lines.append(f"largest that was measured and fits: {fit}; about {estimate} would")
+    for row in report["noise"]:
+        scale = "lost in the noise" if row.noise_scale is None else f"{row.noise_scale:.0f}"
+        lines.append(f"noise scale up to step {row.step}: {scale} (loss {row.loss:.3f})")
+    return [
+        *lines,
+        "the noise scale grows in training, often tenfold: measure it again in a run (log_noise_scale)",
+        "recommended for {ranks} rank(s): global_batch = {global_batch}: {why}".format(**report),
+    ]

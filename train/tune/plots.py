@@ -1,8 +1,9 @@
-"""Pictures of what benchmarks measured. The only module that knows matplotlib, imported when one is drawn."""
+"""Pictures of what `bench lr` and `bench batch` measured. Imports matplotlib when one is drawn."""
 
 from __future__ import annotations
 
 import importlib
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +15,17 @@ from data_pipeline.common.text import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from train.bench.harness import Report
+
 FORMATS = (".png", ".svg", ".pdf")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Told apart by the colour-blind, too. Source: Okabe and Ito 2008, "Color Universal Design"."""
+"""Distinct for the colour-blind, too. Source: Okabe and Ito 2008, "Color Universal Design"."""
 GREY = "#777777"
 PANEL_INCHES = (4.4, 3.2)
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a picture that could not be written, before the work that it shows.
+    """Check that a picture can be written, before the work that it shows.
 
     Raises:
         UserError: a format that is none of ours, a folder that is not there, or no matplotlib.
@@ -39,11 +42,10 @@ def check_picture(path: Path) -> None:
 
 @contextmanager
 def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[list[Axes]]:
-    """Panels side by side, to be drawn on, and written at the end.
+    """Yield panels side by side, to be drawn on, and write them at the end.
 
     Args:
         path: ends in one of `FORMATS`.
-        num_panels: how many.
         width: of each, in multiples of the usual.
     Raises:
         SaveError: it cannot be written.
@@ -69,5 +71,54 @@ def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[
 
 
 def mark_line(panel: Axes, x: float, text: str, color: str, *, dashed: bool = False) -> None:
-    """A vertical line with its name in the legend."""
+    """Draw a vertical line with its name in the legend."""
     panel.axvline(x, color=color, linewidth=1.2, linestyle="--" if dashed else "-", label=text)
+
+
+def draw_rates(report: Report, path: Path) -> None:
+    """Draw the loss by rate: a dot for each step, a line for each sweep's running median."""
+    with draw_panels(path, 1, width=1.45) as (panel,):
+        for number, sweep in enumerate(report["sweeps"]):
+            color = COLORS[number % len(COLORS)]
+            dots = [float("nan") if loss is None else loss for loss in sweep.losses]
+            panel.plot(sweep.rates, dots, ".", color=color, markersize=2.5, alpha=0.5)
+            panel.plot(sweep.rates, sweep.smoothed, color=color, label=f"seed {sweep.seed}, running median")
+        recipe_rate, rate, guess = report["recipe_rate"], report["learning_rate"], report["guess_loss"]
+        mark_line(panel, recipe_rate, f"the recipe's, {recipe_rate:.3g}", GREY, dashed=True)
+        if rate is not None:
+            mark_line(panel, rate, f"recommended, {rate:g}", "black")
+        panel.axhline(guess, color=GREY, linewidth=1, linestyle=":", label="guessing")
+        starts = statistics.median(sweep.smoothed[0] for sweep in report["sweeps"])
+        panel.set(
+            xscale="log", xlabel="learning rate", ylabel="training loss", ylim=(0, 1.25 * max(starts, guess)),
+            title=f"{report['recipe']}, batch {report['global_batch']}",
+        )  # fmt: skip
+        panel.legend(loc="lower left", fontsize=7.5)
+
+
+def draw_batches(report: Report, path: Path) -> None:
+    """Draw images per second and memory by batch, and the noise scale by step."""
+    sizes, global_batch = [row.batch for row in report["rows"]], report["global_batch"]
+    with draw_panels(path, 3) as (speed, memory, noise):
+        speed.plot(sizes, [row.images_per_s for row in report["rows"]], "o-", color=COLORS[0])
+        mark_line(speed, report["knee"], f"90% of the most: {report['knee']}", COLORS[1], dashed=True)
+        share = global_batch / report["ranks"]
+        mark_line(speed, share, f"recommended: {share:g}", "black")
+        speed.set(xscale="log", xlabel="batch of a rank", ylabel="images/s", ylim=(0, None))
+        speed.set_title(f"{report['recipe']}, speed")
+        speed.legend(loc="lower right", fontsize=7.5)
+        limit_mb, scale = report["limit_mb"], report["noise_scale"]
+        memory.plot(sizes, [row.memory_mb for row in report["rows"]], "o-", color=COLORS[0])
+        memory.axhline(limit_mb, color=GREY, linestyle=":", label=f"limit: {limit_mb:.0f} MB")
+        memory.set(xscale="log", yscale="log", xlabel="batch of a rank", ylabel="MB", title="peak of memory")
+        memory.legend(loc="center left", fontsize=7.5)
+        for panel in (speed, memory):
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.minorticks_off()
+        known = [(row.step, row.noise_scale) for row in report["noise"] if row.noise_scale is not None]
+        noise.plot([step for step, _ in known], [value for _, value in known], "o-", color=COLORS[2])
+        noise.axhline(global_batch, color="black", label=f"recommended: {global_batch}")
+        if scale is not None:
+            noise.axhline(scale, color=COLORS[2], linestyle="--", label=f"of all: {scale:.0f}")
+        noise.set(xlabel="step", ylabel="samples", yscale="log", title="gradient noise scale")
+        noise.legend(loc="best", fontsize=7.5)

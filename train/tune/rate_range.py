@@ -1,4 +1,4 @@
-"""What a learning-rate range test says: the rate grows from step to step, and the loss tells how far it may.
+"""Reads a learning-rate range test: the rate grows from step to step, and the loss shows how far it may.
 
 Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
 """
@@ -14,11 +14,11 @@ import msgspec
 from train.health.flat_loss import BELOW
 
 BLOWN = 4.0
-"""A loss of more than so many times the first one, or of guessing, has left for good: the test ends."""
+"""A sweep ends at a loss of more than so many times the first one and that of guessing."""
 MAX_SKIPPED = 5
-"""So many steps in a row without a finite gradient end it, too; float16 skips some as it finds its scale."""
+"""A sweep ends after so many steps in a row without a finite gradient; float16 skips some at the start."""
 SMOOTHED_SHARE = 0.1
-"""Of the range: over so many steps the loss is smoothed, by its median, which single batches do not move."""
+"""Share of the steps over which the loss is smoothed, by its median, which single batches do not move."""
 MARGIN = 2.0
 """The recommended rate is the largest one that still works, divided by this.
 
@@ -29,16 +29,15 @@ Source: Bengio 2012, "Practical recommendations for gradient-based training of d
 class Sweep(msgspec.Struct, frozen=True, kw_only=True):
     """One pass over the range, from fresh weights.
 
-    Args:
+    Attributes:
         seed: of weights, order and masks.
         rates: one a step, ascending.
-        losses: of each step's batch, before the step; None of a step that was skipped.
+        losses: of each step's batch, before the step; None for a step that was skipped.
         smoothed: running median of the losses.
-        ended: why it ended before the highest rate; None where it did not.
-        best_rate: where the smoothed loss is lowest; None where it never was below that of guessing.
-        largest_rate: the last one behind it before the smoothed loss is nearer to guessing than to the
-            lowest.
-        edge: the end of the range at which one of them is, so that rates beyond it may be better.
+        ended: why it ended before the highest rate; None if it did not.
+        best_rate: where the smoothed loss is lowest; None if it never was below that of guessing.
+        largest_rate: the last one above it before the smoothed loss is nearer to guessing than to the lowest.
+        edge: the end of the range that one of them is at, so that rates beyond it may be better.
     """
 
     seed: int
@@ -52,14 +51,14 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RateAdvice(msgspec.Struct, frozen=True, kw_only=True):
-    """What follows from the sweeps: a rate, or None; and why, in a sentence."""
+    """The recommended rate, None where the sweeps give none, and the reason, a sentence."""
 
     rate: float | None
     why: str
 
 
 def rates_between(low: float, high: float, num_steps: int) -> list[float]:
-    """As many rates from `low` to `high`, each the same multiple of the one before.
+    """Return rates from `low` to `high`, each the same multiple of the one before.
 
     >>> [round(rate, 6) for rate in rates_between(0.001, 1.0, 4)]
     [0.001, 0.01, 0.1, 1.0]
@@ -68,10 +67,10 @@ def rates_between(low: float, high: float, num_steps: int) -> list[float]:
 
 
 def why_ended(losses: Sequence[float | None], level: float) -> str | None:
-    """Why a sweep that has come so far is over; None where it goes on.
+    """Return the reason to end a sweep after these steps; None to continue it.
 
     Args:
-        losses: one a step so far; None of a step that was skipped.
+        losses: one a step so far; None for a step that was skipped.
         level: the loss of guessing.
 
     >>> why_ended([2.0, 3.0, None], 2.3), why_ended([2.0, 9.5], 2.3)
@@ -86,7 +85,7 @@ def why_ended(losses: Sequence[float | None], level: float) -> str | None:
 
 
 def smooth(losses: Sequence[float | None], width: int) -> list[float]:
-    """Running median over `width` steps, fewer at both ends; steps without a loss count as the worst.
+    """Return the running median over `width` steps, fewer at both ends; a step without a loss counts as inf.
 
     >>> smooth([3.0, 2.0, 9.0, 1.0, None], 3)
     [2.5, 3.0, 2.0, 9.0, inf]
@@ -99,7 +98,7 @@ def smooth(losses: Sequence[float | None], width: int) -> list[float]:
 def read_sweep(
     seed: int, rates: Sequence[float], losses: Sequence[float | None], num_steps: int, level: float
 ) -> Sweep:
-    """What the steps of one sweep came to.
+    """Evaluate the steps of one sweep.
 
     Args:
         rates, losses: of the steps that were made, at least one.
@@ -132,7 +131,7 @@ def read_sweep(
 
 
 def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -> RateAdvice:
-    """The rate that the sweeps recommend, and why.
+    """Recommend a rate.
 
     Args:
         level: the loss of guessing.

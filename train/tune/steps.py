@@ -1,15 +1,10 @@
-"""A recipe's own training steps, for benchmarks: everything is as in a run, and nothing stays of it."""
+"""A recipe's own training steps, one by one: as in a run, but nothing is written."""
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-
-import numpy as np
-import torch
 
 from data_pipeline.loading.prefetch import Batch
 from train.config.schema import RunConfig
@@ -23,17 +18,13 @@ from train.step import train_step
 
 @dataclass
 class Probe:
-    """Steps of a run of one rank, taken one by one.
-
-    Args:
-        steps: the micro-batches of each, without end.
-    """
+    """A run of one rank before its next step; `steps` are the micro-batches of each, without end."""
 
     run_state: RunState
     steps: Iterator[list[Batch]]
 
     def step(self, learning_rate: float) -> Metrics:
-        """Train one step, and wait for what it came to; loss and accuracy are NaN of a step that was skipped.
+        """Train one step, and wait for its metrics; loss and accuracy are NaN if the step was skipped.
 
         Raises:
             KeyboardInterrupt: a signal asked to stop.
@@ -48,7 +39,7 @@ class Probe:
 
 @contextmanager
 def open_probe(config: RunConfig) -> Iterator[Probe]:
-    """Open the data, build the network, and stand before the first step.
+    """Open the data and build the network.
 
     Raises:
         UserError: from the parts, as in a run.
@@ -57,25 +48,3 @@ def open_probe(config: RunConfig) -> Iterator[Probe]:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
         run_state = build_run(config, None, "none", world, stack)
         yield Probe(run_state, open_steps(run_state, stack, None))
-
-
-def wait_for(device: torch.device) -> float:
-    """The time once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
-    """A step's samples without a file behind them; the same ones every time."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
-    labels, places = random.integers(0, num_classes, size), np.arange(size)
-    return Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory this process has held: on the GPU, what torch held there; on a CPU, the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from train.bench.ranks import Mode
-from train.bench.scaling import SCRIPT, ScalingReport, bench_scaling, describe
+from train.bench.harness import Report
+from train.bench.scaling import SCRIPT, bench_scaling, describe
 
 
-def bench_tiny(links: Sequence[str] = (), modes: Sequence[Mode] = ("ddp+bf16", "hybrid")) -> ScalingReport:
+def bench_tiny(links: Sequence[str] = (), modes: Sequence[str] = ("ddp+bf16", "hybrid")) -> Report:
     return bench_scaling(
-        modes=modes, ranks=(2,), links=links, rank_batch=4, crop_px=63, num_classes=10, precision="fp32",
-        device="cpu", rounds=1, steps=2, overrides=("model.hidden_units=128",),
+        variant="owt", modes=modes, ranks=(2,), links=links, rank_batch=4, crop_px=63, num_classes=10,
+        precision="fp32", device="cpu", num_rounds=1, steps=2, overrides=("model.hidden_units=128",),
     )  # fmt: skip
 
 
@@ -42,27 +42,27 @@ def why_no_hosts() -> str | None:
     return None
 
 
-def test_bytes_are_those_of_the_formulas_and_every_way_is_compared_with_steps_alone() -> None:
+def test_bench_scaling_counts_the_bytes_of_the_formulas() -> None:
     report = bench_tiny()
-    assert [(row.link, row.ranks, row.mode) for row in report.rows] == [
+    assert [(row["link"], row["ranks"], row["mode"]) for row in report["rows"]] == [
         ("loopback", 2, mode) for mode in ("ddp", "ddp+bf16", "hybrid")
     ]
-    for row in report.rows:
-        assert row.sent_mb == pytest.approx(row.formula_mb, rel=0.01)
-        assert 0 < row.efficiency < 3 and row.images_per_s == pytest.approx(8 / row.step_s, rel=0.01)
-        assert row.vs_one_rank is None  # one rank was not measured
-    by_mode = {row.mode: row.sent_mb for row in report.rows}
+    for row in report["rows"]:
+        assert row["sent_mb"] == pytest.approx(row["formula_mb"], rel=0.01)
+        assert 0 < row["efficiency"] < 3 and row["images_per_s"] == pytest.approx(8 / row["step_s"], rel=0.01)
+        assert row["vs_one_rank"] is None  # one rank was not measured
+    by_mode = {row["mode"]: row["sent_mb"] for row in report["rows"]}
     assert by_mode["ddp"] == pytest.approx(2 * (by_mode["ddp+bf16"] or 0), rel=0.01)
-    assert msgspec.json.decode(msgspec.json.encode(report), type=ScalingReport) == report
-    assert "loopback        2  hybrid" in describe(report)
+    assert msgspec.json.decode(msgspec.json.encode(report)) == report
+    assert any("loopback        2  hybrid" in line for line in describe(report))
 
 
 @pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
-def test_two_hosts_are_joined_by_a_wire_of_the_rate_asked_for_and_are_gone_afterwards() -> None:
-    (row,) = (row for row in bench_tiny(("160mbit",), ("ddp",)).rows if row.link == "160mbit")
-    assert row.mode == "ddp" and row.sent_mb is not None
+def test_two_hosts_have_a_wire_of_the_given_rate_and_leave_none() -> None:
+    (row,) = (row for row in bench_tiny(("160mbit",), ("ddp",))["rows"] if row["link"] == "160mbit")
+    assert row["mode"] == "ddp" and row["sent_mb"] is not None
     # The bucket lets half a megabyte through at once; the rest takes its 0.05 s a megabyte.
-    assert row.step_s > (row.sent_mb - 0.6) / 20
+    assert row["step_s"] > (row["sent_mb"] - 0.6) / 20
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert not [name for name in left.split() if name.startswith("ax")]
 
@@ -75,7 +75,7 @@ def tools() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_where_two_hosts_cannot_be_made_it_says_why(tools: Path) -> None:
+def test_two_hosts_script_says_why_it_cannot_run(tools: Path) -> None:
     arguments = ("1gbit", "1", "--", "-m", "train.main")
     done = two_hosts("1gbit")
     assert done.returncode == 2 and "netns_two_hosts.sh RATE RANKS_PER_HOST --" in done.stderr

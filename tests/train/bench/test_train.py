@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ranks import run_command
-from train.bench.subjects import measure
+from train.bench.data import time_batches
 
 
 def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     assert len(report["memory_mb"]) == 20 and min(report["memory_mb"]) > 50
 
 
-def test_bench_startup_finds_the_index_and_sees_that_it_is_out_of_date(tmp_path: Path) -> None:
+def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
     options = ["--json", "--files=12000", f"--folder={tmp_path / 'links'}"]
     done = run_command(["alexnet", "bench", "startup", *options], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -51,11 +51,11 @@ def test_bench_startup_finds_the_index_and_sees_that_it_is_out_of_date(tmp_path:
     assert len(list((tmp_path / "links" / "train").rglob("*.jpg"))) == 12000
 
 
-def test_a_round_is_timed_from_the_first_batch_to_the_last() -> None:
-    def batches(count: int) -> Iterator[int]:
+def test_bench_round_is_timed_from_first_to_last_batch() -> None:
+    def batches(count: int) -> Generator[int, None, None]:
         time.sleep(0.3)  # filling the pipeline
         for _ in range(count):
             yield 10
 
-    rate = measure(batches, 4, 0.05)
+    rate = time_batches(batches, 4, 0.05)
     assert 40 / 0.5 < rate <= 40 / 0.2

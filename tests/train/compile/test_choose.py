@@ -19,7 +19,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.prefetch import Batch
 from tests.helpers.ranks import run_command
 from train.bench.flops import count_flops
-from train.bench.train import make_ratios, make_specs
+from train.bench.train import Measured, make_ratios, make_specs
 from train.compile.choose import compile_step, count_elements, maybe_compile, prepare_lrn
 from train.config.load import make_config
 from train.distributed.world import World, open_world
@@ -207,18 +207,18 @@ def test_flops_are_those_that_torch_counts() -> None:
 def test_the_promised_ratios_are_made_of_the_right_subjects() -> None:
     specs = make_specs(["owt", "paper"], [8], ["bf16", "fp32"], True)
     step_s = {"owt bf16": 1.0, "torchvision fp32": 4.0, "paper bf16": 2.0, "none": 1.5, "torch": 7.0}
-    seconds = {}
+    measured = Measured(crop_px=224)
     for spec in specs:
         named = spec.lrn if spec.lrn in ("none", "torch") else f"{spec.name} {spec.precision}"
-        seconds[spec, "step"] = [100.0 if spec.compiled else step_s.get(named, 50.0)] * 2
-    seconds |= {
-        (specs[0], "fed_step"): [1.0, 1.0],
-        (specs[0], "loader"): [0.1, 1.5],
-        (specs[0], "end_to_end"): [2.0, 2.0],
-    }
-    lrn_s = {"a": {"torch": 6.0, "eager": 2.0, "fused": 1.0}, "b": {"torch": 5.0, "eager": 2.0, "fused": 1.0}}
+        measured.seconds[spec, "step"] = [100.0 if spec.compiled else step_s.get(named, 50.0)] * 2
+    measured.seconds[specs[0], "fed_step"] = [1.0, 1.0]
+    measured.seconds[specs[0], "loader"] = [0.1, 1.5]
+    measured.seconds[specs[0], "end_to_end"] = [2.0, 2.0]
+    measured.lrn_s["a"] = {"torch": 6.0, "eager": 2.0, "fused": 1.0}
+    measured.lrn_s["b"] = {"torch": 5.0, "eager": 2.0, "fused": 1.0}
+    measured.gemm_gflops = {"bf16": 100.0, "fp32": 50.0}
     flops = 0.7e9 * 2 * 3
-    ratios, notes = make_ratios(specs, seconds, lrn_s, {"bf16": 100.0, "fp32": 50.0}, 224)
+    ratios, notes = make_ratios(specs, measured)
     mfu = ratios.pop("owt_mfu")
     assert mfu == pytest.approx(8 * flops / 100e9, rel=0.05)
     assert ratios == {

@@ -17,7 +17,7 @@ def rows(*figures: tuple[int, float, float]) -> list[BatchRow]:
     return [BatchRow(batch=b, images_per_s=speed, step_ms=1.0, memory_mb=mb) for b, speed, mb in figures]
 
 
-def test_the_knee_is_the_smallest_batch_that_keeps_the_hardware_busy() -> None:
+def test_knee_is_the_smallest_batch_near_full_throughput() -> None:
     measured = rows((8, 40, 100), (16, 70, 110), (32, 91, 130), (64, 100, 170), (128, 95, 250))
     assert find_knee(measured) == 32
     assert extrapolate(measured, 1250) == 128 + 800  # (250 - 170) / 64 MB an image
@@ -25,7 +25,7 @@ def test_the_knee_is_the_smallest_batch_that_keeps_the_hardware_busy() -> None:
     assert extrapolate(rows((8, 1, 100), (16, 1, 100)), 200) == 2**20
 
 
-def test_the_advice_lies_between_knee_and_noise_scale_and_says_why() -> None:
+def test_batch_advice_lies_between_knee_and_noise_scale() -> None:
     batch, why = advise_batch(32, 500.0, 4096, 1)
     assert batch == 32 and "32 images a rank" in why and "about 500" in why and "up to 8 such ranks" in why
     batch, why = advise_batch(32, 500.0, 4096, 64)
@@ -35,9 +35,7 @@ def test_the_advice_lies_between_knee_and_noise_scale_and_says_why() -> None:
     assert advise_batch(64, 500.0, 16, 1)[0] == 16  # more do not fit
 
 
-def test_bench_batch_measures_sizes_until_one_does_not_fit_and_the_noise_of_real_steps(
-    demo_data: Path, tmp_path: Path
-) -> None:
+def test_bench_batch_measures_sizes_memory_and_noise_scale(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=10)
     picture = tmp_path / "batches.png"
     sets = [f"--set={text}" for text in (*TINY, "global_batch=20")]

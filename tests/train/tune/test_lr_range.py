@@ -29,7 +29,7 @@ def bowl(largest: float, num_steps: int = 81) -> list[float | None]:
     return [0.1 if n == 3 else 8.0 if n % 13 == 7 else loss for n, loss in enumerate(losses)]
 
 
-def test_the_rate_is_half_of_the_largest_that_works_and_single_batches_do_not_move_it() -> None:
+def test_lr_advice_is_half_of_the_largest_rate_that_works() -> None:
     sweeps = [sweep_of(bowl(largest)) for largest in (0.01, 0.02, 0.08)]
     found = [sweep.largest_rate or 0 for sweep in sweeps]
     assert found == pytest.approx([0.01, 0.02, 0.08], rel=0.15)
@@ -40,7 +40,7 @@ def test_the_rate_is_half_of_the_largest_that_works_and_single_batches_do_not_mo
     assert f"{found[0]:.2g} to {found[2]:.2g} over 3 seeds" in advice.why
 
 
-def test_no_rate_is_recommended_where_none_follows() -> None:
+def test_lr_advice_is_none_where_no_rate_follows() -> None:
     guessing = sweep_of([LEVEL * 1.001] * 40)
     assert guessing.best_rate is None
     advice = advise_rate([guessing], LEVEL, ["model.init=he in place of torch"])
@@ -61,7 +61,7 @@ def test_no_rate_is_recommended_where_none_follows() -> None:
     assert advice.rate is not None and "1 of 2 sweeps never left" in advice.why
 
 
-def test_a_sweep_ends_where_the_loss_is_lost() -> None:
+def test_lr_sweep_ends_where_the_loss_diverges() -> None:
     lost = sweep_of([2.0, 1.5, 1.4, 1.3, 2.1, 40.0])
     assert lost.ended == "the loss was 40" and lost.edge is None
     skipped = sweep_of([2.0, 1.5, 1.2, None, None, None, None, None])
@@ -69,9 +69,7 @@ def test_a_sweep_ends_where_the_loss_is_lost() -> None:
     assert skipped.smoothed[-1] == math.inf and skipped.best_rate is not None
 
 
-def test_bench_lr_trains_the_recipe_while_the_rate_grows_and_undoes_its_scaling(
-    demo_data: Path, tmp_path: Path
-) -> None:
+def test_bench_lr_sweeps_the_recipe_and_undoes_its_scaling(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=10)
     picture = tmp_path / "rates.png"
     scaled = ("global_batch=20", "schedule.scaling=linear", "schedule.reference_batch=10")
@@ -95,7 +93,7 @@ def test_bench_lr_trains_the_recipe_while_the_rate_grows_and_undoes_its_scaling(
     assert not list(tmp_path.glob("runs*"))
 
 
-def test_bench_lr_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
+def test_bench_lr_refuses_wrong_options_in_one_line(tmp_path: Path) -> None:
     for option, text in (
         (f"--plot={tmp_path / 'rates.txt'}", "a picture ends in .png, .svg, .pdf, not rates.txt"),
         (f"--plot={tmp_path / 'no' / 'rates.png'}", "there is no folder"),

@@ -1,0 +1,143 @@
+"""The cases of `alexnet bench infer`: a bundle phase by phase, and the loop that people write first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.common.machine import usable_cores
+from data_pipeline.decode.pillow import decode_rgb, finish_crop, parallel_for
+from data_pipeline.transforms.crop import eval_crop_params
+from infer.predict.decode import valid_images
+from infer.predict.rows import OkRow, top_k
+from infer.predictor import Predictor
+
+PHASES = ("decode", "preprocess", "copy", "model", "post", "end_to_end", "one_batch")
+DeviceKind = Literal["cpu", "cuda"]
+
+
+class BundleCase:
+    """An exported model, measured phase by phase and as `alexnet predict` runs it."""
+
+    def __init__(self, stack: ExitStack, bundle: Path, photos: Path, device: DeviceKind) -> None:
+        self.bundle, self.device, self.batch = bundle, device, 0
+        self.photos = sorted(photos.rglob("*.jpg"))
+        self.open = stack.enter_context(ExitStack())
+
+    def runs_on(self) -> dict[str, str]:
+        """Return the provider, device and precision that really compute."""
+        with Predictor(self.bundle, device=self.device) as predictor:
+            backend = predictor.backend
+            return {"provider": backend.provider, "device": backend.device, "precision": backend.precision}
+
+    def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
+        """Return seconds for each batch; for all together of `decode` and `end_to_end`, which overlap."""
+        if batch != self.batch:  # one predictor at a time, since each holds the model
+            self.open.close()
+            predictor = Predictor(self.bundle, device=self.device, batch_size=batch)
+            self.predictor, self.batch = self.open.enter_context(predictor), batch
+            self._predict(batch)  # graphs and threads are made by the first batch
+        if phase == "end_to_end":
+            return _seconds(lambda: self._predict(batch * num_batches))
+        if phase == "decode":
+            return _seconds(lambda: self._decode(batch * num_batches))
+        return _seconds(self._work(phase, batch), num_batches)
+
+    def _work(self, phase: str, batch: int) -> Callable[[], object]:
+        """Return a phase's work for one batch."""
+        predictor, manifest = self.predictor, self.predictor.bundle.manifest
+        if phase == "one_batch":
+            return lambda: self._predict(batch)
+        if phase == "preprocess":
+            images = [decode_rgb(path.read_bytes()) for path in self.photos[:batch]]
+            sizes = np.array([(image.height, image.width) for image in images], np.int64)
+            crops = eval_crop_params(sizes, manifest.preprocessing)
+            cuts = [
+                image.crop((int(left), int(top), int(left + width), int(top + height)))
+                for image, (top, left, height, width) in zip(images, crops.windows, strict=True)
+            ]
+            threads = usable_cores()
+            pool = ThreadPoolExecutor(threads)
+
+            def resize(place: int) -> None:
+                finish_crop(cuts[place], crops, place)
+
+            return lambda: parallel_for(resize, batch, pool, threads)
+        with closing(predictor.decode(self.photos[:batch])) as batches:
+            decoded = next(iter(batches))
+            pixels = valid_images(decoded)
+        if phase == "copy":
+            return lambda: valid_images(decoded)
+        if phase == "model":
+            return lambda: predictor.backend.run(pixels)
+        probabilities = predictor.backend.run(pixels)
+        return lambda: top_k(probabilities, manifest.class_labels, 5)
+
+    def _predict(self, count: int) -> None:
+        for row in self.predictor(islice(cycle(self.photos), count)):
+            assert isinstance(row, OkRow), row
+
+    def _decode(self, count: int) -> None:
+        with closing(self.predictor.decode(islice(cycle(self.photos), count))) as batches:
+            for batch in batches:
+                assert batch.valid.all(), batch.failures
+
+
+class BaselineCase:
+    """The loop that people write first: Pillow, torchvision's transforms, and torch in float32."""
+
+    def __init__(self, stack: ExitStack, checkpoint: Path, photos: Path, device: DeviceKind) -> None:
+        import torch
+        from torchvision import transforms
+
+        from train.checkpoints.load import load_checkpoint
+
+        self.torch, self.device = torch, device
+        self.photos = sorted(photos.rglob("*.jpg"))
+        loaded = load_checkpoint(checkpoint)
+        contract = loaded.preprocessing
+        network = loaded.make_model().float().eval()
+        self.network = network.to(memory_format=torch.contiguous_format).to(device)
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(contract.resize_px),
+                transforms.CenterCrop(contract.crop_px),
+                transforms.ToTensor(),
+                transforms.Normalize(contract.mean, contract.std),
+            ]
+        )
+
+    def runs_on(self) -> dict[str, str]:
+        """Return the provider, device and precision that compute."""
+        return {"provider": f"torch {self.torch.__version__}", "device": self.device, "precision": "fp32"}
+
+    def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
+        """Return seconds for each of so many batches, from files to the five best classes."""
+        from PIL import Image
+
+        torch, photos = self.torch, cycle(self.photos)
+
+        def predict() -> None:
+            images = [self.transform(Image.open(path).convert("RGB")) for path in islice(photos, batch)]
+            logits = self.network(torch.stack(images).to(self.device))
+            torch.softmax(logits, dim=1).topk(5).values.cpu()
+
+        with torch.inference_mode():
+            return _seconds(predict, num_batches)
+
+
+def _seconds(work: Callable[[], object], count: int = 1) -> list[float]:
+    """Time each of `count` calls, in seconds."""
+    seconds = []
+    for _ in range(count):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return seconds

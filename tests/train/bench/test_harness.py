@@ -1,0 +1,45 @@
+"""The harness of the benchmarks: a case lives in a process of its own, which ends with its stack."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from train.bench.harness import Case, run_alone
+
+
+class Counter:
+    """Counts its calls, prints, and leaves a file when its process ends."""
+
+    def __init__(self, stack: ExitStack, last_words: Path) -> None:
+        self.calls = 0
+        stack.callback(lambda: last_words.write_text(str(self.calls)))
+
+    def add(self, number: int) -> tuple[int, int]:
+        print("what a library prints")  # noqa: T201
+        self.calls += number
+        return os.getpid(), self.calls
+
+    def die(self) -> None:
+        os._exit(3)
+
+
+def test_case_keeps_its_state_in_a_process_of_its_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as stack:
+        case = Case(stack, Counter, tmp_path / "calls")
+        (pid, first), (same, second) = case.request("add", 1), case.request("add", 2)
+        assert pid == same != os.getpid() and (first, second) == (1, 3)
+        assert run_alone(os.getpid) not in (pid, os.getpid())
+    assert (tmp_path / "calls").read_text() == "3"
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.count("what a library prints") == 2
+
+
+def test_case_that_dies_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"the measurement of .*calls ended early"), ExitStack() as stack:
+        Case(stack, Counter, tmp_path / "calls").request("die")

@@ -1,0 +1,160 @@
+"""The harness of all benchmarks: cases in processes of their own, interleaved rounds, ratios, tables.
+
+Each round measures every case once, so that what else the machine does hits all of them alike. Figures are
+medians over the rounds, ratios medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from subprocess import PIPE, Popen
+from typing import Any
+
+from data_pipeline.common.machine import usable_cores
+
+Report = dict[str, Any]
+"""The object that `--json` prints."""
+Ratios = dict[str, float | None]
+log = logging.getLogger("train")
+
+
+class Case:
+    """One thing to measure, built and measured in a process of its own.
+
+    Args:
+        stack: ends the process.
+        make: builds it; gets a stack that the process closes at its end, and `arguments`.
+    Raises:
+        RuntimeError: the process ended early; its message is on stderr.
+    """
+
+    def __init__(self, stack: ExitStack, make: Callable[..., object], *arguments: object) -> None:
+        self._name = " ".join(map(str, arguments))
+        # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
+        command = [sys.executable, "-m", "train.bench.harness"]
+        process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
+        assert process.stdin is not None and process.stdout is not None
+        self._requests, self._replies = process.stdin, process.stdout
+        self.request(make, *arguments)
+
+    def request(self, method: object, *arguments: object) -> Any:
+        """Call a method of the case, by its name, in its process, and wait for what it returns."""
+        try:
+            pickle.dump((method, *arguments), self._requests)
+            self._requests.flush()
+            return pickle.load(self._replies)
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"the measurement of {self._name} ended early: its message is above") from None
+
+
+def _serve() -> None:
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    with ExitStack() as stack:
+        make, *arguments = pickle.load(sys.stdin.buffer)
+        case, reply = make(stack, *arguments), None
+        while True:
+            pickle.dump(reply, replies)
+            replies.flush()
+            try:
+                method, *arguments = pickle.load(sys.stdin.buffer)
+            except EOFError:  # the benchmark is over
+                return
+            reply = getattr(case, method)(*arguments)
+
+
+class _Function:
+    def __init__(self, _stack: ExitStack, function: Callable[..., object]) -> None:
+        self.call = function
+
+
+def run_alone(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function in a fresh process, whose memory is then the function's alone."""
+    with ExitStack() as stack:
+        return Case(stack, _Function, function).request("call", *arguments)
+
+
+def rounds(count: int, prefix: str = "") -> Iterator[int]:
+    """Yield the numbers from 1 to `count`, and log each before its round is measured."""
+    for number in range(1, count + 1):
+        log.info(f"{prefix}round {number} of {count}")
+        yield number
+
+
+def four_digits(value: float) -> float:
+    """Round a figure to its significant digits; a small ratio keeps as many as a large rate.
+
+    >>> four_digits(0.00215155), four_digits(1234.56)
+    (0.002152, 1235.0)
+    """
+    return float(f"{value:.4g}")
+
+
+def rate(values: Sequence[float]) -> dict[str, Any]:
+    """Return the median of the rounds' images per second, and each of them."""
+    return {
+        "images_per_s": four_digits(statistics.median(values)),
+        "rounds": [four_digits(value) for value in values],
+    }
+
+
+def median_ratio(tops: Sequence[float] | None, bottoms: Sequence[float] | None) -> float | None:
+    """Return the median over the rounds of one value over another; None if either was not measured.
+
+    >>> median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]), median_ratio([1.0], None)
+    (3.0, None)
+    """
+    if tops is None or bottoms is None:
+        return None
+    return statistics.median(top / bottom for top, bottom in zip(tops, bottoms, strict=True))
+
+
+def round_ratios(ratios: Ratios, reason: str = "not measured") -> tuple[Ratios, list[str]]:
+    """Return the ratios in four digits, and a note for each that is None."""
+    notes = [f"{name}: {reason}" for name, value in ratios.items() if value is None]
+    return {name: None if value is None else four_digits(value) for name, value in ratios.items()}, notes
+
+
+def ratio_lines(ratios: Mapping[str, float | None], width: int = 30, digits: int = 2) -> list[str]:
+    """Return a line for each ratio."""
+    texts = {k: "not measured" if ratio is None else f"{ratio:.{digits}f}" for k, ratio in ratios.items()}
+    return [f"{name:<{width}} {text}" for name, text in texts.items()]
+
+
+def table_lines(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a plain table.
+
+    Args:
+        columns: heading and format of the cells, alignment and width first: `("step s", ">9.3f")`.
+        rows: cells; a None is shown as `-`.
+
+    >>> table_lines([("mode", "<6"), ("step s", ">8.2f")], [("ddp", 0.5), ("none", None)])
+    ['mode    step s', 'ddp       0.50', 'none         -']
+    """
+    specs = [spec for _, spec in columns]
+    widths = [spec.split(".")[0] for spec in specs]
+    lines = ["".join(f"{heading:{width}}" for (heading, _), width in zip(columns, widths, strict=True))]
+    for row in rows:
+        cells = zip(row, specs, widths, strict=True)
+        lines.append("".join(f"{'-':{w}}" if cell is None else f"{cell:{spec}}" for cell, spec, w in cells))
+    return lines
+
+
+def machine_name(device: str = "cpu") -> str:
+    """Return the processor's name, and the GPU's or the number of cores that may be used."""
+    if device == "cpu":
+        return f"{platform.machine()}, {usable_cores()} cores"
+    import torch  # not in every case's process: its memory is measured
+
+    return f"{platform.machine()}, {torch.cuda.get_device_name()}"
+
+
+if __name__ == "__main__":
+    _serve()
