@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.soak.evidence import check_once, last_whole_epoch, read_evidence
+from scripts.soak.compare import equal_trees
+from scripts.soak.evidence import check_seen_once, last_whole_epoch, read_evidence
+from scripts.soak.faulty_run import FaultyRun, RunSpec
 from scripts.soak.plan import (
     KINDS,
     NUM_SAMPLES,
@@ -23,9 +25,8 @@ from scripts.soak.plan import (
     next_ranks,
     steps_of,
 )
-from scripts.soak.rank import Line, file_name
+from scripts.soak.rank import StepRecord, file_name
 from scripts.soak.report import Report, readable
-from scripts.soak.rounds import Course, Disturbed, same
 from tests.helpers.ranks import REPOSITORY
 
 
@@ -57,7 +58,7 @@ def write_attempt(
     """Evidence of one attempt: for each rank, its samples by step."""
     for rank, by_step in enumerate(shares):
         lines = [
-            msgspec.json.encode(Line(step=s, indices=i, failed=[f for f in failed if f in i], time=0.0))
+            msgspec.json.encode(StepRecord(step=s, indices=i, failed=[f for f in failed if f in i], time=0.0))
             for s, i in by_step.items()
         ]
         path = folder / file_name(launch, restart, rank, len(shares))
@@ -65,7 +66,7 @@ def write_attempt(
 
 
 def problems_of(folder: Path) -> list[str]:
-    return check_once(read_evidence(folder, 4), num_samples=4, steps_per_epoch=2, epochs=2)
+    return check_seen_once(read_evidence(folder, 4), num_samples=4, steps_per_epoch=2, epochs=2)
 
 
 def test_evidence_counts_the_last_attempt_of_each_step(tmp_path: Path) -> None:
@@ -99,10 +100,12 @@ def test_what_was_not_seen_exactly_once_is_found(tmp_path: Path) -> None:
 
 def test_two_states_are_the_same_only_bit_for_bit() -> None:
     one = {"model": {"w": torch.tensor([1.0, 2.0])}, "steps": [1, 2]}
-    assert same(one, {"model": {"w": torch.tensor([1.0, 2.0])}, "steps": [1, 2]})
-    assert not same(one, {"model": {"w": torch.tensor([1.0, 2.0 + 2.0**-22])}, "steps": [1, 2]})
-    assert not same(one, {"model": {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}, "steps": [1, 2]})
-    assert not same(one, {"model": {}, "steps": [1, 2]})
+    assert equal_trees(one, {"model": {"w": torch.tensor([1.0, 2.0])}, "steps": [1, 2]})
+    assert not equal_trees(one, {"model": {"w": torch.tensor([1.0, 2.0 + 2.0**-22])}, "steps": [1, 2]})
+    assert not equal_trees(
+        one, {"model": {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}, "steps": [1, 2]}
+    )
+    assert not equal_trees(one, {"model": {}, "steps": [1, 2]})
 
 
 @pytest.mark.timeout(900)
@@ -129,8 +132,8 @@ def test_the_two_minute_soak(tmp_path: Path) -> None:
 
 
 def test_a_run_killed_before_its_first_checkpoint_is_not_the_one_that_is_judged(tmp_path: Path) -> None:
-    course = Course(seed=0, epochs=1, folder=tmp_path, demo=tmp_path)
-    disturbed = Disturbed(course, [], (), tmp_path / "runs", None)
+    spec = RunSpec(seed=0, epochs=1, folder=tmp_path, demo=tmp_path)
+    disturbed = FaultyRun(spec, [], (), tmp_path / "runs", None)
     for name in ("demo-20260101T000000Z", "demo-20260101T000009Z"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     assert disturbed.run.name == "demo-20260101T000009Z"

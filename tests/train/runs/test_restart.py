@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from data_pipeline.common.errors import DivergedError, InterruptedRunError
-from scripts.soak.rounds import compare_runs
+from scripts.soak.compare import compare_runs
 from tests.helpers.ranks import TINY, link_subset, run_command, torchrun_arguments
 from tests.helpers.warm_ranks import run_ranks, train_warm
 from train.config.load import make_config
