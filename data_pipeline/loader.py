@@ -1,15 +1,16 @@
-"""Batches in order: bytes read ahead by threads, decoded in the background, bad files isolated and named.
+"""The door of loading: a `Loader` makes the batches of training, evaluation and prediction, in order.
 
-Training, evaluation and prediction share one core. They differ only in which files make up a batch
-and in the recipe by which an image is cut.
+The three share one core, `data_pipeline.loading.prefetch`. They differ in which samples make up a batch, and
+in how an image is cropped.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from data_pipeline.loading.prefetch import Batch, BatchRequest, ImageBackend, pr
 from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
-from data_pipeline.transforms.mix import PAIR_SIZE, MixParams, mix_params_at
+from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
 
@@ -32,10 +33,10 @@ log = logging.getLogger("data_pipeline")
 
 
 class ImageSource(NamedTuple):
-    """An encoded image that is no file of its own: how messages and rows name it, and what gives its bytes.
+    """An encoded image that is not a file of its own.
 
-    Args:
-        path: its name.
+    Attributes:
+        path: its name in messages and rows.
         read: gives at most so many bytes, in any thread; raises `ImageError`.
     """
 
@@ -82,51 +83,205 @@ def make_backend(
     return PillowBackend(num_threads, max_batch)
 
 
-def train_batches(
-    dataset: Dataset,
-    backend: ImageBackend,
-    preprocessing: Preprocessing,
-    augment: Augment,
-    *,
-    seed: int,
-    global_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    micro_batch: int | None = None,
-    start_step: int = 0,
-    num_steps: int | None = None,
-    read_threads: int = 4,
-    prefetch: int = 2,
-    faults: FaultLog | None = None,
-    readers: ReaderPool | None = None,
-) -> Generator[Batch, None, None]:
-    """One rank's share of training steps, in order. Any start gives what a run from step 0 would have given.
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """Reads, decodes and crops: all that the batches of a run have in common.
 
-    Args:
-        dataset: the training split.
+    Attributes:
         backend: decodes; its `max_batch` bounds the micro-batch.
         preprocessing: the contract.
-        augment: the random cut and colours, and how samples are mixed.
-        seed: the run's seed.
-        global_batch: samples of one step over all ranks.
-        rank: which rank, 0..world_size - 1.
-        world_size: number of ranks.
-        micro_batch: most samples in one batch that is yielded; None for the rank's whole share of the step.
-            Where samples are mixed, an odd number counts as the even one below it.
-        start_step: first global step, 0-based, counted through all epochs.
-        num_steps: how many steps; None for no end.
-        read_threads: files read at once.
         prefetch: batches held ready, >= 1.
-        faults: where bad files are named and counted.
-        readers: processes that read the dataset's files, in place of threads.
-    Yields:
-        Batches; `step` says which step, `last` whether it ends there, `mix` how its samples are mixed.
-    Raises:
-        UserError: a global batch larger than the training set, or smaller than the number of ranks; with
-            mixing, fewer pairs than ranks, or a micro-batch of one.
+        read_threads: files read at once, >= 1.
+        faults: logs and counts the bad files of all batches.
+        readers: processes that read their datasets' files, in place of threads.
     """
-    group_size = PAIR_SIZE if augment.mixes else 1
-    steps_per_epoch(len(dataset), global_batch)
+
+    backend: ImageBackend
+    preprocessing: Preprocessing
+    prefetch: int = 2
+    read_threads: int = 4
+    faults: FaultLog = field(default_factory=FaultLog)
+    readers: ReaderPool | None = None
+
+    def train(
+        self,
+        dataset: Dataset,
+        augment: Augment,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch: int | None = None,
+        start_step: int = 0,
+        num_steps: int | None = None,
+    ) -> Generator[Batch, None, None]:
+        """One rank's share of training steps, in order; a later start gives the tail of the same stream.
+
+        Args:
+            dataset: the training split.
+            augment: the random crops and colours, and how samples are mixed.
+            seed: the run's seed.
+            global_batch: samples of one step over all ranks.
+            rank: which rank, 0..world_size - 1.
+            world_size: number of ranks.
+            micro_batch: most samples in one batch that is yielded; None for the rank's whole share of the
+                step. Where samples are mixed, an odd number counts as the even one below it.
+            start_step: first global step, 0-based, counted through all epochs.
+            num_steps: how many steps; None for no end.
+        Yields:
+            Batches; `step` is the global step, `last` whether it ends there, `mix` how its samples are mixed.
+        Raises:
+            UserError: a global batch larger than the training set, or smaller than the number of ranks; with
+                mixing, fewer pairs than ranks, or a micro-batch of one.
+        """
+        group_size = PAIR_SIZE if augment.mixes else 1
+        share = _largest_share(len(dataset), global_batch, world_size, group_size)
+        chunk = self._checked(micro_batch or share, needed=share) // group_size * group_size
+        if chunk == 0:
+            raise UserError("mixup and cutmix mix pairs: micro_batch must be at least 2, not 1")
+        steps = count(start_step) if num_steps is None else range(start_step, start_step + num_steps)
+        shares = (
+            (step, *positions_at(step, len(dataset), global_batch, rank, world_size, group_size))
+            for step in steps
+        )
+        return self._batches(self._train_requests(dataset, augment, seed, chunk, shares))
+
+    def _train_requests(
+        self,
+        dataset: Dataset,
+        augment: Augment,
+        seed: int,
+        chunk: int,
+        shares: Iterable[tuple[int, int, Int]],
+    ) -> Iterator[BatchRequest]:
+        for step, epoch, rank_positions in shares:
+            order = permutation_at(seed, epoch, len(dataset))
+            for first in range(0, len(rank_positions), chunk):
+                positions = rank_positions[first : first + chunk]
+                indices = order[positions]
+                yield BatchRequest(
+                    samples=dataset,
+                    paths=tuple(map(dataset.path_at, indices.tolist())),
+                    labels=dataset.labels[indices],
+                    indices=indices,
+                    positions=positions,
+                    step=step,
+                    last=first + chunk >= len(rank_positions),
+                    crop_fn=partial(
+                        train_crop_params,
+                        epoch=epoch,
+                        positions=positions,
+                        seed=seed,
+                        preprocessing=self.preprocessing,
+                        augment=augment,
+                    ),
+                    mix=mix_params_at(seed, epoch, positions, augment, self.preprocessing.crop_px),
+                )
+
+    def eval(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        ten_crop: bool = False,
+    ) -> Generator[Batch, None, None]:
+        """One rank's share of a split, each sample once over all ranks; the last batch may be smaller.
+
+        Args: as `train`, and
+            ten_crop: the paper's ten views of each image, (N, 10, crop, crop, 3), to average softmax outputs.
+        Yields:
+            Batches; none for a rank whose share is empty.
+        """
+        share = rank_slice(len(dataset), rank, world_size)
+        chunk = self._checked(micro_batch, needed=share.stop - share.start)
+
+        def requests() -> Iterator[BatchRequest]:
+            for number, first in enumerate(range(share.start, share.stop, chunk)):
+                indices = np.arange(first, min(first + chunk, share.stop), dtype=np.int64)
+                yield BatchRequest(
+                    samples=dataset,
+                    paths=tuple(map(dataset.path_at, indices.tolist())),
+                    labels=dataset.labels[indices],
+                    indices=indices,
+                    positions=indices,
+                    step=number,
+                    last=True,
+                    crop_fn=self._eval_crop_fn(ten_crop),
+                )
+
+        return self._batches(requests())
+
+    def predict(
+        self, inputs: Iterable[Path | ImageSource], *, micro_batch: int, ten_crop: bool = False
+    ) -> Generator[Batch, None, None]:
+        """Unlabelled images in the order given; `inputs` is consumed as batches are read ahead.
+
+        Args: as `eval`, and
+            inputs: files, and images that lie elsewhere.
+        """
+        chunk = self._checked(micro_batch, needed=micro_batch)
+
+        def requests() -> Iterator[BatchRequest]:
+            remaining, number = iter(inputs), 0
+            while items := tuple(islice(remaining, chunk)):
+                first = number * chunk
+                indices = np.arange(first, first + len(items), dtype=np.int64)
+                yield BatchRequest(
+                    samples=_Inputs(items, first),
+                    paths=tuple(item.path if isinstance(item, ImageSource) else item for item in items),
+                    labels=np.full(len(items), -1, dtype=np.int64),
+                    indices=indices,
+                    positions=indices,
+                    step=number,
+                    last=True,
+                    crop_fn=self._eval_crop_fn(ten_crop),
+                )
+                number += 1
+
+        return self._batches(requests())
+
+    def _batches(self, requests: Iterator[BatchRequest]) -> Generator[Batch, None, None]:
+        return prefetch_batches(
+            requests,
+            self.backend,
+            max_pixels=self.preprocessing.max_pixels,
+            read_threads=self.read_threads,
+            prefetch=self.prefetch,
+            faults=self.faults,
+            readers=self.readers,
+        )
+
+    def _eval_crop_fn(self, ten_crop: bool) -> Callable[[Int], CropParams]:
+        return partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=self.preprocessing)
+
+    def _checked(self, micro_batch: int, needed: int) -> int:
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
+        if min(micro_batch, needed) > self.backend.max_batch:
+            raise ValueError(
+                f"micro_batch {micro_batch} is above the backend's max_batch {self.backend.max_batch}"
+            )
+        return micro_batch
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """Some of a prediction's inputs as `Samples`; the first of them has the index `first`."""
+
+    items: tuple[Path | ImageSource, ...]
+    first: int
+
+    def read(self, index: int, max_bytes: int) -> bytes:
+        item = self.items[index - self.first]
+        return item.read(max_bytes) if isinstance(item, ImageSource) else read_file(item, max_bytes)
+
+
+def _largest_share(num_samples: int, global_batch: int, world_size: int, group_size: int) -> int:
+    """Most samples that one rank takes of a step, in whole groups of `group_size`."""
+    steps_per_epoch(num_samples, global_batch)
     if global_batch < world_size:
         raise UserError(f"global_batch {global_batch} is smaller than the number of ranks, {world_size}")
     if -(-global_batch // group_size) < world_size:
@@ -134,126 +289,4 @@ def train_batches(
             f"mixup and cutmix mix pairs: global_batch {global_batch} has fewer pairs than there are ranks, "
             f"{world_size}; set it to {group_size * world_size} or more"
         )
-    share = group_size * -(-global_batch // (group_size * world_size))
-    chunk = _checked_chunk(micro_batch or share, backend, needed=share) // group_size * group_size
-    if chunk == 0:
-        raise UserError("mixup and cutmix mix pairs: micro_batch must be at least 2, not 1")
-    end_step = None if num_steps is None else start_step + num_steps
-
-    def requests() -> Iterator[BatchRequest]:
-        step = start_step
-        while end_step is None or step < end_step:
-            epoch, positions = positions_at(step, len(dataset), global_batch, rank, world_size, group_size)
-            indices = permutation_at(seed, epoch, len(dataset))[positions]
-            for first in range(0, len(indices), chunk):
-                places = positions[first : first + chunk]
-                chosen = indices[first : first + chunk]
-
-                def cut(sizes: Int, epoch: int = epoch, places: Int = places) -> CropParams:
-                    return train_crop_params(sizes, epoch, places, seed, preprocessing, augment)
-
-                last = first + chunk >= len(indices)
-                mix = mix_params_at(seed, epoch, places, augment, preprocessing.crop_px)
-                yield _dataset_request(dataset, chosen, places, step, last, cut, mix)
-            step += 1
-
-    return prefetch_batches(
-        requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers
-    )
-
-
-def eval_batches(
-    dataset: Dataset,
-    backend: ImageBackend,
-    preprocessing: Preprocessing,
-    *,
-    micro_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    ten_crop: bool = False,
-    read_threads: int = 4,
-    prefetch: int = 2,
-    faults: FaultLog | None = None,
-    readers: ReaderPool | None = None,
-) -> Generator[Batch, None, None]:
-    """One rank's share of a split, every sample exactly once over all ranks; the last batch may be smaller.
-
-    Args: as `train_batches`, and
-        ten_crop: the paper's ten views of each image, (N, 10, crop, crop, 3), for averaging softmax outputs.
-    Yields:
-        Batches; none for a rank whose share is empty.
-    """
-    share = rank_slice(len(dataset), rank, world_size)
-    cut = partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=preprocessing)
-    chunk = _checked_chunk(micro_batch, backend, needed=share.stop - share.start)
-
-    def requests() -> Iterator[BatchRequest]:
-        for number, first in enumerate(range(share.start, share.stop, chunk)):
-            indices = np.arange(first, min(first + chunk, share.stop), dtype=np.int64)
-            yield _dataset_request(dataset, indices, indices, number, True, cut)
-
-    return prefetch_batches(
-        requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults, readers
-    )
-
-
-def predict_batches(
-    inputs: Iterable[Path | ImageSource],
-    backend: ImageBackend,
-    preprocessing: Preprocessing,
-    *,
-    micro_batch: int,
-    ten_crop: bool = False,
-    read_threads: int = 4,
-    prefetch: int = 2,
-    faults: FaultLog | None = None,
-) -> Generator[Batch, None, None]:
-    """Unlabelled images in the order given; `inputs` is consumed as batches are read ahead, never as a whole.
-
-    Args: as `eval_batches`, and
-        inputs: files, and images that lie elsewhere.
-    """
-    cut = partial(ten_crop_params if ten_crop else eval_crop_params, preprocessing=preprocessing)
-    chunk = _checked_chunk(micro_batch, backend, needed=micro_batch)
-
-    def requests() -> Iterator[BatchRequest]:
-        source, number, first = iter(inputs), 0, 0
-        while group := tuple(islice(source, chunk)):
-            indices = np.arange(first, first + len(group), dtype=np.int64)
-            labels = np.full(len(group), -1, dtype=np.int64)
-            paths = tuple(item.path if isinstance(item, ImageSource) else item for item in group)
-
-            def read(place: int, max_bytes: int, group: tuple[Path | ImageSource, ...] = group) -> bytes:
-                item = group[place]
-                return item.read(max_bytes) if isinstance(item, ImageSource) else read_file(item, max_bytes)
-
-            yield BatchRequest(paths, read, labels, indices, indices, number, True, cut)
-            number, first = number + 1, first + len(group)
-
-    return prefetch_batches(requests(), backend, preprocessing.max_pixels, read_threads, prefetch, faults)
-
-
-def _checked_chunk(micro_batch: int, backend: ImageBackend, needed: int) -> int:
-    if micro_batch < 1:
-        raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
-    if min(micro_batch, needed) > backend.max_batch:
-        raise ValueError(f"micro_batch {micro_batch} is above the backend's max_batch {backend.max_batch}")
-    return micro_batch
-
-
-def _dataset_request(
-    dataset: Dataset,
-    indices: Int,
-    positions: Int,
-    step: int,
-    last: bool,
-    cut: Callable[[Int], CropParams],
-    mix: MixParams | None = None,
-) -> BatchRequest:
-    def read(place: int, max_bytes: int) -> bytes:
-        return dataset.read(int(indices[place]), max_bytes)
-
-    paths = tuple(dataset.path_at(int(i)) for i in indices)
-    return BatchRequest(
-        paths, read, dataset.labels[indices], indices, positions, step, last, cut, mix, dataset
-    )
+    return group_size * -(-global_batch // (group_size * world_size))

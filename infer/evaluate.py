@@ -15,7 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import eval_batches
+from data_pipeline.loader import Loader
 from infer.bundle.load import Bundle, find_bundle, load_bundle
 from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
 from infer.runtime.base import InferenceBackend
@@ -90,9 +90,8 @@ def evaluate_bundle(
         open_decoder(manifest.preprocessing, size, decoder, decoding_device(backend, decoder)) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
-        for batch in eval_batches(
-            dataset, source, manifest.preprocessing, micro_batch=size, ten_crop=ten_crop
-        ):
+        loader = Loader(source, manifest.preprocessing)
+        for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
             if batch.valid.any():
                 counts.add(run_valid(backend, batch, size), batch.labels[batch.valid])
             num_failed += len(batch.failures)

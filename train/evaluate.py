@@ -9,13 +9,13 @@ from typing import Literal
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import eval_batches, make_backend
+from data_pipeline.loader import Loader, make_backend
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import cpu_share, open_world
 from train.health.metrics import Metrics
 from train.models.alexnet import Normalize
 from train.optim.precision import choose_precision
-from train.step import EVAL_BATCH, evaluate
+from train.step import EVAL_BATCH, eval_micro_batch, evaluate
 
 
 def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:
@@ -62,9 +62,7 @@ def evaluate_checkpoint(
             num_threads=cpu_share(1),
         )
         with closing(backend):
-            size = EVAL_BATCH // 10 if ten_crop else EVAL_BATCH
-            batches = eval_batches(
-                dataset, backend, checkpoint.preprocessing, micro_batch=size, ten_crop=ten_crop
-            )
+            loader = Loader(backend, checkpoint.preprocessing)
+            batches = loader.eval(dataset, micro_batch=eval_micro_batch(ten_crop), ten_crop=ten_crop)
             precision = choose_precision("fp32", world.device)
             return evaluate(model, normalize, batches, precision, world, num_samples=len(dataset))

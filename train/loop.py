@@ -11,7 +11,6 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
-from data_pipeline.loader import eval_batches, train_batches
 from data_pipeline.loading.prefetch import Batch
 from train.distributed.hybrid import whole_network
 from train.health.metrics import Metrics
@@ -20,7 +19,7 @@ from train.runs.abort import check_flat_loss, check_skipped_steps, check_weights
 from train.runs.metrics_log import Recorder, make_recorder
 from train.setup import RunState
 from train.state import snapshot
-from train.step import EVAL_BATCH, BrokenOffError, evaluate, train_step
+from train.step import BrokenOffError, eval_micro_batch, evaluate, train_step
 
 log = logging.getLogger("train")
 
@@ -87,10 +86,8 @@ def open_steps(run_state: RunState, stack: ExitStack, num_steps: int | None) -> 
         num_steps: how many; None for no end.
     """
     config, world = run_state.config, run_state.trainer.world
-    batches = train_batches(
+    batches = run_state.loader.train(
         run_state.train_set,
-        run_state.backend,
-        config.preprocessing,
         config.augment,
         seed=config.seed,
         global_batch=config.global_batch,
@@ -99,9 +96,6 @@ def open_steps(run_state: RunState, stack: ExitStack, num_steps: int | None) -> 
         micro_batch=run_state.micro_batch,
         start_step=run_state.step,
         num_steps=num_steps,
-        prefetch=config.data.prefetch,
-        faults=run_state.faults,
-        readers=run_state.readers,
     )
     stack.enter_context(closing(batches))
     return by_step(batches)
@@ -200,17 +194,12 @@ def evaluate_epoch(run_state: RunState, record: Recorder) -> Metrics:
         # The weights are the same on all ranks; of running statistics, rank 0's are those that are saved.
         trainer.world.broadcast(trainer.average.statistics(trainer.network))
         weights = trainer.average.in_place(trainer.network)
-    batches = eval_batches(
+    batches = run_state.loader.eval(
         run_state.val_set,
-        run_state.backend,
-        config.preprocessing,
-        micro_batch=EVAL_BATCH // 10 if config.ten_crop else EVAL_BATCH,
+        micro_batch=eval_micro_batch(config.ten_crop),
         rank=trainer.world.rank,
         world_size=trainer.world.world_size,
-        prefetch=config.data.prefetch,
-        faults=run_state.faults,
         ten_crop=config.ten_crop,
-        readers=run_state.readers,
     )
     with weights, closing(batches):
         metrics = evaluate(

@@ -15,9 +15,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Contents, Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import make_backend
-from data_pipeline.loading.bad_files import FaultLog
-from data_pipeline.loading.prefetch import ImageBackend
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.sampler import steps_per_epoch
 from train.checkpoints.background import AsyncCheckpointWriter
@@ -54,7 +52,7 @@ class RunState:
         data: which samples the splits hold.
         micro_batch: most samples that this rank takes through the network at once.
         step: optimiser steps finished.
-        readers: processes that read ahead, if any.
+        loader: makes the batches of both splits.
         saver: what writes checkpoints; None on the ranks other than 0.
         row: what was counted since the last training row.
         unevaluated: whether the epoch that ended with the last step has not been evaluated yet.
@@ -70,9 +68,7 @@ class RunState:
     train_set: Dataset
     val_set: Dataset
     data: dict[str, Contents]
-    backend: ImageBackend
-    readers: ReaderPool | None
-    faults: FaultLog
+    loader: Loader
     folder: RunFolder | None
     micro_batch: int
     steps_per_epoch: int
@@ -194,9 +190,7 @@ def build_run(
         train_set=train_set,
         val_set=val_set,
         data=data,
-        backend=backend,
-        readers=readers,
-        faults=FaultLog(),
+        loader=Loader(backend, config.preprocessing, prefetch=config.data.prefetch, readers=readers),
         folder=folder,
         micro_batch=micro_batch,
         steps_per_epoch=num_steps,

@@ -31,6 +31,11 @@ EVAL_BATCH = 256
 """Most images that one rank evaluates at once."""
 
 
+def eval_micro_batch(ten_crop: bool) -> int:
+    """Most images of one evaluation batch: a tenth of `EVAL_BATCH` where each image has ten views."""
+    return EVAL_BATCH // 10 if ten_crop else EVAL_BATCH
+
+
 class BrokenOffError(Exception):
     """An evaluation that was told to stop."""
 

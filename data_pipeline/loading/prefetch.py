@@ -1,7 +1,7 @@
-"""The loader's engine: requests in, batches out; files read ahead, decoding in the background.
+"""Turns requests into batches: files are read ahead and decoded in the background.
 
-Knows nothing of training or prediction. A pool reads, another decodes two batches at a time, so that one
-resizes while the next is decoded; all threads end with the iterator.
+Nothing here depends on training or prediction. One pool of threads reads; another decodes two batches at a
+time, so that one is resized while the next is decoded. All threads end with the iterator.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.text import printable
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loading.bad_files import Failure, FaultLog
-from data_pipeline.loading.readers import EncodedImage, ReaderPool, fetch
+from data_pipeline.loading.readers import EncodedImage, FetchFn, ReaderPool, Samples, fetch_images
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.sampler import Int
@@ -82,35 +80,33 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class BatchRequest:
-    """What one batch shall hold: files, and the recipe for their sizes. See `Batch` for the shared fields.
+    """The samples of one batch, and how they are cropped. See `Batch` for the fields of the same name.
 
-    Args:
-        paths: (N) the files, as messages name them.
-        read: gives the bytes of the file at a place 0..N - 1, of at most so many bytes; raises `ImageError`.
-        geometry: recipes for the upright sizes of the N files.
-        dataset: where the `indices` are; None for images that are in none.
+    Attributes:
+        samples: gives the bytes of the `indices`, in this process or in a reading one.
+        crop_fn: the crops for the upright sizes, (N, 2), of the N images.
     """
 
+    samples: Samples
     paths: tuple[Path, ...]
-    read: Callable[[int, int], bytes]
     labels: Int
     indices: Int
     positions: Int
     step: int
     last: bool
-    geometry: Callable[[Int], CropParams]
+    crop_fn: Callable[[Int], CropParams]
     mix: MixParams | None = None
-    dataset: Dataset | None = None
 
 
 def prefetch_batches(
     requests: Iterator[BatchRequest],
     backend: ImageBackend,
+    *,
     max_pixels: int,
     read_threads: int,
     prefetch: int,
-    faults: FaultLog | None,
-    readers: ReaderPool | None = None,
+    faults: FaultLog,
+    readers: ReaderPool | None,
 ) -> Generator[Batch, None, None]:
     """Fulfil requests in order, up to `prefetch` batches ahead of the consumer.
 
@@ -120,8 +116,8 @@ def prefetch_batches(
         max_pixels: cap on an image's pixels, by its header.
         read_threads: files read at once, >= 1.
         prefetch: decoded batches held ready, >= 1. Two more are being decoded, and as many again read.
-        faults: names bad files once; None for a log of this iterator's own.
-        readers: processes that read in place of threads, what is in their datasets.
+        faults: logs each bad file once; a file that it excludes is not read again.
+        readers: processes that read in place of threads, for the samples that they hold.
     Yields:
         One batch for each request. An error of the background thread is raised here.
         Closing the iterator ends the threads.
@@ -130,26 +126,22 @@ def prefetch_batches(
         raise ValueError(f"read_threads and prefetch must be at least 1, not {read_threads} and {prefetch}")
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
     stop = threading.Event()
-    faults = FaultLog() if faults is None else faults
 
     def put(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
+        while not stop.is_set():  # polled: nothing empties the queue once the consumer has left
             with suppress(queue.Full):
                 ready.put(item, timeout=_POLL_S)
                 return
 
     def produce() -> None:
-        threads = read_threads if readers is None else readers.num_processes
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        reads = _ReadAhead(read_threads, readers, max_pixels, faults)
         decoders = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
         decoding: deque[Future[Batch]] = deque()
         try:
-            for request, fetched in _read_ahead(
-                requests, pool, threads, readers, max_pixels, prefetch, faults
-            ):
+            for request, files in reads.files(requests, prefetch):
                 if stop.is_set():
                     return
-                decoding.append(decoders.submit(_decode, request, fetched, backend))
+                decoding.append(decoders.submit(_decode, request, files, backend))
                 if len(decoding) >= _DECODING:
                     put(decoding.popleft().result())
             while decoding and not stop.is_set():
@@ -158,10 +150,10 @@ def prefetch_batches(
         except BaseException as error:  # raised again where the consumer waits
             put(error)
         finally:
-            pool.shutdown(cancel_futures=True)
+            reads.close()
             decoders.shutdown(cancel_futures=True)
 
-    thread = threading.Thread(target=produce, name="decode", daemon=True)
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     return _consume(ready, stop, thread, faults)
 
 
@@ -185,68 +177,66 @@ def _consume(
         thread.join()
 
 
-def _fetch(request: BatchRequest, places: range, max_pixels: int, faults: FaultLog) -> list[EncodedImage]:
-    """Some files of a request by one thread, but for those in quarantine: a hand-over each costs more."""
-    files = []
-    for place in places:
-        if (reason := faults.reason_for(request.paths[place])) is not None:
-            files.append(EncodedImage(None, reason=reason))
-        else:
-            files.append(fetch(partial(request.read, place), max_pixels))
-    return files
+class _ReadAhead:
+    """Reads the files of requests ahead of the consumer, in threads.
+
+    Requests for samples that reading processes hold go to those, whole; a thread for each waits for it.
+    """
+
+    def __init__(
+        self, read_threads: int, readers: ReaderPool | None, max_pixels: int, faults: FaultLog
+    ) -> None:
+        self._threads = read_threads if readers is None else readers.num_processes
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
+        self._readers, self._max_pixels, self._faults = readers, max_pixels, faults
+
+    def files(
+        self, requests: Iterator[BatchRequest], depth: int
+    ) -> Iterator[tuple[BatchRequest, list[EncodedImage]]]:
+        """Each request with its files, in order, `depth` requests ahead, or one for each process."""
+        if self._readers is not None:
+            depth = max(depth, self._threads)
+        pending: deque[tuple[BatchRequest, list[Future[list[EncodedImage]]]]] = deque()
+        for request in requests:
+            pending.append((request, self._submit(request)))
+            if len(pending) >= depth:
+                yield _with_files(*pending.popleft())
+        while pending:
+            yield _with_files(*pending.popleft())
+
+    def _submit(self, request: BatchRequest) -> list[Future[list[EncodedImage]]]:
+        count, fetch = len(request.paths), fetch_images
+        share = max(1, -(-count // (2 * self._threads)))  # files of one task: handing one over costs time too
+        if self._readers is not None and self._readers.holds(request.samples):
+            share, fetch = count, self._readers.fetch
+        return [
+            self._pool.submit(self._fetch, request, slice(first, first + share), fetch)
+            for first in range(0, count, share)
+        ]
+
+    def _fetch(self, request: BatchRequest, share: slice, fetch: FetchFn) -> list[EncodedImage]:
+        """Some files of a request; those that are excluded are not read."""
+        reasons = [self._faults.reason_for(path) for path in request.paths[share]]
+        wanted = request.indices[share][[reason is None for reason in reasons]]
+        fetched = iter(fetch(request.samples, wanted, self._max_pixels))
+        return [next(fetched) if reason is None else EncodedImage(None, reason=reason) for reason in reasons]
+
+    def close(self) -> None:
+        """End the threads, once the reads that have begun are done."""
+        self._pool.shutdown(cancel_futures=True)
 
 
-def _fetch_all(
-    request: BatchRequest, readers: ReaderPool, max_pixels: int, faults: FaultLog
-) -> list[EncodedImage]:
-    """All files of a request by one process, but for those in quarantine."""
-    assert request.dataset is not None
-    files = [EncodedImage(None, reason=faults.reason_for(path) or "") for path in request.paths]
-    wanted = [place for place, file in enumerate(files) if not file.reason]
-    for place, file in zip(
-        wanted, readers.fetch(request.dataset, request.indices[wanted], max_pixels), strict=True
-    ):
-        files[place] = file
-    return files
-
-
-def _read_ahead(
-    requests: Iterator[BatchRequest],
-    pool: ThreadPoolExecutor,
-    read_threads: int,
-    readers: ReaderPool | None,
-    max_pixels: int,
-    depth: int,
-    faults: FaultLog,
-) -> Iterator[tuple[BatchRequest, list[EncodedImage]]]:
-    pending: deque[tuple[BatchRequest, list[Future[list[EncodedImage]]]]] = deque()
-    depth = max(depth, 0 if readers is None else readers.num_processes)
-    for request in requests:
-        if readers is not None and readers.holds(request.dataset):
-            futures = [pool.submit(_fetch_all, request, readers, max_pixels, faults)]
-        else:
-            count = len(request.paths)
-            few = max(1, -(-count // (2 * read_threads)))
-            shares = [range(first, min(first + few, count)) for first in range(0, count, few)]
-            futures = [pool.submit(_fetch, request, share, max_pixels, faults) for share in shares]
-        pending.append((request, futures))
-        if len(pending) >= depth:
-            yield _fetched(*pending.popleft())
-    while pending:
-        yield _fetched(*pending.popleft())
-
-
-def _fetched(
+def _with_files(
     request: BatchRequest, futures: list[Future[list[EncodedImage]]]
 ) -> tuple[BatchRequest, list[EncodedImage]]:
     return request, [file for future in futures for file in future.result()]
 
 
-def _decode(request: BatchRequest, fetched: Sequence[EncodedImage], backend: ImageBackend) -> Batch:
-    sizes = np.array([file.height_width for file in fetched], dtype=np.int64)
-    decoded = backend.decode([file.data for file in fetched], request.geometry(sizes))
-    reasons = {i: file.reason for i, file in enumerate(fetched) if file.data is None} | decoded.failures
-    valid = np.ones(len(fetched), dtype=bool)
+def _decode(request: BatchRequest, files: Sequence[EncodedImage], backend: ImageBackend) -> Batch:
+    sizes = np.array([file.height_width for file in files], dtype=np.int64)
+    decoded = backend.decode([file.data for file in files], request.crop_fn(sizes))
+    reasons = {i: file.reason for i, file in enumerate(files) if file.data is None} | decoded.failures
+    valid = np.ones(len(files), dtype=bool)
     valid[list(reasons)] = False
     return Batch(
         images=decoded.images,

@@ -20,13 +20,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import IO, Any
-
-import numpy as np
+from typing import IO, Any, Protocol
 
 from data_pipeline.common.errors import ImageError, WorkerError
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import read_header
 from data_pipeline.transforms.sampler import Int
 
@@ -44,18 +40,33 @@ class EncodedImage:
     reason: str = ""
 
 
-def fetch(read: Callable[[int], bytes], max_pixels: int) -> EncodedImage:
-    """Read one image and its header.
+class Samples(Protocol):
+    """Encoded images by index, such as those of a `Dataset`. Threads may read at the same time."""
+
+    def read(self, index: int, max_bytes: int) -> bytes:
+        """The bytes of one image, at most so many; raises `ImageError`."""
+
+
+FetchFn = Callable[[Samples, Int, int], list["EncodedImage"]]
+"""As `fetch_images`, which reads in the thread that calls it."""
+
+
+def fetch_images(samples: Samples, indices: Int, max_pixels: int) -> list[EncodedImage]:
+    """Read images and their headers.
 
     Args:
-        read: gives at most so many bytes; raises `ImageError`.
+        samples: where they are.
+        indices: (N) which of them.
         max_pixels: cap on an image's pixels, by its header.
     """
-    try:
-        data = read(MAX_BYTES_PER_PIXEL * max_pixels)
-        return EncodedImage(data, read_header(data, max_pixels))
-    except ImageError as error:
-        return EncodedImage(None, reason=str(error))
+    files = []
+    for index in indices.tolist():
+        try:
+            data = samples.read(index, MAX_BYTES_PER_PIXEL * max_pixels)
+            files.append(EncodedImage(data, read_header(data, max_pixels)))
+        except ImageError as error:
+            files.append(EncodedImage(None, reason=str(error)))
+    return files
 
 
 class ReaderPool:
@@ -68,7 +79,7 @@ class ReaderPool:
         num_processes: how many, >= 1.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], num_processes: int) -> None:
+    def __init__(self, datasets: Sequence[Samples], num_processes: int) -> None:
         self.num_processes = num_processes
         self._datasets = tuple(datasets)
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
@@ -78,24 +89,20 @@ class ReaderPool:
             process.send(index)
             self._idle.put(process)
 
-    def holds(self, dataset: Dataset | None) -> bool:
-        """Whether this dataset is one of the pool's."""
-        return any(known is dataset for known in self._datasets)
+    def holds(self, samples: Samples) -> bool:
+        """Whether these are one of the pool's datasets."""
+        return any(known is samples for known in self._datasets)
 
-    def fetch(self, dataset: Dataset, indices: Int, max_pixels: int) -> list[EncodedImage]:
-        """Read samples, in one process.
+    def fetch(self, samples: Samples, indices: Int, max_pixels: int) -> list[EncodedImage]:
+        """As `fetch_images`, in one process.
 
-        Args:
-            dataset: one of the pool's.
-            indices: (N) which samples.
-            max_pixels: cap on an image's pixels, by its header.
         Raises:
             WorkerError: the process was killed.
         """
-        number = next(i for i, known in enumerate(self._datasets) if known is dataset)
+        number = next(i for i, known in enumerate(self._datasets) if known is samples)
         process = self._idle.get()
         try:
-            process.send(pickle.dumps((number, np.asarray(indices), max_pixels)))
+            process.send(pickle.dumps((number, indices, max_pixels)))
             return process.receive()
         finally:
             self._idle.put(process)
@@ -182,7 +189,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes], shared_file: int) -> None:
             number, indices, max_pixels = pickle.loads(_read_frame(requests))
         except EOFError:
             return
-        files = [fetch(partial(datasets[number].read, int(i)), max_pixels) for i in indices]
+        files = fetch_images(datasets[number], indices, max_pixels)
         contents = [file.data or b"" for file in files]
         needed = sum(map(len, contents))
         if shared is None or len(shared) < needed:

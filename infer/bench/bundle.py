@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import eval_batches
+from data_pipeline.loader import Loader
 from infer.predict.decode import open_decoder, valid_images
 from train.bench.images import make_bench_folder, write_bench_images
 from train.checkpoints.write import State, save_checkpoint
@@ -71,7 +71,7 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
     handle = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     labels: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = []
     with torch.inference_mode(), open_decoder(config.preprocessing, 64) as decoder:
-        for batch in eval_batches(dataset, decoder, config.preprocessing, micro_batch=64):
+        for batch in Loader(decoder, config.preprocessing).eval(dataset, micro_batch=64):
             labels.append(batch.labels)
             network(normalize(torch.from_numpy(valid_images(batch))))
     handle.remove()

@@ -12,7 +12,7 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loader import eval_batches
+from data_pipeline.loader import Loader
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.manifest import Agreement, Limits
 from infer.predict.decode import open_decoder, valid_images
@@ -68,7 +68,7 @@ def compare(
     num_images = num_correct = num_failed = 0
     size = min(max_batch, MAX_GATE_BATCH)
     with open_decoder(preprocessing, size) as decoder, show_progress("gate", len(sample)) as progress:
-        for batch in eval_batches(sample, decoder, preprocessing, micro_batch=size):
+        for batch in Loader(decoder, preprocessing).eval(sample, micro_batch=size):
             images_NHWC, labels_N = valid_images(batch), batch.labels[batch.valid]
             num_failed += len(batch.failures)
             progress.advance(len(batch))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loader import eval_batches
+from data_pipeline.loader import Loader
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import (
     CPU_NAME,
@@ -237,7 +237,7 @@ def _write_onnx(
         with (
             open_decoder(checkpoint.preprocessing, CALIBRATION_BATCH) as decoder,
             closing(
-                eval_batches(sample, decoder, checkpoint.preprocessing, micro_batch=CALIBRATION_BATCH)
+                Loader(decoder, checkpoint.preprocessing).eval(sample, micro_batch=CALIBRATION_BATCH)
             ) as batches,
         ):
             for batch in batches:

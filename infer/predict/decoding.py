@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_pipeline.loader import ImageSource, predict_batches
+from data_pipeline.loader import ImageSource, Loader
 from data_pipeline.loading.bad_files import Failure, FaultLog
 from data_pipeline.loading.prefetch import Batch, ImageBackend
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -51,14 +51,8 @@ class Decoding:
             self._decoder = self._open.enter_context(
                 open_decoder(self._preprocessing, self.size, self._name, self._device, self._threads)
             )
-        return predict_batches(
-            inputs,
-            self._decoder,
-            self._preprocessing,
-            micro_batch=self.size,
-            ten_crop=self._ten_crop,
-            faults=_RowsTellThem(),
-        )
+        loader = Loader(self._decoder, self._preprocessing, faults=_RowsTellThem())
+        return loader.predict(inputs, micro_batch=self.size, ten_crop=self._ten_crop)
 
     def close(self) -> None:
         """Free the decoder; a later call opens another."""

@@ -23,7 +23,7 @@ from data_pipeline.common.errors import UserError, WorkerError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.decode.pillow import Decoded
-from data_pipeline.loader import eval_batches, make_backend, predict_batches, train_batches
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.prefetch import Batch, ImageBackend
 from data_pipeline.loading.readers import ReaderPool
@@ -50,8 +50,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return load_image_folder(root, "train")
 
 
-def stream(dataset: Dataset, backend: ImageBackend, **options: Any) -> Generator[Batch, None, None]:
-    return train_batches(dataset, backend, PREPROCESSING, Augment(), seed=3, global_batch=8, **options)
+def stream(
+    dataset: Dataset, backend: ImageBackend, loading: dict[str, Any] | None = None, **options: Any
+) -> Generator[Batch, None, None]:
+    loader = Loader(backend, PREPROCESSING, **loading or {})
+    return loader.train(dataset, Augment(), seed=3, global_batch=8, **options)
 
 
 def by_step(batches: Iterator[Batch]) -> dict[int, tuple[list[int], bytes]]:
@@ -91,8 +94,8 @@ def test_a_resumed_stream_is_the_tail_of_the_whole(
 
 
 def test_threads_do_not_change_the_stream(dataset: Dataset, backend: ImageBackend) -> None:
-    one = by_step(stream(dataset, backend, num_steps=4, read_threads=1, prefetch=1))
-    many = by_step(stream(dataset, backend, num_steps=4, read_threads=8, prefetch=5))
+    one = by_step(stream(dataset, backend, {"read_threads": 1, "prefetch": 1}, num_steps=4))
+    many = by_step(stream(dataset, backend, {"read_threads": 8, "prefetch": 5}, num_steps=4))
     assert one == many
 
 
@@ -102,10 +105,11 @@ def test_processes_that_read_do_not_change_the_stream(
 ) -> None:
     threads = by_step(stream(dataset, backend, num_steps=6))
     with closing(ReaderPool([dataset], num_processes)) as readers:
-        assert by_step(stream(dataset, backend, num_steps=6, readers=readers)) == threads
-        assert by_step(stream(dataset, backend, num_steps=6, readers=readers, micro_batch=3)) == threads
+        loading = {"readers": readers}
+        assert by_step(stream(dataset, backend, loading, num_steps=6)) == threads
+        assert by_step(stream(dataset, backend, loading, num_steps=6, micro_batch=3)) == threads
         other = replace(dataset)  # not the pool's: read by threads, to the same end
-        assert by_step(stream(other, backend, num_steps=6, readers=readers)) == threads
+        assert by_step(stream(other, backend, loading, num_steps=6)) == threads
 
 
 def test_a_killed_reader_is_one_line(dataset: Dataset) -> None:
@@ -150,9 +154,8 @@ def test_evaluation_counts_every_sample_once(
 ) -> None:
     seen: list[int] = []
     for rank in range(world_size):
-        for batch in eval_batches(
-            dataset, backend, PREPROCESSING, micro_batch=4, rank=rank, world_size=world_size
-        ):
+        loader = Loader(backend, PREPROCESSING)
+        for batch in loader.eval(dataset, micro_batch=4, rank=rank, world_size=world_size):
             assert batch.paths == tuple(dataset.path_at(i) for i in batch.indices)
             seen += batch.indices.tolist()
     assert seen == list(range(29))
@@ -166,9 +169,7 @@ def test_bad_files_are_named_once_and_lose_no_neighbours(
     clean = load_image_folder(tmp_path, "train")
     augment = Augment()
     options: dict[str, Any] = {"seed": 1, "global_batch": 16}
-    want = next(
-        iter(train_batches(clean, backend, PREPROCESSING, augment, seed=1, global_batch=16, num_steps=1))
-    )
+    want = next(iter(Loader(backend, PREPROCESSING).train(clean, augment, **options, num_steps=1)))
 
     bad = {clean.path_at(2 * i): data for i, data in enumerate(list(broken().values())[:6])}
     for path, data in bad.items():
@@ -177,9 +178,9 @@ def test_bad_files_are_named_once_and_lose_no_neighbours(
     vanished.unlink()
     faults = FaultLog()
     readers = ReaderPool([clean], num_processes) if num_processes else None
-    options |= {"num_steps": 3, "faults": faults, "readers": readers}
+    loader = Loader(backend, PREPROCESSING, faults=faults, readers=readers)
     with caplog.at_level(logging.WARNING, "data_pipeline"):
-        batches = list(train_batches(clean, backend, PREPROCESSING, augment, **options))
+        batches = list(loader.train(clean, augment, **options, num_steps=3))
     if readers is not None:
         readers.close()
     got = batches[0]
@@ -199,7 +200,7 @@ def test_bad_files_are_named_once_and_lose_no_neighbours(
 
 def test_a_huge_header_costs_no_memory(tmp_path: Path, backend: ImageBackend) -> None:
     (tmp_path / "bomb.png").write_bytes(broken()["png of 30000 x 30000"])
-    (batch,) = predict_batches([tmp_path / "bomb.png"], backend, PREPROCESSING, micro_batch=4)
+    (batch,) = Loader(backend, PREPROCESSING).predict([tmp_path / "bomb.png"], micro_batch=4)
     assert batch.failures[0].reason == "30000 x 30000 pixels are above the limit of 100000000"
 
 
@@ -208,7 +209,7 @@ def test_predictions_come_in_input_order(tmp_path: Path, backend: ImageBackend) 
     for i in range(10):
         paths.append(tmp_path / f"{9 - i}.jpg")
         paths[-1].write_bytes(b"no image" if i == 4 else encode(photo(40, 50, seed=i), "JPEG"))
-    batches = list(predict_batches(paths, backend, PREPROCESSING, micro_batch=4))
+    batches = list(Loader(backend, PREPROCESSING).predict(paths, micro_batch=4))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert [path for batch in batches for path in batch.paths] == paths
     assert [i for batch in batches for i in batch.indices] == list(range(10))
@@ -226,7 +227,7 @@ def test_paths_are_consumed_as_they_are_needed(tmp_path: Path, backend: ImageBac
             taken += 1
             yield tmp_path / "x.jpg"
 
-    batches = predict_batches(endless(), backend, PREPROCESSING, micro_batch=2, prefetch=2)
+    batches = Loader(backend, PREPROCESSING, prefetch=2).predict(endless(), micro_batch=2)
     assert [len(batch) for batch in islice(batches, 3)] == [2, 2, 2]
     time.sleep(0.3)
     assert taken <= 2 * (3 + 2 + 1 + 3 + 1)
@@ -234,17 +235,19 @@ def test_paths_are_consumed_as_they_are_needed(tmp_path: Path, backend: ImageBac
 
 
 def test_closing_ends_the_threads(dataset: Dataset, backend: ImageBackend) -> None:
-    def ours() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "read"))]
-
-    assert ours() == []
+    assert loader_threads() == []
     batches = stream(dataset, backend)
     next(batches)
-    assert ours()
+    assert {name.split("_")[0] for name in loader_threads()} == {"prefetch", "read", "decode"}
     batches.close()
-    assert ours() == []
+    assert loader_threads() == []
     list(stream(dataset, backend, num_steps=1))
-    assert ours() == []
+    assert loader_threads() == []
+
+
+def loader_threads() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("prefetch", "read", "decode"))]
 
 
 def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> None:
@@ -258,25 +261,25 @@ def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> No
 
     with pytest.raises(RuntimeError, match="out of memory"):
         next(stream(dataset, Broken()))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "read"))]
+    assert not loader_threads()
 
 
 def test_wrong_sizes_are_refused_at_once(dataset: Dataset, backend: ImageBackend) -> None:
-    augment = Augment()
+    loader, augment = Loader(backend, PREPROCESSING), Augment()
     with pytest.raises(UserError, match="global_batch 30 is larger than the training set of 29 images"):
-        train_batches(dataset, backend, PREPROCESSING, augment, seed=0, global_batch=30)
+        loader.train(dataset, augment, seed=0, global_batch=30)
     with pytest.raises(UserError, match="global_batch 2 is smaller than the number of ranks, 3"):
-        train_batches(dataset, backend, PREPROCESSING, augment, seed=0, global_batch=2, world_size=3)
+        loader.train(dataset, augment, seed=0, global_batch=2, world_size=3)
     with pytest.raises(ValueError, match="micro_batch 24 is above the backend's max_batch 16"):
-        train_batches(dataset, backend, PREPROCESSING, augment, seed=0, global_batch=24)
+        loader.train(dataset, augment, seed=0, global_batch=24)
 
 
 def test_without_dali_pillow_decodes_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    for name in ("dali_backend", "dali_graph"):
-        monkeypatch.delitem(sys.modules, f"data_pipeline.{name}", raising=False)
+    for name in ("dali", "dali_graph"):
+        monkeypatch.delitem(sys.modules, f"data_pipeline.decode.{name}", raising=False)
     with caplog.at_level(logging.INFO, "data_pipeline"):
         chosen = make_backend("auto", device="cpu", preprocessing=PREPROCESSING, max_batch=4, num_threads=1)
     chosen.close()

@@ -20,7 +20,7 @@ from PIL import Image
 from alexnet import main
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.image_folder import load_image_folder
-from data_pipeline.loader import eval_batches
+from data_pipeline.loader import Loader
 from infer import Predictor, find_inputs
 from infer.bundle.load import Bundle
 from infer.predict.decode import DecoderName, open_decoder, run_valid, valid_images
@@ -116,7 +116,7 @@ def test_ten_crops_average_the_softmax_of_the_views(bundle: Bundle, files: list[
         Predictor(bundle.folder, device="cpu", batch_size=4, ten_crop=True, top=10) as predictor,
         open_decoder(preprocessing, 4) as decoder,
     ):
-        batch = next(eval_batches(dataset, decoder, preprocessing, micro_batch=4, ten_crop=True))
+        batch = next(Loader(decoder, preprocessing).eval(dataset, micro_batch=4, ten_crop=True))
         views = valid_images(batch)
         expected = np.mean([predictor.backend.run(views[:, v].copy()) for v in range(10)], axis=0)
         assert run_valid(predictor.backend, batch, 4) == pytest.approx(expected, abs=1e-6)

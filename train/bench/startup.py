@@ -20,7 +20,7 @@ import msgspec
 from data_pipeline.common.console import show_progress
 from data_pipeline.datasets.index_cache import CACHE_FOLDER, SETTLE_NS
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench.images import make_bench_folder, write_bench_images
@@ -134,7 +134,7 @@ def _start(folder: Path) -> dict[str, object]:
     dataset = open_dataset(folder, "train")
     backend = make_backend("auto", device="cpu", preprocessing=preprocessing, max_batch=BATCH, num_threads=2)
     with closing(backend):
-        stream = train_batches(dataset, backend, preprocessing, Augment(), seed=0, global_batch=BATCH)
+        stream = Loader(backend, preprocessing).train(dataset, Augment(), seed=0, global_batch=BATCH)
         with closing(stream):
             assert next(stream).valid.all()
     return {

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.augment import Augment
 from train.bench.turns import answer_lines
@@ -147,10 +147,8 @@ class OurSteps:
                 num_threads=cpu_share(1),
             )
             stack.callback(backend.close)
-            stream = train_batches(
-                dataset, backend, self.config.preprocessing, Augment(), seed=self.done,
-                global_batch=self.batch, num_steps=None, prefetch=PREFETCH,
-            )  # fmt: skip
+            loader = Loader(backend, self.config.preprocessing, prefetch=PREFETCH)
+            stream = loader.train(dataset, Augment(), seed=self.done, global_batch=self.batch)
             stack.callback(stream.close)
             counts, started = AccuracyMeter(self.device), 0.0
             for number, batch in zip(range(PREFETCH + 1 + num_batches), stream, strict=False):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import make_backend, train_batches
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.readers import ReaderPool
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -42,20 +42,13 @@ def ours(
         backend_name, device=device, preprocessing=preprocessing, max_batch=BATCH, num_threads=num_cores
     )
     readers = ReaderPool([dataset], READERS) if device == "gpu" else None
+    loader = Loader(backend, preprocessing, readers=readers)
     done = 0
 
     def batches(count: int) -> Iterator[int]:
         nonlocal done
-        stream = train_batches(
-            dataset,
-            backend,
-            preprocessing,
-            Augment(),
-            seed=0,
-            global_batch=BATCH,
-            start_step=done,
-            num_steps=count,
-            readers=readers,
+        stream = loader.train(
+            dataset, Augment(), seed=0, global_batch=BATCH, start_step=done, num_steps=count
         )
         done += count
         with closing(stream):

@@ -39,7 +39,7 @@ from train.optim.precision import Precision
 def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, group_size: int = 1) -> list[int]:
     """How many samples each rank brings to each pass of a step through the split layers, the same for all.
 
-    A rank has as many passes as micro-batches (`data_pipeline.loader.train_batches`), and their number and
+    A rank has as many passes as micro-batches (`data_pipeline.loader.Loader.train`), and their number and
     size may differ between ranks. Who has fewer joins the first passes with none of its own: so all end with
     the same pass, in which DDP sums the gradients.
 

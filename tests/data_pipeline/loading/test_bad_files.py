@@ -26,7 +26,7 @@ from data_pipeline.common.files import read_file
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.pillow import PillowBackend, read_header
-from data_pipeline.loader import predict_batches, train_batches
+from data_pipeline.loader import Loader
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment
@@ -111,7 +111,8 @@ def test_every_kind_of_file_on_every_backend(
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert set(golden) == set(GOOD) and set(REASONS) == set(broken()) | set(list(REASONS)[-4:])
     faults = FaultLog()
-    batches = list(predict_batches(cases.values(), backend, PREPROCESSING, micro_batch=16, faults=faults))
+    loader = Loader(backend, PREPROCESSING, faults=faults)
+    batches = list(loader.predict(cases.values(), micro_batch=16))
     valid = dict(zip(cases, np.concatenate([batch.valid for batch in batches]), strict=True))
     images = dict(zip(cases, np.concatenate([as_numpy(batch.images) for batch in batches]), strict=True))
     reasons = iter([failure for batch in batches for failure in batch.failures])
@@ -151,10 +152,10 @@ def test_a_file_that_vanishes_while_the_epoch_runs(
     _, backend = named_backend
     write_folder(tmp_path / "train", {"a": 20, "b": 20})
     dataset = load_image_folder(tmp_path, "train")
-    options: dict[str, Any] = {"seed": 1, "global_batch": 4, "num_steps": 20, "prefetch": 1}
-    order = [batch.paths for batch in train_batches(dataset, backend, PREPROCESSING, Augment(), **options)]
+    options: dict[str, Any] = {"seed": 1, "global_batch": 4, "num_steps": 20}
+    order = [batch.paths for batch in Loader(backend, PREPROCESSING).train(dataset, Augment(), **options)]
     victim = order[9][2]  # read long after the first batch: two are decoded ahead, and as many read
-    batches = train_batches(dataset, backend, PREPROCESSING, Augment(), **options)
+    batches = Loader(backend, PREPROCESSING, prefetch=1).train(dataset, Augment(), **options)
     with caplog.at_level(logging.WARNING, "data_pipeline"):
         seen = [next(batches)]
         victim.unlink()

@@ -25,7 +25,7 @@ from PIL import Image
 from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.loader import eval_batches, make_backend, train_batches
+from data_pipeline.loader import Loader, make_backend
 from data_pipeline.sharding.write import parse_size, write_shards
 from data_pipeline.shards import shard_source
 from data_pipeline.transforms.augment import Augment
@@ -95,13 +95,14 @@ def test_shards_hold_the_same_dataset(files: Path, shards: Path) -> None:
 @pytest.mark.parametrize("name", ["dali", "pillow"])
 def test_the_stream_is_the_same_bit_for_bit(files: Path, shards: Path, name: Any) -> None:
     backend = make_backend(name, device="cpu", preprocessing=PREPROCESSING, max_batch=10, num_threads=2)
+    loader = Loader(backend, PREPROCESSING)
 
     def stream(root: Path) -> Iterator[tuple[Any, ...]]:
         train, val = open_dataset(root, "train"), open_dataset(root, "val")
         options: dict[str, Any] = {"seed": 5, "global_batch": 10, "num_steps": 7}
         for batches in (
-            train_batches(train, backend, PREPROCESSING, Augment(), **options),
-            eval_batches(val, backend, PREPROCESSING, micro_batch=5),
+            loader.train(train, Augment(), **options),
+            loader.eval(val, micro_batch=5),
         ):
             for batch in batches:
                 yield (

@@ -213,10 +213,10 @@ def test_bundle_scores_as_the_checkpoint(
     checkpoint = load_checkpoint(checkpoint_folder(base))
     dataset = load_image_folder(data_folder(base), "val")
     run, num_top1, num_top5, losses = torch_runner(checkpoint), 0, 0, []
-    from data_pipeline.loader import eval_batches
+    from data_pipeline.loader import Loader
 
     with open_decoder(checkpoint.preprocessing, 8) as decoder:
-        for batch in eval_batches(dataset, decoder, checkpoint.preprocessing, micro_batch=8):
+        for batch in Loader(decoder, checkpoint.preprocessing).eval(dataset, micro_batch=8):
             probabilities = torch.from_numpy(run(valid_images(batch)))
             hits = probabilities.topk(5).indices == torch.from_numpy(batch.labels)[:, None]
             num_top1, num_top5 = num_top1 + int(hits[:, 0].sum()), num_top5 + int(hits.sum())

@@ -85,7 +85,7 @@ def test_pip_installs_pinned_versions_of_what_pyproject_names(dockerfile: Path) 
 def test_the_training_image_has_all_that_the_package_is_built_of() -> None:
     found = sources(REPOSITORY / "scripts" / "deploy" / "train.Dockerfile")
     setuptools = PROJECT["tool"]["setuptools"]
-    folders = {pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]}
+    folders = {pattern.rstrip("*") for pattern in setuptools["packages"]["find"]["include"]}
     modules = {f"{module}.py" for module in setuptools["py-modules"]}
     about = {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
     assert folders | modules | about | {"pyproject.toml"} <= set(found)

@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 
 from alexnet import main
-from data_pipeline.loader import train_batches
 from data_pipeline.transforms.sampler import steps_per_epoch
 from tests.helpers.ranks import link_subset
 from train.config.load import RunConfig, decode_config, make_config, recipe_names
@@ -183,8 +182,8 @@ def test_a_recipe_trains_and_is_judged_in_a_small_form(
         session = build_run(config, tmp_path, "none", world, stack)
         network = session.trainer.network
         before = {n: p.detach().clone() for n, p in network.named_parameters()}
-        batches = train_batches(
-            session.train_set, session.backend, config.preprocessing, config.augment,
+        batches = session.loader.train(
+            session.train_set, config.augment,
             seed=config.seed, global_batch=8, micro_batch=4, num_steps=1,
         )  # fmt: skip
         with closing(batches):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, DivergedError
-from data_pipeline.loader import train_batches
 from data_pipeline.loading.prefetch import Batch
 from tests.helpers.faulty_rank import fail
 from tests.helpers.ranks import TINY, link_subset, read_rows
@@ -55,10 +54,9 @@ def session(digits: Path, tmp_path: Path) -> Iterator[RunState]:
 
 
 def first_batch(session: RunState) -> Batch:
-    batches = train_batches(
-        session.train_set, session.backend, session.config.preprocessing, session.config.augment,
-        seed=0, global_batch=BATCH, num_steps=1,
-    )  # fmt: skip
+    batches = session.loader.train(
+        session.train_set, session.config.augment, seed=0, global_batch=BATCH, num_steps=1
+    )
     with closing(batches):
         return next(batches)
 
