@@ -1,6 +1,7 @@
-# Two commands do all the set-up on a fresh machine:
-#   make demo   install, train on two processes, export ONNX and TensorRT, predict
-#   make test   install, lint, check types and arrows, run the tests
+# Two commands do all the set-up on a fresh machine, and one is for every change:
+#   make demo    install, train on two processes, export ONNX and TensorRT, predict
+#   make test    install, lint, check types and imports, run all tests: under 8 minutes on two cores
+#   make check   the same without the slow tests: under 2 minutes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,10 @@ BIN := $(VENV)/bin
 TENSORRT ?= $(if $(shell nvidia-smi -L 2>/dev/null),trt,rtx)
 INSTALLED := $(VENV)/.installed-$(TENSORRT)
 
-.PHONY: demo test install lint clean
+# Two files at a time. Files with slow tests come first (tests/conftest.py), so that both workers end together.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo test check install lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,7 +41,10 @@ lint: install
 	$(BIN)/hadolint $$(git ls-files '*Dockerfile')
 
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Networks, initialisations, numbers of ranks, on the digits, with several seeds: python scripts/study.py"""
+"""A study of networks, initialisations and numbers of ranks on the digits: python -m scripts.study"""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ START, END = "<!-- table -->\n", "<!-- end of table -->"
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What is compared: the rest is recipe `demo`."""
+    """One setting to compare; everything else is recipe `demo`."""
 
     model: str
     init: str
@@ -28,7 +27,7 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 class Epoch(msgspec.Struct, frozen=True):
-    """What validation said after an epoch: mean loss, fractions of the held-out digits."""
+    """Validation after one epoch: mean loss, and fractions of the held-out digits."""
 
     epoch: int
     loss: float
@@ -39,9 +38,9 @@ class Epoch(msgspec.Struct, frozen=True):
 class Run(msgspec.Struct, frozen=True):
     """One run, a line of `study.jsonl`.
 
-    Args:
-        epochs: those that it finished.
-        ended: the message with which it ended early; empty where it came to its end.
+    Attributes:
+        epochs: the epochs that it finished.
+        ended: the error that ended it early; empty where it finished.
     """
 
     setting: Setting
@@ -52,6 +51,8 @@ class Run(msgspec.Struct, frozen=True):
 
 
 USUAL = Setting("paper", "he", 2)
+"""The demo's own setting, which is part of every question."""
+
 QUESTIONS = {
     "network": [USUAL, Setting("owt", "he", 2), Setting("bn", "he", 2)],
     "initialisation": [USUAL, *(Setting("paper", init, 2) for init in ("paper", "caffe", "torch"))],
@@ -65,15 +66,15 @@ NAMES: dict[str, Callable[[Setting], str]] = {
 
 
 def settings() -> list[Setting]:
-    """Every setting once."""
+    """Every setting once, however many questions it answers."""
     return list(dict.fromkeys(setting for group in QUESTIONS.values() for setting in group))
 
 
 def train(setting: Setting, seed: int, overrides: Sequence[str]) -> Run:
-    """One run of the trainer itself, on the demo's digits.
+    """Run the trainer itself on the demo's digits.
 
     Raises:
-        RuntimeError: it failed, and not because its loss was flat; its message is in it.
+        RuntimeError: the run failed, and not because its loss was flat.
     """
     sets = [f"model.name={setting.model}", f"model.init={setting.init}", f"seed={seed}", *overrides]
     command = [sys.executable, "-m", "alexnet", "train", "--nproc", str(setting.ranks), "--resume", "none"]
@@ -99,14 +100,14 @@ def train(setting: Setting, seed: int, overrides: Sequence[str]) -> Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The runs that were made so far."""
+    """Read the runs made so far; none where there is no file."""
     if not path.exists():
         return []
     return [msgspec.json.decode(line, type=Run) for line in path.read_bytes().splitlines()]
 
 
 def describe_spread(values: Sequence[float]) -> str:
-    """Percent, mean and range.
+    """Format fractions as percent: mean and range.
 
     >>> describe_spread([0.99, 0.97, 0.98])
     '98.0% (97.0 to 99.0)'
@@ -115,13 +116,13 @@ def describe_spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}% ({low} to {high})"
 
 
-def epochs_to(run: Run, top1: float) -> int | None:
-    """The first epoch after which the held-out top-1 was as high; None where it never was."""
+def first_epoch_above(run: Run, top1: float) -> int | None:
+    """The first epoch with at least this held-out top-1; None where there is none."""
     return next((epoch.epoch for epoch in run.epochs if epoch.top1 >= top1), None)
 
 
 def make_table(runs: Sequence[Run], total_epochs: int) -> str:
-    """The runs by setting, in Markdown: means and ranges over the seeds."""
+    """Format the runs by setting as Markdown: means and ranges over the seeds."""
     lines = [
         "| question | setting | runs | top-1 after the last epoch: mean (range) | mean of the best epochs | "
         "first epoch above 90%, by seed | ended early |",
@@ -129,46 +130,37 @@ def make_table(runs: Sequence[Run], total_epochs: int) -> str:
     ]
     for question, group in QUESTIONS.items():
         for setting in group:
-            its = sorted((run for run in runs if run.setting == setting), key=lambda run: run.seed)
-            whole = [run for run in its if not run.ended]
+            seeds = sorted((run for run in runs if run.setting == setting), key=lambda run: run.seed)
+            whole = [run for run in seeds if not run.ended]
+            ended = [str(run.epochs[-1].epoch) for run in seeds if run.ended]
             last = describe_spread([run.epochs[-1].top1 for run in whole]) if whole else "-"
-            best = [max(epoch.top1 for epoch in run.epochs) for run in whole]
-            first = ", ".join(str(epochs_to(run, 0.9) or "never") for run in its)
-            ended = [str(run.epochs[-1].epoch) for run in its if run.ended]
-            lines.append(
-                f"| {question} | {NAMES[question](setting)} | {len(its)} | {last} | "
-                f"{f'{100 * statistics.mean(best):.1f}%' if best else '-'} | {first} | "
-                + (f"{len(ended)} of {len(its)}, flat, in epoch {', '.join(ended)}" if ended else "none")
-                + " |"
-            )
+            bests = [max(epoch.top1 for epoch in run.epochs) for run in whole]
+            best = f"{100 * statistics.mean(bests):.1f}%" if bests else "-"
+            first = ", ".join(str(first_epoch_above(run, 0.9) or "never") for run in seeds)
+            early = f"{len(ended)} of {len(seeds)}, flat, in epoch {', '.join(ended)}" if ended else "none"
+            cells = [question, NAMES[question](setting), str(len(seeds)), last, best, first, early]
+            lines.append(f"| {' | '.join(cells)} |")
     seconds = sum(run.seconds for run in runs)
     lines += ["", f"{len(runs)} runs of {total_epochs} epochs at most, {seconds / 60:.0f} minutes together."]
     return "\n".join(lines) + "\n"
 
 
 def draw(runs: Sequence[Run], path: Path, total_epochs: int) -> None:
-    """A panel for each question: the held-out top-1 by epoch, mean and range over the seeds."""
+    """Draw a panel for each question: the held-out top-1 by epoch, mean and range over the seeds."""
     from train.tune.plots import COLORS, draw_panels
 
     with draw_panels(path, len(QUESTIONS)) as panels:
         for panel, (question, group) in zip(panels, QUESTIONS.items(), strict=True):
             for setting, color, style in zip(group, COLORS, ("-", "--", "-.", ":"), strict=False):
-                its = [run for run in runs if run.setting == setting]
+                seeds = [run for run in runs if run.setting == setting]
                 # A run that ended early is drawn as far as it went, and so the mean is over fewer seeds.
-                epochs = range(1, max((len(run.epochs) for run in its), default=0) + 1)
-                by_epoch = [[100 * r.epochs[e - 1].top1 for r in its if len(r.epochs) >= e] for e in epochs]
-                means = [statistics.mean(values) for values in by_epoch]
-                flat = sum(bool(run.ended) for run in its)
-                name = NAMES[question](setting) + (f" ({flat} of {len(its)} ended: flat)" if flat else "")
+                epochs = range(1, max((len(run.epochs) for run in seeds), default=0) + 1)
+                by_epoch = [[100 * r.epochs[e - 1].top1 for r in seeds if len(r.epochs) >= e] for e in epochs]
+                means, lows, highs = ([f(v) for v in by_epoch] for f in (statistics.mean, min, max))
+                flat = sum(bool(run.ended) for run in seeds)
+                name = NAMES[question](setting) + (f" ({flat} of {len(seeds)} ended: flat)" if flat else "")
                 panel.plot(epochs, means, style, color=color, label=name)
-                panel.fill_between(
-                    epochs,
-                    [min(v) for v in by_epoch],
-                    [max(v) for v in by_epoch],
-                    color=color,
-                    alpha=0.15,
-                    lw=0,
-                )
+                panel.fill_between(epochs, lows, highs, color=color, alpha=0.15, lw=0)
             panel.set(xlabel="epoch", ylim=(0, 102), xlim=(1, max(2, total_epochs)), title=question)
             panel.legend(loc="center right" if question == "initialisation" else "lower right", fontsize=8)
         panels[0].set_ylabel("top-1 of 355 held-out digits, %")
@@ -187,6 +179,10 @@ def main(seeds: int, epochs: int, out: Path, overrides: tuple[str, ...]) -> None
 
     A run that study.jsonl has already is not made again: remove the file to start anew. The picture is drawn
     again, and the table in study.md, if that is there; it is printed, too.
+
+    \b
+    python -m scripts.study
+    python -m scripts.study --seeds 1 --epochs 2 --out /tmp
     """
     from data_pipeline.common.console import set_up_logging, show_progress
 

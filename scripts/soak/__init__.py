@@ -1,1 +1,1 @@
-"""Training under faults that are injected on purpose: `scripts/soak`."""
+"""Training under injected faults: `python -m scripts.soak`."""

@@ -1,4 +1,4 @@
-"""A small disk of its own for a run, which can be filled to the last byte."""
+"""A small file system for one run, which can be filled to the last byte."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SIZE_MB = 1280
-"""Room for the demo's checkpoints, 162 MB each: two kept, the best one, and others that come and go."""
+"""Room for the demo's checkpoints, 162 MB each: two kept, the best one, one in writing, and some to spare."""
 
 
 class Disk:
-    """A folder on a file system of its own; `fill` and `free` do what their names say."""
+    """A folder on a small file system of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._filler = folder / "filler"
 
     def fill(self) -> int:
-        """Write until nothing more can be written.
-
-        Returns:
-            How many bytes that were.
-        """
+        """Write until nothing more can be written. Returns the number of bytes."""
         written = 0
         with self._filler.open("ab", buffering=0) as file:
             for size in (1 << 20, 4096, 1):
@@ -36,7 +32,7 @@ class Disk:
         return written
 
     def free(self) -> None:
-        """Give the room back."""
+        """Remove what `fill` wrote."""
         self._filler.unlink(missing_ok=True)
 
 

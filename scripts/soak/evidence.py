@@ -1,4 +1,4 @@
-"""What the ranks wrote down, put together: who did each step for good, and whether all is there once."""
+"""The ranks' records, merged: which attempt did each step for good, and whether each sample was seen once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from scripts.soak.rank import Line
+from scripts.soak.rank import StepRecord
 
 
 @dataclass(frozen=True)
 class Step:
     """One step that counts, over all ranks.
 
-    Args:
+    Attributes:
         world_size: how many ranks did it.
         indices: its samples, in rank order.
         failed: those that could not be read.
@@ -28,10 +28,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Args:
-    steps: those that count, by their number from 1: of each step the last attempt that did it.
-    num_done: steps done in all attempts together.
-    problems: steps that are not whole, one line each.
+    """The records of a run.
+
+    Attributes:
+        steps: those that count, by their number from 1: of each step the last attempt that did it.
+        num_done: steps done in all attempts together.
+        problems: steps that a rank did not record, one line each.
     """
 
     steps: dict[int, Step]
@@ -40,22 +42,19 @@ class Evidence:
 
 
 def read_evidence(folder: Path, total_steps: int) -> Evidence:
-    """Put the files of a run together.
+    """Read and merge the files of a run.
 
-    An attempt that goes on after step s takes back all later steps of the attempts before it. So, from the
+    An attempt that resumes after step s takes back all later steps of the attempts before it. So, from the
     newest attempt backwards, each one counts up to where a newer one began.
     """
-    attempts: dict[tuple[int, int], dict[int, dict[int, Line]]] = {}
+    attempts: dict[tuple[int, int], dict[int, dict[int, StepRecord]]] = {}
     world_sizes: dict[tuple[int, int], int] = {}
     for path in sorted(folder.glob("*.jsonl")):
         launch, restart, _, rank, _, size = path.stem.split("-")
         key = int(launch), int(restart)
         world_sizes[key] = int(size)
-        ranks = attempts.setdefault(key, {})
-        lines = path.read_bytes().splitlines()
-        ranks[int(rank)] = {
-            line.step: line for line in (msgspec.json.decode(text, type=Line) for text in lines)
-        }
+        records = [msgspec.json.decode(line, type=StepRecord) for line in path.read_bytes().splitlines()]
+        attempts.setdefault(key, {})[int(rank)] = {record.step: record for record in records}
     steps: dict[int, Step] = {}
     problems: list[str] = []
     num_done, bound = 0, total_steps + 1
@@ -64,24 +63,23 @@ def read_evidence(folder: Path, total_steps: int) -> Evidence:
         numbers = sorted({number for of_rank in ranks.values() for number in of_rank})
         num_done += len(numbers)
         for number in (n for n in numbers if n < bound):
-            there = [ranks.get(rank, {}).get(number) for rank in range(world_size)]
-            lines_there = [line for line in there if line is not None]
-            if len(lines_there) < world_size:
+            records = [ranks[rank][number] for rank in range(world_size) if number in ranks.get(rank, {})]
+            if len(records) < world_size:
                 problems.append(
-                    f"step {number} counts, but only {len(lines_there)} of {world_size} ranks of launch "
+                    f"step {number} counts, but only {len(records)} of {world_size} ranks of launch "
                     f"{key[0]}, attempt {key[1]} did it"
                 )
             steps[number] = Step(
                 world_size,
-                tuple(index for line in lines_there for index in line.indices),
-                tuple(index for line in lines_there for index in line.failed),
+                tuple(index for record in records for index in record.indices),
+                tuple(index for record in records for index in record.failed),
             )
         bound = min([bound, *numbers])
     return Evidence(steps, num_done, problems)
 
 
-def check_once(evidence: Evidence, *, num_samples: int, steps_per_epoch: int, epochs: int) -> list[str]:
-    """What is wrong, one line each; nothing where every sample of every epoch was seen exactly once."""
+def check_seen_once(evidence: Evidence, *, num_samples: int, steps_per_epoch: int, epochs: int) -> list[str]:
+    """Problems, one line each; none where every sample of every epoch was seen exactly once."""
     problems = list(evidence.problems)
     for epoch in range(epochs):
         numbers = range(epoch * steps_per_epoch + 1, (epoch + 1) * steps_per_epoch + 1)

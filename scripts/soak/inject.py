@@ -1,4 +1,4 @@
-"""Doing the harm, and saying what was harmed and how the run had to answer."""
+"""Injection of one fault, and the check that the run responded to it as it must."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soak.disk import Disk
 from scripts.soak.launch import Launch, wait_until
 from scripts.soak.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of
-from scripts.soak.report import Hit
+from scripts.soak.report import InjectedFault
 from train.checkpoints.format import MANIFEST, STATE
 from train.checkpoints.load import verify_checkpoint
 
 UNWRITTEN = "training goes on, and the checkpoints before it are untouched"
-"""What a run says of a checkpoint that found no room."""
+"""What the run logs of a checkpoint for which there was no room."""
 
 PASSED_OVER = "going on from the checkpoint before it"
-"""What it says of one that is damaged."""
+"""What it logs of a damaged one."""
 
 
 @dataclass(frozen=True)
-class Damaged:
-    """A checkpoint that was harmed.
+class DamagedCheckpoint:
+    """A checkpoint that was damaged.
 
-    Args:
+    Attributes:
         step: its step.
-        gone: whether all of it is gone, so that nobody can say a word about it.
-        covered: whether verifying it finds the harm; a bit of a figure in the manifest decides nothing.
+        gone: whether all of it is gone, so that no log line can name it.
+        detectable: whether verification finds the damage; a bit of a metric in the manifest changes nothing.
     """
 
     step: int
     gone: bool
-    covered: bool
+    detectable: bool
 
 
 @dataclass
-class Victim:
-    """The run that the faults are for.
+class Target:
+    """The run that the faults hit.
 
-    Args:
+    Attributes:
         runs: the folder that `--out` names.
-        data: the folder that `--data` names; a copy of the run's own.
-        disk: where `runs` lies, if it can be filled.
+        data: the folder that `--data` names; the run's own copy.
+        disk: the disk of `runs`, if it can be filled.
         seed, epochs: of the run.
-        corrupted: images that were corrupted: index, and the bytes that are there now.
-        damaged: the checkpoint that the last fault damaged, until it is known what became of it.
+        corrupted: images that were corrupted: index -> their bytes now.
+        damaged: the checkpoint that the last fault damaged, until `check_response` has looked at it.
     """
 
     runs: Path
@@ -61,21 +61,21 @@ class Victim:
     seed: int
     epochs: int
     corrupted: dict[int, bytes] = field(default_factory=dict)
-    damaged: Damaged | None = None
+    damaged: DamagedCheckpoint | None = None
 
     def image(self, index: int) -> Path:
         """The file of a training image."""
         return load_image_folder(self.data, "train").path_at(index)
 
 
-def inject(fault: Fault, launch: Launch, victim: Victim) -> Hit | None:
-    """Do it.
+def inject(fault: Fault, launch: Launch, target: Target) -> InjectedFault | None:
+    """Inject a fault.
 
     Returns:
-        What was done, with the problems that showed at once; None where there is nothing left to be hit.
+        The injected fault, with the problems that showed at once; None where there was nothing left to hit.
     """
     _, at_step = launch.progress()
-    hit = Hit(kind=fault.kind, at_step=at_step, ranks=launch.num_ranks, what="")
+    hit = InjectedFault(kind=fault.kind, at_step=at_step, ranks=launch.num_ranks, what="")
     generator = random.Random(fault.draw)
     if fault.kind == "terminate":
         launch.process.send_signal(signal.SIGTERM)
@@ -86,16 +86,16 @@ def inject(fault: Fault, launch: Launch, victim: Victim) -> Hit | None:
     elif fault.kind == "kill_rank":
         return hit if kill_rank(hit, launch, generator) else None
     elif fault.kind == "fill_disk":
-        return fill_disk(hit, launch, victim)
+        return fill_disk(hit, launch, target)
     elif fault.kind == "corrupt_image":
-        return corrupt_image(hit, victim, generator)
+        return corrupt_image(hit, target, generator)
     else:
-        return damage_checkpoint(hit, launch, victim, generator)
+        return damage_checkpoint(hit, launch, target, generator)
     return hit
 
 
-def kill_rank(hit: Hit, launch: Launch, generator: random.Random) -> bool:
-    """SIGKILL to one of the ranks; False where they have just ended."""
+def kill_rank(hit: InjectedFault, launch: Launch, generator: random.Random) -> bool:
+    """Kill one of the ranks by SIGKILL; False where they have just ended."""
     ranks = launch.ranks()
     if not ranks:
         return False
@@ -106,56 +106,57 @@ def kill_rank(hit: Hit, launch: Launch, generator: random.Random) -> bool:
     return True
 
 
-def fill_disk(hit: Hit, launch: Launch, victim: Victim) -> Hit:
-    """Leave no room until a checkpoint could not be written; training has to go on meanwhile."""
-    assert victim.disk is not None
-    before, attempt = launch.said().count(UNWRITTEN), launch.progress()[0]
-    hit.what = f"{victim.disk.fill() >> 20} MB"
-    told = wait_until(lambda: launch.said().count(UNWRITTEN) > before or not launch.running, 90)
-    kept = launch.running and launch.progress()[0] == attempt
-    victim.disk.free()
-    if not told:
+def fill_disk(hit: InjectedFault, launch: Launch, target: Target) -> InjectedFault:
+    """Fill the disk until a checkpoint could not be written; training has to continue meanwhile."""
+    assert target.disk is not None
+    before, attempt = launch.log_text().count(UNWRITTEN), launch.progress()[0]
+    hit.what = f"{target.disk.fill() >> 20} MB"
+    logged = wait_until(lambda: launch.log_text().count(UNWRITTEN) > before or not launch.running, 90)
+    continued = launch.running and launch.progress()[0] == attempt
+    target.disk.free()
+    if not logged:
         hit.problems.append("no checkpoint was said to be unwritten within 90 s")
-    if not kept:
+    if not continued:
         hit.problems.append("training did not go on while the disk was full")
     hit.at_step = max(hit.at_step, launch.progress()[1])
     return hit
 
 
-def corrupt_image(hit: Hit, victim: Victim, generator: random.Random) -> Hit | None:
+def corrupt_image(hit: InjectedFault, target: Target, generator: random.Random) -> InjectedFault | None:
     """Replace a training image that the run will read again, while it runs."""
-    steps = steps_of(victim.seed, victim.epochs)
+    steps = steps_of(target.seed, target.epochs)
     soon = hit.at_step + READ_AHEAD_STEPS + 1
-    candidates = [i for i in corruptible(victim.seed, victim.epochs) if i not in victim.corrupted]
+    candidates = [i for i in corruptible(target.seed, target.epochs) if i not in target.corrupted]
     candidates = [i for i in candidates if (steps[:, i] > soon).any()]
     if not candidates:
         return None
     index = int(generator.choice(candidates))
-    path = victim.image(index)
+    path = target.image(index)
     how = generator.choice(["truncated", "emptied", "overwritten"])
-    content = path.read_bytes()
-    content = {"truncated": content[:300], "emptied": b"", "overwritten": generator.randbytes(len(content))}[
-        how
-    ]
+    whole = path.read_bytes()
+    contents = {"truncated": whole[:300], "emptied": b"", "overwritten": generator.randbytes(len(whole))}
+    content = contents[how]
     replace_file(path, content)
-    victim.corrupted[index] = content
+    target.corrupted[index] = content
     hit.what = f"{path.parent.name}/{path.name} {how}"
     return hit
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Other bytes under a name, at once: no reader sees half of them, and hard links keep theirs."""
+    """Replace a file's bytes atomically: no reader sees half of them, and hard links keep theirs."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_bytes(content)
     temporary.replace(path)
 
 
-def damage_checkpoint(hit: Hit, launch: Launch, victim: Victim, generator: random.Random) -> Hit | None:
-    """Stop the ranks hard, and harm the checkpoint that they would go on from; an older whole one stays."""
-    if not wait_until(lambda: len(_complete(victim.runs)) >= 2 or not launch.running, 60):
+def damage_checkpoint(
+    hit: InjectedFault, launch: Launch, target: Target, generator: random.Random
+) -> InjectedFault | None:
+    """Kill ranks, and damage the checkpoint that they would resume from; an older whole one stays."""
+    if not wait_until(lambda: len(_complete(target.runs)) >= 2 or not launch.running, 60):
         return None
-    there = _complete(victim.runs)
-    whole = [folder for folder in there if _is_whole(folder)]
+    before = _complete(target.runs)
+    whole = [folder for folder in before if _is_whole(folder)]
     hard = generator.random() < 0.5
     if hard:
         launch.kill()
@@ -165,7 +166,7 @@ def damage_checkpoint(hit: Hit, launch: Launch, victim: Victim, generator: rando
         time.sleep(0.5)  # without that rank no step can be done; a save that is under way may end
     else:
         return None
-    saved_since = [folder for folder in _complete(victim.runs) if folder not in there]
+    saved_since = [folder for folder in _complete(target.runs) if folder not in before]
     newest, *older = [*saved_since, *(folder for folder in whole if folder.exists())]
     if not older:  # it would be the last one, from which nobody could recover
         hit.kind = "kill_all" if hard else "kill_rank"
@@ -178,14 +179,15 @@ def damage_checkpoint(hit: Hit, launch: Launch, victim: Victim, generator: rando
         path = generator.choice([newest, newest / STATE, newest / MANIFEST])
         shutil.rmtree(newest) if path == newest else path.unlink()
         hit.what += f"{path.relative_to(newest.parent)} removed"
-    covered = not _is_whole(newest)
-    hit.what += "" if covered else ", which no hash covers"
-    victim.damaged = Damaged(int(newest.name.removeprefix("step-")), not newest.exists(), covered)
+    detectable = not _is_whole(newest)
+    hit.what += "" if detectable else ", which no hash covers"
+    step = int(newest.name.removeprefix("step-"))
+    target.damaged = DamagedCheckpoint(step, gone=not newest.exists(), detectable=detectable)
     return hit
 
 
 def flip_bit(path: Path, generator: random.Random) -> str:
-    """Turn one bit of a file over; says which."""
+    """Flip one bit of a file. Returns which, in words."""
     place, bit = generator.randrange(path.stat().st_size), generator.randrange(8)
     with path.open("r+b") as file:
         file.seek(place)
@@ -210,22 +212,22 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def answer(hit: Hit, launch: Launch, logs: str, victim: Victim) -> None:
-    """After the run has gone on: did it say what it had to? Problems go to the hit.
+def check_response(hit: InjectedFault, launch: Launch, logs: str, target: Target) -> None:
+    """Check that the run logged what it must after a fault, once it is past it. Adds problems to the hit.
 
     Args:
-        launch: that did the first step after the fault.
-        logs: what was said since then, and in the launch that was hit.
+        launch: the launch that did the first step after the fault.
+        logs: its log, and that of the launch that was hit.
     """
     if hit.kind == "terminate" and "saved; go on with --resume auto" not in logs:
         hit.problems.append("the run was asked to stop, and did not say that it had saved")
-    if victim.damaged is None:
+    if target.damaged is None:
         return
-    damaged, victim.damaged = victim.damaged, None
+    damaged, target.damaged = target.damaged, None
     resumed = launch.resumed_at()
     if not resumed:
         hit.problems.append("the run did not say where it went on")
-    elif resumed[-1] == damaged.step and damaged.covered:
+    elif resumed[-1] == damaged.step and damaged.detectable:
         hit.problems.append(f"the run went on from the damaged checkpoint of step {damaged.step}")
     elif resumed[-1] < damaged.step and not damaged.gone:
         name = f"step-{damaged.step:08d}"

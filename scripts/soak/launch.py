@@ -1,4 +1,4 @@
-"""One torchrun with its ranks, as a process that can be watched, killed and waited for."""
+"""One torchrun with its ranks: a process to watch, to kill and to wait for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from scripts.soak.rank import Line
+from scripts.soak.rank import StepRecord
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MODULE = "scripts.soak.rank"
@@ -26,10 +26,10 @@ class Launch:
     """A torchrun of `scripts.soak.rank`.
 
     Args:
-        number: which launch of the run; its evidence and its log carry it.
+        number: which launch of the run; part of the names of its evidence and its log.
         num_ranks: processes it starts.
         evidence: folder of the evidence.
-        log: file for what torchrun and the ranks say.
+        log: file for the output of torchrun and the ranks.
         options: of `train.main`.
     """
 
@@ -55,11 +55,11 @@ class Launch:
 
     @property
     def running(self) -> bool:
-        """Whether torchrun is still there."""
+        """Whether torchrun is alive."""
         return self.process.poll() is None
 
-    def said(self) -> str:
-        """Everything that torchrun and the ranks have said so far."""
+    def log_text(self) -> str:
+        """The output of torchrun and the ranks so far."""
         return self.log.read_text(errors="replace")
 
     def progress(self) -> tuple[int, int]:
@@ -68,7 +68,7 @@ class Launch:
         for path in files:
             lines = path.read_bytes().splitlines()
             if lines:
-                return int(path.name.split("-")[1]), msgspec.json.decode(lines[-1], type=Line).step
+                return int(path.name.split("-")[1]), msgspec.json.decode(lines[-1], type=StepRecord).step
         return 0, 0
 
     def ranks(self) -> list[int]:
@@ -83,7 +83,7 @@ class Launch:
         return found
 
     def kill(self) -> None:
-        """SIGKILL to torchrun and to every rank, and wait for their end."""
+        """Kill torchrun and every rank by SIGKILL, and wait until they are gone."""
         ranks = self.ranks()
         self.process.kill()
         for rank in ranks:
@@ -93,7 +93,7 @@ class Launch:
         wait_until(lambda: not any(is_alive(rank) for rank in ranks), 30)
 
     def end(self) -> int | None:
-        """Torchrun's exit code, negative for a signal; None where it does not end in time, and was killed."""
+        """Wait for torchrun. Returns its exit code, negative for a signal; None where it had to be killed."""
         try:
             return self.process.wait(timeout=120)
         except subprocess.TimeoutExpired:
@@ -101,12 +101,12 @@ class Launch:
             return None
 
     def resumed_at(self) -> list[int]:
-        """The steps at which attempts of this launch went on, in order; a start from nothing says none."""
-        return [int(step) for step in re.findall(r"resuming at step (\d+)", self.said())]
+        """The steps at which attempts of this launch resumed, in order; a start from nothing has none."""
+        return [int(step) for step in re.findall(r"resuming at step (\d+)", self.log_text())]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there and not a zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -114,7 +114,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Look again and again whether something holds; False if it does not in time."""
+    """Poll until a condition holds; False if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

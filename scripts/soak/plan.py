@@ -1,4 +1,4 @@
-"""Which faults hit a run, and when: a pure function of a seed."""
+"""The plan of a run: which faults hit it, and when. A pure function of a seed."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ takes every image, and the ranks' shares are uneven."""
 STEPS_PER_EPOCH = NUM_SAMPLES // GLOBAL_BATCH
 
 READ_AHEAD_STEPS = 8
-"""An image is read at most so many steps before it is used, where `data.prefetch` is 1."""
+"""How many steps before its use an image is read at most, where `data.prefetch` is 1."""
 
 SETTINGS = (
     "preprocessing.resize_px=40", "preprocessing.crop_px=40", "augment.crop=random_resized", "precision=fp32",
     f"global_batch={GLOBAL_BATCH}", "cpu_threads=1", "log_every=2", "checkpoint_every=4",
     "data.prefetch=1", "device=cpu", "timeout_s=60",
 )  # fmt: skip
-"""What the demo's recipe is changed in: smaller images, float32, many checkpoints."""
+"""Overrides of the demo's recipe: smaller images, float32, many checkpoints."""
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """One fault.
 
-    Args:
+    Attributes:
         kind: see `DESCRIPTIONS`.
-        step: it is injected when the run has done so many steps…
-        delay_s: …and so many seconds have passed.
-        draw: random bits for the choice of the victim.
+        step: it is injected when the run has done this many steps…
+        delay_s: …and this many seconds have passed since.
+        draw: random bits for the choice of what it hits.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 def make_plan(
     seed: int, *, num_faults: int, total_steps: int, kinds: tuple[Kind, ...] = KINDS
 ) -> list[Fault]:
-    """Faults in the order of their steps: every kind once before any twice, spread over the run.
+    """Plan faults in the order of their steps: every kind once before any twice, spread over the run.
 
     Args:
         seed: of the plan; equal seeds give equal plans.
@@ -87,13 +87,13 @@ def make_plan(
 
 
 def next_ranks(draw: int, ranks: int, choices: tuple[int, ...]) -> int:
-    """Another number of ranks than the present one, where there is another."""
+    """A number of ranks other than the present one, where there is another choice."""
     others = [choice for choice in choices if choice != ranks]
     return others[draw % len(others)] if others else ranks
 
 
 def steps_of(seed: int, epochs: int) -> npt.NDArray[np.int64]:
-    """In which step each image is used: (epochs, NUM_SAMPLES), counted from 1 through the whole run."""
+    """The step that uses each image: (epochs, NUM_SAMPLES), counted from 1 through the whole run."""
     steps = np.empty((epochs, NUM_SAMPLES), dtype=np.int64)
     for epoch in range(epochs):
         order = permutation_at(seed, epoch, NUM_SAMPLES)
@@ -102,7 +102,7 @@ def steps_of(seed: int, epochs: int) -> npt.NDArray[np.int64]:
 
 
 def corruptible(seed: int, epochs: int) -> npt.NDArray[np.int64]:
-    """Images that lie far enough apart in neighbouring epochs to be corrupted *between* the two.
+    """Indices of images that lie far enough apart in neighbouring epochs to be corrupted *between* the two.
 
     Whichever epoch was the last to read the image whole in the disturbed run, the undisturbed one can then
     have the same file corrupted between the same two epochs, without being stopped.

@@ -1,8 +1,8 @@
-"""`train.main` with evidence of what went into each step: torchrun … -m scripts.soak.rank FOLDER LAUNCH …
+"""`train.main` that records the samples of each step: torchrun … -m scripts.soak.rank FOLDER LAUNCH …
 
 Each rank of each attempt writes a file of its own, FOLDER/<launch>-<restart>-rank-<rank>-of-<world>.jsonl,
-and touches none from before. A line is written when a step's update is done, from the very batches that the
-loader gave to it: what was planned does not enter.
+and never touches an earlier one. A record is written when a step's update is done, from the very batches that
+the loader gave to it, not from the plan.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from train.main import main
 from train.step import StepParts, train_step
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One step of one rank.
 
-    Args:
+    Attributes:
         step: optimiser steps finished with this one, counted from 1.
-        indices: the samples that this rank put into it, as places in the dataset.
-        failed: those of them that could not be read, and weighed nothing.
+        indices: the samples that this rank put into it, as indices into the dataset.
+        failed: those of them that could not be read, and had no weight.
         time: when it was done, in seconds since 1970.
     """
 
@@ -39,30 +39,32 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_name(launch: int, restart: int, rank: int, world_size: int) -> str:
-    """Sorted by name, the files of a run are in the order of its attempts."""
+    """Name of an evidence file; sorted by name, a run's files are in the order of its attempts."""
     return f"{launch:04d}-{restart:04d}-rank-{rank}-of-{world_size}.jsonl"
 
 
 def install(folder: Path, launch: int) -> None:
-    """Make this process's training loop write evidence."""
+    """Make this process's training loop write records."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     path = folder / file_name(launch, restart, rank, world_size)
     target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-    def logged(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
+    def recorded_step(
+        parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int
+    ) -> AccuracyMeter:
         counts = train_step(parts, batches, learning_rate, step)
         assert all(batch.step == step for batch in batches)
-        line = Line(
+        record = StepRecord(
             step=step + 1,
             indices=[int(i) for batch in batches for i in batch.indices],
             failed=[int(i) for batch in batches for i in batch.indices[~batch.valid]],
             time=time.time(),
         )
-        os.write(target, msgspec.json.encode(line) + b"\n")  # one call: a kill leaves a whole line or none
+        os.write(target, msgspec.json.encode(record) + b"\n")  # one call: a kill leaves a whole line or none
         return counts
 
-    train.loop.train_step = logged  # type: ignore[attr-defined]
+    train.loop.train_step = recorded_step  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

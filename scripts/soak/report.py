@@ -1,4 +1,4 @@
-"""What a soak found, for people and for programs."""
+"""The report of a soak: as data, and as text with Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import msgspec
 from scripts.soak.plan import DESCRIPTIONS, KINDS, Kind
 
 
-class Hit(msgspec.Struct, kw_only=True):
+class InjectedFault(msgspec.Struct, kw_only=True):
     """One fault that was injected.
 
-    Args:
-        at_step: the last step that was done when it was.
-        ranks: of the run at that time.
-        what: the victim.
-        survived: the run got past that step, by itself or by --resume auto, and said what it had to.
-        lost_s: seconds until a later step than that one was done, starting again included.
+    Attributes:
+        at_step: the last step done before it.
+        ranks: the number of ranks at that time.
+        what: what it hit, in words.
+        survived: the run got past that step, by itself or by --resume auto, and logged what it had to.
+        lost_s: seconds until a later step was done, starting again included.
         problems: why it counts as not survived.
     """
 
@@ -30,24 +30,26 @@ class Hit(msgspec.Struct, kw_only=True):
     problems: list[str] = []
 
 
-class Round(msgspec.Struct, kw_only=True):
-    """One run under faults, and what it was compared with.
+class RunReport(msgspec.Struct, kw_only=True):
+    """One run under faults, compared with an undisturbed one.
 
-    Args:
+    Attributes:
         seed: of the run and of its faults.
-        ranks: of each launch, in order.
-        too_late: faults for which the run was over too soon.
+        ranks: number of ranks of each launch, in order.
+        hits: the faults that were injected, in order.
+        too_late: planned faults for which the run ended too soon.
         steps, steps_done: of the run; and of all its attempts together.
-        state_equal, rows_equal: to the undisturbed run's, bit for bit; None where ranks came or went.
-        samples_once: every sample of every epoch was seen exactly once.
-        stream_equal: each step held the samples that the undisturbed run's step held.
+        state_equal, rows_equal: whether they equal the undisturbed run's, bit for bit; None where the number
+            of ranks changed.
+        samples_once: whether every sample of every epoch was seen exactly once.
+        stream_equal: whether each step held the samples of the undisturbed run's step.
         failed_images: corrupted images that a step met, by name.
-        wall_s, undisturbed_s: from the first launch to the end; and of the undisturbed run.
+        wall_s, undisturbed_s: seconds from the first launch to the end; and of the undisturbed run.
     """
 
     seed: int
     ranks: list[int]
-    hits: list[Hit]
+    hits: list[InjectedFault]
     too_late: int
     steps: int
     steps_done: int
@@ -62,17 +64,17 @@ class Round(msgspec.Struct, kw_only=True):
 
     @property
     def good(self) -> bool:
-        """Whether everything held."""
+        """Whether every fault was survived and nothing was lost."""
         return not self.problems and all(hit.survived for hit in self.hits)
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """A whole soak. `not_injected` says why a kind of fault was left out."""
+    """A whole soak. `not_injected` has the reason for each kind of fault that was left out."""
 
     seed: int
     minutes: float
     wall_s: float
-    rounds: list[Round]
+    rounds: list[RunReport]
     not_injected: dict[str, str]
     injected: dict[str, int] = {}
     survived: dict[str, int] = {}
@@ -82,19 +84,19 @@ class Report(msgspec.Struct, kw_only=True):
     good: bool = False
 
     def __post_init__(self) -> None:
-        hits = [hit for each in self.rounds for hit in each.hits]
+        hits = [hit for run in self.rounds for hit in run.hits]
         self.injected = dict(Counter(hit.kind for hit in hits))
         self.survived = dict(Counter(hit.kind for hit in hits if hit.survived))
         self.world_size_changes = sum(
-            a != b for each in self.rounds for a, b in zip(each.ranks, each.ranks[1:], strict=False)
+            a != b for run in self.rounds for a, b in zip(run.ranks, run.ranks[1:], strict=False)
         )
         self.lost_s = round(sum(hit.lost_s for hit in hits), 1)
-        self.steps_done_again = sum(each.steps_done - each.steps for each in self.rounds)
-        self.good = bool(self.rounds) and all(each.good for each in self.rounds)
+        self.steps_done_again = sum(run.steps_done - run.steps for run in self.rounds)
+        self.good = bool(self.rounds) and all(run.good for run in self.rounds)
 
 
 def readable(report: Report) -> str:
-    """The report as text, its tables in Markdown."""
+    """Format the report as text, its tables in Markdown."""
     num_hits, num_survived = sum(report.injected.values()), sum(report.survived.values())
     lines = [
         f"soak, seed {report.seed}: {report.wall_s / 60:.1f} minutes, {len(report.rounds)} runs, "
@@ -103,21 +105,12 @@ def readable(report: Report) -> str:
         f"time lost to the faults: {report.lost_s:.0f} s, {report.steps_done_again} steps done again",
     ]
     lines += ["", *_table(["fault", "injected", "survived", "seconds lost, mean"], _fault_cells(report))]
-    heads = [
-        "run",
-        "ranks",
-        "faults",
-        "steps + again",
-        "last state",
-        "rows",
-        "samples once",
-        "corrupt",
-        "seconds",
-    ]
+    heads = ["run", "ranks", "faults", "steps + again", "last state", "rows"]
+    heads += ["samples once", "corrupt", "seconds"]
     lines += ["", *_table(heads, _run_cells(report)), ""]
-    for number, each in enumerate(report.rounds, start=1):
-        lines += [f"run {number}: {problem}" for problem in each.problems]
-        for hit in each.hits:
+    for number, run in enumerate(report.rounds, start=1):
+        lines += [f"run {number}: {problem}" for problem in run.problems]
+        for hit in run.hits:
             where = f"run {number}, {hit.kind} at step {hit.at_step} ({hit.what})"
             lines += [f"{where}: {problem}" for problem in hit.problems]
     lines.append("all good" if report.good else "NOT GOOD: see the lines above")
@@ -129,7 +122,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _fault_cells(report: Report) -> list[list[str]]:
-    hits = [hit for each in report.rounds for hit in each.hits]
+    hits = [hit for run in report.rounds for hit in run.hits]
     rows = []
     for kind in KINDS:
         lost = [hit.lost_s for hit in hits if hit.kind == kind]
@@ -149,16 +142,16 @@ def _run_cells(report: Report) -> list[list[str]]:
     return [
         [
             str(number),
-            " ".join(map(str, each.ranks)),
-            str(len(each.hits)),
-            f"{each.steps} + {each.steps_done - each.steps}",
-            _verdict(each.state_equal),
-            _verdict(each.rows_equal),
-            "yes" if each.samples_once and each.stream_equal else "NO",
-            str(len(each.failed_images)),
-            f"{each.wall_s:.0f} ({each.undisturbed_s:.0f} undisturbed)",
+            " ".join(map(str, run.ranks)),
+            str(len(run.hits)),
+            f"{run.steps} + {run.steps_done - run.steps}",
+            _verdict(run.state_equal),
+            _verdict(run.rows_equal),
+            "yes" if run.samples_once and run.stream_equal else "NO",
+            str(len(run.failed_images)),
+            f"{run.wall_s:.0f} ({run.undisturbed_s:.0f} undisturbed)",
         ]
-        for number, each in enumerate(report.rounds, start=1)
+        for number, run in enumerate(report.rounds, start=1)
     ]
 
 

@@ -8,7 +8,7 @@ import msgspec
 from click.testing import CliRunner
 
 from scripts import study
-from scripts.study import Epoch, Run, Setting, epochs_to, make_table, settings
+from scripts.study import Epoch, Run, Setting, first_epoch_above, make_table, settings
 
 
 def run_of(setting: Setting, seed: int, top1: list[float], ended: str = "") -> Run:
@@ -32,7 +32,7 @@ def test_the_table_has_means_and_ranges_and_what_ended_early() -> None:
     assert "| network | paper | 3 | 92.0% (90.0 to 94.0) | 92.0% | 2, 2, 2 | none |" in table
     assert "| initialisation | torch | 1 | - | - | never | 1 of 1, flat, in epoch 1 |" in table
     assert "4 runs of 2 epochs at most, 4 minutes together." in table
-    assert epochs_to(runs[0], 0.5) == 1 and epochs_to(runs[0], 0.95) is None
+    assert first_epoch_above(runs[0], 0.5) == 1 and first_epoch_above(runs[0], 0.95) is None
 
 
 def test_runs_that_are_there_are_not_made_again_and_table_and_picture_are(tmp_path: Path) -> None:

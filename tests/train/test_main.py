@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.datasets.image_folder import load_image_folder
+from scripts.soak.compare import compare_runs
 from scripts.soak.evidence import read_evidence
-from scripts.soak.rounds import compare_runs
 from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint

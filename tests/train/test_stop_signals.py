@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.soak.compare import compare_runs
 from scripts.soak.launch import is_alive
-from scripts.soak.rounds import compare_runs
 from tests.helpers.ranks import TINY, link_subset, read_rows, torchrun_arguments
 from tests.helpers.warm_ranks import ranks_of, train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint

@@ -1,4 +1,4 @@
-"""The Dockerfiles, as far as they can be checked without a builder: what they copy, install, and start as."""
+"""The Dockerfiles, checked without a builder: their copied files, packages, user, and what they start."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ TRAINING_ONLY = {"torch", "torchvision", "nvidia", "onnx", "onnxscript", "sklear
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """(instruction, rest of its line) in order, lines that go on joined."""
+    """(instruction, rest of its line) in order, continued lines joined."""
     text = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", dockerfile.read_text(), flags=re.M))
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
 
 
 def sources(dockerfile: Path) -> list[str]:
-    """What is copied from the project, in order."""
+    """The files and folders copied from the project, in order."""
     return [s for name, rest in instructions(dockerfile) if name == "COPY" for s in shlex.split(rest)[:-1]]
 
 
 def names(requirements: list[str]) -> set[str]:
-    """The packages that are required."""
+    """Names of the required packages."""
     return {Requirement(line).name for line in requirements}
 
 

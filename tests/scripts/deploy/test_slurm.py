@@ -1,4 +1,4 @@
-"""scripts/deploy/train.sbatch with stubs of Slurm: two torchruns meet, stop, are requeued and go on."""
+"""scripts/deploy/train.sbatch with stubs of Slurm: two torchruns meet, stop, are requeued and resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_stubs(folder: Path, alexnet: str) -> Path:
 def run_job(
     stubs: Path, *arguments: str, num_nodes: int = 1, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """The script as slurmd runs it, in a job of two machines on this one; `calls` tells what it called."""
+    """The script as slurmd runs it, in a job of two machines on this one; `calls` lists what it called."""
     cwd = stubs.parent
     environment = os.environ | {
         "PATH": f"{stubs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
@@ -63,6 +63,7 @@ def run_job(
 
 
 def test_a_job_whose_time_is_up_is_saved_requeued_and_gone_on_with(demo_data: Path, tmp_path: Path) -> None:
+    # 24 steps, of which the signal after the first row leaves most for the second job
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=10)
     stubs = make_stubs(tmp_path / "bin", f'exec {sys.executable} -m alexnet "$@"')
     sets = [f"--set={s}" for s in (*TINY, "device=cpu", "epochs=8", "global_batch=30")]

@@ -1,4 +1,4 @@
-"""trainjob.yaml against the models that Kubeflow publishes, and against what it relies on here."""
+"""trainjob.yaml compared with the models that Kubeflow publishes, and with our options and exit codes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.soak.rounds import compare_runs
+from scripts.soak.compare import compare_runs
 from tests.helpers.checkpoint_samples import CONFIG, make_writer, row, small_snapshot
 from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, UserError
 from data_pipeline.common.files import sha256_of, write_json
-from scripts.soak.rounds import compare_runs
+from scripts.soak.compare import compare_runs
 from tests.helpers.ranks import TINY, link_subset, run_command, torchrun_arguments
 from tests.helpers.warm_ranks import run_ranks, train_warm
 from train.checkpoints.format import FORMAT, MANIFEST, STATE, Manifest, Pointer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.soak.rounds import compare_runs
+from scripts.soak.compare import compare_runs
 from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import run_ranks
 from train.distributed.world import World

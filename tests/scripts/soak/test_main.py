@@ -1,0 +1,38 @@
+"""The soak as a command, under a real torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from scripts.soak.plan import KINDS
+from scripts.soak.report import Report, readable
+from tests.helpers.ranks import REPOSITORY
+
+
+@pytest.mark.timeout(900)
+def test_the_two_minute_soak(tmp_path: Path) -> None:
+    """About 100 s on two quiet cores: faults of every kind, on two ranks and on a changing number of them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.soak", "--minutes=2", "--seed=1", "--json",
+         f"--out={tmp_path / 'soak'}"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=880,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = msgspec.json.decode(done.stdout, type=Report)
+    assert "all good" in readable(report)
+    fixed, changing = report.rounds
+    assert (fixed.state_equal, fixed.rows_equal, fixed.samples_once, fixed.stream_equal) == (True,) * 4
+    assert (changing.samples_once, changing.stream_equal) == (True, True)
+    assert set(fixed.ranks) == {2} and len(set(changing.ranks)) > 1
+    expected = set(KINDS) if os.geteuid() == 0 and not report.not_injected else set(KINDS) - {"fill_disk"}
+    assert set(report.injected) == expected
+    assert report.survived == report.injected
+    assert len(fixed.failed_images) == 1
+    assert report.steps_done_again > 0 and report.lost_s > 0
+    assert (tmp_path / "soak" / "report.json").is_file()
