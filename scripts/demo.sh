@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The demo: train on two processes, export ONNX and TensorRT, predict held-out images. `make demo` installs first.
+# The demo: trains on two processes, exports ONNX and TensorRT, predicts held-out images. `make demo` installs first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 started=$SECONDS
-export OMP_NUM_THREADS=1 # what torchrun would choose for several processes, and warn about
+export OMP_NUM_THREADS=1 # torchrun would choose this for several processes, with a warning
 step() {
   printf '\n[%3d s] $ %s\n' $((SECONDS - started)) "$*" >&2
   "$@"
@@ -17,7 +17,7 @@ if [ "$num_gpus" -eq 0 ]; then
     "and TensorRT-RTX builds the engine ahead of time." >&2
 elif [ "$num_gpus" -eq 1 ]; then
   ranks=1
-  echo "One NVIDIA GPU here: one process, since each process has a GPU of its own." >&2
+  echo "One NVIDIA GPU here: one process, since each process needs a GPU of its own." >&2
 fi
 
 result=$(step torchrun --nproc_per_node="$ranks" -m train.main)

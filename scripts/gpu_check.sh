@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA GPU can show, in one run:  bash scripts/gpu_check.sh
+# Checks what only a machine with an NVIDIA GPU can show:  bash scripts/gpu_check.sh
 #
-# Installs (with TensorRT), then runs each check and goes on after a failure. Ends with one line a check, and
-# exit code 1 if any failed. Output of each check: gpu-check/<check>.log. Needs about 35 minutes after installing.
-# shellcheck disable=SC2329  # functions are called by their names, through check
+# Installs (with TensorRT), then runs every check, also after a failure. Ends with one line per check, and exit
+# code 1 if one failed. The output of a check is in gpu-check/<check>.log. About 35 minutes after installing.
+# shellcheck disable=SC2329  # functions are called by name, through check
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -19,7 +19,7 @@ num_gpus=$(nvidia-smi -L | wc -l)
 summary=()
 failed=0
 
-# check NAME COMMAND...: run it, keep its output, remember how it ended.
+# check NAME COMMAND...: runs the command, keeps its output, records how it ended.
 check() {
   local name=$1 started=$SECONDS
   shift
@@ -33,20 +33,20 @@ check() {
   tail -n 5 "$out/$name.log"
 }
 
-# The tests that skip elsewhere; a skip here is a failure.
+# The tests that are skipped elsewhere; a skip counts as a failure here.
 gpu_tests() {
   pytest -m gpu -rs | tee "$out/gpu-tests.txt"
   [ "${PIPESTATUS[0]}" -eq 0 ] && ! grep -qE '[0-9]+ skipped' "$out/gpu-tests.txt"
 }
 
-# A short run in each precision; the loss must be a number, and it must fall.
+# A short run in each precision must reach 90% top-1.
 precision() {
   torchrun --standalone --nproc_per_node=1 -m train.main --out "$out/runs" \
     --set epochs=4 --set "precision=$1" --set device=cuda | tee "$out/precision-$1.json"
   python -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["best"]["top1"] < 0.9)' "$out/precision-$1.json"
 }
 
-# The same stream and the same losses on one GPU and on two.
+# One GPU and two must see the same stream and have the same losses.
 two_gpus() {
   for n in 1 2; do
     rm -rf "$out/ranks-$n"
@@ -69,7 +69,7 @@ sys.exit(worst > 1e-3)
 PYTHON
 }
 
-# The same images through the engine, through ONNX Runtime on the GPU, through a Ray worker, and on the CPU.
+# The engine, ONNX Runtime on the GPU, a Ray worker and the CPU must predict the same.
 predictions() {
   alexnet predict images/ --backend trt --format jsonl --output "$out/trt.jsonl" &&
     alexnet predict images/ --backend onnx --device cuda --format jsonl --output "$out/cuda.jsonl" &&
@@ -93,8 +93,8 @@ sys.exit(worst > 1e-3)
 PYTHON
 }
 
-# One precision: the engine runs here and is gated, the doctor loads and runs everything, and the engine is built
-# again from the ONNX file and held against it.
+# One precision: the engine runs here and passes the gate, the doctor loads and runs everything, and the engine
+# that is built again from the ONNX file agrees with it.
 exported() {
   local target="$out/export-$1"
   rm -rf "$target"
@@ -114,7 +114,7 @@ assert rebuilt["rebuild"]["agreement"], rebuilt["rebuild"]["unknown"]
 PYTHON
 }
 
-# TensorRT's timing cache shortens the second build; Triton's repository has the engine.
+# TensorRT only: its timing cache shortens the second build; Triton's repository has the engine.
 tensorrt_only() {
   rm -rf "$out/timed" "$out/triton" "$out/timings"
   for _ in 1 2; do
