@@ -43,7 +43,7 @@ def assert_one_line(result: Result, code: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_an_example_and_a_line_in_the_readme(name: str) -> None:
+def test_commands_have_help_an_example_and_a_readme_line(name: str) -> None:
     command = command_of(name)
     shown = invoke(name, "--help")
     assert shown.exit_code == 0
@@ -58,7 +58,7 @@ def test_every_command_has_help_an_example_and_a_line_in_the_readme(name: str) -
         assert f"alexnet {example}" in readme
 
 
-def test_every_option_has_a_line_of_its_own_in_help_or_speaks_for_itself() -> None:
+def test_options_have_help_unless_their_choices_suffice() -> None:
     plain = {"--device", "--backend", "--precision", "--format"}  # their choices are shown
     for name in COMMANDS:
         command = command_of(name)
@@ -103,7 +103,7 @@ def test_python_interface_is_lazy(tmp_path: Path) -> None:
     ]
 
 
-def test_the_version_is_the_packages() -> None:
+def test_version_is_the_packages() -> None:
     assert invoke("--version").output.strip() == "alexnet, version 0.1.0"
     assert 'version = "0.1.0"' in (REPOSITORY / "pyproject.toml").read_text()
     assert "## 0.1.0" in (REPOSITORY / "CHANGELOG.md").read_text()
@@ -120,7 +120,7 @@ def make_images(root: Path, source: Path, classes: dict[str, int], split: str) -
             shutil.copy(image, root / split / name / image.name)
 
 
-def test_wrong_training_options_are_one_line_and_code_2(tmp_path: Path) -> None:
+def test_train_refuses_wrong_options_with_code_2(tmp_path: Path) -> None:
     assert_one_line(invoke("train", "--recipe", "dem"), 2, "unknown recipe 'dem'; did you mean 'demo'?")
     assert_one_line(invoke("train", "--set", "epoch=3"), 2, "unknown key 'epoch'; did you mean 'epochs'?")
     assert_one_line(invoke("train", "--nproc", "many"), 2, "--nproc takes a number")
@@ -142,7 +142,7 @@ def test_wrong_training_options_are_one_line_and_code_2(tmp_path: Path) -> None:
         ({"a": 2, "b": 2}, {"a": 2, "b": 2}, "global_batch 64 is larger than the training set of 4 images"),
     ],
 )
-def test_a_data_folder_that_cannot_be_learned_from_is_one_line_and_code_2(
+def test_train_refuses_unusable_data_with_code_2(
     train_classes: dict[str, int] | None,
     val_classes: dict[str, int] | None,
     message: str,
@@ -163,7 +163,7 @@ def test_a_data_folder_that_cannot_be_learned_from_is_one_line_and_code_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_alexnet_train_passes_on_the_ranks_one_line_and_code(
+def test_train_passes_on_the_ranks_error_line_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a cluster has told torchrun, which nobody asked for, to wait for another machine."""
@@ -175,7 +175,7 @@ def test_alexnet_train_passes_on_the_ranks_one_line_and_code(
     assert "Traceback" not in done.stderr
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(demo_data: Path, tmp_path: Path) -> None:
+def test_train_ends_on_a_nonfinite_loss_and_saves_nothing(demo_data: Path, tmp_path: Path) -> None:
     sets = [f"--set={s}" for s in (*TINY, "schedule.learning_rate=1e6", "schedule.warmup_epochs=0")]
     done = run_ranks(1, ["train.main", f"--data={demo_data}", *sets], cwd=tmp_path)
     assert done.returncode == 1
@@ -193,7 +193,7 @@ def run(bundle: Bundle) -> Path:
     return bundle.folder.parent.parent
 
 
-def test_evaluating_the_export_gives_the_checkpoints_numbers(run: Path, bundle: Bundle) -> None:
+def test_evaluate_of_an_export_equals_the_checkpoints(run: Path, bundle: Bundle) -> None:
     checkpoint = run / "checkpoints" / "step-00000007"
     root = run.parent / "digits"
     assert_one_line(invoke("evaluate", bundle.folder), 2, "use --data DIR")
@@ -209,7 +209,7 @@ def test_evaluating_the_export_gives_the_checkpoints_numbers(run: Path, bundle: 
     assert 0 < ours["top1"] < 1, "all right or all wrong would compare nothing"
 
 
-def test_predict_writes_a_row_for_each_input_and_code_3_for_a_broken_one(
+def test_predict_writes_all_rows_and_exits_3_on_a_broken_file(
     bundle: Bundle, demo_data: Path, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
@@ -241,7 +241,7 @@ def test_predict_writes_a_row_for_each_input_and_code_3_for_a_broken_one(
     assert "0.jpg" in table.stdout and "%" in table.stdout
 
 
-def test_predict_names_the_newest_export_and_why_its_engine_does_not_run(
+def test_predict_names_the_newest_export_and_its_backend(
     bundle: Bundle, demo_data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "runs").symlink_to(bundle.folder.parent.parent.parent)
@@ -252,7 +252,7 @@ def test_predict_names_the_newest_export_and_why_its_engine_does_not_run(
     assert "runs on: ONNX Runtime" in done.stderr
 
 
-def test_wrong_models_and_inputs_are_one_line(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_wrong_models_and_inputs_are_one_error_line(run: Path, bundle: Bundle, tmp_path: Path) -> None:
     image = next((run.parent / "digits").glob("val/*/*.jpg"))
     assert_one_line(invoke("predict", tmp_path / "nothing", "--model", bundle.folder), 2, "no such file")
     assert_one_line(invoke("predict", tmp_path, "--model", bundle.folder), 2, "no images in")
@@ -264,7 +264,7 @@ def test_wrong_models_and_inputs_are_one_line(run: Path, bundle: Bundle, tmp_pat
     assert_one_line(invoke("evaluate", bundle.folder, "--data", tmp_path), 2, "no folder 'val'")
 
 
-def test_damaged_files_are_code_1(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_damaged_files_exit_with_1(run: Path, bundle: Bundle, tmp_path: Path) -> None:
     step = tmp_path / "run" / "checkpoints" / "step-00000007"
     shutil.copytree(run / "checkpoints" / "step-00000007", step)
     with (step / "state.pt").open("r+b") as file:
@@ -280,7 +280,7 @@ def test_damaged_files_are_code_1(run: Path, bundle: Bundle, tmp_path: Path) -> 
     assert_one_line(invoke("predict", image, "--model", copy), 1, "model.onnx")
 
 
-def test_an_export_beyond_the_gates_limits_is_code_4_and_not_shipped(
+def test_export_beyond_the_gates_limits_exits_4_unshipped(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
@@ -293,7 +293,7 @@ def test_an_export_beyond_the_gates_limits_is_code_4_and_not_shipped(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_says_what_it_did(run: Path, tmp_path: Path) -> None:
+def test_export_prints_limits_and_agreement(run: Path, tmp_path: Path) -> None:
     result = invoke("export", run / "checkpoints" / "step-00000007", "--out", tmp_path / "b")
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^ +top-1 +top-5 +ties +largest +mean +accuracy$", result.stdout, re.MULTILINE)
@@ -310,7 +310,7 @@ def test_export_says_what_it_did(run: Path, tmp_path: Path) -> None:
     assert manifest["report"]["num_images"] == 50
 
 
-def test_doctor_says_what_would_be_used() -> None:
+def test_doctor_reports_what_this_machine_would_use() -> None:
     result = invoke("doctor", "--json")
     assert result.exit_code == 0
     report = msgspec.json.decode(result.stdout)
@@ -322,7 +322,7 @@ def test_doctor_says_what_would_be_used() -> None:
     assert "collectives: " in text.stdout
 
 
-def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_is_one_line_or_traceback_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("something\nelse")
 
@@ -331,7 +331,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(monkeypatch:
     assert isinstance(invoke("--debug", "doctor").exception, RuntimeError)
 
 
-def test_training_without_torch_says_what_to_install(tmp_path: Path) -> None:
+def test_train_without_torch_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from alexnet import main\n"
@@ -342,7 +342,7 @@ def test_training_without_torch_says_what_to_install(tmp_path: Path) -> None:
     assert done.stderr == "error: torch is not installed: pip install 'alexnet[train]'\n"
 
 
-def test_shards_are_written_once_and_a_wrong_size_is_told(demo_data: Path, tmp_path: Path) -> None:
+def test_data_shard_writes_once_and_refuses_a_wrong_size(demo_data: Path, tmp_path: Path) -> None:
     wrong = invoke("data", "shard", demo_data, tmp_path / "s", "--shard-size", "many")
     assert_one_line(wrong, 2, "'many' is not a size")
     first = invoke("data", "shard", demo_data, tmp_path / "s", "--shard-size", "1MB")

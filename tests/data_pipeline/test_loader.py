@@ -57,7 +57,7 @@ def by_step(batches: Iterator[Batch]) -> dict[int, tuple[list[int], bytes]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_together_see_the_stream_of_one(
+def test_ranks_together_see_the_stream_of_one_rank(
     dataset: Dataset, backend: ImageBackend, world_size: int
 ) -> None:
     whole = by_step(stream(dataset, backend, num_steps=7))
@@ -75,7 +75,7 @@ def test_ranks_together_see_the_stream_of_one(
 
 
 @pytest.mark.parametrize("start_step", [1, 2, 3, 6])
-def test_a_resumed_stream_is_the_tail_of_the_whole(
+def test_resumed_stream_is_the_tail_of_the_whole(
     dataset: Dataset, backend: ImageBackend, start_step: int
 ) -> None:
     whole = by_step(stream(dataset, backend, num_steps=8))
@@ -83,14 +83,14 @@ def test_a_resumed_stream_is_the_tail_of_the_whole(
     assert tail == {step: whole[step] for step in range(start_step, 8)}
 
 
-def test_threads_do_not_change_the_stream(dataset: Dataset, backend: ImageBackend) -> None:
+def test_stream_does_not_depend_on_threads(dataset: Dataset, backend: ImageBackend) -> None:
     one = by_step(stream(dataset, backend, {"read_threads": 1, "prefetch": 1}, num_steps=4))
     many = by_step(stream(dataset, backend, {"read_threads": 8, "prefetch": 5}, num_steps=4))
     assert one == many
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
-def test_processes_that_read_do_not_change_the_stream(
+def test_stream_does_not_depend_on_reader_processes(
     dataset: Dataset, backend: ImageBackend, num_processes: int
 ) -> None:
     threads = by_step(stream(dataset, backend, num_steps=6))
@@ -102,7 +102,7 @@ def test_processes_that_read_do_not_change_the_stream(
         assert by_step(stream(other, backend, loading, num_steps=6)) == threads
 
 
-def test_micro_batches_say_where_a_step_ends(dataset: Dataset, backend: ImageBackend) -> None:
+def test_micro_batches_mark_the_end_of_a_step(dataset: Dataset, backend: ImageBackend) -> None:
     batches = list(stream(dataset, backend, num_steps=2, micro_batch=3))
     assert [(b.step, len(b), b.last) for b in batches] == [
         (0, 3, False),
@@ -131,7 +131,7 @@ def test_evaluation_counts_every_sample_once(
 
 
 @pytest.mark.parametrize("num_processes", [0, 2])
-def test_bad_files_are_named_once_and_lose_no_neighbours(
+def test_bad_files_are_logged_once_and_lose_no_neighbours(
     tmp_path: Path, backend: ImageBackend, caplog: pytest.LogCaptureFixture, num_processes: int
 ) -> None:
     write_folder(tmp_path / "train", {"a": 8, "b": 8})
@@ -167,13 +167,13 @@ def test_bad_files_are_named_once_and_lose_no_neighbours(
     assert any("truncated JPEG" in message for message in messages)
 
 
-def test_a_huge_header_costs_no_memory(tmp_path: Path, backend: ImageBackend) -> None:
+def test_huge_image_header_allocates_no_memory(tmp_path: Path, backend: ImageBackend) -> None:
     (tmp_path / "bomb.png").write_bytes(broken()["png of 30000 x 30000"])
     (batch,) = Loader(backend, PREPROCESSING).predict([tmp_path / "bomb.png"], micro_batch=4)
     assert batch.failures[0].reason == "30000 x 30000 pixels are above the limit of 100000000"
 
 
-def test_predictions_come_in_input_order(tmp_path: Path, backend: ImageBackend) -> None:
+def test_prediction_batches_keep_the_input_order(tmp_path: Path, backend: ImageBackend) -> None:
     paths = []
     for i in range(10):
         paths.append(tmp_path / f"{9 - i}.jpg")
@@ -186,7 +186,7 @@ def test_predictions_come_in_input_order(tmp_path: Path, backend: ImageBackend) 
     assert {int(label) for batch in batches for label in batch.labels} == {-1}
 
 
-def test_paths_are_consumed_as_they_are_needed(tmp_path: Path, backend: ImageBackend) -> None:
+def test_prediction_paths_are_consumed_lazily(tmp_path: Path, backend: ImageBackend) -> None:
     (tmp_path / "x.jpg").write_bytes(encode(photo(40, 50), "JPEG"))
     taken = 0
 
@@ -203,7 +203,7 @@ def test_paths_are_consumed_as_they_are_needed(tmp_path: Path, backend: ImageBac
     batches.close()
 
 
-def test_closing_ends_the_threads(dataset: Dataset, backend: ImageBackend) -> None:
+def test_closing_a_stream_ends_its_threads(dataset: Dataset, backend: ImageBackend) -> None:
     assert loader_threads() == []
     batches = stream(dataset, backend)
     next(batches)
@@ -219,7 +219,7 @@ def loader_threads() -> list[str]:
     return [name for name in names if name.startswith(("prefetch", "read", "decode"))]
 
 
-def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> None:
+def test_background_error_reaches_the_consumer(dataset: Dataset) -> None:
     class Broken:
         name, device, max_batch = "broken", "cpu", 16
 
@@ -233,7 +233,7 @@ def test_an_error_in_the_background_reaches_the_consumer(dataset: Dataset) -> No
     assert not loader_threads()
 
 
-def test_wrong_sizes_are_refused_at_once(dataset: Dataset, backend: ImageBackend) -> None:
+def test_batch_sizes_out_of_range_are_refused_at_once(dataset: Dataset, backend: ImageBackend) -> None:
     loader, augment = Loader(backend, PREPROCESSING), Augment()
     with pytest.raises(UserError, match="global_batch 30 is larger than the training set of 29 images"):
         loader.train(dataset, augment, seed=0, global_batch=30)
@@ -263,7 +263,7 @@ def test_pillow_on_a_gpu_is_refused() -> None:
         make_backend("pillow", device="gpu", preprocessing=PREPROCESSING, max_batch=4, num_threads=1)
 
 
-def test_importing_the_pipeline_imports_neither_torch_nor_dali() -> None:
+def test_pipeline_import_loads_neither_torch_nor_dali() -> None:
     program = (
         "import sys, data_pipeline.loader, data_pipeline.datasets.demo\n"
         "print([name for name in ('torch', 'nvidia.dali', 'numba', 'sklearn') if name in sys.modules])"

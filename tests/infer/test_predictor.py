@@ -37,7 +37,7 @@ def found(row: Row) -> list[tuple[int, float]]:
     return [(p.class_id, p.probability) for p in row.predictions]
 
 
-def test_arrays_and_pillow_images_give_the_rows_of_their_files(bundle: Bundle, files: list[Path]) -> None:
+def test_predictor_takes_arrays_and_pillow_images_like_files(bundle: Bundle, files: list[Path]) -> None:
     opened = [Image.open(path) for path in files[:3]]
     arrays = [np.asarray(image.convert("RGB")) for image in opened]
     with Predictor(bundle.folder, device="cpu", batch_size=8, decoder="pillow") as predictor:
@@ -55,7 +55,7 @@ def test_arrays_and_pillow_images_give_the_rows_of_their_files(bundle: Bundle, f
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])
-def test_a_predictor_is_called_again_and_within_a_call(
+def test_predictor_calls_can_be_repeated_and_interleaved(
     bundle: Bundle, files: list[Path], decoder: DecoderName
 ) -> None:
     before = set(threading.enumerate())
@@ -68,7 +68,7 @@ def test_a_predictor_is_called_again_and_within_a_call(
     assert set(threading.enumerate()) == before, "closing ends the threads of the decoder"
 
 
-def test_what_is_no_image_is_an_error_row_and_what_is_no_input_an_error(bundle: Bundle) -> None:
+def test_predictor_gives_error_rows_and_refuses_non_inputs(bundle: Bundle) -> None:
     bad: list[Any] = [
         np.zeros((4, 4, 3), np.float32),
         np.zeros((4, 4, 4), np.uint8),
@@ -87,9 +87,7 @@ def test_what_is_no_image_is_an_error_row_and_what_is_no_input_an_error(bundle: 
         Predictor(bundle.folder, device="cpu", min_probability=2)("x.jpg")
 
 
-def test_exif_of_a_pillow_image_is_applied_as_to_its_file(
-    bundle: Bundle, files: list[Path], tmp_path: Path
-) -> None:
+def test_predictor_applies_exif_of_a_pillow_image(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(files[7]) as image:
@@ -100,7 +98,7 @@ def test_exif_of_a_pillow_image_is_applied_as_to_its_file(
         assert found(file) == found(pillow) != found(plain)
 
 
-def test_images_are_read_by_address_as_by_value(bundle: Bundle, files: list[Path]) -> None:
+def test_onnx_backend_reads_images_by_address(bundle: Bundle, files: list[Path]) -> None:
     backend = OnnxBackend(bundle, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (5, 56, 56, 3)).astype(np.uint8)
     by_address = backend.run_at(images.ctypes.data, images.shape)
@@ -110,7 +108,7 @@ def test_images_are_read_by_address_as_by_value(bundle: Bundle, files: list[Path
     backend.close()
 
 
-def test_ten_crops_average_the_softmax_of_the_views(bundle: Bundle, files: list[Path]) -> None:
+def test_ten_crop_averages_the_softmax_of_the_views(bundle: Bundle, files: list[Path]) -> None:
     dataset = load_image_folder(files[0].parents[2], "val")
     preprocessing = bundle.manifest.preprocessing
     with (
@@ -137,7 +135,9 @@ def rows_of(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_every_kind_of_input_gives_the_same_rows(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
+def test_predictor_gives_the_same_rows_for_every_kind_of_input(
+    bundle: Bundle, files: list[Path], tmp_path: Path
+) -> None:
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
     for number, file in enumerate(files[:4]):
@@ -172,7 +172,7 @@ def test_every_kind_of_input_gives_the_same_rows(bundle: Bundle, files: list[Pat
     assert nothing.exit_code == 2 and "name no images" in nothing.stderr
 
 
-def test_resume_goes_on_in_the_file(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
+def test_predict_resume_completes_the_output(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
     listed = [*files[:3], tmp_path / "gone.jpg", *files[3:6]]
     (tmp_path / "list.txt").write_text("\n".join(map(str, listed)))
     options = (f"@{tmp_path}/list.txt", "--model", bundle.folder, "--device", "cpu", "--batch-size", 2)
@@ -214,7 +214,7 @@ def test_resume_goes_on_in_the_file(bundle: Bundle, files: list[Path], tmp_path:
         assert refused.exit_code == 2 and words in refused.stderr
 
 
-def test_find_inputs_feeds_the_predictor(bundle: Bundle, files: list[Path]) -> None:
+def test_predictor_takes_the_result_of_find_inputs(bundle: Bundle, files: list[Path]) -> None:
     buffer = io.BytesIO("\n".join(map(str, files[:2])).encode())
     with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
         rows = list(predictor(find_inputs(["-"], stdin=buffer)))
@@ -253,7 +253,7 @@ def test_dali_and_pillow_give_the_same_rows(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["onnx", "trt"])
-def test_on_a_gpu_the_model_reads_what_dali_decoded_there(
+def test_predictor_on_a_gpu_reads_dalis_images_there(
     bundle: Bundle, tmp_path: Path, name: BackendName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "trt" and (reason := why_no_engine(bundle, probe_machine())):
@@ -271,7 +271,7 @@ def test_on_a_gpu_the_model_reads_what_dali_decoded_there(
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])
-def test_batches_are_full_and_the_last_is_partial(
+def test_predictor_batches_are_full_but_the_last(
     bundle: Bundle, files: list[Path], decoder: DecoderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []

@@ -16,7 +16,7 @@ def run_of(setting: Setting, seed: int, top1: list[float], ended: str = "") -> R
     return Run(setting, seed, epochs, ended, 60.0)
 
 
-def test_each_setting_is_run_once_a_seed_however_many_questions_it_answers() -> None:
+def test_study_runs_each_setting_once() -> None:
     assert len(settings()) == len(set(settings())) == 7
     assert {s.model for s in settings()} == {"paper", "owt", "bn"}
     assert {s.init for s in settings()} == {"he", "paper", "caffe", "torch"} and {
@@ -24,7 +24,7 @@ def test_each_setting_is_run_once_a_seed_however_many_questions_it_answers() -> 
     } == {1, 2}
 
 
-def test_the_table_has_means_and_ranges_and_what_ended_early() -> None:
+def test_study_table_has_means_ranges_and_early_ends() -> None:
     usual = study.USUAL
     runs = [run_of(usual, seed, [0.5, last]) for seed, last in enumerate((0.9, 0.94, 0.92))]
     runs.append(run_of(Setting("paper", "torch", 2), 0, [0.1], "the training loss has been flat"))
@@ -35,7 +35,7 @@ def test_the_table_has_means_and_ranges_and_what_ended_early() -> None:
     assert first_epoch_above(runs[0], 0.5) == 1 and first_epoch_above(runs[0], 0.95) is None
 
 
-def test_runs_that_are_there_are_not_made_again_and_table_and_picture_are(tmp_path: Path) -> None:
+def test_study_keeps_runs_and_redraws_table_and_picture(tmp_path: Path) -> None:
     lines = [msgspec.json.encode(run_of(setting, 0, [0.2, 0.8])) for setting in settings()]
     (tmp_path / "study.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tmp_path / "study.md").write_text(f"before\n{study.START}old\n{study.END}\nafter\n")
@@ -47,7 +47,7 @@ def test_runs_that_are_there_are_not_made_again_and_table_and_picture_are(tmp_pa
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_study_that_is_published_is_of_its_runs() -> None:
+def test_study_page_is_made_of_its_runs() -> None:
     runs = study.read_runs(study.DOCS / "study.jsonl")
     assert {(run.setting, run.seed) for run in runs} == {(s, seed) for s in settings() for seed in range(3)}
     assert make_table(runs, 8) in (study.DOCS / "study.md").read_text()

@@ -77,7 +77,7 @@ def runs_by_ranks(noisy_digits: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("other", ["2", "3", "2 accumulating", "2 hybrid", "4 hybrid"])
-def test_the_same_samples_and_losses_on_any_number_of_ranks(
+def test_samples_and_losses_are_equal_on_any_number_of_ranks(
     runs_by_ranks: dict[str, Path], other: str
 ) -> None:
     one, many = read_rows(runs_by_ranks["1"], "train"), read_rows(runs_by_ranks[other], "train")
@@ -136,7 +136,7 @@ def test_run_resumes_inside_an_epoch_on_other_ranks_and_modes(
     assert (found["samples"], found["top1"]) == (one["samples"], one["top1"])
 
 
-def test_a_checkpoint_holds_what_training_ended_with(
+def test_checkpoint_holds_the_state_at_the_end_of_training(
     runs_by_ranks: dict[str, Path], noisy_digits: Path
 ) -> None:
     checkpoint = load_checkpoint(find_checkpoint(runs_by_ranks["2"]))
@@ -147,7 +147,7 @@ def test_a_checkpoint_holds_what_training_ended_with(
     assert any((runs_by_ranks["2"] / "tensorboard").iterdir())
 
 
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=100, num_val=NUM_VAL)
     # Dropout and every augmentation on: masks and crops must continue as well as weights and momentum.
     settings = (
@@ -168,7 +168,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(demo_data: Path, tmp_p
     assert compare_runs(resumed, whole) == (True, True)
 
 
-def test_a_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: Path) -> None:
+def test_broken_file_is_named_counted_and_left_out(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=100, num_val=NUM_VAL)
     for split in ("train", "val"):
         link = sorted((data / split / "3").iterdir())[0]

@@ -55,7 +55,7 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return data, run, done.stdout
 
 
-def test_training_leaves_out_what_is_in_quarantine_and_counts_it(trained: tuple[Path, Path, str]) -> None:
+def test_training_leaves_out_and_counts_excluded_images(trained: tuple[Path, Path, str]) -> None:
     data, run, printed = trained
     result = msgspec.json.decode(printed)
     assert result["num_quarantined"] == {"train": 1, "val": 0}
@@ -66,7 +66,7 @@ def test_training_leaves_out_what_is_in_quarantine_and_counts_it(trained: tuple[
     assert (checkpoint.data["train"].num_samples, checkpoint.data["train"].num_quarantined) == (100, 1)
 
 
-def test_other_training_images_end_a_resume_with_one_line(trained: tuple[Path, Path, str]) -> None:
+def test_resume_with_other_training_images_is_refused(trained: tuple[Path, Path, str]) -> None:
     data, run, _ = trained
     path = data / QUARANTINE
     listed = read_exclude_list(path)
@@ -129,7 +129,7 @@ def test_readable_names_reach_the_bundle_and_the_rows(
     assert (found.classes, found.labels_text, found.data) == (checkpoint.classes, NAMES, {})
 
 
-def test_labels_must_be_one_for_each_class() -> None:
+def test_labels_text_must_have_one_label_for_each_class() -> None:
     named = msgspec.structs.replace(tiny_manifest(), labels_text=("house cat", "house dog"))
     assert named.class_labels == ("house cat", "house dog")
     assert Bundle(Path(), tiny_manifest()).manifest.class_labels == ("cat", "dog")
@@ -137,7 +137,7 @@ def test_labels_must_be_one_for_each_class() -> None:
         msgspec.structs.replace(tiny_manifest(), labels_text=("house cat",))
 
 
-def test_contents_are_equal_where_the_stream_is(tmp_path: Path) -> None:
+def test_contents_are_equal_where_the_stream_is_equal(tmp_path: Path) -> None:
     write_folder(tmp_path / "data" / "train", {"a": 3, "b": 2}, side=16)
     first = load_image_folder(tmp_path / "data", "train")
     contents = first.contents()

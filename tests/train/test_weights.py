@@ -23,7 +23,7 @@ from train.models.alexnet import Normalize
 from train.weights import export_weights, import_weights
 
 
-def test_safetensors_and_back(tmp_path: Path) -> None:
+def test_weights_round_trip_through_safetensors(tmp_path: Path) -> None:
     folder, model = save_small_network(tmp_path / "run" / "checkpoints")
     checkpoint = load_checkpoint(folder)
     export_weights(checkpoint, tmp_path / "w.safetensors", "safetensors")
@@ -38,7 +38,7 @@ def test_safetensors_and_back(tmp_path: Path) -> None:
         export_weights(checkpoint, tmp_path / "w.pth", "torchvision")
 
 
-def test_torchvisions_weights_come_in_and_go_out(tmp_path: Path) -> None:
+def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
     theirs = torchvision.models.alexnet(num_classes=7).eval()
     torch.save(theirs.state_dict(), tmp_path / "in.pth")
     classes = tuple("abcdefg")
@@ -60,7 +60,7 @@ def test_torchvisions_weights_come_in_and_go_out(tmp_path: Path) -> None:
         import_weights(tmp_path / "in.pth", tmp_path / "runs", ("a", "b"))
 
 
-def test_bvlcs_weights_see_the_pixels_that_caffe_showed_them(tmp_path: Path) -> None:
+def test_bvlc_weights_see_the_pixels_that_caffe_showed_them(tmp_path: Path) -> None:
     """Our RGB pipeline against Caffe's arithmetic: BGR, 0..255, minus the mean, on the original filters."""
     file = bvlc_file()
     generator = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def test_bvlcs_weights_see_the_pixels_that_caffe_showed_them(tmp_path: Path) -> 
     assert theirs.abs().mean() > 1
 
 
-def test_what_is_foreign_or_crafted_is_refused(tmp_path: Path) -> None:
+def test_weights_that_are_foreign_or_crafted_are_refused(tmp_path: Path) -> None:
     def refuse(name: str, error: type[Exception], text: str) -> None:
         with pytest.raises(error, match=text):
             import_weights(tmp_path / name, tmp_path / "runs")
@@ -122,7 +122,7 @@ def test_what_is_foreign_or_crafted_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_checkpoint_commands_inspect_verify_and_convert(tmp_path: Path) -> None:
     folder, _ = save_small_network(tmp_path / "run" / "checkpoints")
     run = tmp_path / "run"
 

@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.common.packed_strings import PackedStrings
 
 
-def test_packed_names_are_a_sequence() -> None:
+def test_packed_strings_are_a_sequence() -> None:
     names = ["a", "", "b/c.jpg", os.fsdecode(b"caf\xe9")]
     packed = PackedStrings.pack(names)
     assert list(packed) == names and [packed[i] for i in range(-4, 4)] == names + names

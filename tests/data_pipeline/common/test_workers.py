@@ -17,12 +17,12 @@ def kill_on_three(number: int) -> int:
     return number
 
 
-def test_a_killed_worker_is_one_line() -> None:
+def test_killed_worker_is_one_error_line() -> None:
     with pytest.raises(WorkerError, match=r"a worker process was killed, .*: use fewer --workers"):
         list(map_ahead(kill_on_three, range(6), 2))
 
 
-def test_work_is_taken_as_it_is_needed_and_comes_in_order() -> None:
+def test_worker_pool_is_lazy_and_keeps_the_order() -> None:
     taken: list[int] = []
 
     def numbers() -> Any:

@@ -25,7 +25,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_digits_are_all_there(demo: Path) -> None:
+def test_demo_has_1797_digits_in_two_splits(demo: Path) -> None:
     train, val = load_image_folder(demo, "train"), load_image_folder(demo, "val")
     check_same_classes(train, val)
     assert train.classes == tuple("0123456789")
@@ -36,7 +36,7 @@ def test_the_digits_are_all_there(demo: Path) -> None:
     assert [path.name for path in demo.parent.iterdir()] == ["demo"]
 
 
-def test_no_image_is_in_both_splits(demo: Path) -> None:
+def test_demo_splits_share_no_image(demo: Path) -> None:
     def pixels(split: str) -> set[str]:
         files = (demo / split).glob("*/*.jpg")
         return {hashlib.sha256(np.asarray(Image.open(file)).tobytes()).hexdigest() for file in files}
@@ -46,14 +46,14 @@ def test_no_image_is_in_both_splits(demo: Path) -> None:
     assert not train & val
 
 
-def test_a_complete_folder_is_left_alone(demo: Path) -> None:
+def test_demo_leaves_a_complete_folder_alone(demo: Path) -> None:
     file = demo / "train" / "0" / "0000.jpg"
     before = file.stat().st_mtime_ns
     write_demo(demo)
     assert file.stat().st_mtime_ns == before
 
 
-def test_another_folder_is_not_touched(tmp_path: Path) -> None:
+def test_demo_refuses_a_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is not the demo data"):
         write_demo(tmp_path)
@@ -61,7 +61,7 @@ def test_another_folder_is_not_touched(tmp_path: Path) -> None:
     assert not is_demo(tmp_path)
 
 
-def test_an_empty_folder_may_be_given(tmp_path: Path) -> None:
+def test_demo_fills_an_empty_folder(tmp_path: Path) -> None:
     write_demo(tmp_path)
     assert is_demo(tmp_path)
     assert tmp_path.stat().st_mode & 0o777 == 0o755

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_any_name_and_reason_come_back_as_they_were(tmp_path: Path) -> None:
+def test_exclude_list_round_trips_any_name_and_reason(tmp_path: Path) -> None:
     path = tmp_path / QUARANTINE
     reasons = {LATIN: "empty file", 'val/"\n\u2028\t.jpg': 'a "reason"\nof two lines', "val/ü/猫.jpg": "ü"}
     write_exclude_list(path, reasons)
@@ -65,7 +65,7 @@ def test_malformed_list_is_refused_with_its_line(folder: Path, kind: str) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_a_huge_list_is_refused_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_exclude_list_is_refused_before_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / QUARANTINE
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse
@@ -81,7 +81,7 @@ def test_a_huge_list_is_refused_before_it_is_read(folder: Path, monkeypatch: pyt
         read_exclude_list(path)
 
 
-def test_paths_outside_the_data_are_never_opened_and_told(
+def test_exclude_paths_outside_the_data_are_reported_not_opened(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [

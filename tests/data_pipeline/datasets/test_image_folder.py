@@ -19,7 +19,7 @@ from tests.helpers.images import encode, photo, write_folder
 JPEG = encode(photo(16, 16), "JPEG")
 
 
-def test_samples_come_by_class_and_name_in_byte_order(tmp_path: Path) -> None:
+def test_samples_are_sorted_by_class_and_name_in_bytes(tmp_path: Path) -> None:
     for name in (
         "b/2.JPG",
         "b/10.jpeg",
@@ -60,7 +60,7 @@ def test_wrong_layout_is_refused_with_its_fault(tmp_path: Path) -> None:
         load_image_folder(tmp_path, "train")
 
 
-def test_splits_must_have_the_same_classes(tmp_path: Path) -> None:
+def test_splits_with_different_classes_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"a": 1, "b": 1})
     write_folder(tmp_path / "val", {"b": 1, "c": 1, "d": 1, "e": 1, "f": 1})
     train, val = load_image_folder(tmp_path, "train"), load_image_folder(tmp_path, "val")

@@ -42,7 +42,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_the_kept_index_follows_the_data(
+def test_index_cache_follows_changes_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     write_folder(tmp_path / "train", {"a": 2, "b/deep": 2, "b": 1})
@@ -61,7 +61,7 @@ def test_the_kept_index_follows_the_data(
     assert list(open_dataset(tmp_path, "train", min_cached=1).paths) != list(first.paths)
 
 
-def test_the_kept_index_follows_the_label_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_cache_follows_the_label_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_tiny(tmp_path)
     settle(monkeypatch)
     first = open_dataset(root, "val", min_cached=1)
@@ -86,7 +86,7 @@ def test_index_made_while_the_data_changed_is_not_used(tmp_path: Path) -> None:
     assert index_cache.load_index(tmp_path, "train") is None  # its folders are younger than SETTLE_NS
 
 
-def test_a_damaged_or_crafted_index_is_not_used(
+def test_index_cache_that_is_damaged_or_crafted_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"a": 2, "b": 2})
@@ -134,7 +134,7 @@ def test_index_goes_to_the_users_cache_beside_read_only_data(
     assert same(root)
 
 
-def test_small_data_leaves_no_file_behind(tmp_path: Path) -> None:
+def test_index_cache_is_not_written_for_small_data(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"a": 1, "b": 1})
     open_dataset(tmp_path, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["train"]

@@ -23,7 +23,7 @@ def answers(root: Path, split: str = "val") -> dict[str, str]:
     }
 
 
-def test_tiny_imagenet_as_distributed(tmp_path: Path) -> None:
+def test_tiny_imagenet_opens_as_distributed(tmp_path: Path) -> None:
     root = make_tiny(tmp_path)
     train, val = open_dataset(root, "train"), open_dataset(root, "val")
     assert train.classes == val.classes == SYNSET_IDS
@@ -43,7 +43,7 @@ def test_tiny_imagenet_as_distributed(tmp_path: Path) -> None:
         open_dataset(root, "test")
 
 
-def test_imagenet_with_a_list_of_names(tmp_path: Path) -> None:
+def test_imagenet_takes_labels_from_a_list_of_names(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path)
     with pytest.raises(UserError, match=r"side by side.* chance: expected .* or add .*val"):
         open_dataset(root, "val")
@@ -58,7 +58,7 @@ def test_imagenet_with_a_list_of_names(tmp_path: Path) -> None:
         open_dataset(root, "val")
 
 
-def test_imagenet_with_kaggles_table(tmp_path: Path) -> None:
+def test_imagenet_takes_labels_from_kaggles_table(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path)
     want = {f"ILSVRC2012_val_{n:08d}.JPEG": SYNSET_IDS[n % 4] for n in range(1, 9)}
     rows = "".join(
@@ -70,7 +70,7 @@ def test_imagenet_with_kaggles_table(tmp_path: Path) -> None:
     assert open_dataset(root, "train").labels_text[0] == "goldfish"
 
 
-def test_imagenet_with_the_devkit(tmp_path: Path) -> None:
+def test_imagenet_takes_labels_from_the_devkit(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path)
     devkit = root / "ILSVRC2012_devkit_t12" / "data"
     devkit.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_imagenet_with_the_devkit(tmp_path: Path) -> None:
         open_dataset(root, "val")
 
 
-def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path) -> None:
+def test_labels_that_do_not_match_the_images_are_refused(tmp_path: Path) -> None:
     root = make_tiny(tmp_path)
     table = root / "val" / "val_annotations.txt"
     whole = table.read_text()
@@ -111,7 +111,7 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path) -> None:
         open_dataset(root, "val")
 
 
-def test_splits_of_different_classes_are_refused(tmp_path: Path) -> None:
+def test_opening_a_split_checks_its_name_and_classes(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"a": 1, "b": 1})
     write_folder(tmp_path / "val", {"a": 1, "c": 1})
     assert open_dataset(tmp_path, "train").classes == ("a", "b")

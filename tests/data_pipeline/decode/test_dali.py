@@ -73,7 +73,7 @@ def at_edge(crops: CropParams, index: int) -> npt.NDArray[np.bool_]:
 
 @devices
 @pytest.mark.parametrize("recipe", ["evaluation", "random-resized", "random"])
-def test_dali_gives_the_pixels_of_pillow(
+def test_dali_pixels_are_close_to_pillows(
     dali: ImageBackend, pillow: PillowBackend, device: Device, recipe: str
 ) -> None:
     files = list(KINDS.values())
@@ -90,7 +90,7 @@ def test_dali_gives_the_pixels_of_pillow(
 
 
 @devices
-def test_dali_reads_all_but_the_named_kinds_by_itself(
+def test_dali_leaves_only_the_named_kinds_to_pillow(
     dali: ImageBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_by_pillow: list[bytes] = []
@@ -108,7 +108,7 @@ def test_dali_reads_all_but_the_named_kinds_by_itself(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_upright_means_as_pillow_turns_it(orientation: int) -> None:
+def test_decoded_image_is_upright_as_pillow_turns_it(orientation: int) -> None:
     image = photo(30, 50)
     turned = encode(image, "PNG", exif=exif(orientation))
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(turned)))
@@ -124,7 +124,7 @@ def test_sixteen_bits_are_scaled_not_saturated() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in BROKEN if kind not in ("empty", "text")])
 @devices
-def test_a_broken_file_does_not_lose_its_neighbours(
+def test_broken_file_leaves_its_neighbours_intact(
     dali: ImageBackend, pillow: PillowBackend, device: Device, kind: str
 ) -> None:
     good = [encode(photo(90, 120, seed=i), "JPEG") for i in range(6)]
@@ -141,7 +141,7 @@ def test_a_broken_file_does_not_lose_its_neighbours(
 
 
 @devices
-def test_a_file_that_could_not_be_read_leaves_zeros(dali: ImageBackend, pillow: PillowBackend) -> None:
+def test_unreadable_file_leaves_zeros(dali: ImageBackend, pillow: PillowBackend) -> None:
     good = KINDS["jpeg 4:2:0"]
     crops = eval_crop_params([(1, 1), (150, 200)], PREPROCESSING)
     for backend in (dali, pillow):
@@ -151,7 +151,7 @@ def test_a_file_that_could_not_be_read_leaves_zeros(dali: ImageBackend, pillow: 
 
 
 @devices
-def test_batches_stay_valid_and_may_be_smaller(dali: ImageBackend) -> None:
+def test_dali_batches_stay_valid_and_may_be_smaller(dali: ImageBackend) -> None:
     first_file, second_file = KINDS["jpeg 4:2:0"], encode(photo(150, 200, seed=5), "JPEG")
     crops = eval_crop_params([(150, 200)] * 3, PREPROCESSING)
     first = dali.decode([first_file] * 3, crops).images
@@ -171,19 +171,19 @@ def test_batches_stay_valid_and_may_be_smaller(dali: ImageBackend) -> None:
         ("png of 30000 x 30000", "30000 x 30000 pixels are above the limit of 100000000"),
     ],
 )
-def test_the_header_tells_what_is_wrong(kind: str, reason: str) -> None:
+def test_header_error_says_what_is_wrong(kind: str, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         read_header(BROKEN[kind], PREPROCESSING.max_pixels)
 
 
-def test_truncated_files_say_so() -> None:
+def test_truncated_jpeg_error_says_so() -> None:
     with pytest.raises(ImageError, match="truncated JPEG"):
         decode_rgb(BROKEN["jpeg, 20 bytes short"])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 700), (700, 2), (63, 65)])
 @devices
-def test_odd_sizes_become_crops(
+def test_images_of_odd_sizes_become_crops(
     dali: ImageBackend, pillow: PillowBackend, device: Device, size: tuple[int, int]
 ) -> None:
     file = encode(photo(*size), "PNG")

@@ -55,7 +55,7 @@ def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], crops: CropPara
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_the_compiled_resize_gives_the_pixels_of_pillow(data: st.DataObject) -> None:
+def test_compiled_resize_gives_pillows_pixels(data: st.DataObject) -> None:
     resizer = Resizer()
     assert resizer._compiled is not None
     height, width = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 500))
@@ -76,7 +76,7 @@ def test_the_compiled_resize_gives_the_pixels_of_pillow(data: st.DataObject) -> 
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 700), (700, 1), (3000, 40), (40, 3000), (224, 224), (224, 500)]
 )
-def test_strips_and_windows_that_need_no_resize(shape: tuple[int, int]) -> None:
+def test_compiled_resize_takes_strips_and_unscaled_windows(shape: tuple[int, int]) -> None:
     window = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     assert_same(Resizer(), window, one_recipe(window, (224, 224), (0, 0), 224, flip=True))
 
@@ -91,13 +91,13 @@ def test_thousandfold_reduction_is_left_to_pillow(
     assert_same(resizer, window, one_recipe(window, (2, 2), (0, 0), 2))
 
 
-def test_a_read_only_window_will_do() -> None:
+def test_compiled_resize_takes_a_read_only_window() -> None:
     window = np.random.default_rng(2).integers(0, 256, (90, 70, 3), np.uint8)
     window.flags.writeable = False
     assert_same(Resizer(), window, one_recipe(window, (64, 64), (0, 0), 64))
 
 
-def test_another_pillows_pixels_are_kept(
+def test_resize_falls_back_where_pillows_pixels_differ(
     afresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = resize_kernel.compile_finish()
@@ -113,7 +113,7 @@ def test_another_pillows_pixels_are_kept(
     assert f"the compiled resize differs from Pillow {PIL.__version__}" in caplog.text
 
 
-def test_without_a_compiler_pillow_resizes(
+def test_resize_falls_back_to_pillow_without_a_compiler(
     afresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
@@ -126,7 +126,7 @@ def test_without_a_compiler_pillow_resizes(
     ]
 
 
-def test_a_damaged_cache_costs_time_and_a_line(
+def test_resize_recompiles_and_logs_where_its_cache_is_damaged(
     afresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))

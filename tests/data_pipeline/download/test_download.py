@@ -52,7 +52,7 @@ def packed(folder: Path, arcname: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_tiny_imagenet_from_a_mirror(
+def test_download_of_tiny_imagenet_from_a_mirror(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = packed(make_tiny(tmp_path / "made"), "tiny-imagenet-200")
@@ -70,7 +70,7 @@ def test_tiny_imagenet_from_a_mirror(
         download("tinyimagenet", tmp_path / "x")
 
 
-def test_the_command_line_downloads(
+def test_download_command_prints_the_folder(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     offer(server, monkeypatch, packed(make_tiny(tmp_path / "made"), "tiny-imagenet-200"), "tiny-imagenet")
@@ -84,7 +84,7 @@ def test_the_command_line_downloads(
     assert shown.exit_code == 2 and "did you mean tiny-imagenet?" in shown.stderr
 
 
-def test_an_archive_of_another_dataset_leaves_nothing(
+def test_download_of_another_datasets_archive_leaves_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_harm = tar_of((tar_info("cifar-10-batches-bin/../../x"), b"x"))
@@ -98,7 +98,7 @@ def test_an_archive_of_another_dataset_leaves_nothing(
         assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_imagenette_gets_readable_names(
+def test_download_gives_imagenette_readable_names(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = tmp_path / "made"
@@ -119,7 +119,7 @@ def cifar_records(count: int, label_bytes: int, num_classes: int) -> tuple[bytes
 
 
 @pytest.mark.parametrize(("name", "label_bytes"), [("cifar10", 1), ("cifar100", 2)])
-def test_cifar_becomes_an_image_folder(
+def test_download_turns_cifar_into_an_image_folder(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any, label_bytes: int
 ) -> None:
     folder = CATALOG[name].folder
@@ -149,7 +149,7 @@ def test_cifar_becomes_an_image_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_the_catalog_says_what_is_verified() -> None:
+def test_catalog_has_the_hash_and_size_of_each_archive() -> None:
     for name, archive in CATALOG.items():
         assert archive.url.startswith(("https://", "http://cs231n.stanford.edu/")), name
         assert len(archive.md5) == 32 and len(archive.sha256) in (0, 64) and archive.size_bytes, name

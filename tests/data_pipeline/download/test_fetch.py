@@ -45,7 +45,9 @@ def get(server: Server, path: Path, **options: Any) -> None:
         ("busy", [None, None]),
     ],
 )
-def test_a_bad_connection_is_overcome(server: Server, tmp_path: Path, mode: str, asked: list[Any]) -> None:
+def test_fetch_overcomes_a_bad_connection(
+    server: Server, tmp_path: Path, mode: str, asked: list[Any]
+) -> None:
     server.mode = mode
     get(server, tmp_path / "new" / "data.bin")
     assert (tmp_path / "new" / "data.bin").read_bytes() == CONTENT
@@ -53,7 +55,7 @@ def test_a_bad_connection_is_overcome(server: Server, tmp_path: Path, mode: str,
     assert server.asked == asked
 
 
-def test_a_later_call_goes_on_where_an_earlier_one_ended(
+def test_fetch_resumes_an_interrupted_download(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, part = tmp_path / "data.bin", tmp_path / "data.bin.part"
@@ -101,7 +103,7 @@ def test_other_than_the_published_file_is_not_kept(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_no_server_and_other_addresses(tmp_path: Path) -> None:
+def test_fetch_refuses_other_schemes_and_reports_no_server(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no connection \(.*refused.*\), 2 times in a row"):
         fetch("http://127.0.0.1:9/data.bin", tmp_path / "data.bin", attempts=2, pause_s=0)
     for url in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data.bin"):

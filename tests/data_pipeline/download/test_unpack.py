@@ -56,7 +56,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_archives_that_mean_harm_are_refused(tmp_path: Path, kind: str) -> None:
+def test_malicious_archives_are_refused(tmp_path: Path, kind: str) -> None:
     content, reason = BAD[kind]
     archive = tmp_path / "in" / "archive"
     archive.parent.mkdir()

@@ -61,7 +61,7 @@ def numpy_statistics(root: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_counts_sizes_and_colours_are_exact(folder: Path) -> None:
+def test_info_counts_sizes_and_colours_exactly(folder: Path) -> None:
     result = run(folder, "--json")
     assert result.exit_code == 0, result.stderr
     summary = msgspec.json.decode(result.stdout)
@@ -88,7 +88,7 @@ def test_counts_sizes_and_colours_are_exact(folder: Path) -> None:
     np.testing.assert_allclose(rebuilt, want["covariance"], atol=1e-15)
 
 
-def test_sums_stay_exact_where_floating_point_would_not() -> None:
+def test_pixel_sums_stay_exact_where_floats_would_not() -> None:
     """A million images' worth of two neighbouring levels: a variance of 1/4 beside sums of 10^17."""
     sums = PixelSums.empty()
     image = np.full((512, 1024, 3), 254, dtype=np.uint8)
@@ -117,7 +117,7 @@ def test_statistics_of_files_shards_and_workers_are_equal(
     assert msgspec.structs.replace(tar, root=one.root, stored=one.stored) == one
 
 
-def test_a_sample_says_so_and_is_always_the_same(folder: Path) -> None:
+def test_info_of_a_sample_is_marked_and_repeatable(folder: Path) -> None:
     first, again = (run(folder, "--json", "--sample", "5") for _ in range(2))
     assert first.stdout == again.stdout
     summary = msgspec.json.decode(first.stdout)
@@ -147,7 +147,7 @@ def test_unreadable_files_give_code_3_until_excluded(folder: Path) -> None:
     assert (train["num_samples"], train["num_quarantined"], train["num_unreadable"]) == (19, 7, 0)
 
 
-def test_the_table_ends_in_keys_that_a_recipe_takes(folder: Path) -> None:
+def test_info_table_ends_in_keys_that_a_recipe_takes(folder: Path) -> None:
     result = run(folder)
     assert result.exit_code == 0
     said = result.stdout
@@ -163,7 +163,7 @@ def test_the_table_ends_in_keys_that_a_recipe_takes(folder: Path) -> None:
     assert config.preprocessing.mean == pytest.approx(collect_info(folder)[0].pixels.mean, abs=1e-4)  # type: ignore[union-attr]
 
 
-def test_without_training_images_there_are_no_colours(folder: Path) -> None:
+def test_info_has_no_colours_without_training_images(folder: Path) -> None:
     (folder / "train").rename(folder / "test")
     summary, datasets = collect_info(folder)
     assert summary.pixels is None and [d.split for d in datasets] == ["val", "test"]
@@ -186,7 +186,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_holds_every_class_and_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
+def test_grid_page_shows_every_class_and_loads_nothing(folder: Path, tmp_path: Path) -> None:
     (folder / "train" / "n3" / "x.jpg").write_bytes(b"text")
     result = run(folder, "--grid", tmp_path / "grid.html")
     assert result.exit_code == 3 and f"pictures: {tmp_path / 'grid.html'}" in result.stderr

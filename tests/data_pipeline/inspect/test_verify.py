@@ -97,7 +97,7 @@ def test_repaired_files_leave_the_list_on_another_run(folder: Path) -> None:
     assert "  val/b/empty.jpg (was: empty file)" in clean.stdout
 
 
-def test_any_number_of_workers_finds_the_same(folder: Path) -> None:
+def test_verify_finds_the_same_with_any_number_of_workers(folder: Path) -> None:
     reports = []
     for workers in (1, 2, 3):
         reports.append(verify(folder, workers=workers).splits)
@@ -121,7 +121,7 @@ def test_check_image_agrees_with_the_reference_decoder() -> None:
         check_image(encode(photo(50, 60), "PNG"), 2999)
 
 
-def test_tiny_imagenet_is_verified_in_its_own_layout(tmp_path: Path) -> None:
+def test_verify_reads_tiny_imagenet_in_its_own_layout(tmp_path: Path) -> None:
     root = tmp_path / "tiny"
     for synset_id in ("n01", "n02"):
         write_folder(root / "train" / synset_id, {"images": 3}, side=16, suffix=".JPEG")
@@ -158,7 +158,7 @@ def test_shards_give_the_findings_of_files_by_member_name(folder: Path, shards: 
     assert list(open_dataset(shards, "train").paths) == list(open_dataset(folder, "train").paths)
 
 
-def test_a_shard_with_a_wrong_hash_is_named(shards: Path) -> None:
+def test_verify_names_a_shard_with_a_wrong_hash(shards: Path) -> None:
     """Bits that rot in a label or in a comment of an image spoil no decoding."""
     first = entries(shards, "train")[0]
     path = shards / "train" / first["name"]
@@ -175,7 +175,7 @@ def test_a_shard_with_a_wrong_hash_is_named(shards: Path) -> None:
     assert run(shards).exit_code == 2
 
 
-def test_shards_from_elsewhere_are_verified_without_hashes(shards: Path, tmp_path: Path) -> None:
+def test_verify_reads_foreign_shards_without_hashes(shards: Path, tmp_path: Path) -> None:
     for path in sorted((shards / "train").glob("*.tar")):
         (tmp_path / f"mine-train-{path.name}").write_bytes(path.read_bytes())
     report = verify(tmp_path, ["train"], workers=1)

@@ -104,7 +104,7 @@ def blocks(image: npt.NDArray[np.int64]) -> list[list[int]]:
     return rounded
 
 
-def test_every_kind_of_file_on_every_backend(
+def test_backends_treat_every_kind_of_file_alike(
     cases: dict[str, Path], named_backend: tuple[str, ImageBackend]
 ) -> None:
     name, backend = named_backend
@@ -128,7 +128,7 @@ def test_every_kind_of_file_on_every_backend(
     assert len(faults) == len(REASONS)
 
 
-def test_the_golden_pixels_are_those_of_the_picture() -> None:
+def test_golden_pixels_are_those_of_the_picture() -> None:
     """Golden pixels are no proof of themselves: all kinds hold one picture, whose blocks NumPy knows."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     picture = photo(150, 200)
@@ -146,7 +146,7 @@ def test_the_golden_pixels_are_those_of_the_picture() -> None:
     assert len(unturned) == 23
 
 
-def test_a_file_that_vanishes_while_the_epoch_runs(
+def test_file_that_vanishes_during_an_epoch_is_left_out(
     tmp_path: Path, named_backend: tuple[str, ImageBackend], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, backend = named_backend
@@ -166,7 +166,7 @@ def test_a_file_that_vanishes_while_the_epoch_runs(
     assert caplog.messages == [f"left out {victim}: cannot be read: No such file or directory"]
 
 
-def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
+def test_file_without_permission_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(GOOD["jpeg gray"])
     (tmp_path / "secret.jpg").chmod(0)
     reasons: list[str] = []
@@ -185,7 +185,7 @@ def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     assert reasons == ["cannot be read: Permission denied"]
 
 
-def test_the_docs_have_a_row_for_every_case() -> None:
+def test_docs_have_a_row_for_every_kind_of_file() -> None:
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     table = text[text.index("| case |") :].splitlines()
     first = [row.split("|")[1].strip() for row in table[2:] if row.startswith("|")]

@@ -15,7 +15,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.readers import ReaderPool
 
 
-def test_a_killed_reader_is_one_line(dataset: Dataset) -> None:
+def test_killed_reader_process_is_one_error_line(dataset: Dataset) -> None:
     with closing(ReaderPool([dataset], 1)) as readers:
         readers.fetch(dataset, np.arange(3), 10**8)  # until it answers, it may not yet show its name
         (child,) = reader_processes()

@@ -28,7 +28,7 @@ def hashes(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): sha256_of(p) for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_the_same_input_gives_the_same_bytes(files: Path, shards: Path, tmp_path: Path) -> None:
+def test_sharding_is_reproducible_byte_for_byte(files: Path, shards: Path, tmp_path: Path) -> None:
     again = tmp_path / "moved"
     for path in files.rglob("*.*"):
         target = again / path.relative_to(files)
@@ -44,7 +44,7 @@ def test_the_same_input_gives_the_same_bytes(files: Path, shards: Path, tmp_path
     assert any(len(set(found)) > 1 for found in labels)  # mixed, for readers that go straight through
 
 
-def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
+def test_sharding_resumes_after_a_kill(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_folder(source / "train", {"a": 60, "b": 60}, side=60)
     write_shards(source, tmp_path / "whole", shard_bytes=20_000)
@@ -73,7 +73,7 @@ def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
         write_shards(source, out, shard_bytes=30_000)
 
 
-def test_resizing_shortens_what_is_longer(tmp_path: Path) -> None:
+def test_sharding_resizes_only_longer_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "in" / "train", {"a": 3, "b": 3}, side=80)
     small = encode(photo(30, 50), "PNG")
     (tmp_path / "in" / "train" / "b" / "small.png").write_bytes(small)
@@ -96,7 +96,7 @@ print(json.dumps(found))
 """
 
 
-def test_webdataset_reads_them(files: Path, shards: Path) -> None:
+def test_shards_are_readable_by_webdataset(files: Path, shards: Path) -> None:
     """In a process of its own, since it leaves its files open."""
     pytest.importorskip("webdataset", reason="needs webdataset: pip install 'alexnet[dev]'")
     urls = sorted((shards / "train").glob("*.tar"))
@@ -109,7 +109,7 @@ def test_webdataset_reads_them(files: Path, shards: Path) -> None:
     }
 
 
-def test_dalis_own_reader_reads_them(files: Path, shards: Path) -> None:
+def test_shards_are_readable_by_dalis_own_reader(files: Path, shards: Path) -> None:
     import nvidia.dali
     import nvidia.dali.fn
 

@@ -35,7 +35,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_shards_hold_the_same_dataset(files: Path, shards: Path) -> None:
+def test_shards_hold_the_same_samples_as_files(files: Path, shards: Path) -> None:
     assert splits_of(shards) == ("train", "val")
     for split in ("train", "val"):
         want, got = open_dataset(files, split), open_dataset(shards, split)
@@ -56,7 +56,7 @@ def test_shards_hold_the_same_dataset(files: Path, shards: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dali", "pillow"])
-def test_the_stream_is_the_same_bit_for_bit(files: Path, shards: Path, name: Any) -> None:
+def test_shards_give_the_same_stream_bit_for_bit(files: Path, shards: Path, name: Any) -> None:
     backend = make_backend(name, device="cpu", preprocessing=PREPROCESSING, max_batch=10, num_threads=2)
     loader = Loader(backend, PREPROCESSING)
 
@@ -79,7 +79,7 @@ def test_the_stream_is_the_same_bit_for_bit(files: Path, shards: Path, name: Any
     assert [reason for batch in from_files for reason in batch[4]] == ["empty file"] * 2
 
 
-def test_shards_from_elsewhere_are_listed_by_their_headers(shards: Path, tmp_path: Path) -> None:
+def test_foreign_shards_are_listed_by_their_headers(shards: Path, tmp_path: Path) -> None:
     for path in sorted((shards / "train").glob("*.tar")):
         (tmp_path / f"mine-train-{path.name}").write_bytes(path.read_bytes())
     dataset = open_dataset(tmp_path, "train")
@@ -120,7 +120,7 @@ CRAFTED: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(CRAFTED))
-def test_a_crafted_index_is_refused(copy: Path, kind: str) -> None:
+def test_crafted_shard_index_is_refused(copy: Path, kind: str) -> None:
     edit, reason = CRAFTED[kind]
     path = copy / "train" / "shard-000000.json"
     index = json.loads(path.read_bytes())
@@ -151,7 +151,7 @@ def test_damaged_shards_are_named(copy: Path) -> None:
         open_dataset(copy, "train")
 
 
-def test_a_sample_is_only_read_where_its_header_stands(copy: Path) -> None:
+def test_shard_sample_is_read_only_at_its_header(copy: Path) -> None:
     path = copy / "val" / "shard-000000.json"
     index = json.loads(path.read_bytes())
     for name in ("offsets", "sizes"):  # two samples exchanged: each would be read under the other's label
@@ -174,7 +174,7 @@ def num_open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_many_threads_read_through_few_open_files(
+def test_shard_reader_shares_few_open_files_among_threads(
     shards: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_reader, "MAX_HANDLES", 2)

@@ -19,12 +19,12 @@ from data_pipeline.transforms.augment import Augment
         ({"crop": "centre"}, "Invalid enum value 'centre'"),
     ],
 )
-def test_augment_says_what_is_allowed(values: dict[str, object], message: str) -> None:
+def test_augment_error_says_what_is_allowed(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         msgspec.convert(values, Augment)
 
 
-def test_values_out_of_range_say_what_is_allowed() -> None:
+def test_augment_error_says_which_colour_values_are_allowed() -> None:
     for wrong, text in (
         ({"hue": 0.6}, "hue must be 0"),
         ({"mixup": 0.01}, "Beta distribution's alpha"),

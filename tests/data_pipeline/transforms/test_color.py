@@ -22,7 +22,7 @@ FILES = [encode(photo(90, 120, seed=i), "PNG") for i in range(6)]
 SIZES = [(90, 120)] * len(FILES)
 
 
-def test_colours_are_those_of_the_reference(backend: PillowBackend | DaliBackend) -> None:
+def test_colour_augmentation_matches_the_reference(backend: PillowBackend | DaliBackend) -> None:
     """Within one level: a resized pixel is rounded before the colours, and may fall either way."""
     plain = train_crop_params(SIZES, 2, range(6), 7, PREPROCESSING, Augment())
     vivid = train_crop_params(SIZES, 2, range(6), 7, PREPROCESSING, COLORFUL)
@@ -33,7 +33,7 @@ def test_colours_are_those_of_the_reference(backend: PillowBackend | DaliBackend
     assert np.abs(after.astype(int) - before).mean() > 5
 
 
-def test_the_papers_noise_has_its_covariance() -> None:
+def test_pca_noise_has_the_papers_covariance() -> None:
     colors = colors_at(1, 0, np.arange(40_000), Augment(pca=0.1))
     assert colors is not None and np.abs(colors[:, :, :3] - np.eye(3)).max() < 1e-6
     augment = Augment()
@@ -42,7 +42,7 @@ def test_the_papers_noise_has_its_covariance() -> None:
     assert np.abs(np.cov(colors[:, :, 3].T) - expected).max() < 0.03 * expected.max()
 
 
-def test_a_samples_colours_follow_from_its_position() -> None:
+def test_colours_of_a_sample_follow_from_its_position() -> None:
     every = colors_at(3, 5, np.arange(50), COLORFUL)
     alone = colors_at(3, 5, [17], COLORFUL)
     assert every is not None and alone is not None and np.array_equal(every[17], alone[0])

@@ -39,7 +39,7 @@ sizes = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size
 
 @pytest.mark.parametrize("crop", AUGMENTS)
 @given(sizes=sizes, seed=seeds)
-def test_windows_lie_inside_and_crops_fit(crop: str, sizes: list[tuple[int, int]], seed: int) -> None:
+def test_crop_windows_lie_inside_the_image(crop: str, sizes: list[tuple[int, int]], seed: int) -> None:
     crops = train_crop_params(sizes, 0, np.arange(len(sizes)), seed, PREPROCESSING, AUGMENTS[crop])
     for recipe in (crops, eval_crop_params(sizes, PREPROCESSING)):
         y, x, h, w = recipe.windows.T
@@ -51,7 +51,7 @@ def test_windows_lie_inside_and_crops_fit(crop: str, sizes: list[tuple[int, int]
 
 
 @given(sizes=sizes, seed=seeds, data=st.data())
-def test_a_sample_does_not_depend_on_its_neighbours(
+def test_crop_of_a_sample_does_not_depend_on_its_neighbours(
     sizes: list[tuple[int, int]], seed: int, data: st.DataObject
 ) -> None:
     positions = np.arange(100, 100 + len(sizes))
@@ -111,7 +111,7 @@ def test_evaluation_crops_are_torchvisions_to_the_pixel(
     assert np.array_equal(images[0], np.asarray(expected))
 
 
-def test_the_papers_crops_lie_in_the_centre_square() -> None:
+def test_paper_crops_lie_in_the_centre_square() -> None:
     """375 x 500 becomes 72 x 96: the square is columns 12 to 84, in which a crop of 64 has 9 places."""
     augment = AUGMENTS["random_square"]
     cut = train_crop_params([(375, 500)] * 300, 0, np.arange(300), 5, PREPROCESSING, augment)
@@ -121,7 +121,7 @@ def test_the_papers_crops_lie_in_the_centre_square() -> None:
     assert sorted(set(whole.offsets[:, 1].tolist())) == list(range(33))
 
 
-def test_flips_come_as_often_as_asked() -> None:
+def test_flips_have_the_configured_probability() -> None:
     positions = np.arange(10_000)
     for flip in (0.0, 0.25, 1.0):
         augment = Augment(crop="center", flip=flip)
@@ -130,13 +130,13 @@ def test_flips_come_as_often_as_asked() -> None:
         assert flip not in (0.0, 1.0) or flips.mean() == flip
 
 
-def test_a_long_strip_is_cut_in_its_middle() -> None:
+def test_crop_of_a_long_strip_is_its_middle() -> None:
     crops = eval_crop_params([(2, 5000)], PREPROCESSING)
     assert crops.windows.tolist() == [[0, 2484, 2, 32]]
     assert crops.sizes.tolist() == [[72, 1152]]
 
 
-def test_ten_crops_are_torchvisions(backend: PillowBackend | DaliBackend) -> None:
+def test_ten_crop_views_are_torchvisions(backend: PillowBackend | DaliBackend) -> None:
     images = as_numpy(backend.decode(FILES, ten_crop_params(SIZES, PREPROCESSING)).images)
     assert images.shape == (6, 10, 64, 64, 3)
     wide = PillowBackend(max_batch=16, num_threads=1)

@@ -19,14 +19,14 @@ BOTH = Augment(mixup=0.4, cutmix=1.0, mix_probability=0.8)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 200), st.integers(1, 64))
-def test_pairs_are_never_parted(global_batch: int, world_size: int) -> None:
+def test_mixing_pairs_stay_on_one_rank(global_batch: int, world_size: int) -> None:
     shares = [rank_slice(global_batch, rank, world_size, 2) for rank in range(world_size)]
     assert [i for s in shares for i in range(s.start, s.stop)] == list(range(global_batch))
     assert all(s.start % 2 == 0 or s.start == global_batch for s in shares)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_plan_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
+def test_mix_params_are_equal_on_any_number_of_ranks(world_size: int) -> None:
     whole = mix_params_at(5, 0, positions_at(3, 100, 14, 0, 1)[1], BOTH, 64)
     assert whole is not None
     weights, boxes = [], []
@@ -39,7 +39,7 @@ def test_the_plan_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
     assert np.array_equal(np.concatenate(boxes), whole.boxes)
 
 
-def test_mixing_on_the_device_is_the_references() -> None:
+def test_mixing_on_the_device_matches_the_reference() -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     labels = random.integers(0, 10, 40)
@@ -72,7 +72,7 @@ def test_unreadable_samples_are_not_mixed_in() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0, 2.0])
-def test_the_weights_follow_their_distribution(alpha: float) -> None:
+def test_mixup_weights_follow_the_beta_distribution(alpha: float) -> None:
     drawn = beta_quantile((np.arange(100_000) + 0.5) / 100_000, alpha)
     assert abs(drawn.mean() - 0.5) < 1e-3
     assert abs(drawn.var() - 1 / (4 * (2 * alpha + 1))) < 1e-3

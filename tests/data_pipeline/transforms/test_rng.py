@@ -8,7 +8,7 @@ from data_pipeline.transforms.rng import hash_at, uniform_at
 from data_pipeline.transforms.sampler import permutation_at
 
 
-def test_the_hash_is_the_published_one() -> None:
+def test_hash_is_the_published_splitmix64() -> None:
     """Our vectorised mix against plain Python integers."""
     mask = 2**64 - 1
 
@@ -24,7 +24,7 @@ def test_the_hash_is_the_published_one() -> None:
         assert int(hash_at(*inputs)) == state
 
 
-def test_the_numbers_are_uniform_and_unrelated() -> None:
+def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     draws = uniform_at(0, 0, np.arange(20_000)[:, None], np.arange(6))
     assert abs(draws.mean(axis=0) - 0.5).max() < 0.01
     assert abs(draws.var(axis=0) - 1 / 12).max() < 0.002

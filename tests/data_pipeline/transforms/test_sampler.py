@@ -25,7 +25,7 @@ OFFSETS = [[2, 32], [2, 7]]
 seeds = st.integers(-(2**63), 2**64 - 1)
 
 
-def test_the_stream_is_pinned() -> None:
+def test_sample_stream_is_pinned() -> None:
     """A checkpoint resumed with another version of this code must see the same order: never update these."""
     assert hash_at(1234, 5, [0, 1, 2], 3).tolist() == HASHES
     assert permutation_at(7, 2, 10).tolist() == PERMUTATION
@@ -39,12 +39,12 @@ def test_the_stream_is_pinned() -> None:
 
 
 @given(seed=seeds, epoch=st.integers(0, 1000), num_samples=st.integers(1, 500))
-def test_an_epoch_holds_every_sample_once(seed: int, epoch: int, num_samples: int) -> None:
+def test_epoch_holds_every_sample_once(seed: int, epoch: int, num_samples: int) -> None:
     assert sorted(permutation_at(seed, epoch, num_samples)) == list(range(num_samples))
 
 
 @given(count=st.integers(0, 5000), world_size=st.integers(1, 64))
-def test_the_ranks_shares_are_the_whole(count: int, world_size: int) -> None:
+def test_rank_slices_partition_the_batch(count: int, world_size: int) -> None:
     shares = [range(count)[rank_slice(count, rank, world_size)] for rank in range(world_size)]
     assert [i for share in shares for i in share] == list(range(count))
     lengths = [len(share) for share in shares]
@@ -52,7 +52,7 @@ def test_the_ranks_shares_are_the_whole(count: int, world_size: int) -> None:
 
 
 @given(data=st.data(), num_samples=st.integers(1, 300), world_size=st.integers(1, 64))
-def test_a_step_is_the_same_on_any_number_of_ranks(
+def test_step_has_the_same_samples_on_any_number_of_ranks(
     data: st.DataObject, num_samples: int, world_size: int
 ) -> None:
     global_batch = data.draw(st.integers(1, num_samples))
@@ -66,7 +66,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks(
     assert whole.tolist() == [step % per_epoch * global_batch + i for i in range(global_batch)]
 
 
-def test_a_batch_larger_than_the_data_is_refused() -> None:
+def test_global_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(UserError, match=r"global_batch 11 is larger than the training set of 10 images"):
         steps_per_epoch(10, 11)
     with pytest.raises(ValueError, match=r"rank 3 is not in 0..2"):

@@ -17,7 +17,7 @@ from infer.bundle.write import measure_files, staging_folder, write_bundle
 from tests.helpers.infer_samples import edit_manifest, tiny_manifest, write_tiny
 
 
-def test_written_bundle_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_written_bundle_is_read_back_without_leftovers(tmp_path: Path) -> None:
     target = tmp_path / "export" / "onnx-fp32"
     for content in (b"first", b"second"):
         with staging_folder(target) as staging:
@@ -120,7 +120,7 @@ def test_another_schema_is_the_users_to_solve(tmp_path: Path) -> None:
         load_bundle(folder)
 
 
-def test_newest_export_is_found_by_what_it_says_not_by_its_files_time(tmp_path: Path) -> None:
+def test_newest_export_is_found_by_its_manifests_date(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with pytest.raises(UserError, match="run `alexnet export` first"):
         find_bundle(None, runs=runs)
@@ -145,7 +145,7 @@ def test_newest_export_is_found_by_what_it_says_not_by_its_files_time(tmp_path: 
     assert find_bundle(None, runs=runs) == older
 
 
-def test_wrong_path_says_so(tmp_path: Path) -> None:
+def test_wrong_bundle_path_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         find_bundle(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no bundle\.json"):

@@ -66,7 +66,7 @@ def inputs(base: Path, tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("decoder", ["auto", "pillow"])
-def test_one_row_for_each_input_in_order(
+def test_predict_gives_one_row_for_each_input_in_order(
     bundle: Bundle, inputs: list[Path], batch_size: int, decoder: DecoderName
 ) -> None:
     with Predictor(bundle, backend="onnx", device="cpu", batch_size=batch_size, decoder=decoder) as predictor:
@@ -83,7 +83,7 @@ def test_one_row_for_each_input_in_order(
             assert all(CLASSES[p.class_id] == p.label for p in row.predictions)
 
 
-def test_rows_are_the_checkpoints_predictions(base: Path, bundle: Bundle, inputs: list[Path]) -> None:
+def test_predict_rows_are_the_checkpoints_predictions(base: Path, bundle: Bundle, inputs: list[Path]) -> None:
     run = torch_runner(load_checkpoint(checkpoint_folder(base)))
     good = [path for path in inputs if "val" in path.parts]
     with Predictor(bundle, device="cpu", top=1, decoder="pillow", batch_size=4) as predictor:
@@ -99,7 +99,7 @@ def test_rows_are_the_checkpoints_predictions(base: Path, bundle: Bundle, inputs
         assert row.predictions[0].probability == pytest.approx(float(expected.max()), abs=1e-4)
 
 
-def test_rows_stream_and_inputs_are_not_all_taken_first(base: Path, bundle: Bundle) -> None:
+def test_predict_streams_rows_and_reads_inputs_lazily(base: Path, bundle: Bundle) -> None:
     image = images_in(data_folder(base) / "val")[0]
     taken = 0
 
@@ -116,7 +116,9 @@ def test_rows_stream_and_inputs_are_not_all_taken_first(base: Path, bundle: Bund
         rows.close()  # type: ignore[attr-defined]
 
 
-def test_arguments_are_checked_before_the_first_row(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_predict_checks_arguments_before_the_first_row(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
     for top in (0, 11):
         with pytest.raises(UserError, match=r"the model has 10 classes; use 1 to 10"):
             Predictor(bundle, top=top)
@@ -146,7 +148,7 @@ def test_file_names_survive_json(base: Path, tmp_path: Path, predictor: Predicto
     ]
 
 
-def test_error_rows_in_json(predictor: Predictor, tmp_path: Path) -> None:
+def test_error_row_in_json_has_the_reason(predictor: Predictor, tmp_path: Path) -> None:
     stream = io.BytesIO()
     write_jsonl(predictor(tmp_path / "gone.jpg"), stream)
     row = json.loads(stream.getvalue())
@@ -154,7 +156,7 @@ def test_error_rows_in_json(predictor: Predictor, tmp_path: Path) -> None:
     assert "No such file" in row["error"]
 
 
-def test_equal_probabilities_rank_by_class() -> None:
+def test_top_k_ranks_equal_probabilities_by_class() -> None:
     (row,) = top_k(np.array([[0.2, 0.4, 0.4]], np.float32), ("a", "b", "c"), 3)
     assert [p.label for p in row] == ["b", "c", "a"]
 
@@ -173,7 +175,7 @@ ROWS: list[Row] = [
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
-def test_table_escapes_cuts_and_hides_no_reason(width: int) -> None:
+def test_table_escapes_and_cuts_but_keeps_the_reason(width: int) -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=True, color_system=None)
     writer = TableWriter(console, 2)
@@ -190,7 +192,7 @@ def test_table_escapes_cuts_and_hides_no_reason(width: int) -> None:
     assert visible("plain ü 数") == "plain ü 数"
 
 
-def test_narrow_terminals_show_fewer_classes() -> None:
+def test_table_shows_fewer_classes_on_narrow_terminals() -> None:
     assert [layout(width, 5)[2] for width in (20, 40, 60, 80)] == [1, 2, 3, 5]
     for width in (40, 80, 100, 200):
         path, cell, shown = layout(width, 5)
@@ -249,7 +251,7 @@ def test_evaluation_counts_what_it_could_not_read(
         evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
 
 
-def test_predicting_imports_neither_torch_nor_train(tmp_path: Path) -> None:
+def test_prediction_imports_neither_torch_nor_train(tmp_path: Path) -> None:
     code = (
         "import sys, infer.predict.rows, infer.predict.table, infer.runtime.choose, infer.bundle.load\n"
         "import infer.evaluate\n"
@@ -261,7 +263,7 @@ def test_predicting_imports_neither_torch_nor_train(tmp_path: Path) -> None:
     assert set(json.loads(done.stdout.replace("'", '"'))) <= {"PIL.Image"}
 
 
-def test_a_whole_prediction_needs_neither_torch_nor_train(base: Path, bundle: Bundle) -> None:
+def test_prediction_runs_without_torch_and_train(base: Path, bundle: Bundle) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -282,7 +284,7 @@ with Predictor(load_bundle(Path(sys.argv[1]))) as predictor:
     assert "ONNX Runtime" in done.stderr
 
 
-def test_bad_files_are_rows_and_not_also_log_lines(
+def test_bad_files_are_rows_and_not_log_lines(
     predictor: Predictor, inputs: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):

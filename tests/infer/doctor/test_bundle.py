@@ -53,7 +53,7 @@ def remeasure(folder: Path) -> None:
     edit_manifest(folder, files=msgspec.to_builtins(files))
 
 
-def test_a_whole_bundle_is_told_with_its_provenance_gate_and_where_it_loads(bundle: Bundle) -> None:
+def test_doctor_reports_origin_gate_and_gpus_of_a_bundle(bundle: Bundle) -> None:
     result = doctor(bundle.folder, "--json")
     assert result.exit_code == 0, result.stderr
     found = msgspec.json.decode(result.stdout)
@@ -83,7 +83,7 @@ def test_a_whole_bundle_is_told_with_its_provenance_gate_and_where_it_loads(bund
 
 
 @pytest.mark.skipif(bool(scan_gpus().gpus), reason="this machine has a GPU")
-def test_without_a_gpu_the_engine_is_said_not_to_run_and_what_runs_instead(bundle: Bundle) -> None:
+def test_doctor_without_a_gpu_names_what_runs_instead(bundle: Bundle) -> None:
     found = examine_bundle(bundle.folder)
     assert found.here["model.engine"] == f"no: {scan_gpus().reason}"
     assert found.here["model.onnx on the GPU"] == f"no: {scan_gpus().reason}"
@@ -96,7 +96,9 @@ def test_without_a_gpu_the_engine_is_said_not_to_run_and_what_runs_instead(bundl
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.cpu.onnx", "model.engine"])
 @pytest.mark.parametrize("how", ["bit", "cut", "longer", "gone", "link"])
-def test_a_changed_file_is_code_1_and_nothing_runs_it(base: Path, copy: Path, name: str, how: str) -> None:
+def test_doctor_exits_1_on_a_changed_file_and_runs_nothing(
+    base: Path, copy: Path, name: str, how: str
+) -> None:
     path = copy / name
     if how == "bit":
         flip_bit(path, path.stat().st_size // 2)
@@ -139,7 +141,7 @@ def test_a_changed_file_is_code_1_and_nothing_runs_it(base: Path, copy: Path, na
         lambda text: text.replace(b"manifest_sha256", b"manifest_sha255"),
     ],
 )  # fmt: skip
-def test_a_manifest_changed_by_a_word_is_refused(copy: Path, change: Callable[[bytes], bytes]) -> None:
+def test_manifest_with_a_changed_word_is_refused(copy: Path, change: Callable[[bytes], bytes]) -> None:
     path = copy / "bundle.json"
     before = path.read_bytes()
     path.write_bytes(change(before))
@@ -150,7 +152,7 @@ def test_a_manifest_changed_by_a_word_is_refused(copy: Path, change: Callable[[b
     assert line.startswith(f"error: {path}: ") and line.endswith("export the checkpoint again")
 
 
-def test_only_spaces_and_the_order_of_keys_are_no_change(copy: Path) -> None:
+def test_manifest_digest_ignores_spaces_and_key_order(copy: Path) -> None:
     path = copy / "bundle.json"
     plain = msgspec.json.decode(path.read_bytes())
     path.write_bytes(msgspec.json.encode(dict(reversed(plain.items()))))
@@ -165,7 +167,7 @@ def test_a_gate_report_beyond_its_limits_is_refused_though_its_digest_fits(copy:
     assert result.exit_code == 1 and "beyond its own limits: a probability differs by 0.5" in result.stderr
 
 
-def test_a_model_of_another_checkpoint_is_found_though_all_hashes_fit(copy: Path, bundle: Bundle) -> None:
+def test_doctor_finds_a_model_of_another_checkpoint(copy: Path, bundle: Bundle) -> None:
     model = onnx.load(copy / "model.cpu.onnx", load_external_data=False)
     (entry,) = (p for p in model.metadata_props if p.key == "checkpoint_sha256")
     entry.value = "2" * 64
@@ -180,7 +182,7 @@ def test_a_model_of_another_checkpoint_is_found_though_all_hashes_fit(copy: Path
         OnnxBackend(load_bundle(copy), "cpu")
 
 
-def test_an_engine_of_another_checkpoint_is_found_though_all_hashes_fit(copy: Path, bundle: Bundle) -> None:
+def test_doctor_finds_an_engine_of_another_checkpoint(copy: Path, bundle: Bundle) -> None:
     plan = (copy / "model.engine").read_bytes()
     ours = bundle.manifest.checkpoint.sha256.encode()
     assert plan.count(ours) >= 1
@@ -193,7 +195,7 @@ def test_an_engine_of_another_checkpoint_is_found_though_all_hashes_fit(copy: Pa
     assert found.here["model.engine"] == "damaged"
 
 
-def test_what_a_bundle_does_not_list_is_named_and_not_used(copy: Path) -> None:
+def test_doctor_names_unlisted_files_which_are_not_used(copy: Path) -> None:
     (copy / "model.plan").write_bytes(b"something else")
     result = doctor(copy)
     assert result.exit_code == 0, result.stderr
@@ -217,7 +219,7 @@ def test_a_manifest_without_its_digest_is_refused(copy: Path) -> None:
     assert "does not match its manifest_sha256" in doctor(copy).stderr
 
 
-def test_wrong_paths_are_code_2(tmp_path: Path) -> None:
+def test_doctor_exits_2_on_wrong_paths(tmp_path: Path) -> None:
     assert doctor(tmp_path).exit_code == 2
     assert "holds no bundle.json" in doctor(tmp_path).stderr
     assert "does not exist" in doctor(tmp_path / "nowhere").stderr
@@ -227,7 +229,7 @@ def test_wrong_paths_are_code_2(tmp_path: Path) -> None:
     assert "has no gate report" in doctor(tmp_path / "draft").stderr
 
 
-def test_bytes_that_are_no_model_are_told_as_such(tmp_path: Path) -> None:
+def test_doctor_reports_bytes_that_are_no_model(tmp_path: Path) -> None:
     """Right hash, no model: the runtime's refusal is an answer, not a crash."""
     found = examine_bundle(write_tiny(tmp_path / "tiny"))
     assert found.here["model.onnx on the CPU"].startswith("no: ONNX Runtime cannot load the model: ")
@@ -235,7 +237,7 @@ def test_bytes_that_are_no_model_are_told_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_the_engine_is_loaded_and_run_here(bundle: Bundle) -> None:
+def test_doctor_loads_and_runs_the_engine(bundle: Bundle) -> None:
     if reason := why_no_engine(bundle, probe_machine()):
         pytest.skip(reason)
     found = examine_bundle(bundle.folder)

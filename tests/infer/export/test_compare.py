@@ -23,7 +23,7 @@ def test_ties_count_as_agreement_and_are_counted() -> None:
     assert agreement.accuracy == 0
 
 
-def test_five_best_are_compared_as_a_set() -> None:
+def test_top5_is_compared_as_a_set() -> None:
     expected = np.array([[0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.05]], np.float32)
     for swap, share in (((1, 2), 1.0), ((4, 5), 0.0)):
         found = expected.copy()
@@ -32,7 +32,7 @@ def test_five_best_are_compared_as_a_set() -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_probability_that_is_no_number_fails(side: int) -> None:
+def test_gate_fails_on_a_probability_that_is_not_finite(side: int) -> None:
     values = [np.array([[0.5, 0.5]], np.float32), np.array([[0.5, 0.5]], np.float32)]
     values[side][0, 0] = np.nan
     with pytest.raises(GateError, match="not finite"):

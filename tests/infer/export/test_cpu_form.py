@@ -43,7 +43,7 @@ def test_banded_lrn_is_what_onnx_defines(size: int, beta: float, channels_last: 
     np.testing.assert_allclose(norm(torch.from_numpy(x)).numpy(), expected, rtol=0, atol=1e-6)
 
 
-def test_a_bundle_has_a_form_for_the_cpu_that_reads_the_others_weights(bundle: Bundle) -> None:
+def test_cpu_form_shares_the_weights_of_the_model(bundle: Bundle) -> None:
     cpu = bundle.manifest.cpu
     assert cpu is not None and (cpu.file, cpu.reads) == (CPU_NAME, ONNX_NAME)
     assert bundle.cpu_path.stat().st_size < 0.01 * bundle.onnx_path.stat().st_size
@@ -55,7 +55,7 @@ def test_a_bundle_has_a_form_for_the_cpu_that_reads_the_others_weights(bundle: B
     assert report is not None and report.cpu is not None and report.cpu.top1_agreement == 1
 
 
-def test_a_network_without_lrn_needs_no_form_of_its_own(base: Path, tmp_path: Path) -> None:
+def test_cpu_form_is_not_made_without_lrn(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base, "owt"))
     export_for_cpu(checkpoint, tmp_path / CPU_NAME, tmp_path / ONNX_NAME, precision="fp32")
     assert not (tmp_path / CPU_NAME).exists()
@@ -70,7 +70,7 @@ def for_int8(
     return path, export_for_int8_cpu(load_checkpoint(checkpoint_folder(base)), path)
 
 
-def test_pixels_go_into_the_first_convolution_as_they_are(
+def test_folded_normalisation_feeds_raw_pixels_to_conv1(
     bundle: Bundle, for_int8: tuple[Path, list[float]]
 ) -> None:
     """The border, too: the convolution pads with zeros where the normalisation would have made them."""
@@ -79,7 +79,7 @@ def test_pixels_go_into_the_first_convolution_as_they_are(
     np.testing.assert_allclose(probabilities(for_int8[0]), probabilities(bundle.onnx_path), rtol=0, atol=2e-6)
 
 
-def test_int8_for_the_cpu_has_unsigned_activations_and_weights_of_7_bits(
+def test_int8_cpu_form_has_uint8_activations_and_7_bit_weights(
     bundle: Bundle, for_int8: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
     path = tmp_path / CPU_NAME

@@ -92,7 +92,7 @@ def test_onnx_equals_torch_at_any_batch(bundle: Bundle, checkpoint: Checkpoint, 
 
 
 @pytest.mark.parametrize(("name", "num_lrn"), [("caffe", 2), ("owt", 0), ("bn", 0)])
-def test_the_rest_of_the_family(
+def test_other_networks_export_and_agree(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, num_lrn: int
 ) -> None:
     other = load_checkpoint(checkpoint_folder(base, name))
@@ -105,7 +105,7 @@ def test_the_rest_of_the_family(
     np.testing.assert_allclose(found, torch_runner(other)(random_images(5)), atol=3e-5)
 
 
-def test_manifest_tells_where_it_came_from(bundle: Bundle) -> None:
+def test_manifest_names_its_checkpoint(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert (manifest.checkpoint.step, manifest.checkpoint.recipe, manifest.checkpoint.model) == (
         7,
@@ -123,7 +123,7 @@ def test_manifest_tells_where_it_came_from(bundle: Bundle) -> None:
     assert gate.onnx.accuracy == gate.checkpoint_accuracy
 
 
-def test_engine_says_where_it_loads(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def test_engine_names_the_gpus_on_which_it_loads(bundle: Bundle, checkpoint: Checkpoint) -> None:
     engine = bundle.manifest.engine
     assert engine is not None and bundle.engine_path is not None
     assert engine.profile_batches == (1, 8, 8)
@@ -136,7 +136,7 @@ def test_engine_says_where_it_loads(bundle: Bundle, checkpoint: Checkpoint) -> N
         assert gate is not None and (gate.engine is None) == bool(gate.engine_not_run)
 
 
-def test_engine_build_says_what_it_does_not_cover(
+def test_engine_build_logs_the_gpus_it_does_not_cover(
     bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "infer"):
@@ -153,7 +153,7 @@ def test_engine_build_says_what_it_does_not_cover(
         assert "do not load on Hopper (sm90) and, in fp32, on sm75" in caplog.messages[1]
 
 
-def test_model_that_tensorrt_cannot_parse_is_one_clear_error(tmp_path: Path) -> None:
+def test_unparsable_model_is_one_clear_tensorrt_error(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Transpose", ["images"], ["out"], perm=[0, 3, 1, 2])
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
@@ -230,7 +230,7 @@ def test_max_batch_has_bounds(base: Path, max_batch: int) -> None:
         export_model(checkpoint_folder(base), "onnx", max_batch=max_batch)
 
 
-def test_onnx_bundle_of_one_image_a_batch(base: Path, tmp_path: Path) -> None:
+def test_onnx_bundle_with_a_max_batch_of_1(base: Path, tmp_path: Path) -> None:
     bundle = export_model(checkpoint_folder(base), "onnx", max_batch=1, out=tmp_path / "one")
     assert load_bundle(tmp_path / "one") == bundle
     assert bundle.engine_path is None and sorted(p.name for p in bundle.folder.iterdir()) == [

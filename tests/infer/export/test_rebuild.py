@@ -40,9 +40,7 @@ def export(*arguments: object) -> Result:
 
 
 @NO_GPU_HERE
-def test_a_damaged_engine_is_built_again_and_the_onnx_file_keeps_its_bytes_and_verdict(
-    copy: Path, bundle: Bundle
-) -> None:
+def test_rebuild_replaces_a_damaged_engine_and_keeps_the_onnx(copy: Path, bundle: Bundle) -> None:
     (copy / "model.engine").write_bytes(b"rust")
     done = export(copy, "--format", "trt", "--opt-batch", 2, "--max-batch", 4, "--builder-level", 1)
     assert done.exit_code == 0, done.stderr
@@ -64,7 +62,7 @@ def test_a_damaged_engine_is_built_again_and_the_onnx_file_keeps_its_bytes_and_v
     assert sorted(p.name for p in copy.parent.iterdir()) == ["copy"]
 
 
-def test_a_damaged_onnx_file_builds_nothing(copy: Path) -> None:
+def test_rebuild_refuses_a_damaged_onnx_file(copy: Path) -> None:
     with (copy / "model.onnx").open("ab") as file:
         file.write(b"x")
     before = (copy / "model.engine").read_bytes()
@@ -74,7 +72,7 @@ def test_a_damaged_onnx_file_builds_nothing(copy: Path) -> None:
 
 
 @NO_GPU_HERE
-def test_a_bundle_without_an_engine_gets_one_beside_it_and_stays(bundle: Bundle, tmp_path: Path) -> None:
+def test_rebuild_of_an_onnx_bundle_writes_one_beside_it(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "export" / "onnx-fp32"
     folder.mkdir(parents=True)
     for path in (bundle.onnx_path, bundle.cpu_path):
@@ -101,7 +99,7 @@ def test_a_bundle_without_an_engine_gets_one_beside_it_and_stays(bundle: Bundle,
     assert "trt-fp32 holds the export of another checkpoint: say where with --out" in refused.stderr
 
 
-def test_building_needs_neither_torch_nor_the_trainer(copy: Path) -> None:
+def test_rebuild_runs_without_torch_and_train(copy: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'train', 'onnx'): sys.modules[name] = None\n"
@@ -136,7 +134,7 @@ def runs_here(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return by
 
 
-def test_an_engine_that_runs_is_held_against_the_onnx_file(
+def test_rebuilt_engine_is_compared_with_the_onnx_file(
     base: Path, copy: Path, runs_here: list[float]
 ) -> None:
     runs_here[0] = 1e-6
@@ -153,7 +151,7 @@ def test_an_engine_that_runs_is_held_against_the_onnx_file(
     assert "unknown: it loads and runs here, and was compared on no images: " in done.stdout
 
 
-def test_an_engine_that_differs_replaces_nothing_and_is_code_4(
+def test_rebuilt_engine_that_differs_is_code_4_and_not_kept(
     base: Path, copy: Path, runs_here: list[float]
 ) -> None:
     runs_here[0] = 0.01
@@ -179,7 +177,7 @@ def test_an_engine_beyond_its_limits_is_refused_though_its_digest_fits(base: Pat
     assert "was either compared or it was not" in CliRunner().invoke(main, ["doctor", str(copy)]).stderr
 
 
-def test_wrong_uses_of_a_bundle_are_one_line_and_code_2(bundle: Bundle, tmp_path: Path) -> None:
+def test_rebuild_refuses_wrong_options_with_code_2(bundle: Bundle, tmp_path: Path) -> None:
     for arguments, words in (
         ((), "is exported already: --format trt builds its engine for this machine, --triton DIR writes"),
         (("--format", "onnx"), "is exported already"),
@@ -199,13 +197,13 @@ def test_wrong_uses_of_a_bundle_are_one_line_and_code_2(bundle: Bundle, tmp_path
 
 
 @NO_GPU_HERE
-def test_timing_caches_are_tensorrts_and_never_ignored(bundle: Bundle, tmp_path: Path) -> None:
+def test_timing_cache_is_refused_for_tensorrt_rtx(bundle: Bundle, tmp_path: Path) -> None:
     done = export(bundle.folder, "--format", "trt", "--timing-cache", tmp_path / "cache")
     assert done.exit_code == 2 and "--timing-cache is for tensorrt, and the engine" in done.stderr
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_is_no_timing_cache_is_refused(tmp_path: Path) -> None:
+def test_timing_cache_that_is_none_is_refused(tmp_path: Path) -> None:
     """TensorRT-RTX has the calls, and does nothing with what they make; TensorRT has the same ones."""
     trt = pytest.importorskip("tensorrt_rtx")
     build = _Build(trt, "fp32")
@@ -226,7 +224,7 @@ def test_the_precision_check_holds_the_versions_of_onnx(bundle: Bundle) -> None:
 
 
 @pytest.mark.gpu
-def test_an_engine_built_here_runs_here_and_is_compared(base: Path, copy: Path) -> None:
+def test_rebuilt_engine_runs_here_and_agrees(base: Path, copy: Path) -> None:
     done = export(copy, "--format", "trt", "--data", data_folder(base), "--builder-level", 1)
     assert done.exit_code == 0, done.stderr
     bundle = load_bundle(copy)
@@ -238,7 +236,7 @@ def test_an_engine_built_here_runs_here_and_is_compared(base: Path, copy: Path) 
 
 
 @pytest.mark.gpu
-def test_a_timing_cache_is_written_and_read(bundle: Bundle, tmp_path: Path) -> None:
+def test_timing_cache_is_written_and_read(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt")
     cache = tmp_path / "timings"
     for _ in range(2):

@@ -48,15 +48,13 @@ def export(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
-def test_the_schema_would_refuse_what_is_not_in_it(schema: ModuleType) -> None:
+def test_triton_schema_refuses_unknown_keys_and_types(schema: ModuleType) -> None:
     for text in ("max_batch: 3", 'max_batch_size: "3"', "input [ { data_type: TYPE_UINT9 } ]"):
         with pytest.raises(text_format.ParseError):
             parse(text, schema)
 
 
-def test_an_onnx_model_is_written_as_triton_reads_it(
-    bundle: Bundle, tmp_path: Path, schema: ModuleType
-) -> None:
+def test_triton_repository_of_an_onnx_model(bundle: Bundle, tmp_path: Path, schema: ModuleType) -> None:
     root = tmp_path / "models"
     done = export(bundle.folder, "--format", "onnx", "--triton", root)
     assert done.exit_code == 0, done.stderr
@@ -89,7 +87,7 @@ def test_an_onnx_model_is_written_as_triton_reads_it(
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
-def test_an_engines_config_is_that_of_its_profile(tmp_path: Path, schema: ModuleType) -> None:
+def test_triton_config_of_an_engine_has_its_profile(tmp_path: Path, schema: ModuleType) -> None:
     manifest = with_engine("tensorrt", "11.0", ("sm89",))
     assert manifest.engine is not None and manifest.engine.profile_batches == (1, 8, 8)
     folder = write_tiny(tmp_path / "b", manifest)
@@ -105,7 +103,7 @@ def test_an_engines_config_is_that_of_its_profile(tmp_path: Path, schema: Module
     assert (parameters["tensorrt"], parameters["gpus"]) == ("11.0", "sm89")
 
 
-def test_a_name_of_two_lines_is_one_label(tmp_path: Path, schema: ModuleType) -> None:
+def test_triton_labels_have_one_line_each(tmp_path: Path, schema: ModuleType) -> None:
     manifest = tiny_manifest(classes=("cat\nand\x1b[31m", 'do"g \\ ñ'))
     write_repository(tmp_path / "m", {"onnx": load_bundle(write_tiny(tmp_path / "b", manifest))})
     labels = (tmp_path / "m" / "alexnet_fp32_onnx" / "labels.txt").read_text().splitlines()
@@ -113,7 +111,7 @@ def test_a_name_of_two_lines_is_one_label(tmp_path: Path, schema: ModuleType) ->
     parse(config_text(manifest, "onnx"), schema)
 
 
-def test_other_models_stay_and_the_same_one_is_not_written_over(bundle: Bundle, tmp_path: Path) -> None:
+def test_triton_repository_keeps_models_and_never_overwrites(bundle: Bundle, tmp_path: Path) -> None:
     root = tmp_path / "models"
     (root / "resnet" / "1").mkdir(parents=True)
     assert export(bundle.folder, "--format", "onnx", "--triton", root).exit_code == 0
@@ -127,9 +125,7 @@ def test_other_models_stay_and_the_same_one_is_not_written_over(bundle: Bundle, 
     )
 
 
-def test_what_triton_cannot_load_is_refused_before_anything_is_built(
-    base: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_triton_refuses_an_rtx_engine_before_building(base: Path, bundle: Bundle, tmp_path: Path) -> None:
     assert bundle.manifest.engine is not None
     if bundle.manifest.engine.library != "tensorrt_rtx":
         pytest.skip("this machine builds engines that Triton loads")
@@ -140,7 +136,7 @@ def test_what_triton_cannot_load_is_refused_before_anything_is_built(
         assert not (tmp_path / "models").exists()
 
 
-def test_a_file_that_changed_meanwhile_leaves_nothing(tmp_path: Path) -> None:
+def test_triton_copy_of_a_changed_file_leaves_nothing(tmp_path: Path) -> None:
     bundle = load_bundle(write_tiny(tmp_path / "b"))
     bundle.onnx_path.write_bytes(b"something else!!!!")
     with pytest.raises(CorruptFileError, match="changed while it was copied"):
@@ -148,9 +144,7 @@ def test_a_file_that_changed_meanwhile_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_a_checkpoint_is_exported_and_written_for_triton_at_once(
-    base: Path, tmp_path: Path, schema: ModuleType
-) -> None:
+def test_export_with_triton_writes_both(base: Path, tmp_path: Path, schema: ModuleType) -> None:
     done = export(
         *(checkpoint_folder(base), "--precision", "fp16", "--max-batch", 4, "--data", data_folder(base)),
         *("--out", tmp_path / "b", "--triton", tmp_path / "m"),
@@ -163,7 +157,7 @@ def test_a_checkpoint_is_exported_and_written_for_triton_at_once(
     assert (model / "1" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
 
 
-def test_a_damaged_bundle_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
+def test_triton_refuses_a_damaged_bundle(bundle: Bundle, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "b")
     (folder / "model.onnx").write_bytes(b"x")
     result = export(folder, "--triton", tmp_path / "m")

@@ -27,9 +27,7 @@ from tests.helpers.infer_samples import checkpoint_folder, data_folder, export_m
 from train.checkpoints.load import load_checkpoint
 
 
-def test_int8_is_calibrated_on_training_images_gated_and_built_for_the_gpus_asked_for(
-    base: Path, tmp_path: Path
-) -> None:
+def test_int8_is_calibrated_gated_and_built_for_the_named_gpus(base: Path, tmp_path: Path) -> None:
     arguments = [
         *("export", checkpoint_folder(base), "--format", "trt", "--precision", "int8", "--max-batch", 8),
         *("--calibrate", base / "all-digits", "--data", data_folder(base), "--out", tmp_path / "b", "--json"),
@@ -90,16 +88,14 @@ def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> No
         check_precision(path, "fp32")
 
 
-def test_what_was_asked_for_and_is_not_in_the_file_is_refused(bundle: Bundle) -> None:
+def test_precision_that_is_not_in_the_file_is_refused(bundle: Bundle) -> None:
     for precision in ("fp16", "int8"):
         with pytest.raises(GateError, match=f"is not {precision}") as raised:
             check_precision(bundle.onnx_path, precision)
         assert raised.value.exit_code == 4
 
 
-def test_engine_is_built_for_the_gpus_asked_for_or_says_which_there_are(
-    bundle: Bundle, tmp_path: Path
-) -> None:
+def test_engine_gpus_that_cannot_be_built_for_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     one_gpu = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
     assert (
         choose_builder({"tensorrt": "11", "tensorrt_rtx": "1"}, one_gpu, ("sm120",)).library == "tensorrt_rtx"
@@ -118,7 +114,7 @@ def test_engine_is_built_for_the_gpus_asked_for_or_says_which_there_are(
         build("sm90")
 
 
-def test_int8_that_lost_accuracy_does_not_pass() -> None:
+def test_int8_that_loses_accuracy_fails_the_gate() -> None:
     """Agreement of 99% with every hundredth image lost is a point of accuracy: more than half a point."""
     expected = np.tile(np.array([[0.9, 0.1]], np.float32), (100, 1))
     found = expected.copy()
@@ -137,7 +133,7 @@ def test_int8_that_lost_accuracy_does_not_pass() -> None:
         check_limits(replace(report, onnx=replace(found_99, accuracy=0.9949)))
 
 
-def test_wrong_uses_are_told(base: Path) -> None:
+def test_export_refuses_wrong_options(base: Path) -> None:
     folder = checkpoint_folder(base)
     with pytest.raises(UserError, match="--calibrate is for --precision int8"):
         export_model(folder, "onnx", calibrate=base)
@@ -150,6 +146,6 @@ def test_wrong_uses_are_told(base: Path) -> None:
             parse_formats(text)
 
 
-def test_int8_without_its_calibration_is_no_bundle() -> None:
+def test_int8_manifest_needs_its_calibration() -> None:
     with pytest.raises(ValueError, match="the calibration contradict each other"):
         tiny_manifest(precision="int8").__post_init__()

@@ -38,9 +38,7 @@ def write_gallery(bundle: Bundle, files: list[Path], folder: Path) -> Path:
     return output
 
 
-def test_the_gallery_is_escaped_and_holds_everything(
-    bundle: Bundle, files: list[Path], tmp_path: Path
-) -> None:
+def test_gallery_is_escaped_and_holds_everything(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
     page = write_gallery(bundle, files, tmp_path).read_text()
     assert page.count('<img alt="" src="data:image/jpeg;base64,') == 6 and page.count('class="error"') == 1
     assert "&lt;b&gt;&amp;&#x27;&quot;.png" in page and "<b>" not in page
@@ -73,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return open_page
 
 
-def test_the_gallery_sorts_and_filters_in_a_browser(
+def test_gallery_sorts_and_filters_in_a_browser(
     bundle: Bundle, files: list[Path], tmp_path: Path, browser: Callable[..., str]
 ) -> None:
     page = write_gallery(bundle, files, tmp_path)
@@ -115,7 +113,7 @@ def assert_margins_are_empty(pixels: NDArray[np.int64]) -> None:
 
 
 @pytest.mark.parametrize("width", [1200, 500])
-def test_the_gallery_shows_pictures_and_bars_at_any_width(
+def test_gallery_shows_pictures_and_bars_at_any_width(
     bundle: Bundle, files: list[Path], tmp_path: Path, browser: Callable[..., str], width: int
 ) -> None:
     pixels = screenshot(browser, write_gallery(bundle, files, tmp_path), width)
@@ -160,7 +158,7 @@ def odd_rows() -> list[PredictionWithPixels]:
     ]
 
 
-def test_hostile_names_are_text_in_a_browser(
+def test_gallery_shows_hostile_names_as_text_in_a_browser(
     bundle: Bundle, tmp_path: Path, browser: Callable[..., str]
 ) -> None:
     page, rows, backend = tmp_path / "odd.html", odd_rows(), OnnxBackend(bundle, "cpu")

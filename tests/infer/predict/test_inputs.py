@@ -28,7 +28,7 @@ def names(inputs: Inputs, root: Path) -> list[str]:
     return [str(path_of(item).relative_to(root)) for item in inputs]
 
 
-def test_files_folders_and_globs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_inputs_are_files_folders_and_globs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "b/0.jpg", "b/deep/x.PNG", "a/1.jpg", "a/.hidden.jpg", "a/notes.txt", "photo.data")
     assert names(find_inputs([tmp_path]), tmp_path) == ["a/1.jpg", "b/0.jpg", "b/deep/x.PNG"]
     some = find_inputs([tmp_path / "photo.data", tmp_path / "b"], recursive=False)
@@ -45,7 +45,7 @@ def test_files_folders_and_globs(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert caplog.messages == [f"no images in {tmp_path / 'empty'}"]
 
 
-def test_what_is_not_there_is_wrong_use(tmp_path: Path) -> None:
+def test_inputs_that_do_not_exist_are_wrong_use(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for argument, words in {
         "missing.jpg": "no such file or folder: .*missing.jpg",
@@ -58,7 +58,7 @@ def test_what_is_not_there_is_wrong_use(tmp_path: Path) -> None:
         find_inputs([f"@{tmp_path}/gone.txt"])
 
 
-def test_a_link_to_its_own_parent_is_not_followed(tmp_path: Path) -> None:
+def test_links_to_a_parent_folder_are_not_followed(tmp_path: Path) -> None:
     touch(tmp_path, "a/0.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "a")
@@ -93,7 +93,7 @@ def test_shards_in_a_list_are_read(tmp_path: Path) -> None:
     assert names(find_inputs(["-"], stdin=stdin), tmp_path) == ["a.jpg", *members, "gone.tar"]
 
 
-def test_what_is_no_list_is_refused_in_little_memory(tmp_path: Path) -> None:
+def test_file_that_is_no_list_is_refused_in_little_memory(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"a.jpg\n" + b"x" * (1 << 18))
     with pytest.raises(UserError, match=r"list.txt is no list of paths: a line has more than 65536 bytes"):
         find_inputs([f"@{tmp_path}/list.txt"])
@@ -103,7 +103,7 @@ def test_what_is_no_list_is_refused_in_little_memory(tmp_path: Path) -> None:
         next(walk)
 
 
-def test_names_with_line_ends_in_a_list_of_nuls() -> None:
+def test_nul_separated_lists_keep_line_ends_in_names() -> None:
     found = find_inputs(["-"], stdin=io.BytesIO(b"a\nb.jpg\0c\n\nd.jpg\0"))
     assert [str(item) for item in found] == ["a\nb.jpg", "c\n\nd.jpg"]
 
@@ -142,7 +142,7 @@ def test_tar_shards_give_their_images_and_follow_no_links(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["cut", "zip", "gone"])
-def test_a_damaged_shard_is_an_input_that_says_so(tmp_path: Path, damage: str) -> None:
+def test_damaged_shard_is_an_input_with_its_error(tmp_path: Path, damage: str) -> None:
     shard = tmp_path / "s.tar"
     write_shard(shard)
     inputs = find_inputs([shard])
@@ -159,7 +159,7 @@ def test_a_damaged_shard_is_an_input_that_says_so(tmp_path: Path, damage: str) -
         last.read(10**6)
 
 
-def test_an_endless_list_is_not_read_to_its_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_endless_list_is_read_lazily(caplog: pytest.LogCaptureFixture) -> None:
     class Endless(io.RawIOBase):
         def readable(self) -> bool:
             return True

@@ -68,7 +68,7 @@ def test_parquet_holds_types_and_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_going_on_gives_the_file_of_one_run(tmp_path: Path, format: FileFormat) -> None:
+def test_resumed_output_equals_that_of_one_run(tmp_path: Path, format: FileFormat) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     write(format, whole, ROWS, append=False)
     write(format, parts, ROWS[:2], append=False)
@@ -82,7 +82,7 @@ def test_going_on_gives_the_file_of_one_run(tmp_path: Path, format: FileFormat) 
 
 
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
-def test_a_row_that_was_cut_anywhere_is_done_again(
+def test_row_cut_at_any_byte_is_written_again(
     tmp_path: Path, format: Literal["jsonl", "csv"], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "rows"
@@ -96,7 +96,7 @@ def test_a_row_that_was_cut_anywhere_is_done_again(
     assert "rows ended within a row, which is done again" in caplog.messages[-1]
 
 
-def test_parquet_that_was_cut_off_goes_on_from_its_journal(tmp_path: Path) -> None:
+def test_parquet_resumes_from_its_journal(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     with (
         pytest.raises(KeyboardInterrupt),
@@ -111,9 +111,7 @@ def test_parquet_that_was_cut_off_goes_on_from_its_journal(tmp_path: Path) -> No
     assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
 
 
-def test_a_parquet_journal_that_was_cut_within_a_row_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_parquet_journal_cut_within_a_row_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, journal = tmp_path / "rows.parquet", tmp_path / "rows.parquet.rows.jsonl"
     write("jsonl", journal, ROWS, append=False)
     whole = journal.read_bytes()
@@ -149,7 +147,7 @@ def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
         write("jsonl", tmp_path, ROWS, append=False)
 
 
-def test_rows_are_seen_as_they_are_written() -> None:
+def test_rows_are_flushed_as_they_are_written() -> None:
     for make in (JsonlWriter, lambda stream: CsvWriter(stream, 2)):
         stream = io.BytesIO()
         writer = make(stream)

@@ -90,7 +90,7 @@ def write_shards(folder: Path, files: list[Path]) -> list[str]:
     return ["0.tar", "1.tar"]
 
 
-def test_a_killed_job_goes_on_elsewhere_to_the_rows_of_one_process(
+def test_killed_ray_job_resumes_to_the_rows_of_one_process(
     tmp_path: Path, base: Path, bundle: Bundle, scratch: Path
 ) -> None:
     files = images_in(data_folder(base) / "val")[::4][:12]
@@ -168,7 +168,7 @@ def invoke(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("asked", "what"), [({"device": "cuda"}, "--device cuda"), ({"backend": "trt"}, "--ba")]
 )
-def test_a_gpu_that_the_cluster_has_not_is_an_error(asked: dict[str, Any], what: str) -> None:
+def test_ray_refuses_a_gpu_that_the_cluster_does_not_have(asked: dict[str, Any], what: str) -> None:
     options = PredictOptions(paths=["x"], engine="ray", **asked)
     with pytest.raises(UserError, match=f"{what}.* cannot be had: the Ray cluster has no GPU"):
         share_cluster([(8, 0), (4, 0)], options)
@@ -176,7 +176,7 @@ def test_a_gpu_that_the_cluster_has_not_is_an_error(asked: dict[str, Any], what:
     assert share_cluster([(8, 0), (4, 0)], PredictOptions(paths=["x"])) == Share(workers=3, threads=4, gpus=0)
 
 
-def test_wrong_use_is_told_before_a_cluster_is_started(
+def test_ray_refuses_wrong_use_before_starting_a_cluster(
     bundle: Bundle, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = images_in(data_folder(base) / "val")[0]

@@ -55,7 +55,7 @@ def write_inputs(folder: Path, files: Sequence[Path]) -> list[str | Path]:
     return [folder / "s.tar", f"@{folder}/list.txt", files[2]]
 
 
-def test_inputs_are_written_down_by_parts(tmp_path: Path, files: list[Path]) -> None:
+def test_ray_job_splits_its_inputs_into_parts(tmp_path: Path, files: list[Path]) -> None:
     arguments = write_inputs(tmp_path, files)
     job = plan(tmp_path / "job", arguments)
     parts = [job.inputs(number) for number in range(job.num_parts)]
@@ -74,7 +74,7 @@ def test_inputs_are_written_down_by_parts(tmp_path: Path, files: list[Path]) -> 
     assert sorted(path.name for path in (tmp_path / "job").iterdir()) == [INPUTS_NAME, JOB_NAME]
 
 
-def test_a_job_goes_on_only_as_what_it_was_begun_as(
+def test_ray_job_resumes_only_with_its_own_options(
     tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files[0].parent)
@@ -141,7 +141,7 @@ def rows_in(job: Plan) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-def test_parts_hold_the_rows_of_one_process(
+def test_ray_parts_hold_the_rows_of_one_process(
     tmp_path: Path,
     bundle: Bundle,
     files: list[Path],
@@ -187,7 +187,7 @@ def failure_of(job: Plan, model: Path) -> str:
     return str(error)
 
 
-def test_a_worker_that_sees_other_files_says_so(tmp_path: Path, bundle: Bundle, files: list[Path]) -> None:
+def test_ray_worker_reports_files_that_differ(tmp_path: Path, bundle: Bundle, files: list[Path]) -> None:
     copies = [Path(shutil.copy(file, tmp_path)) for file in files[:2]]
     identity = identity_of(bundle, PredictOptions(paths=[]))
     job = plan(tmp_path / "job", copies, identity=identity)
@@ -206,9 +206,7 @@ def test_a_worker_that_sees_other_files_says_so(tmp_path: Path, bundle: Bundle, 
         assert not list((tmp_path / folder).glob("*part-*"))
 
 
-def test_what_a_worker_cannot_do_comes_back_as_a_line(
-    tmp_path: Path, bundle: Bundle, files: list[Path]
-) -> None:
+def test_ray_worker_failure_is_one_line(tmp_path: Path, bundle: Bundle, files: list[Path]) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
     identity = identity_of(bundle, PredictOptions(paths=[]))
     job = plan(tmp_path / "job", [files[0], tmp_path / "broken.jpg"], identity=identity)

@@ -42,7 +42,7 @@ def bundle_of(manifest: Manifest) -> Bundle:
     return Bundle(Path("nowhere"), manifest)
 
 
-def test_auto_takes_the_engine_where_it_fits() -> None:
+def test_auto_backend_takes_the_engine_where_it_fits() -> None:
     decision = decide(bundle_of(with_engine()), "auto", "auto", GPU_MACHINE)
     assert decision[:3] == ("trt", "cuda", "its engine fits this GPU")
 
@@ -83,7 +83,7 @@ def test_auto_takes_the_engine_where_it_fits() -> None:
         ),
     ],
 )
-def test_auto_says_why_it_does_not(
+def test_auto_backend_logs_why_it_skips_the_engine(
     manifest: Manifest, machine: Machine, runtime: str, device: str, why: str
 ) -> None:
     decision = decide(bundle_of(manifest), "auto", "auto", machine)
@@ -107,14 +107,14 @@ def test_auto_says_why_it_does_not(
         ),
     ],
 )
-def test_what_was_asked_for_and_cannot_be_had_is_an_error(
+def test_named_backend_that_is_not_available_is_an_error(
     backend: BackendName, device: DeviceName, machine: Machine, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         decide(bundle_of(with_engine()), backend, device, machine)
 
 
-def test_what_was_asked_for_is_what_runs() -> None:
+def test_named_backend_is_the_one_that_runs() -> None:
     both = bundle_of(with_engine())
     assert decide(both, "onnx", "auto", GPU_MACHINE)[:2] == ("onnx", "cuda")
     assert decide(both, "onnx", "cpu", GPU_MACHINE) == ("onnx", "cpu", "as asked", False)
@@ -125,7 +125,7 @@ def test_what_was_asked_for_is_what_runs() -> None:
 
 
 @pytest.mark.skipif(bool(scan_gpus().gpus), reason="this machine has a GPU")
-def test_this_machine_without_a_gpu(bundle: Bundle) -> None:
+def test_probe_of_a_machine_without_a_gpu(bundle: Bundle) -> None:
     backend, sentence = choose_backend(bundle)
     assert (backend.name, backend.device, backend.precision, backend.max_batch) == ("onnx", "cpu", "fp32", 8)
     assert sentence.startswith(f"{backend.provider}, fp32, on cpu (not its engine, since no NVIDIA driver")
@@ -171,7 +171,7 @@ def test_labels_in_the_model_must_be_those_of_the_manifest(bundle: Bundle) -> No
         OnnxBackend(Bundle(bundle.folder, foreign), "cpu")
 
 
-def test_calls_of_the_engine_match_tensorrts_own_signatures() -> None:
+def test_engine_calls_match_tensorrts_signatures() -> None:
     """Without a GPU no engine runs; the bindings at least say that these are the calls."""
     trt = pytest.importorskip("tensorrt_rtx")
     number, yes = "typing.SupportsInt", "-> bool"
@@ -201,7 +201,7 @@ def test_calls_of_the_engine_match_tensorrts_own_signatures() -> None:
 
 
 @pytest.mark.gpu
-def test_engine_is_held_against_its_manifest(bundle: Bundle) -> None:
+def test_engine_is_compared_with_its_manifest(bundle: Bundle) -> None:
     if reason := why_no_engine(bundle, probe_machine()):
         pytest.skip(reason)
     manifest = bundle.manifest
@@ -214,14 +214,14 @@ def test_engine_is_held_against_its_manifest(bundle: Bundle) -> None:
             TensorRTBackend(Bundle(bundle.folder, changed))
 
 
-def test_examples_in_the_docstrings() -> None:
+def test_runtime_docstring_examples_run() -> None:
     for module in (infer.export.engine_options, infer.predict.rows, infer.predict.table):
         result = doctest.testmod(module)
         assert result.failed == 0 and result.attempted > 0, module
 
 
 @pytest.mark.gpu
-def test_gpu_memory_comes_back_as_it_went() -> None:
+def test_gpu_memory_round_trips() -> None:
     with closing(CudaSession()) as cuda:
         sent, received = cuda.pinned((1000, 3), np.float32), cuda.pinned((1000, 3), np.float32)
         sent[:] = np.random.default_rng(0).random((1000, 3), np.float32)
@@ -236,7 +236,7 @@ def test_gpu_memory_comes_back_as_it_went() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "device"), [("trt", "cuda"), ("onnx", "cuda")])
-def test_gpu_gives_the_cpus_probabilities(bundle: Bundle, backend: BackendName, device: DeviceName) -> None:
+def test_gpu_probabilities_match_the_cpus(bundle: Bundle, backend: BackendName, device: DeviceName) -> None:
     if backend == "trt" and (reason := why_no_engine(bundle, probe_machine())):
         pytest.skip(reason)
     images = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)

@@ -15,7 +15,7 @@ from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.rtx_cache import cache_path
 
 
-def test_the_file_differs_by_engine_version_and_gpu(
+def test_rtx_cache_path_differs_by_engine_version_and_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -30,7 +30,7 @@ def test_the_file_differs_by_engine_version_and_gpu(
     assert caplog.messages == []
 
 
-def test_calls_match_tensorrts_own_signatures() -> None:
+def test_rtx_cache_calls_match_tensorrts_signatures() -> None:
     """Without a GPU no engine runs; the bindings at least say that these are the calls."""
     trt = pytest.importorskip("tensorrt_rtx")
     for owner, name, *parts in (
@@ -46,7 +46,7 @@ def test_calls_match_tensorrts_own_signatures() -> None:
 
 
 @pytest.mark.gpu
-def test_a_second_process_finds_what_the_first_compiled(
+def test_rtx_cache_of_one_process_serves_the_next(
     tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = bundle.manifest.engine

@@ -45,7 +45,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
-def test_what_is_copied_is_there_and_reaches_the_builder(dockerfile: Path) -> None:
+def test_dockerfile_sources_exist_and_pass_dockerignore(dockerfile: Path) -> None:
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
     for source in sources(dockerfile):
@@ -54,14 +54,14 @@ def test_what_is_copied_is_there_and_reaches_the_builder(dockerfile: Path) -> No
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
-def test_images_run_as_a_user_with_its_number_and_not_as_root(dockerfile: Path) -> None:
+def test_docker_images_run_as_user_1000(dockerfile: Path) -> None:
     """By number, since Kubernetes cannot tell whether a name is root's."""
     users = [rest for name, rest in instructions(dockerfile) if name == "USER"]
     assert users == ["1000:1000"]
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
-def test_pip_installs_pinned_versions_of_what_pyproject_names(dockerfile: Path) -> None:
+def test_docker_pip_installs_pinned_extras_of_pyproject(dockerfile: Path) -> None:
     copied: set[str] = set()
     extras = ""
     num_installs = 0
@@ -82,7 +82,7 @@ def test_pip_installs_pinned_versions_of_what_pyproject_names(dockerfile: Path) 
     assert set(extras.replace(",", " ").split()) <= set(optional)
 
 
-def test_the_training_image_has_all_that_the_package_is_built_of() -> None:
+def test_training_image_copies_the_whole_package() -> None:
     found = sources(REPOSITORY / "scripts" / "deploy" / "train.Dockerfile")
     setuptools = PROJECT["tool"]["setuptools"]
     folders = {pattern.rstrip("*") for pattern in setuptools["packages"]["find"]["include"]}
@@ -94,7 +94,7 @@ def test_the_training_image_has_all_that_the_package_is_built_of() -> None:
     )
 
 
-def test_dependencies_are_listed_from_pyproject(tmp_path: Path) -> None:
+def test_list_dependencies_reads_pyproject(tmp_path: Path) -> None:
     def run(*extras: str) -> subprocess.CompletedProcess[str]:
         script = str(REPOSITORY / "scripts" / "deploy" / "list_dependencies.py")
         command = [sys.executable, script, *extras]
@@ -109,7 +109,7 @@ def test_dependencies_are_listed_from_pyproject(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: pyproject.toml has no extra 'cuda12'; it has train, cuda")
 
 
-def test_the_serving_image_predicts_with_what_is_copied_and_nothing_of_training(
+def test_serving_image_predicts_with_its_copied_files_alone(
     base: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
     """The copied files alone, in an interpreter that has the base dependencies and no other package."""

@@ -62,7 +62,7 @@ def run_job(
     )
 
 
-def test_a_job_whose_time_is_up_is_saved_requeued_and_gone_on_with(demo_data: Path, tmp_path: Path) -> None:
+def test_slurm_job_out_of_time_saves_requeues_and_resumes(demo_data: Path, tmp_path: Path) -> None:
     # 24 steps, of which the signal after the first row leaves most for the second job
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=10)
     stubs = make_stubs(tmp_path / "bin", f'exec {sys.executable} -m alexnet "$@"')
@@ -93,7 +93,7 @@ def test_a_job_whose_time_is_up_is_saved_requeued_and_gone_on_with(demo_data: Pa
     ("code", "requeues", "expected", "requeued"),
     [(0, 0, 0, False), (1, 0, 1, False), (2, 3, 2, False), (75, 99, 0, True), (75, 100, 75, False)],
 )
-def test_only_a_run_that_can_go_on_is_requeued_and_not_for_ever(
+def test_slurm_requeues_only_resumable_runs_and_not_forever(
     code: int, requeues: int, expected: int, requeued: bool, tmp_path: Path
 ) -> None:
     stubs = make_stubs(tmp_path / "bin", f"exit {code}")
@@ -103,7 +103,7 @@ def test_only_a_run_that_can_go_on_is_requeued_and_not_for_ever(
     assert ("requeued 100 times already" in done.stderr) == (requeues == 100)
 
 
-def test_the_job_asks_slurm_for_what_the_trainer_needs() -> None:
+def test_slurm_options_are_those_the_trainer_needs() -> None:
     """A torchrun on each machine, a signal in good time before the end, and one log over all requeues."""
     lines = SCRIPT.read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]

@@ -27,7 +27,7 @@ def documents() -> dict[str, Any]:
         return {document["kind"]: document for document in yaml.safe_load_all(file)}
 
 
-def test_both_documents_are_what_kubeflows_models_take(documents: dict[str, Any]) -> None:
+def test_trainjob_documents_fit_kubeflows_models(documents: dict[str, Any]) -> None:
     """A key that a model does not know is lost on the way through it."""
     assert set(documents) == set(MODELS)
     for kind, document in documents.items():
@@ -43,7 +43,7 @@ def test_both_documents_are_what_kubeflows_models_take(documents: dict[str, Any]
     assert read is not None and read.to_dict() != misspelt
 
 
-def test_the_job_names_the_runtime_its_volumes_and_options_that_there_are(documents: dict[str, Any]) -> None:
+def test_trainjob_names_existing_runtime_volumes_and_options(documents: dict[str, Any]) -> None:
     job, runtime = documents["TrainJob"]["spec"], documents["TrainingRuntime"]
     assert job["runtimeRef"] == {
         "apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": runtime["metadata"]["name"],
@@ -61,7 +61,7 @@ def test_the_job_names_the_runtime_its_volumes_and_options_that_there_are(docume
     assert isinstance(train, click.Command)
 
 
-def test_codes_are_taken_for_what_they_mean(documents: dict[str, Any]) -> None:
+def test_trainjob_rules_match_our_exit_codes(documents: dict[str, Any]) -> None:
     runtime = documents["TrainingRuntime"]["spec"]["template"]["spec"]
     job = runtime["replicatedJobs"][0]["template"]["spec"]
     rules = job["podFailurePolicy"]["rules"]

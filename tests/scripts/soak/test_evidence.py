@@ -27,7 +27,7 @@ def problems_of(folder: Path) -> list[str]:
     return check_seen_once(read_evidence(folder, 4), num_samples=4, steps_per_epoch=2, epochs=2)
 
 
-def test_evidence_counts_the_last_attempt_of_each_step(tmp_path: Path) -> None:
+def test_soak_evidence_counts_the_last_attempt_of_each_step(tmp_path: Path) -> None:
     """Two ranks do three steps and are lost; one rank goes on after step 1; three go on after step 3."""
     write_attempt(tmp_path, 0, 0, [{1: [0], 2: [2], 3: [1]}, {1: [1], 2: [3], 3: [3]}])
     write_attempt(tmp_path, 0, 1, [{2: [2, 3], 3: [1, 3], 4: [0, 0]}], failed=(3,))
@@ -41,7 +41,7 @@ def test_evidence_counts_the_last_attempt_of_each_step(tmp_path: Path) -> None:
     assert last_whole_epoch(evidence, 1, steps_per_epoch=2) == 1
 
 
-def test_what_was_not_seen_exactly_once_is_found(tmp_path: Path) -> None:
+def test_soak_evidence_finds_samples_not_seen_exactly_once(tmp_path: Path) -> None:
     write_attempt(tmp_path, 0, 0, [{1: [0, 1], 2: [2, 3], 3: [1, 3]}])
     assert problems_of(tmp_path) == [
         "epoch 2: no evidence of step(s) 4",

@@ -7,7 +7,7 @@ from pathlib import Path
 from scripts.soak.faulty_run import FaultyRun, RunSpec
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_not_the_one_that_is_judged(tmp_path: Path) -> None:
+def test_soak_judges_the_newest_run_folder(tmp_path: Path) -> None:
     spec = RunSpec(seed=0, epochs=1, folder=tmp_path, demo=tmp_path)
     disturbed = FaultyRun(spec, [], (), tmp_path / "runs", None)
     for name in ("demo-20260101T000000Z", "demo-20260101T000009Z"):

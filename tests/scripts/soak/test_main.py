@@ -16,7 +16,7 @@ from tests.helpers.ranks import REPOSITORY
 
 
 @pytest.mark.timeout(900)
-def test_the_two_minute_soak(tmp_path: Path) -> None:
+def test_soak_of_two_minutes_loses_nothing(tmp_path: Path) -> None:
     """About 100 s on two quiet cores: faults of every kind, on two ranks and on a changing number of them."""
     done = subprocess.run(
         [sys.executable, "-m", "scripts.soak", "--minutes=2", "--seed=1", "--json",

@@ -16,7 +16,7 @@ from scripts.soak.plan import (
 )
 
 
-def test_a_plan_follows_from_its_seed_and_has_every_kind_once_before_any_twice() -> None:
+def test_soak_plan_follows_from_its_seed_and_covers_every_kind() -> None:
     plan = make_plan(7, num_faults=10, total_steps=84)
     assert plan == make_plan(7, num_faults=10, total_steps=84) != make_plan(8, num_faults=10, total_steps=84)
     assert {fault.kind for fault in plan[: len(KINDS)]} == set(KINDS)
@@ -24,12 +24,12 @@ def test_a_plan_follows_from_its_seed_and_has_every_kind_once_before_any_twice()
     assert steps == sorted(steps) and steps[0] >= 2 and steps[-1] <= 80
 
 
-def test_the_number_of_ranks_changes_where_there_is_a_choice() -> None:
+def test_soak_changes_the_number_of_ranks_where_it_can() -> None:
     assert {next_ranks(draw, 2, (1, 2, 3)) for draw in range(4)} == {1, 3}
     assert next_ranks(5, 2, ()) == 2
 
 
-def test_images_are_corrupted_only_where_an_undisturbed_run_can_have_them_so_too() -> None:
+def test_soak_corrupts_only_images_far_apart_in_epochs() -> None:
     steps = steps_of(3, epochs=6)
     for epoch in range(6):  # each step of an epoch takes its share of all images
         assert np.unique(steps[epoch], return_counts=True)[1].tolist() == [103] * STEPS_PER_EPOCH

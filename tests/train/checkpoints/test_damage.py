@@ -183,7 +183,7 @@ def test_disk_without_room_does_not_end_training(digits: Path, tmp_path: Path) -
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def test_ranks_killed_at_any_time_lose_no_row_and_no_bit(whole: Path, digits: Path, tmp_path: Path) -> None:
+def test_kills_at_any_time_lose_no_row_and_no_bit(whole: Path, digits: Path, tmp_path: Path) -> None:
     """SIGKILL to both ranks as soon as a row more is there, again and again, until the run is through."""
     arguments = ["train.main", f"--data={digits}", "--out=runs", "--resume=auto"]
     arguments += [f"--set={s}" for s in SETTINGS]

@@ -83,7 +83,7 @@ def test_missing_and_broken_manifests_are_errors(copied: Path) -> None:
         load_checkpoint(copied)
 
 
-def test_nothing_in_a_checkpoint_is_executed(copied: Path, tmp_path: Path) -> None:
+def test_checkpoint_load_executes_nothing(copied: Path, tmp_path: Path) -> None:
     target = tmp_path / "executed"
     (copied / STATE).unlink()
     torch.save({"model": Evil(target)}, copied / STATE)
@@ -116,13 +116,13 @@ def test_average_is_evaluated_exported_and_converted(saved: tuple[Path, AlexNet]
     assert make_origin(load_checkpoint(saved[0])).weights == "last"
 
 
-def test_another_models_weights_are_refused_with_the_difference(saved: tuple[Path, AlexNet]) -> None:
+def test_weights_of_another_model_are_refused_with_difference(saved: tuple[Path, AlexNet]) -> None:
     other = make_model(make_config("demo", ["model.name=owt"]).model, num_classes=10, crop_px=56)
     with pytest.raises(UserError, match=r"holds another model's weights \(\d+ tensors differ, first "):
         load_weights(other, load_checkpoint(saved[0]).model_state, source=saved[0])
 
 
-def test_finding_by_run_by_step_and_by_newest(copied: Path, tmp_path: Path) -> None:
+def test_checkpoint_is_found_by_run_step_and_newest(copied: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
         find_checkpoint(run)
@@ -138,7 +138,7 @@ def test_finding_by_run_by_step_and_by_newest(copied: Path, tmp_path: Path) -> N
         read_pointer(run / "checkpoints" / "best.json")
 
 
-def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:08d}").mkdir()
     prune_checkpoints(tmp_path, keep_last=2, keep_every=None, best=1)

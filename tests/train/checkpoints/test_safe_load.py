@@ -88,7 +88,7 @@ def bomb(levels: int = 60) -> Any:
         (lambda s: s["config"].update({"x" * 10**6: 1}), f"unknown key {'x' * 100!r};"),
     ],
 )  # fmt: skip
-def test_what_is_not_as_we_write_it_is_refused_in_one_line(
+def test_state_of_another_shape_is_refused_in_one_line(
     change: Callable[[State], None], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -113,7 +113,7 @@ def rewrite(path: Path, compression: int, twice: bool) -> None:
             archive.filelist.append(again)
 
 
-def test_an_archive_cannot_hold_more_than_its_size(folder: Path) -> None:
+def test_state_archive_cannot_hold_more_than_its_size(folder: Path) -> None:
     state = torch.load(folder / STATE, weights_only=True)
     torch.save(state | {"model": {"weight": torch.zeros(1 << 20)}}, folder / STATE)
     rewrite(folder / STATE, zipfile.ZIP_DEFLATED, twice=False)
@@ -125,7 +125,7 @@ def test_an_archive_cannot_hold_more_than_its_size(folder: Path) -> None:
     assert "holds more than its own size" in inspect(folder)
 
 
-def test_files_of_other_kinds_are_not_read(folder: Path) -> None:
+def test_state_files_of_other_kinds_are_refused(folder: Path) -> None:
     (folder / MANIFEST).rename(folder / "kept")
     (folder / MANIFEST).symlink_to("/dev/zero")
     assert "manifest.json is no regular file" in inspect(folder)
@@ -138,7 +138,7 @@ def test_files_of_other_kinds_are_not_read(folder: Path) -> None:
     assert "state.pt is no regular file" in inspect(folder)
 
 
-def test_names_lead_nowhere_else(folder: Path, tmp_path: Path) -> None:
+def test_manifest_and_pointer_cannot_name_other_files(folder: Path, tmp_path: Path) -> None:
     """A manifest and a pointer name no files: the step is a number, and the folder follows from it."""
     secret = tmp_path / "secret"
     secret.write_bytes((folder / STATE).read_bytes())
@@ -158,7 +158,7 @@ def test_names_lead_nowhere_else(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "..", "", "a/b", ".hidden", "a\0b", "x" * 101])
-def test_a_recipe_names_a_folder_inside_runs_and_no_other(name: str, tmp_path: Path) -> None:
+def test_recipe_name_cannot_leave_the_runs_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         to_json(make_config("demo")).replace('"demo"', msgspec.json.encode(name).decode())
     )
@@ -166,7 +166,7 @@ def test_a_recipe_names_a_folder_inside_runs_and_no_other(name: str, tmp_path: P
         make_config(str(tmp_path / "config.json"))
 
 
-def test_a_network_is_not_built_before_its_weights_are_as_large(folder: Path) -> None:
+def test_network_is_built_only_where_the_weights_match_its_size(folder: Path) -> None:
     """65,536 hidden units would take 17 GB."""
     checkpoint = load_checkpoint(folder)
     config = make_config(
@@ -185,7 +185,7 @@ def test_a_network_is_not_built_before_its_weights_are_as_large(folder: Path) ->
         large.make_model()
 
 
-def test_velocities_of_other_shapes_are_refused() -> None:
+def test_optimizer_velocities_of_other_shapes_are_refused() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(model, make_config("demo").optimizer)
     state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": torch.zeros(3, 2)}}}
@@ -193,7 +193,7 @@ def test_velocities_of_other_shapes_are_refused() -> None:
         load_optimizer(optimizer, state)
 
 
-def test_no_damage_to_the_pickle_gets_past_the_checks(folder: Path) -> None:
+def test_damaged_pickles_never_pass_the_checks(folder: Path) -> None:
     """Bytes of it changed, removed and doubled, under a manifest that fits: read, or refused in one line."""
     torch.save(torch.load(folder / STATE, weights_only=True), folder / STATE)  # with the checksums of zip
     with zipfile.ZipFile(folder / STATE) as archive:
@@ -223,7 +223,7 @@ def test_no_damage_to_the_pickle_gets_past_the_checks(folder: Path) -> None:
     assert refused > 200
 
 
-def test_weights_that_come_in_are_held_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_weights_pass_the_same_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def refuse(name: str, error: type[Exception], text: str) -> None:
@@ -262,7 +262,7 @@ def test_weights_that_come_in_are_held_to_the_same(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_we_write_is_read_again(tmp_path: Path) -> None:
+def test_own_state_files_are_read_again(tmp_path: Path) -> None:
     """The checks refuse nothing of ours: a row being counted, an average, a guard, labels."""
     states: dict[str, dict[str, Any]] = {
         **small_snapshot(1).states,

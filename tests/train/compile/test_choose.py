@@ -77,7 +77,7 @@ LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9",
 
 
 @pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
-def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
+def test_train_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
     parts = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
     total = AccuracyMeter(world.device)
     with WaitsForDevice() as waits:
@@ -89,14 +89,14 @@ def test_a_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) 
     assert metrics.num_samples == 16
 
 
-def test_both_forms_of_the_window_sum_are_the_same() -> None:
+def test_window_sum_forms_are_equal() -> None:
     x = torch.randn(2, 7, 3, 3)
     for size in (1, 3, 5):
         torch.testing.assert_close(padded_window_sum(x, size), window_sum(x, size))
 
 
 @pytest.mark.usefixtures("no_compile_threads")
-def test_fused_lrn_computes_what_the_eager_one_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_fused_lrn_matches_eager(world: World, caplog: pytest.LogCaptureFixture) -> None:
     parts = small_trainer(world, "model.name=paper", "precision=bf16")
     arguments: dict[str, Any] = {"crop_px": 32, "precision": parts.precision, "world": world}
     numbers = count_elements(parts.network, 32)
@@ -163,7 +163,7 @@ def test_compiled_network_computes_the_same_and_stays_if_faster(
     assert losses[0][0] != losses[0][1]
 
 
-def test_without_a_compiler_a_line_says_so_and_training_goes_on(
+def test_lrn_runs_eagerly_and_logs_it_without_a_compiler(
     demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
@@ -188,7 +188,7 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on(
     assert "several times slower" in line
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+def test_flops_match_torchs_counter() -> None:
     with torch.device("meta"):
         model: nn.Module = make_model(
             make_config("demo", ["model.name=owt"]).model, num_classes=10, crop_px=64
@@ -204,7 +204,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert flops.step == flops.forward + counter.get_total_flops()
 
 
-def test_the_promised_ratios_are_made_of_the_right_subjects() -> None:
+def test_bench_train_ratios_use_the_right_cases() -> None:
     specs = make_specs(["owt", "paper"], [8], ["bf16", "fp32"], True)
     step_s = {"owt bf16": 1.0, "torchvision fp32": 4.0, "paper bf16": 2.0, "none": 1.5, "torch": 7.0}
     measured = Measured(crop_px=224)

@@ -35,7 +35,7 @@ from train.config.schema import RunConfig
         ('recipe="a', "is not a TOML value"),
     ],
 )  # fmt: skip
-def test_a_wrong_key_or_value_says_what_is_right(override: str, message: str) -> None:
+def test_wrong_key_or_value_error_says_what_is_right(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         make_config("tiny-imagenet", [override])
     assert message in str(caught.value)
@@ -49,7 +49,7 @@ def test_overrides_beat_the_recipe_and_the_recipe_defaults() -> None:
     assert config.optimizer.momentum == RunConfig().optimizer.momentum
 
 
-def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
+def test_unknown_recipe_error_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'tiny-imagenet'"):
         make_config("tinyimagenet")
     with pytest.raises(UserError, match=r"does not exist"):
@@ -59,7 +59,7 @@ def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
         make_config(str(tmp_path / "my.toml"))
 
 
-def test_a_printed_configuration_is_a_recipe(tmp_path: Path) -> None:
+def test_printed_configuration_is_a_recipe(tmp_path: Path) -> None:
     config = make_config("demo", ["seed=7"], Path("some where"))
     (tmp_path / "config.json").write_text(to_json(config))
     assert make_config(str(tmp_path / "config.json")) == config
@@ -75,6 +75,6 @@ def test_a_printed_configuration_is_a_recipe(tmp_path: Path) -> None:
         schedule=st.builds(dict, learning_rate=st.floats(1e-6, 10), warmup_epochs=st.floats(0, 10)),
     )
 )
-def test_configurations_survive_being_written_and_read(values: dict[str, object]) -> None:
+def test_configuration_round_trips(values: dict[str, object]) -> None:
     config = decode_config(values)
     assert decode_config(msgspec.json.decode(to_json(config))) == config

@@ -46,14 +46,14 @@ def rates(config: RunConfig, steps: list[int], num_images: int = NUM_IMAGENET) -
     ]
 
 
-def test_these_are_the_recipes() -> None:
+def test_recipes_are_these() -> None:
     assert set(recipe_names()) == RECIPES
     table = (FOLDER.parent.parent / "docs" / "recipes.md").read_text()
     assert all(f"`{name}`" in table for name in RECIPES)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_recipe_says_where_it_is_from_and_what_to_expect(name: str) -> None:
+def test_recipe_header_has_source_and_expected_result(name: str) -> None:
     text = header(name)
     for heading in ("Source:", "Command:", "Data:", "Hardware:", "Result:", "Expected:"):
         assert f"# {heading}" in text, heading
@@ -72,13 +72,13 @@ def test_print_config_prints_what_the_recipe_resolves_to(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HISTORIC)
-def test_the_historic_recipes_have_nothing_that_came_later(name: str) -> None:
+def test_historic_recipes_have_nothing_that_came_later(name: str) -> None:
     config = make_config(name)
     assert (config.label_smoothing, config.ema_decay, config.augment.mixes) == (0, 0, False)
     assert config.optimizer.nesterov is False
 
 
-def test_tiny_imagenet_is_as_the_post() -> None:
+def test_tiny_imagenet_recipe_is_the_posts() -> None:
     config = make_config("tiny-imagenet")
     assert (config.epochs, config.global_batch) == (90, 128)
     assert config.schedule.learning_rate == 0.01
@@ -86,7 +86,7 @@ def test_tiny_imagenet_is_as_the_post() -> None:
     assert config.data.root is None
 
 
-def test_imagenet_paper_is_the_paper() -> None:
+def test_imagenet_paper_recipe_is_the_papers() -> None:
     config = make_config("imagenet-paper")
     optimizer, schedule, augment = config.optimizer, config.schedule, config.augment
     assert (config.epochs, config.global_batch, config.ten_crop) == (90, 128, True)
@@ -101,7 +101,7 @@ def test_imagenet_paper_is_the_paper() -> None:
     assert "top-1 59.3, top-5 81.8" in header("imagenet-paper")
 
 
-def test_imagenet_caffe_is_bvlcs_solver() -> None:
+def test_imagenet_caffe_recipe_is_bvlcs_solver() -> None:
     """base_lr 0.01, gamma 0.1, stepsize 100000, max_iter 450000, momentum 0.9, weight_decay 0.0005."""
     config = make_config("imagenet-caffe")
     optimizer = config.optimizer
@@ -117,7 +117,7 @@ def test_imagenet_caffe_is_bvlcs_solver() -> None:
     assert (config.augment.crop, config.augment.flip, config.augment.colors) == ("random", 0.5, False)
 
 
-def test_imagenet_owt_is_torchvisions_reference() -> None:
+def test_imagenet_owt_recipe_is_torchvisions_reference() -> None:
     """--lr 1e-2 beside the defaults: --batch-size 32 on 8 GPUs, --epochs 90, --lr-step-size 30, --wd 1e-4."""
     config = make_config("imagenet-owt")
     optimizer, per_epoch = config.optimizer, NUM_IMAGENET // 256
@@ -133,7 +133,7 @@ def test_imagenet_owt_is_torchvisions_reference() -> None:
     assert (config.preprocessing.resize_px, config.preprocessing.crop_px) == (256, 224)
 
 
-def test_imagenet_bn_lars_is_its_authors_solver() -> None:
+def test_imagenet_bn_lars_recipe_is_its_authors_solver() -> None:
     """base_lr 32, rampup_lr 1 for 10 epochs, poly 2, local_gw_ratio 0.001, momentum 0.9, decay 5e-4."""
     config = make_config("imagenet-bn-lars")
     optimizer, schedule, per_epoch = config.optimizer, config.schedule, NUM_IMAGENET // 32768
@@ -152,7 +152,7 @@ def test_imagenet_bn_lars_is_its_authors_solver() -> None:
     )
 
 
-def test_tiny_imagenet_best_gives_a_reason_for_each_choice() -> None:
+def test_tiny_imagenet_best_recipe_gives_its_reasons() -> None:
     config, text = make_config("tiny-imagenet-best"), header("tiny-imagenet-best")
     assert (config.label_smoothing, config.ema_decay, config.augment.cutmix) == (0.1, 0.999, 1.0)
     reasons = text.partition("The choices:")[2]
@@ -173,7 +173,7 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_recipe_trains_and_is_judged_in_a_small_form(
+def test_recipe_trains_and_evaluates_in_a_small_form(
     name: str, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its network, initialisation, augmentation, loss, optimiser, average and evaluation; one step."""

@@ -85,7 +85,7 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str) -> 
         make_config("demo", overrides)
 
 
-def test_bytes_of_open_connections_are_counted() -> None:
+def test_sent_bytes_of_open_connections_are_counted() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as one,

@@ -51,7 +51,7 @@ def test_losses_norms_weights_and_momenta_equal_plain_ddps(
         assert hybrid["losses"] == found[0][case]["hybrid"]["losses"]
 
 
-def test_each_rank_holds_its_part_of_the_fully_connected_layers(found: Found) -> None:
+def test_hybrid_ranks_hold_their_part_of_the_linear_layers(found: Found) -> None:
     whole, parts = found[0]["bn"]["ddp"]["parameters"], [rank["bn"]["hybrid"]["parameters"] for rank in found]
     everywhere = 3_746_880 // 2 + 10  # about: convolutions, norms and the last bias
     assert all(whole / 3 < held < whole / 2 for held in parts)
@@ -59,7 +59,7 @@ def test_each_rank_holds_its_part_of_the_fully_connected_layers(found: Found) ->
     assert 1e6 < conv < 4e6, everywhere
 
 
-def test_no_mask_is_used_twice_and_all_ranks_see_the_same(found: Found) -> None:
+def test_hybrid_dropout_masks_are_unique_and_shared_by_ranks(found: Found) -> None:
     for number, rank in enumerate(found):
         masks = rank["masks"]
         assert masks["values"] == [0.0, 2.0]
@@ -73,7 +73,7 @@ def test_no_mask_is_used_twice_and_all_ranks_see_the_same(found: Found) -> None:
         assert masks["features alike on all ranks"] and masks["features gathered as masked"]
 
 
-def test_what_is_bad_on_one_rank_is_skipped_on_all(found: Found) -> None:
+def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
     """An overflow in one rank's part of a layer; NaN, infinite losses and gradients on one rank each."""
     for rank in found:
         bad = rank["overflow"]
@@ -84,7 +84,7 @@ def test_what_is_bad_on_one_rank_is_skipped_on_all(found: Found) -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 20), st.sampled_from([1, 2]))
-def test_every_rank_can_join_every_pass_and_all_end_together(
+def test_micro_batch_sizes_let_every_rank_join_every_pass(
     global_batch: int, world_size: int, micro_batch: int, group_size: int
 ) -> None:
     if global_batch < world_size * group_size or micro_batch < group_size:
@@ -101,7 +101,7 @@ def test_every_rank_can_join_every_pass_and_all_end_together(
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))
-def test_parts_are_the_whole_and_differ_by_one_at_most(size: int, world_size: int) -> None:
+def test_part_bounds_partition_and_differ_by_at_most_one(size: int, world_size: int) -> None:
     bounds = [shard_bounds(size, rank, world_size) for rank in range(world_size)]
     assert [a for a, _ in bounds] + [size] == [0] + [b for _, b in bounds]
     sizes = {b - a for a, b in bounds}
@@ -116,7 +116,7 @@ def test_parts_are_the_whole_and_differ_by_one_at_most(size: int, world_size: in
         ("log_noise_scale=true", "log_noise_scale compares each rank's own gradients"),
     ],
 )
-def test_what_hybrid_cannot_do_is_said(override: str, said: str) -> None:
+def test_hybrid_refuses_incompatible_options(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make_config("demo", ["parallel=hybrid", override])
     assert make_config("demo", [override]).parallel == "ddp"

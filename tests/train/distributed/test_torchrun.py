@@ -9,7 +9,7 @@ from train.config.load import make_config
 from train.distributed.torchrun import choose_rank_count, rendezvous_options
 
 
-def test_machines_meet_at_one_place_under_one_name() -> None:
+def test_rendezvous_options_name_one_place_and_run() -> None:
     assert rendezvous_options("1", None, None) == ["--standalone", "--nnodes=1"]
     assert rendezvous_options("2:4", "node1:29400", "job-17") == [
         "--nnodes=2:4", "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-id=job-17",
@@ -29,7 +29,7 @@ def test_machines_meet_at_one_place_under_one_name() -> None:
         ("1", None, "x", "give both, and the same on every machine"),
     ],
 )
-def test_machines_that_could_not_find_each_other_are_wrong_use(
+def test_rendezvous_that_cannot_meet_is_wrong_use(
     num_nodes: str, endpoint: str | None, run_id: str | None, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -37,7 +37,7 @@ def test_machines_that_could_not_find_each_other_are_wrong_use(
     assert message in str(caught.value)
 
 
-def test_nproc_takes_numbers_and_auto() -> None:
+def test_nproc_takes_a_number_or_auto() -> None:
     config = make_config("demo", ["device=cpu"])
     assert choose_rank_count("auto", config) == 1
     assert choose_rank_count("3", config) == 3

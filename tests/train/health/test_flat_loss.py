@@ -34,7 +34,7 @@ def watch(values: list[float], *, every: int = 1, grace: int = 20) -> list[int]:
     return found
 
 
-def test_only_a_loss_that_stays_at_the_level_counts_as_flat() -> None:
+def test_flat_loss_counts_only_steps_at_the_level() -> None:
     assert watch([LEVEL] * 6) == [0, 2, 2, 4, 4, 6]  # windows of a tenth of the grace steps
     assert watch([LEVEL * 1.02, LEVEL * 0.99] * 3)[-1] == 6  # by the mean, no single batch decides
     assert watch([LEVEL] * 4 + [LEVEL * 0.99] * 2 + [LEVEL] * 2) == [0, 2, 2, 4, 4, 0, 0, 2]
@@ -42,14 +42,14 @@ def test_only_a_loss_that_stays_at_the_level_counts_as_flat() -> None:
     assert watch([LEVEL] * 3, every=20) == [20, 40, 60]  # rows further apart than a window
 
 
-def test_rows_of_skipped_steps_say_nothing() -> None:
+def test_flat_loss_ignores_rows_of_skipped_steps() -> None:
     flat = FlatLoss().after(2, losses(LEVEL), LEVEL, 20)
     later = flat.after(4, losses(float("nan"), num_samples=0), LEVEL, 20)
     assert later == flat
     assert later.after(5, losses(LEVEL), LEVEL, 20) == FlatLoss(since=0, window_start=5)
 
 
-def test_the_level_is_the_best_guess_without_the_image() -> None:
+def test_flat_level_is_the_loss_of_the_best_constant_guess() -> None:
     labels = np.array([0] * 6 + [1] * 3 + [2])
     for smoothing in (0.0, 0.1):
         shares = (1 - smoothing) * np.array([0.6, 0.3, 0.1]) + smoothing / 3
@@ -73,7 +73,7 @@ def train(init: str, data: Path, out: Path, *more: str) -> Path:
     return run
 
 
-def test_the_default_initialisation_triggers_it_on_the_digits(demo_data: Path, tmp_path: Path) -> None:
+def test_flat_loss_ends_a_run_with_torchs_initialisation(demo_data: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError) as caught:
         train("torch", demo_data, tmp_path)
     said = str(caught.value)
@@ -85,13 +85,13 @@ def test_the_default_initialisation_triggers_it_on_the_digits(demo_data: Path, t
     assert read_rows(run, "train")[-1]["step"] == GRACE
 
 
-def test_he_initialisation_does_not(demo_data: Path, tmp_path: Path) -> None:
+def test_flat_loss_does_not_end_a_run_with_he_initialisation(demo_data: Path, tmp_path: Path) -> None:
     rows = read_rows(train("he", demo_data, tmp_path), "train")
     assert rows[-1]["step"] == 45
     assert min(row["loss"] for row in rows if row["step"] <= GRACE) < 0.97 * LEVEL
 
 
-def test_the_advice_fits_the_configuration() -> None:
+def test_flat_loss_advice_fits_the_configuration() -> None:
     config = make_config("demo", ["model.name=bn", "schedule.learning_rate=3"])
     said = describe_flat(LEVEL, 10, 60, config)
     assert "Try another schedule.learning_rate than 3. " in said

@@ -56,7 +56,7 @@ class Quadratic(nn.Module):
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), (4, 4, 4, 4, 4, 4, 4, 4), (2, 7, 23)])
-def test_a_quadratic_of_known_gradient_and_covariance(world: World, sizes: tuple[int, ...]) -> None:
+def test_noise_scale_of_a_quadratic_is_the_known_one(world: World, sizes: tuple[int, ...]) -> None:
     """2000 batches of 32: |G|² within 5% and tr(S) within 2% (about three standard errors of each)."""
     generator = torch.Generator().manual_seed(0)
     curvature = torch.linspace(0.2, 2.0, 40)
@@ -79,7 +79,7 @@ def test_a_quadratic_of_known_gradient_and_covariance(world: World, sizes: tuple
     assert found.scale == pytest.approx(4.0, rel=0.06)
 
 
-def test_what_is_not_a_number_or_not_there() -> None:
+def test_noise_scale_without_parts_or_signal_is_none() -> None:
     assert estimate_noise([], 8) is None
     lost = estimate_noise([(30.0, 2, 4, 1.0)], 4)
     assert lost == NoiseEstimate(square=-5.5, trace=26.0, num_steps=1) and lost.scale is None
@@ -131,7 +131,7 @@ def test_train_step_against_gradients_sample_by_sample(world: World) -> None:
     assert found.square == pytest.approx(square, rel=1e-4)
 
 
-def test_two_ranks_log_what_one_rank_with_the_same_parts_does(digits: Path, tmp_path: Path) -> None:
+def test_noise_scale_of_two_ranks_matches_one_with_two_parts(digits: Path, tmp_path: Path) -> None:
     sets = [*NOISY, f"global_batch={BATCH}"]
     runs = [train_warm(2, data=digits, out=tmp_path / "two", overrides=sets)]
     assert train(make_config("demo", [*sets, "micro_batch=12"], digits), tmp_path / "one", "none") is not None
@@ -151,7 +151,7 @@ def test_two_ranks_log_what_one_rank_with_the_same_parts_does(digits: Path, tmp_
     assert smooth_noise(None, last).scale != one[3]["noise_scale"]
 
 
-def test_one_part_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_noise_scale_refuses_a_batch_of_one_part(digits: Path, tmp_path: Path) -> None:
     config = make_config("demo", [*NOISY, f"global_batch={BATCH}"], digits)
     with pytest.raises(UserError, match="a batch is one part: use more ranks, or --set micro_batch=12"):
         train(config, tmp_path, "none")

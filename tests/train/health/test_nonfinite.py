@@ -137,7 +137,7 @@ def test_spikes_are_skipped_if_configured_after_a_warm_up() -> None:
         assert guard.read() == SkipStats(total=expected, spikes=expected, in_row=0, first=30 if factor else 0)
 
 
-def test_float16s_loss_scale_has_a_floor(run: RunState) -> None:
+def test_float16_loss_scale_has_a_floor(run: RunState) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     run.parts = dataclasses.replace(run.parts, scaler=scaler)
     batch, before = first_batch(run), held(run)
@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_never_saved(run: RunState) -> None:
     assert all_finite(list(load_checkpoint(run.folder.checkpoints / "step-00000001").model_state.values()))
 
 
-def test_a_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) -> None:
+def test_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) -> None:
     faults = [{"kind": "spike", "rank": 1, "forward": SPIKE_WARMUP + 2}]
     sets = [f"--set={s}" for s in (*TINY, "epochs=6", f"global_batch={BATCH}", "spike_factor=20")]
     module = ["tests.helpers.faulty_rank", msgspec.json.encode(faults).decode()]

@@ -44,7 +44,7 @@ def test_first_signal_is_remembered_while_listening(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, number)] == before
 
 
-def test_nohup_stays_nohup() -> None:
+def test_ignored_sighup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with closing(Interrupt()) as interrupt:

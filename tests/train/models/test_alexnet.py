@@ -30,14 +30,14 @@ def tiny(name: str, init: Init = "he", num_classes: int = 10) -> AlexNet:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_counts_at_1000_classes(name: str) -> None:
+def test_parameter_counts_are_published_ones(name: str) -> None:
     config = ModelConfig(name=name)  # type: ignore[arg-type]
     model = make_model(config, num_classes=1000, crop_px=227 if name == "caffe" else 224)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("crop_px", [224, 256])
-def test_owt_is_torchvisions_alexnet_both_ways(crop_px: int) -> None:
+def test_owt_exchanges_weights_with_torchvisions_alexnet(crop_px: int) -> None:
     ours = make_model(ModelConfig(name="owt"), num_classes=1000, crop_px=crop_px).eval()
     theirs = torchvision.models.alexnet(num_classes=1000).eval()
     images_NCHW = torch.randn(2, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,7 @@ def test_initialisation_follows_its_source() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_last_feature_map_is_as_large_as_worked_out(name: str) -> None:
+def test_last_feature_map_has_the_computed_size(name: str) -> None:
     for stride, crop_px in ((1, 21), (1, 32), (1, 64), (2, 56), (2, 101), (4, 113), (4, 224), (4, 227)):
         if name == "caffe" and crop_px == 21:
             continue
@@ -148,7 +148,7 @@ def test_the_last_feature_map_is_as_large_as_worked_out(name: str) -> None:
         assert model(torch.zeros(1, 3, crop_px, crop_px)).shape == (1, 3)
 
 
-def test_a_crop_that_leaves_nothing_is_refused_with_advice() -> None:
+def test_crop_that_is_too_small_is_refused_with_advice() -> None:
     with pytest.raises(
         UserError, match=r"crop_px 56 is too small for `paper` with stem_stride 4.*smaller stem_stride"
     ):

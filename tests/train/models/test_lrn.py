@@ -13,7 +13,7 @@ from train.models.lrn import LocalResponseNorm, window_sum
 @pytest.mark.parametrize(
     ("channels", "size", "beta"), [(96, 5, 0.75), (3, 5, 0.75), (8, 3, 0.5), (1, 5, 0.75)]
 )
-def test_agrees_with_torch_forward_and_backward(
+def test_lrn_agrees_with_torch_forward_and_backward(
     channels: int, size: int, beta: float, memory_format: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
@@ -33,12 +33,12 @@ def test_agrees_with_torch_forward_and_backward(
     assert ours.is_contiguous(memory_format=memory_format)
 
 
-def test_gradient_in_float64() -> None:
+def test_lrn_gradient_in_float64() -> None:
     x = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(LocalResponseNorm(5, 0.3, 0.75, 2.0), (x,))
 
 
-def test_accumulates_in_float32_under_bfloat16() -> None:
+def test_lrn_accumulates_in_float32_under_bfloat16() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 96, 6, 6) * 10
     exact = LocalResponseNorm()(x)
@@ -48,11 +48,11 @@ def test_accumulates_in_float32_under_bfloat16() -> None:
     torch.testing.assert_close(half.float(), exact, rtol=2**-7, atol=1e-6)
 
 
-def test_window_is_clipped_at_the_ends() -> None:
+def test_lrn_window_is_clipped_at_the_ends() -> None:
     x = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0]])
     assert window_sum(x, 5).tolist() == [[111.0, 1111.0, 11111.0, 111110.0, 111100.0, 111000.0]]
 
 
-def test_an_even_window_is_refused() -> None:
+def test_lrn_refuses_an_even_window() -> None:
     with pytest.raises(ValueError, match="odd"):
         LocalResponseNorm(4)

@@ -22,7 +22,7 @@ def change(net: nn.Module, value: float) -> None:
             tensor.fill_(value)
 
 
-def test_the_average_is_its_formula_and_forgets_faster_early() -> None:
+def test_ema_is_its_formula_with_a_warm_up() -> None:
     net = network()
     change(net, 1.0)
     average = ModelEma(net, decay=0.5)
@@ -38,7 +38,7 @@ def test_the_average_is_its_formula_and_forgets_faster_early() -> None:
         assert average.values["1.num_batches_tracked"].item() == int(value)
 
 
-def test_a_skipped_step_does_not_move_it() -> None:
+def test_ema_does_not_move_in_a_skipped_step() -> None:
     net = network()
     average = ModelEma(net, decay=0.9)
     change(net, 3.0)
@@ -50,7 +50,7 @@ def test_a_skipped_step_does_not_move_it() -> None:
     assert not torch.equal(average.values["0.weight"], before["0.weight"])
 
 
-def test_the_network_gets_its_own_weights_back_on_every_path() -> None:
+def test_ema_gives_the_weights_back_on_every_path() -> None:
     net = network()
     change(net, 1.0)
     average = ModelEma(net, decay=0.9)

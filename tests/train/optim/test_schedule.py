@@ -32,14 +32,14 @@ def test_warm_up_is_linear_from_a_hundredth() -> None:
     assert found == pytest.approx([0.01, 0.2575, 0.505, 0.7525, 1.0, 1.0, 1.0, 1.0])
 
 
-def test_cosine_halves_in_the_middle_and_ends_near_nothing() -> None:
+def test_cosine_schedule_halves_in_the_middle_and_ends_near_0() -> None:
     found = rates(ScheduleConfig(learning_rate=1.0, kind="cosine"), steps_per_epoch=10, epochs=10)
     assert found[0] == 1.0
     assert found[50] == pytest.approx(0.5)
     assert 0 < found[-1] < 0.001
 
 
-def test_poly_is_the_authors_policy() -> None:
+def test_poly_schedule_is_the_authors_policy() -> None:
     schedule = ScheduleConfig(learning_rate=32.0, kind="poly", power=2.0, warmup_epochs=1.0, warmup_start=0.5)
     found = rates(schedule, steps_per_epoch=2, epochs=6)
     assert found[:2] == [16.0, 24.0]
@@ -50,7 +50,7 @@ def test_poly_is_the_authors_policy() -> None:
     ("scaling", "batch", "expected"),
     [("none", 32768, 2.0), ("linear", 32768, 128.0), ("sqrt", 32768, 16.0), ("linear", 256, 1.0)],
 )
-def test_the_rate_scales_with_the_batch(scaling: str, batch: int, expected: float) -> None:
+def test_learning_rate_scales_with_the_batch(scaling: str, batch: int, expected: float) -> None:
     schedule = ScheduleConfig(learning_rate=2.0, scaling=scaling, reference_batch=512, kind="constant")  # type: ignore[arg-type]
     base = base_lr_for(schedule, batch)
     assert base == expected
@@ -84,7 +84,7 @@ def test_plateau_drops_follow_from_the_validation_errors(errors: list[float], dr
 
 
 @given(st.lists(st.floats(0, 1), max_size=60))
-def test_a_drop_is_never_taken_back(errors: list[float]) -> None:
+def test_plateau_drop_is_never_taken_back(errors: list[float]) -> None:
     counts = [plateau_drops(errors[:n], PLATEAU) for n in range(len(errors) + 1)]
     assert counts == sorted(counts) and all(b - a <= 1 for a, b in itertools.pairwise(counts))
 
@@ -95,7 +95,7 @@ def test_a_drop_is_never_taken_back(errors: list[float]) -> None:
     steps_per_epoch=st.integers(1, 50),
     epochs=st.integers(1, 20),
 )
-def test_every_rate_is_positive_and_at_most_the_base(
+def test_learning_rate_is_positive_and_at_most_the_base(
     kind: str, warmup: float, steps_per_epoch: int, epochs: int
 ) -> None:
     schedule = ScheduleConfig(learning_rate=0.1, kind=kind, warmup_epochs=warmup, milestones=(2.0, 5.0))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ NO, YES = torch.tensor(0.0), torch.tensor(1.0)
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_weight_decay_spares_biases_and_norms_unless_told(everything: bool) -> None:
+def test_weight_decay_excludes_biases_and_norms_by_default(everything: bool) -> None:
     model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1, decay_bias_and_norm=everything))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -34,7 +34,7 @@ def test_weight_decay_spares_biases_and_norms_unless_told(everything: bool) -> N
         assert decay[id(parameter)] == (0.0 if spared else 0.1), name
 
 
-def test_the_update_is_sgd_with_momentum_and_decay() -> None:
+def test_sgd_update_is_momentum_and_decay() -> None:
     """Against the formula: v = 0.9 v + g + 5e-4 w; w = w - lr v."""
     layer = nn.Linear(3, 2, bias=False)
     optimizer = make_optimizer(layer, OptimizerConfig())
@@ -51,7 +51,7 @@ def test_the_update_is_sgd_with_momentum_and_decay() -> None:
 
 
 @pytest.mark.parametrize("norm", ["norm1.weight", "norm1.bias"])
-def test_biases_and_norms_can_have_a_rate_of_their_own(norm: str) -> None:
+def test_biases_and_norms_can_have_their_own_rate(norm: str) -> None:
     model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
     optimizer = make_optimizer(model, OptimizerConfig(bias_and_norm_rate=2.0, decay_bias_and_norm=True))
     set_lr(optimizer, 0.1)
@@ -78,7 +78,7 @@ def run(form: Form, rates: list[float], **changes: Any) -> list[float]:
     return values
 
 
-def test_the_papers_velocity_is_torchs_until_the_rate_drops() -> None:
+def test_paper_velocity_is_torchs_until_the_rate_drops() -> None:
     """Steps by hand, m = 0.5: velocities 1, 1.5, 1.75 in torch's form; 0.1 of them in the paper's."""
     constant = [0.1, 0.1, 0.1]
     assert run("torch", constant) == pytest.approx([0.9, 0.75, 0.575])
@@ -90,7 +90,7 @@ def test_the_papers_velocity_is_torchs_until_the_rate_drops() -> None:
     assert run("paper", dropped) == pytest.approx([0.9, 0.75, 0.665, 0.6125])
 
 
-def test_the_papers_update_is_the_papers_formula() -> None:
+def test_paper_update_is_the_papers_formula() -> None:
     """v = 0.9 v - 0.0005 r w - r g; w = w + v, with a rate that changes at every step."""
     layer = nn.Linear(3, 2, bias=False)
     optimizer = make_optimizer(layer, OptimizerConfig(momentum_form="paper"))
@@ -146,7 +146,7 @@ def never_waiting(device: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("form", ["torch", "paper"])
-def test_lars_is_the_numpy_reference(form: Form, device: str) -> None:
+def test_lars_matches_the_numpy_reference(form: Form, device: str) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
     nn.init.zeros_(network[3].weight)  # type: ignore[arg-type]  # no ratio can be told of weights that are 0
@@ -173,7 +173,7 @@ def test_lars_is_the_numpy_reference(form: Form, device: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "form"), [("sgd", "paper"), ("lars", "torch"), ("lars", "paper")])
-def test_a_skipped_step_changes_nothing_whatever_the_gradient(name: Any, form: Form) -> None:
+def test_sgd_skips_a_step_whatever_the_gradient(name: Any, form: Form) -> None:
     layer = nn.Linear(3, 2)
     optimizer = make_optimizer(layer, OptimizerConfig(name=name, momentum_form=form))
     start_momentum(optimizer)

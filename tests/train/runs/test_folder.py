@@ -20,7 +20,7 @@ def test_later_rows_and_half_a_line_are_dropped(tmp_path: Path) -> None:
     assert folder.drop_rows_after(2) == 0
 
 
-def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_run_folders_of_one_second_are_distinct(tmp_path: Path) -> None:
     config = make_config("demo")
     folders = {create_run(tmp_path, config).path for _ in range(3)}
     assert len(folders) == 3

@@ -48,13 +48,13 @@ def test_pieces_without_room_are_kept_and_written_first_later(tmp_path: Path) ->
     assert file.path.read_bytes().endswith(b"third\nfourth\n")
 
 
-def test_a_full_device_is_an_error_that_names_it() -> None:
+def test_append_file_error_names_the_full_device() -> None:
     error = RetryingAppendFile(Path("/dev/full")).append(b"x")
     assert isinstance(error, OSError)
     assert (error.strerror, error.filename) == ("No space left on device", "/dev/full")
 
 
-def test_rows_wait_for_room_and_no_checkpoint_comes_before_them(tmp_path: Path) -> None:
+def test_metrics_rows_wait_for_room_before_a_checkpoint(tmp_path: Path) -> None:
     folder = create_run(tmp_path, make_config("demo"))
     assert folder.append(row(1)) is None
     with room_for(folder.metrics.stat().st_size + 5):

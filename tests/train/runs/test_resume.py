@@ -111,7 +111,7 @@ def test_run_that_would_end_alike_is_not_tried_again(
     assert "launch.json cannot be read, and is passed over" in caplog.text
 
 
-def test_outside_torchrun_there_is_no_launch() -> None:
+def test_launch_is_none_outside_torchrun() -> None:
     assert "TORCHELASTIC_RUN_ID" not in os.environ
     assert env_launch() is None
 
