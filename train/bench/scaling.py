@@ -29,7 +29,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines
 from train.bench.traffic import sent_bytes
-from train.bench.trainer import bench_config, make_noise_trainer, noise_batch, time_calls
+from train.bench.trainer import bench_config, make_noise_parts, noise_batch, time_calls
 from train.distributed.world import World, choose_device, cpu_share, open_world
 from train.optim.precision import choose_precision
 from train.step import StepParts, train_step
@@ -177,21 +177,21 @@ def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
                 spec.variant, spec.rank_batch * world.world_size, spec.crop_px, spec.precision, spec.device,
                 (*spec.overrides, *SETTINGS[mode]),
             )  # fmt: skip
-            trainer = make_noise_trainer(config, spec.num_classes, world)
+            parts = make_noise_parts(config, spec.num_classes, world)
 
-            def step(trainer: StepParts = trainer) -> None:
-                train_step(trainer, [batch], 0.0, 0)
+            def step(parts: StepParts = parts) -> None:
+                train_step(parts, [batch], 0.0, 0)
 
             for _ in range(WARM_UP):
                 step()
             found[mode].step_s.append(slowest_step_s(step, spec.steps, world))
             found[mode].sent = bytes_sent_by(step, world)
-            found[mode].formula = formula_bytes(trainer, spec, mode, config.model.hidden_units)
+            found[mode].formula = formula_bytes(parts, spec, mode, config.model.hidden_units)
             if mode == "ddp":
-                with trainer.parallel.no_sync():
+                with parts.parallel.no_sync():
                     step()
                     found[ALONE].step_s.append(slowest_step_s(step, spec.steps, world))
-            del trainer, step
+            del parts, step
             gc.collect()
     return found
 
@@ -218,16 +218,16 @@ def bytes_sent_by(step: Callable[[], None], world: World) -> int | None:
     return int(most)
 
 
-def formula_bytes(trainer: StepParts, spec: ScalingSpec, mode: str, hidden_units: int) -> int:
+def formula_bytes(parts: StepParts, spec: ScalingSpec, mode: str, hidden_units: int) -> int:
     """Compute the bytes that each rank sends in a step: see docs/scaling.md."""
-    ranks, network = trainer.world.world_size, trainer.network
+    ranks, network = parts.world.world_size, parts.network
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     all_parameters = sum(p.numel() for p in network.parameters())
     there_and_back = 2 * (ranks - 1) / ranks
     if mode != "hybrid":
         return round(there_and_back * all_parameters * (2 if mode == "ddp+bf16" else 4))
     in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
-    activation = 4 if trainer.precision.name == "fp32" else 2
+    activation = 4 if parts.precision.name == "fp32" else 2
     numbers = (layers[0].in_features + hidden_units) * activation + 4 * spec.num_classes
     return round(there_and_back * (4 * (all_parameters - in_layers) + spec.rank_batch * ranks * numbers))
 

@@ -16,7 +16,7 @@ from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.augment import Augment
-from train.bench.trainer import bench_config, make_noise_trainer, noise_batch, peak_memory_mb, wait_for
+from train.bench.trainer import bench_config, make_noise_parts, noise_batch, peak_memory_mb, wait_for
 from train.compile.choose import compile_step, fuse_lrn
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter
@@ -93,28 +93,28 @@ class OurSteps(StepCase):
         super().__init__(world.device)
         config = bench_config(spec.name, spec.batch, crop_px, spec.precision, world.device.type)
         self.preprocessing, self.folder, self.batch, self.done = config.preprocessing, folder, spec.batch, 0
-        self.trainer = make_noise_trainer(config, NUM_CLASSES, world)
-        self.optimizer = self.trainer.optimizer
+        self.parts = make_noise_parts(config, NUM_CLASSES, world)
+        self.optimizer = self.parts.optimizer
         if spec.lrn in ("none", "torch"):
-            replace_lrn(self.trainer.network, spec.lrn)
+            replace_lrn(self.parts.network, spec.lrn)
         elif spec.lrn == "fused":
-            fuse_lrn(self.trainer.network, crop_px, self.trainer.precision, world)
+            fuse_lrn(self.parts.network, crop_px, self.parts.precision, world)
         if spec.compiled:
-            compile_step(self.trainer.network)
+            compile_step(self.parts.network)
         self.sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
 
     def forward(self) -> Tensor:
         """Return the loss of a batch, as in training."""
         images_NHWC, labels_N, _ = to_device(self.sample, self.device)
-        inputs_NCHW = self.trainer.normalize(images_NHWC)
-        with self.trainer.precision.autocast():
-            logits_NC = self.trainer.parallel(inputs_NCHW)
+        inputs_NCHW = self.parts.normalize(images_NHWC)
+        with self.parts.precision.autocast():
+            logits_NC = self.parts.parallel(inputs_NCHW)
         return cross_entropy(logits_NC.float(), labels_N)
 
     def step(self, batch: Batch | None = None) -> AccuracyMeter:
         """Train one step, on a given batch or on noise."""
         self.done += 1
-        return train_step(self.trainer, [self.sample if batch is None else batch], LEARNING_RATE, self.done)
+        return train_step(self.parts, [self.sample if batch is None else batch], LEARNING_RATE, self.done)
 
     def fed_images_per_s(self, num_batches: int, train: bool) -> float:
         """Measure the loader alone, or steps fed by it as in training; return images per second.

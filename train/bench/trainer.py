@@ -31,8 +31,8 @@ def bench_config(
     return make_config("tiny-imagenet", [*(f"{key}={value}" for key, value in values.items()), *overrides])
 
 
-def make_noise_trainer(config: RunConfig, num_classes: int, world: World) -> StepParts:
-    """Build the trainer of a run whose data has so many classes and no images."""
+def make_noise_parts(config: RunConfig, num_classes: int, world: World) -> StepParts:
+    """Build the parts of a run whose data has so many classes and no images."""
     classes = tuple(f"class-{number}" for number in range(num_classes))
     return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 

@@ -19,7 +19,7 @@ import torch
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from train.bench.harness import Report, four_digits, run_alone, table_lines
-from train.bench.trainer import make_noise_trainer, noise_batch, peak_memory_mb, time_calls
+from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, time_calls
 from train.config.schema import RunConfig
 from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
@@ -141,9 +141,9 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
         if world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or cpu_share(1))
         try:
-            trainer = make_noise_trainer(config, num_classes, world)
+            parts = make_noise_parts(config, num_classes, world)
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
-            seconds = time_calls(partial(train_step, trainer, [batch], 0.0, 0), 2 + steps, world.device)
+            seconds = time_calls(partial(train_step, parts, [batch], 0.0, 0), 2 + steps, world.device)
             return statistics.median(seconds[2:]), peak_memory_mb(world.device)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             return str(error).splitlines()[0] or "out of memory"
@@ -181,15 +181,15 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
     rows: list[NoiseRow] = []
     sums: NoiseEstimate | None = None
     with open_probe(probed) as probe, show_progress("noise scale", num_steps) as progress:
-        run_state = probe.run_state
-        meter = run_state.parts.noise
+        run = probe.run
+        meter = run.parts.noise
         assert meter is not None
         window = max(1, num_steps // WINDOWS)
         losses: list[float] = []
         for number in range(1, num_steps + 1):
             rate = lr_at(
-                run_state.step, config.schedule, steps_per_epoch=run_state.steps_per_epoch,
-                total_steps=run_state.total_steps,
+                run.step, config.schedule, steps_per_epoch=run.steps_per_epoch,
+                total_steps=run.total_steps,
                 base_lr=base_lr_for(config.schedule, config.global_batch),
             )  # fmt: skip
             losses.append(probe.step(rate).loss)
@@ -199,7 +199,7 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
                 scale = None if found.scale is None else four_digits(found.scale)
                 rows.append(NoiseRow(step=number, noise_scale=scale, loss=four_digits(loss)))
             progress.advance(1, f"step {number}, loss {losses[-1]:.3f}")
-        name, num_classes = run_state.parts.world.device_name, len(run_state.train_set.classes)
+        name, num_classes = run.parts.world.device_name, len(run.train_set.classes)
     return rows, None if sums is None else sums.scale, name, num_classes
 
 

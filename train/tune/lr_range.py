@@ -47,9 +47,9 @@ def bench_rates(
             seeded = msgspec.structs.replace(config, seed=config.seed + number)
             losses: list[float | None] = []
             with open_probe(seeded) as probe:
-                train_set = probe.run_state.train_set
+                train_set = probe.run.train_set
                 level = flat_level(train_set.labels, len(train_set.classes), config.label_smoothing)
-                device = probe.run_state.parts.world.device_name
+                device = probe.run.parts.world.device_name
                 while len(losses) < num_steps and why_ended(losses, level) is None:
                     rate = rates[len(losses)]
                     loss = probe.step(rate).loss

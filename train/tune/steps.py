@@ -20,7 +20,7 @@ from train.step import train_step
 class Probe:
     """A run of one rank before its next step; `steps` are the micro-batches of each, without end."""
 
-    run_state: RunState
+    run: RunState
     steps: Iterator[list[Batch]]
 
     def step(self, learning_rate: float) -> Metrics:
@@ -29,12 +29,12 @@ class Probe:
         Raises:
             KeyboardInterrupt: a signal asked to stop.
         """
-        run_state = self.run_state
-        if run_state.interrupt.received:
-            raise KeyboardInterrupt(run_state.interrupt.received)
-        counts = train_step(run_state.parts, next(self.steps), learning_rate, run_state.step)
-        run_state.step += 1
-        return counts.reduce(run_state.parts.world)
+        run = self.run
+        if run.interrupt.received:
+            raise KeyboardInterrupt(run.interrupt.received)
+        counts = train_step(run.parts, next(self.steps), learning_rate, run.step)
+        run.step += 1
+        return counts.reduce(run.parts.world)
 
 
 @contextmanager
@@ -46,5 +46,5 @@ def open_probe(config: RunConfig) -> Iterator[Probe]:
     """
     with ExitStack() as stack:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
-        run_state = build_run(config, None, "none", world, stack)
-        yield Probe(run_state, open_steps(run_state, stack, None))
+        run = build_run(config, None, "none", world, stack)
+        yield Probe(run, open_steps(run, stack, None))
