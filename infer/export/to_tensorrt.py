@@ -135,11 +135,7 @@ def build_engine(
         *(build.who, chosen.note, len(plan) / 1e6, time.monotonic() - started, ", ".join(gpus)),
     )
     if ahead_of_time:
-        missing = ", ".join(sorted(_RTX_CANNOT[precision] & set(_offered(build.trt))))
-        without = f" and, in {precision}, on {missing}" if missing else ""
-        log.info(
-            "TensorRT-RTX engines do not load on Hopper (sm90)%s: there, build with alexnet[trt]", without
-        )
+        build.log_missing_gpus()
     return Engine(
         library=chosen.library,
         version=build.trt.__version__,
@@ -213,6 +209,14 @@ class _Build:
             ):
                 raise BuildError(f"{self.who} does not build for {gpu}: {_words(self.messages)}")
         return gpus
+
+    def log_missing_gpus(self) -> None:
+        """Log the GPUs of today that engines of TensorRT-RTX do not load on."""
+        missing = ", ".join(sorted(_RTX_CANNOT[self.precision] & set(_offered(self.trt))))
+        without = f" and, in {self.precision}, on {missing}" if missing else ""
+        log.info(
+            "TensorRT-RTX engines do not load on Hopper (sm90)%s: there, build with alexnet[trt]", without
+        )
 
     def attach_timing_cache(self, path: Path) -> Any:
         """Attach the timing cache in a file, or an empty one where there is no file; returns the cache.
