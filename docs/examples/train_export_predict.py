@@ -36,7 +36,7 @@ def main(overrides: list[str]) -> None:
     bundle = export_models(find_checkpoint(run), ("onnx",))["onnx"]
 
     # The bundle knows how images are resized, cropped and normalised: nothing is passed by hand.
-    images = sorted(Path("data/demo-digits/val").glob("*/*.jpg"))[::30]
+    images = sorted(Path(config.data.root or "").glob("val/*/*.jpg"))[::30]
     with Predictor(bundle, top=3) as predictor:
         print(predictor.runs_on)
         for row in predictor(images):
