@@ -13,8 +13,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from scripts.soak.compare import compare_runs
 from tests.helpers.checkpoint_samples import CONFIG, make_writer, row, small_snapshot
@@ -22,12 +20,14 @@ from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 from train.checkpoints.format import MANIFEST, STATE
 from train.checkpoints.load import find_checkpoint
-from train.checkpoints.retention import saved_steps, steps_to_keep
+from train.checkpoints.retention import saved_steps
 from train.runs.folder import create_run
 
 SETTINGS = (
     *TINY, "model.dropout=0.5", "epochs=2", "global_batch=25", "checkpoint_every=1", "keep_checkpoints=6",
 )  # fmt: skip
+
+
 NUM_STEPS = 8
 
 
@@ -204,16 +204,3 @@ def test_kills_at_any_time_lose_no_row_and_no_bit(whole: Path, digits: Path, tmp
         (run,) = (tmp_path / "runs").iterdir()
     assert starts >= 3
     assert compare_runs(run, whole) == (True, True)
-
-
-@given(st.sets(st.integers(1, 300), min_size=1), st.integers(1, 5), st.none() | st.integers(1, 50), st.data())
-def test_last_best_and_every_so_many_steps_stay(
-    steps: set[int], keep_last: int, keep_every: int | None, data: st.DataObject
-) -> None:
-    best = data.draw(st.none() | st.sampled_from(sorted(steps)))
-    kept = steps_to_keep(steps, keep_last=keep_last, keep_every=keep_every, best=best)
-    assert set(sorted(steps)[-keep_last:]) <= kept <= steps
-    assert best is None or best in kept
-    for multiple in range(keep_every or 400, 301, keep_every or 1):
-        first = min((step for step in steps if step >= multiple), default=None)
-        assert first is None or first in kept or first >= multiple + (keep_every or 0)
