@@ -164,7 +164,7 @@ def test_rebuilt_engine_that_differs_is_code_4_and_not_kept(
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
 
 
-def test_an_engine_beyond_its_limits_is_refused_though_its_digest_fits(base: Path, copy: Path) -> None:
+def test_rebuild_report_beyond_its_limits_is_refused(base: Path, copy: Path) -> None:
     manifest = msgspec.to_builtins(read_manifest(copy))
     agreement = {**manifest["report"]["onnx"], "max_probability_difference": 0.5}
     rebuild = {
@@ -217,7 +217,7 @@ def test_timing_cache_that_is_none_is_refused(tmp_path: Path) -> None:
             build.attach_timing_cache(tmp_path / "cache")
 
 
-def test_the_precision_check_holds_the_versions_of_onnx(bundle: Bundle) -> None:
+def test_precision_check_records_opset_and_ir_version(bundle: Bundle) -> None:
     model = onnx.load(bundle.onnx_path)
     check = bundle.manifest.precision_check
     assert (check.opset, check.ir_version) == (model.opset_import[0].version, model.ir_version)
