@@ -18,6 +18,8 @@ from train.health.metrics import AccuracyMeter
 from train.setup import make_step_parts
 from train.step import StepParts, train_step
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
 

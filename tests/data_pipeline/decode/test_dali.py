@@ -1,4 +1,4 @@
-"""DALI against Pillow, pixel by pixel, and what either does with files that are broken."""
+"""DALI compared with Pillow, pixel by pixel, and both on broken files."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ class Stand(OnnxBackend):
         return (1 - self.by) * probabilities_NC + self.by * probabilities_NC[:, ::-1]
 
 
+@pytest.mark.slow
 def test_gate_compares_an_engine_with_the_checkpoint(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,7 @@ def checkpoint(base: Path) -> Checkpoint:
     return load_checkpoint(checkpoint_folder(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [(2e-3, r"a probability differs by .*, more than 0\.0001"), (10.0, "top-1 agreement")],
@@ -86,6 +88,7 @@ def test_export_that_differs_is_not_shipped(
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_gate_needs_images_of_the_same_classes(base: Path, tmp_path: Path) -> None:
     folder = checkpoint_folder(base)
     with pytest.raises(UserError, match="no data folder"):

@@ -1,4 +1,4 @@
-"""Export: the file holds the contract and nothing of this machine, and the gate lets no other model pass."""
+"""Export of a checkpoint: the manifest of what was written, and the bounds of its options."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def test_max_batch_has_bounds(base: Path, max_batch: int) -> None:
         export_model(checkpoint_folder(base), "onnx", max_batch=max_batch)
 
 
+@pytest.mark.slow
 def test_onnx_bundle_with_a_max_batch_of_1(base: Path, tmp_path: Path) -> None:
     bundle = export_model(checkpoint_folder(base), "onnx", max_batch=1, out=tmp_path / "one")
     assert load_bundle(tmp_path / "one") == bundle

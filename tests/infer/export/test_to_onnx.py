@@ -79,6 +79,7 @@ def test_onnx_equals_torch_at_any_batch(bundle: Bundle, checkpoint: Checkpoint, 
     assert np.ptp(expected, axis=1).min() > 0.1  # or the comparison would say little
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_lrn"), [("caffe", 2), ("owt", 0), ("bn", 0)])
 def test_other_networks_export_and_agree(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, num_lrn: int
@@ -93,6 +94,7 @@ def test_other_networks_export_and_agree(
     np.testing.assert_allclose(found, torch_runner(other)(random_images(5)), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_exporter_reports_real_warnings(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say; how fast this machine is, no test asks."""
+"""The benchmarks report what they measured; no test depends on how fast this machine is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from train.bench.data import time_batches
 from train.bench.train import Measured, make_ratios, make_specs
 
 
+@pytest.mark.slow
 def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=4"]
     done = run_command(["alexnet", "bench", "data", *options], cwd=tmp_path)
@@ -40,6 +41,7 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     assert len(report["memory_mb"]) == 20 and min(report["memory_mb"]) > 50
 
 
+@pytest.mark.slow
 def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
     options = ["--json", "--files=12000", f"--folder={tmp_path / 'links'}"]
     done = run_command(["alexnet", "bench", "startup", *options], cwd=tmp_path)
@@ -90,6 +92,7 @@ def test_bench_train_ratios_use_the_right_cases() -> None:
     assert not [note for note in notes if "not measured" in note]
 
 
+@pytest.mark.slow
 def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
     options = ["--batch=4", "--crop=64", "--variant=owt", "--precision=fp32", "--images=128", "--rounds=1"]
     done = run_command(

@@ -34,6 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "loss", "numbers"), [("bn", 1e-5, 1e-3), ("owt in bf16", 0.01, 0.1)])
 def test_losses_norms_weights_and_momenta_equal_plain_ddps(
     found: Found, case: str, loss: float, numbers: float
@@ -48,6 +49,7 @@ def test_losses_norms_weights_and_momenta_equal_plain_ddps(
         assert hybrid["losses"] == found[0][case]["hybrid"]["losses"]
 
 
+@pytest.mark.slow
 def test_hybrid_ranks_hold_their_part_of_the_linear_layers(found: Found) -> None:
     whole, parts = found[0]["bn"]["ddp"]["parameters"], [rank["bn"]["hybrid"]["parameters"] for rank in found]
     everywhere = 3_746_880 // 2 + 10  # about: convolutions, norms and the last bias
@@ -56,6 +58,7 @@ def test_hybrid_ranks_hold_their_part_of_the_linear_layers(found: Found) -> None
     assert 1e6 < conv < 4e6, everywhere
 
 
+@pytest.mark.slow
 def test_hybrid_dropout_masks_are_unique_and_shared_by_ranks(found: Found) -> None:
     for number, rank in enumerate(found):
         masks = rank["masks"]
@@ -70,6 +73,7 @@ def test_hybrid_dropout_masks_are_unique_and_shared_by_ranks(found: Found) -> No
         assert masks["features alike on all ranks"] and masks["features gathered as masked"]
 
 
+@pytest.mark.slow
 def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
     """An overflow in one rank's part of a layer; NaN, infinite losses and gradients on one rank each."""
     for rank in found:
@@ -94,6 +98,7 @@ def test_hybrid_refuses_incompatible_options(override: str, said: str) -> None:
     assert make_config("demo", [override]).parallel == "ddp"
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_hybrid_on_gpus(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
