@@ -131,6 +131,7 @@ def test_train_refuses_wrong_options_with_code_2(tmp_path: Path) -> None:
     assert (config["epochs"], config["data"]["root"], config["recipe"]) == (3, "x y", "demo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train_classes", "val_classes", "message"),
     [
@@ -163,6 +164,7 @@ def test_train_refuses_unusable_data_with_code_2(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_train_passes_on_the_ranks_error_line_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_train_passes_on_the_ranks_error_line_and_code(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_train_ends_on_a_nonfinite_loss_and_saves_nothing(demo_data: Path, tmp_path: Path) -> None:
     sets = [f"--set={s}" for s in (*TINY, "schedule.learning_rate=1e6", "schedule.warmup_epochs=0")]
     done = run_ranks(1, ["train.main", f"--data={demo_data}", *sets], cwd=tmp_path)
@@ -280,6 +283,7 @@ def test_damaged_files_exit_with_1(run: Path, bundle: Bundle, tmp_path: Path) ->
     assert_one_line(invoke("predict", image, "--model", copy), 1, "model.onnx")
 
 
+@pytest.mark.slow
 def test_export_beyond_the_gates_limits_exits_4_unshipped(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +297,7 @@ def test_export_beyond_the_gates_limits_exits_4_unshipped(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_prints_limits_and_agreement(run: Path, tmp_path: Path) -> None:
     result = invoke("export", run / "checkpoints" / "step-00000007", "--out", tmp_path / "b")
     assert result.exit_code == 0, result.stderr

@@ -14,6 +14,8 @@ from tests.helpers.warm_ranks import train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.evaluate import evaluate_checkpoint, load_split
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 4
 SETTINGS = (
     *TINY, "model.name=bn", f"epochs={EPOCHS}", "global_batch=20", "schedule.kind=plateau",

@@ -55,6 +55,7 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return data, run, done.stdout
 
 
+@pytest.mark.slow
 def test_training_leaves_out_and_counts_excluded_images(trained: tuple[Path, Path, str]) -> None:
     data, run, printed = trained
     result = msgspec.json.decode(printed)
@@ -66,6 +67,7 @@ def test_training_leaves_out_and_counts_excluded_images(trained: tuple[Path, Pat
     assert (checkpoint.data["train"].num_samples, checkpoint.data["train"].num_quarantined) == (100, 1)
 
 
+@pytest.mark.slow
 def test_resume_with_other_training_images_is_refused(trained: tuple[Path, Path, str]) -> None:
     data, run, _ = trained
     path = data / QUARANTINE
@@ -100,6 +102,7 @@ def test_resume_with_other_training_images_is_refused(trained: tuple[Path, Path,
     assert len(list(run.parent.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_readable_names_reach_the_bundle_and_the_rows(
     trained: tuple[Path, Path, str], demo_data: Path, tmp_path: Path
 ) -> None:

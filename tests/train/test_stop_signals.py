@@ -18,6 +18,8 @@ from tests.helpers.ranks import TINY, link_subset, read_rows, torchrun_arguments
 from tests.helpers.warm_ranks import ranks_of, train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 BATCH = 25
 NUM_STEPS = 48
 SETTINGS = (

@@ -38,6 +38,7 @@ def test_weights_round_trip_through_safetensors(tmp_path: Path) -> None:
         export_weights(checkpoint, tmp_path / "w.pth", "torchvision")
 
 
+@pytest.mark.slow
 def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
     theirs = torchvision.models.alexnet(num_classes=7).eval()
     torch.save(theirs.state_dict(), tmp_path / "in.pth")
@@ -60,6 +61,7 @@ def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
         import_weights(tmp_path / "in.pth", tmp_path / "runs", ("a", "b"))
 
 
+@pytest.mark.slow
 def test_bvlc_weights_see_the_pixels_that_caffe_showed_them(tmp_path: Path) -> None:
     """Our RGB pipeline against Caffe's arithmetic: BGR, 0..255, minus the mean, on the original filters."""
     file = bvlc_file()

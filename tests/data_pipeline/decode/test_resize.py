@@ -126,6 +126,7 @@ def test_resize_falls_back_to_pillow_without_a_compiler(
     ]
 
 
+@pytest.mark.slow
 def test_resize_recompiles_and_logs_where_its_cache_is_damaged(
     afresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

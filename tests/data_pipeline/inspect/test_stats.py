@@ -19,7 +19,6 @@ from PIL import Image
 from alexnet import main
 from data_pipeline.datasets.exclude_list import QUARANTINE, write_exclude_list
 from data_pipeline.inspect import scan
-from data_pipeline.inspect.pixel_stats import PixelSums
 from data_pipeline.inspect.stats import collect_info
 from data_pipeline.sharding.write import write_shards
 from data_pipeline.transforms.augment import Augment
@@ -27,6 +26,8 @@ from tests.helpers.images import encode, photo, write_folder
 from train.config.load import make_config
 
 HOSTILE = '<img src=x onerror="alert(1)"> & \x1b[31m'
+
+
 LATIN = os.fsdecode(b"caf\xe9.jpg")
 
 
@@ -86,21 +87,6 @@ def test_info_counts_sizes_and_colours_exactly(folder: Path) -> None:
     assert all(max(vector, key=abs) > 0 for vector in found["eigenvectors"])
     rebuilt = np.array(found["eigenvectors"]).T * found["eigenvalues"] @ found["eigenvectors"]
     np.testing.assert_allclose(rebuilt, want["covariance"], atol=1e-15)
-
-
-def test_pixel_sums_stay_exact_where_floats_would_not() -> None:
-    """A million images' worth of two neighbouring levels: a variance of 1/4 beside sums of 10^17."""
-    sums = PixelSums.empty()
-    image = np.full((512, 1024, 3), 254, dtype=np.uint8)
-    image[::2] = 255
-    sums.add(image)
-    for _ in range(20):
-        other = PixelSums(sums.products.copy(), sums.num_images)
-        sums.merge(other)
-    found = sums.statistics()
-    assert (found.num_images, found.num_pixels) == (1 << 20, 512 * 1024 << 20)
-    assert found.mean == (254.5 / 255,) * 3 and found.std == pytest.approx((0.5 / 255,) * 3, rel=1e-15)
-    assert found.eigenvalues == pytest.approx((3 / 4 / 255**2, 0, 0), rel=1e-12, abs=1e-18)
 
 
 def test_statistics_of_files_shards_and_workers_are_equal(

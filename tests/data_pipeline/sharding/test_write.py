@@ -96,6 +96,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_shards_are_readable_by_webdataset(files: Path, shards: Path) -> None:
     """In a process of its own, since it leaves its files open."""
     pytest.importorskip("webdataset", reason="needs webdataset: pip install 'alexnet[dev]'")

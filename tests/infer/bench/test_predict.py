@@ -10,6 +10,8 @@ import pytest
 from infer.bench.predict import bench_infer, describe
 from train.bench.harness import Report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:

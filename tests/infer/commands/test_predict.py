@@ -15,18 +15,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
-from rich.console import Console
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import visible
-from data_pipeline.datasets.image_folder import load_image_folder
 from infer.bundle.load import Bundle
-from infer.evaluate import evaluate_bundle
 from infer.export.gate import torch_runner
-from infer.predict.decode import DecoderName, open_decoder, valid_images
-from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, top_k
-from infer.predict.table import RowCounter, TableWriter, layout
+from infer.predict.decode import DecoderName
+from infer.predict.rows import ErrorRow, OkRow, Row, top_k
+from infer.predict.table import RowCounter
 from infer.predict.writers import JsonlWriter
 from infer.predictor import Predictor
 from infer.runtime.onnx import OnnxBackend
@@ -161,44 +156,6 @@ def test_top_k_ranks_equal_probabilities_by_class() -> None:
     assert [p.label for p in row] == ["b", "c", "a"]
 
 
-ROWS: list[Row] = [
-    OkRow(
-        path="photos/holiday/2024/one.jpg",
-        predictions=(
-            Prediction(class_id=0, label="[bold]a very long label indeed", probability=0.987),
-            Prediction(class_id=1, label="\x1b[31mred\u202e", probability=0.0126),
-        ),
-    ),
-    ErrorRow(path="photos/[red]two\n.jpg", error="truncated JPEG: \x07 " + "and a long reason " * 5),
-    OkRow(path="数.jpg", predictions=(Prediction(class_id=2, label="猫", probability=1.0),)),
-]
-
-
-@pytest.mark.parametrize("width", [40, 80, 120])
-def test_table_escapes_and_cuts_but_keeps_the_reason(width: int) -> None:
-    stream = io.StringIO()
-    console = Console(file=stream, width=width, force_terminal=True, color_system=None)
-    writer = TableWriter(console, 2)
-    for row in ROWS:
-        writer.write(row)
-    text = stream.getvalue()
-    header, first, error, last = text.splitlines()
-    assert header.split() == ["image", "#1", "#2"]
-    for control in ("\x1b", "\x07", "\u202e", "\r"):
-        assert control not in text
-    assert "[bold]"[: width // 20] in first and "98.7%" in first and "1.3%" in first and "100.0%" in last
-    assert "2024/one.jpg" in first and len(first) <= width
-    assert "photos/[red]two\\n.jpg" in error and error.count("and a long reason") == 5 and "\\x07" in error
-    assert visible("plain ü 数") == "plain ü 数"
-
-
-def test_table_shows_fewer_classes_on_narrow_terminals() -> None:
-    assert [layout(width, 5)[2] for width in (20, 40, 60, 80)] == [1, 2, 3, 5]
-    for width in (40, 80, 100, 200):
-        path, cell, shown = layout(width, 5)
-        assert path + shown * (cell + 2) <= width
-
-
 def test_summary_says_what_ran(predictor: Predictor, inputs: list[Path]) -> None:
     backend = predictor.backend
     counter = RowCounter(backend)
@@ -211,44 +168,6 @@ def test_summary_says_what_ran(predictor: Predictor, inputs: list[Path]) -> None
     assert "CPUExecutionProvider, fp32, on cpu" in summary.sentence()
     assert RowCounter(backend).summary().images_per_s == 0
     assert json.loads(msgspec.json.encode(summary))["provider"] == backend.provider
-
-
-@pytest.mark.parametrize("batch_size", [7, 8])
-def test_bundle_scores_as_the_checkpoint(
-    base: Path, bundle: Bundle, backend: OnnxBackend, batch_size: int
-) -> None:
-    checkpoint = load_checkpoint(checkpoint_folder(base))
-    dataset = load_image_folder(data_folder(base), "val")
-    run, num_top1, num_top5, losses = torch_runner(checkpoint), 0, 0, []
-    from data_pipeline.loader import Loader
-
-    with open_decoder(checkpoint.preprocessing, 8) as decoder:
-        for batch in Loader(decoder, checkpoint.preprocessing).eval(dataset, micro_batch=8):
-            probabilities = torch.from_numpy(run(valid_images(batch)))
-            hits = probabilities.topk(5).indices == torch.from_numpy(batch.labels)[:, None]
-            num_top1, num_top5 = num_top1 + int(hits[:, 0].sum()), num_top5 + int(hits.sum())
-            losses += (-probabilities[range(len(batch)), batch.labels].double().log()).tolist()
-    found = evaluate_bundle(bundle, backend, dataset, batch_size=batch_size)
-    assert (found.num_samples, found.num_failed) == (50, 0)
-    assert (found.top1, found.top5) == (num_top1 / 50, num_top5 / 50)
-    assert 0 < found.top5 < 1
-    assert found.loss == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-def test_evaluation_counts_what_it_could_not_read(
-    base: Path, tmp_path: Path, bundle: Bundle, backend: OnnxBackend
-) -> None:
-    shutil.copytree(data_folder(base), tmp_path / "data")
-    whole = evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
-    victim = sorted((tmp_path / "data" / "val" / "4").iterdir())[0]
-    victim.write_bytes(b"no image")
-    with_fault = evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
-    assert (with_fault.num_samples, with_fault.num_failed) == (49, 1)
-    lost = round(whole.top5 * 50) - round(with_fault.top5 * 49)
-    assert lost in (0, 1) and with_fault.top5 * 49 == pytest.approx(round(with_fault.top5 * 49))
-    shutil.rmtree(tmp_path / "data" / "val" / "9")
-    with pytest.raises(UserError, match=r"other classes than the model \(9 and 10\)"):
-        evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
 
 
 def test_prediction_imports_neither_torch_nor_train(tmp_path: Path) -> None:

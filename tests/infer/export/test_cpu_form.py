@@ -55,6 +55,7 @@ def test_cpu_form_shares_the_weights_of_the_model(bundle: Bundle) -> None:
     assert report is not None and report.cpu is not None and report.cpu.top1_agreement == 1
 
 
+@pytest.mark.slow
 def test_cpu_form_is_not_made_without_lrn(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base, "owt"))
     export_for_cpu(checkpoint, tmp_path / CPU_NAME, tmp_path / ONNX_NAME, precision="fp32")
@@ -79,6 +80,7 @@ def test_folded_normalisation_feeds_raw_pixels_to_conv1(
     np.testing.assert_allclose(probabilities(for_int8[0]), probabilities(bundle.onnx_path), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_int8_cpu_form_has_uint8_activations_and_7_bit_weights(
     bundle: Bundle, for_int8: tuple[Path, list[float]], tmp_path: Path
 ) -> None:

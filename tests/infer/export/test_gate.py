@@ -1,19 +1,27 @@
-"""The gate with an engine that runs here: compared with the checkpoint, once for all files of an export."""
+"""The gate: an export or an engine that disagrees with its checkpoint is not shipped."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
 import infer.export.gate
-from data_pipeline.common.errors import GateError
+import infer.export.pipeline
+from data_pipeline.common.errors import GateError, UserError
 from infer.bundle.load import Bundle
 from infer.export.pipeline import export_models
 from infer.runtime.onnx import OnnxBackend
-from tests.helpers.infer_samples import checkpoint_folder
+from tests.helpers.infer_samples import (
+    CLASSES,
+    checkpoint_folder,
+    export_model,
+    exported,
+)
+from train.checkpoints.load import Checkpoint, load_checkpoint
 
 
 class Stand(OnnxBackend):
@@ -30,6 +38,7 @@ class Stand(OnnxBackend):
         return (1 - self.by) * probabilities_NC + self.by * probabilities_NC[:, ::-1]
 
 
+@pytest.mark.slow
 def test_gate_compares_an_engine_with_the_checkpoint(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,3 +57,57 @@ def test_gate_compares_an_engine_with_the_checkpoint(
     with pytest.raises(GateError, match=r"model\.engine does not agree with its checkpoint"):
         export_models(checkpoint_folder(base), ("trt",), max_batch=8, out=tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
+
+
+@pytest.fixture
+def checkpoint(base: Path) -> Checkpoint:
+    return load_checkpoint(checkpoint_folder(base))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(2e-3, r"a probability differs by .*, more than 0\.0001"), (10.0, "top-1 agreement")],
+)
+def test_export_that_differs_is_not_shipped(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, words: str
+) -> None:
+    def alter(checkpoint: Checkpoint, path: Path, *, precision: str) -> None:
+        model = onnx.load(exported(base).onnx_path)
+        (bias,) = (t for t in model.graph.initializer if t.name.endswith("fc8.bias"))
+        values = onnx.numpy_helper.to_array(bias).copy()
+        values[::2] += change
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(infer.export.pipeline, "export_onnx", alter)
+    out = tmp_path / "export" / "onnx-fp32"
+    with pytest.raises(GateError, match=words) as raised:
+        export_model(checkpoint_folder(base), "onnx", out=out)
+    assert raised.value.exit_code == 4
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_gate_needs_images_of_the_same_classes(base: Path, tmp_path: Path) -> None:
+    folder = checkpoint_folder(base)
+    with pytest.raises(UserError, match="no data folder"):
+        export_model(folder, "onnx", data=tmp_path / "nowhere", out=tmp_path / "out")
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        (tmp_path / "data" / "val" / name / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"has other classes than .* was trained on \(2 and 10\)"):
+        export_model(folder, "onnx", data=tmp_path / "data", out=tmp_path / "out")
+    for name in CLASSES:
+        (tmp_path / "bad" / "val" / name).mkdir(parents=True)
+        (tmp_path / "bad" / "val" / name / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the 10 validation images"):
+        export_model(folder, "onnx", data=tmp_path / "bad", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+def test_engine_was_gated_on_this_gpu(bundle: Bundle) -> None:
+    gate = bundle.manifest.report
+    assert gate is not None and gate.engine is not None, gate and gate.engine_not_run
+    assert gate.engine.max_probability_difference <= 1e-4

@@ -39,6 +39,7 @@ def export(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
+@pytest.mark.slow
 @NO_GPU_HERE
 def test_rebuild_replaces_a_damaged_engine_and_keeps_the_onnx(copy: Path, bundle: Bundle) -> None:
     (copy / "model.engine").write_bytes(b"rust")
@@ -71,6 +72,7 @@ def test_rebuild_refuses_a_damaged_onnx_file(copy: Path) -> None:
     assert (copy / "model.engine").read_bytes() == before
 
 
+@pytest.mark.slow
 @NO_GPU_HERE
 def test_rebuild_of_an_onnx_bundle_writes_one_beside_it(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "export" / "onnx-fp32"
@@ -99,6 +101,7 @@ def test_rebuild_of_an_onnx_bundle_writes_one_beside_it(bundle: Bundle, tmp_path
     assert "trt-fp32 holds the export of another checkpoint: say where with --out" in refused.stderr
 
 
+@pytest.mark.slow
 def test_rebuild_runs_without_torch_and_train(copy: Path) -> None:
     code = (
         "import sys\n"
@@ -134,6 +137,7 @@ def runs_here(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return by
 
 
+@pytest.mark.slow
 def test_rebuilt_engine_is_compared_with_the_onnx_file(
     base: Path, copy: Path, runs_here: list[float]
 ) -> None:
@@ -151,6 +155,7 @@ def test_rebuilt_engine_is_compared_with_the_onnx_file(
     assert "unknown: it loads and runs here, and was compared on no images: " in done.stdout
 
 
+@pytest.mark.slow
 def test_rebuilt_engine_that_differs_is_code_4_and_not_kept(
     base: Path, copy: Path, runs_here: list[float]
 ) -> None:
@@ -164,7 +169,7 @@ def test_rebuilt_engine_that_differs_is_code_4_and_not_kept(
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
 
 
-def test_an_engine_beyond_its_limits_is_refused_though_its_digest_fits(base: Path, copy: Path) -> None:
+def test_rebuild_report_beyond_its_limits_is_refused(base: Path, copy: Path) -> None:
     manifest = msgspec.to_builtins(read_manifest(copy))
     agreement = {**manifest["report"]["onnx"], "max_probability_difference": 0.5}
     rebuild = {
@@ -217,7 +222,7 @@ def test_timing_cache_that_is_none_is_refused(tmp_path: Path) -> None:
             build.attach_timing_cache(tmp_path / "cache")
 
 
-def test_the_precision_check_holds_the_versions_of_onnx(bundle: Bundle) -> None:
+def test_precision_check_records_opset_and_ir_version(bundle: Bundle) -> None:
     model = onnx.load(bundle.onnx_path)
     check = bundle.manifest.precision_check
     assert (check.opset, check.ir_version) == (model.opset_import[0].version, model.ir_version)

@@ -144,6 +144,7 @@ def test_triton_copy_of_a_changed_file_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "m").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_with_triton_writes_both(base: Path, tmp_path: Path, schema: ModuleType) -> None:
     done = export(
         *(checkpoint_folder(base), "--precision", "fp16", "--max-batch", 4, "--data", data_folder(base)),

@@ -27,6 +27,7 @@ from tests.helpers.infer_samples import checkpoint_folder, data_folder, export_m
 from train.checkpoints.load import load_checkpoint
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_gated_and_built_for_the_named_gpus(base: Path, tmp_path: Path) -> None:
     arguments = [
         *("export", checkpoint_folder(base), "--format", "trt", "--precision", "int8", "--max-batch", 8),
@@ -62,6 +63,7 @@ def test_int8_is_calibrated_gated_and_built_for_the_named_gpus(base: Path, tmp_p
         check_plan_size(fp32, check, "int8")
 
 
+@pytest.mark.slow
 def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base))
     path = tmp_path / "model.onnx"

@@ -90,6 +90,7 @@ def write_shards(folder: Path, files: list[Path]) -> list[str]:
     return ["0.tar", "1.tar"]
 
 
+@pytest.mark.slow
 def test_killed_ray_job_resumes_to_the_rows_of_one_process(
     tmp_path: Path, base: Path, bundle: Bundle, scratch: Path
 ) -> None:

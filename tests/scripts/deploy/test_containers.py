@@ -109,6 +109,7 @@ def test_list_dependencies_reads_pyproject(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: pyproject.toml has no extra 'cuda12'; it has train, cuda")
 
 
+@pytest.mark.slow
 def test_serving_image_predicts_with_its_copied_files_alone(
     base: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

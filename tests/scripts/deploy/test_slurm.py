@@ -62,6 +62,7 @@ def run_job(
     )
 
 
+@pytest.mark.slow
 def test_slurm_job_out_of_time_saves_requeues_and_resumes(demo_data: Path, tmp_path: Path) -> None:
     # 24 steps, of which the signal after the first row leaves most for the second job
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=10)

@@ -14,6 +14,8 @@ from scripts.soak.plan import KINDS
 from scripts.soak.report import Report, readable
 from tests.helpers.ranks import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(900)
 def test_soak_of_two_minutes_loses_nothing(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def why_no_hosts() -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_bench_scaling_counts_the_bytes_of_the_formulas() -> None:
     report = bench_tiny()
     assert [(row["link"], row["ranks"], row["mode"]) for row in report["rows"]] == [
@@ -57,6 +58,7 @@ def test_bench_scaling_counts_the_bytes_of_the_formulas() -> None:
     assert any("loopback        2  hybrid" in line for line in describe(report))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
 def test_two_hosts_have_a_wire_of_the_given_rate_and_leave_none() -> None:
     (row,) = (row for row in bench_tiny(("160mbit",), ("ddp",))["rows"] if row["link"] == "160mbit")

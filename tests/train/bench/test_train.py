@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say; how fast this machine is, no test asks."""
+"""The benchmarks report what they measured; no test depends on how fast this machine is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 
 from tests.helpers.ranks import run_command
 from train.bench.data import time_batches
+from train.bench.train import Measured, make_ratios, make_specs
 
 
+@pytest.mark.slow
 def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=4"]
     done = run_command(["alexnet", "bench", "data", *options], cwd=tmp_path)
@@ -39,6 +41,7 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     assert len(report["memory_mb"]) == 20 and min(report["memory_mb"]) > 50
 
 
+@pytest.mark.slow
 def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
     options = ["--json", "--files=12000", f"--folder={tmp_path / 'links'}"]
     done = run_command(["alexnet", "bench", "startup", *options], cwd=tmp_path)
@@ -59,3 +62,54 @@ def test_bench_round_is_timed_from_first_to_last_batch() -> None:
 
     rate = time_batches(batches, 4, 0.05)
     assert 40 / 0.5 < rate <= 40 / 0.2
+
+
+def test_bench_train_ratios_use_the_right_cases() -> None:
+    specs = make_specs(["owt", "paper"], [8], ["bf16", "fp32"], True)
+    step_s = {"owt bf16": 1.0, "torchvision fp32": 4.0, "paper bf16": 2.0, "none": 1.5, "torch": 7.0}
+    measured = Measured(crop_px=224)
+    for spec in specs:
+        named = spec.lrn if spec.lrn in ("none", "torch") else f"{spec.name} {spec.precision}"
+        measured.seconds[spec, "step"] = [100.0 if spec.compiled else step_s.get(named, 50.0)] * 2
+    measured.seconds[specs[0], "fed_step"] = [1.0, 1.0]
+    measured.seconds[specs[0], "loader"] = [0.1, 1.5]
+    measured.seconds[specs[0], "end_to_end"] = [2.0, 2.0]
+    measured.lrn_s["a"] = {"torch": 6.0, "eager": 2.0, "fused": 1.0}
+    measured.lrn_s["b"] = {"torch": 5.0, "eager": 2.0, "fused": 1.0}
+    measured.gemm_gflops = {"bf16": 100.0, "fp32": 50.0}
+    flops = 0.7e9 * 2 * 3
+    ratios, notes = make_ratios(specs, measured)
+    mfu = ratios.pop("owt_mfu")
+    assert mfu == pytest.approx(8 * flops / 100e9, rel=0.05)
+    assert ratios == {
+        "owt_vs_torchvision_reference": 4.0,
+        "paper_vs_no_lrn": 0.75,
+        "paper_vs_torch_lrn": 3.5,
+        "lrn_eager_vs_torch": 2.5,
+        "lrn_fused_vs_torch": 5.0,
+        "end_to_end_vs_slowest_part": 0.625,
+    }
+    assert not [note for note in notes if "not measured" in note]
+
+
+@pytest.mark.slow
+def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
+    options = ["--batch=4", "--crop=64", "--variant=owt", "--precision=fp32", "--images=128", "--rounds=1"]
+    done = run_command(
+        ["alexnet", "bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options], cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    owt, reference = report["rates"]
+    assert set(owt["phases"]) == {"forward", "backward", "step", "loader", "end_to_end"}
+    assert reference["subject"]["name"] == "torchvision"
+    step = owt["phases"]["step"]
+    gflops = step["images_per_s"] * sum(owt["flops_per_image"].values()) / 1e9
+    assert step["mfu"] == pytest.approx(gflops / report["gemm_gflops"]["fp32"], rel=0.01)
+    assert report["ratios"]["owt_mfu"] == step["mfu"]
+    assert report["ratios"]["owt_vs_torchvision_reference"] == pytest.approx(
+        step["images_per_s"] / reference["phases"]["step"]["images_per_s"], rel=0.01
+    )
+    assert report["ratios"]["paper_vs_no_lrn"] is None
+    assert any("paper_vs_no_lrn" in note for note in report["notes"])
+    assert owt["peak_memory_mb"] > 100

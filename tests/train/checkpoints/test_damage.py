@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent: kills at every point, damaged files, a full disk, retention."""
+"""A checkpoint is whole or absent: kills at every point, damaged files, a full disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from scripts.soak.compare import compare_runs
 from tests.helpers.checkpoint_samples import CONFIG, make_writer, row, small_snapshot
@@ -22,12 +20,14 @@ from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 from train.checkpoints.format import MANIFEST, STATE
 from train.checkpoints.load import find_checkpoint
-from train.checkpoints.retention import saved_steps, steps_to_keep
+from train.checkpoints.retention import saved_steps
 from train.runs.folder import create_run
 
 SETTINGS = (
     *TINY, "model.dropout=0.5", "epochs=2", "global_batch=25", "checkpoint_every=1", "keep_checkpoints=6",
 )  # fmt: skip
+
+
 NUM_STEPS = 8
 
 
@@ -42,6 +42,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_warm(2, data=digits, out=tmp_path_factory.mktemp("whole") / "runs", overrides=SETTINGS)
 
 
+@pytest.mark.slow
 def test_kill_at_any_call_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
     """Of the next step: the old one or the new one. In place of one of the same step: either of the two."""
     done = run_ranks(1, ["tests.helpers.killed_saves"], cwd=tmp_path)
@@ -104,6 +105,7 @@ DAMAGE: dict[int, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resume_logs_each_damaged_file_and_takes_the_one_before(
     whole: Path, digits: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ def mounted(folder: Path, size_mb: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_is_logged_and_the_next_start_resumes(whole: Path, digits: Path, tmp_path: Path) -> None:
     """A file system with room for two checkpoints and a half; then, with more room, the rest of the run."""
     size_mb = 2.5 * (find_checkpoint(whole) / STATE).stat().st_size / 2**20
@@ -169,6 +172,7 @@ def test_full_disk_is_logged_and_the_next_start_resumes(whole: Path, digits: Pat
         assert compare_runs(run, whole) == (True, True)
 
 
+@pytest.mark.slow
 def test_disk_without_room_does_not_end_training(digits: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: both fail inside `write`."""
     arguments = ["tests.helpers.limited_files", "1000000", f"--data={digits}", "--out=runs"]
@@ -183,6 +187,7 @@ def test_disk_without_room_does_not_end_training(digits: Path, tmp_path: Path) -
     assert list((run / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_kills_at_any_time_lose_no_row_and_no_bit(whole: Path, digits: Path, tmp_path: Path) -> None:
     """SIGKILL to both ranks as soon as a row more is there, again and again, until the run is through."""
     arguments = ["train.main", f"--data={digits}", "--out=runs", "--resume=auto"]
@@ -204,16 +209,3 @@ def test_kills_at_any_time_lose_no_row_and_no_bit(whole: Path, digits: Path, tmp
         (run,) = (tmp_path / "runs").iterdir()
     assert starts >= 3
     assert compare_runs(run, whole) == (True, True)
-
-
-@given(st.sets(st.integers(1, 300), min_size=1), st.integers(1, 5), st.none() | st.integers(1, 50), st.data())
-def test_last_best_and_every_so_many_steps_stay(
-    steps: set[int], keep_last: int, keep_every: int | None, data: st.DataObject
-) -> None:
-    best = data.draw(st.none() | st.sampled_from(sorted(steps)))
-    kept = steps_to_keep(steps, keep_last=keep_last, keep_every=keep_every, best=best)
-    assert set(sorted(steps)[-keep_last:]) <= kept <= steps
-    assert best is None or best in kept
-    for multiple in range(keep_every or 400, 301, keep_every or 1):
-        first = min((step for step in steps if step >= multiple), default=None)
-        assert first is None or first in kept or first >= multiple + (keep_every or 0)

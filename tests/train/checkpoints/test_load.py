@@ -23,7 +23,6 @@ from tests.helpers.checkpoint_samples import (
 )
 from train.checkpoints.format import MANIFEST, STATE, Pointer, read_pointer
 from train.checkpoints.load import find_checkpoint, load_checkpoint, load_weights
-from train.checkpoints.retention import REPLACED, prune_checkpoints, restore_replaced
 from train.config.load import make_config
 from train.models.alexnet import AlexNet, make_model
 from train.weights import export_weights
@@ -136,24 +135,3 @@ def test_checkpoint_is_found_by_run_step_and_newest(copied: Path, tmp_path: Path
     (run / "checkpoints" / "best.json").write_bytes(b"{}")
     with pytest.raises(CorruptFileError, match="is damaged"):
         read_pointer(run / "checkpoints" / "best.json")
-
-
-def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        (tmp_path / f"step-{step:08d}").mkdir()
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=None, best=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]
-
-
-def test_kill_while_replacing_a_step_leaves_one_of_both(tmp_path: Path) -> None:
-    """The old one steps aside for the new one; a kill in between must not leave the step without any."""
-    folder, _ = save_small_network(tmp_path / "checkpoints")
-    aside = folder.with_name(f"{REPLACED}{folder.name}")
-    folder.rename(aside)
-    restore_replaced(folder.parent)
-    assert load_checkpoint(folder).step == 3
-    folder.rename(aside)
-    second, _ = save_small_network(tmp_path / "checkpoints", top1=0.75)
-    restore_replaced(folder.parent)
-    assert load_checkpoint(second).metrics == {"top1": 0.75}
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

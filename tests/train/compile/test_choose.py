@@ -1,4 +1,4 @@
-"""Fast forms of a step compute the same numbers, and do not wait for the device."""
+"""Compiled LRN and networks: the same numbers as eager ones, and a log line where there is no compiler."""
 
 from __future__ import annotations
 
@@ -11,39 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.prefetch import Batch
 from tests.helpers.ranks import run_command
-from train.bench.flops import count_flops
-from train.bench.train import Measured, make_ratios, make_specs
 from train.compile.choose import compile_step, count_elements, maybe_compile, prepare_lrn
 from train.config.load import make_config
 from train.distributed.world import World, open_world
-from train.health.metrics import AccuracyMeter
-from train.models.alexnet import make_model
-from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
+from train.models.lrn import LocalResponseNorm
 from train.setup import make_step_parts
 from train.step import StepParts, train_step
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
-
-
-class WaitsForDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operator that hands a tensor's values to Python."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split("::")[-1].split(".")[0]
-        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -71,28 +52,6 @@ def small_batch(*, last: bool = True) -> Batch:
     random, places = np.random.default_rng(0), np.arange(4)
     images = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last)
-
-
-LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9", "label_smoothing=0.1")
-
-
-@pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
-def test_train_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
-    parts = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
-    total = AccuracyMeter(world.device)
-    with WaitsForDevice() as waits:
-        for step in range(2):
-            total.merge(train_step(parts, [small_batch(last=False), small_batch()], 0.01, step))
-        assert waits.seen == []
-        metrics = total.reduce(world)  # where a row is written
-        assert "_local_scalar_dense" in waits.seen
-    assert metrics.num_samples == 16
-
-
-def test_window_sum_forms_are_equal() -> None:
-    x = torch.randn(2, 7, 3, 3)
-    for size in (1, 3, 5):
-        torch.testing.assert_close(padded_window_sum(x, size), window_sum(x, size))
 
 
 @pytest.mark.usefixtures("no_compile_threads")
@@ -186,69 +145,3 @@ def test_lrn_runs_eagerly_and_logs_it_without_a_compiler(
     assert done.stdout.strip() == "False False"
     (line,) = [text for text in done.stderr.splitlines() if "without a compiler" in text]
     assert "several times slower" in line
-
-
-def test_flops_match_torchs_counter() -> None:
-    with torch.device("meta"):
-        model: nn.Module = make_model(
-            make_config("demo", ["model.name=owt"]).model, num_classes=10, crop_px=64
-        )
-        counter = FlopCounterMode(display=False)
-        with counter:
-            loss = model(torch.empty(1, 3, 64, 64)).sum()
-        forward = counter.get_total_flops()
-        with counter:
-            loss.backward()
-    flops = count_flops(model, 64)
-    assert flops.forward == forward > 10**8
-    assert flops.step == flops.forward + counter.get_total_flops()
-
-
-def test_bench_train_ratios_use_the_right_cases() -> None:
-    specs = make_specs(["owt", "paper"], [8], ["bf16", "fp32"], True)
-    step_s = {"owt bf16": 1.0, "torchvision fp32": 4.0, "paper bf16": 2.0, "none": 1.5, "torch": 7.0}
-    measured = Measured(crop_px=224)
-    for spec in specs:
-        named = spec.lrn if spec.lrn in ("none", "torch") else f"{spec.name} {spec.precision}"
-        measured.seconds[spec, "step"] = [100.0 if spec.compiled else step_s.get(named, 50.0)] * 2
-    measured.seconds[specs[0], "fed_step"] = [1.0, 1.0]
-    measured.seconds[specs[0], "loader"] = [0.1, 1.5]
-    measured.seconds[specs[0], "end_to_end"] = [2.0, 2.0]
-    measured.lrn_s["a"] = {"torch": 6.0, "eager": 2.0, "fused": 1.0}
-    measured.lrn_s["b"] = {"torch": 5.0, "eager": 2.0, "fused": 1.0}
-    measured.gemm_gflops = {"bf16": 100.0, "fp32": 50.0}
-    flops = 0.7e9 * 2 * 3
-    ratios, notes = make_ratios(specs, measured)
-    mfu = ratios.pop("owt_mfu")
-    assert mfu == pytest.approx(8 * flops / 100e9, rel=0.05)
-    assert ratios == {
-        "owt_vs_torchvision_reference": 4.0,
-        "paper_vs_no_lrn": 0.75,
-        "paper_vs_torch_lrn": 3.5,
-        "lrn_eager_vs_torch": 2.5,
-        "lrn_fused_vs_torch": 5.0,
-        "end_to_end_vs_slowest_part": 0.625,
-    }
-    assert not [note for note in notes if "not measured" in note]
-
-
-def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
-    options = ["--batch=4", "--crop=64", "--variant=owt", "--precision=fp32", "--images=128", "--rounds=1"]
-    done = run_command(
-        ["alexnet", "bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options], cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    owt, reference = report["rates"]
-    assert set(owt["phases"]) == {"forward", "backward", "step", "loader", "end_to_end"}
-    assert reference["subject"]["name"] == "torchvision"
-    step = owt["phases"]["step"]
-    gflops = step["images_per_s"] * sum(owt["flops_per_image"].values()) / 1e9
-    assert step["mfu"] == pytest.approx(gflops / report["gemm_gflops"]["fp32"], rel=0.01)
-    assert report["ratios"]["owt_mfu"] == step["mfu"]
-    assert report["ratios"]["owt_vs_torchvision_reference"] == pytest.approx(
-        step["images_per_s"] / reference["phases"]["step"]["images_per_s"], rel=0.01
-    )
-    assert report["ratios"]["paper_vs_no_lrn"] is None
-    assert any("paper_vs_no_lrn" in note for note in report["notes"])
-    assert owt["peak_memory_mb"] > 100

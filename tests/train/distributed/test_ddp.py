@@ -30,6 +30,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return ranks
 
 
+@pytest.mark.slow
 def test_sent_bytes_are_those_of_the_formulas(found: list[dict[str, Any]]) -> None:
     """The formulas of docs/scaling.md, in which 2 (K - 1)/K is 1 here; half a percent is for headers."""
     for rank in found:
@@ -42,6 +43,7 @@ def test_sent_bytes_are_those_of_the_formulas(found: list[dict[str, Any]]) -> No
         assert hybrid["sent"] == pytest.approx(4 * hybrid["convolutions"] + activations, rel=0.005)
 
 
+@pytest.mark.slow
 def test_bf16_rounds_alike_on_all_ranks(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert 1e-4 < rank["rounding"]["distance"] < 4e-3  # half a unit in the last of 8 bits

@@ -12,18 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.transforms.sampler import rank_slice
 from tests.helpers.ranks import run_command
 from tests.helpers.warm_ranks import run_ranks
 from train.config.load import make_config
-from train.distributed.hybrid import micro_batch_sizes
-from train.distributed.tensor_parallel import shard_bounds
 
 NUM_RANKS = 3
+
+
 Found = list[dict[str, Any]]
 
 
@@ -37,6 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "loss", "numbers"), [("bn", 1e-5, 1e-3), ("owt in bf16", 0.01, 0.1)])
 def test_losses_norms_weights_and_momenta_equal_plain_ddps(
     found: Found, case: str, loss: float, numbers: float
@@ -51,6 +49,7 @@ def test_losses_norms_weights_and_momenta_equal_plain_ddps(
         assert hybrid["losses"] == found[0][case]["hybrid"]["losses"]
 
 
+@pytest.mark.slow
 def test_hybrid_ranks_hold_their_part_of_the_linear_layers(found: Found) -> None:
     whole, parts = found[0]["bn"]["ddp"]["parameters"], [rank["bn"]["hybrid"]["parameters"] for rank in found]
     everywhere = 3_746_880 // 2 + 10  # about: convolutions, norms and the last bias
@@ -59,6 +58,7 @@ def test_hybrid_ranks_hold_their_part_of_the_linear_layers(found: Found) -> None
     assert 1e6 < conv < 4e6, everywhere
 
 
+@pytest.mark.slow
 def test_hybrid_dropout_masks_are_unique_and_shared_by_ranks(found: Found) -> None:
     for number, rank in enumerate(found):
         masks = rank["masks"]
@@ -73,6 +73,7 @@ def test_hybrid_dropout_masks_are_unique_and_shared_by_ranks(found: Found) -> No
         assert masks["features alike on all ranks"] and masks["features gathered as masked"]
 
 
+@pytest.mark.slow
 def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
     """An overflow in one rank's part of a layer; NaN, infinite losses and gradients on one rank each."""
     for rank in found:
@@ -81,31 +82,6 @@ def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
         assert (bad["scale"], bad["skips"]) == (512.0, [1, 4])
         assert bad["scale afterwards"] == 64.0
         assert bad["loss afterwards"] == found[0]["overflow"]["loss afterwards"] < 3
-
-
-@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 20), st.sampled_from([1, 2]))
-def test_micro_batch_sizes_let_every_rank_join_every_pass(
-    global_batch: int, world_size: int, micro_batch: int, group_size: int
-) -> None:
-    if global_batch < world_size * group_size or micro_batch < group_size:
-        return
-    rows = micro_batch_sizes(global_batch, world_size, micro_batch, group_size)
-    chunk = micro_batch // group_size * group_size
-    assert all(0 < n <= chunk for n in rows)
-    for rank in range(world_size):
-        share = rank_slice(global_batch, rank, world_size, group_size)
-        count = share.stop - share.start
-        own = [min(chunk, count - first) for first in range(0, count, chunk)]
-        assert own and len(own) <= len(rows)
-        assert all(mine <= room for mine, room in zip(own, rows[-len(own) :], strict=True))
-
-
-@given(st.integers(1, 5000), st.integers(1, 64))
-def test_part_bounds_partition_and_differ_by_at_most_one(size: int, world_size: int) -> None:
-    bounds = [shard_bounds(size, rank, world_size) for rank in range(world_size)]
-    assert [a for a, _ in bounds] + [size] == [0] + [b for _, b in bounds]
-    sizes = {b - a for a, b in bounds}
-    assert max(sizes) - min(sizes) <= 1 and max(sizes) == -(-size // world_size)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +98,7 @@ def test_hybrid_refuses_incompatible_options(override: str, said: str) -> None:
     assert make_config("demo", [override]).parallel == "ddp"
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_hybrid_on_gpus(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:

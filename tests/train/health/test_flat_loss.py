@@ -73,6 +73,7 @@ def train(init: str, data: Path, out: Path, *more: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_flat_loss_ends_a_run_with_torchs_initialisation(demo_data: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError) as caught:
         train("torch", demo_data, tmp_path)
@@ -85,6 +86,7 @@ def test_flat_loss_ends_a_run_with_torchs_initialisation(demo_data: Path, tmp_pa
     assert read_rows(run, "train")[-1]["step"] == GRACE
 
 
+@pytest.mark.slow
 def test_flat_loss_does_not_end_a_run_with_he_initialisation(demo_data: Path, tmp_path: Path) -> None:
     rows = read_rows(train("he", demo_data, tmp_path), "train")
     assert rows[-1]["step"] == 45

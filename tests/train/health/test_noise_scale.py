@@ -106,6 +106,7 @@ def gradients_of_samples(parts: StepParts, batch: Batch) -> Iterator[Tensor]:
         yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double()
 
 
+@pytest.mark.slow
 def test_train_step_against_gradients_sample_by_sample(world: World) -> None:
     """Three micro-batches, one with an unreadable file, against the definition, to 1e-4."""
     config = make_config("demo", [*NOISY, "global_batch=12", "micro_batch=5"])
@@ -131,6 +132,7 @@ def test_train_step_against_gradients_sample_by_sample(world: World) -> None:
     assert found.square == pytest.approx(square, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_scale_of_two_ranks_matches_one_with_two_parts(digits: Path, tmp_path: Path) -> None:
     sets = [*NOISY, f"global_batch={BATCH}"]
     runs = [train_warm(2, data=digits, out=tmp_path / "two", overrides=sets)]

@@ -172,6 +172,7 @@ def test_weights_that_are_not_finite_are_never_saved(run: RunState) -> None:
     assert all_finite(list(load_checkpoint(run.folder.checkpoints / "step-00000001").model_state.values()))
 
 
+@pytest.mark.slow
 def test_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) -> None:
     faults = [{"kind": "spike", "rank": 1, "forward": SPIKE_WARMUP + 2}]
     sets = [f"--set={s}" for s in (*TINY, "epochs=6", f"global_batch={BATCH}", "spike_factor=20")]
@@ -184,6 +185,7 @@ def test_spike_on_one_rank_is_skipped_on_both(digits: Path, tmp_path: Path) -> N
     assert skipped == {SPIKE_WARMUP + 3: 0}
 
 
+@pytest.mark.slow
 def test_too_many_skipped_in_a_row_end_the_run_with_evidence(digits: Path, tmp_path: Path) -> None:
     faults = [
         {"kind": "gradient", "rank": 1, "forward": 0},

@@ -36,6 +36,7 @@ def test_parameter_counts_are_published_ones(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop_px", [224, 256])
 def test_owt_exchanges_weights_with_torchvisions_alexnet(crop_px: int) -> None:
     ours = make_model(ModelConfig(name="owt"), num_classes=1000, crop_px=crop_px).eval()
@@ -84,6 +85,7 @@ def test_caffe_agrees_layer_by_layer_with_bvlcs_file() -> None:
     assert compared == 5 + 3 + 2 + 2
 
 
+@pytest.mark.slow
 def test_caffe_computes_what_bvlcs_file_computes() -> None:
     """The whole network with the same random weights, in ONNX Runtime and here."""
     file = bvlc_file()
@@ -138,6 +140,7 @@ def test_initialisation_follows_its_source() -> None:
     assert default.weight.abs().max().item() <= fan_in**-0.5 and default.bias.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_last_feature_map_has_the_computed_size(name: str) -> None:
     for stride, crop_px in ((1, 21), (1, 32), (1, 64), (2, 56), (2, 101), (4, 113), (4, 224), (4, 227)):

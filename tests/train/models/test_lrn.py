@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.models.lrn import LocalResponseNorm, window_sum
+from train.models.lrn import LocalResponseNorm, padded_window_sum, window_sum
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -56,3 +56,9 @@ def test_lrn_window_is_clipped_at_the_ends() -> None:
 def test_lrn_refuses_an_even_window() -> None:
     with pytest.raises(ValueError, match="odd"):
         LocalResponseNorm(4)
+
+
+def test_window_sum_forms_are_equal() -> None:
+    x = torch.randn(2, 7, 3, 3)
+    for size in (1, 3, 5):
+        torch.testing.assert_close(padded_window_sum(x, size), window_sum(x, size))

@@ -33,6 +33,7 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return link_subset(demo_data, tmp_path_factory.mktemp("restart") / "data", num_train=120, num_val=10)
 
 
+@pytest.mark.slow
 def test_dead_ranks_are_restarted_and_end_with_the_same_bits(digits: Path, tmp_path: Path) -> None:
     """A step is three forward passes of each rank: deaths before the first checkpoint, and inside a step."""
     faults = [
@@ -55,6 +56,7 @@ def test_dead_ranks_are_restarted_and_end_with_the_same_bits(digits: Path, tmp_p
     assert compare_runs(run, whole) == (True, True)
 
 
+@pytest.mark.slow
 def test_timeout_names_the_hung_rank_and_the_collective(digits: Path, tmp_path: Path) -> None:
     faults = msgspec.json.encode([{"kind": "hang", "rank": 1, "forward": 7}]).decode()
     sets = [f"--data={digits}", "--out=runs", *(f"--set={s}" for s in (*SETTINGS, "timeout_s=4"))]
@@ -66,6 +68,7 @@ def test_timeout_names_the_hung_rank_and_the_collective(digits: Path, tmp_path: 
     ) in done.stderr.splitlines()
 
 
+@pytest.mark.slow
 def test_torchruns_report_has_the_traceback_of_unexpected_errors(digits: Path, tmp_path: Path) -> None:
     sets = [f"--data={digits}", "--out=runs", *(f"--set={s}" for s in SETTINGS)]
     arguments = torchrun_arguments(1, sets, faults=[{"kind": "error", "forward": 1}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from scripts.soak.compare import compare_runs
@@ -21,6 +22,7 @@ ANYWHERE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_run_stopped_after_every_step_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
     """Stopped in the middle of accumulation, of a row, and of evaluation, by one rank or the other."""
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=20)

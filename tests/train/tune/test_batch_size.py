@@ -35,6 +35,7 @@ def test_batch_advice_lies_between_knee_and_noise_scale() -> None:
     assert advise_batch(64, 500.0, 16, 1)[0] == 16  # more do not fit
 
 
+@pytest.mark.slow
 def test_bench_batch_measures_sizes_memory_and_noise_scale(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=10)
     picture = tmp_path / "batches.png"

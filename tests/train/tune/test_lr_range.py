@@ -69,6 +69,7 @@ def test_lr_sweep_ends_where_the_loss_diverges() -> None:
     assert skipped.smoothed[-1] == math.inf and skipped.best_rate is not None
 
 
+@pytest.mark.slow
 def test_bench_lr_sweeps_the_recipe_and_undoes_its_scaling(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=10)
     picture = tmp_path / "rates.png"
