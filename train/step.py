@@ -31,7 +31,7 @@ _DROPOUT_STREAM = 1 << 32
 
 @dataclass(frozen=True)
 class StepParts:
-    """What `train_step` works with: the network, its optimiser, and what checks and measures them.
+    """The components of `train_step`: the network, its optimiser, and what checks and measures them.
 
     Attributes:
         network: the bare model; under hybrid parallelism with this rank's shards of the fully connected
