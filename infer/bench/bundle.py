@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,13 +58,11 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
     last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
     seen: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    labels: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = []
     with torch.inference_mode(), open_decoder(config.preprocessing, 64) as decoder:
         for batch in Loader(decoder, config.preprocessing).eval(dataset, micro_batch=64):
-            labels.append(batch.labels)
             network(normalize(torch.from_numpy(valid_images(batch))))
     handle.remove()
-    features = torch.cat(seen)[torch.from_numpy(np.argsort(np.concatenate(labels)))]
+    features = torch.cat(seen)  # in the order of the classes, of which each has one photograph
     mean = features.mean(0)
     apart = features - mean
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -18,6 +17,7 @@ from data_pipeline.transforms.crop import eval_crop_params
 from infer.predict.decode import valid_images
 from infer.predict.rows import OkRow, top_k
 from infer.predictor import Predictor
+from train.bench.harness import time_calls
 
 PHASES = ("decode", "preprocess", "copy", "model", "post", "end_to_end", "one_batch")
 DeviceKind = Literal["cpu", "cuda"]
@@ -45,10 +45,10 @@ class BundleCase:
             self.predictor, self.batch = self.open.enter_context(predictor), batch
             self._predict(batch)  # graphs and threads are made by the first batch
         if phase == "end_to_end":
-            return _seconds(lambda: self._predict(batch * num_batches))
+            return time_calls(lambda: self._predict(batch * num_batches))
         if phase == "decode":
-            return _seconds(lambda: self._decode(batch * num_batches))
-        return _seconds(self._work(phase, batch), num_batches)
+            return time_calls(lambda: self._decode(batch * num_batches))
+        return time_calls(self._work(phase, batch), num_batches)
 
     def _work(self, phase: str, batch: int) -> Callable[[], object]:
         """Return a phase's work for one batch."""
@@ -130,14 +130,4 @@ class BaselineCase:
             torch.softmax(logits, dim=1).topk(5).values.cpu()
 
         with torch.inference_mode():
-            return _seconds(predict, num_batches)
-
-
-def _seconds(work: Callable[[], object], count: int = 1) -> list[float]:
-    """Time each of `count` calls, in seconds."""
-    seconds = []
-    for _ in range(count):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+            return time_calls(predict, num_batches)

@@ -7,21 +7,20 @@ from typing import Any
 import click
 
 from train.bench import cli
-from train.bench.cli import INT, option
+from train.bench.cli import INT, option, repeatable
 from train.tune.cli import batch, lr
+
+MODELS = click.Choice(["owt", "paper"])
+PRECISIONS = click.Choice(["fp32", "fp16", "int8"])
 
 
 @click.command()
-@option(
-    "--model", "models", multiple=True, type=click.Choice(["owt", "paper"]), default=("owt", "paper"),
-    help="A network to measure. Repeatable.",
-)  # fmt: skip
-@option(
-    "--precision", "precisions", multiple=True, type=click.Choice(["fp32", "fp16", "int8"]),
-    default=("fp32", "int8"), help="Repeatable.",
-)  # fmt: skip
-@option(
-    "--batch", "batches", multiple=True, type=INT(1, 256), default=(1, 8, 32, 128, 256),
+@repeatable(
+    "--model", "models", type=MODELS, default=("owt", "paper"), help="A network to measure. Repeatable."
+)
+@repeatable("--precision", "precisions", type=PRECISIONS, default=("fp32", "int8"), help="Repeatable.")
+@repeatable(
+    "--batch", "batches", type=INT(1, 256), default=(1, 8, 32, 128, 256),
     help="Images of a batch. Repeatable; the ratios are for 32.",
 )  # fmt: skip
 @cli.folder_option("photographs")

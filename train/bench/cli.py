@@ -12,8 +12,10 @@ import click
 PATH = click.Path(path_type=Path)
 INT = click.IntRange
 NETWORKS = click.Choice(["owt", "paper", "caffe", "bn"])
+MODES = ("ddp", "ddp+bf16", "hybrid")
 PRECISIONS = ["bf16", "fp16", "fp32"]
 option = partial(click.option, show_default=True)
+repeatable = partial(option, multiple=True)
 overrides_option = partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
@@ -79,12 +81,11 @@ def startup(as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@option(
-    "--variant", "variants", multiple=True, type=NETWORKS, default=("owt", "paper"),
-    help="A network to measure. Repeatable.",
+@repeatable(
+    "--variant", "variants", type=NETWORKS, default=("owt", "paper"), help="A network to measure. Repeatable."
 )  # fmt: skip
-@option(
-    "--batch", "batches", multiple=True, type=INT(2), default=(128,),
+@repeatable(
+    "--batch", "batches", type=INT(2), default=(128,),
     help="Images of a step. Repeatable; the ratios are of the first.",
 )  # fmt: skip
 @click.option(
@@ -114,11 +115,8 @@ def train(as_json: bool, **options: Any) -> None:
 
 @click.command()
 @option("--variant", type=NETWORKS, default="owt", help="The network.")
-@option(
-    "--mode", "modes", multiple=True, type=click.Choice(["ddp", "ddp+bf16", "hybrid"]),
-    default=("ddp", "ddp+bf16", "hybrid"), help="A way to train. Repeatable.",
-)  # fmt: skip
-@option("--ranks", multiple=True, type=INT(1, 64), default=(1, 2, 4), help="How many. Repeatable.")
+@repeatable("--mode", "modes", type=click.Choice(MODES), default=MODES, help="A way to train. Repeatable.")
+@repeatable("--ranks", type=INT(1, 64), default=(1, 2, 4), help="How many. Repeatable.")
 @click.option(
     "--link", "links", multiple=True, metavar="RATE",
     help="Measure on two hosts, too, joined by a wire of this rate, such as 1gbit: network namespaces on "

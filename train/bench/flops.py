@@ -10,8 +10,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from train.bench.harness import time_calls
 from train.bench.steps import NUM_CLASSES, StepSpec
-from train.bench.trainer import bench_config, time_calls
+from train.bench.trainer import bench_config, wait_for
 from train.models.alexnet import make_model
 
 GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
@@ -66,6 +67,6 @@ def gemm_gflops(precision: str, device: str) -> float:
     fastest = 0.0
     for side in GEMM_SIDES[device]:
         a, b = (torch.randn(side, side, device=device).to(GEMM_TYPES[precision]) for _ in range(2))
-        _first, *others = time_calls(partial(torch.mm, a, b), 4, a.device)
+        _first, *others = time_calls(partial(torch.mm, a, b), 4, partial(wait_for, a.device))
         fastest = max(fastest, 2 * side**3 / min(others))
     return fastest / 1e9

@@ -12,6 +12,7 @@ import pickle
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from subprocess import PIPE, Popen
@@ -70,15 +71,14 @@ def _serve() -> None:
             reply = getattr(case, method)(*arguments)
 
 
-class _Function:
-    def __init__(self, _stack: ExitStack, function: Callable[..., object]) -> None:
-        self.call = function
+def _itself(_stack: ExitStack, function: Callable[..., object]) -> Callable[..., object]:
+    return function
 
 
 def run_alone(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function in a fresh process, whose memory is then the function's alone."""
     with ExitStack() as stack:
-        return Case(stack, _Function, function).request("call", *arguments)
+        return Case(stack, _itself, function).request("__call__", *arguments)
 
 
 def rounds(count: int, prefix: str = "") -> Iterator[int]:
@@ -86,6 +86,18 @@ def rounds(count: int, prefix: str = "") -> Iterator[int]:
     for number in range(1, count + 1):
         log.info(f"{prefix}round {number} of {count}")
         yield number
+
+
+def time_calls(
+    work: Callable[[], object], count: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Return seconds for each of `count` calls; `clock` may wait until a device has finished its work."""
+    seconds = []
+    for _ in range(count):
+        started = clock()
+        work()
+        seconds.append(clock() - started)
+    return seconds
 
 
 def four_digits(value: float) -> float:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +28,9 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
-from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines
+from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines, time_calls
 from train.bench.traffic import sent_bytes
-from train.bench.trainer import bench_config, make_noise_parts, noise_batch, time_calls
+from train.bench.trainer import bench_config, make_noise_parts, noise_batch, wait_for
 from train.distributed.world import World, choose_device, cpu_share, open_world
 from train.optim.precision import choose_precision
 from train.step import StepParts, train_step
@@ -178,10 +179,7 @@ def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
                 (*spec.overrides, *SETTINGS[mode]),
             )  # fmt: skip
             parts = make_noise_parts(config, spec.num_classes, world)
-
-            def step(parts: StepParts = parts) -> None:
-                train_step(parts, [batch], 0.0, 0)
-
+            step = partial(train_step, parts, [batch], 0.0, 0)
             for _ in range(WARM_UP):
                 step()
             found[mode].step_s.append(slowest_step_s(step, spec.steps, world))
@@ -196,17 +194,17 @@ def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
     return found
 
 
-def slowest_step_s(step: Callable[[], None], count: int, world: World) -> float:
+def slowest_step_s(step: Callable[[], object], count: int, world: World) -> float:
     """Return the median seconds of a step, of the slowest rank."""
     times: list[float] = []
     for _ in range(count):
         world.barrier()
-        times += time_calls(step, 1, world.device)
+        times += time_calls(step, clock=partial(wait_for, world.device))
     (slowest,) = world.max(statistics.median(times))
     return slowest
 
 
-def bytes_sent_by(step: Callable[[], None], world: World) -> int | None:
+def bytes_sent_by(step: Callable[[], object], world: World) -> int | None:
     """Count the bytes of the rank that sends most; None where the kernel does not see them."""
     if world.device.type != "cpu":
         return None  # NCCL sends past the connections that the kernel counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 TCP_INFO_BYTES_SENT = 200
@@ -23,14 +24,11 @@ def sent_bytes() -> int:
     """
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
-        try:
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            # A descriptor of its own: closing it leaves the connection open.
-            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                total += _sent(connection)
-        except FileNotFoundError:  # the listing's own, or one that was closed meanwhile
-            continue
+        with suppress(FileNotFoundError):  # the listing's own, or one that was closed meanwhile
+            if str(entry.readlink()).startswith("socket:"):
+                # A descriptor of its own: closing it leaves the connection open.
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    total += _sent(connection)
     return total
 
 

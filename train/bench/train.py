@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from train.bench import harness
 from train.bench.flops import flops_of, gemm_gflops
-from train.bench.harness import Case, Ratios, Report, four_digits, log
+from train.bench.harness import Case, Ratios, Report, four_digits, log, time_calls
 from train.bench.images import write_bench_images
 from train.bench.steps import StepSpec, open_steps
-from train.bench.trainer import time_calls
+from train.bench.trainer import wait_for
 from train.distributed.world import choose_device, cpu_share, exact_float32
 from train.models.lrn import LocalResponseNorm
 from train.optim.precision import choose_precision
@@ -161,7 +161,8 @@ def measure_lrn(measured: Measured, batch: int, device: str) -> None:
         best = measured.lrn_s.setdefault(layout, {})
         for form, module in modules.items():
             # The very first pass compiles, and does not count.
-            seconds = time_calls(partial(pass_both_ways, module, leaf), 2 if form in best else 3, leaf.device)
+            count = 2 if form in best else 3
+            seconds = time_calls(partial(pass_both_ways, module, leaf), count, partial(wait_for, leaf.device))
             best[form] = min(best.get(form, math.inf), *seconds[-2:])
 
 
@@ -205,14 +206,10 @@ def make_phases(spec: StepSpec, measured: Measured) -> dict[str, dict[str, Any]]
 def make_ratios(specs: Sequence[StepSpec], measured: Measured) -> tuple[Ratios, list[str]]:
     """Return the promised ratios, of the first batch and precision, and the notes on them."""
     seconds = measured.seconds
-
-    def find(name: str, lrn: str = "fused") -> StepSpec | None:
-        return next((s for s in specs if (s.name, s.lrn, s.compiled) == (name, lrn, False)), None)
-
-    def faster(ours: StepSpec | None, theirs: StepSpec | None) -> float | None:
-        if ours is None or theirs is None:
-            return None
-        return harness.median_ratio(seconds[theirs, "step"], seconds[ours, "step"])
+    # Reversed, so that the first of several precisions and batches stays.
+    first = {(s.name, s.lrn): s for s in reversed(specs) if not s.compiled}
+    step_s = {key: seconds[spec, "step"] for key, spec in first.items()}
+    owt_s, paper_s = step_s.get(("owt", "fused")), step_s.get(("paper", "fused"))
 
     def lrn(form: str) -> float | None:
         return min((best["torch"] / best[form] for best in measured.lrn_s.values()), default=None)
@@ -221,20 +218,19 @@ def make_ratios(specs: Sequence[StepSpec], measured: Measured) -> tuple[Ratios, 
         slower = [*map(max, seconds[spec, "fed_step"], seconds[spec, "loader"])]
         return harness.median_ratio(slower, seconds[spec, "end_to_end"])
 
-    owt, paper = find("owt"), find("paper")
     fed = [end_to_end(spec) for spec in specs if (spec, "end_to_end") in seconds]
     ratios, notes = harness.round_ratios(
         {
-            "owt_vs_torchvision_reference": faster(owt, find("torchvision")),
-            "owt_mfu": make_phases(owt, measured)["step"]["mfu"] if owt is not None else None,
-            "paper_vs_no_lrn": faster(paper, find("paper", "none")),
-            "paper_vs_torch_lrn": faster(paper, find("paper", "torch")),
+            "owt_vs_torchvision_reference": harness.median_ratio(step_s.get(("torchvision", "fused")), owt_s),
+            "owt_mfu": make_phases(first["owt", "fused"], measured)["step"]["mfu"] if owt_s else None,
+            "paper_vs_no_lrn": harness.median_ratio(step_s.get(("paper", "none")), paper_s),
+            "paper_vs_torch_lrn": harness.median_ratio(step_s.get(("paper", "torch")), paper_s),
             "lrn_eager_vs_torch": lrn("eager"),
             "lrn_fused_vs_torch": lrn("fused"),
             "end_to_end_vs_slowest_part": min(filter(None, fed), default=None),
         }
     )
-    if paper is not None:
+    if paper_s:
         notes.append("paper_vs_torch_lrn: against the same net in float32; lrn_*: the worse memory format")
     if fed:
         notes.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +50,6 @@ def wait_for(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def time_calls(work: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Return seconds for each of `count` calls, until the device has finished."""
-    seconds = []
-    for _ in range(count):
-        started = wait_for(device)
-        work()
-        seconds.append(wait_for(device) - started)
-    return seconds
 
 
 def peak_memory_mb(device: torch.device) -> float:

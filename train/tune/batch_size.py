@@ -18,8 +18,8 @@ import torch
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
-from train.bench.harness import Report, four_digits, run_alone, table_lines
-from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, time_calls
+from train.bench.harness import Report, four_digits, run_alone, table_lines, time_calls
+from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, wait_for
 from train.config.schema import RunConfig
 from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
@@ -143,14 +143,14 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
         try:
             parts = make_noise_parts(config, num_classes, world)
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
-            seconds = time_calls(partial(train_step, parts, [batch], 0.0, 0), 2 + steps, world.device)
+            step = partial(train_step, parts, [batch], 0.0, 0)
+            seconds = time_calls(step, 2 + steps, partial(wait_for, world.device))
             return statistics.median(seconds[2:]), peak_memory_mb(world.device)
-        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-            return str(error).splitlines()[0] or "out of memory"
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            no_memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+            if not no_memory and "allocate memory" not in str(error):
                 raise
-            return str(error).splitlines()[0]
+            return str(error).partition("\n")[0] or "out of memory"
 
 
 def memory_limit_mb(device: str) -> float:
@@ -180,8 +180,7 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
     )
     rows: list[NoiseRow] = []
     sums: NoiseEstimate | None = None
-    with open_probe(probed) as probe, show_progress("noise scale", num_steps) as progress:
-        run = probe.run
+    with open_probe(probed) as (run, step), show_progress("noise scale", num_steps) as progress:
         meter = run.parts.noise
         assert meter is not None
         window = max(1, num_steps // WINDOWS)
@@ -192,7 +191,7 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
                 total_steps=run.total_steps,
                 base_lr=base_lr_for(config.schedule, config.global_batch),
             )  # fmt: skip
-            losses.append(probe.step(rate).loss)
+            losses.append(step(rate).loss)
             if number % window == 0 and (found := meter.read()) is not None:
                 sums = smooth_noise(sums, found)
                 loss = statistics.fmean(losses[-window:])

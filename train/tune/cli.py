@@ -27,6 +27,29 @@ def plot_option(default: str) -> Callable[..., Any]:
     return option("--plot", type=PATH, default=Path(default), help="The picture: .png, .svg or .pdf.")
 
 
+def run_recipe(
+    bench: Callable[..., dict[str, Any]],
+    describe: Callable[..., list[str]],
+    draw: Callable[..., None],
+    *,
+    recipe: str,
+    root: Path | None,
+    overrides: tuple[str, ...],
+    plot: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure a recipe, draw the picture, and print the report."""
+    from train.config.load import make_config
+    from train.tune.plots import check_picture
+
+    check_picture(plot)
+    report = bench(make_config(recipe, overrides, root), **options)
+    draw(report, plot)
+    click.echo(f"picture: {plot}", err=True)
+    echo_report(report, describe, as_json)
+
+
 @click.command()
 @recipe_options
 @click.option("--from", "low", type=click.FloatRange(0, min_open=True), help="First rate. [1e-4; lars: 0.01]")
@@ -35,9 +58,7 @@ def plot_option(default: str) -> Callable[..., Any]:
 @option("--sweeps", "num_sweeps", type=INT(1), default=3, help="How often, from other seeds.")
 @plot_option("bench-lr.png")
 @json_option
-def lr(
-    recipe: str, root: Path | None, overrides: tuple[str, ...], plot: Path, as_json: bool, **options: Any
-) -> None:
+def lr(**options: Any) -> None:
     """Learning-rate range test: the loss as the rate grows, its plot, and a recommended rate.
 
     Trains a recipe's network on its data, on one device: a batch means the same on any number of ranks.
@@ -46,15 +67,10 @@ def lr(
     alexnet bench lr
     alexnet bench lr --recipe tiny-imagenet --data tiny-imagenet-200 --steps 300
     """
-    from train.config.load import make_config
     from train.tune.lr_range import bench_rates, describe
-    from train.tune.plots import check_picture, draw_rates
+    from train.tune.plots import draw_rates
 
-    check_picture(plot)
-    report = bench_rates(make_config(recipe, overrides, root), **options)
-    draw_rates(report, plot)
-    click.echo(f"picture: {plot}", err=True)
-    echo_report(report, describe, as_json)
+    run_recipe(bench_rates, describe, draw_rates, **options)
 
 
 @click.command()
@@ -67,9 +83,7 @@ def lr(
 @click.option("--limit-mb", type=click.FloatRange(1), help="Memory of a step. [90% of what is there]")
 @plot_option("bench-batch.png")
 @json_option
-def batch(
-    recipe: str, root: Path | None, overrides: tuple[str, ...], plot: Path, as_json: bool, **options: Any
-) -> None:
+def batch(**options: Any) -> None:
     """Throughput and memory by batch size, the gradient noise scale, and the global_batch that follows.
 
     The network, data and rate are a recipe's; sizes double until one does not fit.
@@ -78,12 +92,7 @@ def batch(
     alexnet bench batch
     alexnet bench batch --recipe imagenet-owt --data DIR --to 2048 --ranks 8
     """
-    from train.config.load import make_config
     from train.tune.batch_size import bench_batches, describe
-    from train.tune.plots import check_picture, draw_batches
+    from train.tune.plots import draw_batches
 
-    check_picture(plot)
-    report = bench_batches(make_config(recipe, overrides, root), **options)
-    draw_batches(report, plot)
-    click.echo(f"picture: {plot}", err=True)
-    echo_report(report, describe, as_json)
+    run_recipe(bench_batches, describe, draw_batches, **options)

@@ -46,13 +46,13 @@ def bench_rates(
         for number in range(num_sweeps):
             seeded = msgspec.structs.replace(config, seed=config.seed + number)
             losses: list[float | None] = []
-            with open_probe(seeded) as probe:
-                train_set = probe.run.train_set
+            with open_probe(seeded) as (run, step):
+                train_set = run.train_set
                 level = flat_level(train_set.labels, len(train_set.classes), config.label_smoothing)
-                device = probe.run.parts.world.device_name
+                device = run.parts.world.device_name
                 while len(losses) < num_steps and why_ended(losses, level) is None:
                     rate = rates[len(losses)]
-                    loss = probe.step(rate).loss
+                    loss = step(rate).loss
                     losses.append(loss if math.isfinite(loss) else None)
                     progress.advance(1, f"seed {seeded.seed}, rate {rate:.2g}, loss {loss:.3f}")
             progress.advance(num_steps - len(losses))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
     edge: Literal["low", "high"] | None
 
 
-class RateAdvice(msgspec.Struct, frozen=True, kw_only=True):
+class RateAdvice(NamedTuple):
     """The recommended rate, None where the sweeps give none, and the reason, a sentence."""
 
     rate: float | None
@@ -142,18 +142,13 @@ def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -
     lowest, highest = min(sweep.rates[0] for sweep in sweeps), max(sweep.rates[-1] for sweep in sweeps)
     if not rates:
         tries = ["more --steps", f"a lower --from than {lowest:.3g}", *changes]
-        return RateAdvice(
-            rate=None,
-            why=f"no rate brought the loss below {level:.4g}, which is what guessing costs: try "
-            f"{', or '.join(tries)}",
-        )
+        why = f"no rate brought the loss below {level:.4g}, which is what guessing costs: try "
+        return RateAdvice(None, why + ", or ".join(tries))
     edges = {sweep.edge for sweep in sweeps}
     if "high" in edges:
-        return RateAdvice(
-            rate=None, why=f"the loss was still low at the last rate, {highest:.3g}: try a higher --to"
-        )
+        return RateAdvice(None, f"the loss was still low at the last rate, {highest:.3g}: try a higher --to")
     if "low" in edges:
-        return RateAdvice(rate=None, why=f"the loss rose from {lowest:.3g} on: try a lower --from")
+        return RateAdvice(None, f"the loss rose from {lowest:.3g} on: try a lower --from")
     largest = statistics.median(rates)
     over = f" (the median; {min(rates):.2g} to {max(rates):.2g} over {len(rates)} seeds)" if rates[1:] else ""
     why = (
@@ -162,4 +157,4 @@ def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -
     )
     if flat:
         why += f". {flat} of {len(sweeps)} sweeps never left the loss of guessing, {level:.4g}: so may a run"
-    return RateAdvice(rate=float(f"{largest / MARGIN:.2g}"), why=why)
+    return RateAdvice(float(f"{largest / MARGIN:.2g}"), why)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
-from data_pipeline.loading.prefetch import Batch
 from train.config.schema import RunConfig
 from train.distributed.world import open_world
 from train.health.metrics import Metrics
@@ -16,30 +14,12 @@ from train.state import RunState
 from train.step import train_step
 
 
-@dataclass
-class Probe:
-    """A run of one rank before its next step; `steps` are the micro-batches of each, without end."""
-
-    run: RunState
-    steps: Iterator[list[Batch]]
-
-    def step(self, learning_rate: float) -> Metrics:
-        """Train one step, and wait for its metrics; loss and accuracy are NaN if the step was skipped.
-
-        Raises:
-            KeyboardInterrupt: a signal asked to stop.
-        """
-        run = self.run
-        if run.interrupt.received:
-            raise KeyboardInterrupt(run.interrupt.received)
-        counts = train_step(run.parts, next(self.steps), learning_rate, run.step)
-        run.step += 1
-        return counts.reduce(run.parts.world)
-
-
 @contextmanager
-def open_probe(config: RunConfig) -> Iterator[Probe]:
-    """Open the data and build the network.
+def open_probe(config: RunConfig) -> Iterator[tuple[RunState, Callable[[float], Metrics]]]:
+    """Open the data and build the network of a run of one rank; yield the run, and what trains a step of it.
+
+    That is a function which takes the learning rate and waits for the step's metrics: NaN if it was skipped.
+    It raises KeyboardInterrupt where a signal asked to stop.
 
     Raises:
         UserError: from the parts, as in a run.
@@ -47,4 +27,13 @@ def open_probe(config: RunConfig) -> Iterator[Probe]:
     with ExitStack() as stack:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
         run = build_run(config, None, "none", world, stack)
-        yield Probe(run, open_steps(run, stack, None))
+        steps = open_steps(run, stack, None)
+
+        def step(learning_rate: float) -> Metrics:
+            if run.interrupt.received:
+                raise KeyboardInterrupt(run.interrupt.received)
+            counts = train_step(run.parts, next(steps), learning_rate, run.step)
+            run.step += 1
+            return counts.reduce(world)
+
+        yield run, step
