@@ -16,14 +16,7 @@ from scripts.soak.disk import small_disk
 from scripts.soak.evidence import Evidence, check_seen_once, last_whole_epoch
 from scripts.soak.faulty_run import FaultyRun, train_undisturbed
 from scripts.soak.launch import RunSpec
-from scripts.soak.plan import (
-    KINDS,
-    NUM_SAMPLES,
-    READ_AHEAD_STEPS,
-    STEPS_PER_EPOCH,
-    make_plan,
-    steps_of,
-)
+from scripts.soak.plan import KINDS, NUM_SAMPLES, READ_AHEAD_STEPS, STEPS_PER_EPOCH, make_plan, steps_of
 from scripts.soak.report import Report, RunReport
 
 log = logging.getLogger("train")
@@ -58,13 +51,8 @@ def soak(minutes: float, seed: int, out: Path) -> Report:
         began, pair_seed = time.monotonic(), seed + len(rounds) // 2
         rounds += soak_pair(pair_seed, epochs, num_faults, out, not_injected)
         longest = max(longest, time.monotonic() - began)
-    return Report(
-        seed=seed,
-        minutes=minutes,
-        wall_s=round(time.monotonic() - started, 1),
-        rounds=rounds,
-        not_injected=not_injected,
-    )
+    wall_s = round(time.monotonic() - started, 1)
+    return Report(seed=seed, minutes=minutes, wall_s=wall_s, rounds=rounds, not_injected=not_injected)
 
 
 def soak_pair(
@@ -163,10 +151,8 @@ def check_corrupted(run: FaultyRun, evidence: Evidence, failed: list[int]) -> li
     logs = "".join(path.read_text(errors="replace") for path in sorted(spec.folder.glob("launch-*.log")))
     steps = steps_of(spec.seed, spec.epochs)
     for index, hit in zip(corrupted, (h for h in run.report.hits if h.kind == "corrupt_image"), strict=True):
-        late = [
-            int(s) for s in steps[:, index] if s > hit.at_step + READ_AHEAD_STEPS and int(s) in evidence.steps
-        ]
-        if any(index not in evidence.steps[s].failed for s in late):
+        late = (evidence.steps.get(int(n)) for n in steps[:, index] if n > hit.at_step + READ_AHEAD_STEPS)
+        if any(step is not None and index not in step.failed for step in late):
             problems.append(f"{hit.what} at step {hit.at_step}, and a later step took it all the same")
         if index in failed and f"left out {spec.image(index)}: " not in logs:
             problems.append(f"{hit.what}, which was left out without its name")

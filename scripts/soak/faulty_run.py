@@ -49,19 +49,18 @@ class FaultyRun:
         """Train to the end under the faults; the report gets the launches, the hits and what went wrong."""
         started, num_ranks, report = time.monotonic(), RANKS, self.report
         with ExitStack() as stack:
-            while True:
-                launch = Launch(self.spec, len(report.ranks), num_ranks)
+            for number in range(self.max_launches):
+                launch = Launch(self.spec, number, num_ranks)
                 stack.callback(launch.kill)
                 report.ranks.append(num_ranks)
                 self._watch(launch)
                 if launch.end() == 0:
                     self._close_hit(launch)
                     break
-                if len(report.ranks) >= self.max_launches:
-                    report.problems.append(f"given up after {len(report.ranks)} launches: see {launch.log}")
-                    break
                 self._log_before = launch.log_text()
-                num_ranks = next_ranks(self.spec.seed + len(report.ranks), num_ranks, self.choices)
+                num_ranks = next_ranks(self.spec.seed + number + 1, num_ranks, self.choices)
+            else:
+                report.problems.append(f"given up after {len(report.ranks)} launches: see {launch.log}")
         report.wall_s = round(time.monotonic() - started, 1)
         with_checkpoints = {path.parent.parent for path in self.spec.runs.glob("*/checkpoints/step-*")}
         if len(with_checkpoints) > 1:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from data_pipeline.common.errors import CorruptFileError
 from data_pipeline.common.files import write_atomic
 from scripts.soak.disk import filled
@@ -166,11 +168,9 @@ def damage_checkpoint(hit: InjectedFault, launch: Launch, damage: Damage, genera
 def flip_bit(path: Path, generator: random.Random) -> str:
     """Flip one bit of a file. Returns which, in words."""
     place, bit = generator.randrange(path.stat().st_size), generator.randrange(8)
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ (1 << bit)]))
+    content = np.memmap(path, dtype=np.uint8, mode="r+")
+    content[place] ^= 1 << bit
+    content.flush()
     return f"bit {bit} of byte {place} of {path.parent.name}/{path.name}"
 
 
