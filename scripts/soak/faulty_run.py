@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
 
 from data_pipeline.common.files import write_atomic
 from scripts.soak.inject import Damage, check_response, inject
@@ -48,19 +47,17 @@ class FaultyRun:
     def train(self) -> None:
         """Train to the end under the faults; the report gets the launches, the hits and what went wrong."""
         started, num_ranks, report = time.monotonic(), RANKS, self.report
-        with ExitStack() as stack:
-            for number in range(self.max_launches):
-                launch = Launch(self.spec, number, num_ranks)
-                stack.callback(launch.kill)
-                report.ranks.append(num_ranks)
+        for number in range(self.max_launches):
+            report.ranks.append(num_ranks)
+            with Launch(self.spec, number, num_ranks) as launch:
                 self._watch(launch)
                 if launch.end() == 0:
                     self._close_hit(launch)
                     break
-                self._log_before = launch.log_text()
-                num_ranks = next_ranks(self.spec.seed + number + 1, num_ranks, self.choices)
-            else:
-                report.problems.append(f"given up after {len(report.ranks)} launches: see {launch.log}")
+            self._log_before = launch.log_text()
+            num_ranks = next_ranks(self.spec.seed + number + 1, num_ranks, self.choices)
+        else:
+            report.problems.append(f"given up after {len(report.ranks)} launches: see {launch.log}")
         report.wall_s = round(time.monotonic() - started, 1)
         with_checkpoints = {path.parent.parent for path in self.spec.runs.glob("*/checkpoints/step-*")}
         if len(with_checkpoints) > 1:
@@ -130,13 +127,10 @@ def train_undisturbed(spec: RunSpec, corrupted: dict[int, tuple[int, bytes]]) ->
 
     started = time.monotonic()
     corrupt_until(0)
-    launch = Launch(spec, 0, RANKS)
-    try:
+    with Launch(spec, 0, RANKS) as launch:
         while launch.running:
             corrupt_until(launch.progress()[1])
             time.sleep(0.02)
         if launch.end() != 0:
             raise RuntimeError(f"the undisturbed run failed: see {launch.log}")
-    finally:
-        launch.kill()
     return time.monotonic() - started

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +73,8 @@ class RunSpec:
         (self.folder / "evidence").mkdir()
 
 
-class Launch:
-    """A torchrun of `scripts.soak.rank`, which starts or resumes a run.
+class Launch(AbstractContextManager["Launch"]):
+    """A torchrun of `scripts.soak.rank`, which starts or resumes a run; killed at the end of the context.
 
     Args:
         spec: the run.
@@ -101,6 +101,9 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
     @property
     def running(self) -> bool:
