@@ -23,6 +23,7 @@ import numpy.typing as npt
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -37,26 +38,7 @@ from data_pipeline.shards.webdataset import index_foreign
 Int = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class ShardedSplit:
-    """One split in tar shards, for `data_pipeline.datasets.open`, which makes a `Dataset` of it.
-
-    Attributes:
-        paths: (N) original names, in the dataset's order.
-        labels: (N) int64, the place of each sample's class in `classes`.
-        classes: class names as the data has them.
-        labels_text: names of the classes for people to read; empty where the data has none.
-        reader: reads the samples.
-    """
-
-    paths: PackedStrings
-    labels: Int
-    classes: tuple[str, ...]
-    labels_text: tuple[str, ...]
-    reader: ShardReader
-
-
-def open_shards(root: Path, split: str, shards: list[Path]) -> ShardedSplit:
+def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     """Open a split that is stored in tar shards.
 
     Args:
@@ -104,7 +86,7 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> ShardedSplit:
         members=PackedStrings.join([part.members for part in parts]),
     )
     paths = PackedStrings.join([part.names for part in parts])
-    return ShardedSplit(paths.take(order), labels[order], classes, labels_text, reader.take(order))
+    return Dataset(root, split, paths, labels, classes, labels_text, reader=reader).take(order)
 
 
 @dataclass(frozen=True, eq=False)
