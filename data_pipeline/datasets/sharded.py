@@ -110,14 +110,9 @@ def _columns(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
             raise CorruptFileError(f"{printable(index_path(shard))} is damaged: {error}") from error
         _, offsets, sizes, labels = numbers
         # compared without adding, which could overflow
-        fits = bool(
-            (offsets >= BLOCK).all()
-            and (offsets <= index.size_bytes).all()
-            and (sizes >= 0).all()
-            and (sizes <= index.size_bytes - offsets).all()
-            and (labels >= 0).all()
-            and (labels < num_classes).all()
-        )
+        begins = (offsets >= BLOCK) & (offsets <= index.size_bytes)
+        ends = (sizes >= 0) & (sizes <= index.size_bytes - offsets)
+        fits = bool((begins & ends & (labels >= 0) & (labels < num_classes)).all())
     if not fits:
         raise CorruptFileError(
             f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -237,8 +237,6 @@ def _size_bytes(dataset: Dataset) -> int:
         return int(dataset.reader.sizes.sum())
     total = 0
     for path in dataset.paths:
-        try:
+        with suppress(OSError):
             total += os.stat(f"{dataset.root}/{dataset.split}/{path}").st_size  # noqa: PTH116 - half the cost
-        except OSError:
-            continue
     return total
