@@ -13,7 +13,7 @@ from data_pipeline.loader import Loader
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import Progress, Snapshot
 from train.config.schema import RunConfig
-from train.distributed.hybrid import gather_optimizer_state, gather_tensors
+from train.distributed.hybrid import gather_tensors, map_optimizer_state
 from train.health.metrics import Metrics
 from train.health.signals import Interrupt
 from train.runs.abort import AbortPolicy
@@ -76,7 +76,9 @@ def gather_states(parts: StepParts) -> dict[str, dict[str, Any]]:
     return {
         "model": gather_tensors(parts.parallel, parts.network.state_dict()),
         "average": gather_tensors(parts.parallel, average),
-        "optimizer": gather_optimizer_state(parts.parallel, parts.optimizer),
+        "optimizer": map_optimizer_state(
+            parts.parallel, parts.optimizer, parts.optimizer.state_dict(), gather_tensors
+        ),
         "scaler": parts.scaler.state_dict(),
         "guard": parts.guard.state_dict(),
     }

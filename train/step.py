@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.rng import hash_at
+from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
@@ -38,9 +39,7 @@ class StepParts:
             layers (`train.distributed.hybrid.whole_network` gathers them, for evaluation and checkpoints).
         parallel: the same model over all ranks, for training.
         guard: skips steps whose gradient is not finite.
-        global_batch: samples of a step over all ranks, by which the loss is divided.
-        seed: of the dropout masks.
-        label_smoothing: see `train.optim.mixup.mixed_losses`.
+        config: of which a step uses the global batch, the seed of the dropout masks and the label smoothing.
         ema: the moving average of the weights, which is evaluated where there is one.
         noise: measures the gradient noise scale, with `log_noise_scale`.
     """
@@ -53,9 +52,7 @@ class StepParts:
     guard: Guard
     precision: Precision
     world: World
-    global_batch: int
-    seed: int
-    label_smoothing: float = 0.0
+    config: RunConfig
     ema: ModelEma | None = None
     noise: NoiseMeter | None = None
 
@@ -95,7 +92,7 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
     """
     world, network, optimizer, scaler = parts.world, parts.network, parts.optimizer, parts.scaler
     # Masks follow from (seed, step, rank), so that a resumed run draws the same ones.
-    torch.manual_seed(int(hash_at(parts.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
+    torch.manual_seed(int(hash_at(parts.config.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
     set_lr(optimizer, learning_rate)
     meter = AccuracyMeter(world.device)
     network.train()
@@ -138,9 +135,9 @@ def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -
         inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
     with parts.precision.autocast():
         logits_NC = parts.parallel(inputs_NCHW)
-    losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, parts.label_smoothing)
+    losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, parts.config.label_smoothing)
     # DDP averages over the ranks; times world_size makes that the sum.
-    loss = (losses_N * valid_N).sum() * (parts.world.world_size / parts.global_batch)
+    loss = (losses_N * valid_N).sum() * (parts.world.world_size / parts.config.global_batch)
     if parts.noise is not None:
         parts.noise.start_part()
     torch.autograd.backward(parts.scaler.scale(propagate_nonfinite(loss)))

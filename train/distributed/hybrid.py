@@ -92,10 +92,9 @@ class HybridParallel(nn.Module):
         self.plan = MicroBatchPlan(world)
         self._next_sizes: Iterator[int] = iter(())
         kinds = (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
-        names = [name for name, layer in network.classifier.named_children() if isinstance(layer, nn.Linear)]
-        for name, kind in zip(names, kinds, strict=True):
-            whole = network.classifier.get_submodule(name)
-            assert isinstance(whole, nn.Linear)
+        layers = network.classifier.named_children()
+        linears = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
+        for (name, whole), kind in zip(linears, kinds, strict=True):
             network.classifier.register_module(name, kind(whole, self.plan))
         self.trunk = DistributedDataParallel(
             _Trunk(network),
@@ -214,32 +213,24 @@ def shard_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the `state_dict` of the unsharded network's optimiser, on every rank; all must call this."""
-    return _map_state(parallel, optimizer, optimizer.state_dict(), gather_tensors)
-
-
-def shard_optimizer_state(
-    parallel: Parallel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return this rank's shard of a state from `gather_optimizer_state`, gathered in whichever mode."""
-    return _map_state(parallel, optimizer, state, shard_tensors)
-
-
-def _map_state(
+def map_optimizer_state(
     parallel: Parallel,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     change: Callable[[Parallel, Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Any]:
-    """Apply `change` to the tensors of an optimiser's state, which numbers the parameters in their order."""
+    """Gather the tensors of an optimiser's `state_dict`, or shard them; every rank must call this.
+
+    Args:
+        state: of the optimiser, or of the unsharded network's; it numbers the parameters in their order.
+        change: `gather_tensors` or `shard_tensors`.
+    """
     network = parallel.network if isinstance(parallel, HybridParallel) else parallel.module
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    numbered = enumerate(p for group in optimizer.param_groups for p in group["params"])
-    name_of = {number: names[id(parameter)] for number, parameter in numbered}
+    name_of = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
     def changed(number: int, value: Any) -> Any:
-        if number not in name_of or not isinstance(value, Tensor) or not value.ndim:
+        if number >= len(name_of) or not isinstance(value, Tensor) or not value.ndim:
             return value
         (tensor,) = change(parallel, {name_of[number]: value}).values()
         return tensor
