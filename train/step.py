@@ -20,7 +20,7 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.ema import ModelEma
-from train.optim.mixup import mix_inputs, mixed_losses
+from train.optim.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
 
@@ -63,17 +63,8 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     Returns:
         uint8 (N, H, W, 3) or, for V views of each image, (N, V, H, W, 3); int64 (N,), bool (N,).
     """
-    tensors = (
-        torch.utils.dlpack.from_dlpack(batch.images),
-        torch.from_numpy(batch.labels),
-        torch.from_numpy(batch.valid),
-    )
-    if device.type == "cpu":
-        return tensors
-    images, labels, valid = (
-        t if t.device == device else t.pin_memory().to(device, non_blocking=True) for t in tensors
-    )
-    return images, labels, valid
+    images = tensor_to_device(torch.utils.dlpack.from_dlpack(batch.images), device)
+    return images, tensor_to_device(batch.labels, device), tensor_to_device(batch.valid, device)
 
 
 def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:

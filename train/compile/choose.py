@@ -76,8 +76,7 @@ def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World)
     for turn in (True, False):
         if (world.local_rank == 0) is turn:
             failure = _try_lrn(network, crop_px, precision)
-        if world.world_size > 1:
-            world.barrier()
+        world.barrier()
     failed = world.any(bool(failure))
     for layer in layers:
         layer.fused = not failed
@@ -97,16 +96,13 @@ def lrn_layers(network: nn.Module) -> list[LocalResponseNorm]:
 
 def count_elements(network: AlexNet, crop_px: int) -> int:
     """Count the elements that the LRN of a network normalises for one image."""
-    counted: list[int] = []
-    handles = [
-        layer.register_forward_hook(lambda _module, inputs, _output: counted.append(inputs[0].numel()))
-        for layer in lrn_layers(network)
-    ]
+    counted, maps_NCHW = 0, _zeros(network, 1, crop_px)
     with torch.no_grad():
-        network.features(_zeros(network, 1, crop_px))
-    for handle in handles:
-        handle.remove()
-    return sum(counted)
+        for layer in network.features:
+            if isinstance(layer, LocalResponseNorm):
+                counted += maps_NCHW.numel()
+            maps_NCHW = layer(maps_NCHW)
+    return counted
 
 
 def compile_step(network: AlexNet) -> None:
