@@ -64,17 +64,6 @@ def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, grou
     return [max(sizes) for sizes in zip(*padded, strict=True)]
 
 
-class _Trunk(nn.Module):
-    """An AlexNet up to the fully connected layers: (N, 3, H, W) -> (N, F)."""
-
-    def __init__(self, network: AlexNet) -> None:
-        super().__init__()
-        self.features, self.avgpool = network.features, network.avgpool
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        return torch.flatten(self.avgpool(self.features(images_NCHW)), 1)
-
-
 class HybridParallel(nn.Module):
     """An AlexNet over several ranks, in the place of DistributedDataParallel.
 
@@ -97,7 +86,7 @@ class HybridParallel(nn.Module):
         for (name, whole), kind in zip(linears, kinds, strict=True):
             network.classifier.register_module(name, kind(whole, self.plan))
         self.trunk = DistributedDataParallel(
-            _Trunk(network),
+            nn.Sequential(network.features, network.avgpool, nn.Flatten()),  # (N, 3, H, W) -> (N, F)
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             # about a layer: the later layers' gradients travel while the earlier ones' are computed
