@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass
 
 import msgspec
 
@@ -44,9 +43,7 @@ def run_epochs(run: RunState) -> Metrics | None:
         while run.step < run.total_steps:
             train_epoch(run, steps)
             metrics = finish_epoch(run)
-    failure = finish_saving(run)
-    if failure is not None:
-        raise SaveError(f"the end of the run is not saved: {failure}")
+    finish_saving(run, "the end of the run is not saved")
     return metrics
 
 
@@ -103,35 +100,18 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
             )
             run.row.add(train_step(run.parts, next(steps), lr, run.step))
             run.step += 1
-            due = due_after(run, last_step)
-            note = write_row(run, lr) if due.row else ""
-            if due.checkpoint:
+            # The same on all ranks. After the epoch's last step, saving and polling wait for the evaluation.
+            inside = run.step < last_step
+            saves = inside and _is_due(run.step, config.checkpoint_every)
+            # Each checkpoint has a row of its own step.
+            has_row = not inside or saves or _is_due(run.step, config.log_every)
+            note = write_row(run, lr) if has_row else ""
+            if saves:
                 save(run, None)
-            if due.poll:
-                stop_if_asked(run, saved=due.checkpoint)
+            if inside and (has_row or run.interrupt.is_due(run.step)):
+                stop_if_asked(run, saved=saves)
             progress.advance(1, note)
     world.average_buffers(run.parts.network)
-
-
-@dataclass(frozen=True)
-class Due:
-    """Row, checkpoint and poll that are due after a step; the same on all ranks."""
-
-    row: bool
-    checkpoint: bool
-    poll: bool
-
-
-def due_after(run: RunState, last_step: int) -> Due:
-    """Decide what is due after the current step of an epoch.
-
-    Each checkpoint has a row of its own step. After the epoch's last step, saving and polling wait for the
-    evaluation.
-    """
-    config, is_last = run.config, run.step == last_step
-    checkpoint = not is_last and _is_due(run.step, config.checkpoint_every)
-    row = is_last or checkpoint or _is_due(run.step, config.log_every)
-    return Due(row, checkpoint, poll=not is_last and (row or run.interrupt.is_due(run.step)))
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -245,9 +225,7 @@ def stop_if_asked(run: RunState, *, saved: bool) -> None:
         return
     if not saved:
         save(run, None)
-    failure = finish_saving(run)
-    if failure is not None:
-        raise SaveError(f"asked to stop, and not saved: {failure}")
+    finish_saving(run, "asked to stop, and not saved")
     received = run.interrupt.received or "another rank's signal"
     raise InterruptedRunError(f"stopped by {received} at step {run.step}, saved; go on with --resume auto")
 
@@ -273,12 +251,18 @@ def save(run: RunState, metrics: Metrics | None) -> None:
     run.held_up_s += time.monotonic() - started
 
 
-def finish_saving(run: RunState) -> str | None:
-    """Wait, on all ranks, for the checkpoint in flight. Returns why the last one could not be written."""
+def finish_saving(run: RunState, otherwise: str) -> None:
+    """Wait, on all ranks, for the checkpoint in flight.
+
+    Raises:
+        SaveError: the last one could not be written; `otherwise` begins the message.
+    """
 
     def on_main() -> str | None:
         assert run.writer is not None
         run.writer.wait()
         return run.writer.failure
 
-    return run.parts.world.broadcast_object(on_main)
+    failure = run.parts.world.broadcast_object(on_main)
+    if failure is not None:
+        raise SaveError(f"{otherwise}: {failure}")

@@ -22,7 +22,7 @@ from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.schema import READERS, RunConfig
 from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, rank_batch_size
-from train.distributed.hybrid import shard_optimizer_state, shard_tensors
+from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
 from train.distributed.world import World, cpu_share
 from train.evaluate import EVAL_BATCH
@@ -97,7 +97,7 @@ def build_run(
         folder=folder,
         writer=writer,
         metrics_log=MetricsLog(folder, step, num_steps, noise=config.log_noise_scale),
-        abort=AbortPolicy(config, train_set, folder, writer.wait if writer is not None else lambda: None),
+        abort=AbortPolicy(config, train_set, folder, writer),
         interrupt=interrupt,
         steps_per_epoch=num_steps,
         row=row,
@@ -164,9 +164,7 @@ def make_step_parts(
         guard=Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor),
         precision=precision,
         world=world,
-        global_batch=config.global_batch,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
+        config=config,
         ema=ModelEma(network, config.ema_decay) if config.ema_decay else None,
         noise=make_noise_meter(network, config, world) if config.log_noise_scale else None,
     )
@@ -194,7 +192,7 @@ def make_noise_meter(network: AlexNet, config: RunConfig, world: World) -> Noise
 def restore_parts(parts: StepParts, checkpoint: Checkpoint) -> None:
     """Restore the optimiser, loss scale, guard and moving average of a checkpoint."""
     states, parallel, optimizer = checkpoint.states, parts.parallel, parts.optimizer
-    load_optimizer(optimizer, shard_optimizer_state(parallel, optimizer, states["optimizer"]))
+    load_optimizer(optimizer, map_optimizer_state(parallel, optimizer, states["optimizer"], shard_tensors))
     # Imported weights have neither of these two, and a run in another precision no loss scale.
     if states["scaler"]:
         parts.scaler.load_state_dict(states["scaler"])

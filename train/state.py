@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from data_pipeline.loader import Loader
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import Progress, Snapshot
 from train.config.schema import RunConfig
-from train.distributed.hybrid import gather_optimizer_state, gather_tensors
+from train.distributed.hybrid import gather_tensors, map_optimizer_state
 from train.health.metrics import Metrics
 from train.health.signals import Interrupt
 from train.runs.abort import AbortPolicy
@@ -67,21 +66,6 @@ class RunState:
 
 
 @torch.no_grad()
-def gather_states(parts: StepParts) -> dict[str, dict[str, Any]]:
-    """Return the unsharded `state_dict` of each component, as views: nothing is copied yet.
-
-    Every rank must call this at the same step; only rank 0 uses the result.
-    """
-    average = parts.ema.values if parts.ema is not None else {}
-    return {
-        "model": gather_tensors(parts.parallel, parts.network.state_dict()),
-        "average": gather_tensors(parts.parallel, average),
-        "optimizer": gather_optimizer_state(parts.parallel, parts.optimizer),
-        "scaler": parts.scaler.state_dict(),
-        "guard": parts.guard.state_dict(),
-    }
-
-
 def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
     """Copy the state at the current step; training may continue as soon as this returns.
 
@@ -92,7 +76,15 @@ def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
     Returns:
         On rank 0 the snapshot; on the others None.
     """
-    states = gather_states(run.parts) | {"row": run.row.state_dict(run.skipped)}
+    parts, parallel, optimizer = run.parts, run.parts.parallel, run.parts.optimizer
+    states = {  # unsharded, and views: nothing is copied yet
+        "model": gather_tensors(parallel, parts.network.state_dict()),
+        "average": gather_tensors(parallel, parts.ema.values if parts.ema is not None else {}),
+        "optimizer": map_optimizer_state(parallel, optimizer, optimizer.state_dict(), gather_tensors),
+        "scaler": parts.scaler.state_dict(),
+        "guard": parts.guard.state_dict(),
+        "row": run.row.state_dict(run.skipped),
+    }
     if run.writer is None:
         return None
     figures = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.rng import hash_at
+from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
@@ -19,7 +20,7 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.ema import ModelEma
-from train.optim.mixup import mix_inputs, mixed_losses
+from train.optim.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
 
@@ -38,9 +39,7 @@ class StepParts:
             layers (`train.distributed.hybrid.whole_network` gathers them, for evaluation and checkpoints).
         parallel: the same model over all ranks, for training.
         guard: skips steps whose gradient is not finite.
-        global_batch: samples of a step over all ranks, by which the loss is divided.
-        seed: of the dropout masks.
-        label_smoothing: see `train.optim.mixup.mixed_losses`.
+        config: of which a step uses the global batch, the seed of the dropout masks and the label smoothing.
         ema: the moving average of the weights, which is evaluated where there is one.
         noise: measures the gradient noise scale, with `log_noise_scale`.
     """
@@ -53,9 +52,7 @@ class StepParts:
     guard: Guard
     precision: Precision
     world: World
-    global_batch: int
-    seed: int
-    label_smoothing: float = 0.0
+    config: RunConfig
     ema: ModelEma | None = None
     noise: NoiseMeter | None = None
 
@@ -66,17 +63,8 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     Returns:
         uint8 (N, H, W, 3) or, for V views of each image, (N, V, H, W, 3); int64 (N,), bool (N,).
     """
-    tensors = (
-        torch.utils.dlpack.from_dlpack(batch.images),
-        torch.from_numpy(batch.labels),
-        torch.from_numpy(batch.valid),
-    )
-    if device.type == "cpu":
-        return tensors
-    images, labels, valid = (
-        t if t.device == device else t.pin_memory().to(device, non_blocking=True) for t in tensors
-    )
-    return images, labels, valid
+    images = tensor_to_device(torch.utils.dlpack.from_dlpack(batch.images), device)
+    return images, tensor_to_device(batch.labels, device), tensor_to_device(batch.valid, device)
 
 
 def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
@@ -95,7 +83,7 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
     """
     world, network, optimizer, scaler = parts.world, parts.network, parts.optimizer, parts.scaler
     # Masks follow from (seed, step, rank), so that a resumed run draws the same ones.
-    torch.manual_seed(int(hash_at(parts.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
+    torch.manual_seed(int(hash_at(parts.config.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
     set_lr(optimizer, learning_rate)
     meter = AccuracyMeter(world.device)
     network.train()
@@ -138,9 +126,9 @@ def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -
         inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
     with parts.precision.autocast():
         logits_NC = parts.parallel(inputs_NCHW)
-    losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, parts.label_smoothing)
+    losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, parts.config.label_smoothing)
     # DDP averages over the ranks; times world_size makes that the sum.
-    loss = (losses_N * valid_N).sum() * (parts.world.world_size / parts.global_batch)
+    loss = (losses_N * valid_N).sum() * (parts.world.world_size / parts.config.global_batch)
     if parts.noise is not None:
         parts.noise.start_part()
     torch.autograd.backward(parts.scaler.scale(propagate_nonfinite(loss)))

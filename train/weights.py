@@ -191,11 +191,6 @@ def _read_bvlc(path: Path) -> Weights:
     return CAFFE, weights, None
 
 
-_READERS = {
-    ".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".onnx": _read_bvlc,
-}  # fmt: skip
-
-
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Verify a checkpoint and describe it as plain values."""
     checkpoint = load_checkpoint(folder)

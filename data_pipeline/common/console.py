@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from data_pipeline.common.text import visible
 
@@ -23,8 +23,8 @@ SECONDS_BETWEEN_LINES = 5.0
 LOGGERS = ("train", "infer", "data_pipeline")
 
 
-class Progress(Protocol):
-    """Receives the progress of some work."""
+class Progress:
+    """Receives the progress of some work. This one shows nothing."""
 
     def advance(self, count: int, note: str = "") -> None:
         """Report `count` more units as done; a `note` replaces the text behind the bar."""
@@ -64,7 +64,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-class _Lines:
+class _Lines(Progress):
     """Progress in logs and pipes: a line every few seconds, and one at the end."""
 
     def __init__(self, title: str, total: int | None) -> None:
@@ -84,7 +84,7 @@ class _Lines:
         print(f"{self._title}: {self._done}{self._of}{note} {seconds}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-class _Bar:
+class _Bar(Progress):
     """Progress on a terminal."""
 
     def __init__(self, bar: RichProgress, title: str, total: int | None) -> None:
@@ -94,11 +94,6 @@ class _Bar:
         self._bar.update(self._task, advance=count)
         if note:
             self._bar.update(self._task, note=note)
-
-
-class _Silent:
-    def advance(self, count: int, note: str = "") -> None:
-        pass
 
 
 @contextmanager
@@ -111,20 +106,20 @@ def show_progress(title: str, total: int | None, *, shown: bool = True) -> Itera
         shown: False shows nothing, for the ranks other than 0.
     """
     if not shown:
-        yield _Silent()
+        yield Progress()
     elif not sys.stderr.isatty():
         lines = _Lines(title, total)
         yield lines
         lines.print()
     else:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich import progress as rich
 
         columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("{task.fields[note]}", markup=False),
+            rich.TimeElapsedColumn(),
         )
-        with Progress(*columns, console=stderr_console(), transient=True) as bar:
+        with rich.Progress(*columns, console=stderr_console(), transient=True) as bar:
             yield _Bar(bar, title, total)

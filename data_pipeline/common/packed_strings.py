@@ -39,11 +39,8 @@ class PackedStrings(Sequence[str]):
     @classmethod
     def join(cls, parts: Sequence[PackedStrings]) -> PackedStrings:
         """All names of several packs, in order."""
-        ends, start = [np.zeros(0, dtype=np.int64)], 0
-        for part in parts:
-            ends.append(part.ends + start)
-            start += len(part.blob)
-        return cls(b"".join(part.blob for part in parts), np.concatenate(ends))
+        sizes = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
+        return cls(b"".join(part.blob for part in parts), np.cumsum(sizes))
 
     def take(self, indices: npt.NDArray[np.int64]) -> PackedStrings:
         """The names at some places."""

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -16,6 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import MAX_FILE_BYTES, read_file
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
+from data_pipeline.shards.shard_reader import ShardReader
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,19 +32,6 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
-class SampleReader(Protocol):
-    """Reads samples that are not files of their own. Threads may read at the same time."""
-
-    def read(self, index: int, max_bytes: int) -> bytes:
-        """The bytes of one sample; see `Dataset.read`."""
-
-    def name_at(self, index: int) -> str:
-        """The name of one sample, relative to the data folder."""
-
-    def take(self, indices: npt.NDArray[np.int64]) -> SampleReader:
-        """The reader of some of the samples."""
-
-
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """One split of labelled images. Sample `i` is the same image on every machine that has the same data.
@@ -57,7 +44,7 @@ class Dataset:
         classes: class names as the data has them (WordNet ids in ImageNet), in byte order.
         labels_text: (len(classes)) names for people to read; empty where the data has none.
         num_quarantined: samples that the exclude list left out.
-        reader: reads the samples; None where each is a file, `root/split/path`.
+        reader: reads the samples of tar shards; None where each is a file, `root/split/path`.
     """
 
     root: Path
@@ -67,7 +54,7 @@ class Dataset:
     classes: tuple[str, ...]
     labels_text: tuple[str, ...] = ()
     num_quarantined: int = 0
-    reader: SampleReader | None = None
+    reader: ShardReader | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -45,7 +45,6 @@ def load_image_folder(root: Path, split: str, watch: Watch | None = None) -> Dat
         raise UserError(f"cannot learn from {printable(folder)}: {what}; {LAYOUT}")
 
     paths: list[PackedStrings] = []
-    counts: list[int] = []
     for name in classes:
         found = sorted(_walk(folder / name, name, watch=watch), key=os.fsencode)
         if not found:
@@ -54,7 +53,6 @@ def load_image_folder(root: Path, split: str, watch: Watch | None = None) -> Dat
                 f"add some ({', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder"
             )
         paths.append(PackedStrings.pack(found))
-        counts.append(len(found))
     if len(classes) == 1:
         raise UserError(
             f"{printable(folder)} holds one class only ({printable(classes[0])}), and no file says which "
@@ -64,7 +62,7 @@ def load_image_folder(root: Path, split: str, watch: Watch | None = None) -> Dat
         root=Path(root),
         split=split,
         paths=PackedStrings.join(paths),
-        labels=np.repeat(np.arange(len(classes), dtype=np.int64), counts),
+        labels=np.repeat(np.arange(len(classes), dtype=np.int64), [len(names) for names in paths]),
         classes=classes,
     )
 

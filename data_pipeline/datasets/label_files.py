@@ -70,17 +70,14 @@ def read_class_names(root: Path, classes: Sequence[str], watch: Watch) -> tuple[
     Returns:
         (len(classes)) names; empty if there is no file, or it names none of the classes.
     """
-    for name in CLASS_NAMES:
-        watch.note(root / name)
     known: dict[str, str] = {}
-    for path in (root / name for name in CLASS_NAMES if (root / name).is_file()):
-        wanted = set(classes)
-        for _, line in _lines(path):
+    wanted = set(classes)
+    for path in (root / name for name in CLASS_NAMES):
+        watch.note(path)
+        for _, line in _lines(path) if not known and path.is_file() else ():
             key, _, name = line.replace("\t", " ").partition(" ")
             if key in wanted and name.strip():
                 known[key] = name.strip()
-        if known:
-            break
     if not known:
         return ()
     synonyms = [known.get(name, name) for name in classes]

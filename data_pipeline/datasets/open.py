@@ -32,9 +32,9 @@ from data_pipeline.datasets.label_files import (
     read_class_names,
     read_synset_ids,
 )
+from data_pipeline.datasets.sharded import open_shards
 from data_pipeline.datasets.watch import Watch
 from data_pipeline.shards.shard_format import shard_files
-from data_pipeline.shards.shards import open_shards
 
 log = logging.getLogger("data_pipeline")
 
@@ -68,16 +68,7 @@ def open_dataset(
         raise UserError(f"{split!r} is not the name of a split: train, val, ...")
     shards = shard_files(root, split)
     if shards:
-        opened = open_shards(root, split, shards)
-        dataset = Dataset(
-            root=root,
-            split=split,
-            paths=opened.paths,
-            labels=opened.labels,
-            classes=opened.classes,
-            labels_text=opened.labels_text,
-            reader=opened.reader,
-        )
+        dataset = open_shards(root, split, shards)
     else:
         found = load_index(root, split)
         dataset = _scan(root, split, min_cached) if found is None else found

@@ -173,17 +173,11 @@ class _Work:
 
     def fed_crops(self) -> CropParams:
         """The crops to run: for each blank sample, one whose window is the black pixel that stands for it."""
-        if not self.blank:
-            return self.crops
-        at = np.array(sorted(self.blank), dtype=np.int64)
-        full = self.crops
-        windows, sizes, offsets = full.windows.copy(), full.sizes.copy(), full.offsets.copy()
-        windows[at], sizes[at], offsets[at] = (0, 0, 1, 1), full.crop_px, 0
-        colors = full.colors
-        if colors is not None:
-            colors = colors.copy()
-            colors[at] = np.eye(3, 4)
-        return CropParams(windows, sizes, offsets, full.flips, full.crop_px, colors)
+        crops, blank = self.crops.take(range(len(self.crops))), sorted(self.blank)  # taken, so copied
+        crops.windows[blank], crops.sizes[blank], crops.offsets[blank] = (0, 0, 1, 1), crops.crop_px, 0
+        if crops.colors is not None:
+            crops.colors[blank] = np.eye(3, 4)
+        return crops
 
 
 def _is_for_pillow(data: bytes) -> bool:

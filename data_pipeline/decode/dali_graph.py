@@ -96,10 +96,8 @@ def _transform(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) 
     """Resize, colour, crop and mirror."""
     fn, types = dali.fn, dali.types
     sizes = _source("sizes", types.FLOAT, 1)
-    offsets, flips = (
-        _source("offsets", types.INT32, 1 + len(views)),
-        _source("flips", types.INT32, len(views)),
-    )
+    offsets = _source("offsets", types.INT32, 1 + len(views))
+    flips = _source("flips", types.INT32, len(views))
     images = fn.resize(images, size=sizes, interp_type=types.INTERP_LINEAR, antialias=True)
     if colors:
         linear, offset = _source("linear", types.FLOAT, 2), _source("offset", types.FLOAT, 1)

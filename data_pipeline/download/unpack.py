@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -124,9 +125,7 @@ def _unpack(archive: Path, target: Path, max_bytes: int, max_files: int) -> None
 
 
 def _path_in(target: Path, name: str) -> Path:
-    parts = name.rstrip("/").split("/")
-    while parts and parts[0] == ".":
-        parts = parts[1:]
+    parts = list(dropwhile(lambda part: part == ".", name.rstrip("/").split("/")))
     if name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in parts):
         raise _RefusedError(f"holds a path that leaves its folder, {visible(name)!r}")
     return target.joinpath(*parts)

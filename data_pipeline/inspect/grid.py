@@ -56,9 +56,7 @@ def write_grid(info: Info, dataset: Dataset, path: Path) -> None:
         SaveError: the file cannot be written.
     """
     check_grid_path(path)
-    ids = np.arange(len(info.classes))
-    if len(ids) > MAX_CLASSES:
-        ids = np.linspace(0, len(ids) - 1, MAX_CLASSES).astype(int)
+    ids = np.linspace(0, len(info.classes) - 1, min(len(info.classes), MAX_CLASSES)).astype(int)
     per_class = 8 if len(ids) <= 40 else 5 if len(ids) <= 250 else 3
     title = html.escape(_title(info, dataset.split, len(ids)))
     parts = [
@@ -71,20 +69,16 @@ def write_grid(info: Info, dataset: Dataset, path: Path) -> None:
         )
     ]
     order = permutation_at(0, 0, len(dataset))
-    by_class = order[np.argsort(dataset.labels[order], kind="stable")]
     ends = np.cumsum(np.bincount(dataset.labels, minlength=len(dataset.classes)))
+    by_class = np.split(order[np.argsort(dataset.labels[order], kind="stable")], ends[:-1])
     for found in (info.classes[i] for i in ids):
-        first = ends[found.id - 1] if found.id else 0
         label, name = html.escape(visible(found.label)), html.escape(visible(found.name))
         also = "" if label == name else f" <b>{name}</b>"
         parts.append(
             f"<section><h2><b>{found.id}</b> <span>{label}</span>{also}"
             f"<i>{found.counts[dataset.split]:,} images</i></h2><div>"
         )
-        parts += [
-            _cell(dataset, place)
-            for place in by_class[first : min(first + per_class, ends[found.id])].tolist()
-        ]
+        parts += [_cell(dataset, place) for place in by_class[found.id][:per_class].tolist()]
         parts.append("</div></section>\n")
     parts.append("</main></body></html>\n")
     try:

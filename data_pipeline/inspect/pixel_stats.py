@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -43,13 +43,8 @@ class PixelSums:
         num_images: images added.
     """
 
-    products: npt.NDArray[np.object_]
+    products: npt.NDArray[np.object_] = field(default_factory=lambda: np.zeros((4, 4), dtype=object))
     num_images: int = 0
-
-    @classmethod
-    def empty(cls) -> PixelSums:
-        """Sums without any image."""
-        return cls(np.zeros((4, 4), dtype=object))
 
     def add(self, image_HWC: npt.NDArray[np.uint8]) -> None:
         """Add every pixel of an image."""

@@ -10,7 +10,6 @@ import numpy as np
 from data_pipeline.common.errors import ImageError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
-from data_pipeline.shards.shard_reader import ShardReader
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int
 
@@ -50,7 +49,7 @@ class Chunk:
 
 def make_chunks(dataset: Dataset, places: Int) -> Iterator[Chunk]:
     """Chunks of the samples at some places; of tar shards, each shard from its start to its end."""
-    if isinstance(reader := dataset.reader, ShardReader):
+    if (reader := dataset.reader) is not None:
         places = places[np.lexsort((reader.offsets[places], reader.shard_of[places]))]
     for first in range(0, len(places), CHUNK):
         chunk = places[first : first + CHUNK]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -24,7 +24,6 @@ from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, image_readers, read_header
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
 from data_pipeline.inspect.scan import MAX_PIXELS, Chunk, make_chunks
-from data_pipeline.shards.shard_reader import ShardReader
 from data_pipeline.transforms.sampler import Int, permutation_at
 
 log = logging.getLogger("data_pipeline")
@@ -132,7 +131,7 @@ def collect_info(
             raise UserError(f"{name} {value}: at least 1")
     datasets = [open_dataset(root, split) for split in splits_of(root)]
     found = {dataset.split: _examine_split(dataset, sample, workers) for dataset in datasets}
-    train = found["train"].pixels if "train" in found else PixelSums.empty()
+    train = found["train"].pixels if "train" in found else PixelSums()
     counts = {d.split: np.bincount(d.labels, minlength=len(d.classes)) for d in datasets}
     info = Info(
         root=printable(root),
@@ -162,7 +161,7 @@ class _Found:
     num_samples: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    pixels: PixelSums = field(default_factory=PixelSums.empty)
+    pixels: PixelSums = field(default_factory=PixelSums)
     unreadable: dict[int, str] = field(default_factory=dict)
 
     def add(self, data: bytes, *, decode: bool) -> None:
@@ -227,21 +226,17 @@ def _split_info(dataset: Dataset, counts: Int, found: _Found) -> SplitInfo:
 def _spread(sizes: Counter[tuple[int, int]], axis: int) -> Spread | None:
     if not sizes:
         return None
-    values = np.array([size[axis] for size in sizes])
-    order = np.argsort(values)
-    reached = np.cumsum(np.array(list(sizes.values()))[order])
-    at = [int(values[order][np.searchsorted(reached, share * reached[-1])]) for share in (0.05, 0.5, 0.95)]
-    return Spread(min=int(values.min()), p5=at[0], median=at[1], p95=at[2], max=int(values.max()))
+    values = np.repeat([size[axis] for size in sizes], list(sizes.values()))
+    at = np.quantile(values, (0, 0.05, 0.5, 0.95, 1), method="inverted_cdf").tolist()
+    return Spread(min=at[0], p5=at[1], median=at[2], p95=at[3], max=at[4])
 
 
 def _size_bytes(dataset: Dataset) -> int:
     """The bytes of all images, without reading them; a missing file counts as empty."""
-    if isinstance(dataset.reader, ShardReader):
+    if dataset.reader is not None:
         return int(dataset.reader.sizes.sum())
     total = 0
     for path in dataset.paths:
-        try:
+        with suppress(OSError):
             total += os.stat(f"{dataset.root}/{dataset.split}/{path}").st_size  # noqa: PTH116 - half the cost
-        except OSError:
-            continue
     return total

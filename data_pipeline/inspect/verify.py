@@ -33,7 +33,6 @@ from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
 from data_pipeline.inspect.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
-from data_pipeline.shards.shard_reader import ShardReader
 
 log = logging.getLogger("data_pipeline")
 
@@ -165,7 +164,7 @@ def _check_shard(root: Path, name: str, sha256: str) -> _Found:
 
 def _tasks(dataset: Dataset) -> Iterator[_Task]:
     """All chunks of a split; each shard is hashed just before its images are read, while it is cached."""
-    if not isinstance(reader := dataset.reader, ShardReader):
+    if (reader := dataset.reader) is None:
         for chunk in make_chunks(dataset, np.arange(len(dataset), dtype=np.int64)):
             yield partial(_check_chunk, chunk)
         return

@@ -33,15 +33,17 @@ class FaultLog:
         self.reasons: dict[str, str] = {}
         self._excluded: dict[os.PathLike[str], str] = {}
 
-    def add(self, failure: Failure) -> None:
-        """Record a failure, and log it if it is the file's first."""
+    def add(self, failure: Failure, path: os.PathLike[str]) -> None:
+        """Record a failure, log it if it is the file's first, and exclude the file.
+
+        Args:
+            failure: what was left out, and why.
+            path: the file to exclude, by its path rather than its printed name, which two files may share.
+        """
+        self._excluded.setdefault(path, failure.reason)
         if failure.path not in self.reasons:
             self.reasons[failure.path] = failure.reason
             log.warning("left out %s: %s", failure.path, failure.reason)
-
-    def exclude(self, path: os.PathLike[str], reason: str) -> None:
-        """Exclude a file, by its path rather than its printed name, which two files may share."""
-        self._excluded.setdefault(path, reason)
 
     def reason_for(self, path: os.PathLike[str]) -> str | None:
         """The reason why a file is excluded; None for a file that may be read."""

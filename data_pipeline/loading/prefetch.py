@@ -171,8 +171,7 @@ def _consume(
             if isinstance(item, BaseException):
                 raise item
             for failure, place in zip(item.failures, np.flatnonzero(~item.valid), strict=True):
-                faults.add(failure)
-                faults.exclude(item.paths[place], failure.reason)
+                faults.add(failure, item.paths[place])
             yield item
     finally:
         stop.set()

@@ -180,10 +180,9 @@ def _serve(pipe: Connection[Any, Any], shared_file: int) -> None:
             size = 2 * needed + mmap.PAGESIZE  # twice as much, so that it seldom has to grow
             os.ftruncate(shared_file, size)
             shared = mmap.mmap(shared_file, size)
-        start = 0
+        shared.seek(0)
         for content in contents:
-            shared[start : start + len(content)] = content
-            start += len(content)
+            shared.write(content)
         found = [
             (file.height_width, file.reason, len(content))
             for file, content in zip(files, contents, strict=True)

@@ -231,9 +231,9 @@ def _finished(shard: _Shard, plan: str) -> ShardEntry | None:
     try:
         index = read_index(shard.path, plan)
         written_ns = index_path(shard.path).stat().st_mtime_ns
-        for number in shard.samples.tolist():
-            if shard.dataset.path_at(number).stat().st_mtime_ns >= written_ns:
-                return None
+        images = map(shard.dataset.path_at, shard.samples.tolist())
+        if any(image.stat().st_mtime_ns >= written_ns for image in images):
+            return None
     except (CorruptFileError, OSError):
         return None
     return ShardEntry(shard.path.name, len(shard.samples), index.size_bytes, index.sha256)

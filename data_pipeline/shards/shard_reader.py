@@ -22,7 +22,7 @@ MAX_HANDLES = 64
 
 @dataclass(frozen=True, eq=False)
 class ShardReader:
-    """The samples of a split in its tar shards; a `data_pipeline.datasets.dataset.SampleReader`.
+    """The samples of a split in its tar shards.
 
     Attributes:
         shards: the tar files, relative to the data folder.

@@ -39,30 +39,20 @@ def colors_at(seed: int, epoch: int, positions: npt.ArrayLike, augment: Augment)
         return None
     positions_N = np.asarray(positions, dtype=np.int64).reshape(-1)
     draws = uniform_at(seed, epoch, positions_N[:, None], STREAM_JITTER + np.arange(4))
-    brightness, contrast, saturation = (
-        _factor(draws[:, i], reach)
-        for i, reach in enumerate((augment.brightness, augment.contrast, augment.saturation))
-    )
+    reach = np.array([augment.brightness, augment.contrast, augment.saturation])
+    low, high = np.maximum(0.0, 1 - reach), 1 + reach
+    factors_N3 = low + draws[:, :3] * (high - low)
+    brightness, contrast, saturation = factors_N3.T[..., None, None]  # (N, 1, 1) each
     turns = augment.hue * (2 * draws[:, 3] - 1)
 
     eye = np.eye(3)
     gray = np.broadcast_to(_YIQ[0], (3, 3))
-    linear = brightness[:, None, None] * contrast[:, None, None] * eye
-    offset = np.repeat(MID_GRAY * (1 - contrast)[:, None], 3, axis=1)
-    for step in (_blend(saturation, eye, gray), _hue(turns)):
+    linear = brightness * contrast * eye
+    offset = np.repeat(MID_GRAY * (1 - contrast[:, 0]), 3, axis=1)
+    for step in (saturation * eye + (1 - saturation) * gray, _hue(turns)):
         linear, offset = step @ linear, np.einsum("nij,nj->ni", step, offset)
     offset = offset + _pca_shift(seed, epoch, positions_N, augment)
     return np.concatenate([linear, offset[..., None]], axis=-1).astype(np.float32)
-
-
-def _factor(draws: Float, reach: float) -> Float:
-    low, high = max(0.0, 1 - reach), 1 + reach
-    return low + draws * (high - low)
-
-
-def _blend(factors: Float, one: Float, other: Float) -> Float:
-    weights = factors[:, None, None]
-    return weights * one + (1 - weights) * other
 
 
 def _hue(turns: Float) -> Float:

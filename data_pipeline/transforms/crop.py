@@ -134,16 +134,15 @@ def train_crop_params(
         windows = _random_windows(sizes_N2, epoch, positions_N, seed, augment)
         sizes = np.full((len(windows), 2), crop_px, dtype=np.int64)
         return CropParams(windows, sizes, np.zeros_like(sizes), flips, crop_px, colors)
-    if augment.crop == "center":
-        centre = eval_crop_params(sizes_N2, preprocessing)
-        return CropParams(centre.windows, centre.sizes, centre.offsets, flips, crop_px, colors)
     windows, sizes = _short_side(sizes_N2, preprocessing.resize_px)
-    streams = np.array([STREAM_OFFSET_Y, STREAM_OFFSET_X])
-    draws = uniform_at(seed, epoch, positions_N[:, None], streams)
-    if augment.crop == "random":
-        return CropParams(windows, sizes, _integers_from(draws, sizes - crop_px + 1), flips, crop_px, colors)
-    spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
-    offsets = _centre_square(sizes, preprocessing.resize_px) + _integers_from(draws, spare + 1)
+    draws = uniform_at(seed, epoch, positions_N[:, None], np.array([STREAM_OFFSET_Y, STREAM_OFFSET_X]))
+    if augment.crop == "center":
+        offsets = _centre_square(sizes, crop_px)
+    elif augment.crop == "random":
+        offsets = _integers_from(draws, sizes - crop_px + 1)
+    else:
+        spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
+        offsets = _centre_square(sizes, preprocessing.resize_px) + _integers_from(draws, spare + 1)
     return CropParams(windows, sizes, offsets, flips, crop_px, colors)
 
 

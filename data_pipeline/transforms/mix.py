@@ -81,7 +81,7 @@ def mix_params_at(
     partners = np.where(alone, own, partners)
 
     draws = uniform_at(seed, epoch, positions_N[:, None], STREAM_MIX + np.arange(5))
-    whether, which, share, place_y, place_x = draws.T
+    whether, which, share = draws[:, :3].T
     mixed = (whether < augment.mix_probability) & ~alone
     share_of_mixup = 0.5 if augment.mixup and augment.cutmix else float(bool(augment.mixup))
     blended = mixed & (which < share_of_mixup)
@@ -93,7 +93,7 @@ def mix_params_at(
     boxes = np.zeros((len(own), 4), dtype=np.int64)
     if augment.cutmix:
         kept = beta_quantile(share[pasted], augment.cutmix)
-        boxes[pasted] = _boxes(kept, place_y[pasted], place_x[pasted], crop_px)
+        boxes[pasted] = _boxes(kept, draws[pasted, 3:].T, crop_px)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     label_weights = (weights * (1 - area / crop_px**2)).astype(np.float32)
     return MixParams(partners, weights, boxes, label_weights)
@@ -132,13 +132,9 @@ def _lower_half(alpha: float) -> tuple[Float, Float]:
     return 0.5 * mass / mass[-1], values
 
 
-def _boxes(kept: Float, draws_y: Float, draws_x: Float, crop_px: int) -> Int:
-    """Boxes of the crop's shape and of area 1 - kept, centred on any pixel, clipped at the border."""
+def _boxes(kept: Float, draws_yx: Float, crop_px: int) -> Int:
+    """(N, 4) boxes of the crop's shape and of area 1 - kept, centred on any pixel, clipped at the border."""
     side = (crop_px * np.sqrt(1 - kept)).astype(np.int64)
-    edges = []
-    for draws in (draws_y, draws_x):
-        middle = np.minimum((draws * crop_px).astype(np.int64), crop_px - 1)
-        low = np.clip(middle - side // 2, 0, crop_px)
-        edges.append((low, np.clip(middle - side // 2 + side, 0, crop_px)))
-    (top, bottom), (left, right) = edges
-    return np.stack([top, left, bottom, right], axis=1)
+    top_left = np.minimum((draws_yx * crop_px).astype(np.int64), crop_px - 1) - side // 2
+    edges: Int = np.clip(np.concatenate([top_left, top_left + side]), 0, crop_px)
+    return edges.T

@@ -33,11 +33,8 @@ FEW_IMAGES = 1000
 class SilentFaultLog(FaultLog):
     """Discards failures: prediction reports each as an error row, and reads a file again when asked again."""
 
-    def add(self, failure: Failure) -> None:
-        """Discard a failure."""
-
-    def exclude(self, path: os.PathLike[str], reason: str) -> None:
-        """Exclude nothing."""
+    def add(self, failure: Failure, path: os.PathLike[str]) -> None:
+        """Discard a failure, and exclude nothing."""
 
 
 def fit_batch(wanted: int, max_batch: int) -> int:

@@ -26,9 +26,9 @@ from tests.helpers.ranks import TINY
 from train.config.load import make_config
 from train.distributed.hybrid import (
     HybridParallel,
-    gather_optimizer_state,
     gather_tensors,
-    shard_optimizer_state,
+    map_optimizer_state,
+    shard_tensors,
 )
 from train.distributed.world import World, open_world
 from train.optim.sgd import load_optimizer
@@ -84,10 +84,10 @@ def loads_again(parts: StepParts) -> bool:
     """Return whether this rank gets its own momenta back from the gathered ones."""
     parallel, optimizer = parts.parallel, parts.optimizer
     before = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
-    whole = copy.deepcopy(gather_optimizer_state(parallel, optimizer))
+    whole = copy.deepcopy(map_optimizer_state(parallel, optimizer, optimizer.state_dict(), gather_tensors))
     for state in optimizer.state.values():
         state["momentum_buffer"].zero_()
-    load_optimizer(optimizer, shard_optimizer_state(parallel, optimizer, whole))
+    load_optimizer(optimizer, map_optimizer_state(parallel, optimizer, whole, shard_tensors))
     after = [state["momentum_buffer"] for state in optimizer.state.values()]
     return all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
@@ -102,7 +102,9 @@ def compare(world: World, *overrides: str) -> dict[str, Any]:
         assert parts.ema is not None
         tensors = gather_tensors(parts.parallel, parts.network.state_dict())
         average = gather_tensors(parts.parallel, parts.ema.values)
-        momenta = gather_optimizer_state(parts.parallel, parts.optimizer)["state"]
+        momenta = map_optimizer_state(
+            parts.parallel, parts.optimizer, parts.optimizer.state_dict(), gather_tensors
+        )["state"]
         states.append(
             {f"weight {name}": tensor.clone() for name, tensor in tensors.items()}
             | {f"average {name}": tensor.clone() for name, tensor in average.items()}

@@ -75,9 +75,8 @@ def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World)
         log.info("compiling LRN, once for this machine: it can take half a minute")
     for turn in (True, False):
         if (world.local_rank == 0) is turn:
-            failure = _try_lrn(network, layers, crop_px, precision, world.device)
-        if world.world_size > 1:
-            world.barrier()
+            failure = _try_lrn(network, crop_px, precision)
+        world.barrier()
     failed = world.any(bool(failure))
     for layer in layers:
         layer.fused = not failed
@@ -97,18 +96,13 @@ def lrn_layers(network: nn.Module) -> list[LocalResponseNorm]:
 
 def count_elements(network: AlexNet, crop_px: int) -> int:
     """Count the elements that the LRN of a network normalises for one image."""
-    counted: list[int] = []
-    handles = [
-        layer.register_forward_hook(lambda _module, inputs, _output: counted.append(inputs[0].numel()))
-        for layer in lrn_layers(network)
-    ]
-    try:
-        with torch.no_grad():
-            network.features(_zeros(network, 1, crop_px))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(counted)
+    counted, maps_NCHW = 0, _zeros(network, 1, crop_px)
+    with torch.no_grad():
+        for layer in network.features:
+            if isinstance(layer, LocalResponseNorm):
+                counted += maps_NCHW.numel()
+            maps_NCHW = layer(maps_NCHW)
+    return counted
 
 
 def compile_step(network: AlexNet) -> None:
@@ -175,15 +169,9 @@ def maybe_compile(
     return faster
 
 
-def _try_lrn(
-    network: AlexNet,
-    layers: list[LocalResponseNorm],
-    crop_px: int,
-    precision: Precision,
-    device: torch.device,
-) -> str:
+def _try_lrn(network: AlexNet, crop_px: int, precision: Precision) -> str:
     """Compile LRN for every batch size above one. Returns the error, or an empty text."""
-    for layer in layers:
+    for layer in lrn_layers(network):
         layer.fused = True
     weights = list(network.features.parameters())
     try:

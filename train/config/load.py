@@ -112,7 +112,7 @@ def _check_keys(values: Mapping[str, Any], schema: type[Any], prefix: str) -> No
         if key not in fields:
             every = [f"{prefix}{name}" for name in fields]
             shown = (prefix + str(key))[:100]  # cut: it may come from an untrusted checkpoint
-            raise UserError(f"unknown key {shown!r}{_nearest(shown, every, _all_keys(RunConfig))}")
+            raise UserError(f"unknown key {shown!r}{_nearest(shown, every, list(_all_keys(RunConfig)))}")
         inner = fields[key]
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             if not isinstance(value, Mapping):
@@ -120,11 +120,12 @@ def _check_keys(values: Mapping[str, Any], schema: type[Any], prefix: str) -> No
             _check_keys(value, inner, f"{prefix}{key}.")
 
 
-def _all_keys(schema: type[Any], prefix: str = "") -> list[str]:
-    keys = []
+def _all_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Map each dotted key that holds a value to its type."""
+    keys: dict[str, Any] = {}
     for name, kind in get_type_hints(schema).items():
         nested = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-        keys += _all_keys(kind, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+        keys |= _all_keys(kind, f"{prefix}{name}.") if nested else {f"{prefix}{name}": kind}
     return keys
 
 
@@ -145,10 +146,7 @@ def _readable(error: msgspec.ValidationError) -> str:
     key = where.rstrip("`")
     if not text:
         return str(error)
-    kind: Any = RunConfig
-    for part in key.split("."):
-        part = re.sub(r"\[.*", "", part)
-        kind = get_type_hints(kind).get(part) if isinstance(kind, type) else None
+    kind = _all_keys(RunConfig).get(re.sub(r"\[.*", "", key))
     if get_origin(kind) is Literal:
         text += f"; it is one of {', '.join(map(str, get_args(kind)))}"
     return f"{key}: {text}"

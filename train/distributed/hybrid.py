@@ -64,17 +64,6 @@ def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, grou
     return [max(sizes) for sizes in zip(*padded, strict=True)]
 
 
-class _Trunk(nn.Module):
-    """An AlexNet up to the fully connected layers: (N, 3, H, W) -> (N, F)."""
-
-    def __init__(self, network: AlexNet) -> None:
-        super().__init__()
-        self.features, self.avgpool = network.features, network.avgpool
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        return torch.flatten(self.avgpool(self.features(images_NCHW)), 1)
-
-
 class HybridParallel(nn.Module):
     """An AlexNet over several ranks, in the place of DistributedDataParallel.
 
@@ -92,13 +81,12 @@ class HybridParallel(nn.Module):
         self.plan = MicroBatchPlan(world)
         self._next_sizes: Iterator[int] = iter(())
         kinds = (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
-        names = [name for name, layer in network.classifier.named_children() if isinstance(layer, nn.Linear)]
-        for name, kind in zip(names, kinds, strict=True):
-            whole = network.classifier.get_submodule(name)
-            assert isinstance(whole, nn.Linear)
+        layers = network.classifier.named_children()
+        linears = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
+        for (name, whole), kind in zip(linears, kinds, strict=True):
             network.classifier.register_module(name, kind(whole, self.plan))
         self.trunk = DistributedDataParallel(
-            _Trunk(network),
+            nn.Sequential(network.features, network.avgpool, nn.Flatten()),  # (N, 3, H, W) -> (N, F)
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             # about a layer: the later layers' gradients travel while the earlier ones' are computed
@@ -214,32 +202,24 @@ def shard_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the `state_dict` of the unsharded network's optimiser, on every rank; all must call this."""
-    return _map_state(parallel, optimizer, optimizer.state_dict(), gather_tensors)
-
-
-def shard_optimizer_state(
-    parallel: Parallel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return this rank's shard of a state from `gather_optimizer_state`, gathered in whichever mode."""
-    return _map_state(parallel, optimizer, state, shard_tensors)
-
-
-def _map_state(
+def map_optimizer_state(
     parallel: Parallel,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     change: Callable[[Parallel, Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Any]:
-    """Apply `change` to the tensors of an optimiser's state, which numbers the parameters in their order."""
+    """Gather the tensors of an optimiser's `state_dict`, or shard them; every rank must call this.
+
+    Args:
+        state: of the optimiser, or of the unsharded network's; it numbers the parameters in their order.
+        change: `gather_tensors` or `shard_tensors`.
+    """
     network = parallel.network if isinstance(parallel, HybridParallel) else parallel.module
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    numbered = enumerate(p for group in optimizer.param_groups for p in group["params"])
-    name_of = {number: names[id(parameter)] for number, parameter in numbered}
+    name_of = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
     def changed(number: int, value: Any) -> Any:
-        if number not in name_of or not isinstance(value, Tensor) or not value.ndim:
+        if number >= len(name_of) or not isinstance(value, Tensor) or not value.ndim:
             return value
         (tensor,) = change(parallel, {name_of[number]: value}).values()
         return tensor

@@ -70,8 +70,7 @@ class World:
         largest = torch.tensor(values, dtype=torch.float64, device=self.device)
         with self.named_collective("an all-reduce (maximum)"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-            answer: list[float] = largest.tolist()
-        return answer
+            return largest.tolist()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank, on all of them. Waits for the device."""

@@ -173,16 +173,8 @@ class NoiseMeter:
         # A skipped step's numbers can be NaN; its row stays as 0, so that all ranks reduce equal shapes.
         ranks = torch.where(kept[:, None], rows[:, :3], 0.0)
         self.world.all_reduce(ranks)
-        return estimate_noise(
-            (
-                [*parts, square]
-                for parts, square, keep in zip(
-                    ranks.tolist(), rows[:, 3].tolist(), kept.tolist(), strict=True
-                )
-                if keep
-            ),
-            self.global_batch,
-        )
+        steps = torch.cat([ranks, rows[:, 3:4]], dim=1)[kept]
+        return estimate_noise(steps.tolist(), self.global_batch)
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class AlexNet(nn.Module):
         normalised float images (N, 3, crop_px, crop_px) -> logits (N, num_classes).
     """
 
-    def __init__(self, features: nn.Module, pool: nn.Module, classifier: nn.Module) -> None:
+    def __init__(self, features: nn.Sequential, pool: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
         self.features = features
         self.avgpool = pool

@@ -22,8 +22,8 @@ def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
         plan: for these N.
     """
     device = inputs_NCHW.device
-    partners = _to(plan.partners, device)
-    boxes_N4, weights_N = _to(plan.boxes, device), _to(plan.weights, device)
+    partners = tensor_to_device(plan.partners, device)
+    boxes_N4, weights_N = tensor_to_device(plan.boxes, device), tensor_to_device(plan.weights, device)
     y, x = (torch.arange(size, device=device) for size in inputs_NCHW.shape[2:])
     rows = (y >= boxes_N4[:, 0, None]) & (y < boxes_N4[:, 2, None])
     columns = (x >= boxes_N4[:, 1, None]) & (x < boxes_N4[:, 3, None])
@@ -49,9 +49,9 @@ def mixed_losses(
     own_N = cross_entropy(logits_NC, labels_N, reduction="none", label_smoothing=label_smoothing)
     if plan is None:
         return own_N
-    partners = _to(plan.partners, labels_N.device)
+    partners = tensor_to_device(plan.partners, labels_N.device)
     other_N = cross_entropy(logits_NC, labels_N[partners], reduction="none", label_smoothing=label_smoothing)
-    return torch.lerp(other_N, own_N, _to(plan.label_weights, labels_N.device))
+    return torch.lerp(other_N, own_N, tensor_to_device(plan.label_weights, labels_N.device))
 
 
 def average_views(logits: Tensor, num_views: int) -> Tensor:
@@ -68,6 +68,7 @@ def average_views(logits: Tensor, num_views: int) -> Tensor:
     return log_probabilities.logsumexp(dim=1) - float(np.log(num_views))
 
 
-def _to(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def tensor_to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without waiting for the copy if there is one."""
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from data_pipeline.common.files import write_json
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.transforms.sampler import permutation_at, positions_at
+from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.retention import saved_steps
 from train.config.schema import RunConfig
 from train.distributed.world import World
@@ -37,13 +37,13 @@ class AbortPolicy:
     Attributes:
         train_set: whose files are named as evidence.
         folder: the run's; None on the ranks other than 0, which neither log nor write.
-        wait_for_writes: returns when no checkpoint is being written, so that the newest one can be named.
+        writer: of its checkpoints; None like `folder`.
     """
 
     config: RunConfig
     train_set: Dataset
     folder: RunFolder | None
-    wait_for_writes: Callable[[], None]
+    writer: AsyncCheckpointWriter | None
 
     def check_skipped_steps(
         self, stats: SkipStats, scaler: torch.amp.GradScaler, *, step: int, seen: int
@@ -137,8 +137,8 @@ class AbortPolicy:
 
     def _last_good(self) -> str:
         """Return a sentence that names the newest checkpoint."""
-        if self.folder is None:
+        if self.writer is None:
             return ""
-        self.wait_for_writes()
-        saved = list(saved_steps(self.folder.checkpoints).values())
+        self.writer.wait()
+        saved = list(saved_steps(self.writer.folder).values())
         return f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. "

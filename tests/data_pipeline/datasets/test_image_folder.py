@@ -79,6 +79,6 @@ def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture
     faults = FaultLog()
     with caplog.at_level(logging.WARNING, "data_pipeline"):
         for _ in range(3):
-            faults.add(Failure(printable(dataset.paths[1]), "empty file"))
+            faults.add(Failure(printable(dataset.paths[1]), "empty file"), dataset.path_at(1))
     assert [record.getMessage() for record in caplog.records] == ["left out a/caf\\xe9.jpg: empty file"]
     assert len(faults) == 1

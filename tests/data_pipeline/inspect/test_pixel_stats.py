@@ -10,7 +10,7 @@ from data_pipeline.inspect.pixel_stats import PixelSums
 
 def test_pixel_sums_stay_exact_where_floats_would_not() -> None:
     """A million images' worth of two neighbouring levels: a variance of 1/4 beside sums of 10^17."""
-    sums = PixelSums.empty()
+    sums = PixelSums()
     image = np.full((512, 1024, 3), 254, dtype=np.uint8)
     image[::2] = 255
     sums.add(image)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -37,26 +38,7 @@ from data_pipeline.shards.webdataset import index_foreign
 Int = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class ShardedSplit:
-    """One split in tar shards, for `data_pipeline.datasets.open`, which makes a `Dataset` of it.
-
-    Attributes:
-        paths: (N) original names, in the dataset's order.
-        labels: (N) int64, the place of each sample's class in `classes`.
-        classes: class names as the data has them.
-        labels_text: names of the classes for people to read; empty where the data has none.
-        reader: reads the samples.
-    """
-
-    paths: PackedStrings
-    labels: Int
-    classes: tuple[str, ...]
-    labels_text: tuple[str, ...]
-    reader: ShardReader
-
-
-def open_shards(root: Path, split: str, shards: list[Path]) -> ShardedSplit:
+def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     """Open a split that is stored in tar shards.
 
     Args:
@@ -104,7 +86,7 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> ShardedSplit:
         members=PackedStrings.join([part.members for part in parts]),
     )
     paths = PackedStrings.join([part.names for part in parts])
-    return ShardedSplit(paths.take(order), labels[order], classes, labels_text, reader.take(order))
+    return Dataset(root, split, paths, labels, classes, labels_text, reader=reader).take(order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +110,9 @@ def _columns(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
             raise CorruptFileError(f"{printable(index_path(shard))} is damaged: {error}") from error
         _, offsets, sizes, labels = numbers
         # compared without adding, which could overflow
-        fits = bool(
-            (offsets >= BLOCK).all()
-            and (offsets <= index.size_bytes).all()
-            and (sizes >= 0).all()
-            and (sizes <= index.size_bytes - offsets).all()
-            and (labels >= 0).all()
-            and (labels < num_classes).all()
-        )
+        begins = (offsets >= BLOCK) & (offsets <= index.size_bytes)
+        ends = (sizes >= 0) & (sizes <= index.size_bytes - offsets)
+        fits = bool((begins & ends & (labels >= 0) & (labels < num_classes)).all())
     if not fits:
         raise CorruptFileError(
             f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "
