@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 import msgspec
 
@@ -136,11 +136,11 @@ def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
 
 
-class CompletedRow(NamedTuple):
+class CompletedRow(msgspec.Struct, frozen=True):
     """A row of an earlier run: its path as written, and whether it is an error."""
 
     path: str
-    failed: bool
+    status: Literal["ok", "error"]
 
 
 def has_rows(format: FileFormat, output: Path) -> bool:
@@ -175,7 +175,7 @@ def skip_completed(
                 f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
                 f"is {path}: give the inputs that it was begun with, or another --output"
             )
-        rows, errors = rows + 1, errors + row.failed
+        rows, errors = rows + 1, errors + (row.status == "error")
     return rows, errors
 
 
@@ -219,17 +219,11 @@ def _records(file: BinaryIO, quoted: bool) -> Iterator[bytes]:
         yield record.removesuffix(b"\n")  # a quote is open, so the record is incomplete
 
 
-class _JsonRow(msgspec.Struct):
-    path: str
-    status: Literal["ok", "error"]
-
-
 def _parse(record: bytes, format: FileFormat, number: int, output: Path, places: int) -> CompletedRow | None:
     """One record of a file; None for the header of CSV."""
     try:
         if format == "jsonl":
-            row = msgspec.json.decode(record, type=_JsonRow)
-            return CompletedRow(row.path, row.status == "error")
+            return msgspec.json.decode(record, type=CompletedRow)
         (cells,) = csv.reader(io.StringIO(record.decode(), newline=""), strict=True)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {error}") from error
@@ -241,7 +235,7 @@ def _parse(record: bytes, format: FileFormat, number: int, output: Path, places:
         return None
     if len(cells) != len(csv_columns(places)) or cells[1] not in ("ok", "error"):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
-    return CompletedRow(cells[0], cells[1] == "error")
+    return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error")
 
 
 def _read_parquet(output: Path, journal: Path) -> None:
