@@ -16,7 +16,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
 from infer.bundle.load import Bundle, data_of_run, open_bundle
-from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
+from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
@@ -42,7 +42,6 @@ def evaluate_bundle(
     dataset: Dataset,
     *,
     batch_size: int = DEFAULT_BATCH,
-    decoder: DecoderName = "auto",
     ten_crop: bool = False,
 ) -> Evaluation:
     """Run a bundle over a split, every image once.
@@ -52,7 +51,6 @@ def evaluate_bundle(
         backend: the bundle, loaded.
         dataset: a split with the bundle's classes.
         batch_size: images in a batch; lowered, with a warning, to what the bundle takes.
-        decoder: which decoder.
         ten_crop: average the softmax of the paper's ten views of each image.
     Raises:
         UserError: other classes than the bundle's, or no image that could be read.
@@ -67,7 +65,7 @@ def evaluate_bundle(
     loss_sum = 0.0
     size = fit_batch(batch_size, backend.max_batch)
     with (
-        open_decoder(manifest.preprocessing, size, decoder, decoding_device(backend, decoder)) as source,
+        open_decoder(manifest.preprocessing, size, device=decoding_device(backend, "auto")) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
         loader = Loader(source, manifest.preprocessing)

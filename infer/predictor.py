@@ -165,23 +165,18 @@ class Predictor:
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
     from PIL.Image import Image
 
-    single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
-    for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
-        yield _item(one, number)
-
-
-def _item(one: object, number: int) -> Item:
-    from PIL.Image import Image
-
     from infer.predict.pixels import from_array, from_image
 
-    if isinstance(one, ImageSource):
-        return one
-    if isinstance(one, (str, os.PathLike)):
-        return Path(one)
-    if isinstance(one, np.ndarray):
-        return from_array(one, number)
-    if isinstance(one, Image):
-        return from_image(one, number)
-    kind = type(one).__name__
-    raise TypeError(f"input {number} is a {kind}: expected a path, a uint8 array or a Pillow image")
+    single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
+    for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
+        if isinstance(one, ImageSource):
+            yield one
+        elif isinstance(one, (str, os.PathLike)):
+            yield Path(one)
+        elif isinstance(one, np.ndarray):
+            yield from_array(one, number)
+        elif isinstance(one, Image):
+            yield from_image(one, number)
+        else:
+            kind = type(one).__name__
+            raise TypeError(f"input {number} is a {kind}: expected a path, a uint8 array or a Pillow image")

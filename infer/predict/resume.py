@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -97,13 +97,16 @@ def check_same(begun: msgspec.Struct, now: msgspec.Struct, options: Sequence[str
             )
 
 
-def check_saved_identity(rows: Path, now: RunIdentity) -> None:
-    """Compare a run with the identity saved beside the rows; logs a warning where none was saved.
+def check_saved_identity(format: FileFormat, rows: Path, now: RunIdentity) -> None:
+    """Compare a run with the identity saved beside its rows; logs a warning where none was saved.
 
     Raises:
         UserError: the rows are of another model or other options.
         CorruptFileError: the saved identity is damaged.
     """
+    files = (rows, journal_of(rows)) if format == "parquet" else (rows,)
+    if not any(file.is_file() and file.stat().st_size for file in files):
+        return
     path = _identity_path(rows)
     try:
         begun = msgspec.json.decode(path.read_bytes(), type=RunIdentity)
@@ -143,29 +146,21 @@ class CompletedRow(msgspec.Struct, frozen=True):
     status: Literal["ok", "error"]
 
 
-def has_rows(format: FileFormat, output: Path) -> bool:
-    """Whether an earlier run began to write this file."""
-    files = (output, journal_of(output)) if format == "parquet" else (output,)
-    return any(file.is_file() and file.stat().st_size for file in files)
-
-
-def skip_completed(
-    completed: Iterable[CompletedRow], items: Iterator[Item], format: FileFormat, output: Path
-) -> tuple[int, int]:
+def skip_completed(format: FileFormat, output: Path, places: int, items: Iterator[Item]) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
     Args:
-        completed: rows of the earlier run.
-        items: the inputs of this one.
-        format: of the file.
-        output: the file, for messages.
+        format, output: the file of the earlier run.
+        places: classes in a row.
+        items: the inputs of this run.
     Returns:
         How many rows there are, and how many of them are errors.
     Raises:
         UserError: the rows are not those of the first inputs.
+        UserError, CorruptFileError: see `completed_rows`.
     """
     rows = errors = 0
-    for row in completed:
+    for row in completed_rows(format, output, places):
         item = next(items, None)
         if item is None:
             raise UserError(f"--resume: {printable(output)} has more rows than there are inputs")
