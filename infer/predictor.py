@@ -162,7 +162,7 @@ class Predictor:
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
     from PIL.Image import Image
 
-    from infer.predict.pixels import from_array, from_image
+    from infer.predict.pixels import from_pixels
 
     single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
     for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
@@ -170,10 +170,8 @@ def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
             yield one
         elif isinstance(one, (str, os.PathLike)):
             yield Path(one)
-        elif isinstance(one, np.ndarray):
-            yield from_array(one, number)
-        elif isinstance(one, Image):
-            yield from_image(one, number)
+        elif isinstance(one, (np.ndarray, Image)):
+            yield from_pixels(one, number)
         else:
             kind = type(one).__name__
             raise TypeError(f"input {number} is a {kind}: expected a path, a uint8 array or a Pillow image")
