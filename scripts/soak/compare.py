@@ -29,14 +29,12 @@ def compare_runs(run: Path, undisturbed: Path) -> tuple[bool, bool]:
 
 def equal_trees(one: Any, other: Any) -> bool:
     """Whether two trees of plain values and tensors are equal, tensors bit for bit."""
+    if type(one) is not type(other):
+        return False
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(equal_trees(one[k], other[k]) for k in one)
-        )
+        return one.keys() == other.keys() and all(equal_trees(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(equal_trees(a, b) for a, b in zip(one, other, strict=True))
     return bool(one == other)
@@ -44,5 +42,5 @@ def equal_trees(one: Any, other: Any) -> bool:
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`, without the fields that depend on the clock."""
-    rows = [msgspec.json.decode(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    rows = msgspec.json.Decoder().decode_lines((run / "metrics.jsonl").read_bytes())
     return [{k: v for k, v in row.items() if k not in ("time", "images_per_s")} for row in rows]

@@ -13,35 +13,27 @@ SIZE_MB = 1280
 """Room for the demo's checkpoints, 162 MB each: two kept, the best one, one in writing, and some to spare."""
 
 
-class Disk:
-    """A folder on a small file system of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._filler = folder / "filler"
-
-    def fill(self) -> int:
-        """Write until nothing more can be written. Returns the number of bytes."""
-        written = 0
-        with self._filler.open("ab", buffering=0) as file:
-            for size in (1 << 20, 4096, 1):
-                block = bytes(size)
-                with suppress(OSError):
-                    while True:
-                        written += file.write(block)
-        return written
-
-    def free(self) -> None:
-        """Remove what `fill` wrote."""
-        self._filler.unlink(missing_ok=True)
+@contextmanager
+def filled(disk: Path) -> Iterator[int]:
+    """Fill a file system to the last byte for as long as the context lasts. Yields the number of bytes."""
+    assert disk.is_mount(), "only a small disk of ours is filled"
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            block = bytes(size)
+            with suppress(OSError):
+                while True:
+                    file.write(block)
+    yield filler.stat().st_size
+    filler.unlink()
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Disk | str]:
+def small_disk(folder: Path) -> Iterator[str]:
     """Mount a small tmpfs on a folder for as long as the context lasts.
 
     Yields:
-        The disk; or, where mounting is not allowed, the reason in one line. The folder serves either way.
+        Nothing; or, where mounting is not allowed, the reason in one line. The folder serves either way.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if os.geteuid() != 0:
@@ -56,6 +48,6 @@ def small_disk(folder: Path) -> Iterator[Disk | str]:
         yield f"mounting a small file system failed: {mounted.stderr.strip()}"
         return
     try:
-        yield Disk(folder)
+        yield ""
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

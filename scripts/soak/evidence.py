@@ -47,30 +47,28 @@ def read_evidence(folder: Path, total_steps: int) -> Evidence:
     An attempt that resumes after step s takes back all later steps of the attempts before it. So, from the
     newest attempt backwards, each one counts up to where a newer one began.
     """
-    attempts: dict[tuple[int, int], dict[int, dict[int, StepRecord]]] = {}
-    world_sizes: dict[tuple[int, int], int] = {}
+    attempts: dict[tuple[int, int, int], list[dict[int, StepRecord]]] = {}
+    decoder = msgspec.json.Decoder(StepRecord)
     for path in sorted(folder.glob("*.jsonl")):
-        launch, restart, _, rank, _, size = path.stem.split("-")
-        key = int(launch), int(restart)
-        world_sizes[key] = int(size)
-        records = [msgspec.json.decode(line, type=StepRecord) for line in path.read_bytes().splitlines()]
-        attempts.setdefault(key, {})[int(rank)] = {record.step: record for record in records}
+        launch, restart, _, _, _, world_size = path.stem.split("-")
+        records = decoder.decode_lines(path.read_bytes())
+        of_ranks = attempts.setdefault((int(launch), int(restart), int(world_size)), [])
+        of_ranks.append({record.step: record for record in records})
     steps: dict[int, Step] = {}
     problems: list[str] = []
     num_done, bound = 0, total_steps + 1
-    for key in sorted(attempts, reverse=True):
-        ranks, world_size = attempts[key], world_sizes[key]
-        numbers = sorted({number for of_rank in ranks.values() for number in of_rank})
+    for (launch_number, attempt, num_ranks), of_ranks in sorted(attempts.items(), reverse=True):
+        numbers = sorted(set().union(*of_ranks))
         num_done += len(numbers)
         for number in (n for n in numbers if n < bound):
-            records = [ranks[rank][number] for rank in range(world_size) if number in ranks.get(rank, {})]
-            if len(records) < world_size:
+            records = [of_rank[number] for of_rank in of_ranks if number in of_rank]
+            if len(records) < num_ranks:
                 problems.append(
-                    f"step {number} counts, but only {len(records)} of {world_size} ranks of launch "
-                    f"{key[0]}, attempt {key[1]} did it"
+                    f"step {number} counts, but only {len(records)} of {num_ranks} ranks of launch "
+                    f"{launch_number}, attempt {attempt} did it"
                 )
             steps[number] = Step(
-                world_size,
+                num_ranks,
                 tuple(index for record in records for index in record.indices),
                 tuple(index for record in records for index in record.failed),
             )

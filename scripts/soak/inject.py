@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -11,10 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from data_pipeline.common.errors import CorruptFileError
-from data_pipeline.datasets.image_folder import load_image_folder
-from scripts.soak.disk import Disk
-from scripts.soak.launch import Launch, wait_until
+from data_pipeline.common.files import write_atomic
+from scripts.soak.disk import filled
+from scripts.soak.launch import Launch, RunSpec, wait_until
 from scripts.soak.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of
 from scripts.soak.report import InjectedFault
 from train.checkpoints.format import MANIFEST, STATE
@@ -43,40 +46,27 @@ class DamagedCheckpoint:
 
 
 @dataclass
-class Target:
-    """The run that the faults hit.
+class Damage:
+    """The damage that the faults did to a run's files.
 
     Attributes:
-        runs: the folder that `--out` names.
-        data: the folder that `--data` names; the run's own copy.
-        disk: the disk of `runs`, if it can be filled.
-        seed, epochs: of the run.
-        corrupted: images that were corrupted: index -> their bytes now.
-        damaged: the checkpoint that the last fault damaged, until `check_response` has looked at it.
+        images: those that were corrupted: index -> their bytes now.
+        checkpoint: the one that the last fault damaged, until `check_response` has looked at it.
     """
 
-    runs: Path
-    data: Path
-    disk: Disk | None
-    seed: int
-    epochs: int
-    corrupted: dict[int, bytes] = field(default_factory=dict)
-    damaged: DamagedCheckpoint | None = None
-
-    def image(self, index: int) -> Path:
-        """The file of a training image."""
-        return load_image_folder(self.data, "train").path_at(index)
+    images: dict[int, bytes] = field(default_factory=dict)
+    checkpoint: DamagedCheckpoint | None = None
 
 
-def inject(fault: Fault, launch: Launch, target: Target) -> InjectedFault | None:
+def inject(fault: Fault, launch: Launch, damage: Damage) -> InjectedFault | None:
     """Inject a fault.
 
     Returns:
         The injected fault, with the problems that showed at once; None where there was nothing left to hit.
     """
-    _, at_step = launch.progress()
-    hit = InjectedFault(kind=fault.kind, at_step=at_step, ranks=launch.num_ranks, what="")
+    hit = InjectedFault(kind=fault.kind, at_step=launch.progress()[1], ranks=launch.num_ranks, what="")
     generator = random.Random(fault.draw)
+    was_hit = True
     if fault.kind == "terminate":
         launch.process.send_signal(signal.SIGTERM)
         hit.what = "torchrun"
@@ -84,14 +74,14 @@ def inject(fault: Fault, launch: Launch, target: Target) -> InjectedFault | None
         launch.kill()
         hit.what = "torchrun and all ranks"
     elif fault.kind == "kill_rank":
-        return hit if kill_rank(hit, launch, generator) else None
+        was_hit = kill_rank(hit, launch, generator)
     elif fault.kind == "fill_disk":
-        return fill_disk(hit, launch, target)
+        fill_disk(hit, launch)
     elif fault.kind == "corrupt_image":
-        return corrupt_image(hit, target, generator)
+        was_hit = corrupt_image(hit, launch.spec, damage, generator)
     else:
-        return damage_checkpoint(hit, launch, target, generator)
-    return hit
+        was_hit = damage_checkpoint(hit, launch, damage, generator)
+    return hit if was_hit else None
 
 
 def kill_rank(hit: InjectedFault, launch: Launch, generator: random.Random) -> bool:
@@ -106,56 +96,45 @@ def kill_rank(hit: InjectedFault, launch: Launch, generator: random.Random) -> b
     return True
 
 
-def fill_disk(hit: InjectedFault, launch: Launch, target: Target) -> InjectedFault:
+def fill_disk(hit: InjectedFault, launch: Launch) -> None:
     """Fill the disk until a checkpoint could not be written; training has to continue meanwhile."""
-    assert target.disk is not None
     before, attempt = launch.log_text().count(UNWRITTEN), launch.progress()[0]
-    hit.what = f"{target.disk.fill() >> 20} MB"
-    logged = wait_until(lambda: launch.log_text().count(UNWRITTEN) > before or not launch.running, 90)
-    continued = launch.running and launch.progress()[0] == attempt
-    target.disk.free()
+    with filled(launch.spec.disk) as num_bytes:
+        hit.what = f"{num_bytes >> 20} MB"
+        logged = wait_until(lambda: launch.log_text().count(UNWRITTEN) > before or not launch.running, 90)
+        continued = launch.running and launch.progress()[0] == attempt
     if not logged:
         hit.problems.append("no checkpoint was said to be unwritten within 90 s")
     if not continued:
         hit.problems.append("training did not go on while the disk was full")
     hit.at_step = max(hit.at_step, launch.progress()[1])
-    return hit
 
 
-def corrupt_image(hit: InjectedFault, target: Target, generator: random.Random) -> InjectedFault | None:
-    """Replace a training image that the run will read again, while it runs."""
-    steps = steps_of(target.seed, target.epochs)
+def corrupt_image(hit: InjectedFault, spec: RunSpec, damage: Damage, generator: random.Random) -> bool:
+    """Replace a training image that the run will read again, while it runs; False where there is none."""
+    steps = steps_of(spec.seed, spec.epochs)
     soon = hit.at_step + READ_AHEAD_STEPS + 1
-    candidates = [i for i in corruptible(target.seed, target.epochs) if i not in target.corrupted]
-    candidates = [i for i in candidates if (steps[:, i] > soon).any()]
+    chosen = corruptible(spec.seed, spec.epochs)
+    candidates = [i for i in chosen if i not in damage.images and (steps[:, i] > soon).any()]
     if not candidates:
-        return None
+        return False
     index = int(generator.choice(candidates))
-    path = target.image(index)
+    path = spec.image(index)
     how = generator.choice(["truncated", "emptied", "overwritten"])
     whole = path.read_bytes()
     contents = {"truncated": whole[:300], "emptied": b"", "overwritten": generator.randbytes(len(whole))}
-    content = contents[how]
-    replace_file(path, content)
-    target.corrupted[index] = content
+    damage.images[index] = contents[how]
+    write_atomic(path, contents[how])  # a new file: the other runs' hard links keep theirs
     hit.what = f"{path.parent.name}/{path.name} {how}"
-    return hit
+    return True
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file's bytes atomically: no reader sees half of them, and hard links keep theirs."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def damage_checkpoint(
-    hit: InjectedFault, launch: Launch, target: Target, generator: random.Random
-) -> InjectedFault | None:
+def damage_checkpoint(hit: InjectedFault, launch: Launch, damage: Damage, generator: random.Random) -> bool:
     """Kill ranks, and damage the checkpoint that they would resume from; an older whole one stays."""
-    if not wait_until(lambda: len(_complete(target.runs)) >= 2 or not launch.running, 60):
-        return None
-    before = _complete(target.runs)
+    runs = launch.spec.runs
+    if not wait_until(lambda: len(_complete(runs)) >= 2 or not launch.running, 60):
+        return False
+    before = _complete(runs)
     whole = [folder for folder in before if _is_whole(folder)]
     hard = generator.random() < 0.5
     if hard:
@@ -165,12 +144,12 @@ def damage_checkpoint(
         hit.what += " killed; "
         time.sleep(0.5)  # without that rank no step can be done; a save that is under way may end
     else:
-        return None
-    saved_since = [folder for folder in _complete(target.runs) if folder not in before]
+        return False
+    saved_since = [folder for folder in _complete(runs) if folder not in before]
     newest, *older = [*saved_since, *(folder for folder in whole if folder.exists())]
     if not older:  # it would be the last one, from which nobody could recover
         hit.kind = "kill_all" if hard else "kill_rank"
-        return hit
+        return True
     path = newest
     if hit.kind == "flip_bit":
         path = newest / (MANIFEST if generator.random() < 0.25 else STATE)
@@ -182,18 +161,16 @@ def damage_checkpoint(
     detectable = not _is_whole(newest)
     hit.what += "" if detectable else ", which no hash covers"
     step = int(newest.name.removeprefix("step-"))
-    target.damaged = DamagedCheckpoint(step, gone=not newest.exists(), detectable=detectable)
-    return hit
+    damage.checkpoint = DamagedCheckpoint(step, gone=not newest.exists(), detectable=detectable)
+    return True
 
 
 def flip_bit(path: Path, generator: random.Random) -> str:
     """Flip one bit of a file. Returns which, in words."""
     place, bit = generator.randrange(path.stat().st_size), generator.randrange(8)
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ (1 << bit)]))
+    content = np.memmap(path, dtype=np.uint8, mode="r+")
+    content[place] ^= 1 << bit
+    content.flush()
     return f"bit {bit} of byte {place} of {path.parent.name}/{path.name}"
 
 
@@ -212,7 +189,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def check_response(hit: InjectedFault, launch: Launch, logs: str, target: Target) -> None:
+def check_response(hit: InjectedFault, launch: Launch, logs: str, damage: Damage) -> None:
     """Check that the run logged what it must after a fault, once it is past it. Adds problems to the hit.
 
     Args:
@@ -221,10 +198,10 @@ def check_response(hit: InjectedFault, launch: Launch, logs: str, target: Target
     """
     if hit.kind == "terminate" and "saved; go on with --resume auto" not in logs:
         hit.problems.append("the run was asked to stop, and did not say that it had saved")
-    if target.damaged is None:
+    damaged, damage.checkpoint = damage.checkpoint, None
+    if damaged is None:
         return
-    damaged, target.damaged = target.damaged, None
-    resumed = launch.resumed_at()
+    resumed = [int(step) for step in re.findall(r"resuming at step (\d+)", launch.log_text())]
     if not resumed:
         hit.problems.append("the run did not say where it went on")
     elif resumed[-1] == damaged.step and damaged.detectable:

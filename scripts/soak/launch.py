@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from data_pipeline.datasets.image_folder import load_image_folder
+from scripts.soak.evidence import Evidence, read_evidence
+from scripts.soak.plan import SETTINGS, STEPS_PER_EPOCH
 from scripts.soak.rank import StepRecord
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -22,36 +26,84 @@ MAX_RESTARTS = 2
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
-class Launch:
-    """A torchrun of `scripts.soak.rank`.
+@dataclass(frozen=True)
+class RunSpec:
+    """A run to make; the same one with faults and without.
 
-    Args:
-        number: which launch of the run; part of the names of its evidence and its log.
-        num_ranks: processes it starts.
-        evidence: folder of the evidence.
-        log: file for the output of torchrun and the ranks.
-        options: of `train.main`.
+    Attributes:
+        seed, epochs: of the run.
+        folder: for its logs, evidence, data and checkpoints.
     """
 
-    def __init__(
-        self, number: int, num_ranks: int, evidence: Path, log: Path, options: Sequence[str]
-    ) -> None:
-        self.number, self.num_ranks, self.evidence, self.log = number, num_ranks, evidence, log
-        self.started = time.monotonic()
+    seed: int
+    epochs: int
+    folder: Path
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.epochs * STEPS_PER_EPOCH
+
+    @property
+    def disk(self) -> Path:
+        """The folder on which a small file system can be mounted."""
+        return self.folder / "disk"
+
+    @property
+    def runs(self) -> Path:
+        """The folder that `--out` names."""
+        return self.disk / "runs"
+
+    @property
+    def run(self) -> Path:
+        """The newest run's folder; a launch killed before its first checkpoint may have left another."""
+        return max(path for path in self.runs.iterdir() if path.is_dir())
+
+    def image(self, index: int) -> Path:
+        """The file of a training image, in the run's own copy of the data."""
+        return load_image_folder(self.folder / "data", "train").path_at(index)
+
+    def evidence(self) -> Evidence:
+        """The records of the run so far."""
+        return read_evidence(self.folder / "evidence", self.total_steps)
+
+    def prepare(self, demo: Path) -> None:
+        """Make the folders, with a copy of the data: hard links, which are replaced and never written to."""
+        shutil.copytree(demo, self.folder / "data", copy_function=os.link)
+        (self.folder / "evidence").mkdir()
+
+
+class Launch(AbstractContextManager["Launch"]):
+    """A torchrun of `scripts.soak.rank`, which starts or resumes a run; killed at the end of the context.
+
+    Args:
+        spec: the run.
+        number: which launch of the run; part of the names of its evidence and its log.
+        num_ranks: processes it starts.
+    """
+
+    def __init__(self, spec: RunSpec, number: int, num_ranks: int) -> None:
+        self.spec, self.number, self.num_ranks = spec, number, num_ranks
+        self.log = spec.folder / f"launch-{number:04d}.log"
+        sets = [f"--set={s}" for s in (*SETTINGS, f"seed={spec.seed}", f"epochs={spec.epochs}")]
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}",
             f"--max-restarts={MAX_RESTARTS}", f"--signals-to-handle={SIGNALS}", "-m", MODULE,
-            str(evidence), str(number), *options,
+            str(spec.folder / "evidence"), str(number),
+            f"--data={spec.folder / 'data'}", f"--out={spec.runs}", "--resume=auto", *sets,
         ]  # fmt: skip
-        with log.open("wb") as file:
+        with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,
-                cwd=log.parent,
+                cwd=spec.folder,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
     @property
     def running(self) -> bool:
@@ -64,8 +116,8 @@ class Launch:
 
     def progress(self) -> tuple[int, int]:
         """The newest attempt of this launch that has done a step, and its last step; (0, 0) before any."""
-        files = sorted(self.evidence.glob(f"{self.number:04d}-*-rank-0-of-*.jsonl"), reverse=True)
-        for path in files:
+        files = (self.spec.folder / "evidence").glob(f"{self.number:04d}-*-rank-0-of-*.jsonl")
+        for path in sorted(files, reverse=True):
             lines = path.read_bytes().splitlines()
             if lines:
                 return int(path.name.split("-")[1]), msgspec.json.decode(lines[-1], type=StepRecord).step
@@ -99,10 +151,6 @@ class Launch:
         except subprocess.TimeoutExpired:
             self.kill()
             return None
-
-    def resumed_at(self) -> list[int]:
-        """The steps at which attempts of this launch resumed, in order; a start from nothing has none."""
-        return [int(step) for step in re.findall(r"resuming at step (\d+)", self.log_text())]
 
 
 def is_alive(pid: int) -> bool:

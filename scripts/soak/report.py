@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
+from statistics import fmean
 
 import msgspec
 
-from scripts.soak.plan import DESCRIPTIONS, KINDS, Kind
+from scripts.soak.plan import DESCRIPTIONS, Kind
 
 
 class InjectedFault(msgspec.Struct, kw_only=True):
@@ -48,19 +50,19 @@ class RunReport(msgspec.Struct, kw_only=True):
     """
 
     seed: int
-    ranks: list[int]
-    hits: list[InjectedFault]
-    too_late: int
+    ranks: list[int] = []
+    hits: list[InjectedFault] = []
+    too_late: int = 0
     steps: int
-    steps_done: int
-    state_equal: bool | None
-    rows_equal: bool | None
-    samples_once: bool
-    stream_equal: bool
-    failed_images: list[str]
-    wall_s: float
-    undisturbed_s: float
-    problems: list[str]
+    steps_done: int = 0
+    state_equal: bool | None = None
+    rows_equal: bool | None = None
+    samples_once: bool = False
+    stream_equal: bool = False
+    failed_images: list[str] = []
+    wall_s: float = 0.0
+    undisturbed_s: float = 0.0
+    problems: list[str] = []
 
     @property
     def good(self) -> bool:
@@ -87,9 +89,7 @@ class Report(msgspec.Struct, kw_only=True):
         hits = [hit for run in self.rounds for hit in run.hits]
         self.injected = dict(Counter(hit.kind for hit in hits))
         self.survived = dict(Counter(hit.kind for hit in hits if hit.survived))
-        self.world_size_changes = sum(
-            a != b for run in self.rounds for a, b in zip(run.ranks, run.ranks[1:], strict=False)
-        )
+        self.world_size_changes = sum(a != b for run in self.rounds for a, b in pairwise(run.ranks))
         self.lost_s = round(sum(hit.lost_s for hit in hits), 1)
         self.steps_done_again = sum(run.steps_done - run.steps for run in self.rounds)
         self.good = bool(self.rounds) and all(run.good for run in self.rounds)
@@ -104,10 +104,7 @@ def readable(report: Report) -> str:
         f"the number of ranks changed {report.world_size_changes} times",
         f"time lost to the faults: {report.lost_s:.0f} s, {report.steps_done_again} steps done again",
     ]
-    lines += ["", *_table(["fault", "injected", "survived", "seconds lost, mean"], _fault_cells(report))]
-    heads = ["run", "ranks", "faults", "steps + again", "last state", "rows"]
-    heads += ["samples once", "corrupt", "seconds"]
-    lines += ["", *_table(heads, _run_cells(report)), ""]
+    lines += ["", *_table(_fault_rows(report)), "", *_table(_run_rows(report)), ""]
     for number, run in enumerate(report.rounds, start=1):
         lines += [f"run {number}: {problem}" for problem in run.problems]
         for hit in run.hits:
@@ -117,40 +114,41 @@ def readable(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+def _table(rows: list[dict[str, object]]) -> list[str]:
+    """Format rows as lines of Markdown; their keys are the head."""
+    cells = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return [f"| {' | '.join(map(str, row))} |" for row in cells]
 
 
-def _fault_cells(report: Report) -> list[list[str]]:
-    hits = [hit for run in report.rounds for hit in run.hits]
-    rows = []
-    for kind in KINDS:
-        lost = [hit.lost_s for hit in hits if hit.kind == kind]
+def _fault_rows(report: Report) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for kind, description in DESCRIPTIONS.items():
+        lost = [hit.lost_s for run in report.rounds for hit in run.hits if hit.kind == kind]
         left_out = f" (left out: {report.not_injected[kind]})" if kind in report.not_injected else ""
         rows.append(
-            [
-                f"`{kind}`: {DESCRIPTIONS[kind]}{left_out}",
-                str(report.injected.get(kind, 0)),
-                str(report.survived.get(kind, 0)),
-                f"{sum(lost) / len(lost):.1f}" if lost else "-",
-            ]
+            {
+                "fault": f"`{kind}`: {description}{left_out}",
+                "injected": len(lost),
+                "survived": report.survived.get(kind, 0),
+                "seconds lost, mean": f"{fmean(lost):.1f}" if lost else "-",
+            }
         )
     return rows
 
 
-def _run_cells(report: Report) -> list[list[str]]:
+def _run_rows(report: Report) -> list[dict[str, object]]:
     return [
-        [
-            str(number),
-            " ".join(map(str, run.ranks)),
-            str(len(run.hits)),
-            f"{run.steps} + {run.steps_done - run.steps}",
-            _verdict(run.state_equal),
-            _verdict(run.rows_equal),
-            "yes" if run.samples_once and run.stream_equal else "NO",
-            str(len(run.failed_images)),
-            f"{run.wall_s:.0f} ({run.undisturbed_s:.0f} undisturbed)",
-        ]
+        {
+            "run": number,
+            "ranks": " ".join(map(str, run.ranks)),
+            "faults": len(run.hits),
+            "steps + again": f"{run.steps} + {run.steps_done - run.steps}",
+            "last state": _verdict(run.state_equal),
+            "rows": _verdict(run.rows_equal),
+            "samples once": "yes" if run.samples_once and run.stream_equal else "NO",
+            "corrupt": len(run.failed_images),
+            "seconds": f"{run.wall_s:.0f} ({run.undisturbed_s:.0f} undisturbed)",
+        }
         for number, run in enumerate(report.rounds, start=1)
     ]
 
