@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
@@ -17,7 +16,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader
 from infer.bundle.load import Bundle, data_of_run, open_bundle
-from infer.predict.decode import DecoderName, decoding_device, fit_batch, open_decoder, run_valid
+from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
@@ -37,31 +36,12 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     num_failed: int
 
 
-class _AccuracyMeter:
-    """Integer counts of right answers, and the sum of the losses."""
-
-    def __init__(self) -> None:
-        self.samples = self.top1 = self.top5 = 0
-        self.loss_sum = 0.0
-
-    def add(self, probabilities_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> None:
-        """Count one batch."""
-        hits_NK = rank_classes(probabilities_NC, TOP_K) == labels_N[:, None]
-        true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
-        self.samples += len(labels_N)
-        self.top1 += int(hits_NK[:, :1].sum())
-        self.top5 += int(hits_NK.sum())
-        # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
-        self.loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
-
-
 def evaluate_bundle(
     bundle: Bundle,
     backend: InferenceBackend,
     dataset: Dataset,
     *,
     batch_size: int = DEFAULT_BATCH,
-    decoder: DecoderName = "auto",
     ten_crop: bool = False,
 ) -> Evaluation:
     """Run a bundle over a split, every image once.
@@ -71,7 +51,6 @@ def evaluate_bundle(
         backend: the bundle, loaded.
         dataset: a split with the bundle's classes.
         batch_size: images in a batch; lowered, with a warning, to what the bundle takes.
-        decoder: which decoder.
         ten_crop: average the softmax of the paper's ten views of each image.
     Raises:
         UserError: other classes than the bundle's, or no image that could be read.
@@ -82,25 +61,33 @@ def evaluate_bundle(
             f"{printable(dataset.root)}/{dataset.split} has other classes than the model "
             f"({len(dataset.classes)} and {len(manifest.classes)}): name its data with --data"
         )
-    meter, num_failed = _AccuracyMeter(), 0
+    num_samples = num_top1 = num_top5 = num_failed = 0
+    loss_sum = 0.0
     size = fit_batch(batch_size, backend.max_batch)
     with (
-        open_decoder(manifest.preprocessing, size, decoder, decoding_device(backend, decoder)) as source,
+        open_decoder(manifest.preprocessing, size, device=decoding_device(backend, "auto")) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
         loader = Loader(source, manifest.preprocessing)
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
-            meter.add(run_valid(backend, batch, size), batch.labels[batch.valid])
+            probabilities_NC, labels_N = run_valid(backend, batch, size), batch.labels[batch.valid]
+            hits_NK = rank_classes(probabilities_NC, TOP_K) == labels_N[:, None]
+            true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
+            num_samples += len(labels_N)
+            num_top1 += int(hits_NK[:, :1].sum())
+            num_top5 += int(hits_NK.sum())
+            # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
+            loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
             num_failed += len(batch.failures)
             progress.advance(len(batch))
-    assert meter.samples + num_failed == len(dataset), (meter.samples, num_failed, len(dataset))
-    if not meter.samples:
+    assert num_samples + num_failed == len(dataset), (num_samples, num_failed, len(dataset))
+    if not num_samples:
         raise UserError(f"none of the {num_failed} images in {printable(dataset.root)} could be read")
     return Evaluation(
-        top1=meter.top1 / meter.samples,
-        top5=meter.top5 / meter.samples,
-        loss=meter.loss_sum / meter.samples,
-        num_samples=meter.samples,
+        top1=num_top1 / num_samples,
+        top5=num_top5 / num_samples,
+        loss=loss_sum / num_samples,
+        num_samples=num_samples,
         num_failed=num_failed,
     )
 

@@ -16,7 +16,6 @@ import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -156,32 +155,23 @@ class Predictor:
     def __enter__(self) -> Predictor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
     from PIL.Image import Image
 
+    from infer.predict.pixels import from_pixels
+
     single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
     for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
-        yield _item(one, number)
-
-
-def _item(one: object, number: int) -> Item:
-    from PIL.Image import Image
-
-    from infer.predict.pixels import from_array, from_image
-
-    if isinstance(one, ImageSource):
-        return one
-    if isinstance(one, (str, os.PathLike)):
-        return Path(one)
-    if isinstance(one, np.ndarray):
-        return from_array(one, number)
-    if isinstance(one, Image):
-        return from_image(one, number)
-    kind = type(one).__name__
-    raise TypeError(f"input {number} is a {kind}: expected a path, a uint8 array or a Pillow image")
+        if isinstance(one, ImageSource):
+            yield one
+        elif isinstance(one, (str, os.PathLike)):
+            yield Path(one)
+        elif isinstance(one, (np.ndarray, Image)):
+            yield from_pixels(one, number)
+        else:
+            kind = type(one).__name__
+            raise TypeError(f"input {number} is a {kind}: expected a path, a uint8 array or a Pillow image")

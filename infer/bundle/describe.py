@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from msgspec.structs import astuple
 
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
 from infer.bundle.load import Bundle
@@ -18,6 +18,8 @@ from infer.bundle.schema import (
 
 _COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
 _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
+# The fields of an `Agreement`, in their order.
+_ROW = "    {:<14}  {:>8.2%}  {:>8.2%}  {:>4}  {:>8.1e}  {:>8.1e}  {:>8.2%}"
 
 
 def describe_export(bundle: Bundle) -> list[str]:
@@ -121,19 +123,4 @@ def limit_words(limits: Limits) -> str:
 
 
 def _row(name: str, found: Agreement) -> str:
-    return _COLUMNS.format(
-        name,
-        f"{found.top1_agreement:.2%}",
-        f"{found.top5_agreement:.2%}",
-        found.num_ties,
-        f"{found.max_probability_difference:.1e}",
-        f"{found.mean_probability_difference:.1e}",
-        f"{found.accuracy:.2%}",
-    )
-
-
-def rebuild_advice(folder: Path, *, has_gpu: bool, has_tensorrt: bool) -> str | None:
-    """The command that builds an engine for this machine from a bundle, or None where none can be built."""
-    if not has_gpu or not has_tensorrt:
-        return None
-    return f"build one for this machine: alexnet export {folder} --format trt"
+    return _ROW.format(name, *astuple(found))

@@ -113,16 +113,6 @@ def _created(folder: Path) -> float:
         return (folder / MANIFEST_NAME).stat().st_mtime
 
 
-class _RunData(msgspec.Struct):
-    root: str | None = None
-
-
-class _RunConfig(msgspec.Struct):
-    """The part of a run's `config.json` that names its data; other keys are skipped."""
-
-    data: _RunData
-
-
 def data_of_run(bundle: Bundle) -> Path:
     """The data folder of the run that a bundle lies in; a bundle itself holds no paths.
 
@@ -131,9 +121,8 @@ def data_of_run(bundle: Bundle) -> Path:
     """
     config = bundle.folder.parent.parent / "config.json"
     try:
-        root = msgspec.json.decode(config.read_bytes(), type=_RunConfig).data.root
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        root = None
-    if root is None:
-        raise UserError(f"{bundle.folder} does not lie in a run that names its data: use --data DIR")
-    return Path(root)
+        return Path(msgspec.json.decode(config.read_bytes())["data"]["root"])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{bundle.folder} does not lie in a run that names its data: use --data DIR"
+        ) from error

@@ -30,16 +30,12 @@ def evaluate(
     alexnet evaluate
     alexnet evaluate runs/demo-20260101T000000Z/export/onnx-fp32 --json
     """
-    import dataclasses
-
     import msgspec
 
     if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
         from infer.evaluate import evaluate_exported
 
-        metrics = msgspec.structs.asdict(
-            evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
-        )
+        metrics: Any = evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)
     else:
         from train.checkpoints.load import find_checkpoint, load_checkpoint
         from train.evaluate import evaluate_checkpoint, load_split
@@ -48,17 +44,14 @@ def evaluate(
         click.echo(f"checkpoint: {checkpoint.description}", err=True)
         if checkpoint.config.ten_crop and not ten_crop:
             click.echo("its run was judged by ten views of each image, as --ten-crop does", err=True)
-        metrics = dataclasses.asdict(
-            evaluate_checkpoint(
-                checkpoint, load_split(checkpoint, data, split), device=device, ten_crop=ten_crop
-            )
-        )
+        dataset = load_split(checkpoint, data, split)
+        metrics = evaluate_checkpoint(checkpoint, dataset, device=device, ten_crop=ten_crop)
     if as_json:
         click.echo(msgspec.json.encode(metrics))
     else:
         click.echo(
-            f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f} "
-            f"on {metrics['num_samples']} images ({metrics['num_failed']} could not be read)"
+            f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} "
+            f"on {metrics.num_samples} images ({metrics.num_failed} could not be read)"
         )
-    if metrics["num_failed"]:
+    if metrics.num_failed:
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)

@@ -17,8 +17,6 @@ from infer.predict.options import PredictOptions, check_options
 from infer.predict.resume import (
     RunIdentity,
     check_saved_identity,
-    completed_rows,
-    has_rows,
     identity_of,
     save_identity,
     skip_completed,
@@ -99,10 +97,8 @@ def _skip_completed(
 ) -> tuple[int, int]:
     """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
     assert options.output is not None and format != "table"
-    if has_rows(format, options.output):
-        check_saved_identity(options.output, identity)
-    rows = completed_rows(format, options.output, identity.top)
-    kept, kept_errors = skip_completed(rows, items, format, options.output)
+    check_saved_identity(format, options.output, identity)
+    kept, kept_errors = skip_completed(format, options.output, identity.top, items)
     log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
     return kept, kept_errors
 

@@ -11,17 +11,10 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.describe import (
-    calibration_words,
-    cpu_words,
-    engine_words,
-    gate_lines,
-    precision_words,
-    rebuild_advice,
-)
+from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
 from infer.bundle.gate_report import LIMITS, GateReport, Rebuild
 from infer.bundle.load import Bundle, file_problem, find_bundle
-from infer.bundle.manifest import read_digest, read_manifest
+from infer.bundle.manifest import Manifest, read_digest, read_manifest
 from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
@@ -33,7 +26,14 @@ from infer.bundle.schema import (
     PrecisionCheck,
 )
 from infer.runtime.base import InferenceBackend
-from infer.runtime.choose import Machine, decide, probe_machine, why_no_cuda, why_no_engine
+from infer.runtime.choose import (
+    Machine,
+    decide,
+    probe_machine,
+    rebuild_advice,
+    why_no_cuda,
+    why_no_engine,
+)
 from infer.runtime.onnx import OnnxBackend
 
 _ON_GPU = f"{ONNX_NAME} on the GPU"
@@ -89,6 +89,10 @@ class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
     advice: str | None
 
 
+# The findings that are parts of the manifest, under the same names.
+_OF_MANIFEST = (set(BundleReport.__struct_fields__) & set(Manifest.__struct_fields__)) - {"files"}
+
+
 def examine_bundle(path: Path) -> BundleReport:
     """Verify a bundle, load what can be loaded here, and run a grey image through it.
 
@@ -108,27 +112,17 @@ def examine_bundle(path: Path) -> BundleReport:
     healthy = len(whole) == len(files) and not any(text.startswith("damaged") for text in here.values())
     advice = None
     if ENGINE_NAME not in whole or why_no_engine(bundle, machine):
-        advice = rebuild_advice(folder, has_gpu=bool(machine.scan.gpus), has_tensorrt=bool(machine.tensorrt))
+        advice = rebuild_advice(folder, machine)
     return BundleReport(
         folder=str(folder),
         healthy=healthy,
-        created=manifest.created,
-        schema_version=manifest.schema_version,
+        **{name: getattr(manifest, name) for name in _OF_MANIFEST},
         manifest_sha256=read_digest(folder),
-        format=manifest.format,
-        precision=manifest.precision,
         num_classes=len(manifest.classes),
-        max_batch=manifest.max_batch,
         files=files,
         unlisted=sorted(p.name for p in folder.iterdir() if p.name not in {*manifest.files, MANIFEST_NAME}),
-        checkpoint=manifest.checkpoint,
-        versions=manifest.versions,
-        precision_check=manifest.precision_check,
-        calibration=manifest.calibration,
-        engine=manifest.engine,
         gate=manifest.report,
         gate_limits_are_todays=manifest.report.limits == LIMITS[manifest.precision],
-        rebuild=manifest.rebuild,
         loads_on=_loads_on(bundle),
         here=here,
         predict_would_use=_choice(bundle, machine, here) if healthy else None,

@@ -118,13 +118,11 @@ def _prediction() -> dict[str, Any]:
         return {"status": f"needs ONNX Runtime ({error})"}
     gpu = machine.scan.gpus[0] if machine.scan.gpus else None
     engines = [f"{name} {version}" for name, version in tensorrt_versions().items()]
-    cuda = gpu is not None and machine.cuda_provider
+    provider = "CUDA" if gpu and machine.cuda_provider else "CPU"
     return {
         "status": "ok",
         "gpu": f"{gpu.name} ({gpu.architecture})" if gpu else f"none: {machine.scan.reason}",
-        "onnx_models": "ONNX Runtime, CUDAExecutionProvider"
-        if cuda
-        else "ONNX Runtime, CPUExecutionProvider",
+        "onnx_models": f"ONNX Runtime, {provider}ExecutionProvider",
         "engines": f"run with {' or '.join(engines)}" if gpu and engines else "cannot run here",
         "engines_can_be_built_with": engines or "nothing: pip install 'alexnet[trt]' or 'alexnet[rtx]'",
     }

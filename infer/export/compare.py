@@ -13,8 +13,8 @@ from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
-from data_pipeline.transforms.preprocessing import Preprocessing
-from infer.bundle.gate_report import Agreement, Limits
+from infer.bundle.gate_report import LIMITS, Agreement, Limits
+from infer.bundle.manifest import Manifest
 from infer.predict.decode import open_decoder, valid_images
 
 # Shapes: N images, C classes, K the five best.
@@ -48,9 +48,7 @@ def compare(
     reference: Runner,
     candidates: Mapping[str, Runner],
     dataset: Dataset,
-    preprocessing: Preprocessing,
-    limits: Limits,
-    max_batch: int,
+    manifest: Manifest,
 ) -> Comparison:
     """Run a reference and its candidates on the same decoded images: all, or 1,000 spread over the split.
 
@@ -62,9 +60,7 @@ def compare(
         reference: the model whose probabilities are taken as right.
         candidates: the models to compare with it, by name.
         dataset: labelled images.
-        preprocessing: the contract of all of them.
-        limits: only the margins are used here.
-        max_batch: largest batch that all of them take.
+        manifest: the preprocessing, the precision and the largest batch of all of them.
     Raises:
         GateError: a probability that is not a number.
         UserError: not one image could be read.
@@ -74,7 +70,7 @@ def compare(
     expected: list[Probabilities] = []
     found: dict[str, list[Probabilities]] = {name: [] for name in candidates}
     num_failed = 0
-    size = min(max_batch, MAX_GATE_BATCH)
+    preprocessing, size = manifest.preprocessing, min(manifest.max_batch, MAX_GATE_BATCH)
     with open_decoder(preprocessing, size) as decoder, show_progress("gate", len(sample)) as progress:
         for batch in Loader(decoder, preprocessing).eval(sample, micro_batch=size):
             num_failed += len(batch.failures)
@@ -97,7 +93,9 @@ def compare(
         num_available=len(dataset),
         reference_accuracy=_share(expected_NC.argmax(1) == labels_N),
         agreements={
-            name: measure_agreement(expected_NC, np.concatenate(batches), labels_N, limits)
+            name: measure_agreement(
+                expected_NC, np.concatenate(batches), labels_N, LIMITS[manifest.precision]
+            )
             for name, batches in found.items()
         },
     )

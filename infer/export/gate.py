@@ -49,7 +49,6 @@ def run_gate(
         UserError: not one validation image could be read.
     """
     manifest = bundle.manifest
-    limits = LIMITS[manifest.precision]
     engine_not_run = why_no_engine(bundle, probe_machine()) if manifest.engine else None
     candidates: dict[str, InferenceBackend] = {}
     with ExitStack() as stack:
@@ -62,9 +61,7 @@ def run_gate(
         elif earlier is not None:
             return replace(earlier, engine_not_run=engine_not_run)
         runners = {name: candidate.run for name, candidate in candidates.items()}
-        found = compare(
-            torch_runner(checkpoint), runners, dataset, checkpoint.preprocessing, limits, manifest.max_batch
-        )
+        found = compare(torch_runner(checkpoint), runners, dataset, manifest)
     if earlier is not None:
         report = replace(earlier, engine=found.agreements[ENGINE_NAME])
     else:
@@ -75,7 +72,7 @@ def run_gate(
             num_available=found.num_available,
             num_failed=found.num_failed,
             checkpoint_accuracy=found.reference_accuracy,
-            limits=limits,
+            limits=LIMITS[manifest.precision],
             onnx=found.agreements[ONNX_NAME],
             onnx_provider=candidates[ONNX_NAME].provider,
             cpu=found.agreements.get(CPU_NAME),

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,8 +218,6 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), **tensorrt_versions()}
     for name in _LIBRARIES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +100,9 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
         GateError: beyond the limits of the precision.
     """
     manifest = draft.manifest
-    limits = LIMITS[manifest.precision]
-    created, replaces = now_utc(), source.manifest.engine
+    rebuilt = partial(Rebuild, created=now_utc(), replaces=source.manifest.engine)
     if problem := why_no_engine(draft, probe_machine()):
-        return Rebuild(created=created, replaces=replaces, unknown=f"not run here: {problem}")
+        return rebuilt(unknown=f"not run here: {problem}")
     with closing(load_for_gate(draft)) as engine, closing(OnnxBackend(draft, "cpu")) as onnx:
         crop_px = manifest.preprocessing.crop_px
         engine.run(np.zeros((1, crop_px, crop_px, 3), np.uint8))
@@ -111,14 +111,10 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
         except UserError as error:
             if data is not None:
                 raise
-            why = f"it loads and runs here, and was compared on no images: {error}"
-            return Rebuild(created=created, replaces=replaces, unknown=why)
-        runners = {ENGINE_NAME: engine.run}
-        found = compare(onnx.run, runners, dataset, manifest.preprocessing, limits, manifest.max_batch)
+            return rebuilt(unknown=f"it loads and runs here, and was compared on no images: {error}")
+        found = compare(onnx.run, {ENGINE_NAME: engine.run}, dataset, manifest)
     agreement = found.agreements[ENGINE_NAME]
-    rebuild = Rebuild(
-        created=created,
-        replaces=replaces,
+    rebuild = rebuilt(
         data=printable(dataset.root.resolve().name),
         split=dataset.split,
         num_images=found.num_images,
@@ -126,7 +122,7 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
         onnx_accuracy=found.reference_accuracy,
         agreement=agreement,
     )
-    if beyond := agreement.beyond(limits, found.reference_accuracy):
+    if beyond := agreement.beyond(LIMITS[manifest.precision], found.reference_accuracy):
         for line in rebuild_lines(rebuild):
             log.info("%s", line)
         raise GateError(

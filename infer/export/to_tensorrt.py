@@ -28,11 +28,7 @@ from infer.runtime.tensorrt import make_logger
 log = logging.getLogger("infer")
 
 # tensorrt_rtx 1.7: "Cannot compile operation for Turing (SM75): FP32 GEMM is not supported".
-_RTX_CANNOT: dict[Precision, frozenset[str]] = {
-    "fp32": frozenset({"sm75"}),
-    "fp16": frozenset(),
-    "int8": frozenset({"sm75"}),
-}
+_RTX_CANNOT: dict[Precision, set[str]] = {"fp32": {"sm75"}, "fp16": set(), "int8": {"sm75"}}
 
 _BYTES_PER_WEIGHT: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 # The most and the least of a plan's size over its weights': kernels, tables and padding beside them, and what

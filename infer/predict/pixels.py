@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,17 @@ _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
 """Modes that PNG can hold; the others, CMYK among them, become RGB first."""
 
 
-def from_array(array: NDArray[Any], number: int) -> ImageSource:
-    """An array (height, width, 3) or (height, width) of uint8, RGB or gray, as an input.
+def from_pixels(pixels: NDArray[Any] | Image.Image, number: int) -> ImageSource:
+    """An array or a Pillow image as an input.
 
     Args:
-        array: read when its batch is; do not change it before its row has come.
+        pixels: uint8 (height, width, 3) in RGB or (height, width) in gray; or a Pillow image, whose EXIF
+            orientation is applied, as it is to a file. Read when its batch is; do not change it before its
+            row has come.
         number: its place among the inputs, by which its row is named.
     """
-    return ImageSource(Path(f"<input {number}>"), partial(_encode_array, array))
-
-
-def from_image(image: Image.Image, number: int) -> ImageSource:
-    """A Pillow image as an input; its EXIF orientation is applied, as it is to a file.
-
-    Args:
-        image: as `from_array`.
-        number: as `from_array`.
-    """
-    return ImageSource(Path(f"<input {number}>"), partial(_encode_image, image))
+    encode: Callable[..., bytes] = _encode_image if isinstance(pixels, Image.Image) else _encode_array
+    return ImageSource(Path(f"<input {number}>"), partial(encode, pixels))
 
 
 def _encode_array(array: NDArray[Any], max_bytes: int) -> bytes:

@@ -6,9 +6,9 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 import msgspec
 
@@ -97,13 +97,16 @@ def check_same(begun: msgspec.Struct, now: msgspec.Struct, options: Sequence[str
             )
 
 
-def check_saved_identity(rows: Path, now: RunIdentity) -> None:
-    """Compare a run with the identity saved beside the rows; logs a warning where none was saved.
+def check_saved_identity(format: FileFormat, rows: Path, now: RunIdentity) -> None:
+    """Compare a run with the identity saved beside its rows; logs a warning where none was saved.
 
     Raises:
         UserError: the rows are of another model or other options.
         CorruptFileError: the saved identity is damaged.
     """
+    files = (rows, journal_of(rows)) if format == "parquet" else (rows,)
+    if not any(file.is_file() and file.stat().st_size for file in files):
+        return
     path = _identity_path(rows)
     try:
         begun = msgspec.json.decode(path.read_bytes(), type=RunIdentity)
@@ -136,36 +139,28 @@ def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
 
 
-class CompletedRow(NamedTuple):
+class CompletedRow(msgspec.Struct, frozen=True):
     """A row of an earlier run: its path as written, and whether it is an error."""
 
     path: str
-    failed: bool
+    status: Literal["ok", "error"]
 
 
-def has_rows(format: FileFormat, output: Path) -> bool:
-    """Whether an earlier run began to write this file."""
-    files = (output, journal_of(output)) if format == "parquet" else (output,)
-    return any(file.is_file() and file.stat().st_size for file in files)
-
-
-def skip_completed(
-    completed: Iterable[CompletedRow], items: Iterator[Item], format: FileFormat, output: Path
-) -> tuple[int, int]:
+def skip_completed(format: FileFormat, output: Path, places: int, items: Iterator[Item]) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
     Args:
-        completed: rows of the earlier run.
-        items: the inputs of this one.
-        format: of the file.
-        output: the file, for messages.
+        format, output: the file of the earlier run.
+        places: classes in a row.
+        items: the inputs of this run.
     Returns:
         How many rows there are, and how many of them are errors.
     Raises:
         UserError: the rows are not those of the first inputs.
+        UserError, CorruptFileError: see `completed_rows`.
     """
     rows = errors = 0
-    for row in completed:
+    for row in completed_rows(format, output, places):
         item = next(items, None)
         if item is None:
             raise UserError(f"--resume: {printable(output)} has more rows than there are inputs")
@@ -175,7 +170,7 @@ def skip_completed(
                 f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
                 f"is {path}: give the inputs that it was begun with, or another --output"
             )
-        rows, errors = rows + 1, errors + row.failed
+        rows, errors = rows + 1, errors + (row.status == "error")
     return rows, errors
 
 
@@ -219,17 +214,11 @@ def _records(file: BinaryIO, quoted: bool) -> Iterator[bytes]:
         yield record.removesuffix(b"\n")  # a quote is open, so the record is incomplete
 
 
-class _JsonRow(msgspec.Struct):
-    path: str
-    status: Literal["ok", "error"]
-
-
 def _parse(record: bytes, format: FileFormat, number: int, output: Path, places: int) -> CompletedRow | None:
     """One record of a file; None for the header of CSV."""
     try:
         if format == "jsonl":
-            row = msgspec.json.decode(record, type=_JsonRow)
-            return CompletedRow(row.path, row.status == "error")
+            return msgspec.json.decode(record, type=CompletedRow)
         (cells,) = csv.reader(io.StringIO(record.decode(), newline=""), strict=True)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {error}") from error
@@ -241,7 +230,7 @@ def _parse(record: bytes, format: FileFormat, number: int, output: Path, places:
         return None
     if len(cells) != len(csv_columns(places)) or cells[1] not in ("ok", "error"):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
-    return CompletedRow(cells[0], cells[1] == "error")
+    return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error")
 
 
 def _read_parquet(output: Path, journal: Path) -> None:

@@ -131,8 +131,9 @@ class TableWriter:
         if isinstance(row, OkRow):
             line = self._text(_tail(visible(row.path), self._path_cells))
             for place, prediction in enumerate(row.predictions[: self._shown]):
-                label = _head(visible(prediction.label), self._class_cells - PERCENT_CELLS)
-                cell = f"{GAP}{label}{prediction.probability:>{PERCENT_CELLS}.1%}"
+                label = self._text(visible(prediction.label))
+                label.truncate(self._class_cells - PERCENT_CELLS, overflow="ellipsis", pad=True)
+                cell = f"{GAP}{label.plain}{prediction.probability:>{PERCENT_CELLS}.1%}"
                 line.append(cell, style="bold green" if place == 0 else "dim")
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
@@ -184,13 +185,6 @@ def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[in
     class_cells = max(least, min(most, (width - MIN_PATH_CELLS) // shown - gap))
     path_cells = min(MAX_PATH_CELLS, width - shown * (class_cells + gap))
     return max(1, path_cells), class_cells, shown
-
-
-def _head(text: str, cells: int) -> str:
-    """The beginning of a text, exactly so many cells wide."""
-    from rich.cells import cell_len, set_cell_size
-
-    return set_cell_size(text, cells) if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
 
 
 def _tail(text: str, cells: int) -> str:

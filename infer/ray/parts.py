@@ -11,14 +11,14 @@ import socket
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
 from data_pipeline.common.text import printable
-from infer.predict.resume import manifest_digest
+from infer.predict.resume import CompletedRow, manifest_digest
 from infer.predict.rows import ErrorRow, Row
 from infer.predict.table import RowCounter, Summary
 from infer.predict.writers import import_parquet, parquet_schema
@@ -141,10 +141,8 @@ def completed_parts(plan: Plan) -> dict[int, int]:
     return completed
 
 
-class _Row(msgspec.Struct):
+class _IndexedRow(CompletedRow, frozen=True):
     index: int
-    path: str
-    status: Literal["ok", "error"]
 
 
 def _count_errors(plan: Plan, number: int) -> int:
@@ -154,11 +152,11 @@ def _count_errors(plan: Plan, number: int) -> int:
         lines = path.read_bytes()
         if not lines.endswith(b"\n"):
             raise ValueError("its last row is cut short")
-        rows = msgspec.json.Decoder(_Row).decode_lines(lines)
+        rows = msgspec.json.Decoder(_IndexedRow).decode_lines(lines)
     else:
         _, pq = import_parquet()
         columns = pq.read_table(path, columns=["index", "path", "status"])  # its errors are ValueErrors
-        rows = msgspec.convert(columns.to_pylist(), list[_Row])
+        rows = msgspec.convert(columns.to_pylist(), list[_IndexedRow])
     names = [printable(one.path) for one in plan.inputs(number)]
     if [(row.index, row.path) for row in rows] != list(enumerate(names, number * plan.job.part_rows)):
         raise ValueError("its rows are not those of its inputs")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from data_pipeline.common.errors import UserError
-from infer.bundle.describe import rebuild_advice
 from infer.bundle.load import Bundle
 from infer.runtime.base import InferenceBackend
 from infer.runtime.cuda import GpuScan, scan_gpus
@@ -120,6 +120,12 @@ def why_no_cuda(machine: Machine) -> str | None:
     return None
 
 
+def rebuild_advice(folder: Path, machine: Machine) -> str | None:
+    """The command that builds an engine for this machine from a bundle, or None where none can be built."""
+    # `tensorrt` is empty without a GPU.
+    return f"build one for this machine: alexnet export {folder} --format trt" if machine.tensorrt else None
+
+
 def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Machine) -> Decision:
     """Choose the runtime and the device.
 
@@ -132,9 +138,7 @@ def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Ma
         if device == "cpu":
             raise UserError("--backend trt with --device cpu: a TensorRT engine runs on a GPU only")
         if no_engine:
-            advice = rebuild_advice(
-                bundle.folder, has_gpu=bool(machine.scan.gpus), has_tensorrt=bool(machine.tensorrt)
-            )
+            advice = rebuild_advice(bundle.folder, machine)
             raise UserError(f"--backend trt cannot be had: {'; '.join(filter(None, (no_engine, advice)))}")
         return Decision("trt", "cuda", "as asked")
     if backend == "auto" and device != "cpu" and not no_engine:

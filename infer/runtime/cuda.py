@@ -27,17 +27,15 @@ class CudaError(RuntimeError):
 class Gpu:
     """A GPU that this process may use; `architecture` is like `sm89`."""
 
-    index: int
     name: str
     architecture: str
 
 
 @dataclass(frozen=True)
 class GpuScan:
-    """The GPUs of this machine, or the reason why there are none; `driver`: its CUDA version, like `13.0`."""
+    """The GPUs of this machine, or the reason why there are none."""
 
     gpus: tuple[Gpu, ...]
-    driver: str | None
     reason: str | None
 
 
@@ -75,12 +73,10 @@ def scan_gpus() -> GpuScan:
     """Look for GPUs. Never raises; honours CUDA_VISIBLE_DEVICES, as the driver does."""
     try:
         driver = _driver()
-        version = driver.integer("cuDriverGetVersion")
         gpus = tuple(_describe(driver, index) for index in range(driver.integer("cuDeviceGetCount")))
     except CudaError as error:
-        return GpuScan((), None, str(error))
-    cuda = f"{version // 1000}.{version % 1000 // 10}"
-    return GpuScan(gpus, cuda, None if gpus else "the NVIDIA driver shows no GPU to this process")
+        return GpuScan((), str(error))
+    return GpuScan(gpus, None if gpus else "the NVIDIA driver shows no GPU to this process")
 
 
 def _describe(driver: _Driver, index: int) -> Gpu:
@@ -89,21 +85,19 @@ def _describe(driver: _Driver, index: int) -> Gpu:
     driver.call("cuDeviceGetName", name, len(name), device)
     major = driver.integer("cuDeviceGetAttribute", _COMPUTE_CAPABILITY_MAJOR, device)
     minor = driver.integer("cuDeviceGetAttribute", _COMPUTE_CAPABILITY_MINOR, device)
-    return Gpu(index, name.value.decode(errors="replace"), f"sm{major}{minor}")
+    return Gpu(name.value.decode(errors="replace"), f"sm{major}{minor}")
 
 
 class CudaSession:
-    """A GPU's primary context, one stream, and the memory allocated through it; `close` frees all of it.
+    """The first GPU's primary context, one stream, and their memory; `close` frees all of it.
 
-    Args:
-        index: which of `scan_gpus().gpus`.
     Raises:
         CudaError: the driver refuses.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         self._driver = _driver()
-        self._device = self._driver.integer("cuDeviceGet", index)
+        self._device = self._driver.integer("cuDeviceGet", 0)
         self._context = ctypes.c_void_p()
         self._stream = ctypes.c_void_p()
         self._device_memory: list[int] = []

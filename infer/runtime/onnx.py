@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.machine import usable_cores
 from infer.bundle.load import Bundle
-from infer.bundle.metadata import metadata_mismatch
+from infer.bundle.manifest import metadata_mismatch
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME
 from infer.runtime.base import check_batch
 from infer.runtime.cuda import scan_gpus

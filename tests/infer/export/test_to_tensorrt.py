@@ -14,10 +14,10 @@ from infer.export.engine_options import choose_builder, profile_batches
 from infer.export.to_tensorrt import BuildError, build_engine
 from infer.runtime.cuda import Gpu, GpuScan
 
-NO_GPU = GpuScan((), None, "no NVIDIA driver")
+NO_GPU = GpuScan((), "no NVIDIA driver")
 
 
-ONE_GPU = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
+ONE_GPU = GpuScan((Gpu("NVIDIA L4", "sm89"),), None)
 
 
 def test_engine_build_logs_the_gpus_it_does_not_cover(

@@ -98,7 +98,7 @@ def test_precision_that_is_not_in_the_file_is_refused(bundle: Bundle) -> None:
 
 
 def test_engine_gpus_that_cannot_be_built_for_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    one_gpu = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
+    one_gpu = GpuScan((Gpu("NVIDIA L4", "sm89"),), None)
     assert (
         choose_builder({"tensorrt": "11", "tensorrt_rtx": "1"}, one_gpu, ("sm120",)).library == "tensorrt_rtx"
     )

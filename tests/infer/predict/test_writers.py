@@ -73,7 +73,7 @@ def test_resumed_output_equals_that_of_one_run(tmp_path: Path, format: FileForma
     write(format, whole, ROWS, append=False)
     write(format, parts, ROWS[:2], append=False)
     items = iter(PATHS)
-    assert skip_completed(completed_rows(format, parts, 2), items, format, parts) == (2, 1)
+    assert skip_completed(format, parts, 2, items) == (2, 1)
     write(format, parts, ROWS[2:], append=True)
     assert next(items) == PATHS[2]
     assert read(format, parts) == read(format, whole)
@@ -106,7 +106,7 @@ def test_parquet_resumes_from_its_journal(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet.rows.jsonl"]
     items = iter(PATHS)
-    assert skip_completed(completed_rows("parquet", path, 2), items, "parquet", path) == (1, 0)
+    assert skip_completed("parquet", path, 2, items) == (1, 0)
     write("parquet", path, ROWS[1:], append=True)
     assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
 
@@ -132,9 +132,9 @@ def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"row 2 of .*rows.jsonl is of \+gone.jpg, and that input is other.jpg"
     ):
-        skip_completed(completed_rows("jsonl", path, 2), iter([PATHS[0], Path("other.jpg")]), "jsonl", path)
+        skip_completed("jsonl", path, 2, iter([PATHS[0], Path("other.jpg")]))
     with pytest.raises(UserError, match="has more rows than there are inputs"):
-        skip_completed(completed_rows("jsonl", path, 2), iter(PATHS[:2]), "jsonl", path)
+        skip_completed("jsonl", path, 2, iter(PATHS[:2]))
     path.write_bytes(b'{"path":1}\n')
     with pytest.raises(CorruptFileError, match=r"row 1 of .*rows.jsonl is damaged"):
         list(completed_rows("jsonl", path, 2))

@@ -31,9 +31,9 @@ from infer.runtime.onnx import OnnxBackend
 from infer.runtime.tensorrt import TensorRTBackend, make_logger
 from tests.helpers.infer_samples import tiny_manifest, with_engine
 
-NO_GPU = GpuScan((), None, "no NVIDIA driver")
-L4 = GpuScan((Gpu(0, "NVIDIA L4", "sm89"),), "13.0", None)
-HOPPER = GpuScan((Gpu(0, "NVIDIA H200", "sm90"),), "13.0", None)
+NO_GPU = GpuScan((), "no NVIDIA driver")
+L4 = GpuScan((Gpu("NVIDIA L4", "sm89"),), None)
+HOPPER = GpuScan((Gpu("NVIDIA H200", "sm90"),), None)
 CPU_MACHINE = Machine(NO_GPU, {"tensorrt_rtx": "1.7"}, cuda_provider=True)
 GPU_MACHINE = Machine(L4, {"tensorrt_rtx": "1.7"}, cuda_provider=True)
 
