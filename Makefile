@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 TENSORRT ?= $(if $(shell nvidia-smi -L 2>/dev/null),trt,rtx)
 INSTALLED := $(VENV)/.installed-$(TENSORRT)
 
-# Two files at a time. Files with slow tests come first (tests/conftest.py), so that both workers end together.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time, since many tests wait more than they compute. Files with slow tests come first
+# (tests/conftest.py), so that the workers end together.
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check install lint clean
 .DEFAULT_GOAL := help

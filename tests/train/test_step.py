@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loading.prefetch import Batch
-from train.config.load import make_config
+from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
-from train.setup import make_step_parts
-from train.step import StepParts, train_step
+from train.step import train_step
 
 pytestmark = pytest.mark.slow
-
-SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
 
 class WaitsForDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,18 +34,6 @@ class WaitsForDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def world() -> Iterator[World]:
     with open_world("cpu") as one:
         yield one
-
-
-def small_trainer(world: World, *overrides: str) -> StepParts:
-    config = make_config("tiny-imagenet", [*SMALL, *overrides])
-    classes = tuple("abcdefghij")
-    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
-
-
-def small_batch(*, last: bool = True) -> Batch:
-    random, places = np.random.default_rng(0), np.arange(4)
-    images = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last)
 
 
 LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9", "label_smoothing=0.1")

@@ -8,23 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loading.prefetch import Batch
 from tests.helpers.ranks import run_command
+from tests.helpers.step_samples import small_batch, small_trainer
 from train.compile.choose import compile_step, count_elements, maybe_compile, prepare_lrn
-from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.models.lrn import LocalResponseNorm
-from train.setup import make_step_parts
-from train.step import StepParts, train_step
+from train.step import train_step
 
 pytestmark = pytest.mark.slow
-
-SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
 
 @pytest.fixture
@@ -40,18 +34,6 @@ def no_compile_threads() -> Iterator[None]:
 
     with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         yield
-
-
-def small_trainer(world: World, *overrides: str) -> StepParts:
-    config = make_config("tiny-imagenet", [*SMALL, *overrides])
-    classes = tuple("abcdefghij")
-    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
-
-
-def small_batch(*, last: bool = True) -> Batch:
-    random, places = np.random.default_rng(0), np.arange(4)
-    images = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last)
 
 
 @pytest.mark.usefixtures("no_compile_threads")
