@@ -59,15 +59,15 @@ def identity_of(bundle: Bundle, options: PredictOptions) -> RunIdentity:
         UserError: `top` is out of range.
     """
     return RunIdentity(
-        model_sha256=manifest_digest(bundle),
+        model_sha256=manifest_file_sha256(bundle),
         top=check_top(bundle, options.top),
         min_probability=options.min_probability,
         ten_crop=options.ten_crop,
     )
 
 
-def manifest_digest(bundle: Bundle) -> str:
-    """SHA-256 of a bundle's manifest: which model it is."""
+def manifest_file_sha256(bundle: Bundle) -> str:
+    """SHA-256 of the file `bundle.json`, which identifies the model."""
     return sha256_of(bundle.folder / MANIFEST_NAME)
 
 

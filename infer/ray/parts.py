@@ -18,7 +18,7 @@ import msgspec
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
 from data_pipeline.common.text import printable
-from infer.predict.resume import CompletedRow, manifest_digest
+from infer.predict.resume import CompletedRow, manifest_file_sha256
 from infer.predict.rows import ErrorRow, Row
 from infer.predict.table import RowCounter, Summary
 from infer.predict.writers import import_parquet, parquet_schema
@@ -84,7 +84,7 @@ class PartWorker:
                 "share, at one path"
             )
         predictor = Predictor(self._model, **self._settings)
-        if manifest_digest(predictor.bundle) != self._plan.job.identity.model_sha256:
+        if manifest_file_sha256(predictor.bundle) != self._plan.job.identity.model_sha256:
             predictor.close()
             raise UserError(f"{printable(self._model)} is another model than on the machine that asks")
         return predictor
