@@ -22,7 +22,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.prefetch import Batch, BatchRequest, ImageBackend, prefetch_batches
-from data_pipeline.loading.readers import ReaderPool, Samples
+from data_pipeline.loading.readers import Samples
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
@@ -52,6 +52,8 @@ def make_backend(
     preprocessing: Preprocessing,
     max_batch: int,
     num_threads: int,
+    deterministic: bool = False,
+    max_decoded_bytes: int = 2_000_000_000,
 ) -> ImageBackend:
     """Make the backend that decodes.
 
@@ -62,6 +64,8 @@ def make_backend(
         preprocessing: the contract.
         max_batch: most samples in one batch.
         num_threads: decoding threads.
+        deterministic: whether a GPU decodes a file to the same bytes each time, without its hardware decoder.
+        max_decoded_bytes: bound on the images that a GPU has decoded and not yet cropped.
     Returns:
         The backend; the caller closes it.
     Raises:
@@ -79,7 +83,10 @@ def make_backend(
                 raise UserError("DALI is not installed: pip install 'alexnet[train]'") from error
             log.info("DALI is not installed: Pillow decodes, on the CPU")
         else:
-            return DaliBackend(device, device_id, preprocessing.crop_px, max_batch, num_threads)
+            return DaliBackend(
+                device, device_id, preprocessing.crop_px, max_batch, num_threads,
+                deterministic=deterministic, max_decoded_bytes=max_decoded_bytes,
+            )  # fmt: skip
     return PillowBackend(num_threads, max_batch)
 
 
@@ -91,9 +98,8 @@ class Loader:
         backend: decodes; its `max_batch` bounds the micro-batch.
         preprocessing: the contract.
         prefetch: batches held ready, >= 1.
-        read_threads: files read at once, >= 1.
+        read_threads: files read at once where Python reads them, >= 1.
         faults: logs and counts the bad files of all batches.
-        readers: processes that read their datasets' files, in place of threads.
     """
 
     backend: ImageBackend
@@ -101,7 +107,6 @@ class Loader:
     prefetch: int = 2
     read_threads: int = 4
     faults: FaultLog = field(default_factory=FaultLog)
-    readers: ReaderPool | None = None
 
     def train(
         self,
@@ -162,7 +167,6 @@ class Loader:
                 indices = order[positions]
                 yield BatchRequest(
                     samples=dataset,
-                    paths=tuple(map(dataset.path_at, indices.tolist())),
                     labels=dataset.labels[indices],
                     indices=indices,
                     positions=positions,
@@ -201,9 +205,8 @@ class Loader:
         def requests() -> Iterator[BatchRequest]:
             for number, first in enumerate(range(share.start, share.stop, chunk)):
                 stop = min(first + chunk, share.stop)
-                paths = tuple(map(dataset.path_at, range(first, stop)))
                 labels = dataset.labels[first:stop].copy()
-                yield self._eval_request(dataset, paths, labels, first, number, ten_crop)
+                yield self._eval_request(dataset, labels, first, number, ten_crop)
 
         return self._batches(requests())
 
@@ -221,22 +224,20 @@ class Loader:
             remaining, number = iter(inputs), 0
             while items := tuple(islice(remaining, chunk)):
                 first = number * chunk
-                paths = tuple(item.path if isinstance(item, ImageSource) else item for item in items)
                 labels = np.full(len(items), -1, dtype=np.int64)
-                yield self._eval_request(_Inputs(items, first), paths, labels, first, number, ten_crop)
+                yield self._eval_request(_Inputs(items, first), labels, first, number, ten_crop)
                 number += 1
 
         return self._batches(requests())
 
     def _eval_request(
-        self, samples: Samples, paths: tuple[Path, ...], labels: Int, first: int, number: int, ten_crop: bool
+        self, samples: Samples, labels: Int, first: int, number: int, ten_crop: bool
     ) -> BatchRequest:
         """The request for consecutive samples from `first` on, in batch `number`."""
-        indices = np.arange(first, first + len(paths), dtype=np.int64)
+        indices = np.arange(first, first + len(labels), dtype=np.int64)
         crop_params = ten_crop_params if ten_crop else eval_crop_params
         return BatchRequest(
             samples=samples,
-            paths=paths,
             labels=labels,
             indices=indices,
             positions=indices,
@@ -253,7 +254,6 @@ class Loader:
             read_threads=self.read_threads,
             prefetch=self.prefetch,
             faults=self.faults,
-            readers=self.readers,
         )
 
     def _checked(self, micro_batch: int, needed: int) -> int:
@@ -272,6 +272,11 @@ class _Inputs:
 
     items: tuple[Path | ImageSource, ...]
     first: int
+    table: None = None
+
+    def path_at(self, index: int) -> Path:
+        item = self.items[index - self.first]
+        return item.path if isinstance(item, ImageSource) else item
 
     def read(self, index: int, max_bytes: int) -> bytes:
         item = self.items[index - self.first]

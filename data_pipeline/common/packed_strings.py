@@ -53,6 +53,33 @@ class PackedStrings(Sequence[str]):
             parts.append(source[np.arange(len(shifts)) + shifts].tobytes())
         return PackedStrings(b"".join(parts), np.cumsum(sizes))
 
+    def padded(
+        self, indices: npt.NDArray[np.int64], prefix: bytes = b"", min_width: int = 0
+    ) -> npt.NDArray[np.uint8]:
+        """The names at some places as rows of one array, for code that takes no Python strings.
+
+        Args:
+            indices: (N) places.
+            prefix: put before each name.
+            min_width: least width of a row.
+        Returns:
+            (N, width) uint8: prefix and name, filled up with zeros, of which there is one at least.
+
+        >>> PackedStrings.pack(["a", "bcd"]).padded(np.array([1, 0]), b"/").tobytes()
+        b'/bcd\\x00/a\\x00\\x00\\x00'
+        """
+        ends = self.ends[indices]
+        starts = np.where(indices > 0, self.ends[indices - 1], 0)
+        lengths = ends - starts
+        first = len(prefix)
+        rows = np.zeros((len(indices), max(first + int(lengths.max(initial=0)) + 1, min_width)), np.uint8)
+        rows[:, :first] = np.frombuffer(prefix, np.uint8)
+        columns = np.arange(int(lengths.max(initial=0)))
+        inside = columns < lengths[:, None]
+        blob = np.frombuffer(self.blob, dtype=np.uint8)
+        rows[:, first : first + len(columns)][inside] = blob[(starts[:, None] + columns)[inside]]
+        return rows
+
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -49,10 +49,12 @@ class Decoded:
         images: (N, crop, crop, 3) uint8 RGB, or (N, V, crop, crop, 3) for V views of each image; any object
             with `__dlpack__`; zeros where a file failed.
         failures: the reason for each sample that failed, by its place in the batch.
+        transcoded: places of the samples that Pillow decoded, since the backend itself cannot.
     """
 
     images: object
     failures: dict[int, str] = field(default_factory=dict)
+    transcoded: frozenset[int] = frozenset()
 
 
 class PillowBackend:
@@ -65,6 +67,7 @@ class PillowBackend:
 
     name = "pillow"
     device = "cpu"
+    takes_feeds = False
 
     def __init__(self, num_threads: int, max_batch: int) -> None:
         self.max_batch = max_batch
@@ -145,6 +148,16 @@ def decode_one(encoded: bytes, crops: CropParams, index: int) -> npt.NDArray[np.
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
     Raises:
+        ImageError: as `decode_window`.
+    """
+    return finish_crop(decode_window(encoded, crops, index), crops, index)
+
+
+def decode_window(encoded: bytes, crops: CropParams, index: int) -> Image.Image:
+    """Decode one image and cut its window.
+
+    Args: as `decode_one`.
+    Raises:
         ImageError: as `decode_rgb`, or a size that differs from the header's.
     """
     image = decode_rgb(encoded)
@@ -153,13 +166,19 @@ def decode_one(encoded: bytes, crops: CropParams, index: int) -> npt.NDArray[np.
         raise ImageError(
             f"its header and its pixels disagree about the size ({image.width} x {image.height})"
         )
-    if (h, w) != (image.height, image.width):
-        if h * w < _DIRECT_CROP_PIXELS:
-            image = image.crop((x, y, x + w, y + h))
-        else:  # `crop` applies Pillow's own pixel limit, which is a global of the process
-            image = Image.fromarray(np.asarray(image)[y : y + h, x : x + w])
     # cut first, then resize: pixels outside the window must not bleed in, as `resize(box=...)` would let them
-    return finish_crop(image, crops, index)
+    if (h, w) == (image.height, image.width):
+        return image
+    if h * w < _DIRECT_CROP_PIXELS:
+        return image.crop((x, y, x + w, y + h))
+    # `crop` applies Pillow's own pixel limit, which is a global of the process
+    return Image.fromarray(np.asarray(image)[y : y + h, x : x + w])
+
+
+def resize_window(window: Image.Image, crops: CropParams, index: int) -> Image.Image:
+    """Resize a decoded window to `crops.sizes`."""
+    height, width = (int(value) for value in crops.sizes[index])
+    return window.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def finish_crop(window: Image.Image, crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
@@ -172,8 +191,7 @@ def finish_crop(window: Image.Image, crops: CropParams, index: int) -> npt.NDArr
     Returns:
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
     """
-    height, width = (int(value) for value in crops.sizes[index])
-    resized = window.resize((width, height), Image.Resampling.BILINEAR)
+    resized = resize_window(window, crops, index)
     if crops.colors is not None:
         resized = resized.convert("RGB", tuple(crops.colors[index].ravel().tolist()))
     side, views = crops.crop_px, []

@@ -1,7 +1,9 @@
-"""Turns requests into batches: files are read ahead and decoded in the background.
+"""Turns requests into batches: images are read and decoded in the background, some batches ahead.
 
-Nothing here depends on training or prediction. One pool of threads reads; another decodes two batches at a
-time, so that one is resized while the next is decoded. All threads end with the iterator.
+Nothing here depends on training or prediction. Each batch in flight has a thread, which mostly waits. A
+backend that takes feeds decodes several batches at once, from the sample table; a batch that it refuses is
+read in Python and decoded alone, and the files that were the reason go that way from then on. All threads
+end with the iterator.
 """
 
 from __future__ import annotations
@@ -9,41 +11,65 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.text import printable
+from data_pipeline.decode.feed import Feed
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loading.bad_files import Failure, FaultLog
-from data_pipeline.loading.readers import EncodedImage, FetchFn, ReaderPool, Samples, fetch_images
+from data_pipeline.loading.feeds import CropFn, FeedMaker
+from data_pipeline.loading.readers import EncodedImage, Reader, Samples
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.sampler import Int
 
 _POLL_S = 0.1
-_DECODING = 2
-"""Batches decoded at once: while one is resized, DALI decodes the other."""
+_AHEAD = 3
+"""Batches being read or decoded, beside those that are held ready: as many as DALI has in flight."""
 
 
 class ImageBackend(Protocol):
-    """Decodes a batch of encoded files into a batch of crops."""
+    """Decodes batches of encoded files into batches of crops.
+
+    Attributes:
+        takes_feeds: whether it has a fast way, and the methods that go with it.
+        max_batch_bytes: bound on what the images of a feed may decode to; None for no bound.
+    """
 
     name: str
     device: str
     max_batch: int
+    takes_feeds: bool
 
     def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
         """Decode up to `max_batch` files; one that fails leaves zeros and its reason, a None leaves zeros."""
 
     def close(self) -> None:
         """Release threads and memory."""
+
+
+class FeedBackend(ImageBackend, Protocol):
+    """A backend whose fast way decodes several batches at a time, each as a whole or not at all."""
+
+    @property
+    def max_batch_bytes(self) -> int | None: ...
+
+    def decode_fast(self, feed: Feed) -> object | None:
+        """The images of a batch; None if one of its files is refused, or is not what the feed says."""
+
+    def distrust_fast(self, explained: bool) -> None:
+        """Learn of a batch that was refused, and whether a file was found to be the reason."""
+
+    def log_pillow(self) -> None:
+        """Log, once, that Pillow decodes some of the files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +83,7 @@ class Batch:
         valid: (N) bool, which samples were decoded.
         indices: (N) int64, which sample of the dataset (prediction: which of the paths).
         positions: (N) int64, place in the epoch's order (evaluation, prediction: as `indices`).
-        paths: (N) the files.
+        paths: (N) the files; each path is made when it is asked for.
         failures: one for each sample that is not valid, in order.
         step: global step in training; else the number of the batch.
         last: whether this is the last micro-batch of its step.
@@ -69,7 +95,7 @@ class Batch:
     valid: npt.NDArray[np.bool_]
     indices: Int
     positions: Int
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     failures: tuple[Failure, ...]
     step: int
     last: bool
@@ -84,19 +110,42 @@ class BatchRequest:
     """The samples of one batch, and how they are cropped. See `Batch` for the fields of the same name.
 
     Attributes:
-        samples: gives the bytes of the `indices`, in this process or in a reading one.
+        samples: has the images of the `indices`.
         crop_fn: the crops for the upright sizes, (N, 2), of the N images.
     """
 
     samples: Samples
-    paths: tuple[Path, ...]
     labels: Int
     indices: Int
     positions: Int
     step: int
     last: bool
-    crop_fn: Callable[[Int], CropParams]
+    crop_fn: CropFn
     mix: MixParams | None = None
+
+
+class SamplePaths(Sequence[Path]):
+    """The paths of some samples, made as they are asked for: a training step needs none.
+
+    Args:
+        samples: the samples.
+        indices: (N) which of them.
+    """
+
+    def __init__(self, samples: Samples, indices: Int) -> None:
+        self._samples, self._indices = samples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, place: int) -> Path: ...
+    @overload
+    def __getitem__(self, place: slice) -> SamplePaths: ...
+    def __getitem__(self, place: int | slice) -> Path | SamplePaths:
+        if isinstance(place, slice):
+            return SamplePaths(self._samples, self._indices[place])
+        return self._samples.path_at(int(self._indices[place]))
 
 
 def prefetch_batches(
@@ -107,7 +156,6 @@ def prefetch_batches(
     read_threads: int,
     prefetch: int,
     faults: FaultLog,
-    readers: ReaderPool | None,
 ) -> Generator[Batch, None, None]:
     """Fulfil requests in order, up to `prefetch` batches ahead of the consumer.
 
@@ -115,10 +163,9 @@ def prefetch_batches(
         requests: consumed by the background thread.
         backend: decodes.
         max_pixels: cap on an image's pixels, by its header.
-        read_threads: files read at once, >= 1.
-        prefetch: decoded batches held ready, >= 1. As many again are being read or decoded.
+        read_threads: files read at once in Python, >= 1.
+        prefetch: decoded batches held ready, >= 1. As many again, and three, are being decoded.
         faults: logs each bad file once; a file that it excludes is not read again.
-        readers: processes that read in place of threads, for the samples that they hold.
     Yields:
         One batch for each request. An error of the background thread is raised here.
         Closing the iterator ends the threads.
@@ -135,15 +182,16 @@ def prefetch_batches(
                 return
 
     def produce() -> None:
-        reads = _Reads(read_threads, readers, max_pixels, faults)
-        decoders = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
-        ahead = 1 + max(prefetch, 0 if readers is None else readers.num_processes)  # no process runs idle
+        ahead = prefetch + _AHEAD
+        reader = Reader(read_threads, max_pixels, faults)
+        decoder = _Decoder(backend, reader)
+        threads = ThreadPoolExecutor(ahead, thread_name_prefix="decode")
         batches: deque[Future[Batch]] = deque()
         try:
             for request in requests:
                 if stop.is_set():
                     return
-                batches.append(decoders.submit(_decode, request, reads.submit(request), backend))
+                batches.append(threads.submit(decoder.decode, request))
                 if len(batches) >= ahead:
                     put(batches.popleft().result())
             while batches and not stop.is_set():
@@ -152,8 +200,9 @@ def prefetch_batches(
         except BaseException as error:  # raised again where the consumer waits
             put(error)
         finally:
-            reads.close()  # first: a decoder may wait for a read, which this completes or cancels
-            decoders.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
+            reader.close()
+            decoder.close()
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     return _consume(ready, stop, thread, faults)
@@ -171,64 +220,79 @@ def _consume(
             if isinstance(item, BaseException):
                 raise item
             for failure, place in zip(item.failures, np.flatnonzero(~item.valid), strict=True):
-                faults.add(failure, item.paths[place])
+                faults.add(failure, item.paths[int(place)])
             yield item
     finally:
         stop.set()
         thread.join()
 
 
-class _Reads:
-    """Reads the files of requests, in threads.
+class _Decoder:
+    """Makes the batches of requests, the fast way or the slow one; any thread may call it."""
 
-    Requests for samples that reading processes hold go to those, whole; a thread for each waits for it.
-    """
+    def __init__(self, backend: ImageBackend, reader: Reader) -> None:
+        self._backend, self._reader = backend, reader
+        self._fast: FeedBackend | None = backend if backend.takes_feeds else None  # type: ignore[assignment]
+        self._feeds = FeedMaker(reader)
 
-    def __init__(
-        self, read_threads: int, readers: ReaderPool | None, max_pixels: int, faults: FaultLog
-    ) -> None:
-        self._threads = read_threads if readers is None else readers.num_processes
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
-        self._readers, self._max_pixels, self._faults = readers, max_pixels, faults
-
-    def submit(self, request: BatchRequest) -> list[Future[list[EncodedImage]]]:
-        """Begin to read a request's files; the futures give shares of them, in order."""
-        count, fetch = len(request.paths), fetch_images
-        share = max(1, -(-count // (2 * self._threads)))  # files of one task: handing one over costs time too
-        if self._readers is not None and self._readers.holds(request.samples):
-            share, fetch = count, self._readers.fetch
-        return [
-            self._pool.submit(self._fetch, request, slice(first, first + share), fetch)
-            for first in range(0, count, share)
-        ]
-
-    def _fetch(self, request: BatchRequest, share: slice, fetch: FetchFn) -> list[EncodedImage]:
-        """Some files of a request; those that are excluded are not read."""
-        reasons = [self._faults.reason_for(path) for path in request.paths[share]]
-        wanted = request.indices[share][[reason is None for reason in reasons]]
-        fetched = iter(fetch(request.samples, wanted, self._max_pixels))
-        return [next(fetched) if reason is None else EncodedImage(None, reason=reason) for reason in reasons]
+    def decode(self, request: BatchRequest) -> Batch:
+        if (fast := self._fast) is None:
+            return self._slowly(request)
+        made = self._feeds.make(request.samples, request.indices, request.crop_fn, fast.max_batch_bytes)
+        if made.by_pillow:
+            fast.log_pillow()
+        images = fast.decode_fast(made.feed)
+        if images is None:
+            return self._slowly(request)
+        return _batch(request, images, made.failures)
 
     def close(self) -> None:
-        """End the threads, once the reads that have begun are done."""
-        self._pool.shutdown(cancel_futures=True)
+        self._feeds.close()
+
+    def _slowly(self, request: BatchRequest) -> Batch:
+        """Read every file of a batch, and decode them alone, each by what it is now."""
+        files = self._reader.fetch(request.samples, request.indices.tolist())
+        sizes = np.array([file.height_width for file in files], dtype=np.int64)
+        crops = request.crop_fn(sizes)
+        if self._fast is not None:
+            for place in self._feeds.too_large(sizes, (), self._fast.max_batch_bytes):
+                files[place] = self._feeds.cut(files[place], crops, place)
+                crops.set_cut(place)
+        decoded = self._backend.decode([file.data for file in files], crops)
+        reasons = {i: file.reason for i, file in enumerate(files) if file.data is None} | decoded.failures
+        if self._fast is not None:
+            found = self._remember(request, files, {*reasons, *decoded.transcoded})
+            self._fast.distrust_fast(explained=found)
+        return _batch(request, decoded.images, reasons)
+
+    def _remember(self, request: BatchRequest, files: Sequence[EncodedImage], slow: set[int]) -> bool:
+        """Note in the table which samples the fast way cannot take; return whether there are any.
+
+        They are those that it does not read, and those that changed since the table was made.
+        """
+        table = request.samples.table
+        if table is None:
+            return bool(slow)
+        for place, (file, index) in enumerate(zip(files, request.indices.tolist(), strict=True)):
+            known = (int(table.lengths[index]), *table.sizes[index].tolist())
+            if file.data is not None and known != (len(file.data), *file.height_width):
+                slow.add(place)
+        table.direct[request.indices[list(slow)]] = False
+        return bool(slow)
 
 
-def _decode(request: BatchRequest, reads: list[Future[list[EncodedImage]]], backend: ImageBackend) -> Batch:
-    files = [file for share in reads for file in share.result()]
-    sizes = np.array([file.height_width for file in files], dtype=np.int64)
-    decoded = backend.decode([file.data for file in files], request.crop_fn(sizes))
-    reasons = {i: file.reason for i, file in enumerate(files) if file.data is None} | decoded.failures
-    valid = np.ones(len(files), dtype=bool)
+def _batch(request: BatchRequest, images: object, reasons: dict[int, str]) -> Batch:
+    valid = np.ones(len(request.indices), dtype=bool)
     valid[list(reasons)] = False
+    paths = SamplePaths(request.samples, request.indices)
     return Batch(
-        images=decoded.images,
+        images=images,
         labels=request.labels,
         valid=valid,
         indices=request.indices,
         positions=request.positions,
-        paths=request.paths,
-        failures=tuple(Failure(printable(request.paths[i]), reasons[i]) for i in sorted(reasons)),
+        paths=paths,
+        failures=tuple(Failure(printable(paths[i]), reasons[i]) for i in sorted(reasons)),
         step=request.step,
         last=request.last,
         mix=None if request.mix is None else request.mix.drop_invalid(valid),

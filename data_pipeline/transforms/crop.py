@@ -58,8 +58,18 @@ class CropParams:
         """Empty for one view of each image, else (V,): the axes behind N in the shape of the images."""
         return self.flips.shape[1:]
 
+    def set_cut(self, index: int) -> None:
+        """Change the crop of one sample into one from its window, already resized, as an image of its own."""
+        self.windows[index] = (0, 0, *self.sizes[index])
+
+    def set_blank(self, index: int) -> None:
+        """Change the crop of one sample into one that makes zeros of a single black pixel."""
+        self.windows[index], self.sizes[index], self.offsets[index] = (0, 0, 1, 1), self.crop_px, 0
+        if self.colors is not None:
+            self.colors[index] = np.eye(3, 4)
+
     def take(self, indices: Sequence[int] | Int) -> CropParams:
-        """The parameters of some of the samples."""
+        """The parameters of some of the samples, as a copy."""
         picked = np.asarray(indices, dtype=np.int64)
         return CropParams(
             self.windows[picked],

@@ -49,6 +49,7 @@ def echo_report(report: dict[str, Any], describe: Callable[..., list[str]], as_j
 @images_option(at_least=128, default=2000)
 @rounds_option(5, "Turns that every loader takes.")
 @option("--batches", type=INT(1), default=15, help="Batches of 64 in each turn.")
+@click.option("--only", multiple=True, metavar="LOADER", help="Measure this one; may be given several times.")
 @json_option
 def data(as_json: bool, **options: Any) -> None:
     """Images/s of our loader against torchvision's and DALI's own, on training crops of 224.
@@ -58,6 +59,7 @@ def data(as_json: bool, **options: Any) -> None:
     \b
     alexnet bench data
     alexnet bench data --json --images 512 --rounds 3
+    alexnet bench data --only dali_gpu_shards --only dali_gpu_reader
     """
     from train.bench.data import bench_data, describe
 

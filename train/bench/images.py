@@ -68,6 +68,27 @@ def write_bench_images(root: Path | None, count: int) -> Path:
     return root
 
 
+def write_small_images(root: Path, source: Path, count: int) -> None:
+    """Write `root/train/<class>/<number>.jpg`, 64 x 64 pixels as Tiny ImageNet's; nothing if they are there.
+
+    Args:
+        source: the images of `write_bench_images`, of which these are parts.
+    """
+    if (root / _MARKER).is_file():
+        return
+    random = np.random.default_rng(0)
+    photos = cycle(sorted(source.rglob("*.jpg")))
+    for number in range(count):
+        target = root / "train" / f"class-{number % NUM_CLASSES}" / f"{number:05d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(next(photos)) as image:
+            x, y = (int(random.integers(0, side - 128)) for side in image.size)
+            image.resize((64, 64), Image.Resampling.BILINEAR, (x, y, x + 128, y + 128)).save(
+                target, quality=90
+            )
+    (root / _MARKER).touch()
+
+
 def link_bench_images(root: Path, names: Iterable[str], total: int, num_sources: int) -> None:
     """Make hard links to the benchmark's images, which need no room; nothing if they are all there.
 

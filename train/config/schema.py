@@ -23,9 +23,6 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Init = Literal["he", "paper", "caffe", "torch"]
 
-READERS = 4
-"""Most processes that read files for a GPU, unless `data.readers` sets another number."""
-
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
     "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
@@ -45,16 +42,23 @@ class DataConfig(Table, frozen=True):
         root: folder with `train/` and `val/`; `data/demo-digits` is written when it is missing.
         backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
         threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
-        readers: processes a rank that read files ahead; 0 for threads of the rank's own. None: processes
-            where a GPU decodes, which is faster than threads can read, and threads on a CPU, which is not.
-        prefetch: batches decoded ahead.
+        prefetch: batches held ready; as many more, and three, are being decoded.
+        cache: keeps the decoded pixels of splits whose images have one size, so that each is decoded once:
+            `ram`, one copy a machine in shared memory; `gpu`, one on each GPU; `auto`, on the GPU, else in
+            memory, where a quarter of what is free holds them and they are read twice or more; `none`.
+        deterministic: a GPU decodes a file to the same bytes each time, without its hardware decoder. On a
+            CPU it always does.
+        max_decoded_gb: bound on the decoded images, not cropped yet, that a GPU holds. What exceeds it is cut
+            on the CPU.
     """
 
     root: str | None = None
     backend: Literal["auto", "dali", "pillow"] = "auto"
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
-    readers: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
     prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    cache: Literal["none", "ram", "gpu", "auto"] = "auto"
+    deterministic: bool = False
+    max_decoded_gb: Annotated[float, msgspec.Meta(ge=0.1, le=1000)] = 2.0
 
 
 class ModelConfig(Table, frozen=True):

@@ -28,6 +28,9 @@ TIMEOUT_S = 600.0
 REPORT_S = 3.0
 """For so long ranks whose collective timed out report to each other; ranks that do not report are lost."""
 
+POLL_S = 0.05
+"""Between two looks at a flag for which a rank waits."""
+
 REST_S = 0.1
 """So long gloo's threads get to free the tensors of the last collective before the interpreter ends."""
 
@@ -117,6 +120,29 @@ class World:
             raise answer[0]
         decided: T = answer[0]
         return decided
+
+    @contextmanager
+    def first_of_machine(self, work: str) -> Iterator[None]:
+        """Let one rank of each machine do some work first; the others enter once it is done, however long it takes.
+
+        Args:
+            work: what it is called, the same on every rank, each time another.
+        """
+        topic = f"{work} on the machine of rank {self.rank - self.local_rank}"
+        try:
+            while self.local_rank and not self.flag_is_set(topic):  # no collective: that would time out
+                time.sleep(POLL_S)
+            yield
+        finally:
+            if not self.local_rank:
+                self.set_flag(topic)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of the ranks, on all of them."""
+        gathered: list[Any] = [None] * self.world_size
+        with self.named_collective("a gathering of the ranks' values"):
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def average_buffers(self, model: nn.Module) -> None:
         """Replace running statistics (BatchNorm's) by their mean over the ranks, on every rank."""

@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
 
 from data_pipeline.decode import dali as dali_module
 from data_pipeline.decode.dali import DaliBackend
-from data_pipeline.decode.pillow import PillowBackend, decode_rgb, read_header
+from data_pipeline.decode.pillow import PillowBackend, read_header
+from data_pipeline.decode.stand_in import cut_as_bmp
 from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, train_crop_params
@@ -106,11 +106,11 @@ def test_dali_leaves_only_the_named_kinds_to_pillow(
 ) -> None:
     read_by_pillow: list[bytes] = []
 
-    def noted(file: bytes) -> Image.Image:
+    def noted(file: bytes, crops: CropParams, index: int) -> bytes:
         read_by_pillow.append(file)
-        return decode_rgb(file)
+        return cut_as_bmp(file, crops, index)
 
-    monkeypatch.setattr(dali_module, "decode_rgb", noted)
+    monkeypatch.setattr(dali_module, "cut_as_bmp", noted)
     crops = recipes(list(KINDS.values()))["evaluation"]
     for i, file in enumerate(KINDS.values()):
         dali.decode([file], crops.take([i]))

@@ -153,14 +153,16 @@ def test_file_that_vanishes_during_an_epoch_is_left_out(
     write_folder(tmp_path / "train", {"a": 20, "b": 20})
     dataset = load_image_folder(tmp_path, "train")
     options: dict[str, Any] = {"seed": 1, "global_batch": 4, "num_steps": 20}
-    order = [batch.paths for batch in Loader(backend, PREPROCESSING).train(dataset, Augment(), **options)]
+    order = [
+        tuple(batch.paths) for batch in Loader(backend, PREPROCESSING).train(dataset, Augment(), **options)
+    ]
     victim = order[9][2]  # read long after the first batch: two are decoded ahead, and as many read
     batches = Loader(backend, PREPROCESSING, prefetch=1).train(dataset, Augment(), **options)
     with caplog.at_level(logging.WARNING, "data_pipeline"):
         seen = [next(batches)]
         victim.unlink()
         seen += list(batches)
-    assert [batch.paths for batch in seen] == order  # nobody takes its place
+    assert [tuple(batch.paths) for batch in seen] == order  # nobody takes its place
     lost = [(batch.step, int(i)) for batch in seen for i in np.flatnonzero(~batch.valid)]
     assert lost[0] == (9, 2) and len(lost) == 2  # once in each of two epochs
     assert caplog.messages == [f"left out {victim}: cannot be read: No such file or directory"]

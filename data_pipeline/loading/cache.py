@@ -1,0 +1,184 @@
+"""The decoded cache: the pixels of a split whose images have one size, decoded once and kept in memory.
+
+One process of a machine decodes into shared memory; the others map it (`pixel_store`). Batches are cropped
+from there, on the CPU by the compiled resize, or on a device by code that this folder does not know: it
+hands out `CachedCrops`, the parameters of a batch.
+
+Legend: N samples of the split, H and W height and width of all its images.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.console import show_progress
+from data_pipeline.common.errors import ImageError
+from data_pipeline.common.workers import map_ahead
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.decode.pillow import blank_images, decode_rgb
+from data_pipeline.decode.resize import Resizer
+from data_pipeline.loading.pixel_store import PixelStore, StoreAddress
+from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
+from data_pipeline.loading.scan import MANY, MAX_PIXELS, Chunk, make_chunks
+from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.sampler import Int
+
+Pixels = npt.NDArray[np.uint8]
+_CHUNK = 256
+"""Images that a process decodes at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachedCrops:
+    """Images of a batch that are still to be cropped, where the pixels are.
+
+    Attributes:
+        pixels: (N, H, W, 3) uint8 of the whole split, on a device.
+        indices: (B) int64, which of them.
+        crops: B crops.
+    """
+
+    pixels: Any
+    indices: Int
+    crops: CropParams
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedCache:
+    """The decoded pixels of a split.
+
+    Attributes:
+        dataset: the split.
+        store: its pixels in shared memory, which images are valid, and the reasons of the others.
+        placed: the same pixels on a device; None to crop on the CPU.
+    """
+
+    dataset: Dataset
+    store: PixelStore
+    placed: Any = None
+
+    def images(self, indices: Int, crops: CropParams, resizer: Resizer) -> object:
+        """Crop a batch; images that are not valid become zeros.
+
+        Args:
+            indices: (B) which images.
+            crops: B crops; changed where an image is not valid.
+            resizer: crops on the CPU.
+        Returns:
+            As `Batch.images`, or `CachedCrops` where the pixels lie on a device.
+        """
+        for place in np.flatnonzero(~self.store.valid[indices]).tolist():
+            crops.set_blank(place)
+        if self.placed is not None:
+            return CachedCrops(self.placed, indices, crops)
+        images = blank_images(crops)
+        resizer.crop_batch(images, self.store.pixels, indices, crops, 0, len(indices))
+        return images
+
+    def failures(self, indices: Int) -> dict[int, str]:
+        """The reason of each place of a batch whose image is not valid."""
+        bad = np.flatnonzero(~self.store.valid[indices]).tolist()
+        return {place: self.store.reasons[int(indices[place])] for place in bad}
+
+    def place(self, pixels: Any) -> DecodedCache:
+        """The cache with its pixels on a device, given as a copy of `store.pixels` there."""
+        return replace(self, placed=pixels)
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.store.close()
+
+
+def image_size(dataset: Dataset) -> tuple[int, int] | None:
+    """Height and width of all readable images of a split; None where they differ, or nothing is known."""
+    if (table := dataset.table) is None:
+        return None
+    sizes = table.sizes[table.kinds != 0]
+    if not len(sizes) or (sizes != sizes[0]).any():
+        return None
+    return int(sizes[0, 0]), int(sizes[0, 1])
+
+
+def bytes_needed(dataset: Dataset) -> int | None:
+    """Memory that the cache of a split takes; None where its images differ in size."""
+    size = image_size(dataset)
+    return None if size is None else 3 * len(dataset) * size[0] * size[1]
+
+
+def create_cache(dataset: Dataset) -> DecodedCache:
+    """Take the memory for the pixels of a split whose images have one size; `fill_cache` fills it.
+
+    Raises:
+        OSError: there is not so much memory.
+    """
+    size = image_size(dataset)
+    assert size is not None, "images of several sizes"
+    return DecodedCache(dataset, PixelStore.create(len(dataset), *size))
+
+
+def fill_cache(cache: DecodedCache, workers: int) -> None:
+    """Decode every image of a split into its cache, in processes if there are many.
+
+    Args:
+        cache: from `create_cache`, in the process that made it.
+        workers: processes that decode, >= 1.
+    Raises:
+        WorkerError: a worker was killed.
+    """
+    dataset, store = cache.dataset, cache.store
+    many = len(dataset) >= MANY
+    lean = replace(dataset, classes=(), labels_text=(), table=None)
+    chunks = make_chunks(lean, np.arange(len(dataset), dtype=np.int64), _CHUNK)
+    decode = partial(_decode_chunk, store.pixels.shape[1:3])
+    try:
+        with (
+            show_progress(f"decode images of {dataset.split}", len(dataset), shown=many) as progress,
+            closing(map_ahead(decode, chunks, workers if many else 1)) as results,
+        ):
+            for places, pixels, failures in results:
+                store.pixels[places] = pixels
+                store.valid[places] = True
+                for place, reason in failures.items():
+                    store.mark_bad(place, reason)
+                progress.advance(len(places))
+    except BaseException as error:
+        store.fail(f"the images of {dataset.split} could not be decoded into memory: {error}")
+        raise
+    store.complete()
+
+
+def attach_cache(dataset: Dataset, address: StoreAddress) -> DecodedCache:
+    """Map the cache that another process of this machine makes, and wait until it is filled.
+
+    Raises:
+        WorkerError: that process ended, or failed.
+    """
+    store = PixelStore.attach(address)
+    try:
+        store.wait_complete()
+    except BaseException:
+        store.close()
+        raise
+    return DecodedCache(dataset, store)
+
+
+def _decode_chunk(size: tuple[int, int], chunk: Chunk) -> tuple[Int, Pixels, dict[int, str]]:
+    """Decode some images: their places, (n, H, W, 3) pixels, and the reason of each that failed."""
+    pixels: Pixels = np.zeros((len(chunk.places), *size, 3), np.uint8)
+    failures = {}
+    for i, place in enumerate(chunk.places.tolist()):
+        try:
+            image = np.asarray(decode_rgb(chunk.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS)))
+            if image.shape[:2] != size:
+                height, width = image.shape[:2]
+                raise ImageError(f"{width} x {height} pixels, where all others have {size[1]} x {size[0]}")
+            pixels[i] = image
+        except ImageError as error:
+            failures[place] = str(error)
+    return chunk.places, pixels, failures

@@ -1,0 +1,267 @@
+"""The fast way: batches of known files, of which none is touched by Python; and what leaves it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.decode import dali as dali_module
+from data_pipeline.decode.dali import DaliBackend
+from data_pipeline.decode.dali_graph import GraphSpec, Place
+from data_pipeline.decode.dali_queue import GraphQueue
+from data_pipeline.loader import Loader
+from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.scan import with_table
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.images import as_numpy, broken, encode, kinds, photo, write_folder
+
+PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
+STEPS = 12
+
+
+@pytest.fixture(params=["window", "whole", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[DaliBackend]:
+    """DALI as on a CPU; the GPU's graph, on the CPU; the GPU."""
+    where = "gpu" if request.param == "gpu" else "cpu"
+    made = DaliBackend(where, 0, PREPROCESSING.crop_px, 16, 2, whole_graph=request.param != "window")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "train", {"a": 24, "b": 24})
+    return tmp_path
+
+
+def train(dataset: Dataset, backend: DaliBackend, num_steps: int = STEPS, **loading: Any) -> list[Batch]:
+    loader = Loader(backend, PREPROCESSING, **loading)
+    return list(loader.train(dataset, Augment(pca=0.1), seed=5, global_batch=4, num_steps=num_steps))
+
+
+def pixels(batches: list[Batch]) -> npt.NDArray[np.int64]:
+    return np.concatenate([as_numpy(batch.images) for batch in batches])
+
+
+def spoil(path: Path, how: str) -> None:
+    """Change a file after it was looked at."""
+    data = path.read_bytes()
+    bomb = broken()["png of 30000 x 30000"]
+    changed = {
+        "bits, same length": data[:300] + bytes(len(data) - 300),
+        "cut off": data[: len(data) // 2],
+        "emptied": b"",
+        "png of 30000 x 30000": bomb,
+        "the same in as many bytes": bomb + bytes(len(data) - len(bomb)),
+        "text": b"no image",
+    }
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(changed[how])
+
+
+SPOILED = {
+    "bits, same length": "damaged JPEG",
+    "cut off": "truncated JPEG",
+    "emptied": "empty file",
+    "png of 30000 x 30000": "30000 x 30000 pixels are above the limit",
+    "the same in as many bytes": "30000 x 30000 pixels are above the limit",
+    "text": "not an image",
+    "removed": "No such file",
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_bad_file_in_flight_leaves_its_neighbours(
+    root: Path, backend: DaliBackend, step: int, how: str
+) -> None:
+    dataset = with_table(open_dataset(root, "train"), 1)
+    want = train(dataset, backend)
+    victim = want[step].paths[2]
+    spoil(victim, how)
+    got = train(dataset, backend)
+    failed = [(batch.step, int(place)) for batch in got for place in np.flatnonzero(~batch.valid)]
+    assert failed == [(step, 2)]
+    assert SPOILED[how] in got[step].failures[0].reason and got[step].failures[0].path == str(victim)
+    expected = pixels(want)
+    expected[4 * step + 2] = 0
+    assert np.array_equal(pixels(got), expected)
+
+
+def test_bad_file_costs_one_slow_batch_and_no_more(
+    root: Path, backend: DaliBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = with_table(open_dataset(root, "train"), 1)
+    slow: list[int] = []
+    decode = backend.decode
+    monkeypatch.setattr(backend, "decode", lambda *given: (slow.append(1), decode(*given))[1])
+    train(dataset, backend)
+    assert not slow
+    spoil(dataset.path_at(7), "bits, same length")
+    batches = train(dataset, backend, num_steps=5 * STEPS)
+    assert sum(not batch.valid.all() for batch in batches) == 5 and len(slow) == 1
+
+
+def test_file_of_another_size_is_cropped_by_its_own(root: Path, backend: DaliBackend) -> None:
+    dataset = with_table(open_dataset(root, "train"), 1)
+    for index, size in ((3, (40, 90)), (30, (200, 160))):
+        path = dataset.path_at(index)
+        before, after = path.stat().st_size, encode(photo(*size, seed=index), "JPEG", quality=5)
+        assert len(after) < before
+        path.write_bytes(after + bytes(before - len(after)))  # nobody sees it from the length
+    got = train(dataset, backend)
+    assert all(batch.valid.all() for batch in got)
+    assert np.array_equal(pixels(got), pixels(train(load_image_folder(root, "train"), backend)))
+
+
+def test_files_that_dali_does_not_read_are_among_the_others(
+    tmp_path: Path, backend: DaliBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path / "train", {"a": 24, "b": 24})
+    unlike = kinds()
+    for number, (name, data) in enumerate(unlike.items()):
+        suffix = name.split()[0].replace("jpeg", "jpg")
+        (tmp_path / "train" / "b" / f"x{number}.{suffix}").write_bytes(data)
+    unknown = load_image_folder(tmp_path, "train")
+    known = with_table(unknown, 1)
+    assert known.table is not None and 3 < (~known.table.direct).sum() < len(unlike)
+    with caplog.at_level(logging.INFO, "data_pipeline"):
+        got = train(known, backend)
+    assert sum("Pillow decodes those" in message for message in caplog.messages) == 1
+    want = train(unknown, backend)
+    assert np.array_equal(pixels(got), pixels(want))
+    assert all(batch.valid.all() for batch in chain(got, want))
+
+
+def test_shards_give_the_pixels_of_their_files(files: Path, shards: Path, backend: DaliBackend) -> None:
+    batches = {}
+    for folder, table in ((files, False), (files, True), (shards, True)):
+        dataset = open_dataset(folder, "train")
+        dataset = with_table(dataset, 1) if table else replace(dataset, table=None)
+        batches[folder, table] = train(dataset, backend)
+    want = batches.pop((files, False))
+    for got in batches.values():
+        assert np.array_equal(pixels(got), pixels(want))
+        assert [batch.valid.tolist() for batch in got] == [batch.valid.tolist() for batch in want]
+        assert [failure.reason for batch in got for failure in batch.failures][:1] == ["empty file"]
+
+
+def test_damaged_shard_member_is_one_failure(files: Path, shards: Path, backend: DaliBackend, tmp_path: Path) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    dataset = open_dataset(copy, "train")
+    want = train(dataset, backend)
+    bad = int(want[1].indices[1])
+    assert dataset.reader is not None
+    shard = copy / dataset.reader.shards[int(dataset.reader.shard_of[bad])]
+    with shard.open("r+b") as file:
+        file.seek(int(dataset.reader.offsets[bad]) - 400)
+        file.write(b"\xff")
+    got = train(dataset, backend)
+    assert not got[1].valid[1] and "do not fit each other" in got[1].failures[0].reason
+    keep = np.flatnonzero(np.concatenate([batch.valid for batch in got]))
+    assert len(keep) >= 4 * STEPS - 2 and np.array_equal(pixels(got)[keep], pixels(want)[keep])
+
+
+def test_decoded_bytes_in_flight_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    large = encode(photo(4000, 5000), "JPEG", quality=30)
+    for number in range(8):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(large if number < 5 else encode(photo(60, 80, seed=number), "JPEG"))
+    dataset = with_table(open_dataset(tmp_path, "train"), 1)
+    decoded: list[int] = []
+
+    class Counting(DaliBackend):
+        def decode_fast(self, feed: Any) -> object | None:
+            decoded.append(3 * int(feed.sizes.prod(axis=1).sum()))
+            return super().decode_fast(feed)
+
+    images = {}
+    for gigabytes in (2.0, 0.5):
+        backend = Counting("cpu", 0, 32, 16, 2, whole_graph=True, max_decoded_bytes=int(gigabytes * 1e9))
+        with caplog.at_level(logging.INFO, "data_pipeline"):
+            loader = Loader(backend, PREPROCESSING)
+            (batch,) = loader.train(dataset, Augment(), seed=1, global_batch=8, num_steps=1)
+        images[gigabytes] = as_numpy(batch.images)
+        backend.close()
+    assert 3e8 < decoded[0] < 5e8 and decoded[1] <= 0.5e9 / (dali_module.DEPTH + 1)
+    assert caplog.messages == [
+        "the images of a batch decode to more than 0.12 GB: the largest are cut on the CPU, more slowly "
+        "(data.max_decoded_gb)",
+        "3 large images were cut on the CPU",
+    ]
+    assert np.abs(images[2.0] - images[0.5])[:, 1:-1, 1:-1].max() <= 1
+
+
+def test_device_without_the_fast_way_decodes_windows(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[GraphSpec] = []
+
+    class Refusing(GraphQueue):
+        def __init__(self, spec: GraphSpec, place: Place) -> None:
+            opened.append(spec)
+            if spec.decode == "whole":
+                raise RuntimeError("traceback\nnvJPEG is missing")
+            super().__init__(spec, place)
+
+    dataset = with_table(open_dataset(root, "train"), 1)
+    backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
+    want = train(dataset, backend)
+    backend.close()
+    monkeypatch.setattr(dali_module, "GraphQueue", Refusing)
+    backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
+    got = train(dataset, backend)
+    backend.close()
+    assert [(spec.decode, spec.depth) for spec in opened] == [("whole", 3), ("window", 1)]
+    assert np.array_equal(pixels(got), pixels(want))
+    assert caplog.messages == [
+        "DALI's fast way fails on this cpu (nvJPEG is missing): windows are decoded, a batch at a time, more "
+        "slowly"
+    ]
+
+
+def test_fast_way_that_refuses_good_files_is_given_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = with_table(open_dataset(root, "train"), 1)
+    backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
+    want = train(dataset, backend)
+    decode_fast = backend.decode_fast
+    monkeypatch.setattr(
+        backend, "decode_fast", lambda feed: None if backend.max_batch_bytes else decode_fast(feed)
+    )
+    got = train(dataset, backend)
+    backend.close()
+    assert np.array_equal(pixels(got), pixels(want))
+    assert [message for message in caplog.messages if "fast way" in message] == [
+        "DALI's fast way fails on this cpu (it refuses batches without a bad file): windows are decoded, a "
+        "batch at a time, more slowly"
+    ]
+
+
+def test_deterministic_decoding_gives_the_same_bytes_twice(root: Path, backend: DaliBackend) -> None:
+    dataset = with_table(open_dataset(root, "train"), 1)
+    where = "gpu" if backend.device == "gpu" else "cpu"
+    runs = []
+    for _ in range(2):
+        made = DaliBackend(where, 0, 32, 16, 2, whole_graph=True, deterministic=True)
+        runs.append(pixels(train(dataset, made)))
+        made.close()
+    assert np.array_equal(*runs)

@@ -1,0 +1,319 @@
+"""The cases of `alexnet bench data`: our loader in its forms, and those it is compared with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.packed_strings import PackedStrings
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.decode.dali import DEPTH
+from data_pipeline.decode.dali_graph import HARDWARE_LOAD, GraphSpec, Place
+from data_pipeline.decode.dali_queue import GraphQueue
+from data_pipeline.decode.feed import Feed, FilePaths
+from data_pipeline.decode.pillow import Decoded, PillowBackend
+from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loading.cache import create_cache, fill_cache
+from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.scan import with_table
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.preprocessing import Preprocessing
+from train.bench import harness
+
+SETTLE_S = 0.5
+MakeBatches = Callable[[int], Generator[int, None, None]]
+"""Makes so many batches and yields the number of images in each."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One loader to measure.
+
+    Attributes:
+        name: of the figure.
+        kind: which loader, a function of this file.
+        folder: the images, or their shards.
+        cores: to which it is pinned.
+        batch: images in a batch.
+        crop_px: side of the crops.
+        gpu: whether it decodes on the GPU.
+    """
+
+    name: str
+    kind: Literal["ours", "pillow", "cached", "feed", "torchvision", "dali_reader", "file_read"]
+    folder: Path
+    cores: int
+    batch: int = 64
+    crop_px: int = 224
+    gpu: bool = False
+
+
+class LoaderCase:
+    """A loader on so many cores, turning the benchmark's images into training batches."""
+
+    def __init__(self, stack: ExitStack, subject: Subject) -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: subject.cores])
+        self._batches: MakeBatches = _MAKERS[subject.kind](subject, stack)
+        self.measure(2, 0)
+
+    def measure(self, num_batches: int, step_s: float) -> tuple[float, float]:
+        """Time some batches, and let torch's workers finish what they read ahead.
+
+        Returns:
+            Images per second; microseconds of this process's processors for each image.
+        """
+        figures = time_batches(self._batches, num_batches, step_s)
+        time.sleep(SETTLE_S)
+        return figures
+
+    def memory_mb(self, num_epochs: int, batches_per_epoch: int) -> list[float]:
+        """Return the resident memory of this process after each epoch over all images."""
+        memory = []
+        for number, _ in enumerate(self._batches(num_epochs * batches_per_epoch), start=1):
+            if number % batches_per_epoch == 0:
+                status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+                kilobytes = next(line.split()[1] for line in status if line.startswith("VmRSS"))
+                memory.append(harness.four_digits(float(kilobytes) / 1000))
+        return memory
+
+
+def time_batches(make_batches: MakeBatches, num_batches: int, step_s: float) -> tuple[float, float]:
+    """Time batches, from the first one's arrival to that of the last.
+
+    Args:
+        num_batches: that are counted; one more is made, the first.
+        step_s: for so long a device is busy after each batch.
+    Returns:
+        As `LoaderCase.measure`.
+    """
+    images = 0
+    with closing(make_batches(num_batches + 1)) as batches:
+        next(batches)
+        started, busy = time.perf_counter(), time.process_time()
+        for _ in range(num_batches):
+            if step_s:
+                time.sleep(step_s)
+            images += next(batches)
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
+        return images / seconds, 1e6 * busy / images
+
+
+def our_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open this project's loader on files or shards."""
+    preprocessing = Preprocessing(crop_px=subject.crop_px)
+    backend = make_backend(
+        "pillow" if subject.kind == "pillow" else "dali", device="gpu" if subject.gpu else "cpu",
+        preprocessing=preprocessing, max_batch=subject.batch, num_threads=subject.cores,
+    )  # fmt: skip
+    stack.enter_context(closing(backend))
+    return _batches_of(Loader(backend, preprocessing), _open(subject), subject)
+
+
+def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open this project's loader on decoded pixels that are kept, cropped on the CPU or on the GPU."""
+    preprocessing = Preprocessing(crop_px=subject.crop_px)
+    backend = PillowBackend(num_threads=1, max_batch=subject.batch)  # decodes nothing here
+    stack.enter_context(closing(backend))
+    dataset = _open(subject)
+    cache = create_cache(dataset)
+    stack.enter_context(closing(cache))
+    fill_cache(cache, subject.cores)
+    if not subject.gpu:
+        return _batches_of(Loader(backend, preprocessing, caches=(cache,)), dataset, subject)
+    import torch
+
+    from train.kernels.cached_crops import crop_cached
+
+    def crop(batch: Batch) -> None:
+        crop_cached(batch.images.pixels, batch.images.indices, batch.images.crops)
+        torch.cuda.current_stream().synchronize()
+
+    placed = cache.place(torch.from_numpy(cache.store.pixels).cuda())
+    return _batches_of(Loader(backend, preprocessing, caches=(placed,)), dataset, subject, crop)
+
+
+class FeedOnly:
+    """A backend that takes batches as DALI's fast way does, and decodes nothing: what all but decoding costs.
+
+    A batch's "images" are (N) uint64, the exclusive or of each file's eight-byte words; zeros for paths,
+    whose files DALI reads.
+    """
+
+    name, device, takes_feeds, max_batch_bytes = "none", "cpu", True, None
+
+    def __init__(self, subject: Subject, paths: bool) -> None:
+        self.max_batch = subject.batch
+        place = Place("cpu", 0, subject.batch, subject.cores)
+        self._queue = GraphQueue(GraphSpec(paths, "none", crop_px=None, depth=DEPTH), place)
+
+    def decode_fast(self, feed: Feed) -> object:
+        """Read a batch."""
+        sizes = self._queue.submit(feed).result()[1]
+        assert sizes is None or np.array_equal(sizes, feed.sizes)
+        if isinstance(feed.files, FilePaths):
+            return np.zeros(len(feed), np.uint64)
+        return np.fromiter(map(checksum, feed.files), np.uint64, len(feed))
+
+    def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
+        """Refuse: no file of the benchmark goes the slow way."""
+        raise AssertionError("a batch was refused")
+
+    def distrust_fast(self, explained: bool) -> None:
+        """Do nothing."""
+
+    log_pillow = close = lambda self: None
+
+
+def checksum(file: npt.NDArray[np.uint8]) -> int:
+    """Combine all eight-byte words of a file; the rest, of fewer bytes, is left out."""
+    return int(np.bitwise_xor.reduce(file[: len(file) // 8 * 8].view(np.uint64)))
+
+
+def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open this project's loader without a decoder; of shards, each image's checksum is compared."""
+    dataset = _open(subject)
+    backend = FeedOnly(subject, paths=dataset.reader is None)
+    stack.callback(backend._queue.close)
+    known = [checksum(np.frombuffer(dataset.read(i), np.uint8)) for i in range(len(dataset))]
+    expected = np.array(known, np.uint64) if dataset.reader is not None else np.zeros(len(known), np.uint64)
+
+    def compare(batch: Batch) -> None:
+        assert np.array_equal(batch.images, expected[batch.indices])
+
+    return _batches_of(Loader(backend, Preprocessing(crop_px=subject.crop_px)), dataset, subject, compare)
+
+
+def file_read(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Let DALI read the same files in a random order, and do nothing else."""
+    import nvidia.dali
+
+    dali: Any = nvidia.dali
+    types, dataset = dali.types, _open(subject)
+    pipeline = dali.Pipeline(
+        batch_size=subject.batch, num_threads=subject.cores, device_id=None, prefetch_queue_depth=DEPTH
+    )
+    with pipeline:
+        names = dali.fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(dali.fn.io.file.read(names).shape())
+    pipeline.build()
+    prefix = f"{subject.folder}/train/".encode()
+    paths = PackedStrings.pack(dataset.paths).padded(np.arange(len(dataset)), prefix)
+    random = np.random.default_rng(0)
+
+    def push() -> None:
+        pipeline.feed_input("paths", paths[random.integers(0, len(paths), subject.batch)])
+
+    for _ in range(DEPTH):
+        push()
+    pipeline.schedule_run()
+
+    def batches(count: int) -> Generator[int, None, None]:
+        for _ in range(count):
+            pipeline.share_outputs()
+            pipeline.release_outputs()
+            push()
+            pipeline.schedule_run()
+            yield subject.batch
+
+    return batches
+
+
+def torchvision_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open torch's DataLoader with torchvision's v2 transforms, a worker for each core, uint8 out."""
+    import torch
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(subject.crop_px, antialias=True)
+    steps = [crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    images = ImageFolder(str(subject.folder / "train"), transform=v2.Compose(steps))
+    torch.set_num_threads(1)
+    loader: Any = torch.utils.data.DataLoader(
+        images,
+        subject.batch,
+        shuffle=True,
+        num_workers=subject.cores,
+        drop_last=True,
+        persistent_workers=True,
+    )
+
+    def batches(count: int) -> Generator[int, None, None]:
+        for pixels, _labels in islice(chain.from_iterable(repeat(loader)), count):
+            yield len(pixels)
+
+    return batches
+
+
+def dali_reader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+    import nvidia.dali
+
+    dali: Any = nvidia.dali
+    fn, types = dali.fn, dali.types
+    pipeline = dali.Pipeline(
+        batch_size=subject.batch, num_threads=subject.cores, device_id=0 if subject.gpu else None, seed=1,
+        prefetch_queue_depth=DEPTH,
+    )  # fmt: skip
+    mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": HARDWARE_LOAD} if subject.gpu else {}
+    with pipeline:
+        root = str(subject.folder / "train")
+        encoded, labels = fn.readers.file(file_root=root, random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
+        size = [subject.crop_px] * 2
+        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()), labels)
+    pipeline.build()
+
+    def batches(count: int) -> Generator[int, None, None]:
+        for _ in range(count):
+            images, _labels = pipeline.run()
+            # Copied, since a batch must outlive the next run, as every loader's does.
+            yield len(images.as_tensor() if subject.gpu else np.array(images.as_array()))
+
+    return batches
+
+
+_MAKERS: dict[str, Callable[[Subject, ExitStack], MakeBatches]] = {
+    "ours": our_loader,
+    "pillow": our_loader,
+    "cached": cached_loader,
+    "feed": feed_loader,
+    "file_read": file_read,
+    "torchvision": torchvision_loader,
+    "dali_reader": dali_reader,
+}
+
+
+def _open(subject: Subject) -> Dataset:
+    return with_table(open_dataset(subject.folder, "train", quarantine=False), subject.cores)
+
+
+def _batches_of(
+    loader: Loader, dataset: Dataset, subject: Subject, finish: Callable[[Batch], object] = len
+) -> MakeBatches:
+    done = 0
+
+    def batches(count: int) -> Generator[int, None, None]:
+        nonlocal done
+        stream = loader.train(
+            dataset, Augment(), seed=0, global_batch=subject.batch, start_step=done, num_steps=count
+        )
+        done += count
+        with closing(stream):
+            for batch in stream:
+                assert batch.valid.all()
+                finish(batch)
+                yield len(batch)
+
+    return batches
