@@ -26,7 +26,7 @@ from PIL import Image
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.machine import share_memory_arenas
 from data_pipeline.decode.dali_graph import make_graph, run_graph
-from data_pipeline.decode.jpeg import markers_are_sound
+from data_pipeline.decode.look import is_for_pillow
 from data_pipeline.decode.pillow import Decoded, blank_images, decode_rgb, parallel_for
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.transforms.crop import CropParams
@@ -82,7 +82,7 @@ class DaliBackend:
         assert crops.crop_px == self._crop_px and len(encoded) <= self.max_batch
         work = _Work(encoded, crops)
         for i, data in enumerate(encoded):
-            if data is not None and _is_for_pillow(data):
+            if data is not None and is_for_pillow(data):
                 work.transcode(i)
         with self._lock:  # only for DALI: while this thread holds it, another may transcode or resize
             output = self._run(work.files, work.fed_crops())
@@ -178,17 +178,6 @@ class _Work:
         if crops.colors is not None:
             crops.colors[blank] = np.eye(3, 4)
         return crops
-
-
-def _is_for_pillow(data: bytes) -> bool:
-    """Whether Pillow must read a file: one that DALI does not know (GIF, extended WebP), reads although it is
-    truncated (TIFF) or damaged (JPEG), or refuses with output on stderr (truncated PNG, JPEG without image).
-    """
-    if data.startswith(b"\xff\xd8"):
-        return not markers_are_sound(data)
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-64:]
-    return data.startswith((b"GIF8", b"II*\0", b"MM\0*")) or data[8:16] == b"WEBPVP8X"
 
 
 def _as_bmp(image: Image.Image) -> bytes:
