@@ -24,6 +24,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.shards.mapped_shards import MappedShards
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -80,6 +81,7 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     reader = ShardReader(
         shards=tuple(os.path.relpath(shard, root) for shard in shards),
         handles=Handles(tuple(shards)),
+        mapped=MappedShards(tuple(shards)),
         shard_of=shard_of,
         offsets=offsets,
         sizes=sizes,
