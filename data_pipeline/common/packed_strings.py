@@ -44,7 +44,8 @@ class PackedStrings(Sequence[str]):
 
     def take(self, indices: npt.NDArray[np.int64]) -> PackedStrings:
         """The names at some places."""
-        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[indices]
+        starts = self.ends[indices - 1]  # not a copy of all ends: few of millions may be taken
+        starts[indices == 0] = 0
         sizes = self.ends[indices] - starts
         source, parts = np.frombuffer(self.blob, dtype=np.uint8), []
         for first in range(0, len(indices), _CHUNK):  # copying needs eight bytes of index for each byte

@@ -15,6 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import MAX_FILE_BYTES, read_file
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
+from data_pipeline.datasets.sample_table import SampleTable
 from data_pipeline.shards.shard_reader import ShardReader
 
 
@@ -45,6 +46,7 @@ class Dataset:
         labels_text: (len(classes)) names for people to read; empty where the data has none.
         num_quarantined: samples that the exclude list left out.
         reader: reads the samples of tar shards; None where each is a file, `root/split/path`.
+        table: what is known of each image before it is read; None where nobody has looked yet.
     """
 
     root: Path
@@ -55,6 +57,7 @@ class Dataset:
     labels_text: tuple[str, ...] = ()
     num_quarantined: int = 0
     reader: ShardReader | None = None
+    table: SampleTable | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,8 +90,11 @@ class Dataset:
         names, classes = PackedStrings.pack(self.paths), PackedStrings.pack(self.classes)
         digest = hashlib.sha256()
         for part in (classes.ends, classes.blob, names.ends, names.blob, self.labels):
-            content = part if isinstance(part, bytes) else part.astype("<i8").tobytes()
-            digest.update(len(content).to_bytes(8, "little") + content)
+            content = memoryview(
+                part if isinstance(part, bytes) else part.astype("<i8", order="C", copy=False)
+            )
+            digest.update(content.nbytes.to_bytes(8, "little"))
+            digest.update(content)
         return Contents(
             num_samples=len(self), num_quarantined=self.num_quarantined, sha256=digest.hexdigest()
         )
@@ -100,6 +106,7 @@ class Dataset:
             paths=PackedStrings.pack(self.paths).take(indices),
             labels=self.labels[indices],
             reader=None if self.reader is None else self.reader.take(indices),
+            table=None if self.table is None else self.table.take(indices),
         )
 
 

@@ -8,21 +8,18 @@ the same time. The content of images is not part of the index.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from data_pipeline.common.files import user_cache
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.kept_files import keep_file, kept_files
 from data_pipeline.datasets.watch import Signature, Watch, signature_of
 
 log = logging.getLogger("data_pipeline")
@@ -30,9 +27,7 @@ log = logging.getLogger("data_pipeline")
 VERSION = 1
 """Raise it when a scan of the same tree gives another index than before."""
 
-CACHE_FOLDER = ".alexnet"
 SETTLE_NS = 2_000_000_000
-_HASH_BYTES = 32
 
 
 class _Stored(msgspec.Struct, array_like=True):
@@ -51,12 +46,8 @@ class _Stored(msgspec.Struct, array_like=True):
 
 def load_index(root: Path, split: str) -> Dataset | None:
     """Load the stored index of a split; None if there is none, or the data has changed since."""
-    for path in _places(root, split):
-        try:
-            content = path.read_bytes()
-        except OSError:
-            continue
-        stored = _decode(content, split)
+    for path, content in kept_files(root, _name(split)):
+        stored = None if content is None else _decode(content, split)
         if stored is None:
             log.info("the index in %s is damaged or of another version: listing the files again", path)
         elif _is_current(stored, root):
@@ -83,43 +74,16 @@ def save_index(dataset: Dataset, watch: Watch) -> None:
         ends=names.ends.astype("<i8").tobytes(),
         labels=dataset.labels.astype("<i4").tobytes(),
     )
-    content = msgspec.msgpack.encode(stored)
-    for path in _places(dataset.root, dataset.split):
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, hashlib.sha256(content).digest() + content)
-            log.info("index of %d images kept in %s", len(dataset), printable(path))
-            return
-    log.info("the index could not be kept: neither the data folder nor the user's cache can be written")
+    keep_file(dataset.root, _name(dataset.split), msgspec.msgpack.encode(stored), "index", len(dataset))
 
 
-def _places(root: Path, split: str) -> list[Path]:
-    name = f"index-{split}.bin"
-    places = [Path(root) / CACHE_FOLDER / name]
-    identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
-    with suppress(OSError):
-        places.append(user_cache() / identity / name)
-    return places
+def _name(split: str) -> str:
+    return f"index-{split}.bin"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole, also when several ranks do so at once."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def _decode(content: memoryview, split: str) -> _Stored | None:
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _decode(content: bytes, split: str) -> _Stored | None:
-    if hashlib.sha256(content[_HASH_BYTES:]).digest() != content[:_HASH_BYTES]:
-        return None
-    try:
-        stored = msgspec.msgpack.decode(memoryview(content)[_HASH_BYTES:], type=_Stored)
+        stored = msgspec.msgpack.decode(content, type=_Stored)
     except msgspec.MsgspecError:
         return None
     return stored if stored.version == VERSION and stored.split == os.fsencode(split) else None
@@ -159,4 +123,5 @@ def _leaves_the_folder(blob: bytes, ends: np.ndarray[tuple[int], np.dtype[np.int
     """Whether a name could point out of its split's folder. A file's own name may hold dots, no `../`."""
     starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
     firsts = np.frombuffer(blob, dtype=np.uint8)[starts]
-    return b"../" in blob or b"/.." in blob or b"\0" in blob or bool((firsts == ord("/")).any())
+    climbs = b".." in blob and (b"../" in blob or b"/.." in blob)  # one search instead of two, most often
+    return climbs or b"\0" in blob or bool((firsts == ord("/")).any())

@@ -33,6 +33,7 @@ from data_pipeline.datasets.label_files import (
     read_synset_ids,
 )
 from data_pipeline.datasets.sharded import open_shards
+from data_pipeline.datasets.table_cache import load_table
 from data_pipeline.datasets.watch import Watch
 from data_pipeline.shards.shard_format import shard_files
 
@@ -54,7 +55,7 @@ def open_dataset(
         split: "train", "val", ...
         quarantine: True excludes what `quarantine.jsonl` of the data folder names, where there is one; a path
             is another list; False excludes nothing.
-        min_cached: from how many files on the index is kept for the next time.
+        min_cached: from how many samples on the index and the sample table are kept for the next time.
     Returns:
         The samples, by class and then by name, without those that the list names.
     Raises:
@@ -73,6 +74,8 @@ def open_dataset(
         found = load_index(root, split)
         dataset = _scan(root, split, min_cached) if found is None else found
     dataset.labels.setflags(write=False)
+    if dataset.table is None and len(dataset) >= min_cached:
+        dataset = replace(dataset, table=load_table(dataset))
     listed = find_exclude_list(root, quarantine)
     return dataset if listed is None else exclude_listed(dataset, listed)
 

@@ -24,6 +24,8 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.sample_table import SampleTable
+from data_pipeline.shards.mapped_shards import MappedShards
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -67,7 +69,8 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
         indices = (read_index(path, manifest.plan) for path in shards)
         classes, labels_text = tuple(manifest.classes), tuple(manifest.labels_text)
 
-    parts = [_columns(shard, index, len(classes)) for shard, index in zip(shards, indices, strict=True)]
+    ours = manifest is not None
+    parts = [_columns(shard, index, len(classes), ours) for shard, index in zip(shards, indices, strict=True)]
     numbers, offsets, sizes, labels = np.concatenate([part.numbers for part in parts], axis=1)
     if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
         raise CorruptFileError(
@@ -80,26 +83,37 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     reader = ShardReader(
         shards=tuple(os.path.relpath(shard, root) for shard in shards),
         handles=Handles(tuple(shards)),
+        mapped=MappedShards(tuple(shards)),
         shard_of=shard_of,
         offsets=offsets,
         sizes=sizes,
         members=PackedStrings.join([part.members for part in parts]),
     )
     paths = PackedStrings.join([part.names for part in parts])
-    return Dataset(root, split, paths, labels, classes, labels_text, reader=reader).take(order)
+    tables = [part.table for part in parts if part.table is not None]
+    table = SampleTable.join(tables) if ours else None
+    return Dataset(root, split, paths, labels, classes, labels_text, reader=reader, table=table).take(order)
 
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """One index as arrays: (4, N) numbers, offsets, sizes and labels; original names; names in the tar."""
+    """One index as arrays.
+
+    Attributes:
+        numbers: (4, N) numbers, offsets, sizes and labels.
+        names: the original ones.
+        members: names in the tar.
+        table: what a look at the images found; None for shards from elsewhere.
+    """
 
     numbers: Int
     names: PackedStrings
     members: PackedStrings
+    table: SampleTable | None
 
 
-def _columns(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
-    """Check that every entry of an index lies inside the shard and the classes."""
+def _columns(shard: Path, index: ShardIndex, num_classes: int, ours: bool) -> _Columns:
+    """Check that every entry of an index lies inside the shard and the classes, and is a possible look."""
     columns = [index.numbers, index.offsets, index.sizes, index.labels]
     count = len(index.numbers)
     fits = {len(c) for c in columns} == {count} and len(index.names) == len(index.members) == count
@@ -118,4 +132,21 @@ def _columns(shard: Path, index: ShardIndex, num_classes: int) -> _Columns:
             f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "
             "write the shards again"
         )
-    return _Columns(numbers, PackedStrings.pack(index.names), PackedStrings.pack(index.members))
+    table = _table(shard, index) if ours else None
+    return _Columns(numbers, PackedStrings.pack(index.names), PackedStrings.pack(index.members), table)
+
+
+def _table(shard: Path, index: ShardIndex) -> SampleTable:
+    try:
+        return SampleTable.from_columns(
+            lengths=index.sizes,
+            heights=index.heights,
+            widths=index.widths,
+            kinds=index.kinds,
+            orientations=index.orientations,
+            direct=index.direct,
+        )
+    except ValueError as error:
+        raise CorruptFileError(
+            f"{printable(index_path(shard))} is damaged: {error}; write the shards again"
+        ) from error

@@ -28,7 +28,7 @@ from data_pipeline.common.machine import share_memory_arenas
 from data_pipeline.decode.dali_graph import Graph, GraphSpec, Place
 from data_pipeline.decode.dali_queue import GraphQueue
 from data_pipeline.decode.feed import Feed, FilePaths
-from data_pipeline.decode.jpeg import markers_are_sound
+from data_pipeline.decode.look import is_for_pillow
 from data_pipeline.decode.pillow import Decoded, blank_images, parallel_for
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.decode.stand_in import black_pixel, cut_as_bmp
@@ -262,14 +262,3 @@ class _Work:
             self.blank.add(index)
             self.files[index] = black_pixel()
             self.crops.set_blank(index)
-
-
-def is_for_pillow(data: bytes) -> bool:
-    """Whether Pillow must read a file: one that DALI does not know (GIF, extended WebP), reads although it is
-    truncated (TIFF) or damaged (JPEG), or refuses with output on stderr (truncated PNG, JPEG without image).
-    """
-    if data.startswith(b"\xff\xd8"):
-        return not markers_are_sound(data)
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-64:]
-    return data.startswith((b"GIF8", b"II*\0", b"MM\0*")) or data[8:16] == b"WEBPVP8X"

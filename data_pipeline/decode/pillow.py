@@ -20,6 +20,7 @@ import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 _DIRECT_CROP_PIXELS = 1 << 26
 
 
@@ -111,13 +113,29 @@ def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
     Raises:
         ImageError: not an image, or more pixels than allowed.
     """
+    height, width, orientation = look_at_header(encoded)
+    if width * height > max_pixels:
+        stored = f"{height} x {width}" if orientation in _SIDEWAYS else f"{width} x {height}"
+        raise ImageError(f"{stored} pixels are above the limit of {max_pixels}")
+    return height, width
+
+
+def look_at_header(encoded: bytes) -> tuple[int, int, int]:
+    """Read the size of the upright image, and its orientation.
+
+    Args:
+        encoded: the file's bytes.
+    Returns:
+        height, width, in pixels, as they are after the EXIF orientation is applied; the orientation, 1..8.
+    Raises:
+        ImageError: not an image.
+    """
     image = _open(encoded)
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} pixels are above the limit of {max_pixels}")
     if width < 1 or height < 1:
         raise ImageError(f"an image of {width} x {height} pixels")
-    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+    orientation = _orientation(image)
+    return (width, height, orientation) if orientation in _SIDEWAYS else (height, width, orientation)
 
 
 def decode_rgb(encoded: bytes) -> Image.Image:
@@ -219,6 +237,7 @@ def blank_images(crops: CropParams) -> npt.NDArray[np.uint8]:
     return np.zeros((len(crops), *crops.views, side, side, 3), dtype=np.uint8)
 
 
+@lru_cache(maxsize=1)
 def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
     """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
 

@@ -23,7 +23,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, image_readers, read_header
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
-from data_pipeline.inspect.scan import MAX_PIXELS, Chunk, make_chunks
+from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.transforms.sampler import Int, permutation_at
 
 log = logging.getLogger("data_pipeline")

@@ -31,7 +31,7 @@ from data_pipeline.datasets.exclude_list import (
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.pillow import decode_rgb, read_header
-from data_pipeline.inspect.scan import MAX_PIXELS, Chunk, make_chunks
+from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
 
 log = logging.getLogger("data_pipeline")

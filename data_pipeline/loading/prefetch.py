@@ -277,7 +277,7 @@ class _Decoder:
             known = (int(table.lengths[index]), *table.sizes[index].tolist())
             if file.data is not None and known != (len(file.data), *file.height_width):
                 slow.add(place)
-        table.direct[request.indices[list(slow)]] = False
+        table.distrust(request.indices[sorted(slow)])
         return bool(slow)
 
 

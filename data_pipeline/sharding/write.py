@@ -20,6 +20,7 @@ from data_pipeline.common.files import fsync_path, sha256_of, write_atomic
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
+from data_pipeline.decode.look import Look, look_at
 from data_pipeline.sharding.plan import (
     Int,
     check_folder,
@@ -196,6 +197,7 @@ def _write_shard(shard: _Shard, settings: _Settings) -> _Written:
     members: list[str] = []
     offsets: list[int] = []
     sizes: list[int] = []
+    looks: list[Look] = []
     num_unchanged = 0
     with temporary.open("wb") as file:
         for number in numbers:
@@ -204,6 +206,7 @@ def _write_shard(shard: _Shard, settings: _Settings) -> _Written:
             members.append(f"{number:08d}.{extension}")
             offsets.append(file.tell() + BLOCK)
             sizes.append(len(data))
+            looks.append(look_at(data))
             file.write(member_bytes(members[-1], data))
             file.write(member_bytes(f"{number:08d}.cls", str(int(dataset.labels[number])).encode()))
         file.write(bytes(2 * BLOCK))
@@ -220,6 +223,11 @@ def _write_shard(shard: _Shard, settings: _Settings) -> _Written:
         offsets=offsets,
         sizes=sizes,
         labels=dataset.labels[shard.samples].tolist(),
+        heights=[look.height for look in looks],
+        widths=[look.width for look in looks],
+        kinds=[int(look.kind) for look in looks],
+        orientations=[look.orientation for look in looks],
+        direct=[int(look.direct) for look in looks],
     )
     temporary.replace(path)
     write_atomic(index_path(path), _json(index))

@@ -48,6 +48,8 @@ class ShardManifest(msgspec.Struct, frozen=True, kw_only=True):
 class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
     """The index of one shard; the lists have an entry for each sample, in the order of the tar.
 
+    The last five lists are what a look at each image found, see `data_pipeline.datasets.sample_table`.
+
     Attributes:
         plan: as in the manifest; empty for a shard from elsewhere.
         size_bytes: of the whole shard.
@@ -58,6 +60,10 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
         offsets: where the image's bytes begin.
         sizes: how many bytes it has.
         labels: its class, 0-based.
+        heights, widths: of the upright image, in pixels.
+        kinds: of file, see `data_pipeline.common.image_kind`.
+        orientations: EXIF orientation, 1..8.
+        direct: 1 where DALI may read the file, else 0.
     """
 
     format: int
@@ -70,6 +76,11 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
     offsets: list[int]
     sizes: list[int]
     labels: list[int]
+    heights: list[int]
+    widths: list[int]
+    kinds: list[int]
+    orientations: list[int]
+    direct: list[int]
 
 
 def shard_files(root: Path, split: str) -> list[Path]:
@@ -125,7 +136,18 @@ def _load(path: Path, kind: type[T]) -> T:
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CorruptFileError(f"{printable(path)} is too large to be an index")
-        return msgspec.convert(json.loads(path.read_bytes()), type=kind)
+        content = json.loads(path.read_bytes())
+        if (
+            kind is ShardIndex
+            and isinstance(content, dict)
+            and "offsets" in content
+            and "heights" not in content
+        ):
+            raise CorruptFileError(
+                f"{printable(path)} is of an earlier version, which did not keep the sizes of images: "
+                "write the shards again"
+            )
+        return msgspec.convert(content, type=kind)
     except OSError as error:
         raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError, msgspec.ValidationError) as error:

@@ -1,4 +1,4 @@
-"""Reads single samples out of tar shards: any number of threads, a bounded number of open files."""
+"""Reads samples out of tar shards: single ones through few open files, or batches of them without copies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ import numpy.typing as npt
 
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.packed_strings import PackedStrings
+from data_pipeline.shards.mapped_shards import MappedShards
 from data_pipeline.shards.shard_format import BLOCK
+from data_pipeline.shards.tar_header import header_fits, headers_fit
 
 Int = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 MAX_HANDLES = 64
+_NO_IMAGE = np.frombuffer(b"", dtype=np.uint8)
+_NO_HEADER = np.frombuffer(bytes(BLOCK), dtype=np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,7 @@ class ShardReader:
     Attributes:
         shards: the tar files, relative to the data folder.
         handles: the same files, opened as they are needed.
+        mapped: the same files, mapped into memory as they are needed.
         shard_of: (N) which shard holds each sample.
         offsets: (N) where its image begins, in bytes.
         sizes: (N) the image's bytes.
@@ -35,6 +41,7 @@ class ShardReader:
 
     shards: tuple[str, ...]
     handles: Handles
+    mapped: MappedShards
     shard_of: Int
     offsets: Int
     sizes: Int
@@ -57,6 +64,48 @@ class ShardReader:
             raise ImageError("empty file")
         return data[BLOCK:]
 
+    def views(self, indices: Int) -> tuple[list[Bytes], npt.NDArray[np.bool_]]:
+        """The bytes of a batch, in the shards' memory: nothing is copied, and no file is opened.
+
+        The header before each image is compared as `read` does. Shards that have become shorter are found
+        here; one that is truncated while a view of it is in use kills the process (SIGBUS).
+
+        Args:
+            indices: (n) which samples.
+        Returns:
+            n read-only arrays of uint8, and (n) whether each holds its image. One that does not is empty:
+            `read` tells why, or reads it all the same.
+        """
+        shard_of, sizes = self.shard_of[indices].tolist(), self.sizes[indices]
+        begins = self.offsets[indices]
+        shards = {shard: self.mapped.bytes_of(shard) for shard in set(shard_of)}
+        headers, views = [], []
+        for shard, begin, end in zip(shard_of, begins.tolist(), (begins + sizes).tolist(), strict=True):
+            content = shards[shard]
+            if content is None or begin < BLOCK or end > content.size:
+                headers.append(_NO_HEADER)
+                views.append(_NO_IMAGE)
+            else:
+                headers.append(content[begin - BLOCK : begin])
+                views.append(content[begin:end])
+        headers_NB = np.concatenate([_NO_IMAGE, *headers]).reshape(-1, BLOCK)
+        valid = headers_fit(headers_NB, self.members.take(indices), sizes) & (sizes > 0)
+        for place in np.flatnonzero(~valid).tolist():
+            views[place] = _NO_IMAGE
+        return views, valid
+
+    def read_ahead(self, indices: Int) -> None:
+        """Have the system read a batch from the disk, without waiting for it; `views` of it come later.
+
+        Args:
+            indices: which samples.
+        """
+        shard_of, offsets, sizes = self.shard_of[indices], self.offsets[indices], self.sizes[indices]
+        order = np.argsort(shard_of, kind="stable")
+        shards, firsts = np.unique(shard_of[order], return_index=True)
+        for shard, places in zip(shards.tolist(), np.split(order, firsts[1:]), strict=True):
+            self.mapped.read_ahead(shard, offsets[places] - BLOCK, sizes[places] + BLOCK)
+
     def name_at(self, index: int) -> str:
         """Such as `train/shard-000000.tar/00000123.jpg`."""
         return f"{self.shards[int(self.shard_of[index])]}/{self.members[index]}"
@@ -70,22 +119,6 @@ class ShardReader:
             sizes=self.sizes[indices],
             members=self.members.take(indices),
         )
-
-
-def header_fits(header: bytes, member: str, size: int) -> bool:
-    """Whether a tar header is sound, and that of a regular file of this name and size.
-
-    Names above 99 bytes stand in a header of their own, and are not compared.
-    """
-    try:
-        checksum = int(header[148:156].strip(b" \0") or b"-1", 8)
-        stored = int(header[124:136].strip(b" \0") or b"-1", 8)
-    except ValueError:
-        return False
-    sound = checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    name = os.fsencode(member)
-    same = len(name) > 99 or header[345:346] != b"\0" or header[:100].rstrip(b"\0") == name
-    return sound and stored == size and header[156:157] in (b"0", b"\0") and same
 
 
 class Handles:

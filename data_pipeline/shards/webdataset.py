@@ -83,6 +83,11 @@ def _index_shard(shard: Path, first: int) -> ShardIndex:
         offsets=[offset for _, offset, _, _ in found],
         sizes=[size for _, _, size, _ in found],
         labels=[label for _, _, _, label in found],
+        heights=[],  # nobody has looked at the images yet
+        widths=[],
+        kinds=[],
+        orientations=[],
+        direct=[],
     )
 
 

@@ -12,7 +12,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from data_pipeline.datasets.index_cache import CACHE_FOLDER, SETTLE_NS
+from data_pipeline.datasets.index_cache import SETTLE_NS
+from data_pipeline.datasets.kept_files import CACHE_FOLDER
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.transforms.augment import Augment

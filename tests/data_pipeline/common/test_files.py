@@ -25,3 +25,13 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ImageError, match=reason):
             read_file(tmp_path / name, 100)
+
+
+def test_file_is_read_whole_though_reads_are_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256)) * 40
+    (tmp_path / "x.jpg").write_bytes(content)
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 1000)))
+    assert read_file(tmp_path / "x.jpg", 10**6) == content

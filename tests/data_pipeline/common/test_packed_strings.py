@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 
 from data_pipeline.common.packed_strings import PackedStrings
@@ -17,3 +18,12 @@ def test_packed_strings_are_a_sequence() -> None:
     assert list(PackedStrings.join([packed, PackedStrings.pack([]), packed])) == names * 2
     with pytest.raises(IndexError):
         packed[4]
+
+
+def test_taken_strings_are_those_at_the_places() -> None:
+    names = ["a", "", "b/c.jpg", os.fsdecode(b"caf\xe9")]
+    packed = PackedStrings.pack(names)
+    for places in ([0], [3, 0, 0, 2, 1], [], [1, 1], list(range(-3, 4))):
+        assert list(packed.take(np.array(places, dtype=np.int64))) == [names[i] for i in places]
+    assert list(packed) == names
+    assert list(PackedStrings.pack([]).take(np.array([], dtype=np.int64))) == []

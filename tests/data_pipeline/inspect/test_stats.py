@@ -18,8 +18,8 @@ from PIL import Image
 
 from alexnet import main
 from data_pipeline.datasets.exclude_list import QUARANTINE, write_exclude_list
-from data_pipeline.inspect import scan
 from data_pipeline.inspect.stats import collect_info
+from data_pipeline.loading import scan
 from data_pipeline.sharding.write import write_shards
 from data_pipeline.transforms.augment import Augment
 from tests.helpers.images import encode, photo, write_folder

@@ -115,6 +115,26 @@ CRAFTED: dict[str, tuple[Edit, str]] = {
         "each sample once",
     ),
     "a text for a number": (lambda index: index["sizes"].__setitem__(0, "9"), "is damaged: Expected `int`"),
+    "a size of nothing": (
+        lambda index: index["widths"].__setitem__(0, 0),
+        "is damaged: a size is not within 1",
+    ),
+    "a size beyond 32 bits": (
+        lambda index: index["heights"].__setitem__(0, 2**31),
+        "is damaged: a size is not",
+    ),
+    "a size beyond 64 bits": (
+        lambda index: index["heights"].__setitem__(0, 2**70),
+        "is damaged: .* too large",
+    ),
+    "an orientation of 9": (lambda index: index["orientations"].__setitem__(0, 9), "an orientation is not"),
+    "an unknown kind": (lambda index: index["kinds"].__setitem__(0, 99), "is damaged: a kind is not within"),
+    "neither direct nor not": (lambda index: index["direct"].__setitem__(0, 2), "what DALI may read is not"),
+    "too few looks": (lambda index: index["direct"].pop(), "is damaged: .* inhomogeneous"),
+    "of an earlier version": (
+        lambda index: [index.pop(name) for name in ("heights", "widths", "kinds", "orientations", "direct")],
+        "is of an earlier version, which did not keep the sizes of images: write the shards again$",
+    ),
     "of another set": (lambda index: index.__setitem__("plan", "x"), "is of another set of shards"),
 }
 

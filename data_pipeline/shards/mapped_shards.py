@@ -1,0 +1,118 @@
+"""Tar shards mapped into memory, for readers that copy nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import threading
+import weakref
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.text import printable
+
+log = logging.getLogger("data_pipeline")
+
+Bytes = npt.NDArray[np.uint8]
+Int = npt.NDArray[np.int64]
+
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class MappedShards:
+    """Maps each shard when it is first needed, and holds no open file. Any thread may use it.
+
+    A shard that cannot be mapped, or whose file has another size than it had then, is not used again, and one
+    log line says so: to touch what lay behind the new end would kill the process.
+    """
+
+    def __init__(self, shards: tuple[Path, ...]) -> None:
+        self._shards = shards
+        self._mapped: dict[int, Bytes | None] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[MappedShards], tuple[tuple[Path, ...]]]:
+        """Another process maps the shards for itself."""
+        return MappedShards, (self._shards,)
+
+    def bytes_of(self, shard: int) -> Bytes | None:
+        """All bytes of a shard, read-only, if its file has them now; None if they cannot be used."""
+        if shard not in self._mapped:
+            with self._lock:
+                if shard not in self._mapped:
+                    self._map(shard)
+        mapped = self._mapped[shard]
+        if mapped is None:
+            return None
+        path = self._shards[shard]
+        try:
+            size = os.stat(path).st_size  # noqa: PTH116 - half the cost of Path.stat
+        except OSError as error:
+            self._give_up(shard, f"cannot be read any more ({error.strerror})")
+            return None
+        if size != mapped.size:
+            self._give_up(shard, f"had {mapped.size} bytes and has {size}")
+            return None
+        return mapped
+
+    def read_ahead(self, shard: int, offsets: Int, sizes: Int) -> None:
+        """Tell the system that some ranges of a shard are needed soon: it reads them meanwhile, all at once.
+
+        Else a reader of cold data waits for each range in turn, and each of its pages may be a read.
+        """
+        if (mapped := self.bytes_of(shard)) is None:
+            return
+        begins = mapped.__array_interface__["data"][0] + offsets
+        pages = begins & -mmap.PAGESIZE
+        advise = _libc().madvise
+        for page, length in zip(pages.tolist(), (begins + sizes - pages).tolist(), strict=True):
+            advise(page, length, mmap.MADV_WILLNEED)
+
+    def _map(self, shard: int) -> None:
+        try:
+            self._mapped[shard] = np.asarray(_Mapping(self._shards[shard]))
+        except OSError as error:
+            self._give_up(shard, f"cannot be mapped into memory ({error.strerror})")
+
+    def _give_up(self, shard: int, reason: str) -> None:
+        self._mapped[shard] = None
+        log.info("shard %s %s: its images are read one by one", printable(self._shards[shard]), reason)
+
+
+class _Mapping:
+    """One file in memory, read-only; it is unmapped when no array refers to it any more.
+
+    Not `mmap.mmap`, which before Python 3.13 keeps a file open for each mapping: a process may have 1024.
+    """
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            address = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+            number = ctypes.get_errno()
+        finally:
+            os.close(descriptor)
+        if address == _FAILED:  # of an empty file, for one
+            raise OSError(number, os.strerror(number))
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, True)}
+        # not at exit: threads of a decoder may read to the end
+        weakref.finalize(self, _libc().munmap, address, size).atexit = False
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t
+    ]  # fmt: skip
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
