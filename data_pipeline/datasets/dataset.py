@@ -90,10 +90,8 @@ class Dataset:
         names, classes = PackedStrings.pack(self.paths), PackedStrings.pack(self.classes)
         digest = hashlib.sha256()
         for part in (classes.ends, classes.blob, names.ends, names.blob, self.labels):
-            content = memoryview(
-                part if isinstance(part, bytes) else part.astype("<i8", order="C", copy=False)
-            )
-            digest.update(content.nbytes.to_bytes(8, "little"))
+            content = part if isinstance(part, bytes) else part.astype("<i8", copy=False).tobytes()
+            digest.update(len(content).to_bytes(8, "little"))  # not joined: that would copy all names
             digest.update(content)
         return Contents(
             num_samples=len(self), num_quarantined=self.num_quarantined, sha256=digest.hexdigest()
