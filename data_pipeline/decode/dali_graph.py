@@ -31,8 +31,8 @@ class GraphSpec:
 
     Attributes:
         paths: whether it is fed paths, and reads the files; else the files' bytes.
-        decode: "whole" images, whose windows are cut then; "window" for the decoder to decode no more than those;
-            "none" for the files as they are, to measure what feeding costs.
+        decode: "whole" images, whose windows are cut then; "window" for the decoder to decode no more than
+            those; "none" for nothing, to measure what feeding costs.
         crop_px: side of the crop; None for a graph that decodes and cuts the windows and no more.
         views: (V,) for V crops of each image, else ().
         colors: whether a colour matrix is applied.
@@ -95,8 +95,8 @@ class Graph:
         """Wait for the oldest batch in flight. Later batches do not suffer from one that fails.
 
         Returns:
-            DALI's tensor list, whose memory is its own; and, where it read the files, (N, 2) the upright sizes
-            by their headers.
+            DALI's tensor list, whose memory is its own; and, where it read the files, (N, 2) the upright
+            sizes by their headers.
         Raises:
             RuntimeError: DALI refuses a file, and with it the batch.
         """

@@ -77,7 +77,7 @@ def test_table_made_by_processes_is_that_of_one(
     assert reader is not None and dataset.table is None
     order = np.random.default_rng(0).permutation(len(dataset))  # in the shards' order, the images are read
     alone = rows(with_table(dataset.take(order), 1))
-    monkeypatch.setattr(scan, "_FEW", 1)
+    monkeypatch.setattr(scan, "MANY", 1)
     monkeypatch.setattr(scan, "_LOOK_CHUNK", 6)
     assert rows(with_table(dataset.take(order), 2)) == alone
     assert [row[0] for row in alone] == reader.sizes[order].tolist()
