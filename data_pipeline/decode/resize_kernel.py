@@ -1,10 +1,11 @@
 """Pillow's bilinear resize and colour matrix, to the bit, compiled for this processor. Only `resize` uses it.
 
-One call an image needs no interpreter, computes only the crop, mirrors on the way, and writes into the batch:
-a third of Pillow's time. Scalar loops on purpose: Numba compiles them; array expressions would allocate.
+One call for a share of a batch needs no interpreter, computes only the crops, mirrors on the way, and writes
+into the batch. Scalar loops on purpose: Numba compiles them; array expressions would allocate. `blend` of
+`resize_lanes` does most of the work.
 
-Legend: a row is (width * 3) of interleaved RGB. Indices are unsigned where Numba would else look for negative
-ones; there are no bounds checks.
+Pixels are flat arrays here. An image is the place where it starts, and the bytes from a row to the next. In
+arrays of the caller, nothing outside the window is read, and nothing outside the crop written.
 
 Source: Pillow 13, src/libImaging/Resample.c and Matrix.c.
 """
@@ -14,27 +15,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
 
-log = logging.getLogger("data_pipeline")
+from data_pipeline.common.files import hash_of
+from data_pipeline.decode import resize_lanes
+from data_pipeline.decode.resize_lanes import BITS, HALF, LANES, ROWS, blend, load_pixel, recolor
 
-_BITS = 22  # of a weight, behind the point
-_HALF = 1 << (_BITS - 1)
-_HALVES = _HALF | _HALF << 32
+log = logging.getLogger("data_pipeline")
 
 Function = TypeVar("Function", bound=Callable[..., object])
 _numba: Any = numba
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
-def compile_finish() -> Any:
-    """Compile `_finish`, or load what an earlier process compiled: seconds the first time, then 0.2 s.
+def compile_crop_batch() -> Any:
+    """Compile `crop_batch`, or load what an earlier process compiled: seconds the first time, then 0.2 s.
 
     Returns:
-        `_finish`. Its window may be read-only; windows and images are contiguous.
+        See `_make_crop_batch`. Its pixels may be read-only; pixels and images are contiguous.
     Raises:
         Exception: Numba cannot compile it, for any reason.
     """
@@ -42,20 +44,25 @@ def compile_finish() -> Any:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
     t = _numba.types
     signature = t.void(
-        t.Array(t.uint8, 3, "C", readonly=True),
-        t.int64,
+        t.Array(t.uint8, 4, "C", readonly=True),
+        t.int64[:],
         t.int64[:, :],
         t.int64[:, :],
-        t.boolean[:],
+        t.int64[:, :, :],
+        t.boolean[:, :],
         t.float32[:, :, :],
-        t.uint8[:, :, :, ::1],
+        t.uint8[:, :, :, :, ::1],
+        t.int64,
+        t.int64,
     )
     started = time.perf_counter()
+    # Numba's cache knows when this file has changed, not when the other has
+    crop_batch = _make_crop_batch(hash_of(Path(resize_lanes.__file__), "sha256"))
     try:
-        compiled = _numba.njit(signature, cache=True, **_OPTIONS)(_finish)
+        compiled = _numba.njit(signature, cache=True, **_OPTIONS)(crop_batch)
     except Exception as error:  # no folder to write to, a full disk, a damaged entry: by kind of fault
         log.info("Numba's cache cannot be used (%s): compiling without", error)
-        compiled = _numba.njit(signature, **_OPTIONS)(_finish)
+        compiled = _numba.njit(signature, **_OPTIONS)(crop_batch)
     if not compiled.stats.cache_hits:
         log.info("compiled the resize for this processor in %.1f s", time.perf_counter() - started)
     return compiled
@@ -68,7 +75,7 @@ def _inlined(function: Function) -> Function:
 
 
 @_inlined
-def _weigh(size_in: int, size_out: int, first: int, count: int) -> Any:
+def _weigh(size_in: int, size_out: int, first: int, count: int, mirrored: bool) -> Any:
     """Compute which input pixels make an output pixel, and the weight of each.
 
     Args:
@@ -76,6 +83,7 @@ def _weigh(size_in: int, size_out: int, first: int, count: int) -> Any:
         size_out: pixels after resizing.
         first: first output pixel that is wanted.
         count: how many are.
+        mirrored: whether the last comes first.
     Returns:
         (count) the first input pixel of each; (count, taps) weights, in units of 2**-22. All have as many
         taps, since a processor predicts a loop of constant length; those that Pillow does not have weigh 0.
@@ -90,119 +98,173 @@ def _weigh(size_in: int, size_out: int, first: int, count: int) -> Any:
         lows[i] = max(int(center - support + 0.5), 0)
         highs[i] = min(int(center + support + 0.5), size_in)
         taps = max(taps, highs[i] - lows[i])
-    weights = np.zeros((count, taps), np.int64)
+    starts, weights = np.empty(count, np.int64), np.zeros((count, taps), np.int32)
     for i in range(count):
         center = (first + i + 0.5) * scale
         total = 0.0
         for pixel in range(lows[i], highs[i]):
             total += max(1.0 - abs((pixel - center + 0.5) * narrow), 0.0)
         low = min(lows[i], size_in - taps)
+        to = count - 1 - i if mirrored else i
         for pixel in range(lows[i], highs[i]):
             weight = max(1.0 - abs((pixel - center + 0.5) * narrow), 0.0)
             if total != 0.0:
                 weight /= total
-            weights[i, pixel - low] = int(0.5 + weight * (1 << _BITS))
-        lows[i] = low
-    return lows, weights
+            weights[to, pixel - low] = int(0.5 + weight * (1 << BITS))
+        starts[to] = low
+    return starts, weights
 
 
 @_inlined
-def _resize_rows(source: Any, lows: Any, weights: Any, flip: bool, target: Any) -> None:
-    """Resize each row: (rows, width * 3) to (rows, len(lows) * 3); mirrored if `flip`.
+def _resize_rows(source: Any, start: int, step: int, size: Any, lows: Any, weights: Any, target: Any) -> None:
+    """Resize each row of (height, width) pixels to `len(lows)`.
 
-    Two rows at once, one in either half of 64 bits: no sum reaches the 32nd.
+    `target` is scratch: its rows are a byte longer than their pixels, and a multiple of `ROWS`.
     """
-    rows, length = source.shape
+    height, width = size
     count, taps = weights.shape
-    pairs = np.empty(length, np.int64)
-    three, green, blue = np.uint64(3), np.uint64(1), np.uint64(2)
-    for upper in range(0, rows, 2):
-        lower = min(upper + 1, rows - 1)
-        above, below = source[upper], source[lower]
-        for i in range(length):
-            pairs[i] = np.int64(above[i]) | (np.int64(below[i]) << 32)
-        above, below = target[upper], target[lower]
-        for x in range(count):
-            r = g = b = np.int64(_HALVES)
-            at = np.uint64(lows[x]) * three
-            for tap in range(taps):
-                weight = weights[x, tap]
-                r += pairs[at] * weight
-                g += pairs[at + green] * weight
-                b += pairs[at + blue] * weight
-                at += three
-            to = np.uint64(count - 1 - x if flip else x) * three
-            above[to] = r >> _BITS  # the lowest 8 bits of it
-            above[to + green] = g >> _BITS
-            above[to + blue] = b >> _BITS
-            below[to] = r >> (32 + _BITS)
-            below[to + green] = g >> (32 + _BITS)
-            below[to + blue] = b >> (32 + _BITS)
+    length = count * 3 + 1
+    weights = weights.reshape(-1)
+    columns = np.empty(width * ROWS, np.uint32)  # the pixels of ROWS rows, those of a column side by side
+    columns_bytes = columns.view(np.uint8)
+    starts = np.empty(ROWS, np.int64)
+    for top in range(0, height, ROWS):
+        for row in range(ROWS):
+            starts[row] = start + min(top + row, height - 1) * step
+        for x in range(width - 1):
+            for row in range(ROWS):
+                columns[np.uint64(x * ROWS + row)] = load_pixel(source, starts[row] + x * 3)
+        for row in range(ROWS):  # of the last pixel, a fourth byte might not be ours
+            at = starts[row] + (width - 1) * 3
+            blue = np.uint32(source[at + 2])
+            columns[(width - 1) * ROWS + row] = source[at] | np.uint32(source[at + 1]) << 8 | blue << 16
+        for x in range(count):  # from left to right: the fourth byte of a pixel is the first of the next
+            low = lows[x] * LANES
+            blend(columns_bytes, low, LANES, weights, x * taps, taps, target, top * length + x * 3, length)
 
 
 @_inlined
-def _resize_columns(source: Any, lows: Any, weights: Any, target: Any) -> None:
-    """Resize each column: (height, length) to (len(lows), length)."""
+def _resize_columns(
+    source: Any, start: int, step: int, length: int, lows: Any, weights: Any, target: Any, to: int
+) -> None:
+    """Resize each of `length` columns of bytes to `len(lows)`; the rows of `target` follow each other."""
     count, taps = weights.shape
-    length = source.shape[1]
-    sums = np.empty(length, np.int32)
+    flat = weights.reshape(-1)
     for y in range(count):
-        sums[:] = np.int32(_HALF)
-        for tap in range(taps):
-            weight = np.int32(weights[y, tap])
-            row = source[lows[y] + tap]
-            for i in range(length):
-                sums[i] = np.int32(sums[i] + np.int32(row[i]) * weight)
-        row = target[y]
-        for i in range(length):
-            row[i] = sums[i] >> _BITS
+        top = start + lows[y] * step
+        if length >= LANES:
+            for x in range(0, length, LANES):
+                at = min(x, length - LANES)  # the last ones overlap: what follows a row is not ours
+                blend(source, top + at, step, flat, y * taps, taps, target, to + at, 4)
+        else:
+            for x in range(length):
+                total = HALF
+                for tap in range(taps):
+                    total += source[top + tap * step + x] * weights[y, tap]
+                target[to + x] = total >> BITS
+        to += length
 
 
 @_inlined
-def _color(pixels: Any, matrix: Any) -> None:
-    """Apply a (3, 4) float32 matrix to (pixels, 3) in place; sums in Pillow's order, and rounded as there."""
-    count = len(pixels)
-    red, green, blue = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
-    for i in range(count):
-        red[i], green[i], blue[i] = pixels[i, 0], pixels[i, 1], pixels[i, 2]
-    half, lowest, highest = np.float32(0.5), np.float32(0), np.float32(255)
-    values = np.empty(count, np.int32)
-    for c in range(3):
-        of_red, of_green, of_blue, offset = matrix[c, 0], matrix[c, 1], matrix[c, 2], matrix[c, 3]
-        for i in range(count):
-            value = of_red * red[i] + of_green * green[i] + of_blue * blue[i] + offset + half
-            value = lowest if value < lowest else value
-            value = highest if value > highest else value
-            values[i] = np.int32(value)
-        for i in range(count):
-            pixels[i, c] = values[i]
+def _color(pixels: Any, start: int, count: int, matrix: Any) -> None:
+    """Apply a (3, 4) float32 matrix to `count` pixels, in place."""
+    step = 3 * LANES
+    stop = start + count * 3
+    numbers, rest = np.empty(12, np.float32), np.zeros(step, np.uint8)
+    for i in range(12):
+        numbers[i] = matrix[i // 4, i % 4]
+    whole = stop - (stop - start) % step
+    for at in range(start, whole, step):
+        recolor(pixels, at, numbers)
+    for at in range(whole, stop):
+        rest[at - whole] = pixels[at]
+    recolor(rest, 0, numbers)
+    for at in range(whole, stop):
+        pixels[at] = rest[at - whole]
 
 
-def _finish(window: Any, index: int, sizes: Any, offsets: Any, flips: Any, colors: Any, images: Any) -> None:
-    """Resize a window, crop, mirror and colour it.
+@_inlined
+def _resize(
+    source: Any, start: int, step: int, size: Any, size_out: Any, cut: Any, flip: bool, target: Any, to: int
+) -> None:
+    """Resize a window of (height, width) pixels; of the result, write the part `cut` from `to` on.
 
     Args:
-        window: (height, width, 3) uint8.
-        index: which image of the batch.
-        sizes, offsets, flips: see `CropParams`; one view of each image.
-        colors: see `CropParams`; (0, 3, 4) for None.
-        images: (N, crop, crop, 3) uint8; `index` is written.
+        cut: top, left, height, width.
+        flip: whether to mirror that part.
     """
-    height, width, _ = window.shape
-    side = images.shape[1]
-    fewer_rows, fewer_columns = height - sizes[index, 0], width - sizes[index, 1]
-    to_rows, row_weights = _weigh(height, sizes[index, 0], offsets[index, 0], side)
-    to_columns, column_weights = _weigh(width, sizes[index, 1], offsets[index, 1], side)
-    source = window.reshape(height, width * 3)
-    target = images[index].reshape(side, side * 3)
+    height, width = size
+    top, left, rows, columns = cut
+    to_rows, row_weights = _weigh(height, size_out[0], top, rows, False)
+    to_columns, column_weights = _weigh(width, size_out[1], left, columns, flip)
+    fewer_rows, fewer_columns = height - size_out[0], width - size_out[1]
+    length = columns * 3
     if fewer_rows > 0 and fewer_rows > 2 * fewer_columns:  # Pillow's choice; it rounds between the passes
-        between = np.empty((side, width * 3), np.uint8)
-        _resize_columns(source, to_rows, row_weights, between)
-        _resize_rows(between, to_columns, column_weights, flips[index], target)
+        between = np.empty(rows * width * 3, np.uint8)
+        _resize_columns(source, start, step, width * 3, to_rows, row_weights, between, 0)
+        padded = np.empty((rows + ROWS) * (length + 1), np.uint8)
+        _resize_rows(between, 0, width * 3, (rows, width), to_columns, column_weights, padded)
+        for y in range(rows):
+            target[to + y * length : to + (y + 1) * length] = padded[y * (length + 1) :][:length]
     else:
         first, last = to_rows[0], to_rows[-1] + row_weights.shape[1]
-        between = np.empty((last - first, side * 3), np.uint8)
-        _resize_rows(source[first:last], to_columns, column_weights, flips[index], between)
-        _resize_columns(between, to_rows - first, row_weights, target)
-    if len(colors):
-        _color(images[index].reshape(side * side, 3), colors[index])
+        padded = np.empty((last - first + ROWS) * (length + 1), np.uint8)
+        start += first * step
+        _resize_rows(source, start, step, (last - first, width), to_columns, column_weights, padded)
+        _resize_columns(padded, 0, length + 1, length, to_rows - first, row_weights, target, to)
+
+
+@_inlined
+def _cut_views(region: Any, cut: Any, tops_lefts: Any, flips: Any, views: Any) -> None:
+    """Copy parts of a resized window, of which `region` has the part `cut`, to (V, crop, crop, 3)."""
+    top, left, _, columns = cut
+    num_views, side = views.shape[:2]
+    for view in range(num_views):
+        for y in range(side):
+            at = ((tops_lefts[view, 0] - top + y) * columns + tops_lefts[view, 1] - left) * 3
+            for x in range(side):
+                to = side - 1 - x if flips[view] else x
+                for c in range(3):
+                    views[view, y, to, c] = region[at + x * 3 + c]
+
+
+def _make_crop_batch(version: str) -> Callable[..., None]:
+    """Make the function to compile. Numba's cache keeps one for each `version`."""
+
+    def crop_batch(
+        pixels: Any, indices: Any, windows: Any, sizes: Any, offsets: Any, flips: Any, colors: Any,
+        images: Any, first: int, stop: int,
+    ) -> None:  # fmt: skip
+        """Cut, resize, crop, mirror and colour images `first` to `stop` of a batch.
+
+        Args:
+            pixels: (M, height, width, 3) uint8.
+            indices: (N) which of them each image is of; (0) if the whole of the only one is the window.
+            windows, sizes: see `CropParams`.
+            offsets: (N, V, 2).
+            flips: (N, V).
+            colors: see `CropParams`; (0, 3, 4) for None.
+            images: (N, V, crop, crop, 3) uint8.
+        """
+        assert version  # a variable that is not used would not be part of it
+        _, height, width, _ = pixels.shape
+        num_views, side = images.shape[1:3]
+        source, target, step = pixels.reshape(-1), images.reshape(-1), width * 3
+        for i in range(first, stop):
+            start, size = 0, (height, width)
+            if len(indices):
+                y, x, size = windows[i, 0], windows[i, 1], (windows[i, 2], windows[i, 3])
+                start = ((indices[i] * height + y) * width + x) * 3
+            top, left = offsets[i, :, 0].min(), offsets[i, :, 1].min()
+            rows, columns = offsets[i, :, 0].max() + side - top, offsets[i, :, 1].max() + side - left
+            cut, size_out = (top, left, rows, columns), (sizes[i, 0], sizes[i, 1])
+            region, to, flip = target, i * side * side * 3, flips[i, 0]
+            if num_views > 1:
+                region, to, flip = np.empty(rows * columns * 3, np.uint8), 0, False
+            _resize(source, start, step, size, size_out, cut, flip, region, to)
+            if len(colors):
+                _color(region, to, rows * columns, colors[i])
+            if num_views > 1:
+                _cut_views(region, cut, offsets[i], flips[i], images[i])
+
+    return crop_batch

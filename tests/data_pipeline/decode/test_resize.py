@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,7 +19,9 @@ from PIL import Image
 from data_pipeline.decode import resize, resize_kernel
 from data_pipeline.decode.pillow import blank_images, finish_crop
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
+from data_pipeline.transforms.preprocessing import Preprocessing
 
 
 @pytest.fixture
@@ -97,17 +101,105 @@ def test_compiled_resize_takes_a_read_only_window() -> None:
     assert_same(Resizer(), window, one_recipe(window, (64, 64), (0, 0), 64))
 
 
+def crops_of(kind: str, size: tuple[int, int], count: int, preprocessing: Preprocessing) -> CropParams:
+    """Crops of images of one size, in training or evaluation; those of "..., colours" change the colours."""
+    sizes = [size] * count
+    if kind == "eval":
+        return eval_crop_params(sizes, preprocessing)
+    if kind == "ten_crop":
+        return ten_crop_params(sizes, preprocessing)
+    name, _, colors = kind.partition(", ")
+    strength = 0.4 if colors else 0.0
+    augment = Augment(
+        crop=name,  # type: ignore[arg-type]
+        scale=(0.001, 1.0),
+        brightness=strength,
+        saturation=strength,
+        pca=strength,
+    )
+    return train_crop_params(sizes, 3, np.arange(count), 7, preprocessing, augment)
+
+
+def cut(pixels: npt.NDArray[np.uint8], crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
+    y, x, height, width = crops.windows[index]
+    return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+
+
+KINDS = ("random_resized", "random", "random_square", "center", "eval", "ten_crop", "random_resized, colours")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("size", "resize_px", "crop_px"),
+    [((64, 64), 64, 56), ((64, 64), 72, 64), ((32, 32), 40, 33), ((375, 500), 72, 64), ((97, 31), 16, 9),
+     ((31, 97), 12, 9), ((1, 1), 10, 8), ((3, 2), 9, 9), ((300, 200), 12, 12)],
+)  # fmt: skip
+def test_batch_crops_are_pillows(kind: str, size: tuple[int, int], resize_px: int, crop_px: int) -> None:
+    """Windows of one pixel are among them: the smallest is a thousandth of the image."""
+    count = 24
+    pixels = np.random.default_rng(6).integers(0, 256, (5, *size, 3), np.uint8)
+    pixels.flags.writeable = False
+    indices = np.arange(count) * 3 % 5
+    crops = crops_of(kind, size, count, Preprocessing(resize_px=resize_px, crop_px=crop_px))
+    resizer = Resizer()
+    assert resizer._compiled is not None
+    images = blank_images(crops)
+    for first, stop in ((0, 7), (7, 7), (7, count)):
+        resizer.crop_batch(images, pixels, indices, crops, first, stop)
+    for i in range(count):
+        window = Image.fromarray(cut(pixels[indices[i]], crops, i))
+        assert np.array_equal(images[i], finish_crop(window, crops, i)), f"{kind}, {i}: {crops.windows[i]}"
+
+
+def test_batch_crops_write_their_share_alone() -> None:
+    pixels = np.full((1, 40, 50, 3), 200, np.uint8)
+    for kind in ("random_resized", "ten_crop"):
+        crops = crops_of(kind, (40, 50), 6, Preprocessing(resize_px=20, crop_px=17))
+        images = blank_images(crops)
+        Resizer().crop_batch(images, pixels, np.zeros(6, np.int64), crops, 2, 4)
+        assert (images[2:4] == 200).all() and not images[:2].any() and not images[4:].any()
+
+
+def test_batch_crops_refuse_places_outside_the_pixels() -> None:
+    pixels = np.zeros((2, 20, 20, 3), np.uint8)
+    crops = crops_of("random", (20, 20), 3, Preprocessing(resize_px=20, crop_px=16))
+    outside = replace(crops, windows=crops.windows + np.array([0, 1, 0, 0]))
+    for indices, refused in (((0, 1, 2), crops), ((0, -1, 1), crops), ((0, 1, 1), outside)):
+        with pytest.raises(AssertionError):
+            Resizer().crop_batch(blank_images(crops), pixels, np.array(indices), refused, 0, 3)
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "shrinks 5000 times"])
+def test_batch_crops_fall_back_to_pillow(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resizer = Resizer()
+    monkeypatch.setattr(
+        resizer, "_compiled", None if reason == "no compiler" else lambda *_: pytest.fail("compiled")
+    )
+    pixels = np.random.default_rng(8).integers(0, 256, (1, 20, 10_000, 3), np.uint8)
+    crops = CropParams(
+        windows=np.array([(3, 0, 9, 10_000), (0, 5, 20, 30)]),
+        sizes=np.array([(2, 2), (3, 2)]),
+        offsets=np.array([(0, 0), (1, 0)]),
+        flips=np.array([True, False]),
+        crop_px=2,
+    )
+    images = blank_images(crops)
+    resizer.crop_batch(images, pixels, np.zeros(2, np.int64), crops, 0, 2)
+    for i in range(2):
+        assert np.array_equal(images[i], finish_crop(Image.fromarray(cut(pixels[0], crops, i)), crops, i))
+
+
 def test_resize_falls_back_where_pillows_pixels_differ(
     afresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = resize_kernel.compile_finish()
+    real = resize_kernel.compile_crop_batch()
 
-    def other_order(window: object, index: int, *rest: npt.NDArray[np.uint8]) -> None:
-        real(window, index, *rest)
-        if index == 1:
-            rest[-1][index, 5, 5, 0] ^= 1
+    def other_order(*arguments: Any) -> None:
+        real(*arguments)
+        images_NVHWC = arguments[7]
+        images_NVHWC[1, 0, 5, 5, 0] ^= 1
 
-    monkeypatch.setattr(resize_kernel, "compile_finish", lambda: other_order)
+    monkeypatch.setattr(resize_kernel, "compile_crop_batch", lambda: other_order)
     window = np.random.default_rng(3).integers(0, 256, (90, 70, 3), np.uint8)
     assert_same(Resizer(), window, one_recipe(window, (64, 64), (0, 0), 64))
     assert f"the compiled resize differs from Pillow {PIL.__version__}" in caplog.text
@@ -132,10 +224,10 @@ def test_resize_recompiles_and_logs_where_its_cache_is_damaged(
 ) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     caplog.set_level("INFO")
-    resize_kernel.compile_finish()
+    resize_kernel.compile_crop_batch()
     assert [line.split(" in ")[0] for line in caplog.messages] == ["compiled the resize for this processor"]
     caplog.clear()
-    resize_kernel.compile_finish()
+    resize_kernel.compile_crop_batch()
     assert not caplog.messages
     (index,) = tmp_path.rglob("*.nbi")
     index.write_bytes(index.read_bytes()[:100])
