@@ -21,6 +21,7 @@ from data_pipeline.common.files import read_file
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.cache import DecodedCache
 from data_pipeline.loading.prefetch import Batch, BatchRequest, ImageBackend, prefetch_batches
 from data_pipeline.loading.readers import Samples
 from data_pipeline.transforms.augment import Augment
@@ -100,6 +101,7 @@ class Loader:
         prefetch: batches held ready, >= 1.
         read_threads: files read at once where Python reads them, >= 1.
         faults: logs and counts the bad files of all batches.
+        caches: decoded pixels that are kept; batches of their datasets are made of those.
     """
 
     backend: ImageBackend
@@ -107,6 +109,7 @@ class Loader:
     prefetch: int = 2
     read_threads: int = 4
     faults: FaultLog = field(default_factory=FaultLog)
+    caches: tuple[DecodedCache, ...] = ()
 
     def train(
         self,
@@ -250,6 +253,7 @@ class Loader:
         return prefetch_batches(
             requests,
             self.backend,
+            self.caches,
             max_pixels=self.preprocessing.max_pixels,
             read_threads=self.read_threads,
             prefetch=self.prefetch,

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.machine import bytes_available, usable_cores
 from data_pipeline.datasets.dataset import Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loading.cache import DecodedCache, attach_cache, bytes_needed, create_store, fill_cache
+from data_pipeline.loading.pixel_store import PixelStore
 from data_pipeline.loading.scan import with_table
 from train.config.schema import RunConfig
 from train.distributed.ddp import micro_batch_size
@@ -19,6 +26,13 @@ from train.distributed.world import World, cpu_share
 from train.evaluate import EVAL_BATCH
 
 log = logging.getLogger("train")
+
+MIN_EPOCHS = 2
+"""`data.cache = "auto"` keeps images that are read so often at least."""
+AUTO_SHARE, MAX_SHARE = 0.25, 0.8
+"""Shares of the free memory that the cache takes at most: by itself, and where it is asked for by name."""
+PART = 4096
+"""Images copied to a GPU at once."""
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
@@ -42,9 +56,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         return with_table(train_set, usable_cores()), with_table(val_set, usable_cores())
 
 
-def open_loader(
-    config: RunConfig, world: World, datasets: tuple[Dataset, Dataset], stack: ExitStack
-) -> Loader:
+def open_loader(config: RunConfig, world: World, stack: ExitStack) -> Loader:
     """Open the decoder, without pixels that are kept."""
     backend = make_backend(
         config.data.backend,
@@ -58,3 +70,99 @@ def open_loader(
     )
     stack.enter_context(closing(backend))
     return Loader(backend, config.preprocessing, prefetch=config.data.prefetch)
+
+
+def open_caches(
+    config: RunConfig, world: World, datasets: Sequence[Dataset], epochs_left: int, stack: ExitStack
+) -> tuple[DecodedCache, ...]:
+    """Decode both splits and keep their pixels, where `data.cache` wants it: once a machine, or on each GPU.
+
+    Args:
+        epochs_left: how often the training images will still be read.
+    Raises:
+        UserError: the cache was asked for by name and cannot be.
+        WorkerError: the process that decodes was killed.
+    """
+    stores: list[PixelStore] = []
+    place: Literal["none", "ram", "gpu"] = "none"
+    problem: UserError | None = None
+    if world.local_rank == 0:
+        try:
+            place = choose_cache(config.data.cache, world.device, datasets, epochs_left)
+            if place != "none":
+                stores = [stack.enter_context(closing(create_store(dataset))) for dataset in datasets]
+        except (UserError, OSError) as error:
+            problem = error if isinstance(error, UserError) else UserError(f"data.cache: {error}")
+    answers = world.gather_objects((place, [store.address for store in stores], problem))
+    place, addresses, problem = answers[world.rank - world.local_rank]
+    if problem is not None:
+        raise problem
+    if place == "none":
+        return ()
+    caches = []
+    for number, dataset in enumerate(datasets):
+        if world.local_rank == 0:
+            cache = fill_cache(dataset, stores[number], usable_cores())
+        else:
+            cache = stack.enter_context(closing(attach_cache(dataset, addresses[number])))
+        caches.append(place_on_device(cache, world.device) if place == "gpu" else cache)
+    if world.is_main:
+        size = sum(bytes_needed(dataset) or 0 for dataset in datasets)
+        where = "on each GPU" if place == "gpu" else "in shared memory"
+        log.info(f"every image is decoded once and kept {where}: {size / 1e9:.2g} GB (data.cache)")
+    return tuple(caches)
+
+
+def choose_cache(
+    wanted: Literal["none", "ram", "gpu", "auto"],
+    device: torch.device,
+    datasets: Sequence[Dataset],
+    epochs_left: int,
+) -> Literal["none", "ram", "gpu"]:
+    """Choose where the decoded pixels of all splits are kept.
+
+    Raises:
+        UserError: the place that is named cannot hold them, or their images differ in size.
+    """
+    if wanted == "none" or (wanted == "auto" and epochs_left < MIN_EPOCHS):
+        return "none"
+    sizes = [bytes_needed(dataset) for dataset in datasets]
+    free = {"ram": bytes_available(), "gpu": gpu_bytes_available(device)}
+    if wanted == "auto":
+        for place in ("gpu", "ram"):
+            if None not in sizes and sum(filter(None, sizes)) <= AUTO_SHARE * (free[place] or 0):
+                return place
+        return "none"
+    for dataset, size in zip(datasets, sizes, strict=True):
+        if size is None:
+            raise UserError(
+                f"data.cache keeps images of one size, and those of {dataset.split} have several: set it to "
+                "none, or resize the images"
+            )
+    if wanted == "gpu" and device.type != "cuda":
+        raise UserError("data.cache is gpu and the run computes on the CPU: set it to ram")
+    for place in {"ram", wanted}:  # the GPU's copy passes through the machine's memory
+        needed, available = sum(filter(None, sizes)), free[place]
+        if available is not None and needed > MAX_SHARE * available:
+            raise UserError(
+                f"data.cache needs {needed / 1e9:.2g} GB of the {'GPU' if place == 'gpu' else 'machine'}'s "
+                f"memory, and {available / 1e9:.2g} GB are free: set it to none"
+            )
+    return wanted
+
+
+def gpu_bytes_available(device: torch.device) -> int | None:
+    """Memory of a GPU that may still be taken, what torch holds and does not use included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def place_on_device(cache: DecodedCache, device: torch.device) -> DecodedCache:
+    """Copy the pixels of a cache to a device, part by part, and free the shared memory."""
+    pixels_NHWC = torch.empty(cache.pixels.shape, dtype=torch.uint8, device=device)
+    for first in range(0, len(pixels_NHWC), PART):
+        part = np.array(cache.pixels[first : first + PART])  # torch warns of arrays that cannot be written to
+        pixels_NHWC[first : first + PART].copy_(torch.from_numpy(part))
+    return cache.place(pixels_NHWC)

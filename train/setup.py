@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.dataset import Dataset, check_same_classes
-from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
-from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import Loader, make_backend
-from data_pipeline.loading.readers import ReaderPool
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.loader import Loader
 from data_pipeline.transforms.sampler import steps_per_epoch
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import Progress
 from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
-from train.config.schema import READERS, RunConfig
+from train.config.schema import RunConfig
+from train.data import open_caches, open_data, open_loader
 from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, rank_batch_size
 from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
 from train.distributed.world import World, cpu_share
-from train.evaluate import EVAL_BATCH
 from train.health.metrics import TOP_K
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
@@ -74,7 +72,9 @@ def build_run(
         check_same_data(checkpoint, data, train_set.root)
     step = checkpoint.step if checkpoint is not None else 0
     parts = make_step_parts(config, train_set, world, checkpoint)
-    loader = open_loader(config, world, (train_set, val_set), stack)
+    loader = open_loader(config, world, stack)
+    epochs_left = config.epochs - step // num_steps if out is not None else 0
+    loader = replace(loader, caches=open_caches(config, world, (train_set, val_set), epochs_left, stack))
     if world.is_main:
         log_hardware(config, parts, loader)
     folder = writer = None
@@ -106,24 +106,6 @@ def build_run(
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
         unevaluated=step > 0 and step % num_steps == 0 and not (checkpoint and "top1" in checkpoint.metrics),
     )
-
-
-def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
-    """Open the training and validation splits; the demo data is written first if it is configured.
-
-    Raises:
-        UserError: no data folder named, or one without the expected layout.
-    """
-    if config.data.root is None:
-        raise UserError(f"recipe {config.recipe} needs data: --data DIR, with train/ and val/ in it")
-    root = Path(config.data.root)
-    if root == DEMO_ROOT:
-        if world.local_rank == 0:
-            write_demo(root)
-        world.barrier()
-    train_set, val_set = open_dataset(root, "train"), open_dataset(root, "val")
-    check_same_classes(train_set, val_set)
-    return train_set, val_set
 
 
 def open_checkpoint(
@@ -202,35 +184,13 @@ def restore_parts(parts: StepParts, checkpoint: Checkpoint) -> None:
         parts.ema.load(shard_tensors(parallel, checkpoint.average_state))
 
 
-def open_loader(
-    config: RunConfig, world: World, datasets: tuple[Dataset, Dataset], stack: ExitStack
-) -> Loader:
-    """Open the decoder, and the processes that read files for it, if any."""
-    cores = cpu_share(world.local_world_size)
-    backend = make_backend(
-        config.data.backend,
-        device="gpu" if world.device.type == "cuda" and config.data.backend != "pillow" else "cpu",
-        device_id=world.local_rank,
-        preprocessing=config.preprocessing,
-        max_batch=max(micro_batch_size(config, world), EVAL_BATCH),
-        num_threads=config.data.threads or cores,
-    )
-    stack.enter_context(closing(backend))
-    num_readers = config.data.readers
-    if num_readers is None:
-        num_readers = min(READERS, cores) if backend.device == "gpu" else 0
-    readers = stack.enter_context(closing(ReaderPool(datasets, num_readers))) if num_readers else None
-    return Loader(backend, config.preprocessing, prefetch=config.data.prefetch, readers=readers)
-
-
 def log_hardware(config: RunConfig, parts: StepParts, loader: Loader) -> None:
     """Log what computes, decodes and reads, and how a batch is split."""
-    world, backend, readers = parts.world, loader.backend, loader.readers
+    world, backend = parts.world, loader.backend
     micro_batch = micro_batch_size(config, world)
-    reading = f"{readers.num_processes} process(es)" if readers is not None else "threads"
     log.info(
         f"{world.world_size} rank(s) on {world.device_name}, {parts.precision.name} "
-        f"({parts.precision.reason}), {backend.name} decoding on the {backend.device}, {reading} reading; "
+        f"({parts.precision.reason}), {backend.name} decoding on the {backend.device}; "
         f"batch {config.global_batch} in {math.ceil(rank_batch_size(config, world) / micro_batch)} pass(es) "
         f"of up to {micro_batch} a rank"
     )

@@ -55,13 +55,25 @@ class DecodedCache:
 
     Attributes:
         dataset: the split.
-        store: its pixels in shared memory, which images are valid, and the reasons of the others.
-        placed: the same pixels on a device; None to crop on the CPU.
+        pixels: (N, H, W, 3) uint8: an array in shared memory, or whatever holds them on a device.
+        size: H, W.
+        valid: (N) bool, which images are decoded; the pixels of the others are zeros.
+        reasons: why each of the others is not.
+        store: the shared memory; None once the pixels are on a device.
     """
 
     dataset: Dataset
-    store: PixelStore
-    placed: Any = None
+    pixels: Any
+    size: tuple[int, int]
+    valid: npt.NDArray[np.bool_]
+    reasons: dict[int, str]
+    store: PixelStore | None
+
+    @classmethod
+    def of_store(cls, dataset: Dataset, store: PixelStore) -> DecodedCache:
+        """The cache in shared memory, once that is complete."""
+        height, width = store.pixels.shape[1:3]
+        return cls(dataset, store.pixels, (height, width), store.valid, store.reasons, store)
 
     def images(self, indices: Int, crops: CropParams, resizer: Resizer) -> object:
         """Crop a batch; images that are not valid become zeros.
@@ -73,26 +85,29 @@ class DecodedCache:
         Returns:
             As `Batch.images`, or `CachedCrops` where the pixels lie on a device.
         """
-        for place in np.flatnonzero(~self.store.valid[indices]).tolist():
+        for place in np.flatnonzero(~self.valid[indices]).tolist():
             crops.set_blank(place)
-        if self.placed is not None:
-            return CachedCrops(self.placed, indices, crops)
+        if self.store is None:
+            return CachedCrops(self.pixels, indices, crops)
         images = blank_images(crops)
-        resizer.crop_batch(images, self.store.pixels, indices, crops, 0, len(indices))
+        resizer.crop_batch(images, self.pixels, indices, crops, 0, len(indices))
         return images
 
     def failures(self, indices: Int) -> dict[int, str]:
         """The reason of each place of a batch whose image is not valid."""
-        bad = np.flatnonzero(~self.store.valid[indices]).tolist()
-        return {place: self.store.reasons[int(indices[place])] for place in bad}
+        bad = np.flatnonzero(~self.valid[indices]).tolist()
+        return {place: self.reasons[int(indices[place])] for place in bad}
 
     def place(self, pixels: Any) -> DecodedCache:
-        """The cache with its pixels on a device, given as a copy of `store.pixels` there."""
-        return replace(self, placed=pixels)
+        """The cache with its pixels on a device, given as a copy there; the shared memory is freed."""
+        placed = replace(self, pixels=pixels, valid=self.valid.copy(), store=None)
+        self.close()
+        return placed
 
     def close(self) -> None:
-        """Free the memory."""
-        self.store.close()
+        """Free the shared memory."""
+        if self.store is not None:
+            self.store.close()
 
 
 def image_size(dataset: Dataset) -> tuple[int, int] | None:
@@ -111,27 +126,27 @@ def bytes_needed(dataset: Dataset) -> int | None:
     return None if size is None else 3 * len(dataset) * size[0] * size[1]
 
 
-def create_cache(dataset: Dataset) -> DecodedCache:
-    """Take the memory for the pixels of a split whose images have one size; `fill_cache` fills it.
+def create_store(dataset: Dataset) -> PixelStore:
+    """Make the memory for the pixels of a split whose images have one size; `fill_cache` fills it.
 
     Raises:
         OSError: there is not so much memory.
     """
     size = image_size(dataset)
     assert size is not None, "images of several sizes"
-    return DecodedCache(dataset, PixelStore.create(len(dataset), *size))
+    return PixelStore.create(len(dataset), *size)
 
 
-def fill_cache(cache: DecodedCache, workers: int) -> None:
-    """Decode every image of a split into its cache, in processes if there are many.
+def fill_cache(dataset: Dataset, store: PixelStore, workers: int) -> DecodedCache:
+    """Decode every image of a split, in processes if there are many.
 
     Args:
-        cache: from `create_cache`, in the process that made it.
+        dataset: the split.
+        store: from `create_store`, in the process that made it.
         workers: processes that decode, >= 1.
     Raises:
         WorkerError: a worker was killed.
     """
-    dataset, store = cache.dataset, cache.store
     many = len(dataset) >= MANY
     lean = replace(dataset, classes=(), labels_text=(), table=None)
     chunks = make_chunks(lean, np.arange(len(dataset), dtype=np.int64), _CHUNK)
@@ -151,6 +166,7 @@ def fill_cache(cache: DecodedCache, workers: int) -> None:
         store.fail(f"the images of {dataset.split} could not be decoded into memory: {error}")
         raise
     store.complete()
+    return DecodedCache.of_store(dataset, store)
 
 
 def attach_cache(dataset: Dataset, address: StoreAddress) -> DecodedCache:
@@ -165,7 +181,7 @@ def attach_cache(dataset: Dataset, address: StoreAddress) -> DecodedCache:
     except BaseException:
         store.close()
         raise
-    return DecodedCache(dataset, store)
+    return DecodedCache.of_store(dataset, store)
 
 
 def _decode_chunk(size: tuple[int, int], chunk: Chunk) -> tuple[Int, Pixels, dict[int, str]]:

@@ -24,7 +24,9 @@ import numpy.typing as npt
 from data_pipeline.common.text import printable
 from data_pipeline.decode.feed import Feed
 from data_pipeline.decode.pillow import Decoded
+from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.bad_files import Failure, FaultLog
+from data_pipeline.loading.cache import DecodedCache
 from data_pipeline.loading.feeds import CropFn, FeedMaker
 from data_pipeline.loading.readers import EncodedImage, Reader, Samples
 from data_pipeline.transforms.crop import CropParams
@@ -151,6 +153,7 @@ class SamplePaths(Sequence[Path]):
 def prefetch_batches(
     requests: Iterator[BatchRequest],
     backend: ImageBackend,
+    caches: Sequence[DecodedCache] = (),
     *,
     max_pixels: int,
     read_threads: int,
@@ -162,6 +165,7 @@ def prefetch_batches(
     Args:
         requests: consumed by the background thread.
         backend: decodes.
+        caches: decoded pixels; samples that are one of their datasets are not decoded again.
         max_pixels: cap on an image's pixels, by its header.
         read_threads: files read at once in Python, >= 1.
         prefetch: decoded batches held ready, >= 1. As many again, and three, are being decoded.
@@ -184,7 +188,7 @@ def prefetch_batches(
     def produce() -> None:
         ahead = prefetch + _AHEAD
         reader = Reader(read_threads, max_pixels, faults)
-        decoder = _Decoder(backend, reader)
+        decoder = _Decoder(backend, caches, reader)
         threads = ThreadPoolExecutor(ahead, thread_name_prefix="decode")
         batches: deque[Future[Batch]] = deque()
         try:
@@ -230,12 +234,16 @@ def _consume(
 class _Decoder:
     """Makes the batches of requests, the fast way or the slow one; any thread may call it."""
 
-    def __init__(self, backend: ImageBackend, reader: Reader) -> None:
-        self._backend, self._reader = backend, reader
+    def __init__(self, backend: ImageBackend, caches: Sequence[DecodedCache], reader: Reader) -> None:
+        self._backend, self._caches, self._reader = backend, caches, reader
+        self._resizer = Resizer() if caches else None
         self._fast: FeedBackend | None = backend if backend.takes_feeds else None  # type: ignore[assignment]
         self._feeds = FeedMaker(reader)
 
     def decode(self, request: BatchRequest) -> Batch:
+        for cache in self._caches:
+            if cache.dataset is request.samples:
+                return self._from_cache(request, cache)
         if (fast := self._fast) is None:
             return self._slowly(request)
         made = self._feeds.make(request.samples, request.indices, request.crop_fn, fast.max_batch_bytes)
@@ -248,6 +256,12 @@ class _Decoder:
 
     def close(self) -> None:
         self._feeds.close()
+
+    def _from_cache(self, request: BatchRequest, cache: DecodedCache) -> Batch:
+        indices = request.indices
+        crops = request.crop_fn(np.tile(np.array(cache.size, np.int64), (len(indices), 1)))
+        assert self._resizer is not None
+        return _batch(request, cache.images(indices, crops, self._resizer), cache.failures(indices))
 
     def _slowly(self, request: BatchRequest) -> Batch:
         """Read every file of a batch, and decode them alone, each by what it is now."""

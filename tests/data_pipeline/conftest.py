@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.sharding.write import write_shards
 from tests.helpers.images import encode, photo, write_folder
 
@@ -33,11 +31,3 @@ def shards(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (report.num_samples, report.num_reused, report.num_unchanged) == (43, 0, 0)
     assert report.num_shards == len(list(out.glob("*/*.tar"))) > 4
     return out
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """29 images of three classes: a number that nothing divides."""
-    root = tmp_path_factory.mktemp("data")
-    write_folder(root / "train", {"a": 11, "b": 9, "c": 9})
-    return load_image_folder(root, "train")

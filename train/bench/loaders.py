@@ -23,7 +23,7 @@ from data_pipeline.decode.dali_queue import GraphQueue
 from data_pipeline.decode.feed import Feed, FilePaths
 from data_pipeline.decode.pillow import Decoded, PillowBackend
 from data_pipeline.loader import Loader, make_backend
-from data_pipeline.loading.cache import create_cache, fill_cache
+from data_pipeline.loading.cache import create_store, fill_cache
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
@@ -126,20 +126,20 @@ def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     backend = PillowBackend(num_threads=1, max_batch=subject.batch)  # decodes nothing here
     stack.enter_context(closing(backend))
     dataset = _open(subject)
-    cache = create_cache(dataset)
+    cache = fill_cache(dataset, create_store(dataset), subject.cores)
     stack.enter_context(closing(cache))
-    fill_cache(cache, subject.cores)
     if not subject.gpu:
         return _batches_of(Loader(backend, preprocessing, caches=(cache,)), dataset, subject)
     import torch
 
+    from train.data import place_on_device
     from train.kernels.cached_crops import crop_cached
 
     def crop(batch: Batch) -> None:
         crop_cached(batch.images.pixels, batch.images.indices, batch.images.crops)
         torch.cuda.current_stream().synchronize()
 
-    placed = cache.place(torch.from_numpy(cache.store.pixels).cuda())
+    placed = place_on_device(cache, torch.device("cuda"))
     return _batches_of(Loader(backend, preprocessing, caches=(placed,)), dataset, subject, crop)
 
 

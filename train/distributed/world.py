@@ -123,7 +123,7 @@ class World:
 
     @contextmanager
     def first_of_machine(self, work: str) -> Iterator[None]:
-        """Let one rank of each machine do some work first; the others enter once it is done, however long it takes.
+        """Let one rank of each machine do some work first; the others wait, however long it takes.
 
         Args:
             work: what it is called, the same on every rank, each time another.

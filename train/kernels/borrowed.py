@@ -22,8 +22,8 @@ class Event(Protocol):
 class Lender:
     """Copies tensors whose memory another library frees and uses again as soon as nobody refers to it.
 
-    The kernel that reads them may run long after that: the host is ahead of the device. So they are kept until
-    the copy is made, and nobody waits.
+    The kernel that reads them may run long after that: the host is ahead of the device. So they are kept
+    until the copy is made, and nobody waits.
 
     Args:
         make_event: makes the events.
