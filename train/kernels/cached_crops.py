@@ -96,7 +96,7 @@ def _chunk_size(shape: tuple[int, ...], side: int) -> int:
 
 
 def _resize(pixels_MHWC: Tensor, numbers_KS: Tensor, side: int, num_rows_first: int) -> Tensor:
-    """Resize samples to (S, C, 3, C) whole numbers in float64: some by rows first, then those by columns first.
+    """Resize samples to (S, C, 3, C) whole numbers in float64: first those that Pillow resizes by rows first.
 
     The colours are between the axes, so that both products are of matrices as they lie.
     """

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
 
-from data_pipeline.decode.pillow import blank_images, finish_crop
-from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.crops import KINDS, crops_by_pillow, crops_of
 from train.kernels import cached_crops
 from train.kernels.cached_crops import crop_cached
 
-AUGMENTS = {
-    "random_resized": Augment(),
-    "random_resized, colours": Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.3, pca=0.1),
-    "windows of a few pixels": Augment(scale=(0.0005, 0.01)),
-    "random": Augment(crop="random"),
-    "random_square": Augment(crop="random_square", pca=0.1),
-    "center": Augment(crop="center"),
-}
-KINDS = (*AUGMENTS, "eval", "ten_crop")
 SIZES = [
     ((64, 64), 64, 56), ((64, 64), 72, 64), ((32, 32), 36, 33), ((48, 61), 24, 19), ((61, 48), 24, 19),
     ((1, 1), 9, 8), ((150, 40), 16, 16),
 ]  # fmt: skip
-
-
-def crops_of(kind: str, size: tuple[int, int], count: int, preprocessing: Preprocessing) -> CropParams:
-    sizes = [size] * count
-    if kind == "eval":
-        return eval_crop_params(sizes, preprocessing)
-    if kind == "ten_crop":
-        return ten_crop_params(sizes, preprocessing)
-    return train_crop_params(sizes, 2, np.arange(count), 11, preprocessing, AUGMENTS[kind])
-
-
-def pillows(
-    pixels: npt.NDArray[np.uint8], indices: npt.NDArray[np.int64], crops: CropParams
-) -> npt.NDArray[np.uint8]:
-    images = blank_images(crops)
-    for i, (y, x, height, width) in enumerate(crops.windows.tolist()):
-        window = np.ascontiguousarray(pixels[indices[i], y : y + height, x : x + width])
-        images[i] = finish_crop(Image.fromarray(window), crops, i)
-    return images
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,7 +27,7 @@ def test_crops_on_a_device_are_pillows(
     crops = crops_of(kind, size, 20, Preprocessing(resize_px=resize_px, crop_px=crop_px))
     images = crop_cached(torch.from_numpy(pixels), indices, crops)
     assert images.dtype == torch.uint8 and images.is_contiguous()
-    assert np.array_equal(images.numpy(), pillows(pixels, indices, crops))
+    assert np.array_equal(images.numpy(), crops_by_pillow(pixels, indices, crops))
 
 
 def test_crops_in_parts_are_those_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
