@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from data_pipeline.loading.cache import CachedCrops
 from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.rng import hash_at
 from train.config.schema import RunConfig
@@ -18,6 +20,8 @@ from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
+from train.kernels.borrowed import lender_of
+from train.kernels.cached_crops import crop_cached
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.ema import ModelEma
 from train.optim.mixup import mix_inputs, mixed_losses, tensor_to_device
@@ -63,8 +67,18 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     Returns:
         uint8 (N, H, W, 3) or, for V views of each image, (N, V, H, W, 3); int64 (N,), bool (N,).
     """
-    images = tensor_to_device(torch.utils.dlpack.from_dlpack(batch.images), device)
-    return images, tensor_to_device(batch.labels, device), tensor_to_device(batch.valid, device)
+    labels_N, valid_N = tensor_to_device(batch.labels, device), tensor_to_device(batch.valid, device)
+    return images_on_device(batch.images, device), labels_N, valid_N
+
+
+def images_on_device(images: Any, device: torch.device) -> Tensor:
+    """Return the images of a batch on a device: cropped there, taken over from the decoder, or copied."""
+    if isinstance(images, CachedCrops):
+        return crop_cached(images.pixels, images.indices, images.crops)
+    tensor = torch.utils.dlpack.from_dlpack(images)
+    if tensor.is_cuda and tensor.device == device:
+        return lender_of(device).take_over(tensor)
+    return tensor_to_device(tensor, device)
 
 
 def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:

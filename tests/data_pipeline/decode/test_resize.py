@@ -19,9 +19,9 @@ from PIL import Image
 from data_pipeline.decode import resize, resize_kernel
 from data_pipeline.decode.pillow import blank_images, finish_crop
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
+from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.crops import KINDS, crops_by_pillow, crops_of
 
 
 @pytest.fixture
@@ -101,33 +101,6 @@ def test_compiled_resize_takes_a_read_only_window() -> None:
     assert_same(Resizer(), window, one_recipe(window, (64, 64), (0, 0), 64))
 
 
-def crops_of(kind: str, size: tuple[int, int], count: int, preprocessing: Preprocessing) -> CropParams:
-    """Crops of images of one size, in training or evaluation; those of "..., colours" change the colours."""
-    sizes = [size] * count
-    if kind == "eval":
-        return eval_crop_params(sizes, preprocessing)
-    if kind == "ten_crop":
-        return ten_crop_params(sizes, preprocessing)
-    name, _, colors = kind.partition(", ")
-    strength = 0.4 if colors else 0.0
-    augment = Augment(
-        crop=name,  # type: ignore[arg-type]
-        scale=(0.001, 1.0),
-        brightness=strength,
-        saturation=strength,
-        pca=strength,
-    )
-    return train_crop_params(sizes, 3, np.arange(count), 7, preprocessing, augment)
-
-
-def cut(pixels: npt.NDArray[np.uint8], crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
-    y, x, height, width = crops.windows[index]
-    return np.ascontiguousarray(pixels[y : y + height, x : x + width])
-
-
-KINDS = ("random_resized", "random", "random_square", "center", "eval", "ten_crop", "random_resized, colours")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("size", "resize_px", "crop_px"),
@@ -135,7 +108,6 @@ KINDS = ("random_resized", "random", "random_square", "center", "eval", "ten_cro
      ((31, 97), 12, 9), ((1, 1), 10, 8), ((3, 2), 9, 9), ((300, 200), 12, 12)],
 )  # fmt: skip
 def test_batch_crops_are_pillows(kind: str, size: tuple[int, int], resize_px: int, crop_px: int) -> None:
-    """Windows of one pixel are among them: the smallest is a thousandth of the image."""
     count = 24
     pixels = np.random.default_rng(6).integers(0, 256, (5, *size, 3), np.uint8)
     pixels.flags.writeable = False
@@ -146,9 +118,7 @@ def test_batch_crops_are_pillows(kind: str, size: tuple[int, int], resize_px: in
     images = blank_images(crops)
     for first, stop in ((0, 7), (7, 7), (7, count)):
         resizer.crop_batch(images, pixels, indices, crops, first, stop)
-    for i in range(count):
-        window = Image.fromarray(cut(pixels[indices[i]], crops, i))
-        assert np.array_equal(images[i], finish_crop(window, crops, i)), f"{kind}, {i}: {crops.windows[i]}"
+    assert np.array_equal(images, crops_by_pillow(pixels, indices, crops))
 
 
 def test_batch_crops_write_their_share_alone() -> None:
@@ -184,9 +154,9 @@ def test_batch_crops_fall_back_to_pillow(reason: str, monkeypatch: pytest.Monkey
         crop_px=2,
     )
     images = blank_images(crops)
-    resizer.crop_batch(images, pixels, np.zeros(2, np.int64), crops, 0, 2)
-    for i in range(2):
-        assert np.array_equal(images[i], finish_crop(Image.fromarray(cut(pixels[0], crops, i)), crops, i))
+    indices = np.zeros(2, np.int64)
+    resizer.crop_batch(images, pixels, indices, crops, 0, 2)
+    assert np.array_equal(images, crops_by_pillow(pixels, indices, crops))
 
 
 def test_resize_falls_back_where_pillows_pixels_differ(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import run_command
-from train.bench.data import time_batches
+from train.bench.loaders import time_batches
 from train.bench.train import Measured, make_ratios, make_specs
 
 

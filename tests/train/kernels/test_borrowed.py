@@ -49,7 +49,7 @@ def test_copy_is_whole_although_the_lender_overwrites_at_once() -> None:
     busy = busy @ busy
     copy = lender.take_over(lent)
     del lent
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for _ in range(4):
             torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
     assert bool((copy == 7).all())
