@@ -60,8 +60,9 @@ def test_bench_round_is_timed_from_first_to_last_batch() -> None:
         for _ in range(count):
             yield 10
 
-    rate = time_batches(batches, 4, 0.05)
+    rate, busy_us = time_batches(batches, 4, 0.05)
     assert 40 / 0.5 < rate <= 40 / 0.2
+    assert 0 <= busy_us < 1e6 * 0.05 / 10  # it sleeps
 
 
 def test_bench_train_ratios_use_the_right_cases() -> None:
