@@ -57,7 +57,7 @@ def compile_crop_batch() -> Any:
     )
     started = time.perf_counter()
     # Numba's cache knows when this file has changed, not when the other has
-    crop_batch = _make_crop_batch(hash_of(Path(resize_lanes.__file__), "sha256"))
+    crop_batch = _make_crop_batch(int(hash_of(Path(resize_lanes.__file__), "sha256")[:15], 16))
     try:
         compiled = _numba.njit(signature, cache=True, **_OPTIONS)(crop_batch)
     except Exception as error:  # no folder to write to, a full disk, a damaged entry: by kind of fault
@@ -205,13 +205,24 @@ def _resize(
         padded = np.empty((rows + ROWS) * (length + 1), np.uint8)
         _resize_rows(between, 0, width * 3, (rows, width), to_columns, column_weights, padded)
         for y in range(rows):
-            target[to + y * length : to + (y + 1) * length] = padded[y * (length + 1) :][:length]
+            for x in range(length):
+                target[to + y * length + x] = padded[y * (length + 1) + x]
     else:
-        first, last = to_rows[0], to_rows[-1] + row_weights.shape[1]
+        first, last = to_rows[0], to_rows[rows - 1] + row_weights.shape[1]
         padded = np.empty((last - first + ROWS) * (length + 1), np.uint8)
         start += first * step
         _resize_rows(source, start, step, (last - first, width), to_columns, column_weights, padded)
-        _resize_columns(padded, 0, length + 1, length, to_rows - first, row_weights, target, to)
+        _resize_columns(padded, -first * (length + 1), length + 1, length, to_rows, row_weights, target, to)
+
+
+@_inlined
+def _around(tops_lefts: Any, side: int) -> Any:
+    """Top, left, height and width of what encloses V squares."""
+    top, left = bottom, right = tops_lefts[0, 0], tops_lefts[0, 1]
+    for view in range(1, len(tops_lefts)):
+        top, left = min(top, tops_lefts[view, 0]), min(left, tops_lefts[view, 1])
+        bottom, right = max(bottom, tops_lefts[view, 0]), max(right, tops_lefts[view, 1])
+    return top, left, bottom + side - top, right + side - left
 
 
 @_inlined
@@ -228,7 +239,7 @@ def _cut_views(region: Any, cut: Any, tops_lefts: Any, flips: Any, views: Any) -
                     views[view, y, to, c] = region[at + x * 3 + c]
 
 
-def _make_crop_batch(version: str) -> Callable[..., None]:
+def _make_crop_batch(version: int) -> Callable[..., None]:
     """Make the function to compile. Numba's cache keeps one for each `version`."""
 
     def crop_batch(
@@ -246,7 +257,7 @@ def _make_crop_batch(version: str) -> Callable[..., None]:
             colors: see `CropParams`; (0, 3, 4) for None.
             images: (N, V, crop, crop, 3) uint8.
         """
-        assert version  # a variable that is not used would not be part of it
+        assert version >= 0  # a variable that is not used would not be part of it
         _, height, width, _ = pixels.shape
         num_views, side = images.shape[1:3]
         source, target, step = pixels.reshape(-1), images.reshape(-1), width * 3
@@ -255,8 +266,7 @@ def _make_crop_batch(version: str) -> Callable[..., None]:
             if len(indices):
                 y, x, size = windows[i, 0], windows[i, 1], (windows[i, 2], windows[i, 3])
                 start = ((indices[i] * height + y) * width + x) * 3
-            top, left = offsets[i, :, 0].min(), offsets[i, :, 1].min()
-            rows, columns = offsets[i, :, 0].max() + side - top, offsets[i, :, 1].max() + side - left
+            top, left, rows, columns = _around(offsets[i], side)
             cut, size_out = (top, left, rows, columns), (sizes[i, 0], sizes[i, 1])
             region, to, flip = target, i * side * side * 3, flips[i, 0]
             if num_views > 1:

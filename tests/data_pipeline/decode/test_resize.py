@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decode import resize, resize_kernel
+from data_pipeline.decode import resize, resize_kernel, resize_lanes
 from data_pipeline.decode.pillow import blank_images, finish_crop
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.transforms.crop import CropParams
@@ -205,3 +205,19 @@ def test_resize_recompiles_and_logs_where_its_cache_is_damaged(
     refused, compiled = caplog.messages
     assert refused.startswith("Numba's cache cannot be used (")
     assert compiled.startswith("compiled the resize")
+
+
+@pytest.mark.slow
+def test_resize_recompiles_where_its_lanes_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numba looks at the file of the function that it keeps, and not at those that it calls."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    resize_kernel.compile_crop_batch()
+    changed = tmp_path / "resize_lanes.py"
+    changed.write_text(Path(resize_lanes.__file__).read_text() + "# changed")
+    monkeypatch.setattr(resize_lanes, "__file__", str(changed))
+    resize_kernel.compile_crop_batch()
+    resize_kernel.compile_crop_batch()
+    assert len(caplog.messages) == 2, caplog.messages
