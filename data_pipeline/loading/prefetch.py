@@ -11,10 +11,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -27,7 +28,7 @@ from data_pipeline.decode.pillow import Decoded
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.bad_files import Failure, FaultLog
 from data_pipeline.loading.cache import DecodedCache
-from data_pipeline.loading.feeds import CropFn, FeedMaker
+from data_pipeline.loading.feeds import CropFn, FeedMaker, Made
 from data_pipeline.loading.readers import EncodedImage, Reader, Samples
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.mix import MixParams
@@ -195,7 +196,7 @@ def prefetch_batches(
             for request in requests:
                 if stop.is_set():
                     return
-                batches.append(threads.submit(decoder.decode, request))
+                batches.append(threads.submit(decoder.begin(request)))
                 if len(batches) >= ahead:
                     put(batches.popleft().result())
             while batches and not stop.is_set():
@@ -240,13 +241,26 @@ class _Decoder:
         self._fast: FeedBackend | None = backend if backend.takes_feeds else None  # type: ignore[assignment]
         self._feeds = FeedMaker(reader)
 
-    def decode(self, request: BatchRequest) -> Batch:
+    def begin(self, request: BatchRequest) -> Callable[[], Batch]:
+        """Begin a batch; the function that is returned finishes it, in any thread.
+
+        A batch of known files is planned here: that takes a millisecond, and threads that plan several at
+        once would take longer, since they wait for the interpreter in turns.
+        """
         for cache in self._caches:
             if cache.dataset is request.samples:
-                return self._from_cache(request, cache)
-        if (fast := self._fast) is None:
-            return self._slowly(request)
-        made = self._feeds.make(request.samples, request.indices, request.crop_fn, fast.max_batch_bytes)
+                return partial(self._from_cache, request, cache)
+        if self._fast is None:
+            return partial(self._slowly, request)
+        if self._feeds.knows(request.samples, request.indices):
+            return partial(self._decode, self._fast, request, self._make(self._fast, request))
+        return partial(self._decode, self._fast, request, None)
+
+    def _make(self, fast: FeedBackend, request: BatchRequest) -> Made:
+        return self._feeds.make(request.samples, request.indices, request.crop_fn, fast.max_batch_bytes)
+
+    def _decode(self, fast: FeedBackend, request: BatchRequest, made: Made | None) -> Batch:
+        made = made or self._make(fast, request)
         if made.by_pillow:
             fast.log_pillow()
         images = fast.decode_fast(made.feed)

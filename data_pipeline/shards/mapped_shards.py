@@ -6,6 +6,7 @@ import ctypes
 import logging
 import mmap
 import os
+import resource
 import threading
 import weakref
 from functools import lru_cache
@@ -19,6 +20,7 @@ from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
 
+_ADVISED_CALLS = 64
 Bytes = npt.NDArray[np.uint8]
 Int = npt.NDArray[np.int64]
 
@@ -30,12 +32,18 @@ class MappedShards:
 
     A shard that cannot be mapped, or whose file has another size than it had then, is not used again, and one
     log line says so: to touch what lay behind the new end would kill the process.
+
+    Attributes:
+        num_changes: how often a shard was found to be written to since it was mapped.
     """
 
     def __init__(self, shards: tuple[Path, ...]) -> None:
         self._shards = shards
+        self.num_changes = 0
         self._mapped: dict[int, Bytes | None] = {}
+        self._modified_ns: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._advised_calls, self._waits = _ADVISED_CALLS, 0
 
     def __reduce__(self) -> tuple[type[MappedShards], tuple[tuple[Path, ...]]]:
         """Another process maps the shards for itself."""
@@ -52,14 +60,27 @@ class MappedShards:
             return None
         path = self._shards[shard]
         try:
-            size = os.stat(path).st_size  # noqa: PTH116 - half the cost of Path.stat
+            status = os.stat(path)  # noqa: PTH116 - half the cost of Path.stat
         except OSError as error:
             self._give_up(shard, f"cannot be read any more ({error.strerror})")
             return None
-        if size != mapped.size:
-            self._give_up(shard, f"had {mapped.size} bytes and has {size}")
+        if status.st_size != mapped.size:
+            self._give_up(shard, f"had {mapped.size} bytes and has {status.st_size}")
             return None
+        if status.st_mtime_ns != self._modified_ns[shard]:
+            self._modified_ns[shard] = status.st_mtime_ns
+            self.num_changes += 1
         return mapped
+
+    def is_cold(self) -> bool:
+        """Whether `read_ahead` pays now: for some calls at first, and after this process waited for a disk.
+
+        Reading ahead costs two microseconds an image, and makes cold data several times faster.
+        """
+        if (waits := resource.getrusage(resource.RUSAGE_SELF).ru_majflt) > self._waits:
+            self._waits, self._advised_calls = waits, _ADVISED_CALLS
+        self._advised_calls -= 1
+        return self._advised_calls >= 0
 
     def read_ahead(self, shard: int, offsets: Int, sizes: Int) -> None:
         """Tell the system that some ranges of a shard are needed soon: it reads them meanwhile, all at once.
@@ -76,6 +97,7 @@ class MappedShards:
 
     def _map(self, shard: int) -> None:
         try:
+            self._modified_ns[shard] = self._shards[shard].stat().st_mtime_ns
             self._mapped[shard] = np.asarray(_Mapping(self._shards[shard]))
         except OSError as error:
             self._give_up(shard, f"cannot be mapped into memory ({error.strerror})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,6 @@ Bytes = npt.NDArray[np.uint8]
 
 MAX_HANDLES = 64
 _NO_IMAGE = np.frombuffer(b"", dtype=np.uint8)
-_NO_HEADER = np.frombuffer(bytes(BLOCK), dtype=np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +36,7 @@ class ShardReader:
         offsets: (N) where its image begins, in bytes.
         sizes: (N) the image's bytes.
         members: (N) the image's name in the tar.
+        checked: the samples whose header `views` has compared.
     """
 
     shards: tuple[str, ...]
@@ -46,6 +46,7 @@ class ShardReader:
     offsets: Int
     sizes: Int
     members: PackedStrings
+    checked: _Checked = field(init=False, default_factory=lambda: _Checked())
 
     def read(self, index: int, max_bytes: int) -> bytes:
         """The bytes of one sample, if the tar header before them is that of the member the index names."""
@@ -67,8 +68,9 @@ class ShardReader:
     def views(self, indices: Int) -> tuple[list[Bytes], npt.NDArray[np.bool_]]:
         """The bytes of a batch, in the shards' memory: nothing is copied, and no file is opened.
 
-        The header before each image is compared as `read` does. Shards that have become shorter are found
-        here; one that is truncated while a view of it is in use kills the process (SIGBUS).
+        The header before each image is compared as `read` does, the first time and after the shard was
+        written to. Shards that have become shorter are found here; one that is truncated while a view of it
+        is in use kills the process (SIGBUS).
 
         Args:
             indices: (n) which samples.
@@ -79,27 +81,31 @@ class ShardReader:
         shard_of, sizes = self.shard_of[indices].tolist(), self.sizes[indices]
         begins = self.offsets[indices]
         shards = {shard: self.mapped.bytes_of(shard) for shard in set(shard_of)}
-        headers, views = [], []
+        views = []
         for shard, begin, end in zip(shard_of, begins.tolist(), (begins + sizes).tolist(), strict=True):
             content = shards[shard]
-            if content is None or begin < BLOCK or end > content.size:
-                headers.append(_NO_HEADER)
-                views.append(_NO_IMAGE)
-            else:
-                headers.append(content[begin - BLOCK : begin])
-                views.append(content[begin:end])
-        headers_NB = np.concatenate([_NO_IMAGE, *headers]).reshape(-1, BLOCK)
-        valid = headers_fit(headers_NB, self.members.take(indices), sizes) & (sizes > 0)
-        for place in np.flatnonzero(~valid).tolist():
-            views[place] = _NO_IMAGE
+            inside = content is not None and begin >= BLOCK and end <= content.size
+            views.append(content[begin:end] if content is not None and inside else _NO_IMAGE)
+        there = (np.fromiter(map(len, views), np.int64, len(views)) == sizes) & (sizes > 0)
+        checked = self.checked.since(self.mapped.num_changes, len(self.sizes))
+        valid: npt.NDArray[np.bool_] = there & checked[indices]
+        unsure = np.flatnonzero(there & ~valid)
+        if len(unsure):
+            headers = [_header(shards[shard_of[place]], int(begins[place])) for place in unsure.tolist()]
+            fits = headers_fit(np.stack(headers), self.members.take(indices[unsure]), sizes[unsure])
+            valid[unsure] = checked[indices[unsure]] = fits
+            for place in unsure[~fits].tolist():
+                views[place] = _NO_IMAGE
         return views, valid
 
     def read_ahead(self, indices: Int) -> None:
-        """Have the system read a batch from the disk, without waiting for it; `views` of it come later.
+        """Have the system read a batch from the disk, where that pays, without waiting for it.
 
         Args:
-            indices: which samples.
+            indices: which samples; `views` of them come later.
         """
+        if not self.mapped.is_cold():
+            return
         shard_of, offsets, sizes = self.shard_of[indices], self.offsets[indices], self.sizes[indices]
         order = np.argsort(shard_of, kind="stable")
         shards, firsts = np.unique(shard_of[order], return_index=True)
@@ -119,6 +125,25 @@ class ShardReader:
             sizes=self.sizes[indices],
             members=self.members.take(indices),
         )
+
+
+def _header(content: Bytes | None, begin: int) -> Bytes:
+    assert content is not None  # since its image is there
+    return content[begin - BLOCK : begin]
+
+
+class _Checked:
+    """Which samples were found to be what the index says, since the shards were last written to."""
+
+    def __init__(self) -> None:
+        self._num_changes = 0
+        self._samples = np.empty(0, np.bool_)
+
+    def since(self, num_changes: int, count: int) -> npt.NDArray[np.bool_]:
+        """(count) bool, to read and to write."""
+        if num_changes != self._num_changes or len(self._samples) != count:
+            self._num_changes, self._samples = num_changes, np.zeros(count, np.bool_)
+        return self._samples
 
 
 class Handles:

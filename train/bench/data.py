@@ -39,21 +39,21 @@ def make_subjects(folder: Path, shards: Path, small: Path, gpu: bool) -> dict[Ke
         Subject("torchvision", "torchvision", folder, cores),
         Subject("dali_reader", "dali_reader", folder, cores),
         Subject("pillow", "pillow", folder, cores),
-        Subject("feed_shards", "feed", shards, cores, LARGE_BATCH),
-        Subject("feed_files", "feed", folder, cores, LARGE_BATCH),
-        Subject("file_read", "file_read", folder, cores, LARGE_BATCH),
-        Subject("cached", "cached", small, cores, SMALL_BATCH, SMALL_CROP_PX),
-        Subject("uncached", "ours", small, cores, SMALL_BATCH, SMALL_CROP_PX),
+        Subject("feed_shards", "feed", shards, cores, LARGE_BATCH, speed=60),
+        Subject("feed_files", "feed", folder, cores, LARGE_BATCH, speed=20),
+        Subject("file_read", "file_read", folder, cores, LARGE_BATCH, speed=20),
+        Subject("cached", "cached", small, cores, SMALL_BATCH, SMALL_CROP_PX, speed=100),
+        Subject("uncached", "ours", small, cores, SMALL_BATCH, SMALL_CROP_PX, speed=10),
     ]
     if cores > 1:
         subjects += [Subject("dali", "ours", folder, 1), Subject("torchvision", "torchvision", folder, 1)]
     if gpu:
         subjects += [
-            Subject("dali_gpu", "ours", folder, all_cores, LARGE_BATCH, gpu=True),
-            Subject("dali_gpu_64", "ours", folder, all_cores, BATCH, gpu=True),
-            Subject("dali_gpu_shards", "ours", shards, all_cores, LARGE_BATCH, gpu=True),
-            Subject("dali_gpu_reader", "dali_reader", folder, all_cores, LARGE_BATCH, gpu=True),
-            Subject("cached_gpu", "cached", small, all_cores, SMALL_BATCH, SMALL_CROP_PX, gpu=True),
+            Subject("dali_gpu", "ours", folder, all_cores, LARGE_BATCH, gpu=True, speed=20),
+            Subject("dali_gpu_64", "ours", folder, all_cores, BATCH, gpu=True, speed=20),
+            Subject("dali_gpu_shards", "ours", shards, all_cores, LARGE_BATCH, gpu=True, speed=20),
+            Subject("dali_gpu_reader", "dali_reader", folder, all_cores, LARGE_BATCH, gpu=True, speed=20),
+            Subject("cached_gpu", "cached", small, all_cores, SMALL_BATCH, SMALL_CROP_PX, gpu=True, speed=20),
             Subject("torchvision", "torchvision", folder, all_cores),
         ]
     return {(subject.name, subject.cores): subject for subject in subjects}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
@@ -30,6 +29,7 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench import harness
+from train.bench.checksum import checksums
 
 SETTLE_S = 0.5
 MakeBatches = Callable[[int], Generator[int, None, None]]
@@ -48,6 +48,7 @@ class Subject:
         batch: images in a batch.
         crop_px: side of the crops.
         gpu: whether it decodes on the GPU.
+        speed: about how many times as fast as the slowest; it gets so many times the images in a round.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Subject:
     batch: int = 64
     crop_px: int = 224
     gpu: bool = False
+    speed: int = 1
 
 
 class LoaderCase:
@@ -163,7 +165,7 @@ class FeedOnly:
         assert sizes is None or np.array_equal(sizes, feed.sizes)
         if isinstance(feed.files, FilePaths):
             return np.zeros(len(feed), np.uint64)
-        return np.fromiter(map(checksum, feed.files), np.uint64, len(feed))
+        return checksums(feed.files)
 
     def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
         """Refuse: no file of the benchmark goes the slow way."""
@@ -175,18 +177,14 @@ class FeedOnly:
     log_pillow = close = lambda self: None
 
 
-def checksum(file: npt.NDArray[np.uint8]) -> int:
-    """Combine all eight-byte words of a file; the rest, of fewer bytes, is left out."""
-    return int(np.bitwise_xor.reduce(file[: len(file) // 8 * 8].view(np.uint64)))
-
-
 def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     """Open this project's loader without a decoder; of shards, each image's checksum is compared."""
     dataset = _open(subject)
     backend = FeedOnly(subject, paths=dataset.reader is None)
     stack.callback(backend._queue.close)
-    known = [checksum(np.frombuffer(dataset.read(i), np.uint8)) for i in range(len(dataset))]
-    expected = np.array(known, np.uint64) if dataset.reader is not None else np.zeros(len(known), np.uint64)
+    expected = np.zeros(len(dataset), np.uint64)
+    if dataset.reader is not None:  # read another way than the loader does
+        expected = checksums([np.frombuffer(dataset.read(i), np.uint8) for i in range(len(dataset))])
 
     def compare(batch: Batch) -> None:
         assert np.array_equal(batch.images, expected[batch.indices])

@@ -12,10 +12,12 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+from data_pipeline.common.machine import usable_cores
 from data_pipeline.datasets.index_cache import SETTLE_NS
 from data_pipeline.datasets.kept_files import CACHE_FOLDER
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench.harness import Report, four_digits, log, machine_name, run_alone
@@ -55,7 +57,7 @@ def measure_start(folder: Path) -> dict[str, float]:
     """Measure seconds from opening the data to the first batch, and this process's peak of memory."""
     started = time.perf_counter()
     preprocessing = Preprocessing(crop_px=224)
-    dataset = open_dataset(folder, "train")
+    dataset = with_table(open_dataset(folder, "train"), usable_cores())
     backend = make_backend("auto", device="cpu", preprocessing=preprocessing, max_batch=BATCH, num_threads=2)
     with closing(backend):
         stream = Loader(backend, preprocessing).train(dataset, Augment(), seed=0, global_batch=BATCH)

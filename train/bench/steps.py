@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from data_pipeline.common.machine import usable_cores
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from train.bench.trainer import bench_config, make_noise_parts, noise_batch, peak_memory_mb, wait_for
 from train.compile.choose import compile_step, fuse_lrn
@@ -121,7 +123,7 @@ class OurSteps(StepCase):
 
         As many batches as are read ahead go first, untimed: then the queue is as full as it will stay.
         """
-        dataset = open_dataset(self.folder, "train", quarantine=False)
+        dataset = with_table(open_dataset(self.folder, "train", quarantine=False), usable_cores())
         with ExitStack() as stack:
             backend = make_backend(
                 "auto", device="gpu" if self.device.type == "cuda" else "cpu",

@@ -34,11 +34,12 @@ PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
 STEPS = 12
 
 
-@pytest.fixture(params=["window", "whole", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["window", "whole", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Iterator[DaliBackend]:
     """DALI as on a CPU; the GPU's graph, on the CPU; the GPU."""
     where: Literal["cpu", "gpu"] = "gpu" if request.param == "gpu" else "cpu"
-    made = DaliBackend(where, 0, PREPROCESSING.crop_px, 16, 2, whole_graph=request.param != "window")
+    whole = request.param != "window"
+    made = DaliBackend(where, 0, PREPROCESSING.crop_px, 16, 2, whole_graph=whole, deterministic=True)
     yield made
     made.close()
 
@@ -56,6 +57,11 @@ def train(dataset: Dataset, backend: DaliBackend, num_steps: int = STEPS, **load
 
 def pixels(batches: list[Batch]) -> npt.NDArray[np.int64]:
     return np.concatenate([as_numpy(batch.images) for batch in batches])
+
+
+def assert_same(got: list[Batch], want: npt.NDArray[np.int64], backend: DaliBackend) -> None:
+    """The same pixels: to the bit on a CPU; on a GPU, whose decoder is not libjpeg, nearly."""
+    assert np.abs(pixels(got) - want).max() <= (5 if backend.device == "gpu" else 0)
 
 
 def spoil(path: Path, how: str) -> None:
@@ -102,7 +108,7 @@ def test_bad_file_in_flight_leaves_its_neighbours(
     assert SPOILED[how] in got[step].failures[0].reason and got[step].failures[0].path == str(victim)
     expected = pixels(want)
     expected[4 * step + 2] = 0
-    assert np.array_equal(pixels(got), expected)
+    assert_same(got, expected, backend)
 
 
 def test_bad_file_costs_one_slow_batch_and_no_more(
@@ -133,7 +139,7 @@ def test_file_of_another_size_is_cropped_by_its_own(root: Path, backend: DaliBac
         path.write_bytes(after + bytes(before - len(after)))  # nobody sees it from the length
     got = train(dataset, backend)
     assert all(batch.valid.all() for batch in got)
-    assert np.array_equal(pixels(got), pixels(train(load_image_folder(root, "train"), backend)))
+    assert_same(got, pixels(train(load_image_folder(root, "train"), backend)), backend)
 
 
 def test_files_that_dali_does_not_read_are_among_the_others(
@@ -151,7 +157,7 @@ def test_files_that_dali_does_not_read_are_among_the_others(
         got = train(known, backend)
     assert sum("Pillow decodes those" in message for message in caplog.messages) == 1
     want = train(unknown, backend)
-    assert np.array_equal(pixels(got), pixels(want))
+    assert_same(got, pixels(want), backend)
     assert all(batch.valid.all() for batch in chain(got, want))
 
 
@@ -163,7 +169,7 @@ def test_shards_give_the_pixels_of_their_files(files: Path, shards: Path, backen
         batches[folder, table] = train(dataset, backend)
     want = batches.pop((files, False))
     for got in batches.values():
-        assert np.array_equal(pixels(got), pixels(want))
+        assert_same(got, pixels(want), backend)
         assert [batch.valid.tolist() for batch in got] == [batch.valid.tolist() for batch in want]
         assert [failure.reason for batch in got for failure in batch.failures][:1] == ["empty file"]
 
@@ -182,7 +188,9 @@ def test_damaged_shard_member_is_one_failure(shards: Path, backend: DaliBackend,
     got = train(dataset, backend)
     assert not got[1].valid[1] and "do not fit each other" in got[1].failures[0].reason
     keep = np.flatnonzero(np.concatenate([batch.valid for batch in got]))
-    assert len(keep) >= 4 * STEPS - 4 and np.array_equal(pixels(got)[keep], pixels(want)[keep])
+    assert len(keep) >= 4 * STEPS - 4
+    expected = np.where(np.isin(np.arange(4 * STEPS), keep)[:, None, None, None], pixels(want), 0)
+    assert_same(got, expected, backend)
 
 
 def test_decoded_bytes_in_flight_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
