@@ -123,6 +123,15 @@ tensorrt_only() {
   alexnet export "$out/timed" --triton "$out/triton" && cat "$out"/triton/*/config.pbtxt
 }
 
+# Images/s with decoding on the GPU, beside DALI's own reader. Good files leave no line of a library's.
+feed() {
+  local only=(dali_gpu dali_gpu_64 dali_gpu_shards dali_gpu_reader dali_gpu_deterministic cached_gpu)
+  alexnet bench data --json --rounds 3 "${only[@]/#/--only=}" 2>"$out/feed.err"
+  local code=$?
+  cat "$out/feed.err"
+  [ "$code" -eq 0 ] && ! grep -iE 'nvjpeg|nvimagecodec|\[(warning|error)\]' "$out/feed.err"
+}
+
 check doctor alexnet doctor
 check gpu-tests gpu_tests
 check all-tests pytest
@@ -135,7 +144,8 @@ if python -c 'import tensorrt' 2>/dev/null; then
 else
   summary+=("skipped tensorrt-only (timing cache, Triton's engine: tensorrt is not installed)")
 fi
-check bench-data alexnet bench data --json  # dali_gpu: images/s with decoding on the GPU
+check feed feed
+check bench-data alexnet bench data --json
 check bench-train alexnet bench train --json --rounds 3
 check bench-infer alexnet bench infer --json --device cuda --precision fp32 --precision fp16 --rounds 3
 check bench-batch alexnet bench batch --to 4096 --plot "$out/bench-batch.png"

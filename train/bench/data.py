@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
@@ -48,12 +49,14 @@ def make_subjects(folder: Path, shards: Path, small: Path, gpu: bool) -> dict[Ke
     if cores > 1:
         subjects += [Subject("dali", "ours", folder, 1), Subject("torchvision", "torchvision", folder, 1)]
     if gpu:
+        on_gpu = partial(Subject, cores=all_cores, batch=LARGE_BATCH, gpu=True, speed=20)
         subjects += [
-            Subject("dali_gpu", "ours", folder, all_cores, LARGE_BATCH, gpu=True, speed=20),
-            Subject("dali_gpu_64", "ours", folder, all_cores, BATCH, gpu=True, speed=20),
-            Subject("dali_gpu_shards", "ours", shards, all_cores, LARGE_BATCH, gpu=True, speed=20),
-            Subject("dali_gpu_reader", "dali_reader", folder, all_cores, LARGE_BATCH, gpu=True, speed=20),
-            Subject("cached_gpu", "cached", small, all_cores, SMALL_BATCH, SMALL_CROP_PX, gpu=True, speed=20),
+            on_gpu("dali_gpu", "ours", folder),
+            on_gpu("dali_gpu_64", "ours", folder, batch=BATCH),
+            on_gpu("dali_gpu_deterministic", "ours", folder, deterministic=True),
+            on_gpu("dali_gpu_shards", "ours", shards),
+            on_gpu("dali_gpu_reader", "dali_reader", folder),
+            on_gpu("cached_gpu", "cached", small, batch=SMALL_BATCH, crop_px=SMALL_CROP_PX, speed=100),
             Subject("torchvision", "torchvision", folder, all_cores),
         ]
     return {(subject.name, subject.cores): subject for subject in subjects}
@@ -146,6 +149,7 @@ def make_ratios(rates: dict[Key, list[float]], cores: int) -> tuple[Ratios, list
         "dali_gpu_shards_vs_reader": (("dali_gpu_shards", every), ("dali_gpu_reader", every)),
         "dali_gpu_vs_reader": (("dali_gpu", every), ("dali_gpu_reader", every)),
         "dali_gpu_64_vs_256": (("dali_gpu_64", every), ("dali_gpu", every)),
+        "dali_gpu_deterministic_vs_dali_gpu": (("dali_gpu_deterministic", every), ("dali_gpu", every)),
         "dali_gpu_vs_torchvision": (("dali_gpu", every), ("torchvision", every)),
     }
     found = {name: harness.median_ratio(rates.get(a), rates.get(b)) for name, (a, b) in pairs.items()}

@@ -48,6 +48,7 @@ class Subject:
         batch: images in a batch.
         crop_px: side of the crops.
         gpu: whether it decodes on the GPU.
+        deterministic: whether the GPU decodes to the same bytes each time.
         speed: about how many times as fast as the slowest; it gets so many times the images in a round.
     """
 
@@ -58,6 +59,7 @@ class Subject:
     batch: int = 64
     crop_px: int = 224
     gpu: bool = False
+    deterministic: bool = False
     speed: int = 1
 
 
@@ -117,6 +119,7 @@ def our_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     backend = make_backend(
         "pillow" if subject.kind == "pillow" else "dali", device="gpu" if subject.gpu else "cpu",
         preprocessing=preprocessing, max_batch=subject.batch, num_threads=subject.cores,
+        deterministic=subject.deterministic,
     )  # fmt: skip
     stack.enter_context(closing(backend))
     return _batches_of(Loader(backend, preprocessing), _open(subject), subject)
