@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import nvidia.dali
 import nvidia.dali.fn
+import nvidia.dali.tensors
 import nvidia.dali.types
 from PIL import Image
 
@@ -111,7 +112,8 @@ class Graph:
             put("paths", feed.files.paths)
             put("lengths", feed.files.lengths[:, None].astype(np.int32))
         else:
-            put("encoded", list(feed.files))
+            tensor = dali.tensors.TensorCPU
+            put("encoded", [tensor(file, "") for file in feed.files])  # a third faster than arrays
         if self.spec.decode == "none":  # DALI drops inputs that nothing uses
             return
         put("starts", crops.windows[:, :2].astype(np.int32))
