@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.image_kind import Kind
+from data_pipeline.decode.header import image_readers, look_at_header
 from data_pipeline.decode.jpeg import markers_are_sound
-from data_pipeline.decode.pillow import image_readers, look_at_header
 
 _MAX_SIDE = (1 << 31) - 1  # what a table holds
 

@@ -16,7 +16,6 @@ The policy for every kind of file is here, once, for training and prediction:
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,22 +23,12 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, ImageFile
+from PIL import Image, ImageChops
 
 from data_pipeline.common.errors import ImageError
+from data_pipeline.decode.header import TURNS, open_image, orientation_of, reason_of
 from data_pipeline.transforms.crop import CropParams
 
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
 _DIRECT_CROP_PIXELS = 1 << 26
 
 
@@ -102,57 +91,21 @@ class PillowBackend:
         self._pool.shutdown()
 
 
-def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
-    """Read the height and width of the upright image, from its header alone.
-
-    Args:
-        encoded: the file's bytes.
-        max_pixels: most pixels that may be decoded later.
-    Returns:
-        height, width, in pixels, as they are after the EXIF orientation is applied.
-    Raises:
-        ImageError: not an image, or more pixels than allowed.
-    """
-    height, width, orientation = look_at_header(encoded)
-    if width * height > max_pixels:
-        stored = f"{height} x {width}" if orientation in _SIDEWAYS else f"{width} x {height}"
-        raise ImageError(f"{stored} pixels are above the limit of {max_pixels}")
-    return height, width
-
-
-def look_at_header(encoded: bytes) -> tuple[int, int, int]:
-    """Read the size of the upright image, and its orientation.
-
-    Args:
-        encoded: the file's bytes.
-    Returns:
-        height, width, in pixels, as they are after the EXIF orientation is applied; the orientation, 1..8.
-    Raises:
-        ImageError: not an image.
-    """
-    image = _open(encoded)
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"an image of {width} x {height} pixels")
-    orientation = _orientation(image)
-    return (width, height, orientation) if orientation in _SIDEWAYS else (height, width, orientation)
-
-
 def decode_rgb(encoded: bytes) -> Image.Image:
     """Decode the whole image: 8-bit RGB, upright, by the policy above.
 
     Raises:
         ImageError: not an image, or not wholly readable.
     """
-    image = _open(encoded)
-    turn = _TURNS.get(_orientation(image))
+    image = open_image(encoded)
+    turn = TURNS.get(orientation_of(image))
     try:
         image.load()
         rgb = _to_rgb(image)
     except ImageError:
         raise
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise ImageError(_reason(image.format, error)) from error
+        raise ImageError(reason_of(image.format, error)) from error
     return rgb.transpose(turn) if turn is not None else rgb
 
 
@@ -238,59 +191,6 @@ def blank_images(crops: CropParams) -> npt.NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=1)
-def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
-    """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
-
-    Not `Image.open`: it tries every plugin, runs Ghostscript for PostScript, and its pixel limit is a global.
-    """
-    from PIL import (
-        BmpImagePlugin,
-        GifImagePlugin,
-        JpegImagePlugin,
-        PngImagePlugin,
-        TiffImagePlugin,
-        WebPImagePlugin,
-    )
-
-    return (
-        (b"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
-        (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
-        (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
-        (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
-        (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
-        (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
-        (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
-    )
-
-
-def _open(encoded: bytes) -> ImageFile.ImageFile:
-    if not encoded:
-        raise ImageError("empty file")
-    for magic, name, reader in image_readers():
-        if encoded.startswith(magic):
-            try:
-                return reader(io.BytesIO(encoded))
-            except Exception as error:
-                raise ImageError(_reason(name, error)) from error
-    raise ImageError("not an image of a known format (JPEG, PNG, BMP, WebP, TIFF, GIF)")
-
-
-def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation, 1..8, from the metadata before the pixels only, so that nothing is decoded."""
-    if image.format == "TIFF":
-        return 1  # Pillow's TIFF reader turns the image itself
-    exif = image.info.get("exif")
-    if not exif:
-        return 1
-    parsed = Image.Exif()
-    try:
-        parsed.load(exif)
-        value = parsed.get(_ORIENTATION, 1)
-    except Exception:  # broken metadata is no reason to lose the pixels
-        return 1
-    return value if value in _TURNS else 1
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
@@ -306,9 +206,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for one of Adobe's
     image.info.pop("transparency", None)  # else a palette with transparency converts with a warning
     return image.convert("RGB")
-
-
-def _reason(format_name: str | None, error: Exception) -> str:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    what = "truncated" if "truncated" in text.lower() else "damaged"
-    return f"{what} {format_name or 'image'}: {text}"

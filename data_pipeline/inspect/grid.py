@@ -15,7 +15,8 @@ from data_pipeline.common.errors import ImageError, SaveError, UserError
 from data_pipeline.common.files import write_atomic
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.pillow import decode_one, read_header
+from data_pipeline.decode.header import read_header
+from data_pipeline.decode.pillow import decode_one
 from data_pipeline.inspect.stats import Info
 from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing

@@ -21,7 +21,8 @@ from data_pipeline.common.text import printable
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.pillow import decode_rgb, image_readers, read_header
+from data_pipeline.decode.header import image_readers, read_header
+from data_pipeline.decode.pillow import decode_rgb
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
 from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.transforms.sampler import Int, permutation_at

@@ -30,7 +30,8 @@ from data_pipeline.datasets.exclude_list import (
     write_exclude_list,
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.pillow import decode_rgb, read_header
+from data_pipeline.decode.header import read_header
+from data_pipeline.decode.pillow import decode_rgb
 from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from data_pipeline.common.errors import ImageError
 from data_pipeline.datasets.sample_table import SampleTable
-from data_pipeline.decode.pillow import read_header
+from data_pipeline.decode.header import read_header
 from data_pipeline.loading.bad_files import FaultLog
 
 # A file larger than the largest image that we accept, uncompressed in four channels of 16 bits, is not read.

@@ -53,7 +53,8 @@ def resized(data: bytes, resize_px: int, quality: int) -> bytes | None:
     """Shorten the short side, as JPEG; None for an image that is short enough, or cannot be decoded."""
     from PIL import Image
 
-    from data_pipeline.decode.pillow import decode_rgb, read_header
+    from data_pipeline.decode.header import read_header
+    from data_pipeline.decode.pillow import decode_rgb
 
     try:
         height, width = read_header(data, Preprocessing().max_pixels)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.decode.pillow import image_readers
+from data_pipeline.decode.header import image_readers
 from infer.bundle.load import Bundle
 from infer.predict.gallery import open_gallery
 from infer.predict.inputs import Item, find_inputs

@@ -11,7 +11,8 @@ import pytest
 
 from data_pipeline.decode import dali as dali_module
 from data_pipeline.decode.dali import DaliBackend
-from data_pipeline.decode.pillow import PillowBackend, read_header
+from data_pipeline.decode.header import read_header
+from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.decode.stand_in import cut_as_bmp
 from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment

@@ -6,8 +6,8 @@ import pytest
 
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.image_kind import Kind
+from data_pipeline.decode.header import read_header
 from data_pipeline.decode.look import UNREADABLE, Look, is_for_pillow, look_at
-from data_pipeline.decode.pillow import read_header
 from tests.helpers.images import broken, encode, exif, huge_png, kinds, photo
 
 KINDS = kinds(30, 50)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_pipeline.common.errors import ImageError
-from data_pipeline.decode.pillow import decode_rgb, read_header
+from data_pipeline.decode.header import read_header
+from data_pipeline.decode.pillow import decode_rgb
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.images import broken, encode, exif, photo
 

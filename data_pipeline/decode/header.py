@@ -1,0 +1,119 @@
+"""Reads the header of an encoded image: its kind, size and orientation, without decoding it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from PIL import Image, ImageFile
+
+from data_pipeline.common.errors import ImageError
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation; 1 needs nothing."""
+
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
+    """Read the height and width of the upright image, from its header alone.
+
+    Args:
+        encoded: the file's bytes.
+        max_pixels: most pixels that may be decoded later.
+    Returns:
+        height, width, in pixels, as they are after the EXIF orientation is applied.
+    Raises:
+        ImageError: not an image, or more pixels than allowed.
+    """
+    height, width, orientation = look_at_header(encoded)
+    if width * height > max_pixels:
+        stored = f"{height} x {width}" if orientation in _SIDEWAYS else f"{width} x {height}"
+        raise ImageError(f"{stored} pixels are above the limit of {max_pixels}")
+    return height, width
+
+
+def look_at_header(encoded: bytes) -> tuple[int, int, int]:
+    """Read the size of the upright image, and its orientation.
+
+    Args:
+        encoded: the file's bytes.
+    Returns:
+        height, width, in pixels, as they are after the EXIF orientation is applied; the orientation, 1..8.
+    Raises:
+        ImageError: not an image.
+    """
+    image = open_image(encoded)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"an image of {width} x {height} pixels")
+    orientation = orientation_of(image)
+    return (width, height, orientation) if orientation in _SIDEWAYS else (height, width, orientation)
+
+
+def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
+    """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
+
+    Not `Image.open`: it tries every plugin, runs Ghostscript for PostScript, and its pixel limit is a global.
+    """
+    from PIL import (
+        BmpImagePlugin,
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    return (
+        (b"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
+        (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+        (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
+        (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
+        (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
+        (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
+        (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
+    )
+
+
+def open_image(encoded: bytes) -> ImageFile.ImageFile:
+    if not encoded:
+        raise ImageError("empty file")
+    for magic, name, reader in image_readers():
+        if encoded.startswith(magic):
+            try:
+                return reader(io.BytesIO(encoded))
+            except Exception as error:
+                raise ImageError(reason_of(name, error)) from error
+    raise ImageError("not an image of a known format (JPEG, PNG, BMP, WebP, TIFF, GIF)")
+
+
+def orientation_of(image: ImageFile.ImageFile) -> int:
+    """EXIF orientation, 1..8, from the metadata before the pixels only, so that nothing is decoded."""
+    if image.format == "TIFF":
+        return 1  # Pillow's TIFF reader turns the image itself
+    exif = image.info.get("exif")
+    if not exif:
+        return 1
+    parsed = Image.Exif()
+    try:
+        parsed.load(exif)
+        value = parsed.get(_ORIENTATION, 1)
+    except Exception:  # broken metadata is no reason to lose the pixels
+        return 1
+    return value if value in TURNS else 1
+
+
+def reason_of(format_name: str | None, error: Exception) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    what = "truncated" if "truncated" in text.lower() else "damaged"
+    return f"{what} {format_name or 'image'}: {text}"
