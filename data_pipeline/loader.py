@@ -19,10 +19,12 @@ import numpy as np
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import read_file
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.batches import Batch, BatchRequest
 from data_pipeline.loading.cache import DecodedCache
-from data_pipeline.loading.prefetch import Batch, BatchRequest, ImageBackend, prefetch_batches
+from data_pipeline.loading.prefetch import prefetch_batches
 from data_pipeline.loading.readers import Samples
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import eval_crop_params, ten_crop_params, train_crop_params

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import ImageSource, Loader
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle, open_bundle
 from infer.predict.decode import (
     DecoderName,

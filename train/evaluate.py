@@ -14,7 +14,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter, Metrics

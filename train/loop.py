@@ -11,7 +11,7 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate

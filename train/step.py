@@ -11,8 +11,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
-from data_pipeline.loading.prefetch import Batch
 from data_pipeline.transforms.rng import hash_at
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel

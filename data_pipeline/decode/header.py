@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import lru_cache
 
 from PIL import Image, ImageFile
 
@@ -60,6 +61,7 @@ def look_at_header(encoded: bytes) -> tuple[int, int, int]:
     return (width, height, orientation) if orientation in _SIDEWAYS else (height, width, orientation)
 
 
+@lru_cache(maxsize=1)
 def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
     """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -190,7 +189,6 @@ def blank_images(crops: CropParams) -> npt.NDArray[np.uint8]:
     return np.zeros((len(crops), *crops.views, side, side, 3), dtype=np.uint8)
 
 
-@lru_cache(maxsize=1)
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image

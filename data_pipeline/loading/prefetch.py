@@ -14,141 +14,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, overload
 
 import numpy as np
-import numpy.typing as npt
 
-from data_pipeline.common.text import printable
-from data_pipeline.decode.feed import Feed
-from data_pipeline.decode.pillow import Decoded
+from data_pipeline.decode.backend import FeedBackend, ImageBackend
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.loading.bad_files import Failure, FaultLog
+from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.batches import Batch, BatchRequest, make_batch
 from data_pipeline.loading.cache import DecodedCache
-from data_pipeline.loading.feeds import CropFn, FeedMaker, Made
-from data_pipeline.loading.readers import EncodedImage, Reader, Samples
-from data_pipeline.transforms.crop import CropParams
-from data_pipeline.transforms.mix import MixParams
-from data_pipeline.transforms.sampler import Int
+from data_pipeline.loading.feeds import FeedMaker, Made
+from data_pipeline.loading.readers import EncodedImage, Reader
 
 _POLL_S = 0.1
 _AHEAD = 3
 """Batches being read or decoded, beside those that are held ready: as many as DALI has in flight."""
-
-
-class ImageBackend(Protocol):
-    """Decodes batches of encoded files into batches of crops.
-
-    Attributes:
-        takes_feeds: whether it has a fast way, and the methods that go with it.
-        max_batch_bytes: bound on what the images of a feed may decode to; None for no bound.
-    """
-
-    name: str
-    device: str
-    max_batch: int
-    takes_feeds: bool
-
-    def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
-        """Decode up to `max_batch` files; one that fails leaves zeros and its reason, a None leaves zeros."""
-
-    def close(self) -> None:
-        """Release threads and memory."""
-
-
-class FeedBackend(ImageBackend, Protocol):
-    """A backend whose fast way decodes several batches at a time, each as a whole or not at all."""
-
-    @property
-    def max_batch_bytes(self) -> int | None: ...
-
-    def decode_fast(self, feed: Feed) -> object | None:
-        """The images of a batch; None if one of its files is refused, or is not what the feed says."""
-
-    def distrust_fast(self, explained: bool) -> None:
-        """Learn of a batch that was refused, and whether a file was found to be the reason."""
-
-    def log_pillow(self) -> None:
-        """Log, once, that Pillow decodes some of the files."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Decoded samples, in order. A sample that failed keeps its place: zeros, and `valid` False.
-
-    Attributes:
-        images: (N, crop, crop, 3) uint8 RGB, or (N, 10, crop, crop, 3) for ten crops; any object with
-            `__dlpack__`, on the backend's device.
-        labels: (N) int64; -1 in prediction.
-        valid: (N) bool, which samples were decoded.
-        indices: (N) int64, which sample of the dataset (prediction: which of the paths).
-        positions: (N) int64, place in the epoch's order (evaluation, prediction: as `indices`).
-        paths: (N) the files; each path is made when it is asked for.
-        failures: one for each sample that is not valid, in order.
-        step: global step in training; else the number of the batch.
-        last: whether this is the last micro-batch of its step.
-        mix: how to mix images and labels, without the samples that failed; None for not at all.
-    """
-
-    images: Any
-    labels: Int
-    valid: npt.NDArray[np.bool_]
-    indices: Int
-    positions: Int
-    paths: Sequence[Path]
-    failures: tuple[Failure, ...]
-    step: int
-    last: bool
-    mix: MixParams | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True, eq=False)
-class BatchRequest:
-    """The samples of one batch, and how they are cropped. See `Batch` for the fields of the same name.
-
-    Attributes:
-        samples: has the images of the `indices`.
-        crop_fn: the crops for the upright sizes, (N, 2), of the N images.
-    """
-
-    samples: Samples
-    labels: Int
-    indices: Int
-    positions: Int
-    step: int
-    last: bool
-    crop_fn: CropFn
-    mix: MixParams | None = None
-
-
-class SamplePaths(Sequence[Path]):
-    """The paths of some samples, made as they are asked for: a training step needs none.
-
-    Args:
-        samples: the samples.
-        indices: (N) which of them.
-    """
-
-    def __init__(self, samples: Samples, indices: Int) -> None:
-        self._samples, self._indices = samples, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, place: int) -> Path: ...
-    @overload
-    def __getitem__(self, place: slice) -> SamplePaths: ...
-    def __getitem__(self, place: int | slice) -> Path | SamplePaths:
-        if isinstance(place, slice):
-            return SamplePaths(self._samples, self._indices[place])
-        return self._samples.path_at(int(self._indices[place]))
 
 
 def prefetch_batches(
@@ -266,7 +146,7 @@ class _Decoder:
         images = fast.decode_fast(made.feed)
         if images is None:
             return self._slowly(request)
-        return _batch(request, images, made.failures)
+        return make_batch(request, images, made.failures)
 
     def close(self) -> None:
         self._feeds.close()
@@ -275,7 +155,7 @@ class _Decoder:
         indices = request.indices
         crops = request.crop_fn(np.tile(np.array(cache.size, np.int64), (len(indices), 1)))
         assert self._resizer is not None
-        return _batch(request, cache.images(indices, crops, self._resizer), cache.failures(indices))
+        return make_batch(request, cache.images(indices, crops, self._resizer), cache.failures(indices))
 
     def _slowly(self, request: BatchRequest) -> Batch:
         """Read every file of a batch, and decode them alone, each by what it is now."""
@@ -291,7 +171,7 @@ class _Decoder:
         if self._fast is not None:
             found = self._remember(request, files, {*reasons, *decoded.transcoded})
             self._fast.distrust_fast(explained=found)
-        return _batch(request, decoded.images, reasons)
+        return make_batch(request, decoded.images, reasons)
 
     def _remember(self, request: BatchRequest, files: Sequence[EncodedImage], slow: set[int]) -> bool:
         """Note in the table which samples the fast way cannot take; return whether there are any.
@@ -307,21 +187,3 @@ class _Decoder:
                 slow.add(place)
         table.distrust(request.indices[sorted(slow)])
         return bool(slow)
-
-
-def _batch(request: BatchRequest, images: object, reasons: dict[int, str]) -> Batch:
-    valid = np.ones(len(request.indices), dtype=bool)
-    valid[list(reasons)] = False
-    paths = SamplePaths(request.samples, request.indices)
-    return Batch(
-        images=images,
-        labels=request.labels,
-        valid=valid,
-        indices=request.indices,
-        positions=request.positions,
-        paths=paths,
-        failures=tuple(Failure(printable(paths[i]), reasons[i]) for i in sorted(reasons)),
-        step=request.step,
-        last=request.last,
-        mix=None if request.mix is None else request.mix.drop_invalid(valid),
-    )

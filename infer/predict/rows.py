@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle
 
 DEFAULT_BATCH = 32

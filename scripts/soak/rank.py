@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 import train.loop
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from train.health.metrics import AccuracyMeter
 from train.main import main
 from train.step import StepParts, train_step

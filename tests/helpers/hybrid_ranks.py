@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.sampler import rank_slice
 from tests.helpers.faulty_rank import fail
 from tests.helpers.ranks import TINY

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from train.config.load import make_config
 from train.distributed.world import World
 from train.setup import make_step_parts

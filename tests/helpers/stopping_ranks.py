@@ -19,7 +19,7 @@ from unittest import mock
 from torch import Tensor
 
 from data_pipeline.common.errors import InterruptedRunError
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from train.config.load import make_config
 from train.config.schema import RunConfig
 from train.distributed.world import env_rank

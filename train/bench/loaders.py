@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -17,19 +17,16 @@ from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.decode.dali import DEPTH
-from data_pipeline.decode.dali_graph import HARDWARE_LOAD, GraphSpec, Place
-from data_pipeline.decode.dali_queue import GraphQueue
-from data_pipeline.decode.feed import Feed, FilePaths
-from data_pipeline.decode.pillow import Decoded, PillowBackend
+from data_pipeline.decode.dali_graph import HARDWARE_LOAD
+from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import create_store, fill_cache
-from data_pipeline.loading.prefetch import Batch
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.bench import harness
-from train.bench.checksum import checksums
+from train.bench.feed import FeedOnly, checksums
 
 SETTLE_S = 0.5
 MakeBatches = Callable[[int], Generator[int, None, None]]
@@ -148,43 +145,11 @@ def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     return _batches_of(Loader(backend, preprocessing, caches=(placed,)), dataset, subject, crop)
 
 
-class FeedOnly:
-    """A backend that takes batches as DALI's fast way does, and decodes nothing: what all but decoding costs.
-
-    A batch's "images" are (N) uint64, the exclusive or of each file's eight-byte words; zeros for paths,
-    whose files DALI reads.
-    """
-
-    name, device, takes_feeds, max_batch_bytes = "none", "cpu", True, None
-
-    def __init__(self, subject: Subject, paths: bool) -> None:
-        self.max_batch = subject.batch
-        place = Place("cpu", 0, subject.batch, subject.cores)
-        self._queue = GraphQueue(GraphSpec(paths, "none", crop_px=None, depth=DEPTH), place)
-
-    def decode_fast(self, feed: Feed) -> object:
-        """Read a batch."""
-        sizes = self._queue.submit(feed).result()[1]
-        assert sizes is None or np.array_equal(sizes, feed.sizes)
-        if isinstance(feed.files, FilePaths):
-            return np.zeros(len(feed), np.uint64)
-        return checksums(feed.files)
-
-    def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
-        """Refuse: no file of the benchmark goes the slow way."""
-        raise AssertionError("a batch was refused")
-
-    def distrust_fast(self, explained: bool) -> None:
-        """Do nothing."""
-
-    log_pillow = close = lambda self: None
-
-
 def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     """Open this project's loader without a decoder; of shards, each image's checksum is compared."""
     dataset = _open(subject)
-    backend = FeedOnly(subject, paths=dataset.reader is None)
-    stack.callback(backend._queue.close)
+    backend = FeedOnly(dataset.reader is None, subject.batch, subject.cores)
+    stack.enter_context(closing(backend))
     expected = np.zeros(len(dataset), np.uint64)
     if dataset.reader is not None:  # read another way than the loader does
         expected = checksums([np.frombuffer(dataset.read(i), np.uint8) for i in range(len(dataset))])

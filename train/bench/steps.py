@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from train.bench.trainer import bench_config, make_noise_parts, noise_batch, peak_memory_mb, wait_for

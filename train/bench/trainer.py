@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from train.config.load import make_config
 from train.config.schema import RunConfig
 from train.distributed.world import World

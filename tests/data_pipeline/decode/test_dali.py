@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pytest
 
 from data_pipeline.decode import dali as dali_module
+from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.decode.stand_in import cut_as_bmp
-from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing

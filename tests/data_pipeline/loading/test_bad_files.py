@@ -24,12 +24,12 @@ from PIL import Image
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.files import read_file
 from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.dali import DaliBackend
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loader import Loader
 from data_pipeline.loading.bad_files import FaultLog
-from data_pipeline.loading.prefetch import ImageBackend
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing

@@ -23,7 +23,7 @@ from data_pipeline.decode.dali_graph import GraphSpec, Place
 from data_pipeline.decode.dali_queue import GraphQueue
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loader import Loader
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import train_warm
 from train.config.load import make_config

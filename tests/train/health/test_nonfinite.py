@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, DivergedError
-from data_pipeline.loading.prefetch import Batch
+from data_pipeline.loading.batches import Batch
 from tests.helpers.faulty_rank import fail
 from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import run_ranks
