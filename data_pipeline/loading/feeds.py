@@ -84,7 +84,11 @@ class FeedMaker:
         crops = crop_fn(sizes)
         cut = {p for p in read if samples.table is not None or is_for_pillow(read[p].data or b"")}
         large = self.too_large(sizes, cut, max_batch_bytes)
-        read |= self._read(samples, indices, [place for place in large if place not in read])
+        if more := self._read(samples, indices, [place for place in large if place not in read]):
+            read |= more
+            for place, image in more.items():  # it may have changed since the table was made
+                sizes[place] = image.height_width
+            crops = crop_fn(sizes)
         if not read:
             return Made(Feed(files, sizes, crops), {})
         made = self._replace(files, sizes, crops, read, cut | set(large))

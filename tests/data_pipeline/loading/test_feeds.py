@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +25,13 @@ from data_pipeline.decode.dali_graph import GraphSpec, Place
 from data_pipeline.decode.dali_queue import GraphQueue
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loader import Loader
+from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.batches import Batch
+from data_pipeline.loading.feeds import FeedMaker
+from data_pipeline.loading.readers import Reader
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.crop import CropParams, eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.images import as_numpy, broken, encode, kinds, photo, write_folder
 
@@ -222,6 +227,22 @@ def test_decoded_bytes_in_flight_are_bounded(tmp_path: Path, caplog: pytest.LogC
         "3 large images were cut on the CPU",
     ]
     assert np.abs(images[2.0] - images[0.5])[:, 1:-1, 1:-1].max() <= 1
+
+
+def test_large_file_that_changed_is_cut_by_its_own_size(root: Path) -> None:
+    dataset = with_table(open_dataset(root, "train"), 1)
+    path = dataset.path_at(3)
+    path.write_bytes(encode(photo(90, 44, seed=3), "JPEG"))
+    indices = np.array([2, 3])
+    with closing(Reader(1, 10**6, FaultLog())) as reader:
+        made = FeedMaker(reader).make(
+            dataset, indices, partial(eval_crop_params, preprocessing=PREPROCESSING), max_batch_bytes=1
+        )
+    assert dataset.table is not None
+    want = eval_crop_params([dataset.table.sizes[2], (90, 44)], PREPROCESSING)
+    assert not made.failures and made.feed.sizes.tolist() == want.sizes.tolist()
+    assert made.feed.crops.windows.tolist() == [[0, 0, *size] for size in want.sizes.tolist()]
+    assert made.feed.crops.offsets.tolist() == want.offsets.tolist()
 
 
 def test_device_without_the_fast_way_decodes_windows(
