@@ -166,6 +166,21 @@ def test_files_that_dali_does_not_read_are_among_the_others(
     assert all(batch.valid.all() for batch in chain(got, want))
 
 
+def test_good_files_leave_no_line_on_stderr(
+    tmp_path: Path, backend: DaliBackend, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, (name, data) in enumerate(kinds().items()):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.{name.split()[0].replace('jpeg', 'jpg')}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    for dataset in (
+        load_image_folder(tmp_path, "train"),
+        with_table(load_image_folder(tmp_path, "train"), 1),
+    ):
+        assert all(batch.valid.all() for batch in train(dataset, backend, num_steps=16))
+    assert capfd.readouterr().err == ""
+
+
 def test_shards_give_the_pixels_of_their_files(files: Path, shards: Path, backend: DaliBackend) -> None:
     batches = {}
     for folder, table in ((files, False), (files, True), (shards, True)):
