@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.common.errors import WorkerError
 from data_pipeline.common.workers import map_ahead
+from tests.helpers.processes import lives
 
 
 def kill_on_three(number: int) -> int:
@@ -47,13 +47,6 @@ def be_parent(pipe: Connection) -> None:
     next(results)
     pipe.send([process.pid for process in multiprocessing.active_children()])
     pipe.recv()
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in b"ZX"
-    except OSError:
-        return False
 
 
 def test_workers_end_with_a_parent_that_is_killed() -> None:
