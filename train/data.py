@@ -132,10 +132,10 @@ def choose_cache(
         return "none"
     sizes = [bytes_needed(dataset) for dataset in datasets]
     needed, free_ram, free_gpu = sum(filter(None, sizes)), bytes_available(), gpu_bytes_available(device)
-    # what a GPU keeps passes through the machine's memory
     if wanted == "auto":
         if None in sizes:
             return "none"
+        # what a GPU keeps passes through the machine's memory
         if needed <= min(AUTO_SHARE * (free_gpu or 0), MAX_SHARE * (free_ram or 0)):
             return "gpu"
         return "ram" if needed <= AUTO_SHARE * (free_ram or 0) else "none"

@@ -201,9 +201,7 @@ def _decode_chunk(size: tuple[int, int], max_pixels: int, chunk: Chunk) -> tuple
     for i, place in enumerate(chunk.places.tolist()):
         try:
             data = chunk.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels)
-            height, width = read_header(
-                data, max_pixels
-            )  # the file may have changed since the table was made
+            height, width = read_header(data, max_pixels)  # it may have changed since it was looked at
             if (height, width) != size:
                 raise ImageError(f"{width} x {height} pixels, where all others have {size[1]} x {size[0]}")
             image = np.asarray(decode_rgb(data))
