@@ -17,7 +17,7 @@ from data_pipeline.datasets.dataset import Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
-from data_pipeline.loading.cache import DecodedCache, attach_cache, bytes_needed, create_store, fill_cache
+from data_pipeline.loading.cache import DecodedCache, await_cache, bytes_needed, create_store, fill_cache
 from data_pipeline.loading.pixel_store import PixelStore
 from data_pipeline.loading.scan import with_table
 from train.config.schema import RunConfig
@@ -94,17 +94,21 @@ def open_caches(
         except (UserError, OSError) as error:
             problem = error if isinstance(error, UserError) else UserError(f"data.cache: {error}")
     answers = world.gather_objects((place, [store.address for store in stores], problem))
-    place, addresses, problem = answers[world.rank - world.local_rank]
-    if problem is not None:
-        raise problem
+    for _, _, problem in answers:  # of any machine: the others would wait for its ranks
+        if problem is not None:
+            raise problem
+    place, addresses, _ = answers[world.rank - world.local_rank]
+    if world.local_rank:
+        stores = [stack.enter_context(closing(PixelStore.attach(address))) for address in addresses]
+    world.barrier()  # once its pixels are on its GPU, the process that decodes lets go of a store
     if place == "none":
         return ()
     caches = []
-    for number, dataset in enumerate(datasets):
+    for dataset, store in zip(datasets, stores, strict=True):
         if world.local_rank == 0:
-            cache = fill_cache(dataset, stores[number], usable_cores())
+            cache = fill_cache(dataset, store, usable_cores(), config.preprocessing.max_pixels)
         else:
-            cache = stack.enter_context(closing(attach_cache(dataset, addresses[number])))
+            cache = await_cache(dataset, store)
         caches.append(place_on_device(cache, world.device) if place == "gpu" else cache)
     if world.is_main:
         size = sum(bytes_needed(dataset) or 0 for dataset in datasets)
@@ -127,12 +131,14 @@ def choose_cache(
     if wanted == "none" or (wanted == "auto" and epochs_left < MIN_EPOCHS):
         return "none"
     sizes = [bytes_needed(dataset) for dataset in datasets]
-    free = {"ram": bytes_available(), "gpu": gpu_bytes_available(device)}
+    needed, free_ram, free_gpu = sum(filter(None, sizes)), bytes_available(), gpu_bytes_available(device)
     if wanted == "auto":
-        for place in ("gpu", "ram"):
-            if None not in sizes and sum(filter(None, sizes)) <= AUTO_SHARE * (free[place] or 0):
-                return place
-        return "none"
+        if None in sizes:
+            return "none"
+        # what a GPU keeps passes through the machine's memory
+        if needed <= min(AUTO_SHARE * (free_gpu or 0), MAX_SHARE * (free_ram or 0)):
+            return "gpu"
+        return "ram" if needed <= AUTO_SHARE * (free_ram or 0) else "none"
     for dataset, size in zip(datasets, sizes, strict=True):
         if size is None:
             raise UserError(
@@ -141,12 +147,12 @@ def choose_cache(
             )
     if wanted == "gpu" and device.type != "cuda":
         raise UserError("data.cache is gpu and the run computes on the CPU: set it to ram")
-    for place in {"ram", wanted}:  # the GPU's copy passes through the machine's memory
-        needed, available = sum(filter(None, sizes)), free[place]
+    free = {"machine": free_ram} | ({"GPU": free_gpu} if wanted == "gpu" else {})
+    for owner, available in free.items():
         if available is not None and needed > MAX_SHARE * available:
             raise UserError(
-                f"data.cache needs {needed / 1e9:.2g} GB of the {'GPU' if place == 'gpu' else 'machine'}'s "
-                f"memory, and {available / 1e9:.2g} GB are free: set it to none"
+                f"data.cache needs {needed / 1e9:.2g} GB of the {owner}'s memory, and {available / 1e9:.2g} "
+                "GB are free: set it to none"
             )
     return wanted
 

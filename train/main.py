@@ -22,6 +22,7 @@ from data_pipeline.common.errors import (
     RankLostError,
     SaveError,
     UserError,
+    WorkerError,
 )
 from data_pipeline.common.text import visible
 from data_pipeline.datasets.demo import DEMO_ROOT
@@ -39,7 +40,9 @@ from train.state import RunState
 
 log = logging.getLogger("train")
 
-EXPECTED_ERRORS = (UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError, RankLostError)
+EXPECTED_ERRORS = (
+    UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError, RankLostError, WorkerError,
+)  # fmt: skip
 """Errors that are logged as one line, without a traceback."""
 
 MAIN_RANK_FIRST_S = 5.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -43,7 +45,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> G
         return
     # spawned, not forked: this process has threads
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     pending: deque[Future[R]] = deque()
     try:
         pending += (pool.submit(function, item) for item in islice(remaining, _AHEAD * workers))
@@ -58,6 +60,15 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> G
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
+def _follow_parent() -> None:
     # Ctrl-C reaches the whole group of processes; the parent ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent was killed: it would wait for work, with its memory, for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -18,20 +18,21 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import ImageError
+from data_pipeline.common.errors import ImageError, WorkerError
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import blank_images, decode_rgb
+from data_pipeline.decode.header import read_header
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.loading.pixel_store import PixelStore, StoreAddress
+from data_pipeline.loading.pixel_store import PixelStore
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.loading.scan import MANY, MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.sampler import Int
 
 Pixels = npt.NDArray[np.uint8]
-_CHUNK = 256
-"""Images that a process decodes at once."""
+_CHUNK, _CHUNK_BYTES = 256, 1 << 23
+"""Images that a process decodes at once, and bytes that they take: what travels between processes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,13 @@ class DecodedCache:
         height, width = store.pixels.shape[1:3]
         return cls(dataset, store.pixels, (height, width), store.valid, store.reasons, store)
 
-    def images(self, indices: Int, crops: CropParams, resizer: Resizer) -> object:
+    def images(self, indices: Int, crops: CropParams, resizer: Resizer | None) -> object:
         """Crop a batch; images that are not valid become zeros.
 
         Args:
             indices: (B) which images.
             crops: B crops; changed where an image is not valid.
-            resizer: crops on the CPU.
+            resizer: crops on the CPU; None where the pixels lie on a device.
         Returns:
             As `Batch.images`, or `CachedCrops` where the pixels lie on a device.
         """
@@ -89,6 +90,7 @@ class DecodedCache:
             crops.set_blank(place)
         if self.store is None:
             return CachedCrops(self.pixels, indices, crops)
+        assert resizer is not None
         images = blank_images(crops)
         resizer.crop_batch(images, self.pixels, indices, crops, 0, len(indices))
         return images
@@ -137,31 +139,42 @@ def create_store(dataset: Dataset) -> PixelStore:
     return PixelStore.create(len(dataset), *size)
 
 
-def fill_cache(dataset: Dataset, store: PixelStore, workers: int) -> DecodedCache:
+def fill_cache(
+    dataset: Dataset, store: PixelStore, workers: int, max_pixels: int = MAX_PIXELS
+) -> DecodedCache:
     """Decode every image of a split, in processes if there are many.
 
     Args:
         dataset: the split.
         store: from `create_store`, in the process that made it.
         workers: processes that decode, >= 1.
+        max_pixels: larger images are refused by their header, as where nothing is kept.
     Raises:
         WorkerError: a worker was killed.
     """
     many = len(dataset) >= MANY
     lean = replace(dataset, classes=(), labels_text=(), table=None)
-    chunks = make_chunks(lean, np.arange(len(dataset), dtype=np.int64), _CHUNK)
-    decode = partial(_decode_chunk, store.pixels.shape[1:3])
+    places = np.arange(len(dataset), dtype=np.int64)
+    chunks = make_chunks(lean, places, max(1, min(_CHUNK, _CHUNK_BYTES // store.pixels[0].nbytes)))
+    decode = partial(_decode_chunk, store.pixels.shape[1:3], max_pixels)
     try:
         with (
             show_progress(f"decode images of {dataset.split}", len(dataset), shown=many) as progress,
             closing(map_ahead(decode, chunks, workers if many else 1)) as results,
         ):
-            for places, pixels, failures in results:
-                store.pixels[places] = pixels
-                store.valid[places] = True
+            for part, pixels, failures in results:
+                store.pixels[part] = pixels
+                store.valid[part] = True
                 for place, reason in failures.items():
                     store.mark_bad(place, reason)
-                progress.advance(len(places))
+                progress.advance(len(part))
+    except WorkerError as error:
+        message = (
+            f"a process that decodes the images of {dataset.split} was killed, for lack of memory perhaps: "
+            "set data.cache to none"
+        )
+        store.fail(message)
+        raise WorkerError(message) from error
     except BaseException as error:
         store.fail(f"the images of {dataset.split} could not be decoded into memory: {error}")
         raise
@@ -169,31 +182,33 @@ def fill_cache(dataset: Dataset, store: PixelStore, workers: int) -> DecodedCach
     return DecodedCache.of_store(dataset, store)
 
 
-def attach_cache(dataset: Dataset, address: StoreAddress) -> DecodedCache:
-    """Map the cache that another process of this machine makes, and wait until it is filled.
+def await_cache(dataset: Dataset, store: PixelStore) -> DecodedCache:
+    """Wait until the process that made a store has filled it.
 
+    Args:
+        dataset: the split.
+        store: from `PixelStore.attach`, in another process of the machine.
     Raises:
         WorkerError: that process ended, or failed.
     """
-    store = PixelStore.attach(address)
-    try:
-        store.wait_complete()
-    except BaseException:
-        store.close()
-        raise
+    store.wait_complete()
     return DecodedCache.of_store(dataset, store)
 
 
-def _decode_chunk(size: tuple[int, int], chunk: Chunk) -> tuple[Int, Pixels, dict[int, str]]:
+def _decode_chunk(size: tuple[int, int], max_pixels: int, chunk: Chunk) -> tuple[Int, Pixels, dict[int, str]]:
     """Decode some images: their places, (n, H, W, 3) pixels, and the reason of each that failed."""
     pixels: Pixels = np.zeros((len(chunk.places), *size, 3), np.uint8)
     failures = {}
     for i, place in enumerate(chunk.places.tolist()):
         try:
-            image = np.asarray(decode_rgb(chunk.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS)))
+            data = chunk.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels)
+            height, width = read_header(data, max_pixels)  # it may have changed since it was looked at
+            if (height, width) != size:
+                raise ImageError(f"{width} x {height} pixels, where all others have {size[1]} x {size[0]}")
+            image = np.asarray(decode_rgb(data))
             if image.shape[:2] != size:
                 height, width = image.shape[:2]
-                raise ImageError(f"{width} x {height} pixels, where all others have {size[1]} x {size[0]}")
+                raise ImageError(f"its header and its pixels disagree about the size ({width} x {height})")
             pixels[i] = image
         except ImageError as error:
             failures[place] = str(error)

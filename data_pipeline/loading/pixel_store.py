@@ -172,8 +172,7 @@ class PixelStore:
         self._descriptor = -1
         self.pixels = np.empty((0, self.address.height, self.address.width, 3), np.uint8)
         self.valid = np.empty(0, np.bool_)
-        with suppress(BufferError):  # the caller has arrays over it
-            self._map.close()
+        del self._map  # not closed: the caller may have arrays over it, the last of which ends it
 
     def _owner_lives(self) -> bool:
         return _started_at(self.address.pid) == self.address.started

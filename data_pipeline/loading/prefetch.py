@@ -117,7 +117,8 @@ class _Decoder:
 
     def __init__(self, backend: ImageBackend, caches: Sequence[DecodedCache], reader: Reader) -> None:
         self._backend, self._caches, self._reader = backend, caches, reader
-        self._resizer = Resizer() if caches else None
+        # it is compiled, which a device that crops does not need
+        self._resizer = Resizer() if any(cache.store is not None for cache in caches) else None
         self._fast: FeedBackend | None = backend if backend.takes_feeds else None  # type: ignore[assignment]
         self._feeds = FeedMaker(reader)
 
@@ -154,7 +155,6 @@ class _Decoder:
     def _from_cache(self, request: BatchRequest, cache: DecodedCache) -> Batch:
         indices = request.indices
         crops = request.crop_fn(np.tile(np.array(cache.size, np.int64), (len(indices), 1)))
-        assert self._resizer is not None
         return make_batch(request, cache.images(indices, crops, self._resizer), cache.failures(indices))
 
     def _slowly(self, request: BatchRequest) -> Batch:

@@ -11,7 +11,7 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 
-_AUGMENTS = {
+AUGMENTS = {
     "random_resized": Augment(),
     "random_resized, colours": Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.3, pca=0.1),
     "windows of a few pixels": Augment(scale=(0.0005, 0.01)),
@@ -19,7 +19,7 @@ _AUGMENTS = {
     "random_square, colours": Augment(crop="random_square", pca=0.1),
     "center": Augment(crop="center"),
 }
-KINDS = (*_AUGMENTS, "eval", "ten_crop")
+KINDS = (*AUGMENTS, "eval", "ten_crop")
 
 
 def crops_of(kind: str, size: tuple[int, int], count: int, preprocessing: Preprocessing) -> CropParams:
@@ -29,7 +29,7 @@ def crops_of(kind: str, size: tuple[int, int], count: int, preprocessing: Prepro
         return eval_crop_params(sizes, preprocessing)
     if kind == "ten_crop":
         return ten_crop_params(sizes, preprocessing)
-    return train_crop_params(sizes, 2, np.arange(count), 11, preprocessing, _AUGMENTS[kind])
+    return train_crop_params(sizes, 2, np.arange(count), 11, preprocessing, AUGMENTS[kind])
 
 
 def crops_by_pillow(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,13 @@ def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
         files[f"jpeg turned {orientation}"] = encode(image, "JPEG", quality=90, exif=exif(orientation))
     files["jpeg progressive turned 8"] = encode(image, "JPEG", progressive=True, exif=exif(8))
     return files
+
+
+def kinds_of_one_size(height: int, width: int) -> dict[str, bytes]:
+    """The same kinds, where those that are stored sideways have that size once they are upright."""
+    sideways = re.compile(r"turned( [5-8])?$")
+    turned = {kind: data for kind, data in kinds(width, height).items() if sideways.search(kind)}
+    return kinds(height, width) | turned
 
 
 def _without_adobe_marker(jpeg: bytes) -> bytes:

@@ -33,6 +33,8 @@ def test_train_refuses_wrong_options_with_code_2(tmp_path: Path) -> None:
     assert printed.exit_code == 0
     config = msgspec.json.decode(printed.stdout)
     assert (config["epochs"], config["data"]["root"], config["recipe"]) == (3, "x y", "demo")
+    feeding = {"cache": "auto", "deterministic": False, "max_decoded_gb": 2.0}
+    assert {key: config["data"][key] for key in feeding} == feeding
 
 
 @pytest.mark.slow

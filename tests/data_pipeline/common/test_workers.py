@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
 from data_pipeline.common.errors import WorkerError
 from data_pipeline.common.workers import map_ahead
+from tests.helpers.processes import lives
 
 
 def kill_on_three(number: int) -> int:
@@ -35,3 +39,29 @@ def test_worker_pool_is_lazy_and_keeps_the_order() -> None:
     assert len(taken) <= 5 + 6
     results.close()
     assert list(map_ahead(abs, [-1, -2], 1)) == [1, 2] and list(map_ahead(abs, [], 2)) == []
+
+
+def be_parent(pipe: Connection) -> None:
+    """Tell the numbers of two workers that wait for work."""
+    results = map_ahead(abs, range(100), 2)
+    next(results)
+    pipe.send([process.pid for process in multiprocessing.active_children()])
+    pipe.recv()
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=be_parent, args=(theirs,))
+    process.start()
+    workers = ours.recv()
+    assert len(workers) == 2 and all(map(lives, workers))
+    process.kill()
+    process.join()
+    end = time.monotonic() + 10
+    while any(map(lives, workers)):
+        assert time.monotonic() < end, "they wait for work that never comes"
+        time.sleep(0.02)
+    process.close()
+    ours.close()
+    theirs.close()

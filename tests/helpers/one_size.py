@@ -1,0 +1,72 @@
+"""Folders whose images have one size, in every kind of file and with bad ones; and batches, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import astuple
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.open import open_dataset
+from data_pipeline.loading.batches import Batch
+from data_pipeline.loading.scan import with_table
+from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.images import as_numpy, broken, encode, kinds_of_one_size, photo
+
+PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
+SIZE = (40, 52)
+KINDS = kinds_of_one_size(*SIZE)
+BAD = {kind: data for kind, data in broken(*SIZE).items() if kind != "png of 30000 x 30000"}
+NUM_IMAGES = 70
+
+
+def write_images(folder: Path) -> None:
+    """Each kind of file once, each bad one, and photos, in the folders of two classes."""
+    odd = [*KINDS.values(), *BAD.values()]
+    for number in range(NUM_IMAGES):
+        path = folder / "ab"[number % 2] / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = encode(photo(*SIZE, seed=number), "JPEG", quality=90)
+        path.write_bytes(odd[number] if number < len(odd) else image)
+
+
+def open_images(root: Path) -> Dataset:
+    """Write the images of a training split, and look at them."""
+    write_images(root / "train")
+    return with_table(open_dataset(root, "train"), 1)
+
+
+def count_equal(
+    batches: Iterable[Batch],
+    others: Iterable[Batch],
+    *,
+    pixels_of: Callable[[Batch], Any] = lambda batch: batch.images,
+    tolerance: int = 0,
+) -> tuple[int, int]:
+    """Compare two streams of batches, field by field.
+
+    Args:
+        pixels_of: the pixels of a batch of the first stream.
+        tolerance: levels by which they may differ.
+    Returns:
+        How many samples there are, and how many of them failed; those are zeros.
+    """
+    samples = failed = 0
+    for one, other in zip_longest(batches, others):
+        pixels, expected = as_numpy(pixels_of(one)), as_numpy(other.images)
+        assert pixels.shape == expected.shape and np.abs(pixels - expected).max() <= tolerance
+        assert not pixels[~one.valid].any() and pixels[one.valid].any(axis=(1, 2, 3)).all()
+        for field in ("labels", "valid", "indices", "positions"):
+            assert np.array_equal(getattr(one, field), getattr(other, field)), field
+        for field in ("failures", "step", "last"):
+            assert getattr(one, field) == getattr(other, field), field
+        assert list(one.paths) == list(other.paths)
+        assert (one.mix is None) == (other.mix is None)
+        if one.mix is not None and other.mix is not None:
+            assert all(map(np.array_equal, astuple(one.mix), astuple(other.mix)))
+        samples, failed = samples + len(one), failed + len(one.failures)
+    return samples, failed

@@ -1,0 +1,305 @@
+"""Decoded pixels that are kept: where, by whom, and what becomes of them when a rank is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.sample_table import SampleTable
+from data_pipeline.decode.pillow import PillowBackend
+from data_pipeline.loader import Loader
+from data_pipeline.loading.cache import CachedCrops, DecodedCache, create_store, fill_cache
+from data_pipeline.loading.batches import Batch
+from tests.helpers.cache_ranks import DELAY_S
+from tests.helpers.crops import AUGMENTS
+from tests.helpers.one_size import BAD, NUM_IMAGES, PREPROCESSING, count_equal, open_images, write_images
+from tests.helpers.processes import lives, mapped_in_shm, shared_pixels_of, who_maps
+from tests.helpers.ranks import TINY, comparable, link_subset, read_rows
+from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
+from train.data import choose_cache, gpu_bytes_available, place_on_device
+from train.step import to_device
+
+GB = 10**9
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def split_of(name: str, heights: list[int]) -> Dataset:
+    """Images of 1000 pixels width, 0.3 GB together if all are of 1000 pixels height."""
+    count = 100 // len(heights)
+    columns = {"lengths": 9, "kinds": 1, "orientations": 1, "direct": 1, "widths": 1000}
+    table = SampleTable.from_columns(
+        **{key: [value] * count * len(heights) for key, value in columns.items()}, heights=heights * count
+    )
+    return Dataset(Path(), name, (), np.zeros(len(table), np.int64), ("a", "b"), table=table)
+
+
+SAME = (split_of("train", [1000]), split_of("val", [1000]))
+MIXED = (split_of("train", [1000]), split_of("val", [1000, 999]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "datasets", "epochs_left", "free_ram", "free_gpu", "place"),
+    [
+        # the images of both splits take 0.6 GB
+        ("none", GPU, SAME, 90, 80 * GB, 80 * GB, "none"),
+        ("auto", GPU, SAME, 90, 80 * GB, 80 * GB, "gpu"),
+        ("auto", GPU, SAME, 2, 80 * GB, 2.4 * GB, "gpu"),
+        ("auto", GPU, SAME, 1, 80 * GB, 80 * GB, "none"),  # read once
+        ("auto", GPU, SAME, 0, 80 * GB, 80 * GB, "none"),  # a benchmark, or a run that is finished
+        ("auto", GPU, SAME, 90, 80 * GB, 2.3 * GB, "ram"),
+        ("auto", GPU, SAME, 90, 0.7 * GB, 80 * GB, "none"),  # the machine cannot pass it on
+        ("auto", GPU, SAME, 90, 2.3 * GB, 2.3 * GB, "none"),
+        ("auto", GPU, MIXED, 90, 80 * GB, 80 * GB, "none"),
+        ("auto", CPU, SAME, 90, 2.4 * GB, None, "ram"),
+        ("auto", CPU, SAME, 90, 2.3 * GB, None, "none"),
+        ("auto", CPU, SAME, 90, None, None, "none"),  # no /proc
+        ("ram", CPU, SAME, 1, 0.76 * GB, None, "ram"),
+        ("ram", GPU, SAME, 90, 0.76 * GB, 1, "ram"),
+        ("ram", CPU, SAME, 90, None, None, "ram"),
+        ("gpu", GPU, SAME, 0, 0.76 * GB, 0.76 * GB, "gpu"),
+    ],
+)
+def test_place_is_chosen_by_free_memory_and_epochs(
+    wanted: Literal["none", "ram", "gpu", "auto"],
+    device: torch.device,
+    datasets: tuple[Dataset, ...],
+    epochs_left: int,
+    free_ram: float | None,
+    free_gpu: float | None,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("train.data.bytes_available", lambda: free_ram)
+    monkeypatch.setattr("train.data.gpu_bytes_available", lambda _: free_gpu)
+    assert choose_cache(wanted, device, datasets, epochs_left) == place
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "datasets", "free_ram", "free_gpu", "message"),
+    [
+        ("ram", CPU, MIXED, 80, None, "keeps images of one size, and those of val have several: set it to"),
+        ("gpu", GPU, MIXED, 80, 80, "keeps images of one size, and those of val have several: set it to"),
+        ("gpu", CPU, SAME, 80, None, "is gpu and the run computes on the CPU: set it to ram"),
+        ("ram", CPU, SAME, 0.74, None, "needs 0.6 GB of the machine's memory, and 0.74 GB are free: set it"),
+        ("gpu", GPU, SAME, 0.74, 80, "needs 0.6 GB of the machine's memory, and 0.74 GB are free: set it"),
+        ("gpu", GPU, SAME, 80, 0.74, "needs 0.6 GB of the GPU's memory, and 0.74 GB are free: set it to"),
+    ],
+)  # fmt: skip
+def test_place_by_name_that_cannot_be_is_one_line(
+    wanted: Literal["ram", "gpu"],
+    device: torch.device,
+    datasets: tuple[Dataset, ...],
+    free_ram: float,
+    free_gpu: float | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("train.data.bytes_available", lambda: free_ram * GB)
+    monkeypatch.setattr("train.data.gpu_bytes_available", lambda _: free_gpu and free_gpu * GB)
+    with pytest.raises(UserError) as caught:
+        choose_cache(wanted, device, datasets, 90)
+    assert str(caught.value).startswith("data.cache ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Iterator[DecodedCache]:
+    dataset = open_images(tmp_path)
+    with closing(fill_cache(dataset, create_store(dataset), 1)) as cache:
+        yield cache
+
+
+def compare_on(device: torch.device, cache: DecodedCache, tolerance: int) -> None:
+    """Batches of pixels that lie on a device, cropped there, against those of files."""
+
+    def on_device(batch: Batch) -> torch.Tensor:
+        images, labels, valid = to_device(batch, device)
+        assert images.device == labels.device == valid.device == device
+        return images
+
+    placed = place_on_device(cache, device)
+    assert placed.store is None and placed.pixels.device == device
+    assert cache.store is not None and len(cache.store.pixels) == 0
+    with closing(PillowBackend(2, 64)) as backend:
+        loaders = [Loader(backend, PREPROCESSING, caches=caches) for caches in ((placed,), ())]
+        for name, augment in AUGMENTS.items():
+            options: dict[str, Any] = {"seed": 5, "global_batch": 32, "micro_batch": 20, "num_steps": 4}
+            streams = [loader.train(cache.dataset, augment, **options) for loader in loaders]
+            samples, _ = count_equal(*streams, pixels_of=on_device, tolerance=tolerance)
+            assert samples == 4 * 32, name
+        for ten_crop in (False, True):
+            views = [loader.eval(cache.dataset, micro_batch=25, ten_crop=ten_crop) for loader in loaders]
+            counts = count_equal(*views, pixels_of=on_device, tolerance=tolerance)
+            assert counts == (NUM_IMAGES, len(BAD))
+
+
+def test_crops_made_on_a_device_are_the_uncached(cached: DecodedCache) -> None:
+    compare_on(CPU, cached, tolerance=0)
+
+
+@pytest.mark.gpu
+def test_crops_made_on_a_gpu_are_the_uncached(cached: DecodedCache) -> None:
+    before = gpu_bytes_available(GPU)
+    assert before is not None and cached.pixels.nbytes < before <= torch.cuda.mem_get_info(GPU)[1]
+    compare_on(GPU, cached, tolerance=1)
+
+
+def test_batch_of_a_device_is_its_parameters(cached: DecodedCache) -> None:
+    placed = place_on_device(cached, CPU)
+    with closing(PillowBackend(1, 64)) as backend:
+        batches = Loader(backend, PREPROCESSING, caches=(placed,)).eval(placed.dataset, micro_batch=50)
+        first, second = batches
+    assert isinstance(first.images, CachedCrops) and first.images.pixels is placed.pixels
+    assert second.images.indices.tolist() == list(range(50, 70))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of two ranks of `tests.helpers.cache_ranks`."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "val"):
+        write_images(root / split)
+    done = run_ranks(2, ["tests.helpers.cache_ranks", root], cwd=tmp_path_factory.mktemp("ranks"))
+    assert done.returncode == 0, done.stderr
+    ranks: list[dict[str, Any]] = json.loads(done.stdout)
+    assert len(ranks) == 2
+    return ranks
+
+
+@pytest.mark.slow
+def test_one_process_a_machine_decodes(found: list[dict[str, Any]]) -> None:
+    for place in ("ram", "gpu"):
+        one, other = (rank[place] for rank in found)
+        assert one["decoded"] >= 2 * (NUM_IMAGES - len(BAD)) and other["decoded"] == 0
+        assert one["pixels"] == other["pixels"] == found[0]["ram"]["pixels"]
+        assert len(one["failed"][0]) == len(BAD) and one["failed"] == other["failed"]
+    assert all(rank["none"]["decoded"] == 0 for rank in found)
+
+
+@pytest.mark.slow
+def test_shared_memory_is_freed_when_it_is_done_with(found: list[dict[str, Any]]) -> None:
+    """Where the pixels are on a GPU, that is at once; nobody misses it who is slower."""
+    assert [rank["ram"]["mapped"] for rank in found] == [2, 2]
+    assert [rank["gpu"]["mapped"] for rank in found] == [0, 0]
+    assert [rank[place]["mapped afterwards"] for rank in found for place in ("ram", "gpu")] == [0] * 4
+
+
+@pytest.mark.slow
+def test_refusal_of_one_machine_is_that_of_every_rank(found: list[dict[str, Any]]) -> None:
+    message = "data.cache needs 0.00087 GB of the machine's memory, and 1e-09 GB are free: set it to none"
+    assert [rank[case] for rank in found for case in ("refused", "refused elsewhere")] == [message] * 4
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_machine_works_first(found: list[dict[str, Any]]) -> None:
+    (entered, left), (other_entered, _) = (rank["times"] for rank in found)
+    assert left - entered >= DELAY_S and other_entered >= left
+    assert [rank["failing"] for rank in found] == ["failed", "entered"]
+
+
+RUN = (
+    *TINY, "epochs=2", "global_batch=25", "schedule.warmup_epochs=0", "schedule.learning_rate=0.0004",
+    "augment.crop=random_resized", "augment.flip=0.5", "augment.brightness=0.2",
+)  # fmt: skip
+NUM_STEPS = 4  # in an epoch
+
+
+@pytest.fixture(scope="module")
+def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 digits of 64 pixels, one of which is damaged, and 35 for validation."""
+    root = link_subset(demo_data, tmp_path_factory.mktemp("subset") / "data", num_train=100, num_val=35)
+    link = sorted((root / "train" / "3").iterdir())[0]
+    content = link.read_bytes()
+    link.unlink()
+    link.write_bytes(content[:300])
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two epochs on two ranks with and without the cache, and on one with it."""
+    base = tmp_path_factory.mktemp("runs")
+    return {
+        name: train_warm(
+            int(name[0]), data=digits, out=base / name / "out", overrides=(*RUN, f"data.cache={name[2:]}")
+        )
+        for name in ("2 none", "2 ram", "1 ram")
+    }
+
+
+@pytest.mark.slow
+def test_cached_run_has_the_losses_of_the_uncached(runs: dict[str, Path]) -> None:
+    for split in ("train", "val"):
+        rows = {name: comparable(read_rows(run, split)) for name, run in runs.items()}
+        assert rows["2 ram"] == rows["2 none"]
+        assert len(rows["1 ram"]) == len(rows["2 ram"]) == (2 * NUM_STEPS if split == "train" else 2)
+        losses = [row["loss"] for row in rows["2 ram"]]
+        assert [row["loss"] for row in rows["1 ram"]] == pytest.approx(losses, rel=1e-4)
+    rows = {name: read_rows(run, "train") for name, run in runs.items()}
+    assert [sum(row["failed"] for row in of_run) for of_run in rows.values()] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_resumed_run_may_have_another_cache(runs: dict[str, Path], digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "out" / runs["2 ram"].name
+    shutil.copytree(runs["2 ram"], run)
+    shutil.rmtree(run / "checkpoints" / f"step-{2 * NUM_STEPS:08d}")
+    settings = (*RUN, "data.cache=none")
+    again = train_warm(2, data=digits, out=run.parent, overrides=settings, options=["--resume=auto"])
+    assert again == run
+    expected, rows = (read_rows(one, "train") for one in (runs["2 ram"], run))
+    assert (
+        rows[:NUM_STEPS] == expected[:NUM_STEPS] and rows[-1] != expected[-1]
+    )  # done again, at another time
+    assert comparable(rows) == comparable(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_rank_leaves_no_shared_memory(killed: int, digits: Path, tmp_path: Path) -> None:
+    sets = [f"--set={s}" for s in (*RUN, "epochs=200", "data.cache=ram")]
+    with ranks_of(2, ["train.main", f"--data={digits}", "--out=out", *sets], cwd=tmp_path) as ranks:
+        assert ranks.wait_until(lambda: any(tmp_path.glob("out/*/metrics.jsonl"))), ranks.stderr
+        pids = [process.pid or 0 for process in ranks.processes]
+        inodes = shared_pixels_of(pids[0])
+        assert len(inodes) == 2 and shared_pixels_of(pids[1]) == inodes  # of both splits, one copy
+        in_shm = {path for pid in pids for path in mapped_in_shm(pid)}
+        ranks.send(signal.SIGKILL, rank=killed)
+        ended = ranks.wait()
+    assert ended.returncode == -signal.SIGKILL
+    end = time.monotonic() + 5
+    while who_maps(inodes):
+        assert time.monotonic() < end, "a process still has the pixels"
+        time.sleep(0.05)
+    assert not any(map(lives, pids)) and not [path for path in in_shm if path.exists()]
+    # 135 images of 64 x 64, of which one is bad
+    kept = "every image is decoded once and kept in shared memory: 0.0017 GB (data.cache)"
+    assert [line for line in ended.stderr.splitlines() if "shared memory" in line] == [kept]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_killed_decoder_is_one_line_of_another_rank(digits: Path, tmp_path: Path) -> None:
+    sets = [f"--set={s}" for s in (*RUN, "data.cache=ram")]
+    module = ["tests.helpers.cache_ranks", "killed", f"--data={digits}", "--out=out", *sets]
+    with ranks_of(2, module, cwd=tmp_path) as ranks:
+        killed, other = ranks.processes
+        other.join(30)
+        assert (killed.exitcode, other.exitcode) == (-signal.SIGKILL, 1)
+        (error,) = (line for line in ranks.stderr.splitlines() if "error" in line.lower())
+        assert error.startswith(
+            f"error: process {killed.pid}, which decodes the images for all ranks of this"
+        )
+        assert not any((tmp_path / "out").glob("*"))
