@@ -56,8 +56,10 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         return with_table(train_set, usable_cores()), with_table(val_set, usable_cores())
 
 
-def open_loader(config: RunConfig, world: World, stack: ExitStack) -> Loader:
-    """Open the decoder, without pixels that are kept."""
+def open_loader(
+    config: RunConfig, world: World, datasets: Sequence[Dataset], epochs_left: int, stack: ExitStack
+) -> Loader:
+    """Open the decoder, and the decoded pixels of both splits where they are kept; see `open_caches`."""
     backend = make_backend(
         config.data.backend,
         device="gpu" if world.device.type == "cuda" and config.data.backend != "pillow" else "cpu",
@@ -69,7 +71,8 @@ def open_loader(config: RunConfig, world: World, stack: ExitStack) -> Loader:
         max_decoded_bytes=int(config.data.max_decoded_gb * 1e9),
     )
     stack.enter_context(closing(backend))
-    return Loader(backend, config.preprocessing, prefetch=config.data.prefetch)
+    caches = open_caches(config, world, datasets, epochs_left, stack)
+    return Loader(backend, config.preprocessing, prefetch=config.data.prefetch, caches=caches)
 
 
 def open_caches(

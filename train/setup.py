@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from train.checkpoints.format import Progress
 from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.schema import RunConfig
-from train.data import open_caches, open_data, open_loader
+from train.data import open_data, open_loader
 from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, rank_batch_size
 from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
@@ -72,9 +71,8 @@ def build_run(
         check_same_data(checkpoint, data, train_set.root)
     step = checkpoint.step if checkpoint is not None else 0
     parts = make_step_parts(config, train_set, world, checkpoint)
-    loader = open_loader(config, world, stack)
     epochs_left = config.epochs - step // num_steps if out is not None else 0
-    loader = replace(loader, caches=open_caches(config, world, (train_set, val_set), epochs_left, stack))
+    loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
     if world.is_main:
         log_hardware(config, parts, loader)
     folder = writer = None

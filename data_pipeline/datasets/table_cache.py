@@ -4,7 +4,7 @@ A kept table is bound to the names, classes and order of the whole split, before
 new list needs no new look at the images; tables of shards also to the place of each image and to each
 shard's size and time. Files may be rewritten under their names: a few, evenly spread, are compared with their
 length in the table and with its time. That finds a folder that was resized in place; a single file that was
-is found when it is read.
+is found when it is read. Where files were added or removed, the rows of the others are used again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import logging
 import os
 import struct
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from data_pipeline.common.image_kind import Kind
+from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.kept_files import keep_file, kept_files
@@ -25,10 +30,13 @@ from data_pipeline.datasets.watch import signature_of
 
 log = logging.getLogger("data_pipeline")
 
+Int = npt.NDArray[np.int64]
+
 VERSION = 1
 """Raise it when a look at the same files gives another table than before."""
 
-_HEADER = struct.Struct("<QQ32s")  # version, time of the look in ns, key
+_HEADER = struct.Struct("<QQ32sQ")  # version, time of the look in ns, key, number of rows
+_HASHED = 1 << 16
 _COMPARED = 256
 """Files of a dataset whose length and time are compared: a millisecond on a local disk."""
 
@@ -40,23 +48,35 @@ def load_table(dataset: Dataset) -> SampleTable | None:
         dataset: the whole split, without an exclude list.
     """
     key = b""
-    for path, content in kept_files(dataset.root, _name(dataset)):
-        try:
-            if content is None:
-                raise ValueError("its hash is wrong")
-            if len(content) != _HEADER.size + len(dataset) * ROW_BYTES:
-                continue
-            version, looked_ns, of_key = _HEADER.unpack_from(content)
-            key = key or _key(dataset)
-            if version != VERSION or of_key != key:
-                continue
-            table = SampleTable.unpack(content[_HEADER.size :])
-        except ValueError as error:
-            log.info("the sample table in %s is damaged and not used: %s", printable(path), error)
+    for kept in _kept_tables(dataset):
+        key = key or _key(dataset)
+        if kept.key != key:
             continue
-        if _is_current(dataset, table, looked_ns):
-            return table
+        if len(kept.table) == len(dataset) and _is_current(dataset, kept.table, kept.looked_ns):
+            return kept.table
         log.info("files of %s were changed since the sample table was made: it is not used", dataset.split)
+    return None
+
+
+def load_rows(dataset: Dataset) -> tuple[SampleTable, Int] | None:
+    """Load the kept table of a split whose files have changed since, for the files that are still there.
+
+    Args: as `load_table`.
+    Returns:
+        A table, and for each sample its row in it, or -1 where there is none, or the file could not be read
+        then; None where no table is kept, or the samples are in shards.
+    """
+    if dataset.reader is not None:
+        return None
+    for kept in _kept_tables(dataset):
+        names = name_hashes(PackedStrings.pack(dataset.paths))
+        order = np.argsort(kept.names)
+        found = np.searchsorted(kept.names[order], names)
+        rows = order[np.minimum(found, len(order) - 1)]
+        rows[(kept.names[rows] != names) | (kept.table.kinds[rows] == Kind.UNREADABLE)] = -1
+        there = np.flatnonzero(rows >= 0)
+        if len(there) and _is_current(dataset.take(there), kept.table.take(rows[there]), kept.looked_ns):
+            return kept.table, rows
     return None
 
 
@@ -68,8 +88,60 @@ def save_table(dataset: Dataset, table: SampleTable, looked_ns: int) -> None:
         table: a row for each of its samples.
         looked_ns: when the first of its files was looked at, in ns.
     """
-    header = _HEADER.pack(VERSION, looked_ns, _key(dataset))
-    keep_file(dataset.root, _name(dataset), header + table.pack(), "sample table", len(table))
+    header = _HEADER.pack(VERSION, looked_ns, _key(dataset), len(table))
+    names = b"" if dataset.reader is not None else name_hashes(PackedStrings.pack(dataset.paths)).tobytes()
+    keep_file(dataset.root, _name(dataset), header + table.pack() + names, "sample table", len(table))
+
+
+def name_hashes(names: PackedStrings) -> npt.NDArray[np.uint64]:
+    """Hash each name to 64 bits, without Python for each. Somebody who wants equal hashes can make them.
+
+    >>> first, second, third = name_hashes(PackedStrings.pack(["a", "a/much/longer/one", "a"]))
+    >>> bool(first == third != second)
+    True
+    """
+    hashes = np.full(len(names), 0x9E3779B97F4A7C15, np.uint64)
+    for first in range(0, len(names), _HASHED):
+        places = np.arange(first, min(first + _HASHED, len(names)))
+        rows = names.padded(places)
+        words = np.zeros((len(rows), -(-rows.shape[1] // 8) * 8), np.uint8)
+        words[:, : rows.shape[1]] = rows
+        for column in words.view("<u8").T:
+            mixed = (hashes[places] ^ column) * np.uint64(0xBF58476D1CE4E5B9)
+            changed = column != 0  # what fills a name up depends on its neighbours
+            hashes[places] = np.where(changed, mixed ^ (mixed >> np.uint64(32)), hashes[places])
+    return hashes
+
+
+class _Kept(NamedTuple):
+    """A table as it is kept; `names` has the hash of each sample's name, of files."""
+
+    table: SampleTable
+    looked_ns: int
+    key: bytes
+    names: npt.NDArray[np.uint64]
+
+
+def _kept_tables(dataset: Dataset) -> Iterator[_Kept]:
+    """The sound tables that are kept for a split, of these samples or of others."""
+    for path, content in kept_files(dataset.root, _name(dataset)):
+        try:
+            if content is None:
+                raise ValueError("its hash is wrong")
+            if len(content) < _HEADER.size:
+                continue
+            version, looked_ns, key, count = _HEADER.unpack_from(content)
+            if version != VERSION:
+                continue
+            end = _HEADER.size + count * ROW_BYTES
+            table = SampleTable.unpack(content[_HEADER.size : end])
+            names = np.frombuffer(content[end:], "<u8")
+            if len(table) != count or len(names) != (count if dataset.reader is None else 0):
+                raise ValueError("it is of another length than it says")
+        except ValueError as error:
+            log.info("the sample table in %s is damaged and not used: %s", printable(path), error)
+            continue
+        yield _Kept(table, looked_ns, key, names)
 
 
 def _name(dataset: Dataset) -> str:

@@ -21,8 +21,8 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import ImageError, WorkerError
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.pillow import blank_images, decode_rgb
 from data_pipeline.decode.header import read_header
+from data_pipeline.decode.pillow import blank_images, decode_rgb
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.pixel_store import PixelStore
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL

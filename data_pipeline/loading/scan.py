@@ -15,7 +15,7 @@ from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import MIN_CACHED, open_dataset
 from data_pipeline.datasets.sample_table import SampleTable
-from data_pipeline.datasets.table_cache import load_table, save_table
+from data_pipeline.datasets.table_cache import load_rows, load_table, save_table
 from data_pipeline.decode.look import look_at
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -103,26 +103,35 @@ def with_table(dataset: Dataset, workers: int, min_cached: int = MIN_CACHED) -> 
         table = load_table(whole)
     if table is None:
         looked_ns = time.time_ns()
-        table = look_at_all(whole, workers)
+        table = look_at_all(whole, workers, load_rows(whole) if keep else None)
         if keep:
             save_table(whole, table, looked_ns)
     return replace(dataset, table=table if places is None else table.take(places))
 
 
-def look_at_all(dataset: Dataset, workers: int) -> SampleTable:
+def look_at_all(dataset: Dataset, workers: int, known: tuple[SampleTable, Int] | None = None) -> SampleTable:
     """Look at every image of a dataset, in processes if there are many.
 
+    Args:
+        dataset: the samples.
+        workers: processes, >= 1.
+        known: rows of an earlier look, as `load_rows` gives them: those images are not looked at.
     Returns:
         A row for each sample.
     Raises:
         WorkerError: a worker was killed.
     """
-    many = len(dataset) >= MANY
+    wanted, places, tables = np.arange(len(dataset), dtype=np.int64), [], []
+    if known is not None:
+        table, rows = known
+        wanted, kept = np.flatnonzero(rows < 0), np.flatnonzero(rows >= 0)
+        places.append(kept)
+        tables.append(table.take(rows[kept]))
+    many = len(wanted) >= MANY
     lean = replace(dataset, classes=(), labels_text=())  # a worker does not need their names with each chunk
-    chunks = make_chunks(lean, np.arange(len(dataset), dtype=np.int64), _LOOK_CHUNK)
-    places, tables = [], []
+    chunks = make_chunks(lean, wanted, _LOOK_CHUNK)
     with (
-        show_progress(f"look at images of {dataset.split}", len(dataset), shown=many) as progress,
+        show_progress(f"look at images of {dataset.split}", len(wanted), shown=many) as progress,
         closing(map_ahead(_look_at_chunk, chunks, workers if many else 1)) as results,
     ):
         for part, table in results:

@@ -29,7 +29,10 @@ def permutation_at(seed: int, epoch: int, num_samples: int) -> Int:
         (num_samples) int64, read-only: the sample at each position, every sample once.
     """
     keys = hash_at(seed, epoch, np.arange(num_samples, dtype=np.uint64), STREAM_PERMUTATION)
-    order = np.argsort(keys, kind="stable").astype(np.int64)
+    order = np.argsort(keys).astype(np.int64)  # four times as fast as a stable sort
+    ranked = keys[order]
+    if (ranked[1:] == ranked[:-1]).any():  # of 64 bits, practically never; equal keys keep their order
+        order = np.argsort(keys, kind="stable").astype(np.int64)
     order.setflags(write=False)
     return order
 

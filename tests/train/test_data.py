@@ -20,8 +20,8 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.sample_table import SampleTable
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loader import Loader
-from data_pipeline.loading.cache import CachedCrops, DecodedCache, create_store, fill_cache
 from data_pipeline.loading.batches import Batch
+from data_pipeline.loading.cache import CachedCrops, DecodedCache, create_store, fill_cache
 from tests.helpers.cache_ranks import DELAY_S
 from tests.helpers.crops import AUGMENTS
 from tests.helpers.one_size import BAD, NUM_IMAGES, PREPROCESSING, count_equal, open_images, write_images

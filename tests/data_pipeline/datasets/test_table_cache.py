@@ -18,8 +18,9 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.datasets.sample_table import SampleTable
-from data_pipeline.datasets.table_cache import load_table, save_table
-from tests.helpers.images import write_folder
+from data_pipeline.datasets.table_cache import load_rows, load_table, save_table
+from data_pipeline.loading.scan import with_table
+from tests.helpers.images import encode, photo, write_folder
 from tests.helpers.layouts import touch
 
 
@@ -79,6 +80,23 @@ def test_table_of_other_samples_is_not_used(folder: Path, change: str) -> None:
     assert load_table(load_image_folder(folder, "train")) is None
 
 
+def test_rows_of_files_that_are_still_there_are_used_again(folder: Path) -> None:
+    write_folder(folder / "train", {"a": 9, "b": 9, "c": 2}, side=16)
+    keep(folder)
+    (folder / "train" / "a" / "004.jpg").unlink()
+    write_folder(folder / "train", {"a0": 2}, side=24)
+    (folder / "train" / "c" / "002.jpg").write_bytes(encode(photo(30, 20), "JPEG"))
+    dataset = load_image_folder(folder, "train")
+    table = with_table(dataset, 1, min_cached=1).table
+    assert table is not None
+    seen = dict(zip(dataset.paths, table.sizes.tolist(), strict=True))
+    new = {name for name, (height, _) in seen.items() if height != 77}
+    assert new == {"a0/000.jpg", "a0/001.jpg", "c/002.jpg"}
+    assert seen["a0/001.jpg"][0] == 24 and seen["b/000.jpg"] == [77, 10] and seen["a/005.jpg"] == [77, 6]
+    assert (again := load_table(dataset)) is not None and again.sizes.tolist() == table.sizes.tolist()
+    assert load_rows(load_image_folder(folder, "train").take(np.array([0, 3]))) is not None
+
+
 def test_table_of_rewritten_files_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset, _ = keep(folder)
     path = dataset.path_at(3)
@@ -113,16 +131,20 @@ def test_table_that_is_damaged_or_crafted_is_not_used(
 ) -> None:
     dataset, path = keep(folder)
     whole = path.read_bytes()
-    assert len(whole) == 32 + 48 + 5 * 19
+    assert len(whole) == 32 + 56 + 5 * (19 + 8)
+    head, names = whole[32:88], whole[-40:]
+    rows = whole[88:-40]
     with caplog.at_level(logging.INFO, "data_pipeline"):
         for damaged in (b"", whole[:-1], whole[:100] + b"?" + whole[101:]):
             path.write_bytes(damaged)
             assert load_table(dataset) is None
-        for body in (whole[32:80], whole[32:-19], whole[32:-1] + b"\2", whole[32:-10] + b"\xff" + whole[-9:]):
+        crafted = [rows[:-1] + b"\2", rows[:-10] + b"\xff" + rows[-9:]]
+        for body in (head[:-1], head + rows, *(head + row + names for row in crafted)):
             path.write_bytes(hashlib.sha256(body).digest() + body)
             assert load_table(dataset) is None
     stem = f"the sample table in {path} is damaged and not used: "
     assert caplog.messages == [stem + "its hash is wrong"] * 3 + [
+        stem + "it is of another length than it says",
         stem + "what DALI may read is not within 0..1",
         stem + "an orientation is not within 1..8",
     ]

@@ -17,6 +17,7 @@ from data_pipeline.common.errors import WorkerError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
+from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading import cache as cache_module
@@ -29,7 +30,6 @@ from data_pipeline.loading.cache import (
     image_size,
 )
 from data_pipeline.loading.pixel_store import PixelStore
-from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.loading.scan import Chunk, with_table
 from data_pipeline.sharding.write import write_shards
 from data_pipeline.transforms.augment import Augment

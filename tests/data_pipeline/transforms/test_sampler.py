@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.transforms import sampler
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -71,3 +73,12 @@ def test_global_batch_larger_than_the_data_is_refused() -> None:
         steps_per_epoch(10, 11)
     with pytest.raises(ValueError, match=r"rank 3 is not in 0..2"):
         rank_slice(10, 3, 3)
+
+
+def test_equal_keys_of_the_order_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_keys(seed: int, epoch: int, index: npt.NDArray[np.uint64], stream: int) -> npt.NDArray[np.uint64]:
+        return index % np.uint64(2)
+
+    monkeypatch.setattr(sampler, "hash_at", two_keys)
+    order = permutation_at.__wrapped__(99, 0, 1000)  # not the cached one: that would stay
+    assert order.tolist() == [*range(0, 1000, 2), *range(1, 1000, 2)]
