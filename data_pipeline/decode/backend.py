@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from data_pipeline.decode.feed import Feed
@@ -36,8 +36,12 @@ class FeedBackend(ImageBackend, Protocol):
     @property
     def max_batch_bytes(self) -> int | None: ...
 
-    def decode_fast(self, feed: Feed) -> object | None:
-        """The images of a batch; None if one of its files is refused, or is not what the feed says."""
+    def decode_fast(self, plan: Callable[[], Feed]) -> object | None:
+        """The images of a batch; None if one of its files is refused, or is not what its feed says.
+
+        Args:
+            plan: makes the feed, perhaps in another thread.
+        """
 
     def distrust_fast(self, explained: bool) -> None:
         """Learn of a batch that was refused, and whether a file was found to be the reason."""

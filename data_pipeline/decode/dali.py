@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -80,9 +79,9 @@ class DaliBackend:
         self._place = Place(device, device_id, max_batch, self._num_threads, deterministic)
         self._resizer = None if self._whole_graph else Resizer()
         self._lock = threading.Lock()  # of the slow way, whose graphs one thread at a time may run
-        self._opening = threading.Lock()  # of the fast way: a graph is built once
-        self._queues: dict[GraphSpec, GraphQueue] = {}
+        self._fast: dict[GraphSpec, Graph] = {}  # of DALI's thread alone
         self._graphs: dict[GraphSpec, Graph] = {}
+        self._queue = GraphQueue(self._fast_graph, DEPTH)
         self._slowed, self._unexplained = False, 0
         self._logged = False
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")
@@ -93,22 +92,21 @@ class DaliBackend:
         whole = self._whole_graph and not self._slowed
         return self._max_decoded_bytes // (DEPTH + 1) if whole else None
 
-    def decode_fast(self, feed: Feed) -> object | None:
+    def decode_fast(self, plan: Callable[[], Feed]) -> object | None:
         """Decode a batch of known files, while others are in flight.
 
+        Args:
+            plan: makes the batch's feed, in DALI's thread.
         Returns:
             As `Decoded.images`; None if DALI refuses a file, or one is of another size than its crop is for:
             the batch must then go through `decode`, with the sizes that the files have now.
         """
-        assert feed.crops.crop_px == self._crop_px and len(feed) <= self.max_batch
         try:
-            output, sizes = self._queue(feed).submit(feed).result()
+            output = self._queue.submit(plan).result()
         except RuntimeError as error:
-            log.debug("DALI refused a batch of %d: %s", len(feed), error)
+            log.debug("DALI refused a batch: %s", error)
             return None
-        if sizes is not None and not np.array_equal(sizes, feed.sizes):
-            return None
-        return self._images(output, feed.crops)
+        return self._images(output.images, output.feed.crops) if output.as_known else None
 
     def distrust_fast(self, explained: bool) -> None:
         """Count a refusal of the fast way; leave that way if it refuses what the slow one takes as it is.
@@ -152,34 +150,32 @@ class DaliBackend:
 
     def close(self) -> None:
         """Free the graphs, their threads and their memory."""
-        with self._opening:
-            for fast in self._queues.values():
-                fast.close()
-            self._queues.clear()
+        self._queue.close()
+        self._fast.clear()
         self._graphs.clear()
         self._pool.shutdown()
 
     def _spec(self, crops: CropParams, *, paths: bool, depth: int) -> GraphSpec:
         if not self._whole_graph:
             return GraphSpec(paths, "window", crop_px=None, depth=depth)
+        depth = 1 if self._slowed else depth
         colors = crops.colors is not None
         decode: Literal["window", "whole"] = "window" if self._slowed else "whole"
         return GraphSpec(paths, decode, self._crop_px, crops.views, colors, depth)
 
-    def _queue(self, feed: Feed) -> GraphQueue:
-        with self._opening:
-            depth = 1 if self._slowed else DEPTH
-            spec = self._spec(feed.crops, paths=isinstance(feed.files, FilePaths), depth=depth)
-            if spec not in self._queues:
-                try:
-                    self._queues[spec] = GraphQueue(spec, self._place)
-                except RuntimeError as error:
-                    if spec.decode != "whole":
-                        raise
-                    self._slow_down(str(error).strip().splitlines()[-1])
-                    spec = replace(spec, decode="window", depth=1)
-                    self._queues[spec] = GraphQueue(spec, self._place)
-            return self._queues[spec]
+    def _fast_graph(self, feed: Feed) -> Graph:
+        """The graph of a feed on the fast way; where that fails, a slower one, with a log line."""
+        assert feed.crops.crop_px == self._crop_px and len(feed) <= self.max_batch
+        spec = self._spec(feed.crops, paths=isinstance(feed.files, FilePaths), depth=DEPTH)
+        if spec not in self._fast:
+            try:
+                self._fast[spec] = Graph(spec, self._place)
+            except RuntimeError as error:
+                if spec.decode != "whole":
+                    raise
+                self._slow_down(str(error).strip().splitlines()[-1])
+                return self._fast_graph(feed)
+        return self._fast[spec]
 
     def _slow_down(self, reason: str) -> None:
         self._slowed = True

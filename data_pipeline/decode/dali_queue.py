@@ -1,91 +1,96 @@
-"""Keeps a DALI graph busy: batches are fed ahead by a thread of its own, so that decoding never waits."""
+"""Keeps DALI busy: a thread of its own feeds batches ahead, so that decoding never waits for them."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from data_pipeline.decode.dali_graph import Graph, GraphSpec, Place
+from data_pipeline.decode.dali_graph import Graph
 from data_pipeline.decode.feed import Feed
 
-Output = tuple[Any, npt.NDArray[np.int64] | None]
-"""What `Graph.pop` returns."""
+
+class Output(NamedTuple):
+    """A decoded batch: its feed, and whether each file is of the size that the feed says."""
+
+    feed: Feed
+    images: Any
+    as_known: bool
 
 
 class GraphQueue:
-    """A graph and its thread, which feeds batches as they come and hands out their results.
+    """A thread that plans batches, feeds them to their graphs as they come, and hands out the results.
+
+    One thread does all of it, since threads that share this work wait for the interpreter in turns.
 
     Args:
-        spec: the graph.
-        place: where it runs.
-    Raises:
-        RuntimeError: DALI cannot run it here.
+        graph_of: gives the graph of a feed; called in the thread.
+        depth: batches in flight at once, >= 1; no graph may take fewer.
     """
 
-    def __init__(self, spec: GraphSpec, place: Place) -> None:
-        self._graph = Graph(spec, place)
-        self._feeds: queue.SimpleQueue[tuple[Feed, Future[Output]] | None] = queue.SimpleQueue()
+    def __init__(self, graph_of: Callable[[Feed], Graph], depth: int) -> None:
+        self._graph_of, self._depth = graph_of, depth
+        self._plans: queue.SimpleQueue[tuple[Callable[[], Feed], Future[Output]] | None] = queue.SimpleQueue()
+        # each with its feed, whose memory DALI reads
+        self._in_flight: deque[tuple[Graph, Feed, Future[Output]]] = deque()
         self._closed = False
-        self._lock = threading.Lock()  # only between closing and a feed that comes too late
+        self._lock = threading.Lock()  # only between closing and a batch that comes too late
         self._thread = threading.Thread(target=self._serve, name="dali", daemon=True)
         self._thread.start()
 
-    def submit(self, feed: Feed) -> Future[Output]:
+    def submit(self, plan: Callable[[], Feed]) -> Future[Output]:
         """Decode a batch; any thread may call this.
 
+        Args:
+            plan: makes its feed.
         Returns:
-            The result; its exception is a RuntimeError where DALI refuses the batch.
+            The result; its exception is that of `plan`, or a RuntimeError where DALI refuses the batch.
         """
         future: Future[Output] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the decoder is closed")
-            self._feeds.put((feed, future))
+            self._plans.put((plan, future))
         return future
 
     def close(self) -> None:
-        """End the thread, once the batches that were fed are decoded."""
+        """End the thread, once the batches that were submitted are decoded."""
         with self._lock:
             self._closed = True
-            self._feeds.put(None)
+            self._plans.put(None)
         self._thread.join()
 
     def _serve(self) -> None:
-        in_flight: deque[tuple[Feed, Future[Output]]] = deque()  # keeps the feeds: DALI reads their memory
-        more = True
-        while more or in_flight:
+        while True:
             try:
-                item = self._feeds.get(block=not in_flight) if more else None
+                item = self._plans.get(block=not self._in_flight)
             except queue.Empty:
-                self._finish_oldest(in_flight)
+                self._finish_oldest()
                 continue
             if item is None:
-                more = False
-                while in_flight:
-                    self._finish_oldest(in_flight)
-                continue
-            feed, future = item
+                break
+            plan, future = item
             try:
-                self._graph.push(feed)
+                feed = plan()
+                graph = self._graph_of(feed)
+                graph.push(feed)
             except Exception as error:  # the waiting thread raises it
                 future.set_exception(error)
                 continue
-            in_flight.append(item)
-            if len(in_flight) >= self._graph.spec.depth:
-                self._finish_oldest(in_flight)
+            self._in_flight.append((graph, feed, future))
+            if len(self._in_flight) >= min(self._depth, graph.spec.depth):
+                self._finish_oldest()
+        while self._in_flight:
+            self._finish_oldest()
 
-    def _finish_oldest(self, in_flight: deque[tuple[Feed, Future[Output]]]) -> None:
-        _, future = in_flight[0]
+    def _finish_oldest(self) -> None:
+        graph, feed, future = self._in_flight[0]
         try:
-            result = self._graph.pop()
+            images, sizes = graph.pop()
+            future.set_result(Output(feed, images, sizes is None or bool((sizes == feed.sizes).all())))
         except Exception as error:  # the waiting thread raises it
             future.set_exception(error)
-        else:
-            future.set_result(result)
-        in_flight.popleft()
+        self._in_flight.popleft()

@@ -11,14 +11,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 
 import numpy as np
 
 from data_pipeline.decode.backend import FeedBackend, ImageBackend
+from data_pipeline.decode.feed import Feed
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.batches import Batch, BatchRequest, make_batch
@@ -76,7 +76,7 @@ def prefetch_batches(
             for request in requests:
                 if stop.is_set():
                     return
-                batches.append(threads.submit(decoder.begin(request)))
+                batches.append(threads.submit(decoder.decode, request))
                 if len(batches) >= ahead:
                     put(batches.popleft().result())
             while batches and not stop.is_set():
@@ -122,32 +122,29 @@ class _Decoder:
         self._fast: FeedBackend | None = backend if backend.takes_feeds else None  # type: ignore[assignment]
         self._feeds = FeedMaker(reader)
 
-    def begin(self, request: BatchRequest) -> Callable[[], Batch]:
-        """Begin a batch; the function that is returned finishes it, in any thread.
-
-        A batch of known files is planned here: that takes a millisecond, and threads that plan several at
-        once would take longer, since they wait for the interpreter in turns.
-        """
+    def decode(self, request: BatchRequest) -> Batch:
         for cache in self._caches:
             if cache.dataset is request.samples:
-                return partial(self._from_cache, request, cache)
-        if self._fast is None:
-            return partial(self._slowly, request)
-        if self._feeds.knows(request.samples, request.indices):
-            return partial(self._decode, self._fast, request, self._make(self._fast, request))
-        return partial(self._decode, self._fast, request, None)
+                return self._from_cache(request, cache)
+        if (fast := self._fast) is None:
+            return self._slowly(request)
+        made: list[Made] = []
 
-    def _make(self, fast: FeedBackend, request: BatchRequest) -> Made:
-        return self._feeds.make(request.samples, request.indices, request.crop_fn, fast.max_batch_bytes)
+        def plan() -> Feed:
+            bound = fast.max_batch_bytes
+            made.append(self._feeds.make(request.samples, request.indices, request.crop_fn, bound))
+            return made[0].feed
 
-    def _decode(self, fast: FeedBackend, request: BatchRequest, made: Made | None) -> Batch:
-        made = made or self._make(fast, request)
-        if made.by_pillow:
-            fast.log_pillow()
-        images = fast.decode_fast(made.feed)
+        if not self._feeds.knows(request.samples, request.indices):
+            feed = plan()  # here, since it waits for files
+            images = fast.decode_fast(lambda: feed)
+        else:
+            images = fast.decode_fast(plan)
         if images is None:
             return self._slowly(request)
-        return make_batch(request, images, made.failures)
+        if made[0].by_pillow:
+            fast.log_pillow()
+        return make_batch(request, images, made[0].failures)
 
     def close(self) -> None:
         self._feeds.close()

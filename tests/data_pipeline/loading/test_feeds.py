@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,8 @@ from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.decode import dali as dali_module
 from data_pipeline.decode.dali import DaliBackend
-from data_pipeline.decode.dali_graph import GraphSpec, Place
-from data_pipeline.decode.dali_queue import GraphQueue
+from data_pipeline.decode.dali_graph import Graph, GraphSpec, Place
+from data_pipeline.decode.feed import Feed
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loader import Loader
 from data_pipeline.loading.bad_files import FaultLog
@@ -223,9 +223,10 @@ def test_decoded_bytes_in_flight_are_bounded(tmp_path: Path, caplog: pytest.LogC
     decoded: list[int] = []
 
     class Counting(DaliBackend):
-        def decode_fast(self, feed: Any) -> object | None:
+        def decode_fast(self, plan: Callable[[], Feed]) -> object | None:
+            feed = plan()
             decoded.append(3 * int(feed.sizes.prod(axis=1).sum()))
-            return super().decode_fast(feed)
+            return super().decode_fast(lambda: feed)
 
     images = {}
     for gigabytes in (2.0, 0.5):
@@ -265,7 +266,7 @@ def test_device_without_the_fast_way_decodes_windows(
 ) -> None:
     opened: list[GraphSpec] = []
 
-    class Refusing(GraphQueue):
+    class Refusing(Graph):
         def __init__(self, spec: GraphSpec, place: Place) -> None:
             opened.append(spec)
             if spec.decode == "whole":
@@ -276,7 +277,7 @@ def test_device_without_the_fast_way_decodes_windows(
     backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
     want = train(dataset, backend)
     backend.close()
-    monkeypatch.setattr(dali_module, "GraphQueue", Refusing)
+    monkeypatch.setattr(dali_module, "Graph", Refusing)
     backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
     got = train(dataset, backend)
     backend.close()
@@ -296,7 +297,7 @@ def test_fast_way_that_refuses_good_files_is_given_up(
     want = train(dataset, backend)
     decode_fast = backend.decode_fast
     monkeypatch.setattr(
-        backend, "decode_fast", lambda feed: None if backend.max_batch_bytes else decode_fast(feed)
+        backend, "decode_fast", lambda plan: None if backend.max_batch_bytes else decode_fast(plan)
     )
     got = train(dataset, backend)
     backend.close()
