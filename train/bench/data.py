@@ -56,7 +56,9 @@ def make_subjects(folder: Path, shards: Path, small: Path, gpu: bool) -> dict[Ke
             on_gpu("dali_gpu_deterministic", "ours", folder, deterministic=True),
             on_gpu("dali_gpu_shards", "ours", shards),
             on_gpu("dali_gpu_reader", "dali_reader", folder),
-            on_gpu("cached_gpu", "cached", small, batch=SMALL_BATCH, crop_px=SMALL_CROP_PX, speed=100),
+            on_gpu(
+                "cached_gpu", "cached_on_device", small, batch=SMALL_BATCH, crop_px=SMALL_CROP_PX, speed=100
+            ),
             Subject("torchvision", "torchvision", folder, all_cores),
         ]
     return {(subject.name, subject.cores): subject for subject in subjects}

@@ -29,6 +29,9 @@ from train.bench import harness
 from train.bench.feed import FeedOnly, checksums
 
 SETTLE_S = 0.5
+Kind = Literal[
+    "ours", "pillow", "cached", "cached_on_device", "feed", "torchvision", "dali_reader", "file_read"
+]
 MakeBatches = Callable[[int], Generator[int, None, None]]
 """Makes so many batches and yields the number of images in each."""
 
@@ -50,7 +53,7 @@ class Subject:
     """
 
     name: str
-    kind: Literal["ours", "pillow", "cached", "feed", "torchvision", "dali_reader", "file_read"]
+    kind: Kind
     folder: Path
     cores: int
     batch: int = 64
@@ -123,26 +126,29 @@ def our_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
 
 
 def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Open this project's loader on decoded pixels that are kept, cropped on the CPU or on the GPU."""
+    """Open this project's loader on decoded pixels in memory, or on the device for `cached_on_device`."""
     preprocessing = Preprocessing(crop_px=subject.crop_px)
     backend = PillowBackend(num_threads=1, max_batch=subject.batch)  # decodes nothing here
     stack.enter_context(closing(backend))
     dataset = _open(subject)
     cache = fill_cache(dataset, create_store(dataset), subject.cores)
-    stack.enter_context(closing(cache))
-    if not subject.gpu:
+    stack.callback(cache.close)
+    if subject.kind == "cached":
         return _batches_of(Loader(backend, preprocessing, caches=(cache,)), dataset, subject)
     import torch
 
+    from train.bench.trainer import wait_for
     from train.data import place_on_device
-    from train.kernels.cached_crops import crop_cached
+    from train.step import images_on_device
+
+    device = torch.device("cuda" if subject.gpu else "cpu")
 
     def crop(batch: Batch) -> None:
-        crop_cached(batch.images.pixels, batch.images.indices, batch.images.crops)
-        torch.cuda.current_stream().synchronize()
+        images_on_device(batch.images, device)
+        wait_for(device)
 
-    placed = place_on_device(cache, torch.device("cuda"))
-    return _batches_of(Loader(backend, preprocessing, caches=(placed,)), dataset, subject, crop)
+    loader = Loader(backend, preprocessing, caches=(place_on_device(cache, device),))
+    return _batches_of(loader, dataset, subject, crop)
 
 
 def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
@@ -254,6 +260,7 @@ _MAKERS: dict[str, Callable[[Subject, ExitStack], MakeBatches]] = {
     "ours": our_loader,
     "pillow": our_loader,
     "cached": cached_loader,
+    "cached_on_device": cached_loader,
     "feed": feed_loader,
     "file_read": file_read,
     "torchvision": torchvision_loader,

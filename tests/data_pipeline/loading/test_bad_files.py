@@ -23,6 +23,8 @@ from PIL import Image
 
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.files import read_file
+from data_pipeline.common.packed_strings import PackedStrings
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.dali import DaliBackend
@@ -30,6 +32,7 @@ from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loader import Loader
 from data_pipeline.loading.bad_files import FaultLog
+from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -98,6 +101,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+def as_dataset(cases: dict[str, Path]) -> Dataset:
+    """The cases as the samples of a split, in their order."""
+    first = next(iter(cases.values()))
+    names = PackedStrings.pack(path.name for path in cases.values())
+    labels = np.arange(len(names), dtype=np.int64) % 2
+    return Dataset(first.parents[1], first.parent.name, names, labels, ("a", "b"))
+
+
 def blocks(image: npt.NDArray[np.int64]) -> list[list[int]]:
     """(64, 64, 3) as the means of 4 x 4 blocks, row by row: (16, 3), rounded."""
     means = image.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3)).reshape(16, 3)
@@ -105,15 +116,20 @@ def blocks(image: npt.NDArray[np.int64]) -> list[list[int]]:
     return rounded
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
 def test_backends_treat_every_kind_of_file_alike(
-    cases: dict[str, Path], named_backend: tuple[str, ImageBackend]
+    cases: dict[str, Path], named_backend: tuple[str, ImageBackend], known: bool
 ) -> None:
+    """Files of which nothing is known, as in prediction, and those of a sample table, as in training."""
     name, backend = named_backend
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert set(golden) == set(GOOD) and set(REASONS) == set(broken()) | set(list(REASONS)[-4:])
     faults = FaultLog()
     loader = Loader(backend, PREPROCESSING, faults=faults)
-    batches = list(loader.predict(cases.values(), micro_batch=16))
+    if known:
+        batches = list(loader.eval(with_table(as_dataset(cases), 1), micro_batch=16))
+    else:
+        batches = list(loader.predict(cases.values(), micro_batch=16))
     valid = dict(zip(cases, np.concatenate([batch.valid for batch in batches]), strict=True))
     images = dict(zip(cases, np.concatenate([as_numpy(batch.images) for batch in batches]), strict=True))
     reasons = iter([failure for batch in batches for failure in batch.failures])

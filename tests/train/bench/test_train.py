@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ranks import run_command
-from train.bench.loaders import time_batches
+from train.bench.images import write_bench_images, write_small_images
+from train.bench.loaders import Kind, LoaderCase, Subject, time_batches
 from train.bench.train import Measured, make_ratios, make_specs
 
 
@@ -52,6 +55,20 @@ def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
         report[start]["seconds"] > 0 and report[start]["memory_mb"] > 50 for start in ("first", "again")
     )
     assert len(list((tmp_path / "links" / "train").rglob("*.jpg"))) == 12000
+
+
+@pytest.mark.parametrize("kind", ["cached", "cached_on_device", "feed", "file_read"])
+def test_fast_loaders_make_the_batches_they_are_asked_for(tmp_path: Path, kind: Kind) -> None:
+    """On the CPU, by the code that a GPU runs too: only the device is another."""
+    photos = write_bench_images(tmp_path / "photos", 16)
+    write_small_images(tmp_path / "small", photos, 40)
+    subject = Subject("any", kind, tmp_path / "small", 2, batch=8, crop_px=56)
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        case = LoaderCase(stack, subject)
+        images_per_s, busy_us = case.measure(6, 0)
+        assert images_per_s > 0 and busy_us > 0
+        assert list(case._batches(3)) == [8, 8, 8]
 
 
 def test_bench_round_is_timed_from_first_to_last_batch() -> None:
