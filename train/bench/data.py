@@ -30,9 +30,9 @@ NOTES = (
 )
 
 
-def make_subjects(folder: Path, shards: Path, small: Path, gpu: bool) -> dict[Key, Subject]:
+def make_subjects(folder: Path, shards: Path, small: Path, images: int, gpu: bool) -> dict[Key, Subject]:
     """The loaders to measure, by name and number of cores."""
-    all_cores = usable_cores()
+    all_cores, large_batch = usable_cores(), min(LARGE_BATCH, images)
     cores = min(2, all_cores)
     subjects = [
         Subject("dali", "ours", folder, cores),
@@ -40,16 +40,16 @@ def make_subjects(folder: Path, shards: Path, small: Path, gpu: bool) -> dict[Ke
         Subject("torchvision", "torchvision", folder, cores),
         Subject("dali_reader", "dali_reader", folder, cores),
         Subject("pillow", "pillow", folder, cores),
-        Subject("feed_shards", "feed", shards, cores, LARGE_BATCH, speed=60),
-        Subject("feed_files", "feed", folder, cores, LARGE_BATCH, speed=20),
-        Subject("file_read", "file_read", folder, cores, LARGE_BATCH, speed=20),
+        Subject("feed_shards", "feed", shards, cores, large_batch, speed=60),
+        Subject("feed_files", "feed", folder, cores, large_batch, speed=20),
+        Subject("file_read", "file_read", folder, cores, large_batch, speed=20),
         Subject("cached", "cached", small, cores, SMALL_BATCH, SMALL_CROP_PX, speed=100),
         Subject("uncached", "ours", small, cores, SMALL_BATCH, SMALL_CROP_PX, speed=10),
     ]
     if cores > 1:
         subjects += [Subject("dali", "ours", folder, 1), Subject("torchvision", "torchvision", folder, 1)]
     if gpu:
-        on_gpu = partial(Subject, cores=all_cores, batch=LARGE_BATCH, gpu=True, speed=20)
+        on_gpu = partial(Subject, cores=all_cores, batch=large_batch, gpu=True, speed=20)
         subjects += [
             on_gpu("dali_gpu", "ours", folder),
             on_gpu("dali_gpu_64", "ours", folder, batch=BATCH),
@@ -78,7 +78,7 @@ def bench_data(
         raise UserError(f"num_images must be at least {2 * BATCH}, not {images}")
     folder = write_bench_images(folder, images)
     shards, small = (folder.with_name(f"{folder.name}-{kind}") for kind in ("shards", "small"))
-    subjects = choose_subjects(make_subjects(folder, shards, small, torch.cuda.is_available()), only)
+    subjects = choose_subjects(make_subjects(folder, shards, small, images, torch.cuda.is_available()), only)
     write_shards(folder, shards, shard_bytes=SHARD_BYTES)
     write_small_images(small, folder, SMALL_IMAGES)
     rates: defaultdict[Key, list[float]] = defaultdict(list)
@@ -104,7 +104,13 @@ def bench_data(
         "kilobytes": round(statistics.mean(sizes) / 1000, 1),
         "images_per_round": BATCH * batches,
         "rates": [
-            {"name": name, "cores": n, **harness.rate(rates[name, n]), "cpu_us": _median(busy_us[name, n])}
+            {
+                "name": name,
+                "cores": n,
+                "batch": subjects[key].batch if (key := (name, n)) in subjects else BATCH,
+                **harness.rate(rates[name, n]),
+                "cpu_us": _median(busy_us[name, n]),
+            }
             for name, n in rates
         ],
         "ratios": ratios,
@@ -161,8 +167,14 @@ def make_ratios(rates: dict[Key, list[float]], cores: int) -> tuple[Ratios, list
 def describe(report: Report) -> list[str]:
     """Return a line for each loader, the ratios, the memory and the notes."""
     memory = report["memory_mb"]
-    columns = (("loader", "<16"), ("cores", ">6"), ("images/s", ">10"), ("CPU us/image", ">14"))
-    rows = [[r["name"], r["cores"], r["images_per_s"], r["cpu_us"]] for r in report["rates"]]
+    columns = (
+        ("loader", "<22"),
+        ("cores", ">6"),
+        ("batch", ">6"),
+        ("images/s", ">10"),
+        ("CPU us/image", ">14"),
+    )
+    rows = [[r["name"], r["cores"], r["batch"], r["images_per_s"], r["cpu_us"]] for r in report["rates"]]
     lines = [] if memory is None else [
         f"memory after epochs 2, 10, {len(memory)}: {memory[1]}, {memory[9]}, {memory[-1]} MB"
     ]  # fmt: skip

@@ -27,7 +27,8 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     cores = max(n for _, n in rates)
     assert report["num_images"] == 128 and report["images_per_round"] == 256
     assert {name for name, n in rates if n == cores} == {
-        "dali", "shards", "torchvision", "dali_reader", "pillow", "overlap"
+        "dali", "shards", "torchvision", "dali_reader", "pillow", "overlap",
+        "feed_shards", "feed_files", "file_read", "cached", "uncached",
     }  # fmt: skip
     for name, top, bottom in (
         ("dali_vs_torchvision_2_cores", ("dali", 2), ("torchvision", 2)),
@@ -35,6 +36,9 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
         ("own_order_vs_dali_reader", ("dali", cores), ("dali_reader", cores)),
         ("shards_vs_files", ("shards", cores), ("dali", cores)),
         ("overlap", ("overlap", cores), ("dali", cores)),
+        ("feed_files_vs_dali_read", ("feed_files", cores), ("file_read", cores)),
+        ("cached_vs_uncached", ("cached", cores), ("uncached", cores)),
+        ("dali_gpu_vs_reader", ("dali_gpu", cores), ("dali_gpu_reader", cores)),
     ):
         if top in rates and bottom in rates:
             assert report["ratios"][name] == pytest.approx(rates[top] / rates[bottom], rel=0.01)
