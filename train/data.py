@@ -94,8 +94,14 @@ def open_caches(
             place = choose_cache(config.data.cache, world.device, datasets, epochs_left)
             if place != "none":
                 stores = [stack.enter_context(closing(create_store(dataset))) for dataset in datasets]
-        except (UserError, OSError) as error:
-            problem = error if isinstance(error, UserError) else UserError(f"data.cache: {error}")
+        except UserError as error:
+            problem = error
+        except OSError as error:  # a limit on the size of files, for one, is one on shared memory too
+            if config.data.cache == "auto":
+                log.info(f"decoded images are not kept: {error.strerror or error} (data.cache)")
+                place, stores = "none", []
+            else:
+                problem = UserError(f"data.cache is {config.data.cache}: {error.strerror or error}")
     answers = world.gather_objects((place, [store.address for store in stores], problem))
     for _, _, problem in answers:  # of any machine: the others would wait for its ranks
         if problem is not None:

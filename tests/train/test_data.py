@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,9 @@ from tests.helpers.one_size import BAD, NUM_IMAGES, PREPROCESSING, count_equal, 
 from tests.helpers.processes import lives, mapped_in_shm, shared_pixels_of, who_maps
 from tests.helpers.ranks import TINY, comparable, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
-from train.data import choose_cache, gpu_bytes_available, place_on_device
+from train.config.schema import DataConfig, RunConfig
+from train.data import choose_cache, gpu_bytes_available, open_caches, place_on_device
+from train.distributed.world import open_world
 from train.step import to_device
 
 GB = 10**9
@@ -112,6 +116,25 @@ def test_place_by_name_that_cannot_be_is_one_line(
         choose_cache(wanted, device, datasets, 90)
     assert str(caught.value).startswith("data.cache ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "ram"])
+def test_shared_memory_that_is_refused_ends_only_what_was_named(
+    wanted: Literal["auto", "ram"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(dataset: Dataset) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("train.data.create_store", refuse)
+    config = RunConfig(recipe="demo", data=DataConfig(cache=wanted))
+    with open_world("cpu") as world, ExitStack() as stack:
+        if wanted == "ram":
+            with pytest.raises(UserError, match=r"^data\.cache is ram: File too large$"):
+                open_caches(config, world, SAME, 90, stack)
+            return
+        with caplog.at_level(logging.INFO, "train"):
+            assert open_caches(config, world, SAME, 90, stack) == ()
+    assert caplog.messages == ["decoded images are not kept: File too large (data.cache)"]
 
 
 @pytest.fixture
