@@ -37,9 +37,9 @@ READ_AHEAD_STEPS = 8
 SETTINGS = (
     "preprocessing.resize_px=40", "preprocessing.crop_px=40", "augment.crop=random_resized", "precision=fp32",
     f"global_batch={GLOBAL_BATCH}", "cpu_threads=1", "log_every=2", "checkpoint_every=4",
-    "data.prefetch=1", "device=cpu", "timeout_s=60",
+    "data.prefetch=1", "data.cache=none", "device=cpu", "timeout_s=60",
 )  # fmt: skip
-"""Overrides of the demo's recipe: smaller images, float32, many checkpoints."""
+"""Overrides of the demo's recipe: smaller images, float32, many checkpoints; images that are read each time."""
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
