@@ -39,7 +39,7 @@ SETTINGS = (
     f"global_batch={GLOBAL_BATCH}", "cpu_threads=1", "log_every=2", "checkpoint_every=4",
     "data.prefetch=1", "data.cache=none", "device=cpu", "timeout_s=60",
 )  # fmt: skip
-"""Overrides of the demo's recipe: smaller images, float32, many checkpoints; images that are read each time."""
+"""Overrides of the demo's recipe: smaller images, read each time; float32, many checkpoints."""
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
