@@ -24,6 +24,7 @@ from data_pipeline.common.errors import (
     UserError,
     WorkerError,
 )
+from data_pipeline.common.streams import require_utf8, set_up_streams
 from data_pipeline.common.text import visible
 from data_pipeline.datasets.demo import DEMO_ROOT
 from train.cli import DEFAULT_RECIPE, OPTIONS
@@ -121,6 +122,7 @@ def main(
     torchrun --nproc_per_node=2 -m train.main
     torchrun --nproc_per_node=8 -m train.main --recipe tiny-imagenet --data tiny-imagenet-200
     """
+    set_up_streams()
     set_up_logging(quiet=env_rank() != 0)
 
     @record  # torchrun's own report then has the traceback of an unexpected error
@@ -151,4 +153,5 @@ def main(
 
 
 if __name__ == "__main__":
+    require_utf8()
     main()
