@@ -24,7 +24,12 @@ from data_pipeline.common.errors import (
     UserError,
     WorkerError,
 )
-from data_pipeline.common.streams import require_utf8, set_up_streams
+from data_pipeline.common.streams import (
+    EXIT_BROKEN_PIPE,
+    require_utf8,
+    set_up_streams,
+    silence_broken_streams,
+)
 from data_pipeline.common.text import visible
 from data_pipeline.datasets.demo import DEMO_ROOT
 from train.cli import DEFAULT_RECIPE, OPTIONS
@@ -136,6 +141,10 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
+        except BrokenPipeError:
+            if not silence_broken_streams():
+                raise
+            sys.exit(EXIT_BROKEN_PIPE)
         except EXPECTED_ERRORS as error:
             if debug:
                 raise
