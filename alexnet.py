@@ -39,6 +39,8 @@ INTERFACE = {
 """Where each name of the Python interface is defined: `module:attribute`."""
 
 EXIT_WRONG_USE = 2
+EXIT_STOPPED = 130
+"""After Ctrl-C, as a shell says it."""
 
 TRAINING_PACKAGES = {"torch", "torchvision", "onnx", "onnxscript", "tensorboard", "sklearn"}
 """Packages that a machine which only serves does not have."""
@@ -74,13 +76,28 @@ class FrontDoor(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; that of this process in an encoding in which every name can be written."""
+        if not args and options.get("args") is None:
+            from data_pipeline.common.streams import require_utf8
+
+            require_utf8()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and turn an exception into its line and code."""
+        from data_pipeline.common.streams import EXIT_BROKEN_PIPE, silence_broken_streams
+
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except KeyboardInterrupt as error:
+            click.echo("error: stopped", err=True)
+            raise click.exceptions.Exit(EXIT_STOPPED) from error
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and silence_broken_streams():
+                raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from None
             if ctx.params.get("debug"):
                 raise
             from data_pipeline.common.text import visible
@@ -106,10 +123,12 @@ def main(debug: bool) -> None:
     \b
     Exit codes: 0 all good; 1 failure; 2 wrong use; 3 finished, but some inputs could not
     be read; 4 an exported model does not agree with its checkpoint; 75 training was asked
-    to stop and has saved its state.
+    to stop and has saved its state; 130 stopped by Ctrl-C.
     """
     from data_pipeline.common.console import set_up_logging
+    from data_pipeline.common.streams import set_up_streams
 
+    set_up_streams()
     set_up_logging()
 
 

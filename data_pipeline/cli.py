@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.errors import EXIT_SOME_UNREADABLE
+from data_pipeline.common.errors import EXIT_SOME_UNREADABLE, name_continuation
 
 PATH = click.Path(path_type=Path)
 
@@ -47,7 +47,8 @@ def download(name: str, folder: Path | None, mirror: str | None) -> None:
     """
     from data_pipeline.download.download import download as fetch_dataset
 
-    click.echo(fetch_dataset(name, folder, mirror=mirror))
+    with name_continuation("the same command goes on where it stopped"):
+        click.echo(fetch_dataset(name, folder, mirror=mirror))
 
 
 @data.command()
@@ -77,9 +78,11 @@ def shard(
     """
     from data_pipeline.sharding.write import parse_size, write_shards
 
-    report = write_shards(
-        source, out, shard_bytes=parse_size(shard_size), resize_px=resize_px, quality=quality, workers=workers
-    )
+    shard_bytes = parse_size(shard_size)
+    with name_continuation("the same command writes the shards that are missing"):
+        report = write_shards(
+            source, out, shard_bytes=shard_bytes, resize_px=resize_px, quality=quality, workers=workers
+        )
     click.echo(
         f"{out}: {report.num_samples} samples in {report.num_shards} shards, {report.size_bytes} bytes"
     )
@@ -134,8 +137,8 @@ def info(folder: Path, as_json: bool, grid: Path | None, sample: int | None, wor
     alexnet data info tiny-imagenet-200 --grid classes.html
     """
     import msgspec
-    from rich.console import Console
 
+    from data_pipeline.common.console import make_console
     from data_pipeline.inspect.grid import check_grid_path, write_grid
     from data_pipeline.inspect.report import print_info
     from data_pipeline.inspect.stats import collect_info
@@ -149,6 +152,6 @@ def info(folder: Path, as_json: bool, grid: Path | None, sample: int | None, wor
     if as_json:
         click.echo(msgspec.json.encode(found))
     else:
-        print_info(found, Console())
+        print_info(found, make_console())
     if any(split.num_unreadable for split in found.splits.values()):
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)

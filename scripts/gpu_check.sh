@@ -71,11 +71,10 @@ PYTHON
 
 # The engine, ONNX Runtime on the GPU, a Ray worker and the CPU must predict the same.
 predictions() {
-  alexnet predict images/ --backend trt --format jsonl --output "$out/trt.jsonl" &&
-    alexnet predict images/ --backend onnx --device cuda --format jsonl --output "$out/cuda.jsonl" &&
-    alexnet predict images/ --backend onnx --device cpu --format jsonl --output "$out/cpu.jsonl" || return 1
-  rm -rf "$out/ray"
-  alexnet predict images/ --engine ray --device cuda --format jsonl --output "$out/ray" &&
+  alexnet predict images/ --backend trt --format jsonl --output "$out/trt.jsonl" --overwrite &&
+    alexnet predict images/ --backend onnx --device cuda --format jsonl --output "$out/cuda.jsonl" --overwrite &&
+    alexnet predict images/ --backend onnx --device cpu --format jsonl --output "$out/cpu.jsonl" --overwrite || return 1
+  alexnet predict images/ --engine ray --device cuda --format jsonl --output "$out/ray" --overwrite &&
     cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" || return 1
   python - "$out" <<'PYTHON'
 import json, pathlib, sys

@@ -173,15 +173,12 @@ def convert(source: Path, target: Path, to: Any, classes: Path | None) -> None:
     alexnet checkpoint convert runs/demo-20260101T000000Z weights.safetensors --to safetensors
     alexnet checkpoint convert alexnet-owt.pth runs --classes imagenet.txt
     """
-    from data_pipeline.common.errors import UserError
     from train.checkpoints.load import find_checkpoint, load_checkpoint
-    from train.weights import export_weights, import_weights
+    from train.weights import export_weights, import_weights, read_names
 
     if to is not None:
         export_weights(load_checkpoint(find_checkpoint(source)), target, to)
         click.echo(target)
         return
-    if classes is not None and not classes.is_file():
-        raise UserError(f"--classes {classes} does not exist")
-    names = tuple(classes.read_text(encoding="utf-8").splitlines()) if classes is not None else None
+    names = None if classes is None else read_names(classes)
     click.echo(import_weights(source, target, names))

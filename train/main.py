@@ -24,6 +24,12 @@ from data_pipeline.common.errors import (
     UserError,
     WorkerError,
 )
+from data_pipeline.common.streams import (
+    EXIT_BROKEN_PIPE,
+    require_utf8,
+    set_up_streams,
+    silence_broken_streams,
+)
 from data_pipeline.common.text import visible
 from data_pipeline.datasets.demo import DEMO_ROOT
 from train.cli import DEFAULT_RECIPE, OPTIONS
@@ -121,6 +127,7 @@ def main(
     torchrun --nproc_per_node=2 -m train.main
     torchrun --nproc_per_node=8 -m train.main --recipe tiny-imagenet --data tiny-imagenet-200
     """
+    set_up_streams()
     set_up_logging(quiet=env_rank() != 0)
 
     @record  # torchrun's own report then has the traceback of an unexpected error
@@ -134,6 +141,10 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
+        except BrokenPipeError:
+            if not silence_broken_streams():
+                raise
+            sys.exit(EXIT_BROKEN_PIPE)
         except EXPECTED_ERRORS as error:
             if debug:
                 raise
@@ -151,4 +162,5 @@ def main(
 
 
 if __name__ == "__main__":
+    require_utf8()
     main()

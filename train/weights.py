@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.outputs import check_output
+from data_pipeline.common.text import names_in, printable
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.format import Pointer, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
@@ -51,8 +53,9 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         target: `safetensors`, with configuration and classes in its metadata; or `torchvision`, a state
             dict that `torchvision.models.alexnet(num_classes=…)` loads.
     Raises:
-        UserError: torchvision has no such network.
+        UserError: torchvision has no such network, or there is such a file: weights are never replaced.
     """
+    check_output(path, "TARGET", None, "weights", named=checkpoint.folder.iterdir())
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
         model = checkpoint.config.model
@@ -71,6 +74,18 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         "checkpoint_sha256": checkpoint.sha256,
     }
     save_file(weights, path, metadata=metadata)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Read the names of classes, one a line, in the order of the logits.
+
+    Raises:
+        UserError: no such file, or see `names_in`.
+    """
+    try:
+        return names_in(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"--classes {printable(path)} cannot be read: {error.strerror or error}") from error
 
 
 def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None) -> Path:
@@ -97,6 +112,8 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         raise UserError(f"{path}: weights come in as {', '.join(readers)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{printable(out)} is a file: name a folder for the new run")
     config, weights, named = readers[path.suffix](path)
     layers = [name for name, tensor in weights.items() if tensor.ndim == 2]
     if not layers:

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from data_pipeline.common.streams import raise_broken_pipe
 from data_pipeline.common.text import visible
 
 if TYPE_CHECKING:
@@ -30,12 +31,21 @@ class Progress:
         """Report `count` more units as done; a `note` replaces the text behind the bar."""
 
 
+def make_console(**options: Any) -> Console:
+    """A console that raises BrokenPipeError where its reader went away; that of rich ends the process."""
+    from rich.console import Console
+
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise_broken_pipe()
+
+    return PipeConsole(**options)
+
+
 @lru_cache(maxsize=1)
 def stderr_console() -> Console:
     """The one console for stderr, so that rich prints log lines above a bar and not through it."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return make_console(stderr=True, highlight=False)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -1,5 +1,10 @@
 """The errors that a user can act on. Each carries the exit code of the command line."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_SOME_UNREADABLE = 3
 """Exit code of a command that finished, but could not read some of its inputs. No exception raises it."""
 
@@ -34,6 +39,12 @@ class InterruptedRunError(RuntimeError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class StoppedError(RuntimeError):
+    """Ctrl-C stopped a command whose work is kept. The message says how to go on after it."""
+
+    exit_code = 130  # as a shell says of what SIGINT ended
+
+
 class RankLostError(RuntimeError):
     """Another rank did not join a collective: it died, or hangs. `--max-restarts` restarts all ranks."""
 
@@ -50,6 +61,21 @@ class GateError(RuntimeError):
     """An exported model does not agree with its checkpoint, and is therefore not shipped."""
 
     exit_code = 4
+
+
+@contextmanager
+def name_continuation(how: str) -> Iterator[None]:
+    """Turn Ctrl-C into a line that says how to go on.
+
+    Args:
+        how: what to do, for the message.
+    Raises:
+        StoppedError: Ctrl-C came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError(f"stopped; {how}") from error
 
 
 class ImageError(Exception):

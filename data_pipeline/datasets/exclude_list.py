@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import write_atomic
-from data_pipeline.common.text import printable
+from data_pipeline.common.text import printable, without_mark
 from data_pipeline.datasets.dataset import Dataset
 
 log = logging.getLogger("data_pipeline")
@@ -66,6 +66,8 @@ def read_exclude_list(path: Path) -> dict[str, str]:
                     f"(limit {MAX_LIST_BYTES}): remove it, and write it again with alexnet data verify"
                 )
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if number == 1:
+                    line = without_mark(line, path)
                 if line.strip():
                     name, reason = _parse(line, f"{printable(path)} line {number}")
                     reasons[name] = reason

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import printable
+from data_pipeline.common.text import printable, text_lines
 from data_pipeline.datasets.watch import Watch
 
 SYNSET_IDS = "wnids.txt"
@@ -102,10 +102,10 @@ def _where_unique(texts: list[str], otherwise: list[str]) -> list[str]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, numbered from 1."""
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {printable(path)}: {error.strerror or error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text_lines(data, path), 1):
         if line.strip():
             yield number, line
 

@@ -23,6 +23,9 @@ TURNS = {
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
+TELLING_BYTES = 32
+"""From the beginning of a file, in which every kind of image has bytes that no text has."""
+_NEVER_IN_TEXT = frozenset(range(1, 32)) - frozenset(b"\t\n\r\x1b")
 
 
 def read_header(encoded: bytes, max_pixels: int) -> tuple[int, int]:
@@ -85,6 +88,17 @@ def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.
         (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
         (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
     )
+
+
+def is_image_start(head: bytes) -> bool:
+    """Whether data begins as an image does, and not as text: a path may begin with BM or RIFF, too.
+
+    Args:
+        head: the first `TELLING_BYTES` or more; all, if there are less.
+    """
+    head = head[:TELLING_BYTES]
+    known = any(head.startswith(magic) for magic, _, _ in image_readers())
+    return known and (head[0] >= 0x80 or b"\0\0" in head or any(byte in _NEVER_IN_TEXT for byte in head))
 
 
 def open_image(encoded: bytes) -> ImageFile.ImageFile:

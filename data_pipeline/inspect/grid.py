@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipeline.common.errors import ImageError, SaveError, UserError
 from data_pipeline.common.files import write_atomic
+from data_pipeline.common.outputs import check_output, read_head
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.header import read_header
@@ -26,6 +27,8 @@ SIDE_PX = 96
 MAX_CLASSES = 1000
 """Most classes on a page; of more, evenly spaced ones are shown, and the title has their number."""
 
+_GENERATOR = '<meta name="generator" content="alexnet data info --grid">'
+"""By which a page is known that may be replaced."""
 _QUALITY = 82
 _THUMBNAIL = Preprocessing(resize_px=SIDE_PX, crop_px=SIDE_PX)
 
@@ -34,12 +37,17 @@ def check_grid_path(path: Path) -> None:
     """Refuse a file that will not be written, before hours are spent on its content.
 
     Raises:
-        UserError: another suffix, or no such folder.
+        UserError: another suffix, no such folder, or a file that is no class grid.
     """
     if path.suffix.lower() != ".html":
         raise UserError(f"--grid {printable(path)}: the name must end in .html")
     if not path.parent.is_dir():
         raise UserError(f"--grid {printable(path)}: there is no folder {printable(path.parent)}")
+    check_output(path, "--grid", _is_grid, "a page that --grid wrote")
+
+
+def _is_grid(path: Path) -> bool:
+    return _GENERATOR.encode() in read_head(path, 4096)
 
 
 def write_grid(info: Info, dataset: Dataset, path: Path) -> None:
@@ -63,6 +71,7 @@ def write_grid(info: Info, dataset: Dataset, path: Path) -> None:
     parts = [
         _PAGE.substitute(
             title=title,
+            generator=_GENERATOR,
             note=f"Up to {per_class} images of a class, from a fixed random order, cut to squares.",
             side=SIDE_PX,
             columns=per_class,
@@ -110,7 +119,7 @@ def _cell(dataset: Dataset, place: int) -> str:
 
 
 _PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<html lang="en"><head><meta charset="utf-8">$generator<title>$title</title>
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">

@@ -7,16 +7,18 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.common.files import MAX_FILE_BYTES
+from data_pipeline.common.outputs import read_head
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.shards.shard_format import BLOCK, FORMAT, index_path, shard_files
+from data_pipeline.shards.shard_format import BLOCK, FORMAT, MANIFEST, index_path, read_manifest, shard_files
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import permutation_at
 
@@ -137,14 +139,47 @@ def plan_hash(
     return digest.hexdigest()
 
 
-def check_folder(out: Path, splits: tuple[str, ...], planned: set[Path], plan: str) -> None:
-    """Refuse a folder that holds shards of other data or settings: nothing there is replaced."""
+def check_folder(out: Path, splits: tuple[str, ...], planned: Mapping[Path, int], plan: str) -> None:
+    """Refuse a folder that holds shards of other data or settings: nothing there is replaced.
+
+    Args:
+        out: the folder.
+        splits: those to be written.
+        planned: the shards to be written, and the number of the first sample of each.
+        plan: hash of what they are made from.
+    Raises:
+        UserError: a shard, index or manifest that this plan did not write.
+    """
+    try:
+        read_manifest(out)
+    except CorruptFileError as error:
+        raise UserError(
+            f"{printable(out / MANIFEST)} is there, and no manifest of shards: give a new folder"
+        ) from error
     for shard in (path for split in splits for path in shard_files(out, split)):
-        if shard not in planned or _plan_of(shard) not in (None, plan):
+        known = _plan_of(shard)
+        ours = known == plan or (known is None and shard in planned and _begins(shard, planned[shard]))
+        if shard not in planned or not ours:
             raise UserError(
                 f"{printable(out)} holds shards of other data or settings ({printable(shard.name)}): "
                 "give a new folder, or the same source and settings"
             )
+
+
+def _begins(shard: Path, number: int) -> bool:
+    """Whether a tar without a sound index begins with the sample with which we would begin it, or is empty.
+
+    A run that was killed between a shard and its index leaves such a one. Other people's tars have owners and
+    times.
+    """
+    head = read_head(shard, BLOCK)
+    if not head:
+        return True
+    try:
+        member = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return member.name.startswith(f"{number:08d}.") and (member.mtime, member.uid, member.uname) == (0, 0, "")
 
 
 def _plan_of(shard: Path) -> object:

@@ -17,6 +17,7 @@ import numpy as np
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of, write_atomic
+from data_pipeline.common.outputs import is_same_place
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
@@ -149,7 +150,7 @@ def write_shards(
         for number, samples in enumerate(deal_samples(np.ceil(own * scale).astype(np.int64), shard_bytes))
     ]
     try:
-        check_folder(out, splits, {shard.path for shard in plan}, settings.plan)
+        check_folder(out, splits, {shard.path: int(shard.samples[0]) for shard in plan}, settings.plan)
         written = _write_all(plan, settings, workers)
         _write_manifest(out, datasets, plan, written, settings)
     except OSError as error:
@@ -169,8 +170,9 @@ def _open_source(source: Path, out: Path) -> list[Dataset]:
     datasets = [open_dataset(source, split) for split in splits]
     if any(dataset.reader is not None for dataset in datasets):
         raise UserError(f"{printable(source)} holds tar shards already: give the folder of files")
-    resolved, folders = out.resolve(), [(source / split).resolve() for split in splits]
-    if resolved == source.resolve() or any(folder in (resolved, *resolved.parents) for folder in folders):
+    resolved, folders = out.resolve(), [source / split for split in splits]
+    above = (resolved, *resolved.parents)
+    if is_same_place(out, source) or any(is_same_place(one, split) for one in above for split in folders):
         raise UserError(f"{printable(out)} lies in the data itself: give another folder for the shards")
     return datasets
 
@@ -264,7 +266,7 @@ def _write_manifest(
         splits=splits,
     )
     write_atomic(out / MANIFEST, _json(manifest))
-    for leftover in out.glob("*/.*.writing"):
+    for leftover in (path for split in splits for path in (out / split).glob(".shard-*.writing")):
         leftover.unlink()
 
 

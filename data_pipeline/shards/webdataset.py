@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import IMAGE_SUFFIXES
-from data_pipeline.common.text import printable
+from data_pipeline.common.text import names_in, printable
 from data_pipeline.shards.shard_format import FORMAT, ShardIndex, walk_tar
 
 CLASSES = "classes.txt"
@@ -34,8 +34,7 @@ def index_foreign(root: Path, split: str, shards: list[Path]) -> tuple[list[Shar
     highest = max((max(index.labels, default=-1) for index in indices), default=-1)
     path = root / CLASSES
     if path.is_file():
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-        classes = tuple(line.strip() for line in text.splitlines() if line.strip())
+        classes = names_in(path.read_bytes(), path)
     else:
         classes = tuple(str(number) for number in range(highest + 1))
     if highest >= len(classes):

@@ -12,7 +12,10 @@ import msgspec
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
 from infer.bundle.manifest import Manifest, read_manifest
-from infer.bundle.schema import ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
+from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
+
+FILE_NAMES = frozenset({MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME})
+"""What an export writes."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,29 @@ def load_bundle(path: Path, *, without: Collection[str] = ()) -> Bundle:
     """Read a bundle and verify every file of it before anything uses one.
 
     Args:
-        path: the bundle's folder, or its `bundle.json`.
+        path: the bundle's folder, or a file in it.
         without: files that the caller will replace and not use; they are not verified.
     Raises:
         UserError: there is no bundle here, or one of another schema.
         CorruptFileError: the manifest is damaged, or a file is missing, a link, or not what was written.
     """
-    folder = path.parent if path.name == MANIFEST_NAME else path
+    folder = folder_of(path)
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         if name not in without and (problem := file_problem(folder / name, entry)):
             raise CorruptFileError(f"{folder / name}: {problem}; export the checkpoint again")
     return Bundle(folder, manifest)
+
+
+def folder_of(path: Path) -> Path:
+    """The bundle's folder, where a path names a file in it, which users take for the model; else the path."""
+    inside = path.name in FILE_NAMES and (path.parent / MANIFEST_NAME).is_file()
+    return path.parent if inside or path.name == MANIFEST_NAME else path
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a path names a bundle: its folder, or a file in it."""
+    return path.name == MANIFEST_NAME or (folder_of(path) / MANIFEST_NAME).is_file()
 
 
 def open_bundle(path: Path | None) -> Bundle:
@@ -74,8 +88,8 @@ def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
     """Find the folder of a bundle: the one asked for, or the newest export.
 
     Args:
-        path: a bundle's folder or its `bundle.json`; a run's folder stands for its newest export; None for
-            the newest export of all runs.
+        path: a bundle's folder or a file in it, such as `model.onnx`; a run's folder stands for its newest
+            export; None for the newest export of all runs.
         runs: folder of the runs that are searched when `path` is None.
     Raises:
         UserError: there is none.
@@ -85,13 +99,14 @@ def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
         if found is None:
             raise UserError(f"no exported model under {runs}/: run `alexnet export` first, or name a bundle")
         return found
-    if path.name == MANIFEST_NAME and path.is_file():
-        return path.parent
-    if (path / MANIFEST_NAME).is_file():
-        return path
+    folder = folder_of(path)
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
     found = _newest(path.glob(f"export/*/{MANIFEST_NAME}")) if path.is_dir() else None
     if found is None:
-        what = f"holds no {MANIFEST_NAME}" if path.exists() else "does not exist"
+        what = f"holds no {MANIFEST_NAME}" if path.is_dir() else "does not exist"
+        if path.is_file():
+            what = f"has no {MANIFEST_NAME} beside it"
         raise UserError(f"{path} {what}: name a folder that `alexnet export` wrote")
     return found
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
-from infer.bundle.load import Bundle, file_problem, load_bundle
+from infer.bundle.load import FILE_NAMES, Bundle, file_problem, load_bundle
 from infer.bundle.manifest import Manifest, encode_manifest
-from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
+from infer.bundle.schema import MANIFEST_NAME, FileEntry
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def check_replaceable(target: Path) -> None:
         ours = load_bundle(target).manifest.files.keys() | {MANIFEST_NAME}
     except CorruptFileError:
         # Exporting again is the cure for a damaged export; then all file names that an export has are ours.
-        ours = {MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME}
+        ours = set(FILE_NAMES)
     except UserError:
         ours = set()
     if strange := sorted(names - ours):

@@ -32,7 +32,9 @@ def evaluate(
     """
     import msgspec
 
-    if model is not None and ((model / "bundle.json").exists() or model.name == "bundle.json"):
+    from infer.bundle.load import is_bundle
+
+    if model is not None and is_bundle(model):
         from infer.evaluate import evaluate_exported
 
         metrics: Any = evaluate_exported(model, data, split=split, device=device, ten_crop=ten_crop)

@@ -38,6 +38,7 @@ PATH = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option("--output", type=PATH, help="Write the rows to this file instead of stdout.")
 @click.option("--resume", is_flag=True, help="Go on after the rows that --output already has.")
+@click.option("--overwrite", is_flag=True, help="Replace the rows or the gallery of an earlier run.")
 @click.option("--html", type=PATH, help="Write a gallery besides, to sort and filter in a browser.")
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
@@ -51,8 +52,8 @@ PATH = click.Path(path_type=Path)
 def predict(**options: Any) -> None:
     """Predict the classes of images.
 
-    PATH is an image, a folder, a tar shard, a glob, @list.txt (a file of paths), or - (a list on
-    stdin). One row for each input, in order; what cannot be read is a row with the reason.
+    PATH is an image, a folder, a tar shard, a glob, @list.txt (a file of paths), or - (a list or an
+    image on stdin). One row for each input, in order; what cannot be read is a row with the reason.
 
     \b
     alexnet predict images/

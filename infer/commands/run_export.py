@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from data_pipeline.common.errors import UserError
-from infer.bundle.load import Bundle, find_bundle, load_bundle
-from infer.bundle.schema import ENGINE_NAME, MANIFEST_NAME, Format, Precision
+from infer.bundle.load import Bundle, find_bundle, is_bundle, load_bundle
+from infer.bundle.schema import ENGINE_NAME, Format, Precision
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, choose_builder, parse_formats
 from infer.export.triton import check_engine, check_repository, write_repository
 from infer.runtime.choose import tensorrt_versions
@@ -61,8 +61,8 @@ def run_export(options: ExportOptions) -> Exported:
         UserError, CorruptFileError, BuildError, GateError: see `pipeline` and `rebuild`.
     """
     source = options.source
-    is_bundle = source is not None and (source.name == MANIFEST_NAME or (source / MANIFEST_NAME).exists())
-    return _from_bundle(options) if is_bundle else _from_checkpoint(options)
+    of_bundle = source is not None and is_bundle(source)
+    return _from_bundle(options) if of_bundle else _from_checkpoint(options)
 
 
 def _from_checkpoint(options: ExportOptions) -> Exported:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError, name_continuation
+from data_pipeline.common.streams import binary_stdout
 from data_pipeline.decode.header import image_readers
 from infer.bundle.load import Bundle
 from infer.predict.gallery import open_gallery
 from infer.predict.inputs import Item, find_inputs
-from infer.predict.options import PredictOptions, check_options
+from infer.predict.options import PredictOptions, check_options, how_to_go_on
+from infer.predict.outputs import check_outputs
 from infer.predict.resume import (
     RunIdentity,
     check_saved_identity,
@@ -54,6 +56,7 @@ def run_predict(options: PredictOptions, verified_bundle: Callable[[], Bundle]) 
 
 def _predict_here(options: PredictOptions, format: Format, verified_bundle: Callable[[], Bundle]) -> Summary:
     inputs = find_inputs(options.paths, recursive=options.recursive)
+    check_outputs(options, format, inputs)
     # Imported while the bundle is being verified, since both take a while.
     probe_machine()
     image_readers()
@@ -78,6 +81,7 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         shown = options.output is not None or not sys.stdout.isatty()
         total = None if inputs.total is None else inputs.total - kept
         progress = stack.enter_context(show_progress("predict", total, shown=shown))
+        stack.enter_context(name_continuation(how_to_go_on(options, format)))
         for one in counter.count(predictor.rows(items, keep_pixels=gallery is not None)):
             writer.write(one.row)
             if gallery is not None:
@@ -108,4 +112,4 @@ def _open_writer(
 ) -> AbstractContextManager[RowWriter]:
     if format == "table":
         return open_table(options.output, predictor.bundle.manifest.class_labels, predictor.top)
-    return open_output(format, options.output, predictor.top, append=options.resume, stdout=sys.stdout.buffer)
+    return open_output(format, options.output, predictor.top, append=options.resume, stdout=binary_stdout())

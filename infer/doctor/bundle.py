@@ -97,7 +97,7 @@ def examine_bundle(path: Path) -> BundleReport:
     """Verify a bundle, load what can be loaded here, and run a grey image through it.
 
     Args:
-        path: the bundle's folder, its `bundle.json`, or a run's folder for its newest export.
+        path: the bundle's folder, a file in it, or a run's folder for its newest export.
     Raises:
         UserError: there is no bundle here.
         CorruptFileError: the manifest itself is damaged or was changed: then nothing in it can be trusted.

@@ -91,8 +91,10 @@ def _write_model(root: Path, format: Format, bundle: Bundle) -> Path:
         version.mkdir()
         copy_files(bundle, (source,), version)
         (version / source).rename(version / name)
-        (staging / LABELS_NAME).write_text("".join(f"{visible(label)}\n" for label in manifest.class_labels))
-        (staging / CONFIG_NAME).write_text(config_text(manifest, format))
+        (staging / LABELS_NAME).write_text(
+            "".join(f"{visible(label)}\n" for label in manifest.class_labels), encoding="utf-8"
+        )
+        (staging / CONFIG_NAME).write_text(config_text(manifest, format), encoding="utf-8")
         sync_files(version, (name,))
         sync_files(staging, (LABELS_NAME, CONFIG_NAME))
         staging.rename(target)

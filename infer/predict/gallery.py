@@ -25,6 +25,8 @@ from infer.predict.rows import OkRow, PredictionWithPixels
 from infer.predict.table import RowCounter
 from infer.predict.writers import name_unwritable
 
+GENERATOR = '<meta name="generator" content="alexnet predict --html">'
+"""By which a gallery is known that may be replaced."""
 THUMBNAIL_PX = 96
 THUMBNAIL_QUALITY = 80
 
@@ -178,7 +180,7 @@ def open_gallery(path: Path, bundle: Bundle, counter: RowCounter) -> Iterator[Ga
         page = path.open("w", encoding="utf-8", errors="backslashreplace")
     with page:
         page.write(
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
             f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p>Each picture is what the model saw.</p>"

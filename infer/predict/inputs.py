@@ -16,8 +16,9 @@ from typing import BinaryIO
 from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.files import IMAGE_SUFFIXES
 from data_pipeline.common.packed_strings import PackedStrings
-from data_pipeline.common.text import printable
+from data_pipeline.common.text import printable, without_mark
 from data_pipeline.datasets.image_folder import is_image, walk_images
+from data_pipeline.decode.header import TELLING_BYTES, is_image_start
 from data_pipeline.loader import ImageSource
 from data_pipeline.shards.shard_format import walk_tar
 
@@ -29,6 +30,7 @@ SHARD_SUFFIX = ".tar"
 MAX_PATH_BYTES = 1 << 16
 """Of a line in a list: far above what Linux takes for a path."""
 _PIECE = 1 << 16
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
 
 Item = Path | ImageSource
 """One input: a file, or an image that lies elsewhere."""
@@ -43,18 +45,32 @@ class Inputs:
     """Inputs in order. Folders and lists are read at once and kept packed; shards and stdin when predicted.
 
     Args:
-        lists: functions that give paths of images and tar shards.
+        lists: functions that give paths of images and tar shards, or an image that was read already.
         total: number of inputs; None if it is not known before the end.
+        named: the files that the arguments name themselves: images, shards and lists.
     """
 
-    def __init__(self, lists: Sequence[Callable[[], Iterator[str]]], total: int | None) -> None:
+    def __init__(
+        self,
+        lists: Sequence[PackedStrings | Callable[[], Iterator[str | ImageSource]]],
+        total: int | None,
+        named: Sequence[str] = (),
+    ) -> None:
         self._lists = lists
-        self.total = total
+        self.total, self.named = total, tuple(named)
+
+    def files(self) -> Iterator[str]:
+        """The files of images and shards, but those whose names come from stdin."""
+        for paths in self._lists:
+            if isinstance(paths, PackedStrings):
+                yield from paths
 
     def __iter__(self) -> Iterator[Item]:
         for paths in self._lists:
-            for path in paths():
-                if path.endswith(SHARD_SUFFIX):
+            for path in paths if isinstance(paths, PackedStrings) else paths():
+                if isinstance(path, ImageSource):
+                    yield path
+                elif path.endswith(SHARD_SUFFIX):
                     yield from _members(path)
                 else:
                     yield Path(path)
@@ -68,25 +84,28 @@ def find_inputs(
     Args:
         arguments: each a file, whatever its suffix; a folder, whose images come in byte order; a tar shard,
             whose images come in the order of the tar; a glob (`**` enters folders), if no file has that name;
-            `@list.txt`, a file of paths; or `-`, such a list on stdin. In a list, paths end with their line,
-            or with a NUL if there is any; tar shards in it are read, and what cannot be read becomes an
-            error row.
+            `@list.txt`, a file of paths; or `-`, such a list on stdin, or one image. In a list, paths end
+            with their line, or with a NUL if there is any; tar shards in it are read, and what cannot be read
+            becomes an error row.
         recursive: whether to enter folders inside folders.
         stdin: where `-` is read; None for the process's own.
     Raises:
         UserError: a file or folder that does not exist, a glob without a match, a file that is no list, or
             no input at all.
     """
-    lists: list[Callable[[], Iterator[str]]] = []
+    lists: list[PackedStrings | Callable[[], Iterator[str | ImageSource]]] = []
+    named: list[str] = []
     total: int | None = 0
     for argument in arguments:
         argument = os.fspath(argument)
         if argument == STDIN:
-            lists.append(partial(_listed, stdin or sys.stdin.buffer, "stdin"))
+            lists.append(partial(_piped, stdin or sys.stdin.buffer))
             total = None
             continue
-        paths = _read_list(argument[1:]) if argument.startswith(LIST_MARK) else _paths(argument, recursive)
-        lists.append(paths.__iter__)
+        is_list = argument.startswith(LIST_MARK)
+        named.append(argument[1:] if is_list else argument)
+        paths = _read_list(argument[1:]) if is_list else _paths(argument, recursive)
+        lists.append(paths)
         if total is not None:
             # Nobody knows how many images a shard holds before it is read.
             total = None if any(path.endswith(SHARD_SUFFIX) for path in paths) else total + len(paths)
@@ -96,7 +115,7 @@ def find_inputs(
             f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} "
             "(tar shards are read where they are named: shards/*.tar)"
         )
-    return Inputs(lists, total)
+    return Inputs(lists, total, named)
 
 
 def _paths(argument: str, recursive: bool) -> PackedStrings:
@@ -126,14 +145,39 @@ def _paths_in(name: str, recursive: bool) -> Iterator[str]:
 def _read_list(path: str) -> PackedStrings:
     try:
         with Path(path).open("rb") as file:
-            return PackedStrings.pack(_listed(file, path))
+            first = _first_piece(file)
+            if is_image_start(first):
+                raise UserError(f"{printable(path)} is an image and no list of paths: leave out the @")
+            return PackedStrings.pack(_listed(file, path, first))
     except OSError as error:
         raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
 
 
-def _listed(stream: BinaryIO, name: str) -> Iterator[str]:
+def _piped(stream: BinaryIO) -> Iterator[str | ImageSource]:
+    """What comes on stdin: the paths of a list, or one image."""
+    first = _first_piece(stream)
+    if is_image_start(first):
+        yield ImageSource(Path(STDIN), PipedImage(stream, first))
+    else:
+        yield from _listed(stream, "stdin", first)
+
+
+def _first_piece(stream: BinaryIO) -> bytes:
+    """The beginning, long enough to tell what it is: a pipe may give less, and a list's line is enough."""
+    first: bytes = stream.read1(_PIECE)  # type: ignore[attr-defined]
+    piece = first
+    while piece and len(first) < TELLING_BYTES and b"\n" not in first:
+        first += (piece := stream.read1(_PIECE))  # type: ignore[attr-defined]
+    return first
+
+
+def _listed(stream: BinaryIO, name: str, first: bytes) -> Iterator[str]:
     """Reads the paths of a list; they end with NULs if the first piece holds one (`find -print0`)."""
-    piece, rest = stream.read1(_PIECE), b""  # type: ignore[attr-defined]
+    piece, rest = without_mark(first, name), b""
+    if kind := next((kind for mark, kind in _PACKED.items() if piece.startswith(mark)), None):
+        raise UserError(f"{printable(name)} is a {kind} file and no list of paths: unpack it")
+    if first[257:262] == b"ustar":
+        raise UserError(f"{printable(name)} is a tar file and no list of paths: give it as shard.tar")
     end = b"\0" if b"\0" in piece else b"\n"
     while piece:
         *names, rest = (rest + piece).split(end)
@@ -194,6 +238,25 @@ class ShardMember:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         if len(data) < self.size_bytes:
             raise ImageError(f"the shard ends after {len(data)} of {self.size_bytes} bytes")
+        return data
+
+
+@dataclass(frozen=True)
+class PipedImage:
+    """Reads the one image that comes on stdin.
+
+    Attributes:
+        stream: stdin.
+        first: what was read of it already.
+    """
+
+    stream: BinaryIO
+    first: bytes
+
+    def __call__(self, max_bytes: int) -> bytes:
+        data = self.first + self.stream.read(max(0, max_bytes + 1 - len(self.first)))
+        if len(data) > max_bytes:
+            raise ImageError(f"more than the limit of {max_bytes} bytes")
         return data
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import printable
 from infer.predict.decode import DecoderName
 from infer.predict.inputs import STDIN
 from infer.predict.rows import DEFAULT_BATCH
@@ -26,6 +27,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
         recursive: whether to enter folders inside folders.
         strict: stop with an error at the first input that cannot be read.
         resume: continue after the rows that `output` has.
+        overwrite: replace the rows that `output` has, and the gallery.
         format: of the rows; None to take it from the name of `output`, else a table.
         output: the file to write; None for stdout.
         html: a gallery to write as well.
@@ -48,6 +50,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     recursive: bool = True
     strict: bool = False
     resume: bool = False
+    overwrite: bool = False
     format: Format | None = None
     output: Path | None = None
     html: Path | None = None
@@ -70,6 +73,10 @@ def check_options(options: PredictOptions) -> Format:
     """
     if list(options.paths).count(STDIN) > 1:
         raise UserError("- is given twice: there is one stdin")
+    if options.overwrite and options.resume:
+        raise UserError("--overwrite with --resume: rows are replaced, or kept; leave one of them out")
+    if options.overwrite and options.output is None and options.html is None:
+        raise UserError("--overwrite replaces a file: name it with --output or --html")
     return _check_ray(options) if options.engine == "ray" else _check_local(options)
 
 
@@ -87,8 +94,6 @@ def _check_local(options: PredictOptions) -> Format:
         raise UserError("--format parquet needs a file: --output rows.parquet")
     if options.html is not None and options.resume:
         raise UserError("--html with --resume: a gallery shows one whole run; leave one of them out")
-    if options.html is not None and options.html == options.output:
-        raise UserError("--html and --output name the same file")
     return format
 
 
@@ -100,3 +105,18 @@ def _check_ray(options: PredictOptions) -> Format:
     if options.format in ("table", "csv"):
         raise UserError(f"--format {options.format} with --engine ray: use jsonl or parquet")
     return options.format or "parquet"
+
+
+def how_to_go_on(options: PredictOptions, format: Format) -> str:
+    """What to do after Ctrl-C, which leaves the rows that are written.
+
+    Args:
+        options: of the command.
+        format: of the rows.
+    """
+    if options.output is None or format == "table":
+        return "rows that can be gone on from need --output and --format jsonl, csv or parquet"
+    instead = "" if not options.overwrite else " in place of --overwrite"
+    without = "" if options.html is None else ", without --html"
+    where = printable(options.output)
+    return f"the same command with --resume{instead}{without} goes on after the rows in {where}"

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import sha256_of
+from data_pipeline.common.files import sha256_of, write_atomic
 from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle
 from infer.bundle.schema import MANIFEST_NAME
@@ -129,7 +129,7 @@ def save_identity(rows: Path, identity: RunIdentity) -> None:
     path = _identity_path(rows)
     if not rows.exists() or rows.is_file():
         try:
-            path.write_bytes(msgspec.json.encode(identity))
+            write_atomic(path, msgspec.json.encode(identity))  # which follows no link
         except OSError as error:
             log.warning("cannot write %s: --resume will not know the model", printable(path))
             log.debug("%s", error)

@@ -105,7 +105,7 @@ def top_k(
     """
     return [
         tuple(
-            Prediction(class_id=int(c), label=printable(labels[c]), probability=min(float(row_C[c]), 1.0))
+            Prediction(class_id=int(c), label=labels[c], probability=min(float(row_C[c]), 1.0))
             for c in ranked_K
         )
         for row_C, ranked_K in zip(probabilities_NC, rank_classes(probabilities_NC, k), strict=True)

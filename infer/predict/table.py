@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from data_pipeline.common.console import make_console
 from data_pipeline.common.text import visible
 from infer.predict.rows import ErrorRow, OkRow, PredictionWithPixels, Row
 from infer.predict.writers import name_unwritable
@@ -152,17 +153,16 @@ def open_table(output: Path | None, labels: Iterable[str], places: int) -> Itera
         UserError: the file cannot be written.
     """
     from rich.cells import cell_len
-    from rich.console import Console
 
     label_cells = max(cell_len(visible(label)) for label in labels)
     if output is None:
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        yield TableWriter(Console(width=width), places, label_cells)
+        yield TableWriter(make_console(width=width), places, label_cells)
         return
     with name_unwritable(output):
         file = output.open("w", encoding="utf-8")
     with file:
-        yield TableWriter(Console(file=file, width=FILE_WIDTH), places, label_cells)
+        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, label_cells)
 
 
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:

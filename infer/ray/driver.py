@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import WorkerError
+from data_pipeline.common.errors import WorkerError, name_continuation
 from data_pipeline.common.files import write_atomic
 from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle
 from infer.predict.inputs import find_inputs
-from infer.predict.options import PredictOptions
+from infer.predict.options import PredictOptions, how_to_go_on
 from infer.predict.resume import identity_of
 from infer.predict.table import Summary
 from infer.ray.cluster import ray_cluster, share_cluster
@@ -57,7 +57,11 @@ def predict_on_ray(
     started, seconds, results = time.perf_counter(), 0.0, []
     if missing:
         total = sum(min(plan.job.part_rows, plan.num_inputs - n * plan.job.part_rows) for n in missing)
-        with ray_cluster(options) as ray, show_progress("predict", total) as progress:
+        with (
+            name_continuation(how_to_go_on(options, format)),
+            ray_cluster(options) as ray,
+            show_progress("predict", total) as progress,
+        ):
             for result in _predict_parts(ray, options, plan, bundle, missing):
                 results.append(result)
                 progress.advance(result.summary.images)

@@ -11,6 +11,7 @@ Readers of Parquet datasets pass over names that begin with an underscore.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice, zip_longest
@@ -23,7 +24,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, read_file, sha256_of, write_atomic
 from data_pipeline.common.text import printable
 from data_pipeline.loader import ImageSource
-from infer.predict.inputs import Inputs, Item, ShardMember, Unreadable, path_of
+from infer.predict.inputs import Inputs, Item, PipedImage, ShardMember, Unreadable, path_of
 from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, check_identity, check_same
 from infer.predict.writers import name_unwritable
@@ -31,6 +32,7 @@ from infer.predict.writers import name_unwritable
 JOB_NAME = "_job.json"
 INPUTS_NAME = "_inputs.jsonl"
 SUMMARY_NAME = "_summary.json"
+_PART = re.compile(r"part-\d{6,}\.(jsonl|parquet)")
 
 
 PartFormat = Literal["jsonl", "parquet"]
@@ -60,6 +62,8 @@ class Input(NamedTuple):
         path, read = str(path_of(item)), item.read if isinstance(item, ImageSource) else None
         if isinstance(read, ShardMember):
             return cls(path, str(Path(read.shard).absolute()), read.offset, read.size_bytes)
+        if isinstance(read, PipedImage):
+            raise UserError("an image on stdin cannot be sent to Ray's workers: write it to a file")
         reason = read.reason if isinstance(read, Unreadable) else ""
         return cls(path, str(Path(path).absolute()), reason=reason)
 
@@ -138,7 +142,7 @@ def plan_job(
             than the job was begun with; no inputs.
         CorruptFileError: the job in the folder is damaged.
     """
-    begun = _open_folder(folder, options.resume)
+    begun = _open_folder(folder, options)
     part_rows = options.part_rows or (begun.part_rows if begun else rows_for(inputs.total))
     job = Job(identity=identity, format=format, part_rows=part_rows, inputs_sha256="")
     inputs_to_write: Iterator[Input] = (Input.of(item) for item in inputs)
@@ -173,8 +177,8 @@ def rows_for(total: int | None) -> int:
     return 2048 if total is None else min(4096, max(256, -(-total // 32)))
 
 
-def _open_folder(folder: Path, resume: bool) -> Job | None:
-    """Make the folder; the job in it to resume, or None for a new one."""
+def _open_folder(folder: Path, options: PredictOptions) -> Job | None:
+    """Make the folder; the job in it to resume, or None for a new one, also in place of one to overwrite."""
     with name_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -183,12 +187,21 @@ def _open_folder(folder: Path, resume: bool) -> Job | None:
         if names:
             raise UserError(f"{where} holds other things than a job: give another folder as --output")
         return None
-    if not resume:
-        raise UserError(f"{where} holds a job: go on with it by --resume, or give another --output")
+    if not options.resume and not options.overwrite:
+        raise UserError(
+            f"{where} holds a job: --resume goes on with it, --overwrite replaces it; or name another folder"
+        )
     try:
-        return msgspec.json.decode((folder / JOB_NAME).read_bytes(), type=Job)
+        job = msgspec.json.decode((folder / JOB_NAME).read_bytes(), type=Job)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{where}/{JOB_NAME} is damaged: {error}; remove the folder") from error
+    if options.resume:
+        return job
+    for name in sorted(names - {JOB_NAME}):
+        if name in (INPUTS_NAME, SUMMARY_NAME) or _PART.fullmatch(name):
+            (folder / name).unlink(missing_ok=True)
+    (folder / JOB_NAME).unlink()  # last: until then the folder is known as a job
+    return None
 
 
 def _same_inputs(folder: Path, inputs: Iterable[Input]) -> Iterator[Input]:

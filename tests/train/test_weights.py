@@ -20,7 +20,7 @@ from tests.helpers.bvlc import bvlc_file
 from tests.helpers.checkpoint_samples import Evil, save_small_network
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.models.alexnet import Normalize
-from train.weights import export_weights, import_weights
+from train.weights import export_weights, import_weights, read_names
 
 
 def test_weights_round_trip_through_safetensors(tmp_path: Path) -> None:
@@ -145,3 +145,38 @@ def test_checkpoint_commands_inspect_verify_and_convert(tmp_path: Path) -> None:
     code, said = invoke("verify", run)
     assert code == 1
     assert "error: 1 of 1 checkpoints are damaged" in said
+
+
+def test_class_names_are_read_as_editors_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    for content in (b"cat\nB\xc3\xa4r\n", b"\xef\xbb\xbfcat\r\nB\xc3\xa4r", b"cat \nB\xc3\xa4r\n\n \n\n"):
+        path.write_bytes(content)
+        assert read_names(path) == ("cat", "Bär")
+    for content, words in (
+        (b"cat\n\ndog\n", r"classes.txt line 2 is empty: name a class in each line"),
+        (b"\n\n", "holds no names"),
+        ("\ufeffcat".encode("utf-16-le"), "is text in UTF-16: save it as UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            read_names(path)
+    with pytest.raises(UserError, match=r"--classes .*gone cannot be read: No such file"):
+        read_names(tmp_path / "gone")
+
+
+def test_converted_weights_replace_no_file(tmp_path: Path) -> None:
+    folder, _ = save_small_network(tmp_path / "run" / "checkpoints")
+    checkpoint = load_checkpoint(folder)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    (tmp_path / "link.safetensors").symlink_to(folder / "state.pt")
+    for name, words in (
+        ("mine.safetensors", "TARGET .*mine.safetensors exists: weights are never replaced; name another"),
+        ("link.safetensors", "TARGET .*link.safetensors is an input"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export_weights(checkpoint, tmp_path / name, "safetensors")
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+    assert load_checkpoint(folder).sha256 == checkpoint.sha256
+    export_weights(checkpoint, tmp_path / "w.safetensors", "safetensors")
+    with pytest.raises(UserError, match=r"w.safetensors is a file: name a folder for the new run"):
+        import_weights(tmp_path / "w.safetensors", tmp_path / "w.safetensors")

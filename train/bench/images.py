@@ -95,9 +95,16 @@ def link_bench_images(root: Path, names: Iterable[str], total: int, num_sources:
     Args:
         names: below `root`; `total` of them, each linked to the next image, over and over.
         num_sources: how many images there are.
+    Raises:
+        UserError: `root` holds something else.
     """
     if (root / "complete.txt").is_file():
         return
+    marker = root / "bench-links.txt"
+    if root.exists() and any(root.iterdir()) and not marker.is_file():
+        raise UserError(f"{printable(root)} exists and holds no links of a benchmark: give a new folder")
+    root.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     photos = cycle(sorted(write_bench_images(None, num_sources).rglob("*.jpg")))
     made: set[Path] = set()
     with show_progress("linking files", total) as progress:

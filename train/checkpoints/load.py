@@ -205,7 +205,7 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
     """Find the folder of one checkpoint.
 
     Args:
-        path: a step's folder, its `state.pt`, a run's folder, or None for the newest run.
+        path: a step's folder or a file in it, a run's folder, or None for the newest run.
         runs: where to look for runs when `path` is None.
         pointer: `best` or `last`: which of a run's checkpoints to take.
     Raises:
@@ -217,7 +217,7 @@ def find_checkpoint(path: Path | None, runs: Path = Path("runs"), pointer: str =
         if not started:
             raise UserError(f"no checkpoint under {runs}/; train first, or name one")
         path = max(started, key=lambda f: (f.stat().st_mtime_ns, f)).parent.parent
-    if path.name == STATE:
+    if path.name == STATE or (path.name == MANIFEST and path.is_file()):
         path = path.parent
     if (path / MANIFEST).exists() or (path / STATE).exists():
         return path

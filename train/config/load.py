@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import without_mark
 from train.config.schema import RunConfig
 
 
@@ -37,7 +38,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     if path.suffix in (".toml", ".json"):
         if not path.is_file():
             raise UserError(f"recipe file {path} does not exist")
-        text, name = path.read_bytes(), path.stem
+        text, name = without_mark(path.read_bytes(), path), path.stem
     else:
         name = name_or_path
         if name not in recipe_names():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.outputs import check_output, read_head
 from data_pipeline.common.text import printable
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ FORMATS = (".png", ".svg", ".pdf")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Distinct for the colour-blind, too. Source: Okabe and Ito 2008, "Color Universal Design"."""
 GREY = "#777777"
+CREATOR = "alexnet bench"
+"""In the metadata of each picture, by which one is known that may be replaced."""
+MAX_PICTURE_BYTES = 1 << 24
 PANEL_INCHES = (4.4, 3.2)
 
 
@@ -28,16 +32,24 @@ def check_picture(path: Path) -> None:
     """Check that a picture can be written, before the work that it shows.
 
     Raises:
-        UserError: a format that is none of ours, a folder that is not there, or no matplotlib.
+        UserError: a format that is none of ours, a folder that is not there, a file that is none of our
+            pictures, or no matplotlib.
     """
     if path.suffix not in FORMATS:
         raise UserError(f"a picture ends in {', '.join(FORMATS)}, not {printable(path.name)}")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {printable(path.parent)} to write {printable(path.name)} to")
+    check_output(path, "--plot", _is_picture_of_ours, "a picture of alexnet bench")
     try:
         importlib.import_module("matplotlib")
     except ModuleNotFoundError as error:
         raise UserError("pictures need matplotlib: pip install 'alexnet[train]'") from error
+
+
+def _is_picture_of_ours(path: Path) -> bool:
+    """Whether a file is a small one that names its creator where pictures of each format do."""
+    content = read_head(path, MAX_PICTURE_BYTES)
+    return path.stat().st_size <= MAX_PICTURE_BYTES and CREATOR.encode() in content
 
 
 @contextmanager
@@ -64,8 +76,9 @@ def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[
         panels = [figure.add_subplot(1, num_panels, number + 1) for number in range(num_panels)]
         yield panels
         dated = {".png": "Creation Time", ".svg": "Date", ".pdf": "CreationDate"}
-        try:
-            figure.savefig(path, metadata={dated[path.suffix]: None})  # the same file for the same figures
+        creator = "Software" if path.suffix == ".png" else "Creator"
+        try:  # without the date: the same file for the same figures
+            figure.savefig(path, metadata={dated[path.suffix]: None, creator: CREATOR})
         except OSError as error:
             raise SaveError(f"{printable(path)} cannot be written: {error.strerror}") from error
 

@@ -36,6 +36,8 @@ def test_exclude_list_round_trips_any_name_and_reason(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == [QUARANTINE]
     path.write_text('\n  \n{"path": "x", "reason": "by hand\u2028", "who": "me"}\r\n')
     assert read_exclude_list(path) == {"x": "by hand\u2028"}
+    path.write_bytes(b'\xef\xbb\xbf{"path": "x", "reason": "by hand"}\n')
+    assert read_exclude_list(path) == {"x": "by hand"}
     with pytest.raises(SaveError, match="could not be written"):
         write_exclude_list(tmp_path / "nowhere" / QUARANTINE, {})
 

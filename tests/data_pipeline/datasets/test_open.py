@@ -43,6 +43,19 @@ def test_tiny_imagenet_opens_as_distributed(tmp_path: Path) -> None:
         open_dataset(root, "test")
 
 
+def test_label_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    root = make_tiny(tmp_path)
+    want, labels = answers(root), open_dataset(root, "val").labels_text
+    for name in ("words.txt", "wnids.txt", "val/val_annotations.txt"):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert answers(root) == want and open_dataset(root, "val").labels_text == labels
+    assert open_dataset(root, "val").classes == SYNSET_IDS
+    (root / "words.txt").write_bytes((root / "words.txt").read_bytes().decode("utf-8-sig").encode("utf-16"))
+    with pytest.raises(UserError, match=r"words.txt is text in UTF-16: save it as UTF-8"):
+        open_dataset(root, "val")
+
+
 def test_imagenet_takes_labels_from_a_list_of_names(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path)
     with pytest.raises(UserError, match=r"side by side.* chance: expected .* or add .*val"):

@@ -208,4 +208,8 @@ def test_grid_path_is_checked_before_the_work(folder: Path, tmp_path: Path) -> N
     assert "examine" not in nowhere.stderr
     (tmp_path / "taken.html").mkdir()
     taken = run(folder, "--grid", tmp_path / "taken.html")
-    assert taken.exit_code == 1 and "could not be written" in taken.stderr
+    assert taken.exit_code == 2 and "is a folder: name a file" in taken.stderr
+    (tmp_path / "page.html").write_text("<!doctype html>\n<title>mine</title>")
+    theirs = run(folder, "--grid", tmp_path / "page.html")
+    assert theirs.exit_code == 2 and "examine" not in theirs.stderr
+    assert "page.html exists and is not a page that --grid wrote: name another file" in theirs.stderr

@@ -140,8 +140,48 @@ def test_wrong_use_is_refused(files: Path, shards: Path, tmp_path: Path) -> None
     (tmp_path / "in" / "train" / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"gone.jpg cannot be read: No such file .*restore it, or remove it"):
         write_shards(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "source").symlink_to(files)
+    with pytest.raises(UserError, match="lies in the data itself"):
+        write_shards(tmp_path / "source", files / "train" / "out")
     assert parse_size("1.5 gb") == 1_500_000_000
     for text in ("", "MB", "-1", "5TB"):
         with pytest.raises(UserError, match="is not a size"):
             parse_size(text)
     assert set(asdict(write_shards(files, tmp_path / "out2"))) >= {"num_samples", "size_bytes"}
+
+
+def test_shards_and_manifests_of_others_are_not_replaced(files: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    theirs = out / "train" / "shard-000000.tar"  # what writers of WebDataset call theirs, too
+    theirs.parent.mkdir(parents=True)
+    with tarfile.open(theirs, "w") as tar:
+        for name in ("00000000.jpg", "00000000.cls"):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 4, 1.7e9
+            tar.addfile(info, io.BytesIO(b"data"))
+    before = theirs.read_bytes()
+    with pytest.raises(UserError, match=r"holds shards of other data or settings \(shard-000000.tar\)"):
+        write_shards(files, out, shard_bytes=20_000)
+    assert theirs.read_bytes() == before
+    theirs.unlink()
+    (out / "dataset.json").write_text('{"mine": true}')
+    with pytest.raises(
+        UserError, match=r"dataset.json is there, and no manifest of shards: give a new folder"
+    ):
+        write_shards(files, out, shard_bytes=20_000)
+    assert (out / "dataset.json").read_text() == '{"mine": true}'
+    (out / "dataset.json").unlink()
+    other = out / "notes" / ".essay.writing"
+    other.parent.mkdir()
+    other.touch()
+    write_shards(files, out, shard_bytes=20_000)
+    assert other.exists()
+    # a kill between a shard and its index, and one that left nothing but a name
+    first, second = sorted((out / "train").glob("*.json"))[:2]
+    first.unlink()
+    second.write_bytes(b"")
+    second.with_suffix(".tar").write_bytes(b"")
+    report = write_shards(files, out, shard_bytes=20_000)
+    assert report.num_reused == report.num_shards - 2
+    other.unlink()
+    assert hashes(out) == hashes(shards)

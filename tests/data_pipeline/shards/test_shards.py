@@ -90,6 +90,11 @@ def test_foreign_shards_are_listed_by_their_headers(shards: Path, tmp_path: Path
     assert dataset.read(2) == ours.read(numbers[2])
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
     assert open_dataset(tmp_path, "train").classes == ("a", "b", "c")
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\nc\r\n\r\n")
+    assert open_dataset(tmp_path, "train").classes == ("a", "b", "c")
+    (tmp_path / "classes.txt").write_text("a\n\nb\nc\n")
+    with pytest.raises(UserError, match=r"classes.txt line 2 is empty: name a class in each line"):
+        open_dataset(tmp_path, "train")
     (tmp_path / "classes.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"a class 2 and classes.txt names 2 classes"):
         open_dataset(tmp_path, "train")

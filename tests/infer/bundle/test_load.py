@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.load import find_bundle, load_bundle
+from infer.bundle.load import find_bundle, is_bundle, load_bundle
 from infer.bundle.manifest import SCHEMA_VERSION
 from infer.bundle.schema import MANIFEST_NAME
 from infer.bundle.write import measure_files, staging_folder, write_bundle
@@ -111,6 +111,19 @@ def test_manifest_that_is_not_json_or_too_large_is_refused(
     monkeypatch.setattr("infer.bundle.manifest.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(CorruptFileError, match="larger than"):
         load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "model.cpu.onnx", "model.engine"])
+def test_a_file_of_a_bundle_means_the_bundle(tmp_path: Path, name: str) -> None:
+    folder = write_tiny(tmp_path / "b")
+    (folder / name).touch()
+    assert find_bundle(folder / name) == folder and is_bundle(folder / name) and is_bundle(folder)
+    assert load_bundle(folder / name).folder == folder
+    if name != "bundle.json":
+        (tmp_path / name).touch()
+        assert not is_bundle(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} has no bundle.json beside it: name a folder that"):
+            find_bundle(tmp_path / name)
 
 
 def test_another_schema_is_the_users_to_solve(tmp_path: Path) -> None:

@@ -171,3 +171,61 @@ def test_endless_list_is_read_lazily(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         walk = iter(find_inputs(["-"], stdin=io.BufferedReader(cast(Any, Endless()))))
         assert [str(next(walk)) for _ in range(3)] == ["abc.jpg"] * 3
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\0"])
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path: Path, end: bytes) -> None:
+    content = end.join([b"\xef\xbb\xbfa.jpg", b"b.jpg"])
+    (tmp_path / "list.txt").write_bytes(content)
+    for found in (find_inputs([f"@{tmp_path}/list.txt"]), find_inputs(["-"], stdin=io.BytesIO(content))):
+        assert [str(item) for item in found] == ["a.jpg", "b.jpg"]
+
+
+JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + b"x" * 1000
+
+
+def starts_of_images() -> list[bytes]:
+    from PIL import Image
+
+    starts = []
+    for format in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (300, 300)).save(buffer, format)
+        starts.append(buffer.getvalue())
+    return starts
+
+
+def test_an_image_on_stdin_is_one_input() -> None:
+    for image in starts_of_images():
+        (item,) = find_inputs(["-"], stdin=io.BytesIO(image))
+        assert isinstance(item, ImageSource) and str(item.path) == "-"
+        assert item.read(10**6) == image
+    (item,) = find_inputs(["-"], stdin=io.BytesIO(JPEG))
+    assert isinstance(item, ImageSource)
+    with pytest.raises(ImageError, match="more than the limit of 900 bytes"):
+        item.read(900)
+
+
+def test_paths_that_begin_as_an_image_does_are_a_list() -> None:
+    for names in (["BM/0.jpg"], ["RIFF", "GIF89a.gif"], ["GIF8"], ["II*"]):
+        for end in (b"\n", b"\0"):
+            listed = find_inputs(["-"], stdin=io.BytesIO(end.join(map(str.encode, names))))
+            assert [str(item) for item in listed] == names
+
+
+def test_what_is_no_list_of_paths_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar")
+    for content, words in (
+        ((tmp_path / "s.tar").read_bytes(), "is a tar file and no list of paths: give it as shard.tar"),
+        (b"\x1f\x8b\x08\0 packed", "is a gzip file and no list of paths: unpack it"),
+        (b"PK\3\4 packed", "is a zip file"),
+        ("\ufeffa.jpg\n".encode("utf-16-le"), "is text in UTF-16: save it as UTF-8"),
+    ):
+        (tmp_path / "list").write_bytes(content)
+        with pytest.raises(UserError, match=f"list {words}"):
+            find_inputs([f"@{tmp_path}/list"])
+        with pytest.raises(UserError, match=f"stdin {words}"):
+            list(find_inputs(["-"], stdin=io.BytesIO(content)))
+    (tmp_path / "photo.jpg").write_bytes(JPEG)
+    with pytest.raises(UserError, match=r"photo.jpg is an image and no list of paths: leave out the @"):
+        find_inputs([f"@{tmp_path}/photo.jpg"])

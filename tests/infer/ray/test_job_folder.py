@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,12 +19,13 @@ import pytest
 
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.text import printable
+from data_pipeline.loader import ImageSource
 from infer.bundle.load import Bundle
-from infer.predict.inputs import find_inputs
+from infer.predict.inputs import PipedImage, find_inputs
 from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, identity_of
 from infer.predictor import Predictor
-from infer.ray.job_folder import INPUTS_NAME, JOB_NAME, Job, PartFormat, Plan, plan_job
+from infer.ray.job_folder import INPUTS_NAME, JOB_NAME, Input, Job, PartFormat, Plan, plan_job
 from infer.ray.parts import PartResult, PartWorker, completed_parts
 
 IDENTITY = RunIdentity(model_sha256="1" * 64, top=5, min_probability=0.0, ten_crop=False)
@@ -36,8 +38,11 @@ def plan(
     part_rows: int | None = 2,
     format: PartFormat = "jsonl",
     identity: RunIdentity = IDENTITY,
+    overwrite: bool = False,
 ) -> Plan:
-    options = PredictOptions(paths=[str(path) for path in paths], part_rows=part_rows, resume=resume)
+    options = PredictOptions(
+        paths=[str(path) for path in paths], part_rows=part_rows, resume=resume, overwrite=overwrite
+    )
     return plan_job(folder, find_inputs(paths), options, format, identity)
 
 
@@ -81,7 +86,7 @@ def test_ray_job_resumes_only_with_its_own_options(
     paths: list[str | Path] = [*files[:4], Path(files[0].name)]
     folder = tmp_path / "job"
     begun = plan(folder, paths)
-    with pytest.raises(UserError, match="holds a job: go on with it by --resume"):
+    with pytest.raises(UserError, match="holds a job: --resume goes on with it, --overwrite replaces it"):
         plan(folder, paths)
     assert plan(folder, paths, resume=True) == begun
     assert plan(folder, paths, resume=True, part_rows=None) == begun
@@ -118,6 +123,32 @@ def test_ray_job_resumes_only_with_its_own_options(
     (folder / JOB_NAME).write_bytes(b"{")
     with pytest.raises(CorruptFileError, match=r"_job.json is damaged: .*; remove the folder"):
         plan(folder, paths, resume=True)
+
+
+def test_ray_job_is_replaced_by_overwrite_alone(tmp_path: Path, files: list[Path]) -> None:
+    folder = tmp_path / "job"
+    begun = plan(folder, files[:4])
+    for name in ("part-000000.jsonl", "part-000007.parquet", "_summary.json", "part-mine.txt"):
+        (folder / name).touch()
+    again = plan(folder, files[:2], overwrite=True)
+    assert (begun.num_inputs, again.num_inputs) == (4, 2) and again.job != begun.job
+    kept = sorted(path.name for path in folder.iterdir())
+    assert kept == [INPUTS_NAME, JOB_NAME, "part-mine.txt"]
+    (folder / JOB_NAME).write_bytes(b'{"mine": 1}')
+    with pytest.raises(CorruptFileError, match=r"_job.json is damaged"):
+        plan(folder, files[:2], overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds other things than a job"):
+        plan(tmp_path / "other", files[:2], overwrite=True)
+
+
+def test_ray_gets_no_image_of_stdin(tmp_path: Path, files: list[Path]) -> None:
+    image = ImageSource(Path("-"), PipedImage(io.BytesIO(), files[0].read_bytes()))
+    with pytest.raises(
+        UserError, match="an image on stdin cannot be sent to Ray's workers: write it to a file"
+    ):
+        Input.of(image)
 
 
 @contextmanager

@@ -127,6 +127,7 @@ def test_checkpoint_is_found_by_run_step_and_newest(copied: Path, tmp_path: Path
         find_checkpoint(run)
     write_json(run / "checkpoints" / "best.json", Pointer(step=3, top1=0.5))
     assert find_checkpoint(run) == find_checkpoint(copied) == find_checkpoint(copied / STATE) == copied
+    assert find_checkpoint(copied / MANIFEST) == copied
     assert find_checkpoint(None, runs=tmp_path) == copied
     with pytest.raises(UserError, match="does not exist"):
         find_checkpoint(tmp_path / "nothing")

@@ -95,11 +95,14 @@ def test_bench_lr_sweeps_the_recipe_and_undoes_its_scaling(demo_data: Path, tmp_
 
 
 def test_bench_lr_refuses_wrong_options_in_one_line(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"\x89PNG\r\n\x1a\n of somebody")
     for option, text in (
+        (f"--plot={photo}", "photo.png exists and is not a picture of alexnet bench: name another file"),
         (f"--plot={tmp_path / 'rates.txt'}", "a picture ends in .png, .svg, .pdf, not rates.txt"),
         (f"--plot={tmp_path / 'no' / 'rates.png'}", "there is no folder"),
         ("--from=2", "the first rate (--from) must be below the last (--to), not 2 and 1"),
     ):
         done = CliRunner().invoke(main, ["bench", "lr", f"--plot={tmp_path / 'a.png'}", option])
         assert done.exit_code == 2 and text in done.stderr, done.output
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [photo]
