@@ -50,7 +50,7 @@ def test_inputs_that_do_not_exist_are_wrong_use(tmp_path: Path) -> None:
     for argument, words in {
         "missing.jpg": "no such file or folder: .*missing.jpg",
         "*.jpg": "no file or folder matches .*",
-        "empty": r"no images in .*empty: looked for .bmp.*shards/\*.tar",
+        "empty": r"no images in .*empty: looked for .jpg, .png.*shards/\*.tar",
     }.items():
         with pytest.raises(UserError, match=words):
             find_inputs([tmp_path / argument])
