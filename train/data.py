@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal
@@ -60,19 +60,21 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         return with_table(train_set, usable_cores()), with_table(val_set, usable_cores())
 
 
-def check_same_on_ranks(world: World, data: Mapping[str, Contents]) -> None:
-    """Compare the images that the ranks see: each machine may have a data folder and a list of its own.
+def contents_on_ranks(world: World, datasets: Sequence[Dataset]) -> dict[str, Contents]:
+    """The contents of each split, which are the same on all ranks: each machine may have data of its own.
 
     Raises:
-        UserError: on every rank, naming the first that differs from rank 0.
+        UserError: on every rank, naming the first that sees other images than rank 0.
     """
-    first, *others = world.gather_objects({split: contents.sha256 for split, contents in data.items()})
+    contents = {dataset.split: dataset.contents() for dataset in datasets}
+    first, *others = world.gather_objects(contents)
     for rank, other in enumerate(others, 1):
         if differing := [split for split in first if other[split] != first[split]]:
             raise UserError(
                 f"rank {rank} sees other images of {' and '.join(differing)} than rank 0: give all machines "
                 "the same data folder and the same quarantine list"
             )
+    return contents
 
 
 def open_loader(

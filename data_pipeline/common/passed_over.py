@@ -85,6 +85,7 @@ def _files(total: int) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    shown = [f"{count} {suffix or 'without suffix'}" for suffix, count in list(counts.items())[:_SHOWN]]
-    rest = sum(list(counts.values())[_SHOWN:])
+    named = [(suffix, count) for suffix, count in counts.items() if suffix != OTHERS]
+    shown = [f"{count} {suffix or 'without suffix'}" for suffix, count in named[:_SHOWN]]
+    rest = counts.get(OTHERS, 0) + sum(count for _, count in named[_SHOWN:])
     return ", ".join([*shown, f"{rest} of other suffixes"] if rest else shown)
