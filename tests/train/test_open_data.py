@@ -21,7 +21,7 @@ from train.distributed.world import World
 
 
 class Ranks:
-    """As much of a `World` as opening data needs: one machine, and what the other ranks give to a gathering."""
+    """As much of a `World` as opening data needs: one machine, and what other ranks give to a gathering."""
 
     local_rank = 0
 
