@@ -98,22 +98,33 @@ def shard(
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Only this split; may be repeated.")
 @click.option("--workers", type=int, help="Processes that decode. Default: one on each core.")
+@click.option("--list", "list_path", metavar="FILE", type=PATH, help="Write the list to this file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(folder: Path, splits: tuple[str, ...], workers: int | None, as_json: bool) -> None:
+def verify(
+    folder: Path, splits: tuple[str, ...], workers: int | None, list_path: Path | None, as_json: bool
+) -> None:
     """Decode every image, and list those that cannot be decoded in DIR/quarantine.jsonl.
 
     Training leaves out what the list names, and says how many. Run again after files were repaired: they
     leave the list. The exit code is 3 where something is damaged. Shards are held against their hashes, too.
+    For data that is read-only the list is kept in the user's cache, where training on this machine finds it.
 
     \b
     alexnet data verify tiny-imagenet-200
     alexnet data verify imagenet-shards --split val --json
     """
+    from data_pipeline.common.errors import SaveError
     from data_pipeline.inspect.report import verify_as_json, verify_as_text
     from data_pipeline.inspect.verify import verify as verify_folder
 
-    report = verify_folder(folder, splits, workers=workers)
+    report = verify_folder(folder, splits, workers=workers, list_path=list_path)
     click.echo(verify_as_json(report) if as_json else verify_as_text(report))
+    if report.why_elsewhere:
+        click.echo(f"{report.why_elsewhere}; it is kept in the user's cache", err=True)
+    if report.unsaved and report.is_clean:
+        raise SaveError(report.unsaved)
+    if report.unsaved:
+        click.echo(f"warning: {report.unsaved}; name another file with --list FILE", err=True)
     if not report.is_clean:
         raise click.exceptions.Exit(EXIT_SOME_UNREADABLE)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import read_file
+from data_pipeline.common.image_kind import name_bytes
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.pillow import PillowBackend
@@ -286,7 +287,9 @@ class _Inputs:
 
     def read(self, index: int, max_bytes: int) -> bytes:
         item = self.items[index - self.first]
-        return item.read(max_bytes) if isinstance(item, ImageSource) else read_file(item, max_bytes)
+        if isinstance(item, ImageSource):
+            return name_bytes(item.read(max_bytes), item.path.name)
+        return read_file(item, max_bytes)
 
 
 def _largest_share(num_samples: int, global_batch: int, world_size: int, group_size: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
@@ -109,6 +110,7 @@ def evaluate_exported(
     bundle = open_bundle(path)
     root = data or data_of_run(bundle)
     dataset = open_dataset(root, split)
+    log_passed_over(dataset.split, dataset.passed_over)
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):
         log.info(f"runs on: {choice.sentence}")

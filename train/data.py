@@ -13,7 +13,8 @@ import torch
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import bytes_available, usable_cores
-from data_pipeline.datasets.dataset import Dataset, check_same_classes
+from data_pipeline.common.passed_over import log_passed_over
+from data_pipeline.datasets.dataset import Contents, Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
@@ -50,10 +51,30 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         if world.local_rank == 0:
             write_demo(root)
         world.barrier()
-    train_set, val_set = open_dataset(root, "train"), open_dataset(root, "val")
+    listed = Path(config.data.quarantine) if config.data.quarantine is not None else True
+    train_set, val_set = (open_dataset(root, split, quarantine=listed) for split in ("train", "val"))
     check_same_classes(train_set, val_set)
+    for dataset in (train_set, val_set):
+        log_passed_over(dataset.split, dataset.passed_over)
     with world.first_of_machine("the images are looked at"):
         return with_table(train_set, usable_cores()), with_table(val_set, usable_cores())
+
+
+def contents_on_ranks(world: World, datasets: Sequence[Dataset]) -> dict[str, Contents]:
+    """The contents of each split, which are the same on all ranks: each machine may have data of its own.
+
+    Raises:
+        UserError: on every rank, naming the first that sees other images than rank 0.
+    """
+    contents = {dataset.split: dataset.contents() for dataset in datasets}
+    first, *others = world.gather_objects(contents)
+    for rank, other in enumerate(others, 1):
+        if differing := [split for split in first if other[split] != first[split]]:
+            raise UserError(
+                f"rank {rank} sees other images of {' and '.join(differing)} than rank 0: give all machines "
+                "the same data folder and the same quarantine list"
+            )
+    return contents
 
 
 def open_loader(

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loader import Loader, make_backend
@@ -92,6 +93,7 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset
     if root is None:
         raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with --data DIR")
     dataset = open_dataset(root, split)
+    log_passed_over(dataset.split, dataset.passed_over)
     if dataset.classes != checkpoint.classes:
         raise UserError(
             f"{root}/{split} has other classes than {checkpoint.folder} was trained on "

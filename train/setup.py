@@ -18,7 +18,7 @@ from train.checkpoints.format import Progress
 from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.schema import RunConfig
-from train.data import open_data, open_loader
+from train.data import contents_on_ranks, open_data, open_loader
 from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, rank_batch_size
 from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
@@ -65,7 +65,7 @@ def build_run(
         torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
-    data = {dataset.split: dataset.contents() for dataset in (train_set, val_set)}
+    data = contents_on_ranks(world, (train_set, val_set))
     start, checkpoint = open_checkpoint(config, out, resume, world)
     if checkpoint is not None:
         check_same_data(checkpoint, data, train_set.root)

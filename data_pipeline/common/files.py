@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, ImageError
+from data_pipeline.common.image_kind import HEAD_BYTES, name_bytes
 
 _HASH_BYTES = 1 << 22
 """Bytes a read: large, since a thread that hashes waits for the interpreter between two reads."""
@@ -167,7 +168,7 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         raise ImageError(f"cannot be read: {error}") from error
     if not data:
         raise ImageError("empty file")
-    return data
+    return name_bytes(data, os.fspath(path))
 
 
 def _read_whole(descriptor: int, max_bytes: int) -> bytes:
@@ -185,7 +186,29 @@ def _read_whole(descriptor: int, max_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a file, by which its kind is told; none if it cannot be read or is not regular."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return os.read(descriptor, HEAD_BYTES) if regular else b""
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError):
+        return b""
+
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".bmp",
+        ".webp", ".tif", ".tiff", ".gif", ".pnm", ".pbm", ".pgm", ".ppm", ".avif", ".avifs", ".jp2", ".j2k",
+        ".j2c", ".jpc", ".jpf", ".jpx", ".ico", ".tga",
+    }
+)  # fmt: skip
+"""Files of these suffixes are taken for images when a folder is listed; what they are, their content says."""
+LOOKED_FOR = ".jpg, .png, .webp and the other suffixes in docs/data.md, and images without suffix"
+"""The same, for messages."""
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import os
+import unicodedata
+from collections.abc import Collection, Iterable
 
 from data_pipeline.common.errors import UserError
 
@@ -84,3 +86,22 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def composed(name: str) -> str:
+    r"""A name in Unicode normalisation form NFC, for comparisons. macOS gives out some names in form NFD.
+
+    >>> composed("cafe\u0301") == "caf\xe9"
+    True
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def spelled_as(names: Iterable[str], known: Collection[str]) -> list[str]:
+    r"""Names in the spelling of those among which they are looked for, if only their normalisation differs.
+
+    >>> spelled_as(["cafe\u0301", "tea"], ["caf\xe9"]) == ["caf\xe9", "tea"]
+    True
+    """
+    exact, by_form = set(known), {composed(name): name for name in known}
+    return [name if name in exact else by_form.get(composed(name), name) for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import MAX_FILE_BYTES, read_file
 from data_pipeline.common.packed_strings import PackedStrings
-from data_pipeline.common.text import printable
+from data_pipeline.common.passed_over import PassedOver
+from data_pipeline.common.text import composed, printable
 from data_pipeline.datasets.sample_table import SampleTable
 from data_pipeline.shards.shard_reader import ShardReader
 
@@ -40,13 +41,15 @@ class Dataset:
     Attributes:
         root: the data folder.
         split: the split's name, such as "train".
-        paths: (N) original names relative to `root/split`, by class and then by name, both in byte order.
+        paths: (N) original names relative to its folder, by class and then by name, both in byte order.
         labels: (N) int64, the place of each sample's class in `classes`.
         classes: class names as the data has them (WordNet ids in ImageNet), in byte order.
         labels_text: (len(classes)) names for people to read; empty where the data has none.
         num_quarantined: samples that the exclude list left out.
-        reader: reads the samples of tar shards; None where each is a file, `root/split/path`.
+        reader: reads the samples of tar shards; None where each is a file, `root/folder_name/path`.
         table: what is known of each image before it is read; None where nobody has looked yet.
+        folder_name: of the split's folder; as the split itself where it is empty.
+        passed_over: the files beside the samples that are not read.
     """
 
     root: Path
@@ -58,9 +61,16 @@ class Dataset:
     num_quarantined: int = 0
     reader: ShardReader | None = None
     table: SampleTable | None = None
+    folder_name: str = ""
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def folder(self) -> str:
+        """The name of the split's folder."""
+        return self.folder_name or self.split
 
     @property
     def class_labels(self) -> tuple[str, ...]:
@@ -69,7 +79,7 @@ class Dataset:
 
     def name_at(self, index: int) -> str:
         """The name of one sample, relative to the data folder: its file, or its shard and member."""
-        return f"{self.split}/{self.paths[index]}" if self.reader is None else self.reader.name_at(index)
+        return f"{self.folder}/{self.paths[index]}" if self.reader is None else self.reader.name_at(index)
 
     def path_at(self, index: int) -> Path:
         """The path of one sample, for messages."""
@@ -83,7 +93,7 @@ class Dataset:
         """
         if self.reader is not None:
             return self.reader.read(index, max_bytes)
-        return read_file(f"{self.root}/{self.split}/{self.paths[index]}", max_bytes)
+        return read_file(f"{self.root}/{self.folder}/{self.paths[index]}", max_bytes)
 
     def contents(self) -> Contents:
         """Hash the names, classes and order of the samples: 0.1 s for a million. No file is read."""
@@ -118,10 +128,13 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
         return
     only = []
     for one, other in ((train, val), (val, train)):
-        extra = [printable(name) for name in one.classes if name not in set(other.classes)]
+        known = set(map(composed, other.classes))
+        extra = [printable(name) for name in one.classes if composed(name) not in known]
         if extra:
             more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
             only.append(f"only in {one.split}: {', '.join(extra[:3])}{more}")
+    if not only:
+        only.append("in Unicode normalisation: NFC here, NFD there")
     raise UserError(
         f"the class folders of {train.split} and {val.split} in {printable(train.root)} differ "
         f"({'; '.join(only)}): give both splits the same class folders"

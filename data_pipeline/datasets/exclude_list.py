@@ -18,8 +18,9 @@ import numpy as np
 
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import write_atomic
-from data_pipeline.common.text import printable, without_mark
+from data_pipeline.common.text import composed, printable, without_mark
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.kept_files import user_place
 
 log = logging.getLogger("data_pipeline")
 
@@ -33,22 +34,75 @@ class _Row(msgspec.Struct, frozen=True):
     reason: str
 
 
-def find_exclude_list(root: Path, quarantine: Path | bool) -> Path | None:
+def find_exclude_list(root: Path, quarantine: Path | bool, *, missing_ok: bool = False) -> Path | None:
     """Find the list to apply; see `data_pipeline.datasets.open.open_dataset`.
 
+    Of the list in the data folder and that in the user's cache, which `alexnet data verify` writes where the
+    folder is read-only, it is the newer.
+
+    Args:
+        root: the data folder.
+        quarantine: as `open_dataset`.
+        missing_ok: whether a list that is named may be missing.
     Raises:
         UserError: a list was named and is not there, or its name is not that of a regular file.
     """
     if quarantine is False:
         return None
     path = root / QUARANTINE if quarantine is True else quarantine
-    if path.is_file():
-        return path
-    if path.exists() or path.is_symlink():
+    if not path.is_file() and (path.exists() or path.is_symlink()):
         raise UserError(f"the quarantine list {printable(path)} is not a regular file: remove it")
-    if quarantine is True:
+    places = [path] if quarantine is not True else [path, user_list(root)]
+    found = [place for place in places if place is not None and place.is_file()]
+    if not found and quarantine is not True and not missing_ok:
+        raise UserError(f"no quarantine list {printable(path)}")
+    return max(found, key=lambda place: place.stat().st_mtime_ns, default=None)
+
+
+def user_list(root: Path) -> Path | None:
+    """Where the list of a data folder is kept that cannot be written to; None if this user has no cache."""
+    try:
+        return user_place(root, QUARANTINE)
+    except OSError:
         return None
-    raise UserError(f"no quarantine list {printable(path)}")
+
+
+def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | None, str]:
+    """Keep the list of a data folder: in it or, if it cannot be written to, in the user's cache.
+
+    A list without entries is removed; one that cannot be is outdone by a newer, empty one.
+
+    Returns:
+        Where it is, None if none is needed; and, if that is not in the data folder, why.
+    Raises:
+        SaveError: it cannot be written anywhere.
+    """
+    own, other = root / QUARANTINE, user_list(root)
+    try:
+        _put(own, reasons)
+        if other is not None:
+            other.unlink(missing_ok=True)
+        return (own if reasons else None), ""
+    except (SaveError, OSError) as error:
+        reason = str(error)
+        if other is None:
+            raise SaveError(reason) from error
+    try:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        write_exclude_list(other, reasons)
+    except (SaveError, OSError) as error:
+        raise SaveError(f"{reason}; nor in the user's cache: {error}") from error
+    return (other if reasons else None), reason
+
+
+def _put(path: Path, reasons: Mapping[str, str]) -> None:
+    if reasons:
+        write_exclude_list(path, reasons)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"{printable(path)} could not be removed: {error.strerror or error}") from error
 
 
 def read_exclude_list(path: Path) -> dict[str, str]:
@@ -109,7 +163,7 @@ def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:
 def names_of(dataset: Dataset) -> Iterator[str]:
     """Each sample's path relative to the data folder, as a list has it."""
     if dataset.reader is None:
-        return (f"{dataset.split}/{path}" for path in dataset.paths)
+        return (f"{dataset.folder}/{path}" for path in dataset.paths)
     return (dataset.name_at(i) for i in range(len(dataset)))
 
 
@@ -119,10 +173,11 @@ def exclude_listed(dataset: Dataset, path: Path) -> Dataset:
     Raises:
         UserError: no sample would be left.
     """
-    listed = read_exclude_list(path)
-    kept = np.fromiter((name not in listed for name in names_of(dataset)), dtype=bool, count=len(dataset))
+    listed = {composed(name) for name in read_exclude_list(path)}
+    names = map(composed, names_of(dataset))
+    kept = np.fromiter((name not in listed for name in names), dtype=bool, count=len(dataset))
     num_excluded = len(dataset) - int(kept.sum())
-    num_unknown = sum(1 for name in listed if name.startswith(f"{dataset.split}/")) - num_excluded
+    num_unknown = sum(1 for name in listed if name.startswith(f"{dataset.folder}/")) - num_excluded
     if num_unknown > 0:
         log.warning(
             "%d entries of %s name no image of %s: alexnet data verify renews the list",
@@ -132,5 +187,8 @@ def exclude_listed(dataset: Dataset, path: Path) -> Dataset:
         return dataset
     if not kept.any():
         raise UserError(f"{printable(path)} names every image of {dataset.split}: nothing would be left")
-    log.info("%s: %d of %d images in quarantine left out", dataset.split, num_excluded, len(dataset))
+    elsewhere = "" if path == dataset.root / QUARANTINE else f", by the list {printable(path)}"
+    log.info(
+        "%s: %d of %d images in quarantine left out%s", dataset.split, num_excluded, len(dataset), elsewhere
+    )
     return replace(dataset.take(np.flatnonzero(kept)), num_quarantined=num_excluded)

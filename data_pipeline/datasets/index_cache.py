@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.packed_strings import PackedStrings
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.kept_files import keep_file, kept_files
@@ -24,7 +25,7 @@ from data_pipeline.datasets.watch import Signature, Watch, signature_of
 
 log = logging.getLogger("data_pipeline")
 
-VERSION = 1
+VERSION = 2
 """Raise it when a scan of the same tree gives another index than before."""
 
 SETTLE_NS = 2_000_000_000
@@ -35,6 +36,8 @@ class _Stored(msgspec.Struct, array_like=True):
 
     version: int
     split: bytes
+    folder: bytes
+    passed_over: PassedOver
     scanned_ns: int
     watched: list[tuple[bytes, Signature | None]]
     classes: list[bytes]
@@ -44,13 +47,19 @@ class _Stored(msgspec.Struct, array_like=True):
     labels: bytes
 
 
-def load_index(root: Path, split: str) -> Dataset | None:
-    """Load the stored index of a split; None if there is none, or the data has changed since."""
+def load_index(root: Path, split: str, folder: str | None = None) -> Dataset | None:
+    """Load the stored index of a split; None if there is none, or the data has changed since.
+
+    Args:
+        root: the data folder.
+        split: the split.
+        folder: name of its folder; None if it is named as the split.
+    """
     for path, content in kept_files(root, _name(split)):
         stored = None if content is None else _decode(content, split)
         if stored is None:
             log.info("the index in %s is damaged or of another version: listing the files again", path)
-        elif _is_current(stored, root):
+        elif stored.folder == os.fsencode(folder or split) and _is_current(stored, root):
             return _dataset(stored, root, split)
     return None
 
@@ -66,6 +75,8 @@ def save_index(dataset: Dataset, watch: Watch) -> None:
     stored = _Stored(
         version=VERSION,
         split=os.fsencode(dataset.split),
+        folder=os.fsencode(dataset.folder),
+        passed_over=dataset.passed_over,
         scanned_ns=watch.started_ns,
         watched=[(os.fsencode(name), signature) for name, signature in watch.seen.items()],
         classes=[os.fsencode(name) for name in dataset.classes],
@@ -116,6 +127,8 @@ def _dataset(stored: _Stored, root: Path, split: str) -> Dataset | None:
         labels=labels,
         classes=tuple(os.fsdecode(name) for name in stored.classes),
         labels_text=tuple(stored.labels_text),
+        folder_name=os.fsdecode(stored.folder),
+        passed_over=stored.passed_over,
     )
 
 

@@ -58,11 +58,20 @@ def keep_file(root: Path, name: str, content: bytes, what: str, num_images: int)
     log.info("the %s could not be kept: neither the data folder nor the user's cache can be written", what)
 
 
+def user_place(root: Path, name: str) -> Path:
+    """Where the user's cache keeps a file of a data folder.
+
+    Raises:
+        OSError: this user has no home folder, so no cache.
+    """
+    identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
+    return user_cache() / identity / name
+
+
 def _places(root: Path, name: str) -> list[Path]:
     places = [Path(root) / CACHE_FOLDER / name]
-    identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
     with suppress(OSError):
-        places.append(user_cache() / identity / name)
+        places.append(user_place(root, name))
     return places
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import printable, text_lines
+from data_pipeline.common.text import composed, printable, text_lines
 from data_pipeline.datasets.watch import Watch
 
 SYNSET_IDS = "wnids.txt"
@@ -32,19 +32,21 @@ ReadLabels = Callable[[Path, Sequence[str], Classes | None, Watch], dict[str, st
 each image that the file names; the watch records further files that it reads."""
 
 
-def find_label_file(root: Path, split: str, watch: Watch) -> tuple[Path, ReadLabels] | None:
+def find_label_file(root: Path, split: str, folder_name: str, watch: Watch) -> tuple[Path, ReadLabels] | None:
     """Find the file that labels a flat split, and the function that reads it.
 
     Args:
         root: the data folder.
-        split: the split's folder in it.
+        split: the split.
+        folder_name: of its folder, by which a file may be named, too.
         watch: records every file looked for.
     """
-    folder = root / split
+    folder = root / folder_name
     listed: list[tuple[Path, ReadLabels]] = [
         (where / name, _read_table)
         for where in (folder, root)
-        for name in (f"{split}_annotations.txt", f"{split}.txt")
+        for stem in dict.fromkeys((split, folder_name))
+        for name in (f"{stem}_annotations.txt", f"{stem}.txt")
     ]
     if split == "val":
         listed += [(where / "LOC_val_solution.csv", _read_solution) for where in (folder, root)]
@@ -71,13 +73,13 @@ def read_class_names(root: Path, classes: Sequence[str], watch: Watch) -> tuple[
         (len(classes)) names; empty if there is no file, or it names none of the classes.
     """
     known: dict[str, str] = {}
-    wanted = set(classes)
+    wanted = {composed(name): name for name in classes}
     for path in (root / name for name in CLASS_NAMES):
         watch.note(path)
         for _, line in _lines(path) if not known and path.is_file() else ():
             key, _, name = line.replace("\t", " ").partition(" ")
-            if key in wanted and name.strip():
-                known[key] = name.strip()
+            if (wanted_name := wanted.get(composed(key))) is not None and name.strip():
+                known[wanted_name] = name.strip()
     if not known:
         return ()
     synonyms = [known.get(name, name) for name in classes]

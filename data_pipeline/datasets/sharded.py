@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.packed_strings import PackedStrings
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.sample_table import SampleTable
@@ -53,8 +54,9 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     """
     manifest = read_manifest(root)
     indices: Iterable[ShardIndex]
+    passed_over = PassedOver()
     if manifest is None:
-        indices, classes = index_foreign(root, split, shards)
+        indices, classes, passed_over = index_foreign(root, split, shards)
         labels_text: tuple[str, ...] = ()
     else:
         expected = {entry.name for entry in manifest.splits.get(split, [])}
@@ -92,7 +94,9 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     paths = PackedStrings.join([part.names for part in parts])
     tables = [part.table for part in parts if part.table is not None]
     table = SampleTable.join(tables) if ours else None
-    return Dataset(root, split, paths, labels, classes, labels_text, reader=reader, table=table).take(order)
+    return Dataset(
+        root, split, paths, labels, classes, labels_text, reader=reader, table=table, passed_over=passed_over
+    ).take(order)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ log = logging.getLogger("data_pipeline")
 
 Int = npt.NDArray[np.int64]
 
-VERSION = 1
+VERSION = 2
 """Raise it when a look at the same files gives another table than before."""
 
 _HEADER = struct.Struct("<QQ32sQ")  # version, time of the look in ns, key, number of rows
@@ -169,7 +169,7 @@ def _is_current(dataset: Dataset, table: SampleTable, looked_ns: int) -> bool:
     places = np.unique(np.linspace(0, len(dataset) - 1, _COMPARED).astype(np.int64))
     for place, length in zip(places.tolist(), table.lengths[places].tolist(), strict=True):
         try:
-            status = os.stat(f"{dataset.root}/{dataset.split}/{dataset.paths[place]}")  # noqa: PTH116
+            status = os.stat(f"{dataset.root}/{dataset.folder}/{dataset.paths[place]}")  # noqa: PTH116
         except (OSError, ValueError):
             if length:
                 return False

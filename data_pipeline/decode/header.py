@@ -9,6 +9,7 @@ from functools import lru_cache
 from PIL import Image, ImageFile
 
 from data_pipeline.common.errors import ImageError
+from data_pipeline.common.image_kind import HEAD_BYTES, KIND_NAMES, Kind, is_image_head, kind_of
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -23,7 +24,7 @@ TURNS = {
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
-TELLING_BYTES = 32
+TELLING_BYTES = HEAD_BYTES
 """From the beginning of a file, in which every kind of image has bytes that no text has."""
 _NEVER_IN_TEXT = frozenset(range(1, 32)) - frozenset(b"\t\n\r\x1b")
 
@@ -65,8 +66,8 @@ def look_at_header(encoded: bytes) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=1)
-def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.ImageFile]], ...]:
-    """First bytes, name and reader of each format that we accept; the first call imports Pillow's plugins.
+def image_readers() -> dict[Kind, Callable[[io.BytesIO], ImageFile.ImageFile]]:
+    """The reader of each format that we accept; the first call imports Pillow's plugins.
 
     Not `Image.open`: it tries every plugin, runs Ghostscript for PostScript, and its pixel limit is a global.
     """
@@ -75,19 +76,26 @@ def image_readers() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], ImageFile.
         GifImagePlugin,
         JpegImagePlugin,
         PngImagePlugin,
+        TgaImagePlugin,
         TiffImagePlugin,
         WebPImagePlugin,
     )
 
-    return (
-        (b"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
-        (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
-        (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
-        (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
-        (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
-        (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
-        (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
-    )
+    from data_pipeline.decode.checked_readers import open_avif, open_icon, open_jpeg2000, open_pnm
+
+    return {
+        Kind.JPEG: JpegImagePlugin.JpegImageFile,
+        Kind.PNG: PngImagePlugin.PngImageFile,
+        Kind.BMP: BmpImagePlugin.BmpImageFile,
+        Kind.WEBP: WebPImagePlugin.WebPImageFile,
+        Kind.TIFF: TiffImagePlugin.TiffImageFile,
+        Kind.GIF: GifImagePlugin.GifImageFile,
+        Kind.PNM: open_pnm,
+        Kind.AVIF: open_avif,
+        Kind.JPEG2000: open_jpeg2000,
+        Kind.ICO: open_icon,
+        Kind.TGA: TgaImagePlugin.TgaImageFile,
+    }
 
 
 def is_image_start(head: bytes) -> bool:
@@ -97,20 +105,22 @@ def is_image_start(head: bytes) -> bool:
         head: the first `TELLING_BYTES` or more; all, if there are less.
     """
     head = head[:TELLING_BYTES]
-    known = any(head.startswith(magic) for magic, _, _ in image_readers())
-    return known and (head[0] >= 0x80 or b"\0\0" in head or any(byte in _NEVER_IN_TEXT for byte in head))
+    return is_image_head(head) and (head[0] >= 0x80 or b"\0\0" in head or any(byte in _NEVER_IN_TEXT for byte in head))
 
 
 def open_image(encoded: bytes) -> ImageFile.ImageFile:
     if not encoded:
         raise ImageError("empty file")
-    for magic, name, reader in image_readers():
-        if encoded.startswith(magic):
-            try:
-                return reader(io.BytesIO(encoded))
-            except Exception as error:
-                raise ImageError(reason_of(name, error)) from error
-    raise ImageError("not an image of a known format (JPEG, PNG, BMP, WebP, TIFF, GIF)")
+    kind = kind_of(encoded)
+    if kind is Kind.UNREADABLE:
+        known = ", ".join(KIND_NAMES[kind] for kind in image_readers())
+        raise ImageError(f"not an image of a known format ({known})")
+    try:
+        return image_readers()[kind](io.BytesIO(encoded))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(reason_of(KIND_NAMES[kind], error)) from error
 
 
 def orientation_of(image: ImageFile.ImageFile) -> int:
@@ -129,7 +139,8 @@ def orientation_of(image: ImageFile.ImageFile) -> int:
     return value if value in TURNS else 1
 
 
-def reason_of(format_name: str | None, error: Exception) -> str:
+def reason_of(format_name: str, error: Exception) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    what = "truncated" if "truncated" in text.lower() else "damaged"
-    return f"{what} {format_name or 'image'}: {text}"
+    short = "truncated" in text.lower() or "not enough image data" in text
+    what = "truncated" if short else "damaged"
+    return f"{what} {format_name}: {text}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from data_pipeline.common.errors import ImageError
-from data_pipeline.common.image_kind import Kind
-from data_pipeline.decode.header import image_readers, look_at_header
+from data_pipeline.common.image_kind import Kind, kind_of
+from data_pipeline.decode.header import look_at_header
 from data_pipeline.decode.jpeg import markers_are_sound
 
 _MAX_SIDE = (1 << 31) - 1  # what a table holds
@@ -45,19 +45,19 @@ def look_at(data: bytes) -> Look:
         return UNREADABLE
     if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
         return UNREADABLE
-    return Look(_kind_of(data), height, width, orientation, not is_for_pillow(data))
+    return Look(kind_of(data), height, width, orientation, not is_for_pillow(data))
 
 
 def is_for_pillow(data: bytes) -> bool:
-    """Whether Pillow must read a file: one that DALI does not know (GIF, extended WebP), reads although it is
-    truncated (TIFF) or damaged (JPEG), or refuses with output on stderr (truncated PNG, JPEG without image).
+    """Whether Pillow must read a file: one that DALI does not know (GIF, extended WebP, all the rarer kinds),
+    reads although it is truncated (TIFF) or damaged (JPEG), or refuses with output on stderr (truncated PNG,
+    JPEG without image).
     """
-    if data.startswith(b"\xff\xd8"):
+    kind = kind_of(data)
+    if kind is Kind.JPEG:
         return not markers_are_sound(data)
-    if data.startswith(b"\x89PNG"):
+    if kind is Kind.PNG:
         return b"IEND" not in data[-64:]
-    return data.startswith((b"GIF8", b"II*\0", b"MM\0*")) or data[8:16] == b"WEBPVP8X"
-
-
-def _kind_of(data: bytes) -> Kind:
-    return next(Kind[name.upper()] for magic, name, _ in image_readers() if data.startswith(magic))
+    if kind is Kind.WEBP:
+        return data[8:16] == b"WEBPVP8X"
+    return kind is not Kind.BMP

@@ -10,6 +10,7 @@ The policy for every kind of file is here, once, for training and prediction:
 | 16 bits a channel | scaled to 8 |
 | CMYK | RGB, without a colour profile; inverted first where Adobe's marker says that it is stored so |
 | animation, several pages | the first frame |
+| icon of several pictures | the largest, of equal ones the deepest |
 | truncated, or otherwise not wholly readable | `ImageError` |
 | more pixels than `max_pixels`, by the header | `ImageError`, before anything is decoded |
 """
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops
 
 from data_pipeline.common.errors import ImageError
+from data_pipeline.common.image_kind import KIND_NAMES, kind_of
 from data_pipeline.decode.header import TURNS, open_image, orientation_of, reason_of
 from data_pipeline.transforms.crop import CropParams
 
@@ -104,7 +106,7 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise ImageError(reason_of(image.format, error)) from error
+        raise ImageError(reason_of(KIND_NAMES[kind_of(encoded)], error)) from error
     return rgb.transpose(turn) if turn is not None else rgb
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable, visible
 from data_pipeline.inspect.pixel_stats import PixelStatistics
 from data_pipeline.inspect.stats import ClassInfo, Info, SplitInfo, Spread
@@ -24,6 +25,7 @@ def verify_as_json(report: VerifyReport) -> str:
             "clean": report.is_clean,
             "splits": {split.split: _split(split) for split in report.splits},
             "quarantine": None if report.quarantine is None else printable(report.quarantine),
+            "unsaved": report.unsaved or None,
             "num_listed": report.num_listed,
             "num_added": report.num_added,
             "repaired": [{"path": printable(path), "reason": reason} for path, reason in report.repaired],
@@ -38,6 +40,8 @@ def _split(split: SplitReport) -> dict[str, object]:
         "bad": [{"path": printable(path), "reason": reason} for path, reason in split.bad],
         "num_shards_hashed": split.num_shards_hashed,
         "damaged_shards": [printable(path) for path in split.damaged_shards],
+        "passed_over": split.passed_over.by_count,
+        "num_loose": split.passed_over.num_loose,
     }
 
 
@@ -52,6 +56,8 @@ def verify_as_text(report: VerifyReport) -> str:
         lines.append(f"{split.split}: {good} of {split.num_samples} images can be decoded{hashed}")
         lines += [f"  damaged shard {printable(path)}" for path in split.damaged_shards]
         lines += _some([f"  {printable(path)}: {reason}" for path, reason in split.bad])
+        if split.passed_over:
+            lines.append(f"  passed over: {split.passed_over.sentence()}")
     if report.repaired:
         lines.append(f"no longer listed: {len(report.repaired)}")
         lines += _some([f"  {printable(path)} (was: {reason})" for path, reason in report.repaired])
@@ -88,6 +94,9 @@ def print_info(info: Info, console: Console) -> None:
     console.print(table)
     for split in info.splits:
         console.print(text(f"{split}: {_extreme_classes(info.classes, split)}"), soft_wrap=True)
+        passed_over = PassedOver(info.splits[split].passed_over, info.splits[split].num_loose)
+        if passed_over:
+            console.print(text(f"{split}: passed over {passed_over.sentence()}"), soft_wrap=True)
     if info.pixels is not None:
         sampled = ", a sample" if info.splits["train"].sampled else ""
         console.print(

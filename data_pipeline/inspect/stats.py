@@ -16,12 +16,13 @@ import numpy as np
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.image_kind import KIND_NAMES, kind_of
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.text import printable
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.header import image_readers, read_header
+from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import decode_rgb
 from data_pipeline.inspect.pixel_stats import PixelStatistics, PixelSums
 from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
@@ -77,6 +78,8 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
         height: the same.
         num_sizes: number of different pairs of width and height.
         common_sizes: the most frequent, as (width, height, images).
+        passed_over: files that were taken for no images, by lower-case suffix.
+        num_loose: images beside the class folders, which are not read either.
     """
 
     num_samples: int
@@ -92,6 +95,8 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
     height: Spread | None
     num_sizes: int
     common_sizes: tuple[tuple[int, int, int], ...]
+    passed_over: dict[str, int]
+    num_loose: int
 
 
 class Info(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +175,7 @@ class _Found:
         if decode:
             self.pixels.add(np.asarray(decode_rgb(data)))
         self.sizes[size] += 1
-        self.formats[next(name for magic, name, _ in image_readers() if data.startswith(magic))] += 1
+        self.formats[KIND_NAMES[kind_of(data)]] += 1
 
     def merge(self, other: _Found) -> None:
         self.num_samples += other.num_samples
@@ -221,6 +226,8 @@ def _split_info(dataset: Dataset, counts: Int, found: _Found) -> SplitInfo:
         height=_spread(found.sizes, axis=0),
         num_sizes=len(found.sizes),
         common_sizes=tuple((width, height, count) for (height, width), count in common),
+        passed_over=dataset.passed_over.by_count,
+        num_loose=dataset.passed_over.num_loose,
     )
 
 
@@ -239,5 +246,5 @@ def _size_bytes(dataset: Dataset) -> int:
     total = 0
     for path in dataset.paths:
         with suppress(OSError):
-            total += os.stat(f"{dataset.root}/{dataset.split}/{path}").st_size  # noqa: PTH116 - half the cost
+            total += os.stat(f"{dataset.root}/{dataset.folder}/{path}").st_size  # noqa: PTH116 - half the cost
     return total

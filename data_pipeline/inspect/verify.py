@@ -19,14 +19,15 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import ImageError, SaveError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.exclude_list import (
-    QUARANTINE,
     find_exclude_list,
     names_of,
     read_exclude_list,
+    save_exclude_list,
     write_exclude_list,
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
@@ -48,6 +49,7 @@ class SplitReport:
         bad: path relative to the data folder, and reason, of each image that cannot be decoded, in order.
         num_shards_hashed: tar shards whose content was compared with the hash in `dataset.json`.
         damaged_shards: those that differ, relative to the data folder.
+        passed_over: the files beside the images that are not read.
     """
 
     split: str
@@ -55,6 +57,7 @@ class SplitReport:
     bad: tuple[tuple[str, str], ...]
     num_shards_hashed: int = 0
     damaged_shards: tuple[str, ...] = ()
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class VerifyReport:
 
     Attributes:
         quarantine: the exclude list, if there is one now.
+        unsaved: why the list could be written nowhere; empty if it was, or nothing had to be.
+        why_elsewhere: why it is not beside the data, if it is in the user's cache.
         num_listed: its entries, over all splits.
         num_added: those that it did not have before.
         repaired: paths that it named before and no longer names, with the reason that they had.
@@ -73,6 +78,8 @@ class VerifyReport:
     num_listed: int
     num_added: int
     repaired: tuple[tuple[str, str], ...]
+    unsaved: str = ""
+    why_elsewhere: str = ""
 
     @property
     def is_clean(self) -> bool:
@@ -80,40 +87,51 @@ class VerifyReport:
         return not any(split.bad or split.damaged_shards for split in self.splits)
 
 
-def verify(root: Path, splits: Sequence[str] = (), *, workers: int | None = None) -> VerifyReport:
+def verify(
+    root: Path, splits: Sequence[str] = (), *, workers: int | None = None, list_path: Path | None = None
+) -> VerifyReport:
     """Decode every image of a data folder, and list those that cannot be decoded in its `quarantine.jsonl`.
 
-    Entries of splits that are not verified stay. A list without entries is removed. Memory holds the index,
-    and one image for each worker.
+    If that cannot be written, the list is kept in the user's cache, where training finds it. Entries of
+    splits that are not verified stay. A list without entries is removed. Memory holds the index, and one
+    image for each worker.
 
     Args:
         root: the data folder, in any layout that `open_dataset` reads.
         splits: which splits; empty for all that have labels.
         workers: processes; None for one on each core.
+        list_path: another file for the list, new or such a list.
+    Returns:
+        The findings, also where the list could not be written.
     Raises:
         UserError: as `open_dataset`, or a malformed exclude list.
         CorruptFileError: as `open_dataset`.
-        SaveError: the list cannot be written.
         WorkerError: a worker was killed.
     """
     root, workers = Path(root), usable_cores() if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
     wanted = tuple(dict.fromkeys(splits)) or splits_of(root)
-    known = find_exclude_list(root, True)
+    known = find_exclude_list(root, list_path or True, missing_ok=True)
     before = read_exclude_list(known) if known is not None else {}
     datasets = [open_dataset(root, split, quarantine=False) for split in wanted]
     reports = tuple(_verify_split(dataset, workers) for dataset in datasets)
     bad = {name: reason for report in reports for name, reason in report.bad}
     # a split's entries are those that begin with its name, even if the file is gone, and those found in it
-    checked = tuple(f"{split}/" for split in wanted)
+    checked = tuple(f"{dataset.folder}/" for dataset in datasets)
     own = {name for name in before if name.startswith(checked)}
     own |= {name for dataset in datasets if before for name in names_of(dataset) if name in before}
     after = dict(sorted(({n: r for n, r in before.items() if n not in own} | bad).items()))
-    _save(root / QUARANTINE, before, after)
+    where, unsaved, why_elsewhere = None, "", ""
+    try:
+        where, why_elsewhere = _save(root, list_path, known, before, after)
+    except SaveError as error:
+        unsaved = str(error)
     return VerifyReport(
         splits=reports,
-        quarantine=root / QUARANTINE if after else None,
+        quarantine=where,
+        unsaved=unsaved,
+        why_elsewhere=why_elsewhere,
         num_listed=len(after),
         num_added=len(after.keys() - before.keys()),
         repaired=tuple((name, reason) for name, reason in before.items() if name not in after),
@@ -203,16 +221,17 @@ def _verify_split(dataset: Dataset, workers: int) -> SplitReport:
         bad=tuple((dataset.name_at(place), bad[place]) for place in sorted(bad)),
         num_shards_hashed=num_hashed,
         damaged_shards=tuple(damaged),
+        passed_over=dataset.passed_over,
     )
 
 
-def _save(path: Path, before: dict[str, str], after: dict[str, str]) -> None:
-    if list(before.items()) == list(after.items()):
-        return
-    if after:
-        write_exclude_list(path, after)
-        return
-    try:
-        path.unlink()
-    except OSError as error:
-        raise SaveError(f"{printable(path)} could not be removed: {error.strerror or error}") from error
+def _save(
+    root: Path, list_path: Path | None, known: Path | None, before: dict[str, str], after: dict[str, str]
+) -> tuple[Path | None, str]:
+    """Write the list where it has changed: to a file that was named, or as `save_exclude_list` does."""
+    same = list(before.items()) == list(after.items())
+    if list_path is not None:
+        if not same or known is None:
+            write_exclude_list(list_path, after)
+        return list_path, ""
+    return (known if after else None, "") if same else save_exclude_list(root, after)

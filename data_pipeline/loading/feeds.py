@@ -183,6 +183,6 @@ def _known(
         samples.reader.read_ahead(indices)
         views, sound = samples.reader.views(indices)
         return views, sizes, direct & sound
-    prefix = os.fsencode(f"{samples.root}/{samples.split}/")
+    prefix = os.fsencode(f"{samples.root}/{samples.folder}/")
     paths = PackedStrings.pack(samples.paths).padded(indices, prefix, MAX_MEMORY_PATH)
     return FilePaths(paths, table.lengths[indices].astype(np.int64)), sizes, direct

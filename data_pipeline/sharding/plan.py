@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.common.files import MAX_FILE_BYTES
+from data_pipeline.common.image_kind import Kind, kind_of
 from data_pipeline.common.outputs import read_head
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
@@ -25,7 +27,12 @@ from data_pipeline.transforms.sampler import permutation_at
 Int = npt.NDArray[np.int64]
 
 _ESTIMATE_FROM = 64  # images; the estimate decides only how large a resized shard becomes
-_EXTENSIONS = {".jpeg": "jpg", ".jpe": "jpg", ".tif": "tiff"}
+_EXTENSIONS = dict.fromkeys((".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"), "jpg") | {
+    ".tif": "tiff", ".apng": "png", ".avifs": "avif",
+}  # fmt: skip
+"""Extensions that readers of WebDataset know, for suffixes that are not such themselves."""
+_OF_KIND = {Kind.UNREADABLE: "jpg", Kind.JPEG: "jpg", Kind.PNM: "ppm", Kind.JPEG2000: "jp2"}
+"""Those of files without a suffix, where it is not the kind's name."""
 
 
 def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: int) -> tuple[bytes, str, bool]:
@@ -43,8 +50,13 @@ def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: in
         data = dataset.read(number)
     except ImageError as error:
         if path.is_file() and path.stat().st_size == 0:  # stays a sample, so that the order stays the same
-            return b"", extension, resize_px is not None
+            return b"", extension or "jpg", resize_px is not None
         raise UserError(f"{printable(path)} {error}: restore it, or remove it") from error
+    if not extension:
+        kind = kind_of(data)
+        extension = _OF_KIND.get(
+            kind, kind.name.lower() if kind else "jpg"
+        )  # damaged since it was listed: any
     if resize_px is None:
         return data, extension, False
     smaller = resized(data, resize_px, quality)
@@ -87,7 +99,7 @@ def sizes_of(dataset: Dataset) -> Int:
     """
     sizes = np.zeros(len(dataset), dtype=np.int64)
     for i in range(len(dataset)):
-        path = f"{dataset.root}/{dataset.split}/{dataset.paths[i]}"
+        path = f"{dataset.root}/{dataset.folder}/{dataset.paths[i]}"
         try:
             sizes[i] = os.stat(path).st_size  # noqa: PTH116 - half the cost of Path.stat
         except OSError as error:
@@ -156,7 +168,8 @@ def check_folder(out: Path, splits: tuple[str, ...], planned: Mapping[Path, int]
         raise UserError(
             f"{printable(out / MANIFEST)} is there, and no manifest of shards: give a new folder"
         ) from error
-    for shard in (path for split in splits for path in shard_files(out, split)):
+    found = (shard_files(out / split) or shard_files(out, f"*{split}*") for split in splits)
+    for shard in chain.from_iterable(found):
         known = _plan_of(shard)
         ours = known == plan or (known is None and shard in planned and _begins(shard, planned[shard]))
         if shard not in planned or not ours:

@@ -18,6 +18,7 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of, write_atomic
 from data_pipeline.common.outputs import is_same_place
+from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
@@ -168,9 +169,11 @@ def write_shards(
 def _open_source(source: Path, out: Path) -> list[Dataset]:
     splits = splits_of(source)
     datasets = [open_dataset(source, split) for split in splits]
+    for dataset in datasets:
+        log_passed_over(dataset.split, dataset.passed_over)
     if any(dataset.reader is not None for dataset in datasets):
         raise UserError(f"{printable(source)} holds tar shards already: give the folder of files")
-    resolved, folders = out.resolve(), [source / split for split in splits]
+    resolved, folders = out.resolve(), [source / dataset.folder for dataset in datasets]
     above = (resolved, *resolved.parents)
     if is_same_place(out, source) or any(is_same_place(one, split) for one in above for split in folders):
         raise UserError(f"{printable(out)} lies in the data itself: give another folder for the shards")

@@ -12,6 +12,8 @@ from typing import TypeVar
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import IMAGE_SUFFIXES, read_head
+from data_pipeline.common.image_kind import HEAD_BYTES, is_image_head
 from data_pipeline.common.text import printable
 
 T = TypeVar("T")
@@ -20,6 +22,14 @@ FORMAT = 1
 MANIFEST = "dataset.json"
 BLOCK = 512
 """Tar's unit: a header is one block, and content is filled up to whole ones."""
+
+COMPRESSED_SUFFIXES = (
+    ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z",
+)  # fmt: skip
+UNPACK = "shards are read at any place, so unpack it to .tar first, with gunzip or the like"
+"""What to do about a compressed shard."""
+_COMPANIONS = (".cls", ".json", ".txt")
+_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 _MAX_INDEX_BYTES = 1 << 30
 
@@ -83,14 +93,28 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
     direct: list[int]
 
 
-def shard_files(root: Path, split: str) -> list[Path]:
-    """The tar files of a split, in byte order: `root/split/*.tar`, or `root/*split*.tar`."""
-    for folder, pattern in ((root / split, "*.tar"), (root, f"*{split}*.tar")):
-        if folder.is_dir():
-            found = [path for path in folder.glob(pattern) if not path.name.startswith(".")]
-            if found:
-                return sorted(found, key=os.fsencode)
-    return []
+def shard_files(folder: Path, name: str = "*") -> list[Path]:
+    """The tar files in a folder, in byte order.
+
+    Args:
+        folder: where to look.
+        name: a glob that the names match, without the suffix.
+    """
+    found = folder.glob(f"{name}.tar") if folder.is_dir() else ()
+    return sorted((path for path in found if not path.name.startswith(".")), key=os.fsencode)
+
+
+def refuse_compressed(folder: Path, name: str = "*") -> None:
+    """Refuse a folder with compressed tar files, whose samples could not be read at any place.
+
+    Args: as `shard_files`.
+    Raises:
+        UserError: naming the first, and what to do.
+    """
+    found = [path for suffix in COMPRESSED_SUFFIXES for path in folder.glob(f"{name}{suffix}")]
+    if found:
+        others = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(f"compressed: {printable(min(found, key=os.fsencode))}{others}: {UNPACK}")
 
 
 def read_manifest(root: Path) -> ShardManifest | None:
@@ -152,6 +176,30 @@ def _load(path: Path, kind: type[T]) -> T:
         raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise CorruptFileError(f"{printable(path)} is damaged: {error}; write the shards again") from error
+
+
+def why_no_tar(shard: Path, error: Exception, where: str = "") -> str:
+    """Why a shard cannot be read as a tar file: it is compressed under the name of a tar, or is damaged."""
+    if read_head(shard).startswith(_COMPRESSED_MAGIC):
+        return f"compressed: {UNPACK}"
+    return f"no whole tar file{where}: {error}"
+
+
+def takes_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool | None:
+    """Whether a tar's member is taken for an image, as a file in a folder is.
+
+    Returns:
+        None for what is no image and is not missed: folders, hidden files, and the labels and descriptions
+        that belong to WebDataset's samples.
+    """
+    name = member.name.rpartition("/")[2]
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - half the cost
+    if member.isdir() or name.startswith(".") or suffix in _COMPANIONS:
+        return None
+    if suffix or not member.isreg():
+        return suffix in IMAGE_SUFFIXES
+    content = tar.extractfile(member)
+    return content is not None and is_image_head(content.read(HEAD_BYTES))
 
 
 def walk_tar(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.errors import ImageError
+from data_pipeline.common.image_kind import name_bytes
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.shards.mapped_shards import MappedShards
 from data_pipeline.shards.shard_format import BLOCK
@@ -63,7 +64,7 @@ class ShardReader:
             raise ImageError("its shard and the shard's index do not fit each other")
         if not size:
             raise ImageError("empty file")
-        return data[BLOCK:]
+        return name_bytes(data[BLOCK:], self.members[index])
 
     def views(self, indices: Int) -> tuple[list[Bytes], npt.NDArray[np.bool_]]:
         """The bytes of a batch, in the shards' memory: nothing is copied, and no file is opened.

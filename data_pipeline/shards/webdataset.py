@@ -8,8 +8,9 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import IMAGE_SUFFIXES
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import names_in, printable
-from data_pipeline.shards.shard_format import FORMAT, ShardIndex, walk_tar
+from data_pipeline.shards.shard_format import FORMAT, ShardIndex, takes_member, walk_tar, why_no_tar
 
 CLASSES = "classes.txt"
 """Names of the classes, one a line, in the order of their numbers; without it the numbers are the names."""
@@ -17,20 +18,24 @@ CLASSES = "classes.txt"
 _MAX_LABEL_BYTES = 64
 
 
-def index_foreign(root: Path, split: str, shards: list[Path]) -> tuple[list[ShardIndex], tuple[str, ...]]:
+def index_foreign(
+    root: Path, split: str, shards: list[Path]
+) -> tuple[list[ShardIndex], tuple[str, ...], PassedOver]:
     """Make the indices of shards that have none.
 
     Samples come in the order of the shards' names and of the members in them.
 
     Returns:
-        An index for each shard, and the names of the classes.
+        An index for each shard, the names of the classes, and what was passed over.
     Raises:
         UserError: an image without a class, a class that is no number, or one that `classes.txt` lacks.
         CorruptFileError: a shard that is no whole tar file.
     """
     indices: list[ShardIndex] = []
+    passed_over = PassedOver()
     for shard in shards:
-        indices.append(_index_shard(shard, first=sum(len(index.numbers) for index in indices)))
+        first = sum(len(index.numbers) for index in indices)
+        indices.append(_index_shard(shard, first, passed_over))
     highest = max((max(index.labels, default=-1) for index in indices), default=-1)
     path = root / CLASSES
     if path.is_file():
@@ -44,10 +49,10 @@ def index_foreign(root: Path, split: str, shards: list[Path]) -> tuple[list[Shar
         )
     if len(classes) < 2:
         raise UserError(f"the shards of {printable(root)}/{split} hold fewer than two classes")
-    return indices, classes
+    return indices, classes, passed_over
 
 
-def _index_shard(shard: Path, first: int) -> ShardIndex:
+def _index_shard(shard: Path, first: int, passed_over: PassedOver) -> ShardIndex:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -58,12 +63,15 @@ def _index_shard(shard: Path, first: int) -> ShardIndex:
                 key = f"{folder}/{key}"
                 if not member.isreg():
                     continue
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                taken = takes_member(tar, member)
+                if f".{extension.lower()}" in IMAGE_SUFFIXES or (taken and not extension):
                     images[key] = (member.name, member.offset_data, member.size)
                 elif extension == "cls":
                     labels[key] = _label(tar, member, shard)
+                elif taken is False:
+                    passed_over.add(member.name)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise CorruptFileError(f"shard {printable(shard)} is no whole tar file: {error}") from error
+        raise CorruptFileError(f"shard {printable(shard)} is {why_no_tar(shard, error)}") from error
     without = next((name for key, (name, _, _) in images.items() if key not in labels), None)
     if without is not None:
         raise UserError(

@@ -89,7 +89,7 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
             if options.strict and isinstance(one.row, ErrorRow):
                 raise CorruptFileError(f"{one.row.path}: {one.row.error} (--strict)")
             progress.advance(1)
-    summary = counter.summary(kept, kept_errors)
+    summary = counter.summary(kept, kept_errors, inputs.passed_over)
     log.info(summary.sentence())
     if not kept + counter.images:
         raise UserError("the lists and shards that were given name no images")

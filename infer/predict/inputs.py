@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.common.errors import ImageError, UserError
-from data_pipeline.common.files import IMAGE_SUFFIXES
+from data_pipeline.common.files import LOOKED_FOR
 from data_pipeline.common.packed_strings import PackedStrings
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable, without_mark
-from data_pipeline.datasets.image_folder import is_image, walk_images
+from data_pipeline.datasets.image_folder import walk_images
 from data_pipeline.decode.header import TELLING_BYTES, is_image_start
 from data_pipeline.loader import ImageSource
-from data_pipeline.shards.shard_format import walk_tar
+from data_pipeline.shards.shard_format import (
+    COMPRESSED_SUFFIXES,
+    UNPACK,
+    takes_member,
+    walk_tar,
+    why_no_tar,
+)
 
 log = logging.getLogger("infer")
 
@@ -48,6 +55,7 @@ class Inputs:
         lists: functions that give paths of images and tar shards, or an image that was read already.
         total: number of inputs; None if it is not known before the end.
         named: the files that the arguments name themselves: images, shards and lists.
+        in_folders: what was passed over in folders.
     """
 
     def __init__(
@@ -55,9 +63,19 @@ class Inputs:
         lists: Sequence[PackedStrings | Callable[[], Iterator[str | ImageSource]]],
         total: int | None,
         named: Sequence[str] = (),
+        in_folders: PassedOver | None = None,
     ) -> None:
         self._lists = lists
         self.total, self.named = total, tuple(named)
+        self._in_folders, self._in_shards = in_folders or PassedOver(), PassedOver()
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """The files that are no images, of folders and of the shards that have been read."""
+        found = PassedOver()
+        found.merge(self._in_folders)
+        found.merge(self._in_shards)
+        return found
 
     def files(self) -> Iterator[str]:
         """The files of images and shards, but those whose names come from stdin."""
@@ -66,12 +84,15 @@ class Inputs:
                 yield from paths
 
     def __iter__(self) -> Iterator[Item]:
+        self._in_shards = passed_over = PassedOver()
         for paths in self._lists:
             for path in paths if isinstance(paths, PackedStrings) else paths():
                 if isinstance(path, ImageSource):
                     yield path
                 elif path.endswith(SHARD_SUFFIX):
-                    yield from _members(path)
+                    yield from _members(path, passed_over)
+                elif path.endswith(COMPRESSED_SUFFIXES):
+                    yield ImageSource(Path(path), Unreadable(f"a compressed tar: {UNPACK}"))
                 else:
                     yield Path(path)
 
@@ -86,16 +107,17 @@ def find_inputs(
             whose images come in the order of the tar; a glob (`**` enters folders), if no file has that name;
             `@list.txt`, a file of paths; or `-`, such a list on stdin, or one image. In a list, paths end
             with their line, or with a NUL if there is any; tar shards in it are read, and what cannot be read
-            becomes an error row.
+            becomes an error row. Of folders and shards, files that are no images are passed over and counted.
         recursive: whether to enter folders inside folders.
         stdin: where `-` is read; None for the process's own.
     Raises:
-        UserError: a file or folder that does not exist, a glob without a match, a file that is no list, or
-            no input at all.
+        UserError: a file or folder that does not exist, a glob without a match, a file that is no list, a
+            compressed tar, or no input at all.
     """
     lists: list[PackedStrings | Callable[[], Iterator[str | ImageSource]]] = []
     named: list[str] = []
     total: int | None = 0
+    passed_over = PassedOver()
     for argument in arguments:
         argument = os.fspath(argument)
         if argument == STDIN:
@@ -104,7 +126,7 @@ def find_inputs(
             continue
         is_list = argument.startswith(LIST_MARK)
         named.append(argument[1:] if is_list else argument)
-        paths = _read_list(argument[1:]) if is_list else _paths(argument, recursive)
+        paths = _read_list(argument[1:]) if is_list else _paths(argument, recursive, passed_over)
         lists.append(paths)
         if total is not None:
             # Nobody knows how many images a shard holds before it is read.
@@ -112,13 +134,13 @@ def find_inputs(
     if total == 0:
         where = ", ".join(printable(argument) for argument in arguments) or "an empty list of paths"
         raise UserError(
-            f"no images in {where}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} "
-            "(tar shards are read where they are named: shards/*.tar)"
+            f"no images in {where}{f', but {passed_over.sentence()}' * bool(passed_over)}: looked for "
+            f"{LOOKED_FOR} (tar shards are read where they are named: shards/*.tar)"
         )
-    return Inputs(lists, total, named)
+    return Inputs(lists, total, named, passed_over)
 
 
-def _paths(argument: str, recursive: bool) -> PackedStrings:
+def _paths(argument: str, recursive: bool, passed_over: PassedOver) -> PackedStrings:
     """Paths of images and shards: a file itself, the images of a folder, or those of each match of a glob."""
     names = [argument]
     if not os.path.lexists(argument):
@@ -127,15 +149,17 @@ def _paths(argument: str, recursive: bool) -> PackedStrings:
         names = sorted(glob.glob(argument, recursive=recursive), key=os.fsencode)  # noqa: PTH207 - as typed
         if not names:
             raise UserError(f"no file or folder matches {printable(argument)}")
-    return PackedStrings.pack(path for name in names for path in _paths_in(name, recursive))
+    return PackedStrings.pack(path for name in names for path in _paths_in(name, recursive, passed_over))
 
 
-def _paths_in(name: str, recursive: bool) -> Iterator[str]:
+def _paths_in(name: str, recursive: bool, passed_over: PassedOver) -> Iterator[str]:
     if not Path(name).is_dir():
+        if name.endswith(COMPRESSED_SUFFIXES):
+            raise UserError(f"{printable(name)} is compressed: {UNPACK}")
         yield name
         return
     empty = True
-    for path in walk_images(name, recursive):
+    for path in walk_images(name, recursive, passed_over):
         empty = False
         yield str(Path(name, path))
     if empty:
@@ -197,19 +221,21 @@ def _named(names: list[bytes], end: bytes) -> Iterator[str]:
             yield os.fsdecode(name)
 
 
-def _members(shard: str) -> Iterator[ImageSource]:
+def _members(shard: str, passed_over: PassedOver) -> Iterator[ImageSource]:
     """Finds the images of a tar shard by its headers alone; damage becomes one last input that fails."""
     found = 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in walk_tar(tar):
-                if not member.isdir() and is_image(member.name.rpartition("/")[2]):
+                if (taken := takes_member(tar, member)) is False:
+                    passed_over.add(member.name)
+                elif taken:
                     found += 1
                     plain = member.isreg() and not member.issparse()
                     read = ShardMember(shard, member.offset_data, member.size) if plain else _NO_FILE
                     yield ImageSource(Path(shard, member.name.lstrip("/")), read)
     except (tarfile.TarError, OSError, EOFError) as error:
-        reason = f"no whole tar file, {found} images before the damage: {error}"
+        reason = why_no_tar(Path(shard), error, f", {found} images before the damage")
         yield ImageSource(Path(shard), Unreadable(reason))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from data_pipeline.common.console import make_console
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import visible
 from infer.predict.rows import ErrorRow, OkRow, PredictionWithPixels, Row
 from infer.predict.writers import name_unwritable
@@ -39,6 +40,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         seconds: duration of this run.
         images_per_s: `images` by `seconds`.
         backend, provider, device, precision: see `infer.runtime.base.InferenceBackend`.
+        passed_over: files of folders and shards that are no images, by lower-case suffix.
     """
 
     images: int
@@ -51,14 +53,16 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     provider: str
     device: str
     precision: str
+    passed_over: dict[str, int] = {}
 
     def sentence(self) -> str:
         """One line for stderr."""
+        passed_over = f"; passed over {PassedOver(self.passed_over).sentence()}" if self.passed_over else ""
         kept = f" after {self.kept} of an earlier run" if self.kept else ""
         failed = f", {self.errors} of them could not be read" if self.errors else ""
         return (
             f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
-            f"with {self.provider}, {self.precision}, on {self.device}"
+            f"with {self.provider}, {self.precision}, on {self.device}{passed_over}"
         )
 
 
@@ -83,12 +87,13 @@ class RowCounter:
             self._seconds = time.perf_counter() - started
             yield one
 
-    def summary(self, kept: int = 0, kept_errors: int = 0) -> Summary:
+    def summary(self, kept: int = 0, kept_errors: int = 0, passed_over: PassedOver | None = None) -> Summary:
         """The rows until now.
 
         Args:
             kept: rows of an earlier run that this one resumed.
             kept_errors: how many of them are errors.
+            passed_over: of the inputs.
         """
         backend = self._backend
         return Summary(
@@ -102,6 +107,7 @@ class RowCounter:
             provider=backend.provider,
             device=backend.device,
             precision=backend.precision,
+            passed_over={} if passed_over is None else passed_over.by_count,
         )
 
 

@@ -12,6 +12,7 @@ import msgspec
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import WorkerError, name_continuation
 from data_pipeline.common.files import write_atomic
+from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle
 from infer.predict.inputs import find_inputs
@@ -66,7 +67,7 @@ def predict_on_ray(
                 results.append(result)
                 progress.advance(result.summary.images)
                 seconds = time.perf_counter() - started  # with the start of Ray, without its end
-    summary = _sum_up(plan, results, sum(completed.values()), seconds)
+    summary = _sum_up(plan, results, sum(completed.values()), seconds, inputs.passed_over)
     write_atomic(folder / SUMMARY_NAME, msgspec.json.encode(summary))
     log.info(f"{plan.num_parts} parts in {printable(folder)}: {summary.sentence()}")
     return summary
@@ -114,7 +115,9 @@ def _items(rows: Iterator[dict[str, Any]]) -> Iterator[PartResult | Exception]:
         raise WorkerError(f"a Ray worker failed: {type(error).__name__}: {last}") from error
 
 
-def _sum_up(plan: Plan, results: list[PartResult], kept_errors: int, seconds: float) -> Summary:
+def _sum_up(
+    plan: Plan, results: list[PartResult], kept_errors: int, seconds: float, passed_over: PassedOver
+) -> Summary:
     images, num_hosts = sum(one.summary.images for one in results), len({one.host for one in results})
 
     def joined(name: str) -> str:
@@ -131,4 +134,5 @@ def _sum_up(plan: Plan, results: list[PartResult], kept_errors: int, seconds: fl
         provider=joined("provider"),
         device=joined("device") + (f" of {num_hosts} machines" if num_hosts > 1 else ""),
         precision=joined("precision"),
+        passed_over=passed_over.by_count,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, ImageChops
+
+from data_pipeline.common.image_kind import TargaBytes
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -75,11 +78,27 @@ def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
         "tiff 1 bit": encode(image.convert("1"), "TIFF"),
         "tiff turned": encode(image, "TIFF", exif=exif(6)),
         "gif": encode(image, "GIF"),
+        "pnm": encode(image, "PPM"),
+        "pnm plain gray": _plain_pnm(gray),
+        "pnm 1 bit": encode(image.convert("1"), "PPM"),
+        "pnm 16 bit gray": encode(Image.fromarray(deep), "PPM"),
+        "avif": encode(image, "AVIF", quality=100, subsampling="4:4:4"),
+        "avif turned": encode(image, "AVIF", quality=100, subsampling="4:4:4", exif=exif(6)),
+        "jp2": encode(image, "JPEG2000"),
+        "j2k": encode(image, "JPEG2000", no_jp2=True),
+        "ico": encode(image, "ICO", sizes=[image.size]),
+        "ico bitmap": encode(image, "ICO", sizes=[image.size], bitmap_format="bmp"),
+        "tga": TargaBytes(encode(image, "TGA")),
     }
     for orientation in range(1, 9):
         files[f"jpeg turned {orientation}"] = encode(image, "JPEG", quality=90, exif=exif(orientation))
     files["jpeg progressive turned 8"] = encode(image, "JPEG", progressive=True, exif=exif(8))
     return files
+
+
+def suffix_for(data: bytes) -> str:
+    """A suffix under which a file is read as what it is: any will do, but for a Targa."""
+    return ".tga" if isinstance(data, TargaBytes) else ".jpg"
 
 
 def kinds_of_one_size(height: int, width: int) -> dict[str, bytes]:
@@ -93,6 +112,12 @@ def _without_adobe_marker(jpeg: bytes) -> bytes:
     """Pillow writes CMYK as Adobe does: inverted, and marked so. Without the mark it is not inverted."""
     at = jpeg.index(b"\xff\xee")
     return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+
+
+def _plain_pnm(image: Image.Image) -> bytes:
+    """As text, with a comment in the header."""
+    values = " ".join(map(str, np.asarray(image).ravel().tolist()))
+    return f"P2\n# by hand\n{image.width} {image.height}\n255\n{values}\n".encode()
 
 
 def _deep_png(image: Image.Image) -> bytes:
@@ -113,6 +138,7 @@ def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
     jpeg = encode(photo(height, width), "JPEG", quality=90)
     progressive = encode(photo(height, width), "JPEG", quality=90, progressive=True)
     png = encode(photo(height, width), "PNG")
+    jp2, side = encode(photo(height, width), "JPEG2000"), (30000).to_bytes(4, "big")
     rotten = bytearray(png)
     rotten[len(png) // 2 : len(png) // 2 + 20] = b"\x55" * 20
     return {
@@ -125,10 +151,32 @@ def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
         "png, bit rot": bytes(rotten),
         "tiff, 500 bytes short": encode(photo(height, width), "TIFF")[:-500],
         "webp, 500 bytes short": encode(photo(height, width), "WEBP")[:-500],
+        "pnm, 500 bytes short": encode(photo(height, width), "PPM")[:-500],
+        "pnm without end of header": b"P6\n#" + b"x" * 5000,
+        "avif, half": half(encode(photo(height, width), "AVIF")),
+        "jp2, half": half(jp2),
+        "jp2, container of another size": jp2.replace(
+            height.to_bytes(4, "big") + width.to_bytes(4, "big"), b"\0\0\0\7\0\0\0\7", 1
+        ),
+        "ico, half": half(encode(photo(height, width), "ICO", sizes=[(width, height)])),
+        "ico without a picture": b"\0\0\1\0\0\0",
+        "tga, half": TargaBytes(half(encode(photo(height, width), "TGA"))),
+        "tga of text": TargaBytes(b"this is no image at all\n" * 5),
         "text": b"this is no image at all\n" * 5,
         "empty": b"",
         "png of 30000 x 30000": huge_png(),
+        "pnm of 30000 x 30000": b"P6\n30000 30000\n255\n" + bytes(100),
+        "jp2 of 30000 x 30000": jp2.replace(height.to_bytes(4, "big"), side).replace(
+            width.to_bytes(4, "big"), side
+        ),
+        "ico of 30000 x 30000": b"\0\0\1\0\1\0" + bytes(8) + struct.pack("<II", 300, 22) + huge_png(),
+        "tga of 30000 x 30000": TargaBytes(bytes((0, 0, 2)) + bytes(9) + b"\x30\x75" * 2 + bytes((24, 0))),
     }
+
+
+def half(data: bytes) -> bytes:
+    """The first half of a file."""
+    return data[: len(data) // 2]
 
 
 def huge_png() -> bytes:

@@ -28,7 +28,7 @@ from infer.predict.rows import ErrorRow, OkRow, Row
 from infer.predictor import Predictor
 from infer.runtime.choose import BackendName, probe_machine, why_no_engine
 from infer.runtime.onnx import OnnxBackend
-from tests.helpers.images import broken, encode, kinds, photo
+from tests.helpers.images import broken, encode, kinds, photo, suffix_for
 from tests.helpers.infer_samples import edit_manifest, images_in
 
 
@@ -228,7 +228,7 @@ def files_of_every_kind(folder: Path) -> list[Path]:
     }
     paths = []
     for number, content in enumerate((kinds() | photos | broken()).values()):
-        paths.append(folder / f"{number:02d}")
+        paths.append(folder / f"{number:02d}{suffix_for(content)}")
         paths[-1].write_bytes(content)
     return paths
 

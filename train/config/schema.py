@@ -40,6 +40,8 @@ class DataConfig(Table, frozen=True):
 
     Attributes:
         root: folder with `train/` and `val/`; `data/demo-digits` is written when it is missing.
+        quarantine: the list of files to leave out, from `alexnet data verify --list`; by itself it is
+            `quarantine.jsonl` in `root`, or the one that is kept in the user's cache.
         backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
         threads: decoding threads a rank; 0 shares the processor cores among the ranks of a machine.
         prefetch: batches held ready; as many more, and three, are being decoded.
@@ -53,6 +55,7 @@ class DataConfig(Table, frozen=True):
     """
 
     root: str | None = None
+    quarantine: str | None = None
     backend: Literal["auto", "dali", "pillow"] = "auto"
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
     prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ImageError
-from data_pipeline.common.files import read_file
+from data_pipeline.common.files import IMAGE_SUFFIXES, read_file
+from tests.helpers.ranks import REPOSITORY
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
@@ -35,3 +36,8 @@ def test_file_is_read_whole_though_reads_are_cut_short(
     read = os.read
     monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 1000)))
     assert read_file(tmp_path / "x.jpg", 10**6) == content
+
+
+def test_docs_name_every_suffix_of_an_image() -> None:
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    assert {suffix for suffix in IMAGE_SUFFIXES if f"`{suffix}`" not in text} == set()

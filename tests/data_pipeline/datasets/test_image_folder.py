@@ -82,3 +82,58 @@ def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture
             faults.add(Failure(printable(dataset.paths[1]), "empty file"), dataset.path_at(1))
     assert [record.getMessage() for record in caplog.records] == ["left out a/caf\\xe9.jpg: empty file"]
     assert len(faults) == 1
+
+
+def test_images_without_suffix_are_opened_others_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    contents = {
+        "photo.JFIF": JPEG, "IMG_0001": JPEG, "p.ppm": encode(photo(8, 8), "PPM"), "x.avif": b"",
+        "x.jp2": b"", "x.tga": b"", "x.ico": b"", "IMG_2.HEIC": JPEG, "IMG_3.heic": b"",
+        "notes": b"BMW X5\n", "list.txt": b"",
+        "sound": b"RIFF....WAVEfmt ", "empty": b"", "._IMG_0001": JPEG, "Thumbs.db": b"", ".DS_Store": b"",
+        "desktop.ini": b"", "jpg.a-very-long-suffix-of-somebody": b"",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / "train" / "a" / name).write_bytes(content)
+    os.mkfifo(tmp_path / "train" / "a" / "pipe")
+    (tmp_path / "train" / "a" / "circle").symlink_to("circle")
+    dataset = load_image_folder(tmp_path, "train")
+    assert [path.removeprefix("a/") for path in dataset.paths][:-1] == [
+        "000.jpg", "IMG_0001", "p.ppm", "photo.JFIF", "x.avif", "x.ico", "x.jp2", "x.tga"
+    ]  # fmt: skip
+    assert dataset.passed_over.by_count == {"": 5, ".heic": 2, ".txt": 1, "others": 1}
+    assert dataset.passed_over.sentence() == (
+        "9 files that are no images (5 without suffix, 2 .heic, 1 .txt, 1 of other suffixes)"
+    )
+
+
+def test_what_systems_leave_is_no_class(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    for name in ("__MACOSX/a", ".Trashes", "@eaDir", "lost+found"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "train" / "__MACOSX" / "a" / "._000.jpg").write_bytes(b"\0\5\26\7")
+    (tmp_path / "train" / "a" / "__MACOSX").mkdir()
+    (tmp_path / "train" / "a" / "__MACOSX" / "000.jpg").write_bytes(JPEG)
+    (tmp_path / "train" / "Thumbs.db").touch()
+    (tmp_path / "train" / "circle").symlink_to("circle")
+    dataset = load_image_folder(tmp_path, "train")
+    assert dataset.classes == ("a", "b") and len(dataset) == 2
+    assert (dataset.passed_over.by_count, dataset.passed_over.num_loose) == ({"": 1}, 0)  # the link
+
+
+def test_loose_images_beside_classes_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    for name in ("1.jpg", "2.PNG", "three"):
+        (tmp_path / "train" / name).write_bytes(JPEG)
+    (tmp_path / "train" / "README.md").touch()
+    found = load_image_folder(tmp_path, "train").passed_over
+    assert found.num_loose == 3
+    assert found.sentence() == "1 file that is no image (1 .md), 3 images beside the class folders"
+
+
+def test_class_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    (tmp_path / "train" / "c").mkdir()
+    (tmp_path / "train" / "c" / "IMG_1.HEIC").touch()
+    with pytest.raises(UserError, match=r"c holds no images, but 1 file that is no image \(1 .heic\): add"):
+        load_image_folder(tmp_path, "train")

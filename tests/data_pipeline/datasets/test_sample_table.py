@@ -55,7 +55,7 @@ HOSTILE = {
     "lengths": ([-1], "a length is not within 0"),
     "heights": ([0, 2**31, -5], "a size is not within 1"),
     "widths": ([0, 2**40, -(2**31)], "a size is not within 1"),
-    "kinds": ([7, -1, 256], "a kind is not within 0..6"),
+    "kinds": ([12, -1, 256], "a kind is not within 0..11"),
     "orientations": ([0, 9, 257], "an orientation is not within 1..8"),
     "direct": ([2, -1, 256], "what DALI may read is not within 0..1"),
 }
@@ -82,7 +82,7 @@ def test_packed_table_that_is_crafted_is_refused() -> None:
     for at, value, reason in (
         (7, 0x80, "a length"),  # the sign
         (24, 0, "a size"),
-        (48, 7, "a kind"),
+        (48, 12, "a kind"),
         (51, 9, "an orientation"),
         (54, 2, "what DALI may read"),
         (55, 1, "a sample that cannot be read is marked for DALI"),

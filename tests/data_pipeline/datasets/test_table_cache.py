@@ -152,7 +152,7 @@ def test_table_that_is_damaged_or_crafted_is_not_used(
     assert load_table(dataset) is None  # made in the future
     save_table(dataset, table_of(dataset), time.time_ns())
     assert load_table(dataset) is not None
-    monkeypatch.setattr(table_cache, "VERSION", 2)
+    monkeypatch.setattr(table_cache, "VERSION", table_cache.VERSION + 1)
     assert load_table(dataset) is None
 
 

@@ -116,10 +116,15 @@ def test_dali_leaves_only_the_named_kinds_to_pillow(
     for i, file in enumerate(KINDS.values()):
         dali.decode([file], crops.take([i]))
     by_pillow = [name for name, file in KINDS.items() if file in read_by_pillow]
-    assert by_pillow == ["webp turned", "tiff", "tiff cmyk", "tiff 1 bit", "tiff turned", "gif"]
+    rare = ("tiff", "gif", "pnm", "avif", "jp2", "j2k", "ico", "tga")
+    assert by_pillow == [name for name in KINDS if name.split()[0] in rare or name == "webp turned"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BROKEN if kind not in ("empty", "text")])
+# Not the JPEG 2000 bomb: OpenJPEG decodes it, and no file comes here before its header was found good.
+NO_IMAGES = [kind for kind in BROKEN if kind not in ("empty", "text", "jp2 of 30000 x 30000")]
+
+
+@pytest.mark.parametrize("kind", NO_IMAGES)
 @devices
 def test_broken_file_leaves_its_neighbours_intact(
     dali: ImageBackend, pillow: PillowBackend, device: Device, kind: str

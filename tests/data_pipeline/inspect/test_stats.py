@@ -184,7 +184,8 @@ def test_grid_page_shows_every_class_and_loads_nothing(folder: Path, tmp_path: P
     assert all((p["src"] or "").startswith("data:image/jpeg;base64,") for p in pictures)
     assert not re.search(r"https?:|onerror=\"", text) and "\x1b" not in text
     assert '<img src=x onerror="alert(1)"> & \\x1b[31m' in page.texts  # as text, not as a tag
-    assert "not an image of a known format (JPEG, PNG, BMP, WebP, TIFF, GIF)" in page.texts
+    known = "JPEG, PNG, BMP, WebP, TIFF, GIF, PNM, AVIF, JPEG 2000, ICO, TGA"
+    assert f"not an image of a known format ({known})" in page.texts
     assert "data / train: 20 images of 3 classes" in page.texts and "6 images" in page.texts
     assert any(p["title"] == "train/n2/caf\\xe9.jpg" for p in pictures)
     encoded = (pictures[0]["src"] or "").partition(",")[2]

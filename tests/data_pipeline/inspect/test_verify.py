@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -183,3 +184,85 @@ def test_verify_reads_foreign_shards_without_hashes(shards: Path, tmp_path: Path
     assert all(path.startswith("mine-train-shard-") for path, _ in report.splits[0].bad)
     assert open_dataset(tmp_path, "train").num_quarantined == 3
     assert verify(tmp_path, ["train"], workers=1).repaired == ()
+
+
+@pytest.fixture
+def read_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, in which no list can be written: as root, modes forbid nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder / f".{QUARANTINE}.writing").mkdir()
+    return folder
+
+
+def test_list_of_read_only_data_goes_to_the_users_cache(
+    read_only: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = run(read_only, "--workers", "1")
+    (kept,) = (tmp_path / "cache").rglob(QUARANTINE)
+    assert result.exit_code == 3 and result.stdout.splitlines()[1].startswith("  train/a/007.jpg: truncated")
+    assert result.stdout.splitlines()[-1] == f"{kept} lists 4 (4 new): training leaves them out"
+    where = read_only / QUARANTINE
+    assert f"the quarantine list {where} could not be written: Is a directory; it is kept in" in result.stderr
+    monkeypatch.setattr(logging.getLogger("data_pipeline"), "propagate", True)  # the command ended that
+    with caplog.at_level(logging.INFO, "data_pipeline"):
+        assert open_dataset(read_only, "train").num_quarantined == 3
+    assert caplog.messages == [f"train: 3 of 82 images in quarantine left out, by the list {kept}"]
+    again = json.loads(run(read_only, "--json", "--workers", "1").stdout)
+    assert (again["num_added"], again["quarantine"], again["unsaved"]) == (0, str(kept), None)
+
+    (read_only / f".{QUARANTINE}.writing").rmdir()
+    (read_only / "val" / "b" / "empty.jpg").write_bytes(WHOLE)
+    assert run(read_only, "--workers", "1").exit_code == 3
+    assert len(read_exclude_list(where)) == 3 and not kept.exists(), "it would outdo a list beside the data"
+
+
+def test_stale_list_of_read_only_data_is_outdone(read_only: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"path": name, "reason": "old"}) + "\n" for name in (*FOUND, "train/a/001.jpg")]
+    (read_only / QUARANTINE).write_text("".join(rows))
+    os.utime(read_only / QUARANTINE, ns=(0, 0))
+    assert open_dataset(read_only, "train").num_quarantined == 4
+    assert [name for name, _ in verify(read_only, workers=1).repaired] == ["train/a/001.jpg"]
+    assert open_dataset(read_only, "train").num_quarantined == 3
+    (read_only / QUARANTINE).touch()  # somebody has renewed it since
+    assert open_dataset(read_only, "train").num_quarantined == 4
+
+
+def test_result_comes_first_where_no_list_can_be_written(read_only: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    result = run(read_only, "--json", "--workers", "1")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 3 and found["splits"]["train"]["num_bad"] == 3 and found["quarantine"] is None
+    unsaved = found["unsaved"]
+    assert "Is a directory; nor in the user's cache: " in unsaved
+    assert result.stderr.splitlines()[-1] == f"warning: {unsaved}; name another file with --list FILE"
+    text = run(read_only, "--workers", "1")
+    assert text.exit_code == 3 and "  train/a/007.jpg: truncated JPEG" in text.stdout
+
+
+def test_list_goes_where_it_is_told(read_only: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "mine.jsonl"
+    result = run(read_only, "--list", listed, "--workers", "1")
+    assert result.exit_code == 3 and f"{listed} lists 4 (4 new)" in result.stdout
+    assert_found(read_exclude_list(listed))
+    assert not (tmp_path / "cache").exists() and not (read_only / QUARANTINE).exists()
+    assert open_dataset(read_only, "train", quarantine=listed).num_quarantined == 3
+    for taken in (read_only / "train" / "a" / "000.jpg", read_only / "train"):
+        before = taken.read_bytes() if taken.is_file() else b""
+        refused = run(read_only, "--list", taken, "--workers", "1")
+        assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
+        assert not before or taken.read_bytes() == before
+
+
+def test_reports_count_what_was_passed_over(folder: Path) -> None:
+    (folder / "train" / "a" / "x.heic").touch()
+    (folder / "train" / "loose.jpg").write_bytes(WHOLE)
+    found = json.loads(run(folder, "--json", "--workers", "1").stdout)["splits"]
+    assert (found["train"]["passed_over"], found["train"]["num_loose"]) == ({".heic": 1}, 1)
+    assert (found["val"]["passed_over"], found["val"]["num_loose"]) == ({}, 0)
+    line = "passed over: 1 file that is no image (1 .heic), 1 image beside the class folders"
+    assert f"  {line}" in run(folder, "--workers", "1").stdout.splitlines()
+    info = CliRunner().invoke(main, ["data", "info", str(folder), "--workers", "1"])
+    assert f"train: {line.replace(':', '', 1)}" in info.stdout.splitlines()

@@ -20,6 +20,7 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.open import open_dataset
+from data_pipeline.decode.pillow import decode_rgb
 from data_pipeline.sharding.write import parse_size, write_shards
 from tests.helpers.images import encode, photo, write_folder
 
@@ -185,3 +186,40 @@ def test_shards_and_manifests_of_others_are_not_replaced(files: Path, shards: Pa
     assert report.num_reused == report.num_shards - 2
     other.unlink()
     assert hashes(out) == hashes(shards)
+
+
+def test_shards_keep_rare_kinds_and_files_without_suffix(tmp_path: Path) -> None:
+    write_folder(tmp_path / "d" / "train", {"a": 1, "b": 1}, side=16)
+    kinds = {"p.jfif": "JPEG", "q.ppm": "PPM", "r.avif": "AVIF", "s.jp2": "JPEG2000", "t.tga": "TGA",
+             "IMG_1": "JPEG", "IMG_2": "PPM"}  # fmt: skip
+    for name, kind in kinds.items():
+        (tmp_path / "d" / "train" / "a" / name).write_bytes(encode(photo(16, 16), kind))
+    write_shards(tmp_path / "d", tmp_path / "s", workers=1)
+    files, shards = open_dataset(tmp_path / "d", "train"), open_dataset(tmp_path / "s", "train")
+    assert [decode_rgb(shards.read(i)).size for i in range(len(shards))] == [(16, 16)] * 9
+    assert [shards.read(i) for i in range(9)] == [files.read(i) for i in range(9)]
+    assert [Path(shards.name_at(i)).suffix[1:] for i in range(9)] == [
+        "jpg", "jpg", "ppm", "jpg", "ppm", "avif", "jp2", "tga", "jpg"
+    ]  # fmt: skip
+    assert shards.table is not None and shards.table.direct.sum() == 4
+
+
+def test_foreign_shards_count_what_they_pass_over(tmp_path: Path) -> None:
+    jpeg = encode(photo(16, 16), "JPEG")
+    members = {
+        "0.jfif": jpeg,
+        "0.cls": b"0",
+        "0.json": b"{}",
+        "1": jpeg,
+        "1.cls": b"1",
+        "2.heic": b"",
+        "2.cls": b"1",
+    }
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    found = open_dataset(tmp_path, "train")
+    assert [found.read(i) for i in range(len(found))] == [jpeg, jpeg] and found.labels.tolist() == [0, 1]
+    assert found.passed_over.by_count == {".heic": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import logging
 import os
@@ -16,6 +17,7 @@ from data_pipeline.common.files import read_file
 from data_pipeline.common.text import printable
 from data_pipeline.loader import ImageSource
 from infer.predict.inputs import Inputs, find_inputs, path_of
+from tests.helpers.images import encode, photo
 
 
 def touch(root: Path, *names: str) -> None:
@@ -50,7 +52,7 @@ def test_inputs_that_do_not_exist_are_wrong_use(tmp_path: Path) -> None:
     for argument, words in {
         "missing.jpg": "no such file or folder: .*missing.jpg",
         "*.jpg": "no file or folder matches .*",
-        "empty": r"no images in .*empty: looked for .bmp.*shards/\*.tar",
+        "empty": r"no images in .*empty: looked for .jpg, .png.*shards/\*.tar",
     }.items():
         with pytest.raises(UserError, match=words):
             find_inputs([tmp_path / argument])
@@ -229,3 +231,36 @@ def test_what_is_no_list_of_paths_is_named(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(JPEG)
     with pytest.raises(UserError, match=r"photo.jpg is an image and no list of paths: leave out the @"):
         find_inputs([f"@{tmp_path}/photo.jpg"])
+
+
+def test_what_is_no_image_is_passed_over_and_counted(tmp_path: Path) -> None:
+    jpeg = encode(photo(8, 8), "JPEG")
+    touch(tmp_path, "f/a.jfif", "f/b.heic", "f/deep/c.txt", "f/__MACOSX/d.jpg", "f/Thumbs.db")
+    (tmp_path / "f" / "IMG_1").write_bytes(jpeg)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in (("0.avif", b""), ("0.cls", b"1"), ("1", jpeg), ("2", b"text"), ("3.heic", b"")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    found = find_inputs([tmp_path / "f", tmp_path / "s.tar"])
+    assert found.passed_over.by_count == {".heic": 1, ".txt": 1}
+    for _ in range(2):
+        assert names(found, tmp_path) == ["f/IMG_1", "f/a.jfif", "s.tar/0.avif", "s.tar/1"]
+        assert found.passed_over.by_count == {".heic": 2, "": 1, ".txt": 1}
+    with pytest.raises(
+        UserError, match=r"no images in .*deep, but 1 file that is no image \(1 .txt\): looked"
+    ):
+        find_inputs([tmp_path / "f" / "deep"])
+
+
+def test_compressed_shards_are_told_to_be_unpacked(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar")
+    (tmp_path / "s.tar.gz").write_bytes(gzip.compress((tmp_path / "s.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"s.tar.gz is compressed: .* unpack it to .tar first, with gunzip"):
+        find_inputs([tmp_path / "s.tar.gz"])
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/s.tar.gz\n")
+    (tmp_path / "s.tar").write_bytes((tmp_path / "s.tar.gz").read_bytes())
+    for item in (*find_inputs([f"@{tmp_path}/list.txt"]), *find_inputs([tmp_path / "s.tar"])):
+        assert isinstance(item, ImageSource)
+        with pytest.raises(ImageError, match=r"compressed.*: shards are read at any place, so unpack it"):
+            item.read(10**6)
