@@ -105,7 +105,9 @@ def is_image_start(head: bytes) -> bool:
         head: the first `TELLING_BYTES` or more; all, if there are less.
     """
     head = head[:TELLING_BYTES]
-    return is_image_head(head) and (head[0] >= 0x80 or b"\0\0" in head or any(byte in _NEVER_IN_TEXT for byte in head))
+    if not is_image_head(head):
+        return False
+    return head[0] >= 0x80 or b"\0\0" in head or any(byte in _NEVER_IN_TEXT for byte in head)
 
 
 def open_image(encoded: bytes) -> ImageFile.ImageFile:
