@@ -9,7 +9,9 @@ starts at once; a name of the Python interface is imported when it is first aske
 from __future__ import annotations
 
 import importlib
+import runpy
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,11 +49,13 @@ TRAINING_PACKAGES = {"torch", "torchvision", "onnx", "onnxscript", "tensorboard"
 def __getattr__(name: str) -> Any:
     if name not in INTERFACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _import(INTERFACE[name])
+    return _import(INTERFACE[name], "data_pipeline", "infer")  # a script may have a train.py of its own
 
 
-def _import(place: str) -> Any:
-    """The object at a `module:attribute`."""
+def _import(place: str, *packages: str) -> Any:
+    """The object at a `module:attribute`, of our packages and not of others that Python finds first."""
+    start = Path(__file__).parent / "data_pipeline/common/start.py"
+    runpy.run_path(str(start))["import_own"](*packages)
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -70,7 +74,7 @@ class FrontDoor(click.Group):
         """One command or group; None for a name that is none."""
         if cmd_name not in COMMANDS:
             return None
-        command = _import(COMMANDS[cmd_name])
+        command = _import(COMMANDS[cmd_name], "data_pipeline", "infer", "train")
         assert isinstance(command, click.Command)
         return command
 
