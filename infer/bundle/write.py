@@ -10,8 +10,9 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
+from data_pipeline.common.sealed import encode_sealed
 from infer.bundle.load import Bundle, file_problem, load_bundle
-from infer.bundle.manifest import Manifest, encode_manifest
+from infer.bundle.manifest import Manifest
 from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
 
 
@@ -98,7 +99,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
         The bundle, read back and verified.
     """
     assert manifest.report is not None, "only what passed the gate is shipped"
-    (staging / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    (staging / MANIFEST_NAME).write_bytes(encode_sealed(manifest))
     sync_files(staging, (*manifest.files, MANIFEST_NAME))
     aside = staging.with_name(staging.name + ".replaced")
     if target.exists():
