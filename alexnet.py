@@ -87,18 +87,18 @@ class FrontDoor(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
+            from data_pipeline.common.errors import line_of
             from data_pipeline.common.text import visible
 
-            code = getattr(error, "exit_code", None)
+            known = line_of(error)
             if isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES:
-                code = EXIT_WRONG_USE
-                click.echo(f"error: {error.name} is not installed: pip install 'alexnet[train]'", err=True)
-            elif code is None:
-                what = visible((str(error).splitlines() or [""])[0])
-                click.echo(f"error: {type(error).__name__}: {what} (traceback: alexnet --debug …)", err=True)
-            else:
-                click.echo(f"error: {visible(str(error))}", err=True)
-            raise click.exceptions.Exit(code or 1) from error
+                known = f"{error.name} is not installed: pip install 'alexnet[train]'", EXIT_WRONG_USE
+            if known is None:
+                what = (str(error).splitlines() or [""])[0]
+                known = f"{type(error).__name__}: {what} (traceback: alexnet --debug …)", 1
+            line, code = known
+            click.echo(f"error: {visible(line)}", err=True)
+            raise click.exceptions.Exit(code) from error
 
 
 @click.group(cls=FrontDoor, context_settings={"help_option_names": ["-h", "--help"]})

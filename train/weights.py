@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import writing_to
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.format import Pointer, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
@@ -51,7 +52,7 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         target: `safetensors`, with configuration and classes in its metadata; or `torchvision`, a state
             dict that `torchvision.models.alexnet(num_classes=…)` loads.
     Raises:
-        UserError: torchvision has no such network.
+        UserError: torchvision has no such network, or nothing can be written there.
     """
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
@@ -61,7 +62,8 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
                 "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
                 f"`{model.name}` with {model.hidden_units}"
             )
-        torch.save(weights, path)
+        with writing_to(path, "name another file"), path.open("wb") as file:
+            torch.save(weights, file)
         return
     metadata = {
         "config": msgspec.json.encode(checkpoint.config).decode(),
@@ -70,7 +72,9 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         "labels_text": json.dumps(checkpoint.labels_text),
         "checkpoint_sha256": checkpoint.sha256,
     }
-    save_file(weights, path, metadata=metadata)
+    with writing_to(path, "name another file"):
+        path.open("ab").close()  # its own error has no number
+        save_file(weights, path, metadata=metadata)
 
 
 def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None) -> Path:

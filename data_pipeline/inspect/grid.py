@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import ImageError, SaveError, UserError
-from data_pipeline.common.files import write_atomic
+from data_pipeline.common.files import check_writable, write_atomic
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.header import read_header
@@ -34,12 +34,13 @@ def check_grid_path(path: Path) -> None:
     """Refuse a file that will not be written, before hours are spent on its content.
 
     Raises:
-        UserError: another suffix, or no such folder.
+        UserError: another suffix, no such folder, or one that cannot be written to.
     """
     if path.suffix.lower() != ".html":
         raise UserError(f"--grid {printable(path)}: the name must end in .html")
     if not path.parent.is_dir():
         raise UserError(f"--grid {printable(path)}: there is no folder {printable(path.parent)}")
+    check_writable(path.parent, "name another file with --grid", path)
 
 
 def write_grid(info: Info, dataset: Dataset, path: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import fsync_path, sha256_of
+from data_pipeline.common.files import fsync_path, sha256_of, writing_to
 from data_pipeline.common.sealed import encode_sealed
 from infer.bundle.load import Bundle, file_problem, load_bundle
 from infer.bundle.manifest import Manifest
@@ -21,11 +21,13 @@ def staging_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside `target` to build an export in; it is deleted afterwards in any case.
 
     Raises:
-        UserError: `target` holds something that is not an export of ours, which is never replaced.
+        UserError: `target` holds something that is not an export of ours, which is never replaced; or it
+            cannot be written.
     """
     check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+    with writing_to(target, "name another folder for the export"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
     try:
         yield folder
     finally:
