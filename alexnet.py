@@ -9,7 +9,9 @@ starts at once; a name of the Python interface is imported when it is first aske
 from __future__ import annotations
 
 import importlib
+import runpy
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,11 +51,13 @@ TRAINING_PACKAGES = {"torch", "torchvision", "onnx", "onnxscript", "tensorboard"
 def __getattr__(name: str) -> Any:
     if name not in INTERFACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _import(INTERFACE[name])
+    return _import(INTERFACE[name], "data_pipeline", "infer")  # a script may have a train.py of its own
 
 
-def _import(place: str) -> Any:
-    """The object at a `module:attribute`."""
+def _import(place: str, *packages: str) -> Any:
+    """The object at a `module:attribute`, of our packages and not of others that Python finds first."""
+    start = Path(__file__).parent / "data_pipeline/common/start.py"
+    runpy.run_path(str(start))["import_own"](*packages)
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -72,7 +76,7 @@ class FrontDoor(click.Group):
         """One command or group; None for a name that is none."""
         if cmd_name not in COMMANDS:
             return None
-        command = _import(COMMANDS[cmd_name])
+        command = _import(COMMANDS[cmd_name], "data_pipeline", "infer", "train")
         assert isinstance(command, click.Command)
         return command
 
@@ -100,18 +104,18 @@ class FrontDoor(click.Group):
                 raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from None
             if ctx.params.get("debug"):
                 raise
+            from data_pipeline.common.errors import line_of
             from data_pipeline.common.text import visible
 
-            code = getattr(error, "exit_code", None)
+            known = line_of(error)
             if isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES:
-                code = EXIT_WRONG_USE
-                click.echo(f"error: {error.name} is not installed: pip install 'alexnet[train]'", err=True)
-            elif code is None:
-                what = visible((str(error).splitlines() or [""])[0])
-                click.echo(f"error: {type(error).__name__}: {what} (traceback: alexnet --debug …)", err=True)
-            else:
-                click.echo(f"error: {visible(str(error))}", err=True)
-            raise click.exceptions.Exit(code or 1) from error
+                known = f"{error.name} is not installed: pip install 'alexnet[train]'", EXIT_WRONG_USE
+            if known is None:
+                what = (str(error).splitlines() or [""])[0]
+                known = f"{type(error).__name__}: {what} (traceback: alexnet --debug …)", 1
+            line, code = known
+            click.echo(f"error: {visible(line)}", err=True)
+            raise click.exceptions.Exit(code) from error
 
 
 @click.group(cls=FrontDoor, context_settings={"help_option_names": ["-h", "--help"]})

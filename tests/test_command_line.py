@@ -243,6 +243,49 @@ def test_unexpected_error_is_one_line_or_traceback_with_debug(monkeypatch: pytes
     assert isinstance(invoke("--debug", "doctor").exception, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("data demo OUT", "name another folder: alexnet data demo DIR"),
+        ("data shard DATA OUT", "name another folder"),
+        ("data download cifar10 OUT", "name another folder"),
+        ("data info DATA --sample 1 --grid FILE/x.html", "there is no folder"),
+        ("checkpoint convert RUN OUT --to safetensors", "name another file"),
+        ("checkpoint convert WEIGHTS OUT", "name another folder for the run"),
+        ("export RUN --data DATA --out OUT", "name another folder for the export"),
+        ("export RUN --data DATA --triton OUT", "name another folder with --triton"),
+        ("bench lr --plot FILE/x.png", "there is no folder"),
+    ],
+)
+def test_place_that_cannot_be_written_to_is_one_line(
+    command: str, advice: str, run: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    """Below a file, where not even root can write."""
+    (tmp_path / "file").touch()
+    checkpoint, weights = run / "checkpoints" / "step-00000007", tmp_path / "w.safetensors"
+    if "WEIGHTS" in command:
+        assert invoke("checkpoint", "convert", checkpoint, weights, "--to", "safetensors").exit_code == 0
+    places = {
+        "OUT": tmp_path / "file" / "out", "FILE": tmp_path / "file", "RUN": checkpoint, "WEIGHTS": weights,
+        "DATA": demo_data,
+    }  # fmt: skip
+    for name, place in places.items():
+        command = command.replace(name, str(place))
+    result = invoke(*command.split())
+    assert_one_line(result, 2, advice)
+    assert str(tmp_path / "file") in result.stderr
+
+
+def test_errors_of_the_system_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/secret/x")
+
+    monkeypatch.setattr("data_pipeline.datasets.demo.write_demo", refuse)
+    expected = "error: /secret/x: Permission denied; change its permissions, or name another place\n"
+    assert invoke("data", "demo").stderr == expected
+    assert isinstance(invoke("--debug", "data", "demo").exception, PermissionError)
+
+
 def test_data_shard_writes_once_and_refuses_a_wrong_size(demo_data: Path, tmp_path: Path) -> None:
     wrong = invoke("data", "shard", demo_data, tmp_path / "s", "--shard-size", "many")
     assert_one_line(wrong, 2, "'many' is not a size")

@@ -15,15 +15,8 @@ import msgspec
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.common.console import set_up_logging
-from data_pipeline.common.errors import (
-    CorruptFileError,
-    DivergedError,
-    InterruptedRunError,
-    RankLostError,
-    SaveError,
-    UserError,
-    WorkerError,
-)
+from data_pipeline.common.errors import DivergedError, InterruptedRunError, RankLostError, line_of
+from data_pipeline.common.files import check_writable
 from data_pipeline.common.streams import (
     EXIT_BROKEN_PIPE,
     require_utf8,
@@ -46,11 +39,6 @@ from train.state import RunState
 
 log = logging.getLogger("train")
 
-EXPECTED_ERRORS = (
-    UserError, CorruptFileError, DivergedError, SaveError, InterruptedRunError, RankLostError, WorkerError,
-)  # fmt: skip
-"""Errors that are logged as one line, without a traceback."""
-
 MAIN_RANK_FIRST_S = 5.0
 """Seconds for which the other ranks hold back an error. Most errors occur on every rank: rank 0 logs its own,
 exits, and torchrun ends the others within this time. An error of one rank alone is logged after it. No
@@ -70,6 +58,8 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
     with ExitStack() as stack:
         interrupt = stack.enter_context(closing(Interrupt()))  # closed last: it ignores a second signal
         world = stack.enter_context(open_world(config.device, config.timeout_s))
+        if resume in ("none", "auto"):  # else the run may lie elsewhere
+            world.broadcast_object(lambda: check_writable(out, "name another folder with --out"))
         run = build_run(config, out, resume, world, stack, interrupt)
         started = time.monotonic()
         try:
@@ -141,20 +131,20 @@ def main(
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
             return train(config, out, resume)
-        except BrokenPipeError:
-            if not silence_broken_streams():
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and silence_broken_streams():
+                sys.exit(EXIT_BROKEN_PIPE)
+            known = line_of(error)
+            if debug or known is None:
                 raise
-            sys.exit(EXIT_BROKEN_PIPE)
-        except EXPECTED_ERRORS as error:
-            if debug:
-                raise
+            line, code = known
             if env_rank() != 0 and isinstance(error, InterruptedRunError):
-                sys.exit(error.exit_code)
+                sys.exit(code)
             # A rank that others do not join reports at once: each of them reports another one as lost.
             if env_rank() != 0 and not isinstance(error, RankLostError):
                 time.sleep(MAIN_RANK_FIRST_S)
-            click.echo(f"error: {visible(str(error))}", err=True)
-            sys.exit(error.exit_code)
+            click.echo(f"error: {visible(line)}", err=True)
+            sys.exit(code)
 
     result = run()
     if result is not None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import writing_to
 from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import names_in, printable
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -53,7 +54,8 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         target: `safetensors`, with configuration and classes in its metadata; or `torchvision`, a state
             dict that `torchvision.models.alexnet(num_classes=…)` loads.
     Raises:
-        UserError: torchvision has no such network, or there is such a file: weights are never replaced.
+        UserError: torchvision has no such network, nothing can be written there, or there is such a file:
+            weights are never replaced.
     """
     check_output(path, "TARGET", None, "weights", named=checkpoint.folder.iterdir())
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
@@ -64,7 +66,8 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
                 "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
                 f"`{model.name}` with {model.hidden_units}"
             )
-        torch.save(weights, path)
+        with writing_to(path, "name another file"), path.open("wb") as file:
+            torch.save(weights, file)
         return
     metadata = {
         "config": msgspec.json.encode(checkpoint.config).decode(),
@@ -73,7 +76,9 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
         "labels_text": json.dumps(checkpoint.labels_text),
         "checkpoint_sha256": checkpoint.sha256,
     }
-    save_file(weights, path, metadata=metadata)
+    with writing_to(path, "name another file"):
+        path.open("ab").close()  # its own error has no number
+        save_file(weights, path, metadata=metadata)
 
 
 def read_names(path: Path) -> tuple[str, ...]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from data_pipeline.common.text import printable
 
 EXIT_SOME_UNREADABLE = 3
 """Exit code of a command that finished, but could not read some of its inputs. No exception raises it."""
@@ -80,3 +84,33 @@ def name_continuation(how: str) -> Iterator[None]:
 
 class ImageError(Exception):
     """One file cannot be decoded. The message is the reason, without the file's name."""
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""Errors of a place that could be written to, and did not take all."""
+
+_ADVICE = {
+    **dict.fromkeys(FULL, "make room there, or name another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or name another place"),
+    **dict.fromkeys((errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "name another place"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "name another place"),
+    errno.ENOENT: "is the name right?",
+}
+
+
+def line_of(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code with which a command ends; None for an error that nobody foresaw.
+
+    The line of a system's error says where and what to do.
+
+    >>> line_of(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
+    ('/root/x: Permission denied; change its permissions, or name another place', 1)
+    """
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        return str(error), code
+    if not isinstance(error, OSError) or error.errno not in _ADVICE:
+        return None
+    name = error.filename if error.filename2 is None else error.filename2
+    where = f"{printable(os.fsdecode(name))}: " if isinstance(name, str | bytes) else ""
+    return f"{where}{error.strerror}; {_ADVICE[error.errno]}", 1

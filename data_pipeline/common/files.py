@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from data_pipeline.common.errors import CorruptFileError, ImageError
+from data_pipeline.common.errors import FULL, CorruptFileError, ImageError, SaveError, UserError
 from data_pipeline.common.image_kind import HEAD_BYTES, name_bytes
+from data_pipeline.common.text import printable
 
 _HASH_BYTES = 1 << 22
 """Bytes a read: large, since a thread that hashes waits for the interpreter between two reads."""
@@ -67,6 +71,45 @@ def write_atomic(path: Path, content: bytes) -> None:
     fsync_path(temporary)
     temporary.replace(path)
     fsync_path(path.parent)
+
+
+@contextmanager
+def writing_to(place: Path, instead: str) -> Iterator[None]:
+    """Turn a failure to write into one line that names the place.
+
+    Args:
+        place: that the user named, or that lies in it.
+        instead: what to do, such as "name another folder with --out".
+    Raises:
+        UserError: nothing can be written there: a read-only file system, no permission, a file in the way.
+        SaveError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = SaveError if error.errno in FULL else UserError
+        raise kind(f"cannot write {printable(place)}: {error.strerror or error}; {instead}") from error
+
+
+def check_writable(folder: Path, instead: str, file: Path | None = None) -> None:
+    """Raise before the work what writing into a folder, which need not be there yet, would raise after it.
+
+    Args:
+        folder: the place.
+        instead: see `writing_to`.
+        file: in the folder, to be named in its place.
+    Raises:
+        UserError: as `writing_to`.
+    """
+    there = Path(folder)
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    with writing_to(file or folder, instead):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{printable(there)} is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(number, os.strerror(number))
 
 
 class RetryingAppendFile:

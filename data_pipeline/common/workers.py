@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from data_pipeline.common.errors import WorkerError
+from data_pipeline.common.start import own_initializer
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,7 +46,8 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> G
         return
     # spawned, not forked: this process has threads
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    initializer, arguments = own_initializer("data_pipeline.common.workers:follow_parent")
+    pool = ProcessPoolExecutor(workers, context, initializer, arguments)
     pending: deque[Future[R]] = deque()
     try:
         pending += (pool.submit(function, item) for item in islice(remaining, _AHEAD * workers))
@@ -60,7 +62,8 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> G
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
+    """Leave Ctrl-C to the parent of this process, and end when the parent does."""
     # Ctrl-C reaches the whole group of processes; the parent ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()

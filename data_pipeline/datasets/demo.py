@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import writing_to
 from data_pipeline.common.text import printable
 
 DEMO_ROOT = Path("data/demo-digits")
@@ -37,7 +38,8 @@ def write_demo(root: Path) -> None:
     Args:
         root: the folder to make.
     Raises:
-        UserError: `root` holds something else, or scikit-learn is not installed.
+        UserError: `root` holds something else or cannot be written, or scikit-learn is not installed.
+        SaveError: the disk is full.
     """
     root = Path(root)
     if is_demo(root):
@@ -51,18 +53,19 @@ def write_demo(root: Path) -> None:
             "the demo data comes with scikit-learn, which is not installed: pip install 'alexnet[train]'"
         ) from error
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        _write(load_digits(), temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private
+    with writing_to(root, "name another folder: alexnet data demo DIR"):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
-            temporary.rename(root)  # replaces an empty folder, never a full one
-        except OSError:
-            if not is_demo(root):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write(load_digits(), temporary)
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            try:
+                temporary.rename(root)  # replaces an empty folder, never a full one
+            except OSError:
+                if not is_demo(root):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_demo(root: Path) -> bool:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from data_pipeline.common.console import Progress, show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.common.files import fsync_path, hash_of
+from data_pipeline.common.files import check_writable, fsync_path, hash_of
 from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
@@ -59,7 +59,7 @@ def fetch(
         attempts: see `ATTEMPTS`.
         pause_s: wait before the second attempt; doubled before each one after it.
     Raises:
-        UserError: a refusal by the server, or no connection that brings anything.
+        UserError: a refusal by the server, no connection that brings anything, or no place to write to.
         CorruptFileError: what arrived is not what was published; it is deleted.
         SaveError: a full disk.
     """
@@ -73,6 +73,7 @@ def fetch(
         log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
         path.unlink()
     part = path.with_name(f"{path.name}.part")
+    check_writable(path.parent, "name another folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _fetch_all(url, part, size_bytes, stall_s, attempts, pause_s)
     wrong = _difference(part, size_bytes, md5, sha256)

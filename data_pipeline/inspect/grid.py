@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import ImageError, SaveError, UserError
-from data_pipeline.common.files import write_atomic
+from data_pipeline.common.files import check_writable, write_atomic
 from data_pipeline.common.outputs import check_output, read_head
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
@@ -37,13 +37,14 @@ def check_grid_path(path: Path) -> None:
     """Refuse a file that will not be written, before hours are spent on its content.
 
     Raises:
-        UserError: another suffix, no such folder, or a file that is no class grid.
+        UserError: another suffix, no such folder or one that cannot be written to, or a file that is no grid.
     """
     if path.suffix.lower() != ".html":
         raise UserError(f"--grid {printable(path)}: the name must end in .html")
     if not path.parent.is_dir():
         raise UserError(f"--grid {printable(path)}: there is no folder {printable(path.parent)}")
     check_output(path, "--grid", _is_grid, "a page that --grid wrote")
+    check_writable(path.parent, "name another file with --grid", path)
 
 
 def _is_grid(path: Path) -> bool:

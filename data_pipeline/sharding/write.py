@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.common.files import fsync_path, sha256_of, write_atomic
+from data_pipeline.common.files import check_writable, fsync_path, sha256_of, write_atomic
 from data_pipeline.common.outputs import is_same_place
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
@@ -141,6 +141,7 @@ def write_shards(
     if resize_px is not None and resize_px < 8:
         raise UserError(f"resize_px must be at least 8, not {resize_px}")
     datasets = _open_source(source, out)
+    check_writable(out, "name another folder")
     splits = tuple(dataset.split for dataset in datasets)
     scale = 1.0 if resize_px is None else resized_share(datasets[0], resize_px, quality)
     sizes = [sizes_of(dataset) for dataset in datasets]
@@ -155,7 +156,8 @@ def write_shards(
         written = _write_all(plan, settings, workers)
         _write_manifest(out, datasets, plan, written, settings)
     except OSError as error:
-        raise SaveError(f"the shards in {printable(out)} could not be written: {error}") from error
+        reason = error.strerror or error
+        raise SaveError(f"the shards in {printable(out)} could not be written: {reason}") from error
     return ShardReport(
         num_samples=sum(len(dataset) for dataset in datasets),
         num_shards=len(plan),

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.start import own_script
 from infer.bench.bundle import make_bench_checkpoint, make_bench_data
 from infer.bench.cases import PHASES, BaselineCase, BundleCase
 from infer.bundle.load import Bundle
@@ -122,7 +123,7 @@ def measure_processes(bundle: Bundle, image: Path, num_rounds: int) -> dict[str,
         f"{usable_cores()}; o.InferenceSession({str(bundle.cpu_path)!r}, s, "
         "providers=['CPUExecutionProvider'])"
     )
-    alexnet = ["-m", "alexnet"]
+    alexnet = own_script("alexnet:main")
     commands = {
         "help": [*alexnet, "--help"],
         "import_click": ["-c", "import click"],

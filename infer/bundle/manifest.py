@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from datetime import datetime, timezone
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.sealed import SEAL, take_seal
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.gate_report import GateReport, Rebuild
 from infer.bundle.schema import (
@@ -34,7 +34,6 @@ from infer.bundle.schema import (
 )
 
 SCHEMA_VERSION = 1
-DIGEST_KEY = "manifest_sha256"
 MAX_MANIFEST_BYTES = 16 * 2**20
 # One component, no leading dot: a name can neither leave the folder nor hide in it.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -125,23 +124,9 @@ def now_utc() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
-def manifest_digest(plain: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's keys but its own, whatever their order and spacing in the file.
-
-    With it, the whole bundle has one name: the manifest holds the hashes of all files.
-    """
-    return hashlib.sha256(msgspec.json.encode(plain, order="sorted")).hexdigest()
-
-
 def read_digest(folder: Path) -> str:
     """The digest that a bundle's manifest carries; `read_manifest` compares it with the content."""
-    return str(msgspec.json.decode((folder / MANIFEST_NAME).read_bytes())[DIGEST_KEY])
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """The text of `bundle.json`: the manifest and its digest."""
-    plain = msgspec.json.decode(msgspec.json.encode(manifest))
-    return msgspec.json.format(msgspec.json.encode({**plain, DIGEST_KEY: manifest_digest(plain)})) + b"\n"
+    return str(msgspec.json.decode((folder / MANIFEST_NAME).read_bytes())[SEAL])
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -166,10 +151,9 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has schema {version}, and this program reads {SCHEMA_VERSION}: "
                 "export the checkpoint again"
             )
-        if plain.pop(DIGEST_KEY, None) != manifest_digest(plain):
+        if not take_seal(plain):
             raise CorruptFileError(
-                f"{path}: not what was exported (it does not match its {DIGEST_KEY}); "
-                "export the checkpoint again"
+                f"{path}: not what was exported (it does not match its {SEAL}); export the checkpoint again"
             )
         manifest = msgspec.convert(plain, Manifest)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:

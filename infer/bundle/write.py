@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import fsync_path, sha256_of
+from data_pipeline.common.files import fsync_path, sha256_of, writing_to
+from data_pipeline.common.sealed import encode_sealed
 from infer.bundle.load import FILE_NAMES, Bundle, file_problem, load_bundle
-from infer.bundle.manifest import Manifest, encode_manifest
+from infer.bundle.manifest import Manifest
 from infer.bundle.schema import MANIFEST_NAME, FileEntry
 
 
@@ -20,11 +21,13 @@ def staging_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside `target` to build an export in; it is deleted afterwards in any case.
 
     Raises:
-        UserError: `target` holds something that is not an export of ours, which is never replaced.
+        UserError: `target` holds something that is not an export of ours, which is never replaced; or it
+            cannot be written.
     """
     check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+    with writing_to(target, "name another folder for the export"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
     try:
         yield folder
     finally:
@@ -98,7 +101,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
         The bundle, read back and verified.
     """
     assert manifest.report is not None, "only what passed the gate is shipped"
-    (staging / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    (staging / MANIFEST_NAME).write_bytes(encode_sealed(manifest))
     sync_files(staging, (*manifest.files, MANIFEST_NAME))
     aside = staging.with_name(staging.name + ".replaced")
     if target.exists():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import fsync_path
+from data_pipeline.common.files import check_writable, fsync_path, writing_to
 from data_pipeline.common.text import visible
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import Manifest
@@ -38,10 +38,11 @@ def check_repository(root: Path, formats: Iterable[Format], precision: Precision
     """Refuse to write over an existing model.
 
     Raises:
-        UserError: a model of that name exists, or `root` is no folder.
+        UserError: a model of that name exists, or `root` is no folder or cannot be written to.
     """
     if root.exists() and not root.is_dir():
         raise UserError(f"--triton {root} is not a folder")
+    check_writable(root, "name another folder with --triton")
     for format in formats:
         model = root / model_name(format, precision)
         if model.exists() or model.is_symlink():
@@ -78,7 +79,8 @@ def write_repository(root: Path, bundles: Mapping[Format, Bundle]) -> list[Path]
         if format == "trt":
             assert bundle.manifest.engine is not None
             check_engine(bundle.manifest.engine.library)
-    root.mkdir(parents=True, exist_ok=True)
+    with writing_to(root, "name another folder with --triton"):
+        root.mkdir(parents=True, exist_ok=True)
     return [_write_model(root, format, bundle) for format, bundle in bundles.items()]
 
 

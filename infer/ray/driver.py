@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import WorkerError, name_continuation
 from data_pipeline.common.files import write_atomic
 from data_pipeline.common.passed_over import PassedOver
+from data_pipeline.common.start import START
 from data_pipeline.common.text import printable
 from infer.bundle.load import Bundle
 from infer.predict.inputs import find_inputs
@@ -89,9 +91,10 @@ def _predict_parts(
     if not share.gpus:
         settings["device"] = "cpu"
     numbers = ray.data.from_items(missing, override_num_blocks=min(len(missing), _MAX_BLOCKS))
+    arguments = (plan, bundle.folder.resolve(), options.strict, settings)
     rows = numbers.map(  # Ray restarts an actor that dies, and gives its part to another
-        PartWorker,
-        fn_constructor_args=(plan, bundle.folder.resolve(), options.strict, settings),
+        _make_worker_class(),
+        fn_constructor_args=(str(START), pickle.dumps((PartWorker, arguments))),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         num_cpus=share.threads,
         num_gpus=share.gpus,
@@ -104,6 +107,29 @@ def _predict_parts(
             logged.add(result.runs_on)
             log.info(f"runs on: {result.runs_on} ({result.host})")
         yield result
+
+
+def _make_worker_class() -> type[Any]:
+    """A class that Ray sends whole: a worker imports ours by its name, in the driver's folder first."""
+
+    class Worker:
+        """A `PartWorker` of the packages that this machine has installed."""
+
+        def __init__(self, start: str, pickled: bytes) -> None:
+            import pickle
+            import runpy
+            from pathlib import Path
+
+            if Path(start).is_file():  # another machine may have them elsewhere
+                runpy.run_path(start)["import_own"]("data_pipeline", "infer")
+            make, arguments = pickle.loads(pickled)
+            self._worker = make(*arguments)
+
+        def __call__(self, row: dict[str, int]) -> Any:
+            """See `PartWorker`."""
+            return self._worker(row)
+
+    return Worker
 
 
 def _items(rows: Iterator[dict[str, Any]]) -> Iterator[PartResult | Exception]:

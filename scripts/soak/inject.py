@@ -37,7 +37,7 @@ class DamagedCheckpoint:
     Attributes:
         step: its step.
         gone: whether all of it is gone, so that no log line can name it.
-        detectable: whether verification finds the damage; a bit of a metric in the manifest changes nothing.
+        detectable: whether verification finds the damage: all but a metric's digit beyond precision.
     """
 
     step: int
@@ -159,7 +159,7 @@ def damage_checkpoint(hit: InjectedFault, launch: Launch, damage: Damage, genera
         shutil.rmtree(newest) if path == newest else path.unlink()
         hit.what += f"{path.relative_to(newest.parent)} removed"
     detectable = not _is_whole(newest)
-    hit.what += "" if detectable else ", which no hash covers"
+    hit.what += "" if detectable else ", which changes no value"
     step = int(newest.name.removeprefix("step-"))
     damage.checkpoint = DamagedCheckpoint(step, gone=not newest.exists(), detectable=detectable)
     return True

@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from data_pipeline.common.files import sha256_of
+from data_pipeline.common.sealed import SEAL, seal_of
 from tests.helpers.ranks import TINY
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import MANIFEST, STATE, Pointer, Snapshot
@@ -79,10 +80,11 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def forge(folder: Path, **changes: object) -> None:
-    """Make a checkpoint's manifest fit its state file, with some fields changed."""
+    """Make a checkpoint's manifest fit its state file, with some fields changed, and seal it again."""
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
     manifest |= {"sha256": sha256_of(folder / STATE), "size_bytes": (folder / STATE).stat().st_size}
-    replace(folder / MANIFEST, msgspec.json.encode(manifest | changes))
+    manifest |= changes
+    replace(folder / MANIFEST, msgspec.json.encode(manifest | {SEAL: seal_of(manifest)}))
 
 
 class Evil:

@@ -10,10 +10,11 @@ import msgspec
 import torch
 
 from data_pipeline.common.files import sha256_of
+from data_pipeline.common.sealed import SEAL, encode_sealed, seal_of
 from data_pipeline.datasets.demo import write_demo
 from infer.bundle.gate_report import LIMITS, Agreement, GateReport
 from infer.bundle.load import Bundle, load_bundle
-from infer.bundle.manifest import DIGEST_KEY, SCHEMA_VERSION, Manifest, encode_manifest, manifest_digest
+from infer.bundle.manifest import SCHEMA_VERSION, Manifest
 from infer.bundle.schema import (
     MANIFEST_NAME,
     Engine,
@@ -171,7 +172,7 @@ def write_tiny(
         name: FileEntry(sha256=sha256_of(folder / name), size_bytes=len(content)) for name in manifest.files
     }
     manifest = msgspec.structs.replace(manifest, files=files)
-    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    (folder / MANIFEST_NAME).write_bytes(encode_sealed(manifest))
     return folder
 
 
@@ -179,5 +180,4 @@ def edit_manifest(folder: Path, **changes: object) -> None:
     """Change keys of a manifest and its digest with them, as somebody would who knows how."""
     path = folder / MANIFEST_NAME
     plain = {**msgspec.json.decode(path.read_bytes(), type=dict[str, Any]), **changes}
-    plain.pop(DIGEST_KEY, None)
-    path.write_bytes(msgspec.json.encode({**plain, DIGEST_KEY: manifest_digest(plain)}))
+    path.write_bytes(msgspec.json.encode({**plain, SEAL: seal_of(plain)}))

@@ -71,6 +71,17 @@ def test_train_refuses_unusable_data_with_code_2(
 
 
 @pytest.mark.slow
+def test_out_that_cannot_be_written_to_is_one_line(demo_data: Path, tmp_path: Path) -> None:
+    """On every rank the same, before the data is looked at."""
+    (tmp_path / "file").touch()
+    done = run_ranks(2, ["train.main", f"--data={demo_data}", "--out=file/runs"], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    log, error = done.stderr.splitlines()
+    assert log.startswith("recipe demo")
+    assert error == "error: cannot write file/runs: file is not a folder; name another folder with --out"
+
+
+@pytest.mark.slow
 def test_train_passes_on_the_ranks_error_line_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.start import own_command
 
 Report = dict[str, Any]
 """The object that `--json` prints."""
@@ -39,10 +40,11 @@ class Case:
     def __init__(self, stack: ExitStack, make: Callable[..., object], *arguments: object) -> None:
         self._name = " ".join(map(str, arguments))
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
-        command = [sys.executable, "-m", "train.bench.harness"]
+        command = own_command("train.bench.harness:serve")
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
         assert process.stdin is not None and process.stdout is not None
         self._requests, self._replies = process.stdin, process.stdout
+        pickle.dump(sys.path, self._requests)  # it imports what this process would
         self.request(make, *arguments)
 
     def request(self, method: object, *arguments: object) -> Any:
@@ -55,10 +57,12 @@ class Case:
             raise RuntimeError(f"the measurement of {self._name} ended early: its message is above") from None
 
 
-def _serve() -> None:
+def serve() -> None:
+    """Be the process of a case: answer the requests on stdin, until it ends."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to stderr
     with ExitStack() as stack:
+        sys.path[:] = pickle.load(sys.stdin.buffer)
         make, *arguments = pickle.load(sys.stdin.buffer)
         case, reply = make(stack, *arguments), None
         while True:
@@ -166,7 +170,3 @@ def machine_name(device: str = "cpu") -> str:
     import torch  # not in every case's process: its memory is measured
 
     return f"{platform.machine()}, {torch.cuda.get_device_name()}"
-
-
-if __name__ == "__main__":
-    _serve()

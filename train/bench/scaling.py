@@ -4,7 +4,7 @@ Every rank keeps its batch (weak scaling), and its share of the cores. Beside th
 steps run on the same ranks at the same time and send nothing. Efficiency is their time over that of a step:
 the cost of the traffic alone. `vs_one_rank` also has what ranks of one machine take from each other.
 
-The ranks run `torchrun … -m train.bench.scaling SPEC`, of which rank 0 prints JSON.
+The ranks run `main` under torchrun, of which rank 0 prints JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.start import own_command, own_script
 from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines, time_calls
 from train.bench.traffic import sent_bytes
 from train.bench.trainer import bench_config, make_noise_parts, noise_batch, wait_for
@@ -121,16 +122,16 @@ def bench_scaling(
 
 def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> dict[str, Figures]:
     """Start the ranks by torchrun, on one host or on two; return figures by mode and `alone`."""
-    module = ["-m", "train.bench.scaling", msgspec.json.encode(spec).decode()]
+    script = [*own_script("train.bench.scaling:main"), msgspec.json.encode(spec).decode()]
     if link == "loopback":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*own_command("torch.distributed.run:main"), "--standalone", f"--nproc_per_node={ranks}"]
     else:
         if not SCRIPT.is_file():
             raise UserError(f"--link needs scripts/{SCRIPT.name} of the project, which its wheel has not")
         command = ["bash", str(SCRIPT), link, str(ranks // 2), "--"]
     threads = {"OMP_NUM_THREADS": str(spec.threads)} if spec.threads else {}
     environment = {**os.environ, "PYTHON": sys.executable, **threads}
-    done = subprocess.run([*command, *module], stdout=subprocess.PIPE, env=environment)
+    done = subprocess.run([*command, *script], stdout=subprocess.PIPE, env=environment)
     if done.returncode:
         raise UserError(f"{ranks} rank(s) over {link} failed: their message is above")
     return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[str, Figures])
@@ -230,16 +231,12 @@ def formula_bytes(parts: StepParts, spec: ScalingSpec, mode: str, hidden_units: 
     return round(there_and_back * (4 * (all_parameters - in_layers) + spec.rank_batch * ranks * numbers))
 
 
-def main(text: str) -> None:
-    """Measure, and print the figures on rank 0."""
-    spec = msgspec.json.decode(text, type=ScalingSpec)
+def main() -> None:
+    """Be a rank: measure what the command line says in JSON, and print the figures on rank 0."""
+    spec = msgspec.json.decode(sys.argv[1], type=ScalingSpec)
     if spec.device == "cpu":
         torch.set_num_threads(spec.threads)
     with open_world(spec.device) as world:
         found = measure(spec, world)
         if world.is_main:
             click.echo(msgspec.json.encode(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -15,7 +15,8 @@ import msgspec
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import read_small, write_json
+from data_pipeline.common.files import read_small, write_atomic, write_json
+from data_pipeline.common.sealed import SEAL, encode_sealed, take_seal
 from data_pipeline.datasets.dataset import Contents
 from train.checkpoints.safe_load import check_tensors
 from train.config.schema import RunConfig
@@ -29,7 +30,7 @@ Weights = Literal["last", "average"]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`manifest.json`: size and SHA-256 of `state.pt`, checked before it is loaded.
+    """`manifest.json`: size and SHA-256 of `state.pt`, checked before it is loaded; sealed by its own hash.
 
     Attributes:
         metrics: of the validation split, computed with the weights that `weights` names.
@@ -146,19 +147,29 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json` of one checkpoint.
 
     Raises:
-        CorruptFileError: it is missing or damaged.
+        CorruptFileError: it is missing, damaged or changed.
         UserError: a checkpoint of another format.
     """
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(read_small(path), type=Manifest)
+        plain = msgspec.json.decode(read_small(path), type=dict[str, Any])
+        if (found := msgspec.convert(plain.get("format"), int)) != FORMAT:
+            raise UserError(f"checkpoint {folder} has format {found}; this version reads {FORMAT}")
+        if not take_seal(plain):
+            raise CorruptFileError(
+                f"checkpoint manifest {path} is not what was written: it does not match its {SEAL}; "
+                "use an earlier one"
+            )
+        return msgspec.convert(plain, Manifest)
     except OSError as error:
         raise CorruptFileError(f"checkpoint {folder} has no readable {MANIFEST}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptFileError(f"checkpoint manifest {path} is damaged: {error}") from error
-    if manifest.format != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {manifest.format}; this version reads {FORMAT}")
-    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and seal `manifest.json` of one checkpoint."""
+    write_atomic(folder / MANIFEST, encode_sealed(manifest))
 
 
 def read_pointer(path: Path) -> Pointer:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from data_pipeline.common.errors import SaveError
-from data_pipeline.common.files import fsync_path, write_json
-from train.checkpoints.format import COMPONENTS, FORMAT, MANIFEST, STATE, Manifest, Snapshot
+from data_pipeline.common.files import fsync_path
+from train.checkpoints.format import COMPONENTS, FORMAT, STATE, Manifest, Snapshot, write_manifest
 from train.checkpoints.retention import REPLACED, WRITING, step_folder
 
 
@@ -34,7 +34,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         manifest = _write_state(temporary / STATE, snapshot)
-        write_json(temporary / MANIFEST, manifest)
+        write_manifest(temporary, manifest)
         fsync_path(temporary)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)

@@ -70,6 +70,7 @@ def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World)
     layers = lrn_layers(network)
     if not layers:
         return False
+    drop_toolkit_note()
     started, failure = time.monotonic(), ""
     if world.is_main:
         log.info("compiling LRN, once for this machine: it can take half a minute")
@@ -87,6 +88,18 @@ def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World)
     elif world.is_main:
         log.info(f"LRN compiled in {time.monotonic() - started:.0f} s; the kernels are kept for the next run")
     return not failed
+
+
+def drop_toolkit_note() -> None:
+    """Keep a warning of torch off stderr: that a CUDA toolkit is installed where there is no GPU.
+
+    Inductor looks for one even when it compiles for a CPU, on every rank.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_toolkit_note)
+
+
+def _is_no_toolkit_note(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def lrn_layers(network: nn.Module) -> list[LocalResponseNorm]:
@@ -110,6 +123,7 @@ def compile_step(network: AlexNet) -> None:
 
     LRN stays a call of its own: inlined into the pooling behind it, it would be computed 9 times.
     """
+    drop_toolkit_note()
     for layer in lrn_layers(network):
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
     # Inductor's front end reads `.grad` of LRN's output, and torch warns of that.

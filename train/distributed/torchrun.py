@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.common.errors import InterruptedRunError, UserError
+from data_pipeline.common.start import own_script
 from train.config.schema import RunConfig
 from train.distributed.world import check_rank_count, choose_device, cpu_share
 
@@ -121,7 +122,7 @@ def run_torchrun(
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_share(num_ranks)))
     options = [
         *rendezvous, f"--nproc_per_node={num_ranks}", f"--max-restarts={max_restarts}",
-        f"--signals-to-handle={SIGNALS}", "-m", "train.main", *arguments,
+        f"--signals-to-handle={SIGNALS}", *own_script("train.main:main"), *arguments,
     ]  # fmt: skip
     # torchrun's own log repeats the rank's error, around a traceback of torchrun itself.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.multiprocessing.api"):

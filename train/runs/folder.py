@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from data_pipeline.common.errors import SaveError, UserError
-from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json
+from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json, writing_to
 from train.config.schema import RunConfig
 
 
@@ -111,17 +111,23 @@ def _decode_row(line: bytes) -> MetricsRow | None:
 
 
 def create_run(out: Path, config: RunConfig) -> RunFolder:
-    """Make a new run folder under `out`, named by recipe and time, with `config.json` in it."""
+    """Make a new run folder under `out`, named by recipe and time, with `config.json` in it.
+
+    Raises:
+        UserError, SaveError: it cannot be written there.
+    """
     name = f"{config.recipe}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
         path = out / f"{name}{suffix}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        write_json(path / "config.json", config)
-        (path / "checkpoints").mkdir()
-        fsync_path(path)
-        fsync_path(out)
+        with writing_to(path, "name another folder for the run"):
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            write_json(path / "config.json", config)
+            (path / "checkpoints").mkdir()
+            fsync_path(path)
+            fsync_path(out)
         return RunFolder(path)
     raise UserError(f"{out} holds a thousand runs of this second")

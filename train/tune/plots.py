@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.files import check_writable
 from data_pipeline.common.outputs import check_output, read_head
 from data_pipeline.common.text import printable
 
@@ -32,14 +33,15 @@ def check_picture(path: Path) -> None:
     """Check that a picture can be written, before the work that it shows.
 
     Raises:
-        UserError: a format that is none of ours, a folder that is not there, a file that is none of our
-            pictures, or no matplotlib.
+        UserError: a format that is none of ours, a folder that is not there or cannot be written to, a file
+            that is none of our pictures, or no matplotlib.
     """
     if path.suffix not in FORMATS:
         raise UserError(f"a picture ends in {', '.join(FORMATS)}, not {printable(path.name)}")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {printable(path.parent)} to write {printable(path.name)} to")
     check_output(path, "--plot", _is_picture_of_ours, "a picture of alexnet bench")
+    check_writable(path.parent, "name another file with --plot", path)
     try:
         importlib.import_module("matplotlib")
     except ModuleNotFoundError as error:

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 
 from alexnet import main
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.start import PACKAGES
 from infer.bundle.load import Bundle
 from infer.predict.inputs import find_inputs
 from infer.predict.options import PredictOptions
@@ -96,6 +97,8 @@ def test_killed_ray_job_resumes_to_the_rows_of_one_process(
 ) -> None:
     files = images_in(data_folder(base) / "val")[::4][:12]
     shards = write_shards(tmp_path, files)
+    for name in PACKAGES:  # Ray's workers look there first, since the driver runs there
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a foreign file was run')")
     command = [
         "-m", "alexnet", "predict", *shards, "--model", bundle.folder, "--engine", "ray", "--output", "rows",
         "--format", "jsonl", "--part-rows", PART_ROWS, "--workers", 2, "--batch-size", 2, "--device", "cpu",

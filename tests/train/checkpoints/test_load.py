@@ -21,10 +21,12 @@ from tests.helpers.checkpoint_samples import (
     save_small_network,
     small_config,
 )
+from tests.helpers.command_line import assert_one_line, invoke
 from train.checkpoints.format import MANIFEST, STATE, Pointer, read_pointer
-from train.checkpoints.load import find_checkpoint, load_checkpoint, load_weights
+from train.checkpoints.load import find_best, find_checkpoint, load_checkpoint, load_weights
 from train.config.load import make_config
 from train.models.alexnet import AlexNet, make_model
+from train.runs.resume import find_resumable
 from train.weights import export_weights
 
 
@@ -80,6 +82,27 @@ def test_missing_and_broken_manifests_are_errors(copied: Path) -> None:
     (copied / MANIFEST).unlink()
     with pytest.raises(CorruptFileError, match="no readable manifest"):
         load_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"0.5", b"0.6"), (b'"epoch": 1', b'"epoch": 2'), (b"last", b"average")]
+)
+def test_changed_manifest_is_refused_by_whatever_reads_it(old: bytes, new: bytes, copied: Path) -> None:
+    text = (copied / MANIFEST).read_bytes()
+    replace(copied / MANIFEST, text.replace(b"\n", b"").replace(b" ", b""))
+    assert load_checkpoint(copied).metrics == {"top1": 0.5}, "its spaces are nobody's concern"
+    assert text.count(old) == 1
+    replace(copied / MANIFEST, text.replace(old, new))
+    refused = f"{copied / MANIFEST} is not what was written: it does not match its manifest_sha256; use an"
+    for command in (["checkpoint", "inspect"], ["export"], ["evaluate"]):
+        assert_one_line(invoke(*command, copied), 1, refused)
+    assert_one_line(invoke("checkpoint", "verify", copied.parents[1]), 1, "1 of 1 checkpoints are damaged")
+    write_json(copied.parents[1] / "config.json", small_config())
+    with pytest.raises(CorruptFileError, match="is not what was written"):
+        find_resumable(copied.parents[2], str(copied), small_config())
+    with pytest.raises(CorruptFileError, match=r"no checkpoint of .* is whole"):
+        find_resumable(copied.parents[2], str(copied.parents[1]), small_config())
+    assert find_best(copied.parent, 3) is None
 
 
 def test_checkpoint_load_executes_nothing(copied: Path, tmp_path: Path) -> None:

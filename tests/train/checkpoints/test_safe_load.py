@@ -142,10 +142,7 @@ def test_manifest_and_pointer_cannot_name_other_files(folder: Path, tmp_path: Pa
     """A manifest and a pointer name no files: the step is a number, and the folder follows from it."""
     secret = tmp_path / "secret"
     secret.write_bytes((folder / STATE).read_bytes())
-    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
-    (folder / MANIFEST).write_bytes(
-        msgspec.json.encode(manifest | {"file": "../../../secret", "state": "/etc"})
-    )
+    forge(folder, file="../../../secret", state="/etc")
     assert load_checkpoint(folder).folder == folder
     for step in ('"../../../secret"', "1.5", "null"):
         (folder.parent / "best.json").write_text(f'{{"step": {step}, "top1": null}}')

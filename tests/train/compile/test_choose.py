@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from tests.helpers.ranks import run_command
 from tests.helpers.step_samples import small_batch, small_trainer
-from train.compile.choose import compile_step, count_elements, maybe_compile, prepare_lrn
+from train.compile.choose import (
+    compile_step,
+    count_elements,
+    drop_toolkit_note,
+    maybe_compile,
+    prepare_lrn,
+)
 from train.distributed.world import World, open_world
 from train.models.lrn import LocalResponseNorm
 from train.step import train_step
@@ -127,3 +134,19 @@ def test_lrn_runs_eagerly_and_logs_it_without_a_compiler(
     assert done.stdout.strip() == "False False"
     (line,) = [text for text in done.stderr.splitlines() if "without a compiler" in text]
     assert "several times slower" in line
+
+
+def test_note_on_a_toolkit_without_a_gpu_is_dropped_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    assert cpp_extension._find_cuda_home() == "/opt/cuda"
+    drop_toolkit_note()
+    assert cpp_extension._find_cuda_home() == "/opt/cuda"
+    logger.warning("another")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["No CUDA runtime is found, using CUDA_HOME='/opt/cuda'", "another"]

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, UserError
-from data_pipeline.common.files import sha256_of, write_json
+from data_pipeline.common.files import sha256_of
 from scripts.soak.compare import compare_runs
 from tests.helpers.ranks import TINY, link_subset, run_command, torchrun_arguments
 from tests.helpers.warm_ranks import run_ranks, train_warm
-from train.checkpoints.format import FORMAT, MANIFEST, STATE, Manifest, Pointer
+from train.checkpoints.format import FORMAT, MANIFEST, STATE, Manifest, Pointer, write_manifest
 from train.checkpoints.load import find_best
 from train.config.load import make_config
 from train.config.schema import FREE_TO_CHANGE, RunConfig
@@ -128,7 +128,7 @@ def write_checkpoint(folder: Path, *, step: int, top1: float, format: int = FORM
         format=format, step=step, epoch=1, sha256=sha256_of(path / STATE), size_bytes=5,
         metrics={"top1": top1}, weights="last",
     )  # fmt: skip
-    write_json(path / MANIFEST, manifest)
+    write_manifest(path, manifest)
     return path
 
 
