@@ -56,10 +56,15 @@ def __getattr__(name: str) -> Any:
 
 def _import(place: str, *packages: str) -> Any:
     """The object at a `module:attribute`, of our packages and not of others that Python finds first."""
-    start = Path(__file__).parent / "data_pipeline/common/start.py"
-    runpy.run_path(str(start))["import_own"](*packages)
+    _import_own(*packages)
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _import_own(*packages: str) -> None:
+    """Import packages of ours, whatever lies where Python looks first."""
+    start = Path(__file__).parent / "data_pipeline/common/start.py"
+    runpy.run_path(str(start))["import_own"](*packages)
 
 
 class FrontDoor(click.Group):
@@ -82,6 +87,7 @@ class FrontDoor(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line; that of this process in an encoding in which every name can be written."""
+        _import_own("data_pipeline")
         if not args and options.get("args") is None:
             from data_pipeline.common.streams import require_utf8
 

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from data_pipeline.common.text import printable
-
 EXIT_SOME_UNREADABLE = 3
 """Exit code of a command that finished, but could not read some of its inputs. No exception raises it."""
 
@@ -106,6 +104,8 @@ def line_of(error: Exception) -> tuple[str, int] | None:
     >>> line_of(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
     ('/root/x: Permission denied; change its permissions, or name another place', 1)
     """
+    from data_pipeline.common.text import printable  # which raises these errors itself
+
     code = getattr(error, "exit_code", None)
     if code is not None:
         return str(error), code
