@@ -30,7 +30,7 @@ def check_picture(path: Path) -> None:
     Raises:
         UserError: a format that is none of ours, a folder that is not there, or no matplotlib.
     """
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise UserError(f"a picture ends in {', '.join(FORMATS)}, not {printable(path.name)}")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {printable(path.parent)} to write {printable(path.name)} to")
@@ -65,7 +65,9 @@ def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[
         yield panels
         dated = {".png": "Creation Time", ".svg": "Date", ".pdf": "CreationDate"}
         try:
-            figure.savefig(path, metadata={dated[path.suffix]: None})  # the same file for the same figures
+            figure.savefig(
+                path, metadata={dated[path.suffix.lower()]: None}
+            )  # the same file for the same figures
         except OSError as error:
             raise SaveError(f"{printable(path)} cannot be written: {error.strerror}") from error
 

@@ -67,6 +67,8 @@ def test_printed_configuration_is_a_recipe(tmp_path: Path) -> None:
     config = make_config("demo", ["seed=7"], Path("some where"))
     (tmp_path / "config.json").write_text(to_json(config))
     assert make_config(str(tmp_path / "config.json")) == config
+    (tmp_path / "config.json").rename(tmp_path / "CONFIG.JSON")
+    assert make_config(str(tmp_path / "CONFIG.JSON")) == config
 
 
 @given(
