@@ -13,7 +13,7 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.open import open_dataset
+from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.loader import Loader
 from infer.bundle.load import Bundle, data_of_run, open_bundle
 from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
@@ -107,8 +107,7 @@ def evaluate_exported(
         UserError: no data, or other classes than the bundle's.
     """
     bundle = open_bundle(path)
-    root = data or data_of_run(bundle)
-    dataset = open_dataset(root, split)
+    dataset = open_dataset(data, split) if data else open_recorded(data_of_run(bundle), split)
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):
         log.info(f"runs on: {choice.sentence}")

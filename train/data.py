@@ -15,7 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import bytes_available, usable_cores
 from data_pipeline.datasets.dataset import Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
-from data_pipeline.datasets.open import open_dataset
+from data_pipeline.datasets.open import open_recorded
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.cache import DecodedCache, await_cache, bytes_needed, create_store, fill_cache
 from data_pipeline.loading.pixel_store import PixelStore
@@ -50,7 +50,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         if world.local_rank == 0:
             write_demo(root)
         world.barrier()
-    train_set, val_set = open_dataset(root, "train"), open_dataset(root, "val")
+    train_set, val_set = open_recorded(root, "train"), open_recorded(root, "val")
     check_same_classes(train_set, val_set)
     with world.first_of_machine("the images are looked at"):
         return with_table(train_set, usable_cores()), with_table(val_set, usable_cores())

@@ -183,7 +183,7 @@ class _Export:
 
     def _write_int8(self, path: Path, cpu_path: Path) -> Calibration:
         """Write the model and its form for a CPU in int8, with the ranges of training images."""
-        images = load_split(self.checkpoint, self.calibrate, "train")
+        images = load_split(self.checkpoint, self.calibrate, "train", "--calibrate")
         sample = sample_evenly(images, CALIBRATION_IMAGES)
         log.info("int8: calibrating on %d training images of %s", len(sample), printable(images.root))
         batches = _decode(sample, self.checkpoint.preprocessing)
