@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner
 
-from alexnet import main
 from data_pipeline.common.errors import UserError
-from infer.bundle.describe import describe_export
 from infer.bundle.load import Bundle, load_bundle
-from infer.export.onnx_options import OnnxOptions
 from tests.helpers.infer_samples import (
     IMAGES_PER_CLASS,
     checkpoint_folder,
@@ -62,27 +57,6 @@ def test_engine_names_the_gpus_on_which_it_loads(bundle: Bundle, checkpoint: Che
 def test_max_batch_has_bounds(base: Path, max_batch: int) -> None:
     with pytest.raises(UserError, match="from 1 to 4096"):
         export_model(checkpoint_folder(base), "onnx", max_batch=max_batch)
-
-
-@pytest.mark.slow
-def test_opset_and_one_file_reach_every_file_of_the_bundle(base: Path, tmp_path: Path) -> None:
-    options = OnnxOptions(opset=17, one_file=True)
-    bundle = export_model(checkpoint_folder(base), "onnx", out=tmp_path / "low", onnx_options=options)
-    manifest = bundle.manifest
-    assert manifest.cpu is not None and manifest.cpu.reads == ""
-    for check in (manifest.precision_check, manifest.cpu.precision_check):
-        assert (check.opset, check.ir_version) == (17, 8)
-    assert manifest.report is not None and manifest.report.onnx.top1_agreement == 1
-    assert "  needs ONNX Runtime 1.12 or later (opset 17, IR 8)" in describe_export(bundle)
-    for path in (bundle.onnx_path, bundle.cpu_path):
-        onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.parametrize("opset", [16, 21])
-def test_opset_has_bounds(base: Path, opset: int) -> None:
-    done = CliRunner().invoke(main, ["export", str(checkpoint_folder(base)), f"--opset={opset}"])
-    assert done.exit_code == 2
-    assert done.stderr == f"error: --opset {opset}: a number from 17 to 20\n"
 
 
 @pytest.mark.slow
