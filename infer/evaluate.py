@@ -14,7 +14,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.open import open_dataset
+from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.loader import Loader
 from infer.bundle.load import Bundle, data_of_run, open_bundle
 from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
@@ -108,8 +108,7 @@ def evaluate_exported(
         UserError: no data, or other classes than the bundle's.
     """
     bundle = open_bundle(path)
-    root = data or data_of_run(bundle)
-    dataset = open_dataset(root, split)
+    dataset = open_dataset(data, split) if data else open_recorded(data_of_run(bundle), split)
     log_passed_over(dataset.split, dataset.passed_over)
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):

@@ -1,10 +1,11 @@
-"""Fixtures and rules of all tests: `gpu` tests skip with their reason, and a test that leaks state fails."""
+"""Fixtures and rules of all tests: `gpu` and `network` tests skip with a reason, and leaked state fails."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from functools import lru_cache
@@ -56,10 +57,26 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "needs an NVIDIA GPU that torch can use; there is none here"
 
 
+@lru_cache(maxsize=1)
+def _why_no_network() -> str | None:
+    """Ask pip for a small package: whatever index and proxy it is configured with."""
+    from tests.helpers.environments import run_pip
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_pip(
+            "download", "--no-deps", "--retries=0", "--timeout=5", f"--dest={folder}", "setuptools"
+        )
+    if done.returncode == 0:
+        return None
+    errors = [line for line in done.stderr.splitlines() if line] or ["it says nothing"]
+    return f"needs a package index, and pip reaches none: {errors[-1]}"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip `gpu` tests where there is no GPU."""
-    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
-        pytest.skip(reason)
+    """Skip `gpu` tests where there is no GPU, and `network` tests where there is no network."""
+    for marker, why_not in (("gpu", _why_no_gpu), ("network", _why_no_network)):
+        if item.get_closest_marker(marker) and (reason := why_not()):
+            pytest.skip(reason)
 
 
 def _environment() -> dict[str, str]:

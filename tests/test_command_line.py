@@ -15,6 +15,7 @@ import pytest
 from alexnet import main
 from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle
+from tests.helpers.checkpoint_samples import save_small_network
 from tests.helpers.command_line import assert_one_line, invoke
 from tests.helpers.ranks import REPOSITORY, run_command
 
@@ -172,6 +173,27 @@ def test_wrong_models_and_inputs_are_one_error_line(run: Path, bundle: Bundle, t
     assert_one_line(invoke("evaluate", tmp_path / "nothing"), 2, "does not exist")
     assert_one_line(invoke("export", tmp_path), 2, "neither a checkpoint nor a run")
     assert_one_line(invoke("evaluate", bundle.folder, "--data", tmp_path), 2, "no folder 'val'")
+
+
+def test_models_whose_data_is_gone_say_that_data_helps(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint and an export were moved away from what they were trained on."""
+    monkeypatch.chdir(tmp_path)
+    folder, _ = save_small_network(tmp_path / "run" / "checkpoints")
+    words = "no data folder data/demo-digits: "
+    advice = "if the data is elsewhere now, name it with {} DIR"
+    for command in ("export", "evaluate"):
+        said = assert_one_line(invoke(command, folder), 2, words)
+        assert said.endswith(advice.format("--data"))
+    data = bundle.folder.parents[2] / "digits"  # val alone
+    said = assert_one_line(invoke("export", folder, "--precision=int8", "--data", data), 2, words)
+    assert said.endswith(advice.format("--calibrate"))
+    (tmp_path / "run" / "export").mkdir(exist_ok=True)
+    (tmp_path / "run" / "export" / "onnx-fp32").symlink_to(bundle.folder)
+    (tmp_path / "run" / "config.json").write_text('{"data": {"root": "data/demo-digits"}}')
+    said = assert_one_line(invoke("evaluate", "run/export/onnx-fp32"), 2, words)
+    assert said.endswith(advice.format("--data"))
 
 
 def test_damaged_files_exit_with_1(run: Path, bundle: Bundle, tmp_path: Path) -> None:

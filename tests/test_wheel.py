@@ -5,6 +5,7 @@ The environment borrows the packages of this one, so that nothing is fetched.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import msgspec
 import pytest
 
 from data_pipeline.common.start import PACKAGES
+from infer.bundle.load import Bundle
 from tests.helpers.ranks import REPOSITORY, TINY
 
 SOURCES = ("alexnet.py", "pyproject.toml", "README.md", "LICENSE", *PACKAGES)
@@ -99,3 +101,25 @@ def test_torchrun_of_the_wheel_beside_foreign_files(fresh: Path, crowded: Path) 
     done = run([*torchrun, "--print-config"], crowded)
     assert done.returncode == 0, done.stderr
     assert msgspec.json.decode(done.stdout)["recipe"] == "demo"
+
+
+@pytest.mark.slow
+def test_wheel_brings_every_room_and_recipe(fresh: Path, tmp_path: Path) -> None:
+    where = run(
+        [fresh / "python", "-c", "import alexnet, train; print(alexnet.__file__, train.__file__)"], tmp_path
+    )
+    assert [Path(path).parts[-2] for path in where.stdout.split()] == ["site-packages", "train"]
+    assert str(REPOSITORY) not in where.stdout.replace(str(fresh), "")
+    assert "predict" in run([fresh / "alexnet", "--help"], tmp_path).stdout
+    config = run([fresh / "alexnet", "train", "--recipe", "imagenet-paper", "--print-config"], tmp_path)
+    assert json.loads(config.stdout)["model"]["name"] == "paper"
+
+
+@pytest.mark.slow
+def test_wheel_predicts(fresh: Path, tmp_path: Path, bundle: Bundle, files: list[Path]) -> None:
+    arguments = [f"--model={bundle.folder}", "--device=cpu", "--format=jsonl", *files[:2]]
+    done = run([fresh / "alexnet", "predict", *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(Path(row["path"]).name, row["status"]) for row in rows] == [(f.name, "ok") for f in files[:2]]
+    assert all(len(row["predictions"]) == 5 for row in rows)

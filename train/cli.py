@@ -167,7 +167,7 @@ def convert(source: Path, target: Path, to: Any, classes: Path | None) -> None:
     """Take weights out of a checkpoint, or make a checkpoint of weights from elsewhere.
 
     Without --to, TARGET is the folder for the new run, and SOURCE .safetensors as written here, torchvision's
-    alexnet (.pth) or BVLC's AlexNet (.onnx).
+    alexnet (.pth, .pt, .pth.tar, .ckpt), alone or as a trainer saved it, or BVLC's AlexNet (.onnx).
 
     \b
     alexnet checkpoint convert runs/demo-20260101T000000Z weights.safetensors --to safetensors

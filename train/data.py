@@ -16,7 +16,7 @@ from data_pipeline.common.machine import bytes_available, usable_cores
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.datasets.dataset import Contents, Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
-from data_pipeline.datasets.open import open_dataset
+from data_pipeline.datasets.open import open_recorded
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.cache import DecodedCache, await_cache, bytes_needed, create_store, fill_cache
 from data_pipeline.loading.pixel_store import PixelStore
@@ -52,7 +52,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
             write_demo(root)
         world.barrier()
     listed = Path(config.data.quarantine) if config.data.quarantine is not None else True
-    train_set, val_set = (open_dataset(root, split, quarantine=listed) for split in ("train", "val"))
+    train_set, val_set = (open_recorded(root, split, quarantine=listed) for split in ("train", "val"))
     check_same_classes(train_set, val_set)
     for dataset in (train_set, val_set):
         log_passed_over(dataset.split, dataset.passed_over)

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.passed_over import log_passed_over
+from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.open import open_dataset
+from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.loading.batches import Batch
 from train.checkpoints.load import Checkpoint
@@ -83,21 +84,26 @@ def evaluate(
     return metrics
 
 
-def load_split(checkpoint: Checkpoint, data: Path | None, split: str) -> Dataset:
+def load_split(checkpoint: Checkpoint, data: Path | None, split: str, option: str = "--data") -> Dataset:
     """Open the images to evaluate a checkpoint on: those of `data`, or of the folder it was trained on.
 
+    Args:
+        option: how `data` is named on the command line, for messages.
     Raises:
         UserError: no such folder, or other classes than the checkpoint's.
     """
-    root = data or (Path(checkpoint.config.data.root) if checkpoint.config.data.root is not None else None)
-    if root is None:
-        raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with --data DIR")
-    dataset = open_dataset(root, split)
+    recorded = checkpoint.config.data.root
+    if data is not None:
+        dataset = open_dataset(data, split)
+    elif recorded is not None:
+        dataset = open_recorded(Path(recorded), split, option)
+    else:
+        raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with {option} DIR")
     log_passed_over(dataset.split, dataset.passed_over)
     if dataset.classes != checkpoint.classes:
         raise UserError(
-            f"{root}/{split} has other classes than {checkpoint.folder} was trained on "
-            f"({len(dataset.classes)} and {len(checkpoint.classes)})"
+            f"{printable(dataset.root)}/{split} has other classes than {checkpoint.folder} was trained on "
+            f"({len(dataset.classes)} and {len(checkpoint.classes)}): name its data with {option} DIR"
         )
     return dataset
 

@@ -1,4 +1,4 @@
-"""Import and export of weights: safetensors, torchvision's `alexnet`, and Caffe's BVLC AlexNet as ONNX.
+"""Import and export of weights: safetensors, torchvision's `alexnet` as trainers save it, and BVLC's as ONNX.
 
 Imported weights become a run with one checkpoint, so that they can be evaluated, exported and served like any
 other. Nothing in an imported file is executed.
@@ -7,6 +7,7 @@ other. Nothing in an imported file is executed.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,17 @@ from data_pipeline.common.files import writing_to
 from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import names_in, printable
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.checkpoints.format import Pointer, Snapshot, write_pointer
+from train.checkpoints.foreign import find_weights
+from train.checkpoints.format import MANIFEST, STATE, Pointer, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
-from train.checkpoints.safe_load import check_tensors, load_plain
+from train.checkpoints.safe_load import Skipped, check_tensors, load_skipping
 from train.checkpoints.write import save_checkpoint
 from train.config.load import decode_config
 from train.config.schema import RunConfig
 from train.optim.sgd import make_optimizer
 from train.runs.folder import create_run
+
+log = logging.getLogger("train")
 
 Target = Literal["safetensors", "torchvision"]
 
@@ -43,6 +47,8 @@ CAFFE = RunConfig(
     model=msgspec.structs.replace(RunConfig().model, name="caffe", init="caffe"),
     preprocessing=Preprocessing(resize_px=256, crop_px=227, mean=CAFFE_MEAN, std=(1 / 255, 1 / 255, 1 / 255)),
 )
+
+_ADVICE = "what can come in is torchvision's `alexnet`, BVLC's as .onnx, or .safetensors as written here"
 
 
 def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
@@ -97,8 +103,8 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     """Make a run with one checkpoint from a file of weights.
 
     Args:
-        path: `.safetensors` as `export_weights` writes it; `.pth` or `.pt`, a state dict of torchvision's
-            `alexnet`; `.onnx`, BVLC's AlexNet.
+        path: `.safetensors` as `export_weights` writes it; `.pth`, `.pt`, `.pth.tar` or `.ckpt`, a state dict
+            of torchvision's `alexnet`, alone or as a trainer wraps it; `.onnx`, BVLC's AlexNet.
         out: folder in which the run's folder is made.
         classes: names, in the order of the logits; None for those in the file, else for "0", "1", ….
     Returns:
@@ -107,19 +113,16 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         UserError: another kind of file, or another network's weights.
         CorruptFileError: a file that cannot be read as what its suffix claims.
     """
-    readers = {
-        ".safetensors": _read_safetensors,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
-        ".onnx": _read_bvlc,
-    }
-    if path.suffix not in readers:
+    readers = {".safetensors": _read_safetensors, ".onnx": _read_bvlc}
+    readers |= dict.fromkeys((".pth", ".pt", ".pth.tar", ".pt.tar", ".ckpt"), _read_torch)
+    suffix = next((suffix for suffix in readers if path.name.lower().endswith(suffix)), None)
+    if suffix is None:
         raise UserError(f"{path}: weights come in as {', '.join(readers)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if out.exists() and not out.is_dir():
         raise UserError(f"{printable(out)} is a file: name a folder for the new run")
-    config, weights, named = readers[path.suffix](path)
+    config, weights, named = readers[suffix](path)
     layers = [name for name, tensor in weights.items() if tensor.ndim == 2]
     if not layers:
         raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
@@ -130,7 +133,8 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     classes = classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise UserError(f"{path} has {num_classes} classes, and {len(classes)} names were given")
-    model = make_model_with(config.model, weights, num_classes, config.preprocessing.crop_px, path)
+    crop_px = config.preprocessing.crop_px
+    model = make_model_with(config.model, weights, num_classes, crop_px, path, advice=_ADVICE)
     optimizer, folder = make_optimizer(model, config.optimizer), create_run(out, config)
     saved = save_checkpoint(
         folder.checkpoints,
@@ -179,12 +183,20 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _read_torch(path: Path) -> Weights:
-    state = load_plain(path)
+    if path.name == STATE and (path.parent / MANIFEST).exists():
+        raise UserError(f"{path} is a checkpoint of ours already: use it as it is, or take weights out: --to")
+    content = load_skipping(path)
     try:
-        weights = msgspec.convert(state, dict[str, Tensor])
+        found = find_weights(content)
+        for name, value in found.weights.items():
+            if isinstance(value, Skipped):
+                raise ValueError(f"{name[:100]} is a {value.name[:100]}")
+        weights = msgspec.convert(found.weights, dict[str, Tensor])
         check_tensors(weights.values())
     except ValueError as error:
         raise UserError(f"{path} is not a state dict of tensors: {error}") from error
+    if found.wrapping:
+        log.info("%s: wrapped weights: %s", path, found.wrapping)
     return TORCHVISION, weights, None
 
 

@@ -98,6 +98,25 @@ def open_dataset(
     return dataset if listed is None else exclude_listed(dataset, listed)
 
 
+def open_recorded(
+    root: Path, split: str, option: str = "--data", *, quarantine: Path | bool = True
+) -> Dataset:
+    """Open a split in a place that nobody named now: a recipe, a run or a checkpoint has it from earlier.
+
+    Args:
+        root, split, quarantine: as in `open_dataset`.
+        option: names another place, for the message.
+    Raises:
+        UserError, CorruptFileError: as in `open_dataset`; with the option, where the data is gone.
+    """
+    try:
+        return open_dataset(root, split, quarantine=quarantine)
+    except UserError as error:
+        if (Path(root) / split).is_dir():
+            raise
+        raise UserError(f"{error}; if the data is elsewhere now, name it with {option} DIR") from error
+
+
 def splits_of(root: Path) -> tuple[str, ...]:
     """The splits of a data folder that have labels, of train, val and test; ImageNet's test images have none.
 

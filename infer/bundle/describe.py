@@ -6,6 +6,7 @@ from msgspec.structs import astuple
 
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
 from infer.bundle.load import Bundle
+from infer.bundle.onnx_versions import runtime_words
 from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
@@ -34,6 +35,8 @@ def describe_export(bundle: Bundle) -> list[str]:
     if manifest.engine is not None:
         lines.append(f"  engine: {engine_words(manifest.engine)}")
     lines.append(f"  precision, read from {ONNX_NAME}: {precision_words(manifest.precision_check)}")
+    if needs := runtime_words(manifest.precision_check):
+        lines.append(f"  needs {needs}")
     if manifest.cpu is not None:
         lines.append(f"  {CPU_NAME}: {cpu_words(manifest.cpu)}")
     if manifest.calibration is not None:
@@ -99,8 +102,8 @@ def precision_words(check: PrecisionCheck) -> str:
 
 
 def cpu_words(cpu: CpuModel) -> str:
-    """`for ONNX Runtime on a CPU, weights in model.onnx; Conv int8/uint8, …`."""
-    weights = f", weights in {cpu.reads}" if cpu.reads else ""
+    """`for ONNX Runtime on a CPU, reads its weights from model.onnx beside it; Conv float, …`."""
+    weights = f", reads its weights from {cpu.reads} beside it" if cpu.reads else ""
     return f"for ONNX Runtime on a CPU{weights}; {precision_words(cpu.precision_check)}"
 
 

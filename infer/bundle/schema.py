@@ -104,7 +104,8 @@ class CpuModel(Strict, frozen=True):
 
     Attributes:
         file: its name in the bundle.
-        reads: the file that holds the weights which it does not hold itself; empty where it holds all.
+        reads: the file beside it that holds the weights which it does not hold itself: it loads neither
+            alone nor from memory. Empty where it holds all.
         precision_check: as read from the file; the sums of LRN, always in float32, are not counted.
     """
 

@@ -25,6 +25,14 @@ PATH = click.Path(path_type=Path)
     "--calibrate", type=PATH,
     help="Folder with train/ for int8's ranges. Default: what it was trained on.",
 )  # fmt: skip
+@click.option(
+    "--opset", type=int, metavar="17…20",
+    help="Version of ONNX's operators; older runtimes need a lower one. Default: 20, for ONNX Runtime 1.17.",
+)  # fmt: skip
+@click.option(
+    "--one-file", is_flag=True,
+    help="Write each ONNX file with all its weights. Else model.cpu.onnx reads them from model.onnx.",
+)  # fmt: skip
 @click.option("--max-batch", type=int, help="Largest batch the model takes. Default: 64, or the bundle's.")
 @click.option("--opt-batch", type=int, help="Batch that the engine is tuned for. Default: 32 or the largest.")
 @click.option("--builder-level", type=int, help="0 builds soonest, 5 searches longest. Default: 3.")

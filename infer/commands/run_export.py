@@ -14,6 +14,7 @@ from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle, find_bundle, is_bundle, load_bundle
 from infer.bundle.schema import ENGINE_NAME, Format, Precision
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, choose_builder, parse_formats
+from infer.export.onnx_options import DEFAULT_OPSET, OnnxOptions
 from infer.export.triton import check_engine, check_repository, write_repository
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
@@ -36,6 +37,13 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     data: Path | None = None
     max_batch: int | None = None
     triton: Path | None = None
+    opset: int | None = None
+    one_file: bool = False
+
+    def onnx(self) -> OnnxOptions:
+        """The options for writing ONNX files."""
+        opset = DEFAULT_OPSET if self.opset is None else self.opset
+        return OnnxOptions(opset=opset, one_file=self.one_file)
 
     def engine(self) -> EngineOptions:
         """The options for building engines."""
@@ -68,7 +76,7 @@ def run_export(options: ExportOptions) -> Exported:
 def _from_checkpoint(options: ExportOptions) -> Exported:
     formats = parse_formats(options.formats or "onnx")
     precision = options.precision or "fp32"
-    engine = options.engine()
+    engine, onnx = options.engine(), options.onnx()
     if options.triton is not None:
         _check_triton(options.triton, formats, precision, engine)
     from infer.export.pipeline import export_models
@@ -85,6 +93,7 @@ def _from_checkpoint(options: ExportOptions) -> Exported:
         precision=precision,
         calibrate=options.calibrate,
         options=engine,
+        onnx_options=onnx,
     )
     models = [] if options.triton is None else write_repository(options.triton, bundles)
     return Exported(bundles=bundles, triton=models)
@@ -103,11 +112,14 @@ def _from_bundle(options: ExportOptions) -> Exported:
         raise UserError(f"{folder} is in {manifest.precision}: export a checkpoint in {options.precision}")
     if options.calibrate is not None:
         raise UserError("--calibrate is for a checkpoint; a bundle has its ranges already")
+    if options.opset is not None or options.one_file:
+        asked = "--opset" if options.opset is not None else "--one-file"
+        raise UserError(f"{asked} is for a checkpoint; a bundle's ONNX files stay as they are")
     if not building:
         given = {"--out": options.out, "--data": options.data, "--max-batch": options.max_batch}
-        asked = next((name for name, value in given.items() if value is not None), engine.asked())
-        if asked:
-            raise UserError(f"{asked} is for a checkpoint, or for --format trt, which builds an engine")
+        other = next((name for name, value in given.items() if value is not None), engine.asked())
+        if other:
+            raise UserError(f"{other} is for a checkpoint, or for --format trt, which builds an engine")
         if options.triton is None:
             raise UserError(
                 f"{folder} is exported already: --format trt builds its engine for this machine, "

@@ -15,6 +15,7 @@ from infer.bundle.describe import calibration_words, cpu_words, engine_words, ga
 from infer.bundle.gate_report import LIMITS, GateReport, Rebuild
 from infer.bundle.load import Bundle, file_problem, find_bundle
 from infer.bundle.manifest import Manifest, read_digest, read_manifest
+from infer.bundle.onnx_versions import runtime_words
 from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
@@ -37,9 +38,6 @@ from infer.runtime.choose import (
 from infer.runtime.onnx import OnnxBackend
 
 _ON_GPU = f"{ONNX_NAME} on the GPU"
-# The first ONNX Runtime that knows an opset and an IR version; source: its docs/Versioning.md.
-_OPSET_SINCE = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18"}
-_IR_SINCE = {8: "1.14", 9: "1.16", 10: "1.18"}
 
 
 class FileStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,10 +188,8 @@ def _loads_on(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
     check, made_with = manifest.precision_check, manifest.versions.get("onnxruntime-gpu", "unknown")
     words = f"exported with ONNX Runtime {made_with}"
-    if check.opset in _OPSET_SINCE and check.ir_version in _IR_SINCE:
-        since = max(_OPSET_SINCE[check.opset], _IR_SINCE[check.ir_version])
-        needs = f"opset {check.opset}, IR {check.ir_version}"
-        words = f"ONNX Runtime {since} or later, CPU and GPUs ({needs}); {words}"
+    if needs := runtime_words(check):
+        words = f"{needs}, on CPU and GPUs; {words}"
     engine = manifest.engine
     for_cpu = {CPU_NAME: cpu_words(manifest.cpu)} if manifest.cpu else {}
     return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine_words(engine)} if engine else {})}

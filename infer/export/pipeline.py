@@ -37,6 +37,7 @@ from infer.export.compare import sample_evenly
 from infer.export.cpu_form import has_shared_weights
 from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
 from infer.export.gate import run_gate
+from infer.export.onnx_options import OnnxOptions
 from infer.export.quantize import quantize_for_cpu, quantize_for_tensorrt
 from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu, export_onnx
 from infer.export.to_tensorrt import add_engine
@@ -63,6 +64,7 @@ def export_models(
     precision: Precision = "fp32",
     calibrate: Path | None = None,
     options: EngineOptions | None = None,
+    onnx_options: OnnxOptions | None = None,
 ) -> dict[Format, Bundle]:
     """Export a checkpoint in one format or in both, each as a bundle that agrees with it.
 
@@ -79,6 +81,7 @@ def export_models(
         calibrate: for int8, folder with the `train/` images that set the ranges; None for the data that the
             run was trained on.
         options: for the TensorRT engine.
+        onnx_options: for the ONNX files.
     Returns:
         The bundles by format, verified on the disk.
     Raises:
@@ -99,7 +102,8 @@ def export_models(
     if checkpoint.average_state:
         log.info(f"exporting {checkpoint.description}")
     dataset = load_split(checkpoint, data, "val")
-    export = _Export(checkpoint, dataset, max_batch, precision, calibrate, options)
+    onnx_options = onnx_options or OnnxOptions()
+    export = _Export(checkpoint, dataset, max_batch, precision, calibrate, options, onnx_options)
     root = out or checkpoint.run_folder / "export"
     bundles: dict[Format, Bundle] = {}
     for format in sorted(formats):  # ONNX first: an engine is built from it
@@ -119,6 +123,7 @@ class _Export:
     precision: Precision
     calibrate: Path | None
     options: EngineOptions
+    onnx_options: OnnxOptions
 
     def write(self, format: Format, target: Path, onnx_bundle: Bundle | None) -> Bundle:
         """Write one bundle.
@@ -143,14 +148,15 @@ class _Export:
 
     def _write_onnx(self, folder: Path) -> Manifest:
         """Write the model and its form for a CPU, check their precision, and describe them."""
-        checkpoint, precision = self.checkpoint, self.precision
+        checkpoint, precision, opset = self.checkpoint, self.precision, self.onnx_options.opset
         path, cpu_path = folder / ONNX_NAME, folder / CPU_NAME
         calibration = None
         if precision == "int8":
             calibration = self._write_int8(path, cpu_path)
         else:
-            export_onnx(checkpoint, path, precision=precision)
-            export_for_cpu(checkpoint, cpu_path, path, precision=precision)
+            export_onnx(checkpoint, path, precision=precision, opset=opset)
+            weights = None if self.onnx_options.one_file else path
+            export_for_cpu(checkpoint, cpu_path, weights, precision=precision, opset=opset)
         cpu = None
         if cpu_path.exists():
             reads = ONNX_NAME if has_shared_weights(cpu_path) else ""
@@ -177,14 +183,15 @@ class _Export:
 
     def _write_int8(self, path: Path, cpu_path: Path) -> Calibration:
         """Write the model and its form for a CPU in int8, with the ranges of training images."""
-        images = load_split(self.checkpoint, self.calibrate, "train")
+        images = load_split(self.checkpoint, self.calibrate, "train", "--calibrate")
         sample = sample_evenly(images, CALIBRATION_IMAGES)
         log.info("int8: calibrating on %d training images of %s", len(sample), printable(images.root))
         batches = _decode(sample, self.checkpoint.preprocessing)
         source = path.with_name("float32.onnx")
-        export_onnx(self.checkpoint, source)
+        opset = self.onnx_options.opset
+        export_onnx(self.checkpoint, source, opset=opset)
         quantize_for_tensorrt(source, path, batches)
-        lrn_betas = export_for_int8_cpu(self.checkpoint, source)
+        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset)
         quantize_for_cpu(source, cpu_path, batches, lrn_betas)
         source.unlink()
         return Calibration(

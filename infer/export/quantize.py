@@ -31,7 +31,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from infer.bundle.schema import INPUT_NAME
 from infer.export.cpu_form import is_lrn_sum
-from infer.export.to_onnx import strip_notes
+from infer.export.to_onnx import declare_least, strip_notes
 
 
 def quantize_for_tensorrt(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
@@ -118,6 +118,7 @@ def _save(model: onnx.ModelProto, target: Path, source: Path) -> None:
     """Write a quantised model, with its logits in float32 and the names and metadata of its source."""
     _keep_logits(model.graph)
     strip_notes(model)
+    declare_least(model)
     before = onnx.load(source, load_external_data=False)
     model.producer_name, model.producer_version = before.producer_name, before.producer_version
     model.doc_string = before.doc_string

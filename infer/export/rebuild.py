@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.open import open_dataset
+from data_pipeline.datasets.open import open_dataset, open_recorded
 from infer.bundle.describe import rebuild_lines
 from infer.bundle.gate_report import LIMITS, Rebuild
 from infer.bundle.load import Bundle, data_of_run
@@ -132,8 +132,9 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
 
 
 def _images(bundle: Bundle, data: Path | None) -> Dataset:
-    root = data or data_of_run(bundle)
-    dataset = open_dataset(root, "val")
+    dataset = open_dataset(data, "val") if data else open_recorded(data_of_run(bundle), "val")
     if tuple(map(printable, dataset.classes)) != bundle.manifest.classes:
-        raise UserError(f"{printable(root)}/val has other classes than the model: name its data with --data")
+        raise UserError(
+            f"{printable(dataset.root)}/val has other classes than the model: name its data with --data"
+        )
     return dataset

@@ -16,12 +16,12 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, Precision
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
+from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 
-OPSET = 20
 MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less some room for the graph
 # Warnings that the libraries raise for one another; nobody who exports can act on them.
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
@@ -47,7 +47,9 @@ class ContractModel(nn.Module):
         return torch.softmax(self.network(self.normalize(images).to(self.dtype)).float(), dim=1)
 
 
-def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "fp32") -> None:
+def export_onnx(
+    checkpoint: Checkpoint, path: Path, *, precision: Precision = "fp32", opset: int = DEFAULT_OPSET
+) -> None:
     """Write a checkpoint as one ONNX file, weights included.
 
     LRN is written as ONNX's own operator, which TensorRT maps to its LRN layer. The file's metadata carries
@@ -57,40 +59,52 @@ def export_onnx(checkpoint: Checkpoint, path: Path, *, precision: Precision = "f
         checkpoint: a verified checkpoint.
         path: where to write; its folder exists.
         precision: fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
+        opset: as in `infer.export.onnx_options.OnnxOptions`; the file has the lowest IR version with it.
     Raises:
         UserError: a model too large for one file.
     """
-    _write(ContractModel(checkpoint, half=precision == "fp16"), checkpoint, path)
+    _write(ContractModel(checkpoint, half=precision == "fp16"), checkpoint, path, opset)
 
 
-def export_for_cpu(checkpoint: Checkpoint, path: Path, weights: Path, *, precision: Precision) -> None:
+def export_for_cpu(
+    checkpoint: Checkpoint,
+    path: Path,
+    weights: Path | None,
+    *,
+    precision: Precision,
+    opset: int = DEFAULT_OPSET,
+) -> None:
     """Write a checkpoint in the form for ONNX Runtime's CPU provider, if it has one of its own.
 
     Args:
-        checkpoint, precision: as in `export_onnx`.
+        checkpoint, precision, opset: as in `export_onnx`.
         path: where to write; nothing is written for a network without LRN, which needs no other form.
-        weights: the file of `export_onnx`, in the same folder: the large weights are read from there.
+        weights: the file of `export_onnx`, in the same folder: the large weights are read from there. None
+            writes them again, so that the file needs no other.
     """
     model = ContractModel(checkpoint, half=precision == "fp16")
     if use_banded_lrn(model.network):
-        _write(model, checkpoint, path)
-        share_weights(path, weights)
+        _write(model, checkpoint, path, opset)
+        if weights is not None:
+            share_weights(path, weights)
 
 
-def export_for_int8_cpu(checkpoint: Checkpoint, path: Path) -> list[float]:
+def export_for_int8_cpu(checkpoint: Checkpoint, path: Path, opset: int = DEFAULT_OPSET) -> list[float]:
     """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
 
+    Args:
+        checkpoint, path, opset: as in `export_onnx`.
     Returns:
         The exponent beta of each LRN.
     """
     model = ContractModel(checkpoint)
     betas = use_banded_lrn(model.network, channels_last=True)
     model.normalize = fold_normalization(model.network, checkpoint.preprocessing)
-    _write(model, checkpoint, path)
+    _write(model, checkpoint, path, opset)
     return betas
 
 
-def _write(model: ContractModel, checkpoint: Checkpoint, path: Path) -> None:
+def _write(model: ContractModel, checkpoint: Checkpoint, path: Path, opset: int) -> None:
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > MAX_ONNX_BYTES:
         raise UserError(f"the weights take {size_bytes / 2**30:.1f} GiB, and an ONNX file holds at most 2")
@@ -103,7 +117,7 @@ def _write(model: ContractModel, checkpoint: Checkpoint, path: Path) -> None:
             (example_NHWC,),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
-            opset_version=OPSET,
+            opset_version=max(opset, EXPORTER_MIN_OPSET),
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
             dynamo=True,
             verbose=False,
@@ -113,7 +127,10 @@ def _write(model: ContractModel, checkpoint: Checkpoint, path: Path) -> None:
             log.warning("ONNX export: %s", " ".join(str(warning.message).split()))
     assert program is not None
     proto = program.model_proto
+    if opset < EXPORTER_MIN_OPSET:
+        proto = lower_opset(proto, opset)
     strip_notes(proto)
+    declare_least(proto)
     proto.producer_name, proto.producer_version = "alexnet", version("alexnet")
     proto.doc_string = (
         f"AlexNet ({checkpoint.config.model.name}) for {len(checkpoint.classes)} classes: "
@@ -131,6 +148,36 @@ def _write(model: ContractModel, checkpoint: Checkpoint, path: Path) -> None:
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
     onnx.checker.check_model(path, full_check=True)
+
+
+def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Convert a model of opset 18 to an older one.
+
+    ONNX's converter knows no way back for `Pad`, which has a fourth input since opset 18 and is otherwise the
+    same. It leaves operators of foreign domains alone, so a `Pad` of three inputs passes as one of those.
+    """
+    hidden = "unchanged"
+    model.opset_import.add(domain=hidden, version=1)
+    for node in model.graph.node:
+        if node.op_type == "Pad" and len(node.input) <= 3:
+            node.domain = hidden
+    lowered: onnx.ModelProto = onnx.version_converter.convert_version(model, opset)
+    for node in lowered.graph.node:
+        if node.domain == hidden:
+            node.domain = ""
+    return lowered
+
+
+def declare_least(model: onnx.ModelProto) -> None:
+    """Declare no more than the model needs: older runtimes refuse a higher IR version or operator set unread.
+
+    That is the lowest IR version with its opset, and no sets of which it uses no operator, as quantisers add.
+    """
+    used = {node.domain for node in model.graph.node}
+    needed = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(needed)
+    model.ir_version = onnx.helper.find_min_ir_version_for(needed)
 
 
 def strip_notes(model: onnx.ModelProto) -> None:

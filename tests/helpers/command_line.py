@@ -13,10 +13,11 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def assert_one_line(result: Result, code: int, text: str) -> None:
-    """One line that begins with `error:`, no traceback, and the exit code."""
+def assert_one_line(result: Result, code: int, text: str) -> str:
+    """One line that begins with `error:`, no traceback, and the exit code. Returns the line."""
     assert result.exit_code == code, result.output
     errors = [line for line in result.stderr.splitlines() if line.startswith(("error:", "Error:"))]
     assert len(errors) == 1, result.stderr
     assert text in errors[0]
     assert "Traceback" not in result.output
+    return errors[0]

@@ -90,7 +90,7 @@ def test_train_passes_on_the_ranks_error_line_and_code(
     done = run_command(["alexnet", "train", "--nproc=2", "--data=nowhere"], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
-    assert "no data folder nowhere" in done.stderr
+    assert "no data folder nowhere" in done.stderr and "name it with --data DIR" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -84,7 +84,8 @@ def test_resume_with_other_training_images_is_refused(trained: tuple[Path, Path,
             "(100 and 1 in quarantine then, 99 and 2 in quarantine now), so the order would change" in error
         )
         assert error.endswith(
-            "restore the data and its quarantine list, or start a new run with --resume none"
+            "restore the data and its quarantine list, name where they are with --data DIR, "
+            "or start a new run with --resume none"
         )
         assert "Traceback" not in refused.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,25 @@ def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_wrapped_weights_come_in_with_a_line_that_says_so(tmp_path: Path) -> None:
+    """As torchvision's references save them, under DDP, in a file with the suffixes in upper case."""
+    theirs = torchvision.models.alexnet(num_classes=2)
+    path = tmp_path / "MODEL_BEST.PTH.TAR"
+    wrapped = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+    torch.save({"model": wrapped, "epoch": 3, "args": argparse.Namespace(lr=0.01)}, path)
+    done = CliRunner().invoke(main, ["checkpoint", "convert", str(path), str(tmp_path / "runs")])
+    assert done.exit_code == 0
+    assert done.stderr == (
+        f'{path}: wrapped weights: in "model"; names without "module."; '
+        "skipped without running it: argparse.Namespace\n"
+    )
+    imported = load_checkpoint(Path(done.stdout.strip()))
+    assert imported.model_state.keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(imported.model_state[name], value), name
+
+
+@pytest.mark.slow
 def test_bvlc_weights_see_the_pixels_that_caffe_showed_them(tmp_path: Path) -> None:
     """Our RGB pipeline against Caffe's arithmetic: BGR, 0..255, minus the mean, on the original filters."""
     file = bvlc_file()
@@ -110,7 +130,15 @@ def test_weights_that_are_foreign_or_crafted_are_refused(tmp_path: Path) -> None
     (tmp_path / "junk.pth").write_bytes(b"junk")
     refuse("junk.pth", CorruptFileError, "junk.pth")
     torch.save({"fc.weight": torch.zeros(4, 4)}, tmp_path / "other.pth")
-    refuse("other.pth", UserError, "another model's weights")
+    refuse("other.pth", UserError, "another model's weights .*; what can come in is torchvision's `alexnet`")
+    torch.save({"state_dict": {"module.fc.weight": torch.zeros(4, 4)}, "epoch": 1}, tmp_path / "other.CKPT")
+    refuse("other.CKPT", UserError, "another model's weights .*; what can come in is torchvision's `alexnet`")
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "whole.pt")
+    refuse(
+        "whole.pt", UserError, "holds torch.nn.modules.linear.Linear as an object, .* save model.state_dict"
+    )
+    own, _ = save_small_network(tmp_path / "own" / "checkpoints")
+    refuse(str(own / "state.pt"), UserError, "is a checkpoint of ours already")
     torch.save({"a": torch.zeros(4)}, tmp_path / "flat.pth")
     refuse("flat.pth", UserError, "no fully connected layer")
     save_file({"a": torch.zeros(4)}, tmp_path / "bare.safetensors")

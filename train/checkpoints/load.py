@@ -34,6 +34,8 @@ from train.models.alexnet import AlexNet, count_hidden_weights, make_model
 
 log = logging.getLogger("train")
 
+RECIPE_ADVICE = "use the recipe it was trained with"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Snapshot):
@@ -100,11 +102,20 @@ class Checkpoint(Snapshot):
 
 
 def make_model_with(
-    config: ModelConfig, weights: dict[str, Tensor], num_classes: int, crop_px: int, source: Path
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    num_classes: int,
+    crop_px: int,
+    source: Path,
+    *,
+    advice: str = RECIPE_ADVICE,
 ) -> AlexNet:
     """Build the network of a configuration and load weights into it.
 
     The sizes are compared first, so that a file cannot make a network much larger than itself be built.
+
+    Args:
+        advice: what to do about weights that do not fit, for the message.
 
     Raises:
         UserError: weights that do not fit the configuration, with how they differ.
@@ -114,15 +125,20 @@ def make_model_with(
     if wanted != found:
         raise UserError(
             f"{source} holds another model's weights (its fully connected layers have {found} weights, those "
-            f"of its configuration {wanted})"
+            f"of its configuration {wanted}); {advice}"
         )
     model = make_model(config, num_classes=num_classes, crop_px=crop_px)
-    load_weights(model, weights, source=source)
+    load_weights(model, weights, source, advice=advice)
     return model
 
 
-def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:
+def load_weights(
+    model: torch.nn.Module, state: dict[str, Tensor], source: Path, *, advice: str = RECIPE_ADVICE
+) -> None:
     """Load weights strictly.
+
+    Args:
+        advice: what to do about weights that do not fit, for the message.
 
     Raises:
         UserError: names or shapes that differ, with the first of each.
@@ -133,8 +149,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path)
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         shown = f"{odd[0]}: expected {expected.get(odd[0], 'nothing')}, found {found.get(odd[0], 'nothing')}"
         raise UserError(
-            f"{source} holds another model's weights ({len(odd)} tensors differ, first {shown}); "
-            "use the recipe it was trained with"
+            f"{source} holds another model's weights ({len(odd)} tensors differ, first {shown}); {advice}"
         )
     model.load_state_dict(state)
 

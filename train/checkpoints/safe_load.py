@@ -9,17 +9,61 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from data_pipeline.common.errors import CorruptFileError
 
 MAX_PICKLE_BYTES = 1 << 24
 """Most bytes beside the tensors; the names of 100,000 classes take a tenth of it."""
+MAX_FOREIGN_NAMES = 500
+"""Most classes and functions that are skipped in one file; a trainer's state names a few dozen."""
+_RUNS_CODE = re.compile(
+    r"(builtins|_?io)\.(__import__|compile|eval|exec|open)"
+    r"|(commands|subprocess)\.(Popen|call|check_call|check_output|getoutput|getstatusoutput|run)"
+    r"|(ctypes|importlib|pty|runpy|shutil|socket)\..*"
+)
+"""Names that no trainer's state has; `commands` is what pickle writes for `subprocess`.
+
+None is called in any case: a file with one is an attack on whoever loads it elsewhere.
+"""
+
+
+class Skipped:
+    """Stands for an object of a foreign class, of which nothing was loaded.
+
+    Attributes:
+        name: the class or function that would have made it.
+    """
+
+    name = ""
+
+    def __new__(cls, *_arguments: object) -> Skipped:
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: object) -> None:
+        """Forget the state."""
+
+
+class _SkippedDict:
+    """Stands for a subclass of dict: its items are kept, in a plain one."""
+
+    def __new__(cls, *_arguments: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _SkippedList:
+    """Stands for a subclass of list."""
+
+    def __new__(cls, *_arguments: object) -> list[Any]:  # type: ignore[misc]
+        return []
 
 
 def load_plain(path: Path) -> Any:
@@ -28,10 +72,29 @@ def load_plain(path: Path) -> Any:
     Raises:
         CorruptFileError: it holds anything else, is damaged, or would be larger in memory than on the disk.
     """
+    return _load(path, skipping=False)
+
+
+def load_skipping(path: Path) -> Any:
+    """Load as `load_plain` does, with a `Skipped` in place of each object of a foreign class.
+
+    So a state dict can be read that lies beside the arguments of its trainer. The classes are never imported.
+
+    Raises:
+        CorruptFileError: it is damaged, would be larger in memory than on the disk, or names functions that
+            run code, as attacks do.
+    """
+    return _load(path, skipping=True)
+
+
+def _load(path: Path, *, skipping: bool) -> Any:
     try:
-        if zipfile.is_zipfile(path):
+        is_archive = zipfile.is_zipfile(path)
+        if is_archive:
             _check_archive(path)
-        with warnings.catch_warnings():
+        # Files of torch before 1.6 are no archives: those hold plain values, or are refused.
+        stand_ins = safe_globals(_stand_ins(path)) if skipping and is_archive else nullcontext()
+        with stand_ins, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused afterwards
             return torch.load(path, map_location="cpu", weights_only=True)
     except CorruptFileError:
@@ -39,7 +102,31 @@ def load_plain(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CorruptFileError(f"{path} holds more than tensors and plain values: not loaded") from error
     except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise CorruptFileError(f"{path} cannot be read: {type(error).__name__} {error}"[:300]) from error
+        reason = " ".join(f"{type(error).__name__} {error}".split())  # torch's own may have many lines
+        raise CorruptFileError(f"{path} cannot be read: {reason}"[:300]) from error
+
+
+def _stand_ins(path: Path) -> list[Any]:
+    """What torch's reader shall take for each class and function that it does not know, by their names.
+
+    The names come from the file's instructions; an unlisted one, and those of modules that torch blocks, are
+    still refused when the file is loaded.
+    """
+    names = sorted(get_unsafe_globals_in_checkpoint(path))
+    if len(names) > MAX_FOREIGN_NAMES:
+        raise CorruptFileError(f"{path} names {len(names)} classes that are not torch's: not loaded")
+    if attack := next(filter(_RUNS_CODE.fullmatch, names), None):
+        raise CorruptFileError(f"{path} holds more than tensors and plain values ({attack}): not loaded")
+    return [(_stand_in(name), name) for name in names]
+
+
+def _stand_in(name: str) -> type:
+    last = name.rpartition(".")[2].lower()
+    if last.endswith("dict"):  # AttributeDict, defaultdict, ...
+        return _SkippedDict
+    if last in ("deque", "list"):
+        return _SkippedList
+    return type("Skipped", (Skipped,), {"name": name})
 
 
 def _check_archive(path: Path) -> None:

@@ -35,7 +35,8 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         UserError: no such recipe (with the nearest one), or a file that cannot be parsed (with its line).
     """
     path = Path(name_or_path)
-    if path.suffix in (".toml", ".json"):
+    suffix = path.suffix.lower()
+    if suffix in (".toml", ".json"):
         if not path.is_file():
             raise UserError(f"recipe file {path} does not exist")
         text, name = without_mark(path.read_bytes(), path), path.stem
@@ -45,7 +46,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
             raise UserError(f"unknown recipe {name!r}{_nearest(name, recipe_names())}")
         text = (resources.files("train.recipes") / f"{name}.toml").read_bytes()
     try:
-        values = msgspec.json.decode(text) if path.suffix == ".json" else msgspec.toml.decode(text)
+        values = msgspec.json.decode(text) if suffix == ".json" else msgspec.toml.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {name_or_path} cannot be read: {error}") from error
     if not isinstance(values, dict):

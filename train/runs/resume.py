@@ -202,7 +202,7 @@ def check_same_data(checkpoint: Checkpoint, data: dict[str, Contents], root: Pat
         if split == "train":
             raise UserError(
                 f"cannot resume: {what}, so the order would change; restore the data and its quarantine "
-                "list, or start a new run with --resume none"
+                "list, name where they are with --data DIR, or start a new run with --resume none"
             )
         log.warning(f"{what}: metrics before and after this point do not compare")
 

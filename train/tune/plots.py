@@ -36,7 +36,7 @@ def check_picture(path: Path) -> None:
         UserError: a format that is none of ours, a folder that is not there or cannot be written to, a file
             that is none of our pictures, or no matplotlib.
     """
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise UserError(f"a picture ends in {', '.join(FORMATS)}, not {printable(path.name)}")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {printable(path.parent)} to write {printable(path.name)} to")
@@ -78,9 +78,10 @@ def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[
         panels = [figure.add_subplot(1, num_panels, number + 1) for number in range(num_panels)]
         yield panels
         dated = {".png": "Creation Time", ".svg": "Date", ".pdf": "CreationDate"}
-        creator = "Software" if path.suffix == ".png" else "Creator"
+        suffix = path.suffix.lower()
+        creator = "Software" if suffix == ".png" else "Creator"
         try:  # without the date: the same file for the same figures
-            figure.savefig(path, metadata={dated[path.suffix]: None, creator: CREATOR})
+            figure.savefig(path, metadata={dated[suffix]: None, creator: CREATOR})
         except OSError as error:
             raise SaveError(f"{printable(path)} cannot be written: {error.strerror}") from error
 

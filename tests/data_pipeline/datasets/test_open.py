@@ -9,7 +9,7 @@ import pytest
 from scipy.io import savemat  # type: ignore[import-untyped]
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.open import open_dataset, splits_of
+from data_pipeline.datasets.open import open_dataset, open_recorded, splits_of
 from tests.helpers.images import write_folder
 from tests.helpers.layouts import CRANES, JPEG, SYNSET_IDS, WORDS, make_imagenet, make_tiny
 
@@ -134,3 +134,20 @@ def test_opening_a_split_checks_its_name_and_classes(tmp_path: Path) -> None:
         open_dataset(tmp_path, "../x")
     with pytest.raises(UserError, match="neither train nor val"):
         splits_of(tmp_path / "train")
+
+
+def test_recorded_data_that_is_gone_names_the_option(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    assert open_recorded(tmp_path, "train").classes == ("a", "b")
+    with pytest.raises(
+        UserError, match=r"no data folder .*old: .*; if the data is elsewhere now, .* --data DIR"
+    ):
+        open_recorded(tmp_path / "old", "train")
+    (tmp_path / "mount").mkdir()  # what is left where a disk was
+    with pytest.raises(
+        UserError, match=r"no folder 'train' in .*; if the data is elsewhere now, .* --other DIR"
+    ):
+        open_recorded(tmp_path / "mount", "train", "--other")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot learn from [^;]*; expected [^;]*$"):
+        open_recorded(tmp_path / "empty", "train")

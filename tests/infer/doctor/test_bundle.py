@@ -65,9 +65,10 @@ def test_doctor_reports_origin_gate_and_gpus_of_a_bundle(bundle: Bundle) -> None
     assert found["checkpoint"]["sha256"] == manifest.checkpoint.sha256
     assert found["gate"]["onnx"]["top1_agreement"] == 1 and found["gate_limits_are_todays"] is True
     assert len(found["manifest_sha256"]) == 64
-    assert found["loads_on"]["model.onnx"].startswith(
-        "ONNX Runtime 1.17 or later, CPU and GPUs (opset 20, IR 10)"
-    ) or found["loads_on"]["model.onnx"].startswith("ONNX Runtime 1.18 or later")
+    loads_on = "ONNX Runtime 1.17 or later (opset 20, IR 9), on CPU and GPUs; exported with ONNX Runtime "
+    assert found["loads_on"]["model.onnx"].startswith(loads_on)
+    for_cpu = "for ONNX Runtime on a CPU, reads its weights from model.onnx beside it; Conv float"
+    assert found["loads_on"]["model.cpu.onnx"].startswith(for_cpu)
     assert manifest.engine is not None
     assert f"loads on GPUs of {', '.join(manifest.engine.gpus)}" in found["loads_on"]["model.engine"]
     assert found["here"]["model.cpu.onnx on the CPU"].startswith("ok: ran on cpu with ONNX Runtime")

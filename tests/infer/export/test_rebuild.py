@@ -188,6 +188,8 @@ def test_rebuild_refuses_wrong_options_with_code_2(bundle: Bundle, tmp_path: Pat
         (("--format", "onnx"), "is exported already"),
         (("--precision", "fp16"), "is in fp32: export a checkpoint in fp16"),
         (("--calibrate", tmp_path), "--calibrate is for a checkpoint; a bundle has its ranges already"),
+        (("--opset", 17), "--opset is for a checkpoint; a bundle's ONNX files stay as they are"),
+        (("--one-file",), "--one-file is for a checkpoint"),
         (("--max-batch", 4), "--max-batch is for a checkpoint, or for --format trt, which builds an engine"),
         (("--gpu", "sm89"), "--gpu is for a checkpoint, or for --format trt"),
         (("--format", "trt", "--opt-batch", 9), "--opt-batch 9: a number from 1 to 8, the largest batch"),

@@ -38,7 +38,7 @@ def test_graph_has_the_contract_and_native_lrn(bundle: Bundle) -> None:
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("LRN") == 2
     assert operators[0] == "Cast" and operators[-1] == "Softmax"
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)] and model.ir_version == 9
     (images,), (probabilities,) = model.graph.input, model.graph.output
     shape = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
     assert (images.name, shape) == ("images", ["batch", 56, 56, 3])
@@ -92,6 +92,27 @@ def test_other_networks_export_and_agree(
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": random_images(5)})
     np.testing.assert_allclose(found, torch_runner(other)(random_images(5)), atol=3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("opset", "name", "ir_version"),
+    [(17, "owt", 8), (17, "bn", 8), (18, "paper", 8), (19, "paper", 9)],
+)
+def test_lower_opsets_say_so_and_compute_the_same(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], opset: int, name: str, ir_version: int
+) -> None:
+    checkpoint = load_checkpoint(checkpoint_folder(base, name))
+    export_onnx(checkpoint, tmp_path / "model.onnx", opset=opset)
+    assert capfd.readouterr() == ("", "")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
+    assert model.ir_version == ir_version
+    assert sum(node.op_type == "LRN" for node in model.graph.node) == (2 if name == "paper" else 0)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["checkpoint_sha256"] == checkpoint.sha256
+    (found,) = session.run(None, {"images": random_images(5)})
+    np.testing.assert_allclose(found, torch_runner(checkpoint)(random_images(5)), atol=3e-5)
 
 
 @pytest.mark.slow

@@ -69,6 +69,8 @@ def test_printed_configuration_is_a_recipe(tmp_path: Path) -> None:
     assert make_config(str(tmp_path / "config.json")) == config
     (tmp_path / "config.json").write_text("\ufeff" + to_json(config))  # as an editor on Windows saves it
     assert make_config(str(tmp_path / "config.json")) == config
+    (tmp_path / "config.json").rename(tmp_path / "CONFIG.JSON")
+    assert make_config(str(tmp_path / "CONFIG.JSON")) == config
 
 
 @given(

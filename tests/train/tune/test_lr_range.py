@@ -72,7 +72,7 @@ def test_lr_sweep_ends_where_the_loss_diverges() -> None:
 @pytest.mark.slow
 def test_bench_lr_sweeps_the_recipe_and_undoes_its_scaling(demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=10)
-    picture = tmp_path / "rates.png"
+    picture = tmp_path / "rates.PNG"
     scaled = ("global_batch=20", "schedule.scaling=linear", "schedule.reference_batch=10")
     sets = [f"--set={text}" for text in (*TINY, *scaled)]
     options = ["--steps=12", "--sweeps=2", "--from=1e-4", "--to=10", f"--plot={picture}", "--json"]
