@@ -40,6 +40,11 @@ OPTIONS: list[click.Parameter] = [
         help="Go on with the newest run of this recipe (auto), or with a run or checkpoint.",
     ),
     click.Option(
+        ["--allow-changed-schedule"],
+        is_flag=True,
+        help="Resume with other epochs, rates or batch, though later steps have other rates then.",
+    ),
+    click.Option(
         ["--set", "overrides"],
         multiple=True,
         metavar="KEY=VALUE",

@@ -35,7 +35,7 @@ def run_epochs(run: RunState) -> Metrics | None:
     """
     metrics = None
     with ExitStack() as stack:
-        steps = open_steps(run, stack, run.total_steps - run.step)
+        steps = open_steps(run, stack, max(0, run.total_steps - run.step))
         if run.unevaluated:
             metrics = finish_epoch(run)
         elif run.step >= run.total_steps:
@@ -62,7 +62,7 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         rank=world.rank,
         world_size=world.world_size,
         micro_batch=micro_batch_size(config, world),
-        start_step=run.step,
+        start_step=run.position,
         num_steps=num_steps,
     )
     stack.enter_context(closing(batches))
@@ -82,8 +82,8 @@ def by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
 def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
     """Train from the current step to the end of its epoch; log, save and poll as it is due."""
     config, world = run.config, run.parts.world
-    epoch = run.step // run.steps_per_epoch + 1
-    last_step = epoch * run.steps_per_epoch
+    epoch = run.position // run.steps_per_epoch + 1
+    last_step = run.step + epoch * run.steps_per_epoch - run.position
     base_lr, drops = base_lr_for(config.schedule, config.global_batch), count_drops(run)
     if run.row.num_steps == 0:
         run.row.reset()  # the row's time begins now, and not when the run was built
@@ -91,10 +91,10 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
     with show_progress(title, last_step - run.step, shown=world.is_main) as progress:
         while run.step < last_step:
             lr = lr_at(
-                run.step,
+                run.position,
                 config.schedule,
                 steps_per_epoch=run.steps_per_epoch,
-                total_steps=run.total_steps,
+                total_steps=config.epochs * run.steps_per_epoch,
                 base_lr=base_lr,
                 drops=drops,
             )
@@ -150,7 +150,7 @@ def finish_epoch(run: RunState) -> Metrics:
     Raises:
         InterruptedRunError: a signal asked to stop; a resumed run evaluates first, if this one could not.
     """
-    config, epoch = run.config, run.step // run.steps_per_epoch
+    config, epoch = run.config, run.position // run.steps_per_epoch
     try:
         metrics = evaluate_epoch(run)
     except EvaluationStoppedError:

@@ -47,9 +47,11 @@ collective can replace the wait: after an error the ranks need not be at the sam
 DEMO_NOTE = ", the embedded handwritten digits"
 
 
-def train(config: RunConfig, out: Path, resume: str) -> str | None:
+def train(config: RunConfig, out: Path, resume: str, *, allow_changed_schedule: bool = False) -> str | None:
     """Train as configured, on the ranks that torchrun started (outside torchrun: one).
 
+    Args:
+        config, out, resume, allow_changed_schedule: see `build_run`.
     Returns:
         On rank 0, the result as one JSON object, see `summarize`.
     Raises:
@@ -60,7 +62,9 @@ def train(config: RunConfig, out: Path, resume: str) -> str | None:
         world = stack.enter_context(open_world(config.device, config.timeout_s))
         if resume in ("none", "auto"):  # else the run may lie elsewhere
             world.broadcast_object(lambda: check_writable(out, "name another folder with --out"))
-        run = build_run(config, out, resume, world, stack, interrupt)
+        run = build_run(
+            config, out, resume, world, stack, interrupt, allow_changed_schedule=allow_changed_schedule
+        )
         started = time.monotonic()
         try:
             metrics = run_epochs(run)
@@ -105,6 +109,7 @@ def main(
     data: Path | None,
     out: Path,
     resume: str,
+    allow_changed_schedule: bool,
     overrides: tuple[str, ...],
     print_config: bool,
     debug: bool,
@@ -130,7 +135,7 @@ def main(
                 f"recipe {config.recipe}{' (the default)' if recipe == DEFAULT_RECIPE else ''}, "
                 f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
             )
-            return train(config, out, resume)
+            return train(config, out, resume, allow_changed_schedule=allow_changed_schedule)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and silence_broken_streams():
                 sys.exit(EXIT_BROKEN_PIPE)

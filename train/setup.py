@@ -33,6 +33,7 @@ from train.optim.precision import choose_precision
 from train.optim.schedule import describe_lr
 from train.optim.sgd import load_optimizer, make_optimizer, start_momentum
 from train.runs.abort import AbortPolicy
+from train.runs.changes import apply_changes
 from train.runs.folder import RunFolder, create_run
 from train.runs.metrics_log import MetricsLog
 from train.runs.resume import Start, check_same_data, choose_start, claim_run, rewind
@@ -50,6 +51,8 @@ def build_run(
     world: World,
     stack: ExitStack,
     interrupt: Interrupt | None = None,
+    *,
+    allow_changed_schedule: bool = False,
 ) -> RunState:
     """Open the data, build or resume the network, and open the run's folder.
 
@@ -58,6 +61,7 @@ def build_run(
         resume: see `train.runs.resume.choose_start`.
         stack: closes what must be closed.
         interrupt: listens from the end of this call on, when there is a state to save; None to make one.
+        allow_changed_schedule: see `train.runs.changes.apply_changes`.
     Raises:
         UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
     """
@@ -67,11 +71,14 @@ def build_run(
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     data = contents_on_ranks(world, (train_set, val_set))
     start, checkpoint = open_checkpoint(config, out, resume, world)
+    step, progress = 0, Progress()
     if checkpoint is not None:
         check_same_data(checkpoint, data, train_set.root)
-    step = checkpoint.step if checkpoint is not None else 0
+        step = checkpoint.step
+        progress = apply_changes(config, checkpoint, len(train_set), allowed=allow_changed_schedule)
+    position = step - progress.step_offset
     parts = make_step_parts(config, train_set, world, checkpoint)
-    epochs_left = config.epochs - step // num_steps if out is not None else 0
+    epochs_left = max(0, config.epochs - position // num_steps) if out is not None else 0
     loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
     if world.is_main:
         log_hardware(config, parts, loader)
@@ -94,15 +101,19 @@ def build_run(
         loader=loader,
         folder=folder,
         writer=writer,
-        metrics_log=MetricsLog(folder, step, num_steps, noise=config.log_noise_scale),
-        abort=AbortPolicy(config, train_set, folder, writer),
+        metrics_log=MetricsLog(
+            folder, step, num_steps, noise=config.log_noise_scale, step_offset=progress.step_offset
+        ),
+        abort=AbortPolicy(config, train_set, folder, writer, progress.step_offset),
         interrupt=interrupt,
         steps_per_epoch=num_steps,
         row=row,
-        progress=checkpoint.progress if checkpoint is not None else Progress(),
+        progress=progress,
         step=step,
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
-        unevaluated=step > 0 and step % num_steps == 0 and not (checkpoint and "top1" in checkpoint.metrics),
+        unevaluated=position > 0
+        and position % num_steps == 0
+        and not (checkpoint and "top1" in checkpoint.metrics),
     )
 
 
@@ -211,6 +222,7 @@ def open_run_folder(
     """Make the run's folder, or bring an earlier run's back to a step, and start the checkpoint writer."""
     folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
     claim_run(folder, env_launch())
+    folder.write_config(config)
     log.info(f"run folder: {folder.path}")
     best = rewind(folder, step) if start.run is not None else None
     writer = AsyncCheckpointWriter(folder.checkpoints, config, best, device, folder.sync_rows)

@@ -60,9 +60,14 @@ class RunState:
     held_up_s: float = 0.0
 
     @property
+    def position(self) -> int:
+        """Optimiser steps that the finished epochs, and this one so far, take with the batch of now."""
+        return self.step - self.progress.step_offset
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.config.epochs * self.steps_per_epoch
+        return self.config.epochs * self.steps_per_epoch + self.progress.step_offset
 
 
 @torch.no_grad()
@@ -92,8 +97,8 @@ def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
         figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
     return Snapshot(
         step=run.step,
-        epoch=run.step // run.steps_per_epoch,
-        samples_seen=run.step * run.config.global_batch,
+        epoch=run.position // run.steps_per_epoch,
+        samples_seen=run.step * run.config.global_batch + run.progress.samples_offset,
         config=run.config,
         classes=run.train_set.classes,
         labels_text=run.train_set.labels_text,

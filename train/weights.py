@@ -234,6 +234,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "step": checkpoint.step,
         "epoch": checkpoint.epoch,
         "samples_seen": checkpoint.samples_seen,
+        "changes": msgspec.to_builtins(checkpoint.progress.changes),
         "recipe": checkpoint.config.recipe,
         "model": checkpoint.config.model.name,
         "weights": checkpoint.weights_name,

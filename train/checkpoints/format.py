@@ -53,16 +53,35 @@ class Pointer(msgspec.Struct, frozen=True, kw_only=True):
     top1: float | None
 
 
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """Keys of the configuration that a resumed run has had other values of, see `train.runs.changes`.
+
+    Attributes:
+        step: optimiser steps finished before.
+        what: a text for each key: "epochs was 10, now 20".
+    """
+
+    step: int
+    what: tuple[str, ...]
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """The history of a run that decides how it continues.
 
     Attributes:
         val_errors: validation error (1 - top-1) after each epoch so far, by which `plateau` lowers the rate.
         flat_loss: how long the training loss has been flat.
+        step_offset: by how many steps more, or fewer if below 0, the finished epochs took than they would
+            with the batch of now. 0 unless `global_batch` was changed.
+        samples_offset: the same in samples used.
+        changes: of the configuration, in order.
     """
 
     val_errors: tuple[float, ...] = ()
     flat_loss: FlatLoss = FlatLoss()
+    step_offset: int = 0
+    samples_offset: int = 0
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,13 @@ BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Init = Literal["he", "paper", "caffe", "torch"]
 
 FREE_TO_CHANGE = (
-    "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "keep_checkpoints",
-    "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
+    "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "checkpoint_every",
+    "keep_checkpoints", "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
 )  # fmt: skip
-"""Keys of `RunConfig` that a resumed run may change: they decide where it computes, not what. All others
-decide the result."""
+"""Keys of `RunConfig` that a resumed run may change: they decide where it computes, not what."""
+DECIDE_THE_SCHEDULE = ("epochs", "global_batch", "schedule")
+"""Keys that it may change with `--allow-changed-schedule`: they decide the learning rates and batches of
+later steps (`train.runs.changes`). All others decide the result as a whole."""
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -38,12 +38,14 @@ class AbortPolicy:
         train_set: whose files are named as evidence.
         folder: the run's; None on the ranks other than 0, which neither log nor write.
         writer: of its checkpoints; None like `folder`.
+        step_offset: see `train.checkpoints.format.Progress`.
     """
 
     config: RunConfig
     train_set: Dataset
     folder: RunFolder | None
     writer: AsyncCheckpointWriter | None
+    step_offset: int = 0
 
     def check_skipped_steps(
         self, stats: SkipStats, scaler: torch.amp.GradScaler, *, step: int, seen: int
@@ -131,7 +133,7 @@ class AbortPolicy:
     def _samples_at(self, step: int) -> list[str]:
         """Return the paths of a step's samples over all ranks, a function of the seed and the step alone."""
         size = len(self.train_set)
-        epoch, positions = positions_at(step, size, self.config.global_batch, 0, 1)
+        epoch, positions = positions_at(step - self.step_offset, size, self.config.global_batch, 0, 1)
         indices = permutation_at(self.config.seed, epoch, size)[positions]
         return [printable(self.train_set.path_at(int(index))) for index in indices]
 

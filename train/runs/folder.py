@@ -75,6 +75,22 @@ class RunFolder:
         except OSError as error:
             raise SaveError(f"the rows of {self.metrics} could not be written: {error.strerror}") from error
 
+    def write_config(self, config: RunConfig) -> None:
+        """Write `config.json`, unless it says the same.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        path = self.path / "config.json"
+        try:
+            if (
+                not path.exists()
+                or msgspec.json.format(msgspec.json.encode(config)) != path.read_bytes()[:-1]
+            ):
+                write_json(path, config)
+        except OSError as error:
+            raise SaveError(f"{path} could not be written: {error.strerror}") from error
+
     @cached_property
     def _rows_file(self) -> RetryingAppendFile:
         return RetryingAppendFile(self.metrics)

@@ -32,10 +32,13 @@ class MetricsLog:
         step: optimiser steps finished when the run starts or resumes.
         steps_per_epoch: optimiser steps of an epoch.
         noise: whether training rows have the gradient noise scale (`log_noise_scale`).
+        step_offset: see `train.checkpoints.format.Progress`.
     """
 
-    def __init__(self, folder: RunFolder | None, step: int, steps_per_epoch: int, *, noise: bool) -> None:
-        self._folder, self._steps_per_epoch = folder, steps_per_epoch
+    def __init__(
+        self, folder: RunFolder | None, step: int, steps_per_epoch: int, *, noise: bool, step_offset: int = 0
+    ) -> None:
+        self._folder, self._steps_per_epoch, self._step_offset = folder, steps_per_epoch, step_offset
         self._noise: NoiseAverages | None = None
         self._failing = False
         if folder is not None:
@@ -63,7 +66,7 @@ class MetricsLog:
             return
         row = MetricsRow(
             split=split,
-            epoch=-(-step // self._steps_per_epoch),
+            epoch=-((self._step_offset - step) // self._steps_per_epoch),
             step=step,
             samples=metrics.num_samples,
             failed=metrics.num_failed,

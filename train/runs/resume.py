@@ -10,7 +10,6 @@ import glob
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -28,8 +27,9 @@ from train.checkpoints.format import Pointer, read_manifest, write_pointer
 from train.checkpoints.load import Checkpoint, find_best, find_checkpoint, find_newest_intact
 from train.checkpoints.retention import remove_leftovers, restore_replaced, saved_steps, supersede_after
 from train.config.load import decode_config
-from train.config.schema import FREE_TO_CHANGE, RunConfig
+from train.config.schema import RunConfig
 from train.distributed.torchrun import Launch
+from train.runs.changes import check_fixed
 from train.runs.folder import RunFolder
 
 log = logging.getLogger("train")
@@ -144,7 +144,8 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
         out: folder of runs.
         resume: `none`, `auto` (the newest intact checkpoint of the newest run of this recipe), or the path
             of a run or a checkpoint.
-        config: the configuration of the run to start, which the earlier run's must equal.
+        config: the configuration of the run to start, which must be the earlier run's but for what a resumed
+            run may change.
     Returns:
         A step's folder; None to start a new run.
     Raises:
@@ -165,14 +166,14 @@ def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:
             )
         read_manifest(folder)
         run = folder.parent.parent
-        _check_same(config, _read_config(run), run)
+        check_fixed(config, _read_config(run), run)
         return folder
     for run in sorted(out.glob(f"{glob.escape(config.recipe)}-*"), key=lambda run: run.name, reverse=True):
         folder = run / "checkpoints"
         restore_replaced(folder)
         begun = saved_steps(folder) or (folder / "last.json").exists()
         if begun and (earlier := _read_config(run)).recipe == config.recipe:
-            _check_same(config, earlier, run)
+            check_fixed(config, earlier, run)
             return find_newest_intact(run)
     log.info(
         f"--resume auto: no run of recipe {config.recipe} under {out}/ has a checkpoint; starting a new one"
@@ -248,26 +249,3 @@ def _read_config(run: Path) -> RunConfig:
         raise CorruptFileError(f"run {run} has no readable config.json: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
-
-
-def _check_same(wanted: RunConfig, earlier: RunConfig, run: Path) -> None:
-    differing = _differences(msgspec.to_builtins(earlier), msgspec.to_builtins(wanted))
-    if differing:
-        raise UserError(
-            f"cannot resume {run} with another configuration ({'; '.join(differing)}); "
-            "use the same recipe and --set, or start a new run with --resume none"
-        )
-
-
-def _differences(earlier: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """List the keys that decide the result and whose values differ."""
-    found = []
-    for key, old in earlier.items():
-        new = wanted[key]
-        if not prefix and key in FREE_TO_CHANGE:
-            continue
-        if isinstance(old, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
-    return found
