@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +27,8 @@ from data_pipeline.loading.feeds import FeedMaker, Made
 from data_pipeline.loading.readers import EncodedImage, Reader
 
 _POLL_S = 0.1
+_LEFT_AFTER_S = 1.0
+"""A thread that waits so long for a request, of a pipe that gives none, is left to the end of the process."""
 _AHEAD = 3
 """Batches being read or decoded, beside those that are held ready: as many as DALI has in flight."""
 
@@ -53,63 +55,81 @@ def prefetch_batches(
         faults: logs each bad file once; a file that it excludes is not read again.
     Yields:
         One batch for each request. An error of the background thread is raised here.
-        Closing the iterator ends the threads.
+        Closing the iterator ends the threads, but one that waits for a request that does not come.
     """
     if read_threads < 1 or prefetch < 1:
         raise ValueError(f"read_threads and prefetch must be at least 1, not {read_threads} and {prefetch}")
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
+    ahead = prefetch + _AHEAD
+    ready: queue.Queue[Future[Batch] | BaseException | None] = queue.Queue(maxsize=prefetch + ahead)
     stop = threading.Event()
+    requests = _Watched(requests)
 
-    def put(item: Batch | BaseException | None) -> None:
+    def put(item: Future[Batch] | BaseException | None) -> None:
         while not stop.is_set():  # polled: nothing empties the queue once the consumer has left
             with suppress(queue.Full):
                 ready.put(item, timeout=_POLL_S)
                 return
 
     def produce() -> None:
-        ahead = prefetch + _AHEAD
         reader = Reader(read_threads, max_pixels, faults)
         decoder = _Decoder(backend, caches, reader)
         threads = ThreadPoolExecutor(ahead, thread_name_prefix="decode")
-        batches: deque[Future[Batch]] = deque()
         try:
             for request in requests:
                 if stop.is_set():
                     return
-                batches.append(threads.submit(decoder.decode, request))
-                if len(batches) >= ahead:
-                    put(batches.popleft().result())
-            while batches and not stop.is_set():
-                put(batches.popleft().result())
+                put(threads.submit(decoder.decode, request))
             put(None)
         except BaseException as error:  # raised again where the consumer waits
             put(error)
         finally:
-            threads.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=stop.is_set())
             reader.close()
             decoder.close()
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    return _consume(ready, stop, thread, faults)
+    return _consume(ready, stop, thread, faults, requests)
+
+
+class _Watched(Iterator[BatchRequest]):
+    """Requests, with the time for which the next one has been waited for: it may be that of a pipe."""
+
+    def __init__(self, requests: Iterator[BatchRequest]) -> None:
+        self._requests = requests
+        self._since: float | None = None
+
+    def __next__(self) -> BatchRequest:
+        self._since = time.monotonic()
+        request = next(self._requests)
+        self._since = None
+        return request
+
+    def seconds_waiting(self) -> float:
+        """For how long; 0 while nobody waits."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
 
 def _consume(
-    ready: queue.Queue[Batch | BaseException | None],
+    ready: queue.Queue[Future[Batch] | BaseException | None],
     stop: threading.Event,
     thread: threading.Thread,
     faults: FaultLog,
+    requests: _Watched,
 ) -> Generator[Batch, None, None]:
     thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            for failure, place in zip(item.failures, np.flatnonzero(~item.valid), strict=True):
-                faults.add(failure, item.paths[int(place)])
-            yield item
+            batch = item.result()
+            for failure, place in zip(batch.failures, np.flatnonzero(~batch.valid), strict=True):
+                faults.add(failure, batch.paths[int(place)])
+            yield batch
     finally:
         stop.set()
-        thread.join()
+        while thread.is_alive() and requests.seconds_waiting() < _LEFT_AFTER_S:
+            thread.join(_POLL_S)
 
 
 class _Decoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from data_pipeline.common.console import show_progress
@@ -40,6 +38,7 @@ from data_pipeline.shards.shard_format import (
     ShardEntry,
     ShardIndex,
     ShardManifest,
+    encode_index,
     index_path,
     read_index,
 )
@@ -237,7 +236,7 @@ def _write_shard(shard: _Shard, settings: _Settings) -> _Written:
         direct=[int(look.direct) for look in looks],
     )
     temporary.replace(path)
-    write_atomic(index_path(path), _json(index))
+    write_atomic(index_path(path), encode_index(index))
     return _Written(ShardEntry(path.name, len(numbers), size_bytes, index.sha256), num_unchanged)
 
 
@@ -270,10 +269,6 @@ def _write_manifest(
         quality=None if settings.resize_px is None else settings.quality,
         splits=splits,
     )
-    write_atomic(out / MANIFEST, _json(manifest))
+    write_atomic(out / MANIFEST, encode_index(manifest))
     for leftover in (path for split in splits for path in (out / split).glob(".shard-*.writing")):
         leftover.unlink()
-
-
-def _json(value: ShardManifest | ShardIndex) -> bytes:
-    return (json.dumps(msgspec.to_builtins(value), separators=(",", ":")) + "\n").encode("ascii")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -32,6 +33,7 @@ _COMPANIONS = (".cls", ".json", ".txt")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 _MAX_INDEX_BYTES = 1 << 30
+_SEAL = b',"seal":"'
 
 
 class ShardEntry(msgspec.Struct, frozen=True):
@@ -155,12 +157,22 @@ def read_index(shard: Path, plan: str) -> ShardIndex:
     return index
 
 
+def encode_index(value: ShardManifest | ShardIndex | dict[str, Any]) -> bytes:
+    """The text of a manifest or an index, sealed by a hash of it, so that a changed label is noticed.
+
+    The hash is of the text as it is, since an index of a million samples is read at each start.
+    """
+    text = json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii")[:-1]
+    return text + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}\n'
+
+
 def _load(path: Path, kind: type[T]) -> T:
     """Read a JSON file. By Python's parser, since names that are not UTF-8 are lone surrogates in JSON."""
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CorruptFileError(f"{printable(path)} is too large to be an index")
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
         if (
             kind is ShardIndex
             and isinstance(content, dict)
@@ -171,7 +183,14 @@ def _load(path: Path, kind: type[T]) -> T:
                 f"{printable(path)} is of an earlier version, which did not keep the sizes of images: "
                 "write the shards again"
             )
-        return msgspec.convert(content, type=kind)
+        found = msgspec.convert(content, type=kind)
+        sealed, _, seal = text.rpartition(_SEAL)
+        ours = content.get("format") == FORMAT  # another format is refused as such
+        if ours and seal != hashlib.sha256(sealed).hexdigest().encode() + b'"}\n':
+            raise CorruptFileError(
+                f"{printable(path)} is not what was written, by its own hash: write the shards again"
+            )
+        return found
     except OSError as error:
         raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError, msgspec.ValidationError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.files import LOOKED_FOR
@@ -121,7 +122,7 @@ def find_inputs(
     for argument in arguments:
         argument = os.fspath(argument)
         if argument == STDIN:
-            lists.append(partial(_piped, stdin or sys.stdin.buffer))
+            lists.append(partial(_piped, stdin or own_stdin()))
             total = None
             continue
         is_list = argument.startswith(LIST_MARK)
@@ -186,12 +187,26 @@ def _piped(stream: BinaryIO) -> Iterator[str | ImageSource]:
         yield from _listed(stream, "stdin", first)
 
 
+def own_stdin() -> BinaryIO:
+    """Stdin without a buffer: Python would wait at its end for a thread that waits for more of that."""
+    try:
+        return cast(BinaryIO, io.FileIO(sys.stdin.fileno(), closefd=False))
+    except io.UnsupportedOperation:  # not the process's own, but a caller's
+        return sys.stdin.buffer
+
+
+def _read_some(stream: BinaryIO) -> bytes:
+    """What there is, at most a piece; nothing at the end."""
+    some: bytes = getattr(stream, "read1", stream.read)(_PIECE)
+    return some
+
+
 def _first_piece(stream: BinaryIO) -> bytes:
     """The beginning, long enough to tell what it is: a pipe may give less, and a list's line is enough."""
-    first: bytes = stream.read1(_PIECE)  # type: ignore[attr-defined]
+    first = _read_some(stream)
     piece = first
     while piece and len(first) < TELLING_BYTES and b"\n" not in first:
-        first += (piece := stream.read1(_PIECE))  # type: ignore[attr-defined]
+        first += (piece := _read_some(stream))
     return first
 
 
@@ -210,7 +225,7 @@ def _listed(stream: BinaryIO, name: str, first: bytes) -> Iterator[str]:
             raise UserError(
                 f"{printable(name)} is no list of paths: a line has more than {MAX_PATH_BYTES} bytes"
             )
-        piece = stream.read1(_PIECE)  # type: ignore[attr-defined]
+        piece = _read_some(stream)
     yield from _named([rest], end)
 
 

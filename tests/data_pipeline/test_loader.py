@@ -263,3 +263,23 @@ def test_pipeline_import_loads_neither_torch_nor_dali() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_batches_of_a_pipe_come_before_its_end(tmp_path: Path, backend: ImageBackend) -> None:
+    (tmp_path / "x.jpg").write_bytes(encode(photo(40, 50), "JPEG"))
+    more = threading.Event()
+
+    def piped() -> Iterator[Path]:
+        yield from [tmp_path / "x.jpg"] * 3
+        more.wait(30)  # as a pipe that stays open
+
+    batches = Loader(backend, PREPROCESSING).predict(piped(), micro_batch=1)
+    assert [len(batch) for batch in islice(batches, 3)] == [1, 1, 1]
+    started = time.monotonic()
+    batches.close()  # as Ctrl-C does
+    assert time.monotonic() - started < 10
+    more.set()
+    for thread in threading.enumerate():
+        if thread.name == "prefetch":
+            thread.join(10)
+    assert loader_threads() == []

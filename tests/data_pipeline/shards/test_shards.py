@@ -18,8 +18,10 @@ from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.loader import Loader, make_backend
 from data_pipeline.shards import shard_reader
+from data_pipeline.shards.shard_format import encode_index
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.command_line import assert_one_line, invoke
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
 
@@ -150,9 +152,23 @@ def test_crafted_shard_index_is_refused(copy: Path, kind: str) -> None:
     path = copy / "train" / "shard-000000.json"
     index = json.loads(path.read_bytes())
     edit(index)
-    path.write_text(json.dumps(index))
+    del index["seal"]
+    path.write_bytes(encode_index(index))
     with pytest.raises(CorruptFileError, match=reason):
         open_dataset(copy, "train")
+
+
+@pytest.mark.parametrize("name", ["train/shard-000000.json", "dataset.json"])
+def test_changed_digit_of_an_index_or_the_manifest_is_refused(copy: Path, name: str) -> None:
+    text = (copy / name).read_text()
+    key = '"labels":[' if name != "dataset.json" else '"classes":["'
+    assert text.count(key) == 1
+    place = text.index(key) + len(key)
+    other = "1" if text[place] == "0" else "0"
+    (copy / name).write_text(text[:place] + other + text[place + 1 :])
+    with pytest.raises(CorruptFileError, match=r"json is not what was written, by its own hash: write the"):
+        open_dataset(copy, "train")
+    assert_one_line(invoke("data", "verify", copy), 1, f"{Path(name).name} is not what was written")
 
 
 def test_damaged_shards_are_named(copy: Path) -> None:
@@ -181,7 +197,8 @@ def test_shard_sample_is_read_only_at_its_header(copy: Path) -> None:
     index = json.loads(path.read_bytes())
     for name in ("offsets", "sizes"):  # two samples exchanged: each would be read under the other's label
         index[name][0], index[name][1] = index[name][1], index[name][0]
-    path.write_text(json.dumps(index))
+    del index["seal"]
+    path.write_bytes(encode_index(index))
     dataset = open_dataset(copy, "val")
     for number in index["numbers"][:2]:
         with pytest.raises(ImageError, match="its shard and the shard's index do not fit each other"):
