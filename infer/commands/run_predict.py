@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from types import FrameType
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, UserError, name_continuation
@@ -13,7 +16,7 @@ from data_pipeline.common.streams import binary_stdout
 from data_pipeline.decode.header import image_readers
 from infer.bundle.load import Bundle
 from infer.predict.gallery import open_gallery
-from infer.predict.inputs import Item, find_inputs
+from infer.predict.inputs import Inputs, Item, find_inputs
 from infer.predict.options import PredictOptions, check_options, how_to_go_on
 from infer.predict.outputs import check_outputs
 from infer.predict.resume import (
@@ -82,7 +85,9 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         total = None if inputs.total is None else inputs.total - kept
         progress = stack.enter_context(show_progress("predict", total, shown=shown))
         stack.enter_context(name_continuation(how_to_go_on(options, format)))
-        for one in counter.count(predictor.rows(items, keep_pixels=gallery is not None)):
+        rows = stack.enter_context(closing(predictor.rows(items, keep_pixels=gallery is not None)))
+        stack.enter_context(_stop_on_interrupt(inputs))  # ends before the rows, which join their threads
+        for one in counter.count(rows):
             writer.write(one.row)
             if gallery is not None:
                 gallery.write(one)
@@ -94,6 +99,26 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
     if not kept + counter.images:
         raise UserError("the lists and shards that were given name no images")
     return summary
+
+
+@contextmanager
+def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
+    """Ends the inputs from stdin at Ctrl-C, or an error, before the threads that wait for them are joined."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        inputs.stop()
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        inputs.stop()
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _skip_completed(

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import glob
-import io
 import logging
 import os
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.files import LOOKED_FOR
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.passed_over import PassedOver
-from data_pipeline.common.text import printable, without_mark
+from data_pipeline.common.text import printable
 from data_pipeline.datasets.image_folder import walk_images
-from data_pipeline.decode.header import TELLING_BYTES, is_image_start
 from data_pipeline.loader import ImageSource
 from data_pipeline.shards.shard_format import (
     COMPRESSED_SUFFIXES,
@@ -29,16 +28,12 @@ from data_pipeline.shards.shard_format import (
     walk_tar,
     why_no_tar,
 )
+from infer.predict.lists import STDIN, read_list, read_piped
 
 log = logging.getLogger("infer")
 
-STDIN = "-"
 LIST_MARK = "@"
 SHARD_SUFFIX = ".tar"
-MAX_PATH_BYTES = 1 << 16
-"""Of a line in a list: far above what Linux takes for a path."""
-_PIECE = 1 << 16
-_PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
 
 Item = Path | ImageSource
 """One input: a file, or an image that lies elsewhere."""
@@ -57,6 +52,7 @@ class Inputs:
         total: number of inputs; None if it is not known before the end.
         named: the files that the arguments name themselves: images, shards and lists.
         in_folders: what was passed over in folders.
+        stopped: ends a list on stdin for which another thread waits.
     """
 
     def __init__(
@@ -65,8 +61,9 @@ class Inputs:
         total: int | None,
         named: Sequence[str] = (),
         in_folders: PassedOver | None = None,
+        stopped: threading.Event | None = None,
     ) -> None:
-        self._lists = lists
+        self._lists, self._stopped = lists, stopped or threading.Event()
         self.total, self.named = total, tuple(named)
         self._in_folders, self._in_shards = in_folders or PassedOver(), PassedOver()
 
@@ -77,6 +74,10 @@ class Inputs:
         found.merge(self._in_folders)
         found.merge(self._in_shards)
         return found
+
+    def stop(self) -> None:
+        """End the inputs from stdin, so that no thread waits for more of them."""
+        self._stopped.set()
 
     def files(self) -> Iterator[str]:
         """The files of images and shards, but those whose names come from stdin."""
@@ -117,17 +118,18 @@ def find_inputs(
     """
     lists: list[PackedStrings | Callable[[], Iterator[str | ImageSource]]] = []
     named: list[str] = []
+    stopped = threading.Event()
     total: int | None = 0
     passed_over = PassedOver()
     for argument in arguments:
         argument = os.fspath(argument)
         if argument == STDIN:
-            lists.append(partial(_piped, stdin or own_stdin()))
+            lists.append(partial(read_piped, stdin or sys.stdin.buffer, stopped))
             total = None
             continue
         is_list = argument.startswith(LIST_MARK)
         named.append(argument[1:] if is_list else argument)
-        paths = _read_list(argument[1:]) if is_list else _paths(argument, recursive, passed_over)
+        paths = read_list(argument[1:]) if is_list else _paths(argument, recursive, passed_over)
         lists.append(paths)
         if total is not None:
             # Nobody knows how many images a shard holds before it is read.
@@ -138,7 +140,7 @@ def find_inputs(
             f"no images in {where}{f', but {passed_over.sentence()}' * bool(passed_over)}: looked for "
             f"{LOOKED_FOR} (tar shards are read where they are named: shards/*.tar)"
         )
-    return Inputs(lists, total, named, passed_over)
+    return Inputs(lists, total, named, passed_over, stopped)
 
 
 def _paths(argument: str, recursive: bool, passed_over: PassedOver) -> PackedStrings:
@@ -165,75 +167,6 @@ def _paths_in(name: str, recursive: bool, passed_over: PassedOver) -> Iterator[s
         yield str(Path(name, path))
     if empty:
         log.warning("no images in %s", printable(name))
-
-
-def _read_list(path: str) -> PackedStrings:
-    try:
-        with Path(path).open("rb") as file:
-            first = _first_piece(file)
-            if is_image_start(first):
-                raise UserError(f"{printable(path)} is an image and no list of paths: leave out the @")
-            return PackedStrings.pack(_listed(file, path, first))
-    except OSError as error:
-        raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
-
-
-def _piped(stream: BinaryIO) -> Iterator[str | ImageSource]:
-    """What comes on stdin: the paths of a list, or one image."""
-    first = _first_piece(stream)
-    if is_image_start(first):
-        yield ImageSource(Path(STDIN), PipedImage(stream, first))
-    else:
-        yield from _listed(stream, "stdin", first)
-
-
-def own_stdin() -> BinaryIO:
-    """Stdin without a buffer: Python would wait at its end for a thread that waits for more of that."""
-    try:
-        return cast(BinaryIO, io.FileIO(sys.stdin.fileno(), closefd=False))
-    except io.UnsupportedOperation:  # not the process's own, but a caller's
-        return sys.stdin.buffer
-
-
-def _read_some(stream: BinaryIO) -> bytes:
-    """What there is, at most a piece; nothing at the end."""
-    some: bytes = getattr(stream, "read1", stream.read)(_PIECE)
-    return some
-
-
-def _first_piece(stream: BinaryIO) -> bytes:
-    """The beginning, long enough to tell what it is: a pipe may give less, and a list's line is enough."""
-    first = _read_some(stream)
-    piece = first
-    while piece and len(first) < TELLING_BYTES and b"\n" not in first:
-        first += (piece := _read_some(stream))
-    return first
-
-
-def _listed(stream: BinaryIO, name: str, first: bytes) -> Iterator[str]:
-    """Reads the paths of a list; they end with NULs if the first piece holds one (`find -print0`)."""
-    piece, rest = without_mark(first, name), b""
-    if kind := next((kind for mark, kind in _PACKED.items() if piece.startswith(mark)), None):
-        raise UserError(f"{printable(name)} is a {kind} file and no list of paths: unpack it")
-    if first[257:262] == b"ustar":
-        raise UserError(f"{printable(name)} is a tar file and no list of paths: give it as shard.tar")
-    end = b"\0" if b"\0" in piece else b"\n"
-    while piece:
-        *names, rest = (rest + piece).split(end)
-        yield from _named(names, end)
-        if len(rest) > MAX_PATH_BYTES:
-            raise UserError(
-                f"{printable(name)} is no list of paths: a line has more than {MAX_PATH_BYTES} bytes"
-            )
-        piece = _read_some(stream)
-    yield from _named([rest], end)
-
-
-def _named(names: list[bytes], end: bytes) -> Iterator[str]:
-    for name in names:
-        name = name if end == b"\0" else name.removesuffix(b"\r")
-        if name:
-            yield os.fsdecode(name)
 
 
 def _members(shard: str, passed_over: PassedOver) -> Iterator[ImageSource]:
@@ -279,25 +212,6 @@ class ShardMember:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         if len(data) < self.size_bytes:
             raise ImageError(f"the shard ends after {len(data)} of {self.size_bytes} bytes")
-        return data
-
-
-@dataclass(frozen=True)
-class PipedImage:
-    """Reads the one image that comes on stdin.
-
-    Attributes:
-        stream: stdin.
-        first: what was read of it already.
-    """
-
-    stream: BinaryIO
-    first: bytes
-
-    def __call__(self, max_bytes: int) -> bytes:
-        data = self.first + self.stream.read(max(0, max_bytes + 1 - len(self.first)))
-        if len(data) > max_bytes:
-            raise ImageError(f"more than the limit of {max_bytes} bytes")
         return data
 
 

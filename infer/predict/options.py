@@ -11,7 +11,7 @@ import msgspec
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from infer.predict.decode import DecoderName
-from infer.predict.inputs import STDIN
+from infer.predict.lists import STDIN
 from infer.predict.rows import DEFAULT_BATCH
 from infer.predict.writers import SUFFIXES, Format
 from infer.runtime.choose import BackendName, DeviceName

@@ -24,7 +24,8 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, read_file, sha256_of, write_atomic
 from data_pipeline.common.text import printable
 from data_pipeline.loader import ImageSource
-from infer.predict.inputs import Inputs, Item, PipedImage, ShardMember, Unreadable, path_of
+from infer.predict.inputs import Inputs, Item, ShardMember, Unreadable, path_of
+from infer.predict.lists import PipedImage
 from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, check_identity, check_same
 from infer.predict.writers import name_unwritable

@@ -71,7 +71,10 @@ def test_an_image_on_stdin_gives_its_row(bundle: Bundle, files: list[Path], deco
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_rows_and_says_how_to_go_on(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_before", [1, 3])
+def test_ctrl_c_keeps_rows_and_says_how_to_go_on(
+    bundle: Bundle, files: list[Path], tmp_path: Path, num_before: int
+) -> None:
     rows = tmp_path / "rows.jsonl"
     arguments = command(bundle, "-", "--output", rows, "--batch-size", "1")
     listed = b"".join(os.fsencode(file) + b"\n" for file in files)
@@ -80,8 +83,8 @@ def test_ctrl_c_keeps_rows_and_says_how_to_go_on(bundle: Bundle, files: list[Pat
     ) as process:
         assert process.stdin is not None and process.stderr is not None
         process.stdin.write(listed)
-        process.stdin.flush()  # and not closed: it waits for more
-        while not rows.exists() or not rows.read_bytes().count(b"\n"):
+        process.stdin.flush()  # and not closed: a thread waits for more
+        while not rows.exists() or rows.read_bytes().count(b"\n") < num_before:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -109,7 +112,8 @@ def test_predict_into_head_ends_quietly(
         process.stdin.flush()
         assert process.stdout.readline().startswith((b"path,status", b"image "))
         process.stdout.close()
-        process.stdin.close()
+        process.stdin.write(listed)
+        process.stdin.flush()  # and not closed, as by `find` in a large folder
         said = process.stderr.read().decode()
         assert process.wait() == 141
     assert "Broken" not in said and "Traceback" not in said

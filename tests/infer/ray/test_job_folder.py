@@ -21,7 +21,8 @@ from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.loader import ImageSource
 from infer.bundle.load import Bundle
-from infer.predict.inputs import PipedImage, find_inputs
+from infer.predict.inputs import find_inputs
+from infer.predict.lists import PipedImage
 from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, identity_of
 from infer.predictor import Predictor
