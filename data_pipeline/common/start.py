@@ -25,7 +25,7 @@ _INITIALIZER = "initializer"
 
 
 def import_own(*names: str) -> None:
-    """Import packages, or modules beside them, from the folder that they are installed in.
+    """Import packages, or modules beside them, from the folder that they are installed in, if they are there.
 
     Raises:
         ImportError: another module has one of the names already.
@@ -34,6 +34,8 @@ def import_own(*names: str) -> None:
     for name in names:
         file = root / name / "__init__.py"
         file = file if file.is_file() else root / f"{name}.py"
+        if not file.is_file():  # a machine that only serves has no `train`
+            continue
         loaded = sys.modules.get(name)
         if loaded is None:
             spec = importlib.util.spec_from_file_location(name, file)
