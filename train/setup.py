@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.dataset import Contents, Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.transforms.sampler import steps_per_epoch
 from train.checkpoints.background import AsyncCheckpointWriter
@@ -71,26 +71,22 @@ def build_run(
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     data = contents_on_ranks(world, (train_set, val_set))
     start, checkpoint = open_checkpoint(config, out, resume, world)
-    step, progress = 0, Progress()
-    if checkpoint is not None:
-        check_same_data(checkpoint, data, train_set.root)
-        step = checkpoint.step
-        progress = apply_changes(config, checkpoint, len(train_set), allowed=allow_changed_schedule)
+    step = checkpoint.step if checkpoint is not None else 0
+    progress = earlier_progress(config, checkpoint, data, train_set, allow_changed_schedule)
     position = step - progress.step_offset
     parts = make_step_parts(config, train_set, world, checkpoint)
     epochs_left = max(0, config.epochs - position // num_steps) if out is not None else 0
     loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
     if world.is_main:
         log_hardware(config, parts, loader)
-    folder = writer = None
     if world.is_main and out is not None:
         log_training(config, train_set)
-        folder, writer = open_run_folder(config, out, start, step, world.device, stack)
+    folder, writer = open_run_folder(config, out, start, step, world, stack)
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
-    if interrupt is None:
-        interrupt = stack.enter_context(closing(Interrupt()))
+    offset, ended = progress.step_offset, position > 0 and position % num_steps == 0
+    interrupt = interrupt or stack.enter_context(closing(Interrupt()))
     interrupt.listen()
     return RunState(
         config=config,
@@ -101,19 +97,15 @@ def build_run(
         loader=loader,
         folder=folder,
         writer=writer,
-        metrics_log=MetricsLog(
-            folder, step, num_steps, noise=config.log_noise_scale, step_offset=progress.step_offset
-        ),
-        abort=AbortPolicy(config, train_set, folder, writer, progress.step_offset),
+        metrics_log=MetricsLog(folder, step, num_steps, noise=config.log_noise_scale, step_offset=offset),
+        abort=AbortPolicy(config, train_set, folder, writer, offset),
         interrupt=interrupt,
         steps_per_epoch=num_steps,
         row=row,
         progress=progress,
         step=step,
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
-        unevaluated=position > 0
-        and position % num_steps == 0
-        and not (checkpoint and "top1" in checkpoint.metrics),
+        unevaluated=ended and not (checkpoint and "top1" in checkpoint.metrics),
     )
 
 
@@ -125,6 +117,20 @@ def open_checkpoint(
         return Start(run=None, checkpoint=None), None
     start = world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
     return start, load_checkpoint(start.checkpoint) if start.checkpoint is not None else None
+
+
+def earlier_progress(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    data: dict[str, Contents],
+    train_set: Dataset,
+    allow_changed_schedule: bool,
+) -> Progress:
+    """Return a checkpoint's history, once its data and configuration were compared with those of now."""
+    if checkpoint is None:
+        return Progress()
+    check_same_data(checkpoint, data, train_set.root)
+    return apply_changes(config, checkpoint, len(train_set), allowed=allow_changed_schedule)
 
 
 def make_step_parts(
@@ -217,15 +223,21 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
 
 
 def open_run_folder(
-    config: RunConfig, out: Path, start: Start, step: int, device: torch.device, stack: ExitStack
-) -> tuple[RunFolder, AsyncCheckpointWriter]:
-    """Make the run's folder, or bring an earlier run's back to a step, and start the checkpoint writer."""
+    config: RunConfig, out: Path | None, start: Start, step: int, world: World, stack: ExitStack
+) -> tuple[RunFolder | None, AsyncCheckpointWriter | None]:
+    """Make the run's folder, or bring an earlier run's back to a step, and start the checkpoint writer.
+
+    Returns:
+        Both on rank 0; on the others, and where `out` is None, neither.
+    """
+    if out is None or not world.is_main:
+        return None, None
     folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
     claim_run(folder, env_launch())
     folder.write_config(config)
     log.info(f"run folder: {folder.path}")
     best = rewind(folder, step) if start.run is not None else None
-    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, device, folder.sync_rows)
+    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, world.device, folder.sync_rows)
     return folder, stack.enter_context(closing(writer))
 
 

@@ -132,13 +132,7 @@ def write_shards(
         SaveError: a full disk.
     """
     source, out = Path(source), Path(out)
-    if not 1 <= quality <= 100 or workers < 1 or shard_bytes < _MIN_SHARD_BYTES:
-        raise UserError(
-            f"quality must be 1..100, workers at least 1, shard_bytes at least {_MIN_SHARD_BYTES}: "
-            f"not {quality}, {workers}, {shard_bytes}"
-        )
-    if resize_px is not None and resize_px < 8:
-        raise UserError(f"resize_px must be at least 8, not {resize_px}")
+    _check_options(shard_bytes, resize_px, quality, workers)
     datasets = _open_source(source, out)
     check_writable(out, "name another folder")
     splits = tuple(dataset.split for dataset in datasets)
@@ -165,6 +159,16 @@ def write_shards(
         num_unchanged=sum(shard.num_unchanged for shard in written),
         num_quarantined=sum(dataset.num_quarantined for dataset in datasets),
     )
+
+
+def _check_options(shard_bytes: int, resize_px: int | None, quality: int, workers: int) -> None:
+    if not 1 <= quality <= 100 or workers < 1 or shard_bytes < _MIN_SHARD_BYTES:
+        raise UserError(
+            f"quality must be 1..100, workers at least 1, shard_bytes at least {_MIN_SHARD_BYTES}: "
+            f"not {quality}, {workers}, {shard_bytes}"
+        )
+    if resize_px is not None and resize_px < 8:
+        raise UserError(f"resize_px must be at least 8, not {resize_px}")
 
 
 def _open_source(source: Path, out: Path) -> list[Dataset]:
