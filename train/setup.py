@@ -77,11 +77,8 @@ def build_run(
     parts = make_step_parts(config, train_set, world, checkpoint)
     epochs_left = max(0, config.epochs - position // num_steps) if out is not None else 0
     loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
-    if world.is_main:
-        log_hardware(config, parts, loader)
-    if world.is_main and out is not None:
-        log_training(config, train_set)
-    folder, writer = open_run_folder(config, out, start, step, world, stack)
+    log_hardware(config, parts, loader)
+    folder, writer = open_run_folder(config, train_set, out, start, step, world, stack)
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
@@ -200,8 +197,10 @@ def restore_parts(parts: StepParts, checkpoint: Checkpoint) -> None:
 
 
 def log_hardware(config: RunConfig, parts: StepParts, loader: Loader) -> None:
-    """Log what computes, decodes and reads, and how a batch is split."""
+    """Log, on rank 0, what computes, decodes and reads, and how a batch is split."""
     world, backend = parts.world, loader.backend
+    if not world.is_main:
+        return
     micro_batch = micro_batch_size(config, world)
     log.info(
         f"{world.world_size} rank(s) on {world.device_name}, {parts.precision.name} "
@@ -223,7 +222,13 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
 
 
 def open_run_folder(
-    config: RunConfig, out: Path | None, start: Start, step: int, world: World, stack: ExitStack
+    config: RunConfig,
+    train_set: Dataset,
+    out: Path | None,
+    start: Start,
+    step: int,
+    world: World,
+    stack: ExitStack,
 ) -> tuple[RunFolder | None, AsyncCheckpointWriter | None]:
     """Make the run's folder, or bring an earlier run's back to a step, and start the checkpoint writer.
 
@@ -232,6 +237,7 @@ def open_run_folder(
     """
     if out is None or not world.is_main:
         return None, None
+    log_training(config, train_set)
     folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
     claim_run(folder, env_launch())
     folder.write_config(config)
