@@ -101,8 +101,8 @@ def line_of(error: Exception) -> tuple[str, int] | None:
 
     The line of a system's error says where and what to do.
 
-    >>> line_of(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
-    ('/root/x: Permission denied; change its permissions, or name another place', 1)
+    >>> line_of(PermissionError(errno.EACCES, "Permission denied", "/data/x"))
+    ('/data/x: Permission denied; change its permissions, or name another place', 1)
     """
     from data_pipeline.common.text import printable  # which raises these errors itself
 

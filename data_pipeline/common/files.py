@@ -229,13 +229,15 @@ def _read_whole(descriptor: int, max_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-def read_head(path: str | os.PathLike[str]) -> bytes:
+def read_head(path: str | os.PathLike[str], size_bytes: int = HEAD_BYTES) -> bytes:
     """The first bytes of a file, by which its kind is told; none if it cannot be read or is not regular."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            return os.read(descriptor, HEAD_BYTES) if regular else b""
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return b""
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read(size_bytes)
         finally:
             os.close(descriptor)
     except (OSError, ValueError):

@@ -14,8 +14,6 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 
 Name = str | os.PathLike[str]
-HEAD_BYTES = 1 << 16
-"""How much of a file its kind is told by."""
 
 
 def identity_at(path: Name) -> tuple[int, int] | None:
@@ -92,12 +90,3 @@ def refuse_input(path: Path, option: str, inputs: Iterable[Name]) -> None:
     here = identity_at(path)
     if here is not None and any(identity_at(name) == here for name in inputs):
         raise UserError(f"{option} {printable(path)} is an input, or a list of inputs: name another file")
-
-
-def read_head(path: Path, size_bytes: int = HEAD_BYTES) -> bytes:
-    """The first bytes of a file; none where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(size_bytes)
-    except OSError:
-        return b""

@@ -24,8 +24,6 @@ TURNS = {
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
-TELLING_BYTES = HEAD_BYTES
-"""From the beginning of a file, in which every kind of image has bytes that no text has."""
 _NEVER_IN_TEXT = frozenset(range(1, 32)) - frozenset(b"\t\n\r\x1b")
 
 
@@ -102,9 +100,9 @@ def is_image_start(head: bytes) -> bool:
     """Whether data begins as an image does, and not as text: a path may begin with BM or RIFF, too.
 
     Args:
-        head: the first `TELLING_BYTES` or more; all, if there are less.
+        head: the first `HEAD_BYTES` or more; all, if there are less.
     """
-    head = head[:TELLING_BYTES]
+    head = head[:HEAD_BYTES]
     if not is_image_head(head):
         return False
     return head[0] >= 0x80 or b"\0\0" in head or any(byte in _NEVER_IN_TEXT for byte in head)

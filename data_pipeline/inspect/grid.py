@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.common.errors import ImageError, SaveError, UserError
-from data_pipeline.common.files import check_writable, write_atomic
-from data_pipeline.common.outputs import check_output, read_head
+from data_pipeline.common.files import check_writable, read_head, write_atomic
+from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.header import read_header

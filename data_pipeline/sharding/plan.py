@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
-from data_pipeline.common.files import MAX_FILE_BYTES
+from data_pipeline.common.files import MAX_FILE_BYTES, read_head
 from data_pipeline.common.image_kind import Kind, kind_of
-from data_pipeline.common.outputs import read_head
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.shards.shard_format import BLOCK, FORMAT, MANIFEST, index_path, read_manifest, shard_files

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.image_kind import HEAD_BYTES
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable, without_mark
-from data_pipeline.decode.header import TELLING_BYTES, is_image_start
+from data_pipeline.decode.header import is_image_start
 from data_pipeline.loader import ImageSource
 
 STDIN = "-"
@@ -70,7 +71,7 @@ class _Pieces:
     def read_first(self) -> bytes:
         """The beginning, long enough to tell what it is. A pipe may give less; a line of a list is enough."""
         first = piece = self.read()
-        while piece and len(first) < TELLING_BYTES and not set(b"\n\0") & set(first):
+        while piece and len(first) < HEAD_BYTES and not set(b"\n\0") & set(first):
             first += (piece := self.read())
         return first
 

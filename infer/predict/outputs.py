@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.outputs import check_output, is_same_place, read_head
+from data_pipeline.common.files import read_head
+from data_pipeline.common.outputs import check_output, is_same_place
 from data_pipeline.common.text import printable
 from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import Inputs
@@ -21,7 +22,7 @@ _CSV = ",".join(csv_columns(1)).encode()
 _JSONL = b'{"path":"'
 _TABLE = re.compile(rb"(\x1b\[[\d;]*m)?image +#1[ \n]")  # coloured where the environment asks for it
 _PARQUET = b"PAR1"
-_PARQUET_FOOTER = 1 << 16
+_PARQUET_FOOTER = _HEAD_BYTES = 1 << 16
 
 
 def check_outputs(options: PredictOptions, format: Format, inputs: Inputs) -> None:
@@ -77,7 +78,7 @@ def rows_format(path: Path) -> Format | None:
 
     Rows that end within the first one count, down to its first byte, since a run may be killed there.
     """
-    head = read_head(path)
+    head = read_head(path, _HEAD_BYTES)
     first, end, _ = head.partition(b"\n")
     if head.startswith(_PARQUET):
         return "parquet" if _has_our_columns(path) else None

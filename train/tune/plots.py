@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import SaveError, UserError
-from data_pipeline.common.files import check_writable
-from data_pipeline.common.outputs import check_output, read_head
+from data_pipeline.common.files import check_writable, read_head
+from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import printable
 
 if TYPE_CHECKING:
