@@ -100,9 +100,10 @@ class _Watched(Iterator[BatchRequest]):
 
     def __next__(self) -> BatchRequest:
         self._since = time.monotonic()
-        request = next(self._requests)
-        self._since = None
-        return request
+        try:
+            return next(self._requests)
+        finally:  # at their end, too: then nobody waits for more
+            self._since = None
 
     def seconds_waiting(self) -> float:
         """For how long; 0 while nobody waits."""

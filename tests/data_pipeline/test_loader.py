@@ -212,6 +212,25 @@ def loader_threads() -> list[str]:
     return [name for name in names if name.startswith(("prefetch", "read", "decode"))]
 
 
+def test_closing_behind_the_last_request_waits_for_the_decoder(dataset: Dataset) -> None:
+    class Slow:
+        name, device, max_batch, takes_feeds = "slow", "cpu", 16, False
+        running = 0
+
+        def decode(self, encoded: Sequence[bytes | None], crops: CropParams) -> Decoded:
+            Slow.running += 1
+            time.sleep(1.0 if Slow.running == 1 else 2.5)  # the second, for longer than a pipe is waited for
+            Slow.running -= 1
+            return Decoded(np.zeros((len(encoded), 32, 32, 3), np.uint8))
+
+        def close(self) -> None: ...
+
+    batches = stream(dataset, Slow(), num_steps=2)
+    next(batches)
+    batches.close()
+    assert Slow.running == 0 and loader_threads() == []  # the backend may be closed now
+
+
 def test_background_error_reaches_the_consumer(dataset: Dataset) -> None:
     class Broken:
         name, device, max_batch, takes_feeds = "broken", "cpu", 16, False
