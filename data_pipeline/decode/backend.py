@@ -14,8 +14,7 @@ class ImageBackend(Protocol):
     """Decodes batches of encoded files into batches of crops.
 
     Attributes:
-        takes_feeds: whether it has a fast way, and the methods that go with it.
-        max_batch_bytes: bound on what the images of a feed may decode to; None for no bound.
+        takes_feeds: whether it is a `FeedBackend`.
     """
 
     name: str
@@ -31,7 +30,11 @@ class ImageBackend(Protocol):
 
 
 class FeedBackend(ImageBackend, Protocol):
-    """A backend whose fast way decodes several batches at a time, each as a whole or not at all."""
+    """A backend whose fast way decodes several batches at a time, each as a whole or not at all.
+
+    Attributes:
+        max_batch_bytes: bound on what the images of a feed may decode to; None for no bound.
+    """
 
     @property
     def max_batch_bytes(self) -> int | None: ...

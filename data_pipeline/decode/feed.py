@@ -30,9 +30,6 @@ class FilePaths:
     paths: Bytes
     lengths: npt.NDArray[np.int64]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def replace(self, index: int, path: str, length: int) -> None:
         """Put another file in the place of one; `paths` and `lengths` are changed.
 
@@ -49,7 +46,7 @@ class FilePaths:
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    """N images that decode whole, all of a kind that the decoder reads.
+    """N images, all of a kind that the decoder reads: it decodes all of them, or refuses the batch.
 
     Attributes:
         files: N times the bytes of a file, none of them empty; or the files' paths.

@@ -31,3 +31,14 @@ def shards(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (report.num_samples, report.num_reused, report.num_unchanged) == (43, 0, 0)
     assert report.num_shards == len(list(out.glob("*/*.tar"))) > 4
     return out
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    """Shards that a test may damage."""
+    for path in shards.rglob("*"):
+        if path.is_file():
+            target = tmp_path / "copy" / path.relative_to(shards)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return tmp_path / "copy"

@@ -20,17 +20,6 @@ from data_pipeline.shards.shard_reader import ShardReader
 LIMIT = 10**9
 
 
-@pytest.fixture
-def copy(shards: Path, tmp_path: Path) -> Path:
-    """Shards that a test may damage."""
-    for path in shards.rglob("*"):
-        if path.is_file():
-            target = tmp_path / "copy" / path.relative_to(shards)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return tmp_path / "copy"
-
-
 def reader_of(root: Path) -> ShardReader:
     reader = open_dataset(root, "train").reader
     assert reader is not None

@@ -26,17 +26,6 @@ from tests.helpers.command_line import assert_one_line, invoke
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
 
 
-@pytest.fixture
-def copy(shards: Path, tmp_path: Path) -> Path:
-    """Shards that a test may damage."""
-    for path in shards.rglob("*"):
-        if path.is_file():
-            target = tmp_path / "copy" / path.relative_to(shards)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return tmp_path / "copy"
-
-
 def test_shards_hold_the_same_samples_as_files(files: Path, shards: Path) -> None:
     assert splits_of(shards) == ("train", "val")
     for split in ("train", "val"):
