@@ -6,13 +6,12 @@ in how an image is cropped.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +20,6 @@ from data_pipeline.common.files import read_file
 from data_pipeline.common.image_kind import name_bytes
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.backend import ImageBackend
-from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.batches import Batch, BatchRequest
 from data_pipeline.loading.cache import DecodedCache
@@ -32,8 +30,6 @@ from data_pipeline.transforms.crop import eval_crop_params, ten_crop_params, tra
 from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
-
-log = logging.getLogger("data_pipeline")
 
 
 class ImageSource(NamedTuple):
@@ -46,52 +42,6 @@ class ImageSource(NamedTuple):
 
     path: Path
     read: Callable[[int], bytes]
-
-
-def make_backend(
-    name: Literal["auto", "dali", "pillow"],
-    *,
-    device: Literal["cpu", "gpu"],
-    device_id: int = 0,
-    preprocessing: Preprocessing,
-    max_batch: int,
-    num_threads: int,
-    deterministic: bool = False,
-    max_decoded_bytes: int = 2_000_000_000,
-) -> ImageBackend:
-    """Make the backend that decodes.
-
-    Args:
-        name: "auto" is DALI where it is installed, else Pillow, with a log line.
-        device: where DALI decodes. Pillow decodes on the CPU.
-        device_id: which GPU.
-        preprocessing: the contract.
-        max_batch: most samples in one batch.
-        num_threads: decoding threads.
-        deterministic: whether a GPU decodes a file to the same bytes each time, without its hardware decoder.
-        max_decoded_bytes: bound on the images that a GPU has decoded and not yet cropped.
-    Returns:
-        The backend; the caller closes it.
-    Raises:
-        UserError: DALI was asked for and is not installed, or Pillow on a GPU.
-    """
-    if name == "pillow" and device == "gpu":
-        raise UserError("the pillow backend decodes on the CPU only: use the dali backend, or device cpu")
-    if name != "pillow":
-        try:
-            from data_pipeline.decode.dali import DaliBackend
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("nvidia"):
-                raise
-            if name == "dali" or device == "gpu":
-                raise UserError("DALI is not installed: pip install 'alexnet[train]'") from error
-            log.info("DALI is not installed: Pillow decodes, on the CPU")
-        else:
-            return DaliBackend(
-                device, device_id, preprocessing.crop_px, max_batch, num_threads,
-                deterministic=deterministic, max_decoded_bytes=max_decoded_bytes,
-            )  # fmt: skip
-    return PillowBackend(num_threads, max_batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.datasets.dataset import Contents, Dataset, check_same_classes
 from data_pipeline.datasets.demo import DEMO_ROOT, write_demo
 from data_pipeline.datasets.open import open_recorded
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.decode.backend import make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading.cache import DecodedCache, await_cache, bytes_needed, create_store, fill_cache
 from data_pipeline.loading.pixel_store import PixelStore
 from data_pipeline.loading.scan import with_table

@@ -15,7 +15,8 @@ from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, open_recorded
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.decode.backend import make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world

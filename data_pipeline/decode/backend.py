@@ -1,13 +1,18 @@
-"""What a decoder of batches is, for those that use one."""
+"""What a decoder of batches is, and which one decodes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.decode.feed import Feed
-from data_pipeline.decode.pillow import Decoded
+from data_pipeline.decode.pillow import Decoded, PillowBackend
 from data_pipeline.transforms.crop import CropParams
+from data_pipeline.transforms.preprocessing import Preprocessing
+
+log = logging.getLogger("data_pipeline")
 
 
 class ImageBackend(Protocol):
@@ -51,3 +56,49 @@ class FeedBackend(ImageBackend, Protocol):
 
     def log_pillow(self) -> None:
         """Log, once, that Pillow decodes some of the files."""
+
+
+def make_backend(
+    name: Literal["auto", "dali", "pillow"],
+    *,
+    device: Literal["cpu", "gpu"],
+    device_id: int = 0,
+    preprocessing: Preprocessing,
+    max_batch: int,
+    num_threads: int,
+    deterministic: bool = False,
+    max_decoded_bytes: int = 2_000_000_000,
+) -> ImageBackend:
+    """Make the backend that decodes.
+
+    Args:
+        name: "auto" is DALI where it is installed, else Pillow, with a log line.
+        device: where DALI decodes. Pillow decodes on the CPU.
+        device_id: which GPU.
+        preprocessing: the contract.
+        max_batch: most samples in one batch.
+        num_threads: decoding threads.
+        deterministic: whether a GPU decodes a file to the same bytes each time, without its hardware decoder.
+        max_decoded_bytes: bound on the images that a GPU has decoded and not yet cropped.
+    Returns:
+        The backend; the caller closes it.
+    Raises:
+        UserError: DALI was asked for and is not installed, or Pillow on a GPU.
+    """
+    if name == "pillow" and device == "gpu":
+        raise UserError("the pillow backend decodes on the CPU only: use the dali backend, or device cpu")
+    if name != "pillow":
+        try:
+            from data_pipeline.decode.dali import DaliBackend
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("nvidia"):
+                raise
+            if name == "dali" or device == "gpu":
+                raise UserError("DALI is not installed: pip install 'alexnet[train]'") from error
+            log.info("DALI is not installed: Pillow decodes, on the CPU")
+        else:
+            return DaliBackend(
+                device, device_id, preprocessing.crop_px, max_batch, num_threads,
+                deterministic=deterministic, max_decoded_bytes=max_decoded_bytes,
+            )  # fmt: skip
+    return PillowBackend(num_threads, max_batch)

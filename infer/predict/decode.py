@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
-from data_pipeline.decode.backend import ImageBackend
-from data_pipeline.loader import make_backend
+from data_pipeline.decode.backend import ImageBackend, make_backend
 from data_pipeline.loading.bad_files import Failure, FaultLog
 from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.preprocessing import Preprocessing

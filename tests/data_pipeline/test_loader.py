@@ -18,9 +18,9 @@ import pytest
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
-from data_pipeline.decode.backend import ImageBackend
+from data_pipeline.decode.backend import ImageBackend, make_backend
 from data_pipeline.decode.pillow import Decoded
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.scan import with_table

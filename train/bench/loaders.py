@@ -16,10 +16,11 @@ import numpy as np
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
+from data_pipeline.decode.backend import make_backend
 from data_pipeline.decode.dali import DEPTH
 from data_pipeline.decode.dali_graph import HARDWARE_LOAD
 from data_pipeline.decode.pillow import PillowBackend
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import create_store, fill_cache
 from data_pipeline.loading.scan import with_table

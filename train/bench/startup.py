@@ -16,7 +16,8 @@ from data_pipeline.common.machine import usable_cores
 from data_pipeline.datasets.index_cache import SETTLE_NS
 from data_pipeline.datasets.kept_files import CACHE_FOLDER
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.decode.backend import make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing

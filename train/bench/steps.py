@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.decode.backend import make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment

@@ -17,9 +17,9 @@ from data_pipeline.common.errors import WorkerError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.decode.backend import ImageBackend
+from data_pipeline.decode.backend import ImageBackend, make_backend
 from data_pipeline.decode.pillow import PillowBackend
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.loading import cache as cache_module
 from data_pipeline.loading.cache import (
     DecodedCache,

@@ -16,7 +16,8 @@ import pytest
 
 from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.loader import Loader, make_backend
+from data_pipeline.decode.backend import make_backend
+from data_pipeline.loader import Loader
 from data_pipeline.shards import shard_reader
 from data_pipeline.shards.shard_format import encode_index
 from data_pipeline.transforms.augment import Augment
