@@ -1,0 +1,1 @@
+"""Training with one change at a time: `python -m scripts.study`."""

@@ -1,0 +1,90 @@
+"""Runs the trainer for a study, and keeps what came of it: a line of JSON for each run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+ROOT = Path(__file__).parents[2]
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One setting to compare.
+
+    Attributes:
+        sets: what it changes in the study's recipe, each `key=value`.
+        ranks: processes that train.
+    """
+
+    sets: tuple[str, ...]
+    ranks: int = 1
+
+
+class Epoch(msgspec.Struct, frozen=True):
+    """Validation after one epoch: mean loss, and fractions of the held-out images."""
+
+    epoch: int
+    loss: float
+    top1: float
+    top5: float
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run, a line of the study's file.
+
+    Attributes:
+        epochs: the epochs that it finished.
+        ended: the error that ended it early; empty where it finished.
+        seconds: with its start.
+    """
+
+    setting: Setting
+    seed: int
+    epochs: list[Epoch]
+    ended: str
+    seconds: float
+
+
+def train(recipe: str, data: Path | None, setting: Setting, seed: int, overrides: Sequence[str]) -> Run:
+    """Run the trainer itself.
+
+    Args:
+        recipe: whose name the trainer knows.
+        data: the folder; None for the recipe's own.
+        overrides: of the whole study; the setting's go above them.
+    Raises:
+        RuntimeError: the run failed, and not because its loss was flat.
+    """
+    command = [sys.executable, "-m", "alexnet", "train", "--nproc", str(setting.ranks), "--resume", "none"]
+    command += ["--recipe", recipe, *([] if data is None else ["--data", str(data)])]
+    command += [f"--set={text}" for text in (f"seed={seed}", *overrides, *setting.sets)]
+    with tempfile.TemporaryDirectory() as out:
+        started = time.monotonic()
+        done = subprocess.run(
+            [*command, "--out", out], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        ended = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "")
+        if done.returncode != 0 and "ln(" not in ended:
+            raise RuntimeError(f"{setting}, seed {seed}: {done.stderr[-2000:]}")
+        (metrics,) = Path(out).glob("*/metrics.jsonl")
+        rows = [msgspec.json.decode(line) for line in metrics.read_bytes().splitlines()]
+        return Run(
+            setting=setting,
+            seed=seed,
+            epochs=[msgspec.convert(row, Epoch) for row in rows if row["split"] == "val"],
+            ended=ended.removeprefix("error: ").partition(". ")[0],  # the rest names folders
+            seconds=round(time.monotonic() - started, 1),
+        )
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Read the runs made so far; none where there is no file."""
+    return msgspec.json.Decoder(Run).decode_lines(path.read_bytes()) if path.exists() else []

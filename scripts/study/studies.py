@@ -1,0 +1,107 @@
+"""The studies: which settings answer which question, and on which data.
+
+`digits` is about the demo's choices, `tiny` about those of recipe `tiny-imagenet-best`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.datasets.open import open_dataset
+from scripts.study.runs import Setting
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        recipe: that all settings change.
+        questions: for each, its settings by the name that the table gives them. A setting may answer several.
+        seeds: runs of each setting.
+        epochs: of each run.
+        mark: top-1 of interest: the table says in which epoch a run first passes it.
+        axis: what top-1 is of, for the picture.
+    """
+
+    recipe: str
+    questions: Mapping[str, Mapping[str, Setting]]
+    seeds: int
+    epochs: int
+    mark: float
+    axis: str
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every setting once, however many questions it answers."""
+        return list(dict.fromkeys(s for group in self.questions.values() for s in group.values()))
+
+
+def _digits(model: str = "paper", init: str = "he", ranks: int = 2) -> Setting:
+    return Setting((f"model.name={model}", f"model.init={init}"), ranks)
+
+
+DIGITS = Study(
+    recipe="demo",
+    questions={
+        "network": {name: _digits(model=name) for name in ("paper", "owt", "bn")},
+        "initialisation": {name: _digits(init=name) for name in ("he", "paper", "caffe", "torch")},
+        "ranks": {"1 rank": _digits(ranks=1), "2 ranks": _digits(ranks=2)},
+    },
+    seeds=3,
+    epochs=8,
+    mark=0.9,
+    axis="top-1 of 355 held-out digits, %",
+)
+
+_BEST = Setting(())
+TINY = Study(
+    recipe="tiny-imagenet-best",
+    questions={
+        "network": {
+            "the recipe": _BEST,
+            "stem 11 × 11": Setting(("model.stem_kernel=11",)),
+            "groups": Setting(("model.groups=2",)),
+            "BN before ReLU": Setting(("model.norm=bn",)),
+            "LRN, a fifth of the rate": Setting(
+                ("model.norm=lrn", "model.hidden_norm=false", "schedule.learning_rate=0.02")
+            ),
+        },
+        "regularisation": {
+            "the recipe": _BEST,
+            "hidden 512, dropout 0.2": Setting(("model.hidden_units=512", "model.dropout=0.2")),
+            "no smoothing, no erasing": Setting(("label_smoothing=0", "augment.erase=0")),
+            "TrivialAugment": Setting(("augment.trivial=true",)),
+        },
+    },
+    seeds=1,
+    epochs=4,
+    mark=0.4,
+    axis="top-1 of 1,000 validation images, %",
+)
+
+STUDIES = {"digits": DIGITS, "tiny": TINY}
+
+
+def write_subset(data: Path, out: Path, every: int) -> Path:
+    """Write the images of every n-th class of a data folder, as they are, into another.
+
+    Args:
+        data: in any layout.
+        out: a new folder.
+        every: keep classes 0, `every`, 2 · `every`, …
+    Returns:
+        `out`.
+    """
+    for split in ("train", "val"):
+        dataset = open_dataset(data, split)
+        for label in range(0, len(dataset.classes), every):
+            folder = out / split / dataset.classes[label]
+            folder.mkdir(parents=True)
+            for index in np.flatnonzero(dataset.labels == label):
+                (folder / Path(dataset.paths[int(index)]).name).write_bytes(dataset.read(int(index)))
+    return out
