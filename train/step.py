@@ -22,9 +22,9 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.kernels.borrowed import lender_of
 from train.kernels.cached_crops import crop_cached
+from train.kernels.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.ema import ModelEma
-from train.optim.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
 
