@@ -41,7 +41,9 @@ def trivial_augment(images_NSS3: Tensor, params: TrivialParams) -> Tensor:
     """
     assert len(images_NSS3) == len(params) and images_NSS3.shape[1] == images_NSS3.shape[2]
     numbers_KN = tensor_to_device(_pack(params, images_NSS3.shape[1]), images_NSS3.device)
-    return _look_up(_blend(_move(images_NSS3, numbers_KN[_AFFINE]), numbers_KN), numbers_KN)
+    images_NSS3 = _move(images_NSS3, numbers_KN[_AFFINE].to(torch.int32))
+    numbers_KN = numbers_KN.to(torch.float32)
+    return _look_up(_blend(images_NSS3, numbers_KN), numbers_KN)
 
 
 def _pack(params: TrivialParams, side: int) -> npt.NDArray[np.float64]:
@@ -95,7 +97,7 @@ def _affine(params: TrivialParams, side: int) -> npt.NDArray[np.float64]:
 def _move(images_NSS3: Tensor, affine_6N: Tensor) -> Tensor:
     """Take each pixel from where a map says: Pillow's `affine_fixed`, nearest."""
     num_images, side = images_NSS3.shape[:2]
-    map_23N1 = affine_6N.to(torch.int32).view(2, 3, -1, 1)
+    map_23N1 = affine_6N.view(2, 3, -1, 1)
     places_S = torch.arange(side, dtype=torch.int32, device=images_NSS3.device)
     columns_2NS, rows_2NS = map_23N1[:, 0] * places_S, map_23N1[:, 1] * places_S + map_23N1[:, 2]
     xy_2NSS = (rows_2NS[..., None] + columns_2NS[:, :, None]).bitwise_right_shift_(16)
@@ -114,17 +116,16 @@ def _blend(images_NSS3: Tensor, numbers_KN: Tensor) -> Tensor:
     """
     values_NSS3 = images_NSS3.to(torch.float32)
     is_color, is_contrast, is_sharpness, factor = (
-        numbers_KN[row].to(torch.float32)[:, None, None]
-        for row in (_IS_COLOR, _IS_CONTRAST, _IS_SHARPNESS, _FACTOR)
+        numbers_KN[row][:, None, None] for row in (_IS_COLOR, _IS_CONTRAST, _IS_SHARPNESS, _FACTOR)
     )
     gray_NSS = _gray(values_NSS3)
     count = gray_NSS[0].numel()
     means_N = gray_NSS.sum((1, 2), dtype=torch.float64).mul_(2).add_(count).div_(2 * count).floor_()
-    plain_NSS = gray_NSS.mul_(is_color).add_(means_N.to(torch.float32)[:, None, None] * is_contrast)
+    plain_NSS = gray_NSS.mul_(is_color).addcmul_(means_N.to(torch.float32)[:, None, None], is_contrast)
     sharpened = is_sharpness[..., None] > 0
     degenerate_NSS3 = torch.where(sharpened, values_NSS3, plain_NSS[..., None])
     inner_NSS3 = degenerate_NSS3[:, 1:-1, 1:-1]  # Pillow smooths no border
-    inner_NSS3.copy_(torch.where(sharpened, _smooth(values_NSS3), inner_NSS3))
+    torch.where(sharpened, _smooth(values_NSS3), inner_NSS3, out=inner_NSS3)
     values_NSS3.sub_(degenerate_NSS3).mul_(factor[..., None]).add_(degenerate_NSS3)
     return values_NSS3.clamp_(0, 255).to(torch.uint8)
 
@@ -153,12 +154,13 @@ def _look_up(images_NSS3: Tensor, numbers_KN: Tensor) -> Tensor:
     bins_NX = (images_NSS3 + offsets_3).view(num_images, -1)
     counts_NX = torch.zeros((num_images, 768), dtype=torch.int32, device=device)
     counts_NX.scatter_add_(1, bins_NX, torch.ones((), dtype=torch.int32, device=device).expand_as(bins_NX))
-    tables_N3L = _tabulate(counts_NX.view(num_images, 3, 256), numbers_KN)
+    low_N3, high_N3 = images_NSS3.view(num_images, -1, 3).aminmax(dim=1)
+    tables_N3L = _tabulate(counts_NX.view(num_images, 3, 256), low_N3.int(), high_N3.int(), numbers_KN)
     return tables_N3L.view(num_images, -1).gather(1, bins_NX).view_as(images_NSS3)
 
 
-def _tabulate(counts_N3L: Tensor, numbers_KN: Tensor) -> Tensor:
-    """The tables, (N, 3, L) uint8, of images with these histograms."""
+def _tabulate(counts_N3L: Tensor, low_N3: Tensor, high_N3: Tensor, numbers_KN: Tensor) -> Tensor:
+    """The tables, (N, 3, L) uint8, of images with these histograms, lowest and highest levels."""
     mask, threshold, is_autocontrast, is_equalize = (
         numbers_KN[row][:, None, None] for row in (_MASK, _THRESHOLD, _IS_AUTOCONTRAST, _IS_EQUALIZE)
     )
@@ -166,12 +168,10 @@ def _tabulate(counts_N3L: Tensor, numbers_KN: Tensor) -> Tensor:
     kept = levels_L & mask.to(torch.int32)
     plain = torch.where(kept >= threshold, 255 - kept, kept)
 
-    present = counts_N3L > 0
-    low = torch.where(present, levels_L, 255).amin(-1, keepdim=True)
-    high = torch.where(present, levels_L, 0).amax(-1, keepdim=True)
-    span = (high - low).clamp(min=1).to(torch.float64)
+    low, high = low_N3[..., None], high_N3[..., None]
+    span = (high - low).clamp_(min=1).to(torch.float64)
     scale = torch.full_like(span, 255).div_(span)  # `255 / span` were 255 times the reciprocal
-    stretched = (levels_L * scale).add_(-low * scale).clamp_(0, 255).to(torch.int32)
+    stretched = (levels_L * scale).sub_(low * scale).clamp_(0, 255).to(torch.int32)
     tables = torch.where((is_autocontrast > 0) & (high > low), stretched, plain)
 
     sums = counts_N3L.cumsum(-1, dtype=torch.int32)
