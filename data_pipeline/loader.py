@@ -27,9 +27,11 @@ from data_pipeline.loading.prefetch import prefetch_batches
 from data_pipeline.loading.readers import Samples
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import eval_crop_params, ten_crop_params, train_crop_params
+from data_pipeline.transforms.erase import erase_boxes_at
 from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
+from data_pipeline.transforms.trivial import trivial_params_at
 
 
 class ImageSource(NamedTuple):
@@ -81,7 +83,7 @@ class Loader:
 
         Args:
             dataset: the training split.
-            augment: the random crops and colours, and how samples are mixed.
+            augment: the random crops and colours, and what the step changes, erases and mixes.
             seed: the run's seed.
             global_batch: samples of one step over all ranks.
             rank: which rank, 0..world_size - 1.
@@ -91,7 +93,8 @@ class Loader:
             start_step: first global step, 0-based, counted through all epochs.
             num_steps: how many steps; None for no end.
         Yields:
-            Batches; `step` is the global step, `last` whether it ends there, `mix` how its samples are mixed.
+            Batches; `step` is the global step, `last` whether it ends there; `trivial`, `erase` and `mix` are
+            for the step to carry out.
         Raises:
             UserError: a global batch larger than the training set, or smaller than the number of ranks; with
                 mixing, fewer pairs than ranks, or a micro-batch of one.
@@ -116,6 +119,7 @@ class Loader:
         chunk: int,
         shares: Iterable[tuple[int, int, Int]],
     ) -> Iterator[BatchRequest]:
+        crop_px = self.preprocessing.crop_px
         for step, epoch, rank_positions in shares:
             order = permutation_at(seed, epoch, len(dataset))
             for first in range(0, len(rank_positions), chunk):
@@ -136,7 +140,9 @@ class Loader:
                         preprocessing=self.preprocessing,
                         augment=augment,
                     ),
-                    mix=mix_params_at(seed, epoch, positions, augment, self.preprocessing.crop_px),
+                    trivial=trivial_params_at(seed, epoch, positions, augment),
+                    erase=erase_boxes_at(seed, epoch, positions, augment, crop_px),
+                    mix=mix_params_at(seed, epoch, positions, augment, crop_px),
                 )
 
     def eval(

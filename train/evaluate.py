@@ -21,8 +21,8 @@ from data_pipeline.loading.batches import Batch
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter, Metrics
+from train.kernels.mixup import average_views
 from train.models.alexnet import AlexNet, Normalize
-from train.optim.mixup import average_views
 from train.optim.precision import Precision, choose_precision
 from train.step import to_device
 

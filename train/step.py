@@ -22,9 +22,11 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.kernels.borrowed import lender_of
 from train.kernels.cached_crops import crop_cached
+from train.kernels.erase import erase_inputs
+from train.kernels.mixup import mix_inputs, mixed_losses, tensor_to_device
+from train.kernels.trivial import trivial_augment
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.ema import ModelEma
-from train.optim.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
 
@@ -81,6 +83,24 @@ def images_on_device(images: Any, device: torch.device) -> Tensor:
     return tensor_to_device(tensor, device)
 
 
+def training_inputs(batch: Batch, images_NHWC: Tensor, normalize: Normalize) -> Tensor:
+    """Return the network's inputs for a batch in training: augmented where it says so, and normalised.
+
+    In the order of torchvision's references: TrivialAugment, normalising, erasing, mixing.
+
+    Args:
+        images_NHWC: those of the batch, on the device.
+    """
+    if batch.trivial is not None:
+        images_NHWC = trivial_augment(images_NHWC, batch.trivial)
+    inputs_NCHW: Tensor = normalize(images_NHWC)
+    if batch.erase is not None:
+        inputs_NCHW = erase_inputs(inputs_NCHW, batch.erase)
+    if batch.mix is not None:
+        inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
+    return inputs_NCHW
+
+
 def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
     """Forward, backward and update for one global batch.
 
@@ -135,9 +155,7 @@ def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -
     labels, and top-1 and top-5 are with a sample's own.
     """
     images_NHWC, labels_N, valid_N = to_device(batch, parts.world.device)
-    inputs_NCHW = parts.normalize(images_NHWC)
-    if batch.mix is not None:
-        inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
+    inputs_NCHW = training_inputs(batch, images_NHWC, parts.normalize)
     with parts.precision.autocast():
         logits_NC = parts.parallel(inputs_NCHW)
     losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, parts.config.label_smoothing)

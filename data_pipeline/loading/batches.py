@@ -16,11 +16,14 @@ from data_pipeline.loading.feeds import CropFn
 from data_pipeline.loading.readers import Samples
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.sampler import Int
+from data_pipeline.transforms.trivial import TrivialParams
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Decoded samples, in order. A sample that failed keeps its place: zeros, and `valid` False.
+
+    `trivial`, `erase` and `mix` are for the training step, in this order: the images are without them.
 
     Attributes:
         images: (N, crop, crop, 3) uint8 RGB, or (N, 10, crop, crop, 3) for ten crops; any object with
@@ -33,6 +36,8 @@ class Batch:
         failures: one for each sample that is not valid, in order.
         step: global step in training; else the number of the batch.
         last: whether this is the last micro-batch of its step.
+        trivial: which operation changes each image; None for none at all.
+        erase: (N, 4) the box of each image that is erased, see `erase_boxes_at`; None for none at all.
         mix: how to mix images and labels, without the samples that failed; None for not at all.
     """
 
@@ -45,6 +50,8 @@ class Batch:
     failures: tuple[Failure, ...]
     step: int
     last: bool
+    trivial: TrivialParams | None = None
+    erase: Int | None = None
     mix: MixParams | None = None
 
     def __len__(self) -> int:
@@ -67,6 +74,8 @@ class BatchRequest:
     step: int
     last: bool
     crop_fn: CropFn
+    trivial: TrivialParams | None = None
+    erase: Int | None = None
     mix: MixParams | None = None
 
 
@@ -114,5 +123,7 @@ def make_batch(request: BatchRequest, images: object, reasons: dict[int, str]) -
         failures=tuple(Failure(printable(paths[i]), reasons[i]) for i in sorted(reasons)),
         step=request.step,
         last=request.last,
+        trivial=request.trivial,
+        erase=request.erase,
         mix=None if request.mix is None else request.mix.drop_invalid(valid),
     )

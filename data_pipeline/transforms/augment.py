@@ -35,6 +35,9 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         pca: the paper's colour noise: standard deviation of the factor on each eigenvalue; there, 0.1.
         pca_eigenvalues: of the covariance of the training set's RGB, in units of 0..1.
         pca_eigenvectors: one for each eigenvalue, (R, G, B), each of length 1.
+        trivial: TrivialAugment: one of 14 operations on each image, of random strength; see
+            `data_pipeline.transforms.trivial`.
+        erase: probability of erasing a box of the image to the mean colour, 0..1; 0.1 is usual.
         mixup: alpha of the Beta distribution by which two images are blended; 0.2 is usual.
         cutmix: alpha for pasting a box of one image into another; 1 is usual. With both, half and half.
         mix_probability: share of the samples that are mixed at all, 0..1.
@@ -42,7 +45,8 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         ValueError: a value outside its range.
     Source: Krizhevsky et al. 2012, section 4.1 ("random_square", PCA); Szegedy et al. 2014, section 6
         ("random_resized"); fb.resnet.torch (ImageNet's eigenvalues); torchvision's ColorJitter (ranges);
-        Zhang et al. 2018 (MixUp); Yun et al. 2019 (CutMix).
+        Müller and Hutter 2021 (TrivialAugment); Zhong et al. 2020 (random erasing); Zhang et al. 2018
+        (MixUp); Yun et al. 2019 (CutMix).
     """
 
     crop: Crop = "random_resized"
@@ -56,6 +60,8 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pca: float = 0.0
     pca_eigenvalues: Triple = IMAGENET_EIGENVALUES
     pca_eigenvectors: tuple[Triple, Triple, Triple] = IMAGENET_EIGENVECTORS
+    trivial: bool = False
+    erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_probability: float = 1.0
@@ -75,8 +81,9 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise ValueError(f"scale must be two numbers with 0 < low <= high <= 1, not {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1] or not math.isfinite(self.ratio[1]):
             raise ValueError(f"ratio must be two finite numbers with 0 < low <= high, not {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is a probability, 0 to 1, not {self.flip}")
+        for name in ("flip", "erase", "mix_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability, 0 to 1, not {getattr(self, name)}")
         for name in ("brightness", "contrast", "saturation", "hue", "pca"):
             value, highest = getattr(self, name), 0.5 if name == "hue" else 10
             if not 0 <= value <= highest:
@@ -87,8 +94,6 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 raise ValueError(
                     f"{name} is a Beta distribution's alpha: 0 (off), or 0.05 to 100, not {value}"
                 )
-        if not 0 <= self.mix_probability <= 1:
-            raise ValueError(f"mix_probability is a probability, 0 to 1, not {self.mix_probability}")
         if not all(0 <= value <= 1 for value in self.pca_eigenvalues):
             raise ValueError(f"pca_eigenvalues are variances in units of 0..1, not {self.pca_eigenvalues}")
         for vector in self.pca_eigenvectors:

@@ -14,7 +14,10 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.scan import with_table
+from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import Int
+from data_pipeline.transforms.trivial import TrivialParams
 from tests.helpers.images import as_numpy, broken, encode, kinds_of_one_size, photo, suffix_for
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
@@ -39,6 +42,11 @@ def open_images(root: Path) -> Dataset:
     """Write the images of a training split, and look at them."""
     write_images(root / "train")
     return with_table(open_dataset(root, "train"), 1)
+
+
+def arrays_of(params: MixParams | TrivialParams | Int | None) -> tuple[Any, ...]:
+    """The arrays of what a step does to a batch."""
+    return astuple(params) if isinstance(params, MixParams | TrivialParams) else (params,)
 
 
 def count_equal(
@@ -66,8 +74,8 @@ def count_equal(
         for field in ("failures", "step", "last"):
             assert getattr(one, field) == getattr(other, field), field
         assert list(one.paths) == list(other.paths)
-        assert (one.mix is None) == (other.mix is None)
-        if one.mix is not None and other.mix is not None:
-            assert all(map(np.array_equal, astuple(one.mix), astuple(other.mix)))
+        for field in ("trivial", "erase", "mix"):
+            ours, theirs = (arrays_of(getattr(batch, field)) for batch in (one, other))
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)), field
         samples, failed = samples + len(one), failed + len(one.failures)
     return samples, failed

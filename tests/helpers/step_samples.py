@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def small_trainer(world: World, *overrides: str) -> StepParts:
     return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
-def small_batch(*, last: bool = True) -> Batch:
+def small_batch(*, last: bool = True, **augmentation: Any) -> Batch:
     random, places = np.random.default_rng(0), np.arange(4)
     images = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last)
+    return Batch(images, places, np.ones(4, bool), places, places, (), (), step=0, last=last, **augmentation)

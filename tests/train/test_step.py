@@ -1,17 +1,23 @@
-"""One optimiser step: it never waits for the device."""
+"""One optimiser step: it never waits for the device, and augments in torchvision's order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.erase import erase_boxes_at
+from data_pipeline.transforms.mix import mix_params_at
+from data_pipeline.transforms.trivial import trivial_params_at
+from tests.helpers.reference import erase_images, mix_images, trivial_images
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
-from train.step import train_step
+from train.step import to_device, train_step, training_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -36,17 +42,41 @@ def world() -> Iterator[World]:
         yield one
 
 
+AUGMENT = Augment(trivial=True, erase=0.9, mixup=0.4, cutmix=1.0)
+AUGMENTED: dict[str, Any] = {
+    "trivial": trivial_params_at(1, 0, np.arange(4), AUGMENT),
+    "erase": erase_boxes_at(1, 0, np.arange(4), AUGMENT, 32),
+    "mix": mix_params_at(1, 0, np.arange(4), AUGMENT, 32),
+}
+
 LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9", "label_smoothing=0.1")
 
 
 @pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
 def test_train_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
     parts = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
+    batches = [small_batch(last=False), small_batch(**AUGMENTED)]
     total = AccuracyMeter(world.device)
     with WaitsForDevice() as waits:
         for step in range(2):
-            total.merge(train_step(parts, [small_batch(last=False), small_batch()], 0.01, step))
+            total.merge(train_step(parts, batches, 0.01, step))
         assert waits.seen == []
         metrics = total.reduce(world)  # where a row is written
         assert "_local_scalar_dense" in waits.seen
     assert metrics.num_samples == 16
+
+
+def test_inputs_are_augmented_in_torchvisions_order(world: World) -> None:
+    """TrivialAugment, then the normalisation, erasing and mixing, as NumPy and Pillow compute them."""
+    parts, batch = small_trainer(world), small_batch(**AUGMENTED)
+    assert batch.trivial is not None and batch.erase is not None and batch.mix is not None
+    assert len(set(batch.trivial.operations)) > 2
+    assert batch.erase.any() and (batch.mix.label_weights < 1).any()
+    inputs_NCHW = training_inputs(batch, to_device(batch, world.device)[0], parts.normalize)
+    preprocessing = parts.config.preprocessing
+    mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    normalized = (trivial_images(batch.images, batch.trivial).astype(np.float32) / 255 - mean) / std
+    expected = mix_images(erase_images(normalized, batch.erase), batch.mix)
+    assert np.abs(inputs_NCHW.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
+    plain = training_inputs(small_batch(), to_device(batch, world.device)[0], parts.normalize)
+    assert (plain == parts.normalize(to_device(batch, world.device)[0])).all()

@@ -21,15 +21,25 @@ def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
         inputs_NCHW: float, any memory format, which is kept.
         plan: for these N.
     """
-    device = inputs_NCHW.device
-    partners = tensor_to_device(plan.partners, device)
-    boxes_N4, weights_N = tensor_to_device(plan.boxes, device), tensor_to_device(plan.weights, device)
-    y, x = (torch.arange(size, device=device) for size in inputs_NCHW.shape[2:])
-    rows = (y >= boxes_N4[:, 0, None]) & (y < boxes_N4[:, 2, None])
-    columns = (x >= boxes_N4[:, 1, None]) & (x < boxes_N4[:, 3, None])
-    inside_NHW = rows[:, :, None] & columns[:, None, :]
+    device, (height, width) = inputs_NCHW.device, inputs_NCHW.shape[2:]
+    partners, weights_N = tensor_to_device(plan.partners, device), tensor_to_device(plan.weights, device)
+    inside_NHW = inside_boxes(tensor_to_device(plan.boxes, device), height, width)
     shares = torch.where(inside_NHW, 0.0, weights_N[:, None, None])[:, None]
     return torch.lerp(inputs_NCHW[partners], inputs_NCHW, shares)
+
+
+def inside_boxes(boxes_N4: Tensor, height: int, width: int) -> Tensor:
+    """Return which pixels of images are inside of boxes.
+
+    Args:
+        boxes_N4: top, left, bottom, right.
+    Returns:
+        (N, height, width) bool.
+    """
+    y, x = (torch.arange(size, device=boxes_N4.device) for size in (height, width))
+    rows = (y >= boxes_N4[:, 0, None]) & (y < boxes_N4[:, 2, None])
+    columns = (x >= boxes_N4[:, 1, None]) & (x < boxes_N4[:, 3, None])
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def mixed_losses(
