@@ -169,7 +169,7 @@ def _build(spec: GraphSpec, place: Place) -> Any:
 
 
 def _transform(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) -> Any:
-    """Resize, colour, crop and mirror."""
+    """Resize, crop, colour and mirror."""
     fn, types = dali.fn, dali.types
     sizes = _source("sizes", types.FLOAT, 1)
     offsets = _source("offsets", types.INT32, 1 + len(views))
@@ -177,11 +177,19 @@ def _transform(images: Any, crop_px: int, views: tuple[int, ...], colors: bool) 
     images = fn.resize(images, size=sizes, interp_type=types.INTERP_LINEAR, antialias=True)
     if colors:
         linear, offset = _source("linear", types.FLOAT, 2), _source("offset", types.FLOAT, 1)
-        images = fn.coord_transform(images, M=linear, T=offset, dtype=types.UINT8)
-        images = fn.reshape(images, layout="HWC")
 
-    def view(offset: Any, flip: Any) -> Any:
-        crop = fn.slice(images, start=offset, shape=[crop_px, crop_px], axes=[0, 1])
+    def view(place: Any, flip: Any) -> Any:
+        crop = fn.slice(
+            images,
+            start=place,
+            shape=[crop_px, crop_px],
+            axes=[0, 1],
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
+        if colors:
+            crop = fn.coord_transform(crop, M=linear, T=offset, dtype=types.UINT8)
+            crop = fn.reshape(crop, layout="HWC")
         return fn.flip(crop, horizontal=flip)
 
     if not views:

@@ -154,7 +154,7 @@ def resize_window(window: Image.Image, crops: CropParams, index: int) -> Image.I
 
 
 def finish_crop(window: Image.Image, crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
-    """Resize, colour, crop and mirror a decoded window.
+    """Resize, crop, colour and mirror a decoded window.
 
     Args:
         window: RGB.
@@ -164,12 +164,15 @@ def finish_crop(window: Image.Image, crops: CropParams, index: int) -> npt.NDArr
         (crop, crop, 3) uint8, or (V, crop, crop, 3).
     """
     resized = resize_window(window, crops, index)
-    if crops.colors is not None:
-        resized = resized.convert("RGB", tuple(crops.colors[index].ravel().tolist()))
+    matrix = None if crops.colors is None else tuple(crops.colors[index].ravel().tolist())
     side, views = crops.crop_px, []
     offsets, flips = crops.offsets[index].reshape(-1, 2), crops.flips[index].reshape(-1)
     for (top, left), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
-        view = resized if resized.size == (side, side) else resized.crop((left, top, left + side, top + side))
+        view, box = resized, (left, top, left + side, top + side)
+        if box != (0, 0, *resized.size):
+            view = resized.crop(box)  # black where the box is outside
+        if matrix is not None:
+            view = view.convert("RGB", matrix)
         # by Pillow: NumPy takes five times as long to copy rows of pixels from right to left
         views.append(np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view))
     return np.stack(views) if crops.views else views[0]

@@ -110,7 +110,7 @@ def _compiled() -> Any:
 
 
 def _agrees_with_pillow(compiled: Any) -> bool:
-    """Whether it gives the installed Pillow's pixels: enlarged, reduced, tall, mirrored, coloured, views.
+    """Whether it gives the installed Pillow's pixels: resized, tall, mirrored, padded, coloured, views.
 
     Before version 13, Pillow resized tall windows in another order; where a compiler fuses multiplying and
     adding, its colours may differ.
@@ -132,7 +132,8 @@ def _agrees_with_pillow(compiled: Any) -> bool:
         flips=np.array([[True, False], [False, True], [True, True]]),
     )
     indices = np.array([1, 0, 1])
-    for crops in (one, replace(one, colors=None), two):
+    padded = replace(one, offsets=np.array([(-8, 0), (20, 14), (-3, 30)]))
+    for crops in (one, replace(one, colors=None), two, padded, replace(two, offsets=two.offsets * 3 - 9)):
         images = blank_images(crops)
         _call(compiled, images, pixels, indices, crops, 0, len(crops))
         for i, (y, x, height, width) in enumerate(crops.windows.tolist()):

@@ -145,9 +145,9 @@ def _resize_rows(source: Any, start: int, step: int, size: Any, lows: Any, weigh
 
 @_inlined
 def _resize_columns(
-    source: Any, start: int, step: int, length: int, lows: Any, weights: Any, target: Any, to: int
+    source: Any, start: int, step: int, length: int, lows: Any, weights: Any, target: Any, to: int, by: int
 ) -> None:
-    """Resize each of `length` columns of bytes to `len(lows)`; the rows of `target` follow each other."""
+    """Resize each of `length` columns of bytes to `len(lows)`, from `to` on in rows that are `by` apart."""
     count, taps = weights.shape
     flat = weights.reshape(-1)
     for y in range(count):
@@ -162,7 +162,7 @@ def _resize_columns(
                 for tap in range(taps):
                     total += source[top + tap * step + x] * weights[y, tap]
                 target[to + x] = total >> BITS
-        to += length
+        to += by
 
 
 @_inlined
@@ -185,11 +185,13 @@ def _color(pixels: Any, start: int, count: int, matrix: Any) -> None:
 
 @_inlined
 def _resize(
-    source: Any, start: int, step: int, size: Any, size_out: Any, cut: Any, flip: bool, target: Any, to: int
-) -> None:
+    source: Any, start: int, step: int, size: Any, size_out: Any, cut: Any, flip: bool,
+    target: Any, to: int, by: int,
+) -> None:  # fmt: skip
     """Resize a window of (height, width) pixels; of the result, write the part `cut` from `to` on.
 
     Args:
+        by: bytes in the target from a row to the next.
         cut: top, left, height, width.
         flip: whether to mirror that part.
     """
@@ -201,39 +203,53 @@ def _resize(
     length = columns * 3
     if fewer_rows > 0 and fewer_rows > 2 * fewer_columns:  # Pillow's choice; it rounds between the passes
         between = np.empty(rows * width * 3, np.uint8)
-        _resize_columns(source, start, step, width * 3, to_rows, row_weights, between, 0)
+        _resize_columns(source, start, step, width * 3, to_rows, row_weights, between, 0, width * 3)
         padded = np.empty((rows + ROWS) * (length + 1), np.uint8)
         _resize_rows(between, 0, width * 3, (rows, width), to_columns, column_weights, padded)
         for y in range(rows):
             for x in range(length):
-                target[to + y * length + x] = padded[y * (length + 1) + x]
+                target[to + y * by + x] = padded[y * (length + 1) + x]
     else:
         first, last = to_rows[0], to_rows[rows - 1] + row_weights.shape[1]
         padded = np.empty((last - first + ROWS) * (length + 1), np.uint8)
         start += first * step
         _resize_rows(source, start, step, (last - first, width), to_columns, column_weights, padded)
-        _resize_columns(padded, -first * (length + 1), length + 1, length, to_rows, row_weights, target, to)
+        start, step = -first * (length + 1), length + 1
+        _resize_columns(padded, start, step, length, to_rows, row_weights, target, to, by)
 
 
 @_inlined
-def _around(tops_lefts: Any, side: int) -> Any:
-    """Top, left, height and width of what encloses V squares."""
+def _around(tops_lefts: Any, side: int, size: Any) -> Any:
+    """Top, left, height and width of what encloses V squares, as far as it is in (height, width)."""
     top, left = bottom, right = tops_lefts[0, 0], tops_lefts[0, 1]
     for view in range(1, len(tops_lefts)):
         top, left = min(top, tops_lefts[view, 0]), min(left, tops_lefts[view, 1])
         bottom, right = max(bottom, tops_lefts[view, 0]), max(right, tops_lefts[view, 1])
-    return top, left, bottom + side - top, right + side - left
+    top, left, bottom, right = (
+        max(top, 0),
+        max(left, 0),
+        min(bottom + side, size[0]),
+        min(right + side, size[1]),
+    )
+    return top, left, bottom - top, right - left
 
 
 @_inlined
 def _cut_views(region: Any, cut: Any, tops_lefts: Any, flips: Any, views: Any) -> None:
-    """Copy parts of a resized window, of which `region` has the part `cut`, to (V, crop, crop, 3)."""
-    top, left, _, columns = cut
+    """Copy parts of a resized window, of which `region` has the part `cut`, to (V, crop, crop, 3).
+
+    What is in a view and not in the region is outside of the window, and black.
+    """
+    top, left, rows, columns = cut
     num_views, side = views.shape[:2]
     for view in range(num_views):
-        for y in range(side):
-            at = ((tops_lefts[view, 0] - top + y) * columns + tops_lefts[view, 1] - left) * 3
-            for x in range(side):
+        above, before = tops_lefts[view, 0] - top, tops_lefts[view, 1] - left
+        first, stop = max(-before, 0), min(columns - before, side)
+        if stop - first < side or above < 0 or above + side > rows:
+            views[view] = 0
+        for y in range(max(-above, 0), min(rows - above, side)):
+            at = ((above + y) * columns + before) * 3
+            for x in range(first, stop):
                 to = side - 1 - x if flips[view] else x
                 for c in range(3):
                     views[view, y, to, c] = region[at + x * 3 + c]
@@ -247,6 +263,8 @@ def _make_crop_batch(version: int) -> Callable[..., None]:
         images: Any, first: int, stop: int,
     ) -> None:  # fmt: skip
         """Cut, resize, crop, mirror and colour images `first` to `stop` of a batch.
+
+        A crop without padding is all of its image; one with padding leaves the rest of it black.
 
         Args:
             pixels: (M, height, width, 3) uint8.
@@ -266,15 +284,22 @@ def _make_crop_batch(version: int) -> Callable[..., None]:
             if len(indices):
                 y, x, size = windows[i, 0], windows[i, 1], (windows[i, 2], windows[i, 3])
                 start = ((indices[i] * height + y) * width + x) * 3
-            top, left, rows, columns = _around(offsets[i], side)
-            cut, size_out = (top, left, rows, columns), (sizes[i, 0], sizes[i, 1])
-            region, to, flip = target, i * side * side * 3, flips[i, 0]
+            size_out = (sizes[i, 0], sizes[i, 1])
+            cut = _around(offsets[i], side, size_out)
             if num_views > 1:
-                region, to, flip = np.empty(rows * columns * 3, np.uint8), 0, False
-            _resize(source, start, step, size, size_out, cut, flip, region, to)
-            if len(colors):
-                _color(region, to, rows * columns, colors[i])
-            if num_views > 1:
+                region = np.empty(cut[2] * cut[3] * 3, np.uint8)
+                _resize(source, start, step, size, size_out, cut, False, region, 0, cut[3] * 3)
                 _cut_views(region, cut, offsets[i], flips[i], images[i])
+            else:
+                if cut[2] < side or cut[3] < side:
+                    images[i] = 0
+                above, before = cut[0] - offsets[i, 0, 0], cut[1] - offsets[i, 0, 1]
+                if flips[i, 0]:
+                    before = side - before - cut[3]
+                to = ((i * side + above) * side + before) * 3
+                _resize(source, start, step, size, size_out, cut, flips[i, 0], target, to, side * 3)
+            if len(colors):  # black, too
+                num_pixels = num_views * side * side
+                _color(target, i * num_pixels * 3, num_pixels, colors[i])
 
     return crop_batch

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-Crop = Literal["random_resized", "random", "random_square", "center"]
+Crop = Literal["random_resized", "random", "random_square", "padded", "center"]
 Triple = tuple[float, float, float]
 
 IMAGENET_EIGENVALUES: Triple = (0.2175, 0.0188, 0.0045)
@@ -24,7 +24,7 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     Attributes:
         crop: "random_resized" resizes a window of random area and shape to the crop; "random" resizes the
             short side and crops anywhere; "random_square" anywhere in the centre `resize_px` square, as the
-            paper; "center" its middle.
+            paper; "padded" as "random" after a black border of an eighth of the crop; "center" the middle.
         scale: smallest and largest window as a fraction of the image's area, 0 < low <= high <= 1.
         ratio: smallest and largest width / height of the window, 0 < low <= high.
         flip: probability of mirroring left and right, 0..1. Digits and text must not be mirrored: 0.
@@ -44,9 +44,9 @@ class Augment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     Raises:
         ValueError: a value outside its range.
     Source: Krizhevsky et al. 2012, section 4.1 ("random_square", PCA); Szegedy et al. 2014, section 6
-        ("random_resized"); fb.resnet.torch (ImageNet's eigenvalues); torchvision's ColorJitter (ranges);
-        Müller and Hutter 2021 (TrivialAugment); Zhong et al. 2020 (random erasing); Zhang et al. 2018
-        (MixUp); Yun et al. 2019 (CutMix).
+        ("random_resized"); He et al. 2016, section 4.2 ("padded": 4 pixels for 32); fb.resnet.torch
+        (ImageNet's eigenvalues); torchvision's ColorJitter (ranges); Müller and Hutter 2021 (TrivialAugment);
+        Zhong et al. 2020 (random erasing); Zhang et al. 2018 (MixUp); Yun et al. 2019 (CutMix).
     """
 
     crop: Crop = "random_resized"

@@ -30,14 +30,16 @@ MAX_ASPECT = 16
 
 @dataclass(frozen=True, eq=False)
 class CropParams:
-    """Cut `windows` from the upright image, resize to `sizes`, crop at `offsets`, mirror if `flips`.
+    """Cut `windows` from the upright image, resize to `sizes`, crop at `offsets`, colour, mirror if `flips`.
 
-    Several views of an image are several offsets and flips of one resized window; V is their number.
+    What a crop has outside of the resized window is black, and is coloured like all other pixels. Several
+    views of an image are several offsets and flips of one resized window; V is their number.
 
     Attributes:
         windows: (N, 4) int64, y, x, height, width in the upright source image.
         sizes: (N, 2) int64, height and width to which the window is resized, each at least `crop_px`.
-        offsets: (N, 2) or (N, V, 2) int64, y and x of the crop in the resized window.
+        offsets: (N, 2) or (N, V, 2) int64, y and x of the crop in the resized window, of which each crop has
+            a part. Below 0, or so that it ends behind the window, where the crop is padded.
         flips: (N) or (N, V) bool, mirror left and right at the end.
         crop_px: side of the square that comes out.
         colors: (N, 3, 4), see `data_pipeline.transforms.color`; None leaves the colours as they are.
@@ -81,6 +83,17 @@ class CropParams:
         )
 
 
+def padding_px(crop_px: int) -> int:
+    """Black pixels on each side of a padded image: an eighth of the crop, rounded down.
+
+    Source: He et al. 2016, section 4.2: 4 pixels for crops of 32.
+
+    >>> padding_px(32), padding_px(64)
+    (4, 8)
+    """
+    return crop_px // 8
+
+
 def eval_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> CropParams:
     """Parameters of evaluation: short side to `resize_px`, then the centre `crop_px` square.
 
@@ -99,21 +112,26 @@ def eval_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing
 def ten_crop_params(heights_widths: npt.ArrayLike, preprocessing: Preprocessing) -> CropParams:
     """Parameters of the paper's ten views: corners and centre of the centre `resize_px` square, and mirrored.
 
+    Where that square is no larger than a crop, it is taken with `padding_px` more on each side: else all
+    would be one view and its mirror.
+
     Args: as `eval_crop_params`.
     Returns:
         V = 10: top left, top right, bottom left, bottom right, centre; then the same of the mirrored image.
         The same pixels as torchvision's.
-    Source: Krizhevsky et al. 2012, section 4.1; torchvision, `Resize`, `CenterCrop`, `TenCrop`.
+    Source: Krizhevsky et al. 2012, section 4.1; torchvision, `Resize`, `Pad`, `CenterCrop`, `TenCrop`.
     """
     windows, sizes = _short_side(_as_sizes(heights_widths), preprocessing.resize_px)
-    spare = preprocessing.resize_px - preprocessing.crop_px
+    crop_px, resize_px = preprocessing.crop_px, preprocessing.resize_px
+    padding = padding_px(crop_px) if resize_px == crop_px else 0
+    spare = resize_px + 2 * padding - crop_px
     middle = round(spare / 2)
     corners = np.array([[0, 0], [0, spare], [spare, 0], [spare, spare], [middle, middle]], dtype=np.int64)
     # a view of the mirrored image is the mirror of the window opposite
     views = np.concatenate([corners, corners * (1, -1) + (0, spare)])
-    square = _centre_square(sizes, preprocessing.resize_px)
+    square = _centre_square(sizes, resize_px) - padding
     flips = np.tile(np.arange(10) >= 5, (len(sizes), 1))
-    return CropParams(windows, sizes, square[:, None] + views, flips, preprocessing.crop_px)
+    return CropParams(windows, sizes, square[:, None] + views, flips, crop_px)
 
 
 def train_crop_params(
@@ -133,7 +151,8 @@ def train_crop_params(
         seed: the run's seed.
         preprocessing: the contract.
         augment: which crop and colours, and their ranges.
-    Source: torchvision, `RandomResizedCrop.get_params`: area, log-uniform ratio, ten tries, then the centre.
+    Source: torchvision, `RandomResizedCrop.get_params`: area, log-uniform ratio, ten tries, then the centre;
+        `RandomCrop(crop_px, padding=padding_px(crop_px))`, after `Resize`, for "padded".
     """
     sizes_N2 = _as_sizes(heights_widths)
     positions_N = np.asarray(positions, dtype=np.int64)
@@ -150,6 +169,9 @@ def train_crop_params(
         offsets = _centre_square(sizes, crop_px)
     elif augment.crop == "random":
         offsets = _integers_from(draws, sizes - crop_px + 1)
+    elif augment.crop == "padded":
+        padding = padding_px(crop_px)
+        offsets = _integers_from(draws, sizes + 2 * padding - crop_px + 1) - padding
     else:
         spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
         offsets = _centre_square(sizes, preprocessing.resize_px) + _integers_from(draws, spare + 1)

@@ -17,6 +17,8 @@ AUGMENTS = {
     "windows of a few pixels": Augment(scale=(0.0005, 0.01)),
     "random": Augment(crop="random"),
     "random_square, colours": Augment(crop="random_square", pca=0.1),
+    "padded": Augment(crop="padded"),
+    "padded, colours": Augment(crop="padded", brightness=0.4, contrast=0.4, pca=0.1),
     "center": Augment(crop="center"),
 }
 KINDS = (*AUGMENTS, "eval", "ten_crop")

@@ -16,8 +16,9 @@ from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.decode.stand_in import cut_as_bmp
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams, eval_crop_params, train_crop_params
+from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.crops import AUGMENTS
 from tests.helpers.images import as_numpy, broken, encode, kinds, photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
@@ -70,6 +71,7 @@ def recipes(files: list[bytes]) -> dict[str, CropParams]:
         "evaluation": eval_crop_params(sizes, PREPROCESSING),
         "random-resized": train_crop_params(sizes, 1, positions, 7, PREPROCESSING, Augment()),
         "random": train_crop_params(sizes, 1, positions, 7, PREPROCESSING, Augment(crop="random")),
+        "padded": train_crop_params(sizes, 1, positions, 7, PREPROCESSING, Augment(crop="padded")),
     }
 
 
@@ -84,7 +86,7 @@ def at_edge(crops: CropParams, index: int) -> npt.NDArray[np.bool_]:
 
 
 @devices
-@pytest.mark.parametrize("recipe", ["evaluation", "random-resized", "random"])
+@pytest.mark.parametrize("recipe", ["evaluation", "random-resized", "random", "padded"])
 def test_dali_pixels_are_close_to_pillows(
     dali: ImageBackend, pillow: PillowBackend, device: Device, recipe: str
 ) -> None:
@@ -118,6 +120,21 @@ def test_dali_leaves_only_the_named_kinds_to_pillow(
     by_pillow = [name for name, file in KINDS.items() if file in read_by_pillow]
     rare = ("tiff", "gif", "pnm", "avif", "jp2", "j2k", "ico", "tga")
     assert by_pillow == [name for name in KINDS if name.split()[0] in rare or name == "webp turned"]
+
+
+@devices
+def test_padding_is_black_before_the_colours(
+    dali: ImageBackend, pillow: PillowBackend, device: Device
+) -> None:
+    """Images that are not resized, whose file loses nothing: crops with colours, and ten views."""
+    files, sizes = [encode(photo(64, 64, seed=i), "PNG") for i in range(12)], [(64, 64)] * 12
+    whole = Preprocessing(resize_px=64, crop_px=64)
+    colored = train_crop_params(sizes, 1, range(12), 7, whole, AUGMENTS["padded, colours"])
+    for crops, most in ((colored, 1), (ten_crop_params(sizes, whole), 0)):
+        ours, reference = (as_numpy(backend.decode(files, crops).images) for backend in (dali, pillow))
+        difference = np.abs(ours - reference)
+        assert difference.max() <= (0 if device == "cpu" else most)
+        assert difference.mean() < 0.01
 
 
 # Not the JPEG 2000 bomb: OpenJPEG decodes it, and no file comes here before its header was found good.

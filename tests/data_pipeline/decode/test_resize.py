@@ -65,7 +65,11 @@ def test_compiled_resize_gives_pillows_pixels(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 500))
     crop_px = data.draw(st.integers(1, 120))
     size = (data.draw(st.integers(crop_px, 300)), data.draw(st.integers(crop_px, 300)))
-    offset = (data.draw(st.integers(0, size[0] - crop_px)), data.draw(st.integers(0, size[1] - crop_px)))
+    outside = crop_px - 1 if data.draw(st.booleans(), "padded") else 0
+    offset = (
+        data.draw(st.integers(-outside, size[0] - crop_px + outside)),
+        data.draw(st.integers(-outside, size[1] - crop_px + outside)),
+    )
     random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     window = random.integers(0, 256, (height, width, 3), np.uint8)
     if data.draw(st.booleans(), "black and white only"):
