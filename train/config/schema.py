@@ -79,6 +79,9 @@ class ModelConfig(Table, frozen=True):
         norm: `lrn` behind the first two ReLUs; batch normalisation of all five convolutions, before
             (`bn`; they then have no bias) or behind (`bn_after_relu`) the ReLU; or `none`.
         hidden_norm: batch normalisation of the two hidden fully connected layers too, on the side of `norm`.
+        norm_batch: consecutive samples of the global batch over which batch normalisation takes its
+            statistics (ghost batches): the result then depends neither on ranks nor on micro-batches. None
+            for all samples of a pass, on all ranks.
         pool_padding: pixels around the map of each of the three poolings.
         hidden_units: of each of the two hidden fully connected layers; 4096 as published, fewer for small
             data.
@@ -90,6 +93,7 @@ class ModelConfig(Table, frozen=True):
     groups: Groups | None = None
     norm: Norm | None = None
     hidden_norm: bool = False
+    norm_batch: Annotated[int, msgspec.Meta(ge=2)] | None = None
     pool_padding: Literal[0, 1] = 0
     hidden_units: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4096
     dropout: BelowOne = 0.5
@@ -100,11 +104,13 @@ class ModelConfig(Table, frozen=True):
             raise ValueError(f"stem_kernel must be odd, not {self.stem_kernel}")
         if self.name == "owt" and self.norm not in (None, "none"):
             raise ValueError(
-                f"`owt` is torchvision's network, key for key, which has no norms: norm = {self.norm} goes with "
-                'name = "paper" and groups = 1'
+                f"`owt` is torchvision's network, key for key, which has no norms: norm={self.norm} goes with "
+                "name=paper and groups=1"
             )
         if self.hidden_norm and not self.has_batch_norm:
             raise ValueError("hidden_norm needs batch normalisation: set norm to bn or bn_after_relu")
+        if self.norm_batch is not None and not self.has_batch_norm:
+            raise ValueError("norm_batch is for batch normalisation: set norm to bn or bn_after_relu")
 
     @property
     def has_batch_norm(self) -> bool:
@@ -267,6 +273,11 @@ class RunConfig(Table, frozen=True):
         if self.compile:
             raise ValueError(
                 "compile=true compiles the network as a whole, and parallel=hybrid splits it: choose one"
+            )
+        if self.model.hidden_norm:
+            raise ValueError(
+                "hidden_norm normalises hidden layers as a whole, and parallel=hybrid splits them: use "
+                "parallel=ddp"
             )
         if self.optimizer.name == "lars":
             raise ValueError(

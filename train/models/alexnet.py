@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config.schema import Groups, ModelConfig, Norm
+from train.models.batch_norm import BatchNorm
 from train.models.init import initialize
 from train.models.lrn import LocalResponseNorm
 
@@ -135,10 +136,10 @@ def make_features(config: ModelConfig) -> nn.Sequential:
         )
         relu = nn.ReLU(inplace=True)
         if norm == "bn":
-            layers[f"norm{number}"] = nn.BatchNorm2d(channels)
+            layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
         layers[f"relu{number}"] = relu
         if norm == "bn_after_relu":
-            layers[f"norm{number}"] = nn.BatchNorm2d(channels)
+            layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
         elif norm == "lrn" and number in LRN_AT:
             layers[f"norm{number}"] = LocalResponseNorm(k=network.lrn_k)
         if number in POOLED:
@@ -160,10 +161,10 @@ def make_classifier(config: ModelConfig, num_features: int, num_classes: int) ->
         bias = not (config.hidden_norm and norm == "bn")
         layers[f"fc{number}"] = nn.Linear(in_features, width, bias=bias)
         if config.hidden_norm and norm == "bn":
-            layers[f"norm{number}"] = nn.BatchNorm1d(width)
+            layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
         layers[f"relu{number}"] = nn.ReLU(inplace=True)
         if config.hidden_norm and norm == "bn_after_relu":
-            layers[f"norm{number}"] = nn.BatchNorm1d(width)
+            layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
         if not network.numbered:
             layers[f"drop{number}"] = nn.Dropout(config.dropout)
         in_features = width
@@ -205,8 +206,8 @@ def _last_map(config: ModelConfig, crop_px: int) -> tuple[int, int]:
         kernel, padding = config.stem_kernel or KERNELS[0], config.pool_padding
         raise UserError(
             f"crop_px {crop_px} is too small for `{config.name}` with stem_stride {config.stem_stride}, "
-            f"stem_kernel {kernel} and pool_padding {padding}: no pixel is left after the last pooling; use a "
-            f"larger crop, {'' if padding else 'pool_padding 1, '}or a smaller stem_stride"
+            f"stem_kernel {kernel} and pool_padding {padding}: no pixel is left after the last pooling; use "
+            f"a larger crop{'' if padding else ', pool_padding 1'} or a smaller stem_stride"
         )
     # torchvision averages every map to 6x6; here smaller maps keep their size.
     return channels, min(side, 6) if config.name == "owt" else side
