@@ -104,8 +104,8 @@ class ModelConfig(Table, frozen=True):
             raise ValueError(f"stem_kernel must be odd, not {self.stem_kernel}")
         if self.name == "owt" and self.norm not in (None, "none"):
             raise ValueError(
-                f"`owt` is torchvision's network, key for key, which has no norms: norm={self.norm} goes with "
-                "name=paper and groups=1"
+                f"`owt` is torchvision's network, key for key, which has no norms: norm={self.norm} goes "
+                "with name=paper and groups=1"
             )
         if self.hidden_norm and not self.has_batch_norm:
             raise ValueError("hidden_norm needs batch normalisation: set norm to bn or bn_after_relu")

@@ -126,9 +126,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             )
             for part, (mean_C, variance_C) in zip(parts, statistics_G2C, strict=True)
         ]
-        self.ghost_sums += torch.cat(
-            [statistics_G2C.sum(0).flatten(), self.ghost_sums.new_tensor([len(parts)])]
-        )
+        self.ghost_sums[:-1] += statistics_G2C.sum(0).flatten()
+        self.ghost_sums[-1] += len(parts)
         return torch.cat(out)
 
     @torch.no_grad()
