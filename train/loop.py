@@ -111,7 +111,6 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
             if inside and (has_row or run.interrupt.is_due(run.step)):
                 stop_if_asked(run, saved=saves)
             progress.advance(1, note)
-    world.average_buffers(run.parts.network)
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -185,8 +184,6 @@ def evaluate_epoch(run: RunState) -> Metrics:
     config, parts, started = run.config, run.parts, time.monotonic()
     weights: AbstractContextManager[None] = nullcontext()
     if parts.ema is not None:
-        # The averaged weights are equal on all ranks; running statistics are not, and rank 0's are saved.
-        parts.world.broadcast(parts.ema.buffers(parts.network))
         weights = parts.ema.swapped_in(parts.network)
     batches = run.loader.eval(
         run.val_set,

@@ -19,7 +19,13 @@ from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.schema import RunConfig
 from train.data import contents_on_ranks, open_data, open_loader
-from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, rank_batch_size
+from train.distributed.ddp import (
+    describe_parallel,
+    make_parallel,
+    micro_batch_size,
+    pass_sizes,
+    rank_batch_size,
+)
 from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
 from train.distributed.world import World, cpu_share
@@ -159,6 +165,7 @@ def make_step_parts(
         precision=precision,
         world=world,
         config=config,
+        num_passes=len(pass_sizes(config, world)),
         ema=ModelEma(network, config.ema_decay) if config.ema_decay else None,
         noise=make_noise_meter(network, config, world) if config.log_noise_scale else None,
     )

@@ -26,6 +26,7 @@ from train.kernels.erase import erase_inputs
 from train.kernels.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.kernels.trivial import trivial_augment
 from train.models.alexnet import AlexNet, Normalize
+from train.models.batch_norm import count_ghosts_in, is_synchronized
 from train.optim.ema import ModelEma
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
@@ -45,7 +46,9 @@ class StepParts:
             layers (`train.distributed.hybrid.whole_network` gathers them, for evaluation and checkpoints).
         parallel: the same model over all ranks, for training.
         guard: skips steps whose gradient is not finite.
-        config: of which a step uses the global batch, the seed of the dropout masks and the label smoothing.
+        config: of which a step uses the global batch, the crops' size, the seed of the dropout masks and the
+            label smoothing.
+        num_passes: of a step on the rank that has most.
         ema: the moving average of the weights, which is evaluated where there is one.
         noise: measures the gradient noise scale, with `log_noise_scale`.
     """
@@ -59,6 +62,7 @@ class StepParts:
     precision: Precision
     world: World
     config: RunConfig
+    num_passes: int
     ema: ModelEma | None = None
     noise: NoiseMeter | None = None
 
@@ -123,9 +127,8 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
     network.train()
     buffers = [buffer.clone() for buffer in network.buffers()]
     optimizer.zero_grad(set_to_none=True)
-    if isinstance(parts.parallel, HybridParallel):
-        with world.named_collective(f"the start of step {step + 1}"):
-            parts.parallel.start_step(len(batches), parts.precision)
+    with world.named_collective(f"the start of step {step + 1}"):
+        start_passes(parts, len(batches))
     for number, batch in enumerate(batches, start=1):
         sync = nullcontext() if number == len(batches) else parts.parallel.no_sync()
         with sync, world.named_collective(f"the sum of gradients of step {step + 1}"):
@@ -140,11 +143,30 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
         parts.noise.end_step(gradients, scaler.scale(torch.ones((), device=world.device)), skip)
     update(optimizer, skip)
     scaler.update()
+    count_ghosts_in(network, world)
     restore_buffers(network, buffers, skip)
     if parts.ema is not None:
         parts.ema.update(network, step, skip)
     meter.clear_if(skip)
     return meter
+
+
+def start_passes(parts: StepParts, num_batches: int) -> None:
+    """Join the passes of a step that other ranks have micro-batches for and this one has not.
+
+    So the last pass, in which gradients are reduced, is one of all ranks. Ranks join where they share a
+    pass: in the sharded layers, and in norms whose statistics are over all ranks.
+    """
+    crop_px = parts.config.preprocessing.crop_px
+    none_NCHW = torch.empty(0, 3, crop_px, crop_px, device=parts.world.device)
+    if isinstance(parts.parallel, HybridParallel):
+        parts.parallel.start_step(num_batches, none_NCHW, parts.precision)
+    elif is_synchronized(parts.network):
+        for _ in range(parts.num_passes - num_batches):
+            with parts.parallel.no_sync():
+                with parts.precision.autocast():
+                    logits_NC = parts.parallel(none_NCHW)
+                torch.autograd.backward(logits_NC.sum())
 
 
 def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -> None:

@@ -19,6 +19,7 @@ from data_pipeline.common.files import write_json
 from train.distributed.hybrid import Parallel
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
+from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
 from train.optim.precision import Precision
 
@@ -121,10 +122,11 @@ def count_elements(network: AlexNet, crop_px: int) -> int:
 def compile_step(network: AlexNet) -> None:
     """Compile the forward and backward pass of a network as a whole, in place, at its next call.
 
-    LRN stays a call of its own: inlined into the pooling behind it, it would be computed 9 times.
+    LRN stays a call of its own: inlined into the pooling behind it, it would be computed 9 times. So do norms
+    that wait for other ranks.
     """
     drop_toolkit_note()
-    for layer in lrn_layers(network):
+    for layer in _calls_of_their_own(network):
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
     # Inductor's front end reads `.grad` of LRN's output, and torch warns of that.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
@@ -168,7 +170,7 @@ def maybe_compile(
     faster = world.broadcast_object(lambda: not failed and compiled_s < eager_s)
     if not faster:
         parallel.module._compiled_call_impl = None
-        for layer in lrn_layers(parallel):
+        for layer in _calls_of_their_own(parallel):
             vars(layer).pop("forward", None)
     if failed:
         if failure or world.is_main:
@@ -181,6 +183,11 @@ def maybe_compile(
     if run is not None:
         write_json(run / COMPILED, faster)
     return faster
+
+
+def _calls_of_their_own(network: nn.Module) -> list[nn.Module]:
+    norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.ranks is not None]
+    return [*lrn_layers(network), *norms]
 
 
 def _try_lrn(network: AlexNet, crop_px: int, precision: Precision) -> str:

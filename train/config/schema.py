@@ -22,6 +22,8 @@ NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Init = Literal["he", "paper", "caffe", "torch"]
+Norm = Literal["lrn", "bn", "bn_after_relu", "none"]
+Groups = Literal[1, 2]
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "checkpoint_every",
@@ -67,19 +69,53 @@ class DataConfig(Table, frozen=True):
 
 
 class ModelConfig(Table, frozen=True):
-    """Which network to build, see `train.models.alexnet`.
+    """Which network to build, see `train.models.alexnet`. Keys that are None are as published for its name.
 
     Attributes:
+        stem_kernel: side of the first convolution's kernel, odd; it is padded by half of it, one of 11 as
+            published.
         stem_stride: stride of the first convolution: 4 for 224 pixels.
+        groups: of the 2nd, 4th and 5th convolution.
+        norm: `lrn` behind the first two ReLUs; batch normalisation of all five convolutions, before
+            (`bn`; they then have no bias) or behind (`bn_after_relu`) the ReLU; or `none`.
+        hidden_norm: batch normalisation of the two hidden fully connected layers too, on the side of `norm`.
+        norm_batch: consecutive samples of the global batch over which batch normalisation takes its
+            statistics (ghost batches): the result then depends neither on ranks nor on micro-batches. None
+            for all samples of a pass, on all ranks.
+        pool_padding: pixels around the map of each of the three poolings.
         hidden_units: of each of the two hidden fully connected layers; 4096 as published, fewer for small
             data.
     """
 
     name: Literal["paper", "caffe", "owt", "bn"] = "paper"
+    stem_kernel: Annotated[int, msgspec.Meta(ge=3, le=11)] | None = None
     stem_stride: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
+    groups: Groups | None = None
+    norm: Norm | None = None
+    hidden_norm: bool = False
+    norm_batch: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    pool_padding: Literal[0, 1] = 0
     hidden_units: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4096
     dropout: BelowOne = 0.5
     init: Init = "he"
+
+    def __post_init__(self) -> None:
+        if self.stem_kernel is not None and self.stem_kernel % 2 == 0:
+            raise ValueError(f"stem_kernel must be odd, not {self.stem_kernel}")
+        if self.name == "owt" and self.norm not in (None, "none"):
+            raise ValueError(
+                f"`owt` is torchvision's network, key for key, which has no norms: norm={self.norm} goes "
+                "with name=paper and groups=1"
+            )
+        if self.hidden_norm and not self.has_batch_norm:
+            raise ValueError("hidden_norm needs batch normalisation: set norm to bn or bn_after_relu")
+        if self.norm_batch is not None and not self.has_batch_norm:
+            raise ValueError("norm_batch is for batch normalisation: set norm to bn or bn_after_relu")
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the convolutions have batch normalisation."""
+        return self.norm in ("bn", "bn_after_relu") or (self.norm is None and self.name == "bn")
 
 
 class OptimizerConfig(Table, frozen=True):
@@ -237,6 +273,11 @@ class RunConfig(Table, frozen=True):
         if self.compile:
             raise ValueError(
                 "compile=true compiles the network as a whole, and parallel=hybrid splits it: choose one"
+            )
+        if self.model.hidden_norm:
+            raise ValueError(
+                "hidden_norm normalises hidden layers as a whole, and parallel=hybrid splits them: use "
+                "parallel=ddp"
             )
         if self.optimizer.name == "lars":
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -9,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.mix import PAIR_SIZE
 from train.config.schema import RunConfig
-from train.distributed.hybrid import HybridParallel, Parallel, micro_batch_sizes
+from train.distributed.hybrid import HybridParallel, Parallel, micro_batch_sizes, samples_of_passes
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
+from train.models.batch_norm import synchronize
 
 
 def rank_batch_size(config: RunConfig, world: World) -> int:
@@ -25,29 +28,82 @@ def micro_batch_size(config: RunConfig, world: World) -> int:
     return min(config.micro_batch or rank_batch, rank_batch)
 
 
+def pass_sizes(config: RunConfig, world: World) -> list[int]:
+    """Return the most samples that any rank brings to each pass of a step, see `micro_batch_sizes`."""
+    return micro_batch_sizes(
+        config.global_batch, world.world_size, micro_batch_size(config, world), _group_size(config)
+    )
+
+
+def _group_size(config: RunConfig) -> int:
+    return PAIR_SIZE if config.augment.mixes else 1
+
+
+def check_norm_batch(config: RunConfig, world: World) -> None:
+    """Check that statistics can be taken over what batch normalisation is configured to take them over.
+
+    Raises:
+        UserError: a rank's share of a pass does not consist of whole ghost batches, with the number that
+            would do; or a pass of one sample, whose hidden units have no variance.
+    """
+    micro_batch, ghost_batch = micro_batch_size(config, world), config.model.norm_batch
+    by_rank = samples_of_passes(config.global_batch, world.world_size, micro_batch, _group_size(config))
+    if ghost_batch is None:
+        smallest = min(map(sum, zip(*by_rank, strict=True)))
+        if config.model.hidden_norm and smallest < 2:
+            raise UserError(
+                f"hidden_norm needs two samples in a pass, and with batches of {config.global_batch} and "
+                f"micro_batch {micro_batch} one has {smallest}: change either"
+            )
+        return
+    sizes = sorted({size for sizes in by_rank for size in sizes if size})
+    if all(size % ghost_batch == 0 for size in sizes):
+        return
+    common = gcd(*sizes)
+    fitting = [number for number in range(2, common + 1) if common % number == 0]
+    whole = ghost_batch * world.world_size
+    advice = (
+        f"set it to {max((n for n in fitting if n <= ghost_batch), default=fitting[0])}"
+        if fitting
+        else f"set global_batch to {-(-config.global_batch // whole) * whole}"
+        + (
+            f" and micro_batch to {-(-micro_batch // ghost_batch) * ghost_batch}"
+            if config.micro_batch
+            else ""
+        )
+    )
+    raise UserError(
+        f"norm_batch {ghost_batch} does not divide the samples that each of {world.world_size} rank(s) takes "
+        f"at once ({', '.join(map(str, sizes))}): {advice}"
+    )
+
+
 def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel:
     """Wrap a network for training on all ranks.
 
     Under hybrid parallelism this rank keeps its shard of the fully connected layers. With `compress = "bf16"`
     DDP rounds gradients to bfloat16 while they travel; on one rank nothing travels, and nothing is rounded.
+    Batch normalisation takes its statistics over all ranks, or over ghost batches.
 
     Raises:
-        UserError: more ranks than hidden units to split.
+        UserError: more ranks than hidden units to split, or see `check_norm_batch`.
     """
+    if config.model.has_batch_norm:
+        check_norm_batch(config, world)
+        if world.world_size > 1:
+            synchronize(network, world)
     if config.parallel == "hybrid" and world.world_size > 1:
         if config.model.hidden_units < world.world_size:
             raise UserError(
                 f"parallel=hybrid splits {config.model.hidden_units} hidden unit(s) over {world.world_size} "
                 "ranks: use parallel=ddp"
             )
-        group_size = PAIR_SIZE if config.augment.mixes else 1
-        micro_batch = micro_batch_size(config, world)
-        sizes = micro_batch_sizes(config.global_batch, world.world_size, micro_batch, group_size)
-        return HybridParallel(network, world, sizes)
+        return HybridParallel(network, world, pass_sizes(config, world))
     parallel = DistributedDataParallel(
         network,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # they are the same on all ranks: see `train.models.batch_norm`
         # A static graph wants the first backward pass to be one that reduces gradients; accumulating over
         # micro-batches puts passes without a reduction (`no_sync`) before it.
         static_graph=config.micro_batch is None,

@@ -33,6 +33,7 @@ from train.distributed.tensor_parallel import (
 )
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
+from train.models.batch_norm import is_synchronized
 from train.optim.precision import Precision
 
 
@@ -53,6 +54,20 @@ def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, grou
     >>> micro_batch_sizes(25, 2, micro_batch=4)
     [4, 4, 4, 4]
     """
+    by_rank = samples_of_passes(global_batch, world_size, micro_batch, group_size)
+    return [max(sizes) for sizes in zip(*by_rank, strict=True)]
+
+
+def samples_of_passes(
+    global_batch: int, world_size: int, micro_batch: int, group_size: int = 1
+) -> list[list[int]]:
+    """Return the samples of each rank in each pass of a step; 0 in a pass for which it has none left.
+
+    >>> samples_of_passes(25, 2, micro_batch=5)
+    [[5, 5, 2], [5, 5, 3]]
+    >>> samples_of_passes(25, 2, micro_batch=12)
+    [[0, 12], [12, 1]]
+    """
     chunk = micro_batch // group_size * group_size
     by_rank = []
     for rank in range(world_size):
@@ -60,8 +75,7 @@ def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, grou
         count = share.stop - share.start
         by_rank.append([min(chunk, count - first) for first in range(0, count, chunk)])
     most = max(map(len, by_rank))
-    padded = [[0] * (most - len(sizes)) + sizes for sizes in by_rank]
-    return [max(sizes) for sizes in zip(*padded, strict=True)]
+    return [[0] * (most - len(sizes)) + sizes for sizes in by_rank]
 
 
 class HybridParallel(nn.Module):
@@ -91,10 +105,8 @@ class HybridParallel(nn.Module):
             gradient_as_bucket_view=True,
             # about a layer: the later layers' gradients travel while the earlier ones' are computed
             bucket_cap_mb=2,
+            broadcast_buffers=False,  # they are the same on all ranks: see `train.models.batch_norm`
         )
-        # DDP would broadcast them in a rank's first pass, which the other ranks need not have: start_step
-        # does it instead.
-        self.trunk.broadcast_buffers = False
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits (N, C) of this rank's images."""
@@ -108,14 +120,15 @@ class HybridParallel(nn.Module):
         """Accumulate the convolutions' gradients without reducing them; the shards' never are."""
         return self.trunk.no_sync()
 
-    def start_step(self, num_batches: int, precision: Precision) -> None:
+    def start_step(self, num_batches: int, none_NCHW: Tensor, precision: Precision) -> None:
         """Begin a step in which this rank has so many micro-batches of its own.
 
-        Running statistics become rank 0's, as under DDP. A rank with fewer micro-batches than another joins
-        the passes that it has no samples for.
+        A rank with fewer micro-batches than another joins the passes that it has no samples for: through the
+        sharded layers, and through the convolutions where the statistics of norms are over all ranks.
+
+        Args:
+            none_NCHW: no images, (0, 3, H, W).
         """
-        for buffer in self.network.buffers():
-            dist.broadcast(buffer, src=0)
         # DDP rebuilds its buckets in the second step's first pass, and waits for all ranks there, while some
         # of them may wait in a pass of the sharded layers: rebuild them now, when all ranks are here.
         self.trunk.reducer._rebuild_buckets()
@@ -125,10 +138,14 @@ class HybridParallel(nn.Module):
         first = next(m for m in self.network.modules() if isinstance(m, FirstColumnParallelLinear))
         for _ in range(missing):
             self.plan.rows = next(self._next_sizes)
-            none_NF = torch.empty(0, first.in_features, device=self.world.device, requires_grad=True)
-            with precision.autocast():
-                logits_NC = self.network.classifier(none_NF)
-            torch.autograd.backward(logits_NC.sum())
+            with self.no_sync():
+                with precision.autocast():
+                    if is_synchronized(self.network):
+                        none_NF = self.trunk(none_NCHW)
+                    else:
+                        none_NF = none_NCHW.new_empty(0, first.in_features).requires_grad_()
+                    logits_NC = self.network.classifier(none_NF)
+                torch.autograd.backward(logits_NC.sum())
 
     def global_norm_tensors(
         self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer

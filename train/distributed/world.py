@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -143,20 +143,6 @@ class World:
         with self.named_collective("a gathering of the ranks' values"):
             dist.all_gather_object(gathered, value)
         return gathered
-
-    def average_buffers(self, model: nn.Module) -> None:
-        """Replace running statistics (BatchNorm's) by their mean over the ranks, on every rank."""
-        with self.named_collective("an all-reduce of running statistics"):
-            for buffer in model.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.world_size
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by rank 0's, in place."""
-        with self.named_collective("a broadcast of running statistics"):
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
 
     @contextmanager
     def named_collective(self, name: str) -> Iterator[None]:

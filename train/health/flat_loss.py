@@ -75,7 +75,7 @@ def suggest_changes(model: ModelConfig) -> list[str]:
     changes = []
     if model.init != "he":
         changes.append(f"model.init=he in place of {model.init}")
-    if model.name != "bn":
+    if not model.has_batch_norm:
         changes.append("batch normalisation (model.name=bn)")
     return changes
 

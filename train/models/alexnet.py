@@ -2,21 +2,22 @@
 
 `paper` is Krizhevsky 2012 as one tower with groups, `caffe` the BVLC reference, `owt` the "one weird trick"
 network of Krizhevsky 2014 (torchvision's `alexnet`, key for key), and `bn` has batch normalisation in place
-of LRN. All take a number of classes, a crop size and a stem stride, so that 64-pixel data need not be blown
-up to 224.
+of LRN. `NETWORKS` is the table of what was published; a configuration can change the stem, the groups, the
+norms, the pooling and the hidden layers, so that 64-pixel data need not be blown up to 224.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.config.schema import ModelConfig
+from train.config.schema import Groups, ModelConfig, Norm
+from train.models.batch_norm import BatchNorm
 from train.models.init import initialize
 from train.models.lrn import LocalResponseNorm
 
@@ -70,100 +71,109 @@ class Normalize(nn.Module):
         return (images_NHWC.float() * self.scale + self.shift).permute(0, 3, 1, 2)
 
 
-def _paper_features(stem_stride: int, stem_padding: int, k: float, last_pool_ceil: bool) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(3, 96, kernel_size=11, stride=stem_stride, padding=stem_padding),
-            relu1=nn.ReLU(inplace=True),
-            norm1=LocalResponseNorm(k=k),
-            pool1=nn.MaxPool2d(kernel_size=3, stride=2),
-            conv2=nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=2),
-            relu2=nn.ReLU(inplace=True),
-            norm2=LocalResponseNorm(k=k),
-            pool2=nn.MaxPool2d(kernel_size=3, stride=2),
-            conv3=nn.Conv2d(256, 384, kernel_size=3, padding=1),
-            relu3=nn.ReLU(inplace=True),
-            conv4=nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=2),
-            relu4=nn.ReLU(inplace=True),
-            conv5=nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=2),
-            relu5=nn.ReLU(inplace=True),
-            pool5=nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=last_pool_ceil),
-        )
-    )
+@dataclass(frozen=True)
+class Network:
+    """One network as it was published; the keys of `ModelConfig` that are not None take the place of its own.
+
+    Attributes:
+        channels: of each of the five convolutions.
+        groups: of the 2nd, 4th and 5th convolution.
+        norm: what normalises, see `ModelConfig`.
+        lrn_k: the constant k of local response normalisation.
+        stem_padding: of the first convolution where its kernel is the published one, of 11 x 11.
+        last_pool_ceil: whether the last pooling rounds the size of its map up.
+        numbered: whether layers have torchvision's numbers for names, and dropout stands before the layers.
+    """
+
+    channels: tuple[int, int, int, int, int]
+    groups: Groups
+    norm: Norm
+    lrn_k: float = 2.0
+    stem_padding: int = 2
+    last_pool_ceil: bool = False
+    numbered: bool = False
 
 
-def _paper_classifier(num_features: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            fc6=nn.Linear(num_features, width),
-            relu6=nn.ReLU(inplace=True),
-            drop6=nn.Dropout(dropout),
-            fc7=nn.Linear(width, width),
-            relu7=nn.ReLU(inplace=True),
-            drop7=nn.Dropout(dropout),
-            fc8=nn.Linear(width, num_classes),
-        )
-    )
+KERNELS = (11, 5, 3, 3, 3)
+GROUPED = (2, 4, 5)
+"""Convolutions that were split over the two GPUs of 2012."""
+POOLED = (1, 2, 5)
+"""Convolutions that a pooling follows: 3 x 3, every second pixel."""
+LRN_AT = (1, 2)
+"""Convolutions that local response normalisation follows; batch normalisation follows all five."""
+
+NETWORKS = {
+    "paper": Network(channels=(96, 256, 384, 384, 256), groups=2, norm="lrn"),
+    "caffe": Network(
+        channels=(96, 256, 384, 384, 256),
+        groups=2,
+        norm="lrn",
+        lrn_k=1.0,
+        stem_padding=0,
+        last_pool_ceil=True,
+    ),
+    "owt": Network(channels=(64, 192, 384, 256, 256), groups=1, norm="none", numbered=True),
+    "bn": Network(channels=(96, 256, 384, 384, 256), groups=2, norm="bn"),
+}
 
 
-def _bn_features(stem_stride: int) -> nn.Sequential:
+def make_features(config: ModelConfig) -> nn.Sequential:
+    """Build the convolutions, each with its norm, ReLU and pooling: (N, 3, H, W) -> (N, C, H', W')."""
+    network = NETWORKS[config.name]
+    norm = config.norm or network.norm
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     in_channels = 3
-    for number, channels, kernel, stride, padding, groups in (
-        (1, 96, 11, stem_stride, 2, 1),
-        (2, 256, 5, 1, 2, 2),
-        (3, 384, 3, 1, 1, 1),
-        (4, 384, 3, 1, 1, 2),
-        (5, 256, 3, 1, 1, 2),
-    ):
-        # no bias: the norm that follows has its own
+    for number, (channels, published) in enumerate(zip(network.channels, KERNELS, strict=True), 1):
+        kernel = (config.stem_kernel or published) if number == 1 else published
         layers[f"conv{number}"] = nn.Conv2d(
-            in_channels, channels, kernel, stride, padding, groups=groups, bias=False
+            in_channels,
+            channels,
+            kernel,
+            stride=config.stem_stride if number == 1 else 1,
+            padding=network.stem_padding if kernel == 11 else kernel // 2,
+            groups=(config.groups or network.groups) if number in GROUPED else 1,
+            bias=norm != "bn",  # the norm that follows has its own
         )
-        layers[f"norm{number}"] = nn.BatchNorm2d(channels)
-        layers[f"relu{number}"] = nn.ReLU(inplace=True)
-        if number in (1, 2, 5):
-            layers[f"pool{number}"] = nn.MaxPool2d(kernel_size=3, stride=2)
+        relu = nn.ReLU(inplace=True)
+        if norm == "bn":
+            layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
+        layers[f"relu{number}"] = relu
+        if norm == "bn_after_relu":
+            layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
+        elif norm == "lrn" and number in LRN_AT:
+            layers[f"norm{number}"] = LocalResponseNorm(k=network.lrn_k)
+        if number in POOLED:
+            ceil = network.last_pool_ceil and number == POOLED[-1]
+            layers[f"pool{number}"] = nn.MaxPool2d(3, 2, padding=config.pool_padding, ceil_mode=ceil)
         in_channels = channels
-    return nn.Sequential(layers)
+    return _named(layers, network)
 
 
-def _owt_features(stem_stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 64, kernel_size=11, stride=stem_stride, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(64, 192, kernel_size=5, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(192, 384, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(384, 256, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(256, 256, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-    )
+def make_classifier(config: ModelConfig, num_features: int, num_classes: int) -> nn.Sequential:
+    """Build the three fully connected layers, two of them hidden: (N, num_features) -> (N, num_classes)."""
+    network = NETWORKS[config.name]
+    norm = config.norm or network.norm
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    in_features, width = num_features, config.hidden_units
+    for number in (6, 7):
+        if network.numbered:
+            layers[f"drop{number}"] = nn.Dropout(config.dropout)
+        bias = not (config.hidden_norm and norm == "bn")
+        layers[f"fc{number}"] = nn.Linear(in_features, width, bias=bias)
+        if config.hidden_norm and norm == "bn":
+            layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        if config.hidden_norm and norm == "bn_after_relu":
+            layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
+        if not network.numbered:
+            layers[f"drop{number}"] = nn.Dropout(config.dropout)
+        in_features = width
+    layers["fc8"] = nn.Linear(in_features, num_classes)
+    return _named(layers, network)
 
 
-def _owt_classifier(num_features: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Dropout(dropout),
-        nn.Linear(num_features, width),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout),
-        nn.Linear(width, width),
-        nn.ReLU(inplace=True),
-        nn.Linear(width, num_classes),
-    )
-
-
-FEATURES: dict[str, Callable[[int], nn.Sequential]] = {
-    "paper": lambda stride: _paper_features(stride, stem_padding=2, k=2.0, last_pool_ceil=False),
-    "caffe": lambda stride: _paper_features(stride, stem_padding=0, k=1.0, last_pool_ceil=True),
-    "owt": _owt_features,
-    "bn": _bn_features,
-}
+def _named(layers: OrderedDict[str, nn.Module], network: Network) -> nn.Sequential:
+    return nn.Sequential(*layers.values()) if network.numbered else nn.Sequential(layers)
 
 
 def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
@@ -174,9 +184,12 @@ def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
             channels = layer.out_channels
             side = (side + 2 * int(layer.padding[0]) - layer.kernel_size[0]) // layer.stride[0] + 1
         elif isinstance(layer, nn.MaxPool2d):
-            assert isinstance(layer.kernel_size, int) and isinstance(layer.stride, int) and not layer.padding
-            beyond = side - layer.kernel_size  # pixels beyond the first window
-            side = (-(-beyond // layer.stride) if layer.ceil_mode else beyond // layer.stride) + 1
+            assert isinstance(layer.kernel_size, int) and isinstance(layer.stride, int)
+            assert isinstance(layer.padding, int)
+            beyond = side + 2 * layer.padding - layer.kernel_size  # pixels beyond the first window
+            steps = -(-beyond // layer.stride) if layer.ceil_mode else beyond // layer.stride
+            # a window that would begin behind the last pixel is left out
+            side = steps + 1 - (layer.ceil_mode and steps * layer.stride >= side + layer.padding)
         if side < 1:
             return channels, 0
     return channels, side
@@ -188,11 +201,13 @@ def _last_map(config: ModelConfig, crop_px: int) -> tuple[int, int]:
     Raises:
         UserError: crop_px is so small that no feature map is left after the last pooling.
     """
-    channels, side = _feature_map(FEATURES[config.name](config.stem_stride), crop_px)
+    channels, side = _feature_map(make_features(config), crop_px)
     if side < 1:
+        kernel, padding = config.stem_kernel or KERNELS[0], config.pool_padding
         raise UserError(
-            f"crop_px {crop_px} is too small for `{config.name}` with stem_stride {config.stem_stride}: "
-            "no pixel is left after the last pooling; use a larger crop or a smaller stem_stride"
+            f"crop_px {crop_px} is too small for `{config.name}` with stem_stride {config.stem_stride}, "
+            f"stem_kernel {kernel} and pool_padding {padding}: no pixel is left after the last pooling; use "
+            f"a larger crop{'' if padding else ', pool_padding 1'} or a smaller stem_stride"
         )
     # torchvision averages every map to 6x6; here smaller maps keep their size.
     return channels, min(side, 6) if config.name == "owt" else side
@@ -212,7 +227,7 @@ def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNe
     """Build and initialise a network, in float32 and channels_last, with torch's default generator.
 
     Args:
-        config: which network, its stem stride, hidden units, dropout and initialisation.
+        config: which network, and what differs from it as it was published.
         num_classes: number of logits, at least 2.
         crop_px: side of its input images, in pixels.
     Returns:
@@ -225,8 +240,7 @@ def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNe
         raise UserError(f"a classifier needs at least 2 classes, not {num_classes}")
     channels, side = _last_map(config, crop_px)
     pool = nn.AdaptiveAvgPool2d((side, side)) if config.name == "owt" else nn.Identity()
-    make_classifier = _owt_classifier if config.name == "owt" else _paper_classifier
-    classifier = make_classifier(channels * side * side, config.hidden_units, num_classes, config.dropout)
-    model = AlexNet(FEATURES[config.name](config.stem_stride), pool, classifier)
+    classifier = make_classifier(config, channels * side * side, num_classes)
+    model = AlexNet(make_features(config), pool, classifier)
     initialize(model, config.init)
     return model.to(memory_format=torch.channels_last)

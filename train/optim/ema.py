@@ -44,10 +44,6 @@ class ModelEma:
         for name in self.values.keys() - floats:  # counters
             self.values[name].copy_(new[name])
 
-    def buffers(self, network: nn.Module) -> list[Tensor]:
-        """Return the averages of running statistics, which differ between ranks: each has its own samples."""
-        return [self.values[name] for name, _ in network.named_buffers() if name in self.values]
-
     @contextmanager
     def swapped_in(self, network: nn.Module) -> Iterator[None]:
         """Swap the average into the network, and its own weights back on every path."""

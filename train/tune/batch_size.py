@@ -8,6 +8,7 @@ more ranks take part.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from train.health.noise_scale import NoiseEstimate, smooth_noise
 from train.optim.schedule import base_lr_for, lr_at
 from train.step import train_step
 from train.tune.steps import open_probe
+
+log = logging.getLogger("train")
 
 KNEE = 0.9
 """Share of the most images per second from which on hardware counts as busy."""
@@ -76,6 +79,10 @@ def bench_batches(
     """
     if smallest > largest:
         raise UserError(f"--from must not be above --to, not {smallest} and {largest}")
+    if config.model.norm_batch is not None:
+        log.info("norm_batch is left out here: batch normalisation takes each batch, or part, as a whole")
+        model = msgspec.structs.replace(config.model, norm_batch=None)
+        config = msgspec.structs.replace(config, model=model)
     limit = limit_mb or USABLE * memory_limit_mb(choose_device(config.device))
     noise, scale, device, num_classes = measure_noise(config, noise_steps)
     sizes = [smallest * 2**n for n in range(32) if smallest * 2**n <= largest]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.numpy_helper
@@ -34,6 +36,38 @@ def test_parameter_counts_are_published_ones(name: str) -> None:
     config = ModelConfig(name=name)  # type: ignore[arg-type]
     model = make_model(config, num_classes=1000, crop_px=227 if name == "caffe" else 224)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+CONVOLUTIONS = 34_944 + 614_656 + 885_120 + 1_327_488 + 884_992  # each kernel x inputs x outputs, and biases
+FC6, FC7, FC8 = 4096 * 512 + 512, 512 * 512 + 512, 512 * 200 + 200
+NORMS = 2 * (96 + 256 + 384 + 384 + 256)
+
+
+@pytest.mark.parametrize(
+    ("changed", "parameters"),
+    [
+        ({}, CONVOLUTIONS + FC6 + FC7 + FC8),
+        ({"norm": "none"}, CONVOLUTIONS + FC6 + FC7 + FC8),
+        ({"stem_kernel": 5}, CONVOLUTIONS - 96 * 3 * (11**2 - 5**2) + FC6 + FC7 + FC8),
+        ({"stem_kernel": 3}, CONVOLUTIONS - 96 * 3 * (11**2 - 3**2) + FC6 + FC7 + FC8),
+        ({"groups": 2}, CONVOLUTIONS - (614_400 + 1_327_104 + 884_736) // 2 + FC6 + FC7 + FC8),
+        ({"norm": "bn"}, CONVOLUTIONS - NORMS // 2 + NORMS + FC6 + FC7 + FC8),
+        ({"norm": "bn_after_relu"}, CONVOLUTIONS + NORMS + FC6 + FC7 + FC8),
+        ({"norm": "bn", "hidden_norm": True}, CONVOLUTIONS + NORMS // 2 + FC6 + FC7 + FC8 + 2 * 512),
+        (  # the network of the recipe `tiny-imagenet-best`
+            {"stem_kernel": 5, "norm": "bn_after_relu", "hidden_norm": True, "pool_padding": 1},
+            6_187_272,
+        ),
+    ],
+)
+def test_keys_change_shapes_as_counted_by_hand(changed: dict[str, Any], parameters: int) -> None:
+    keys = {"stem_stride": 2, "groups": 1, "pool_padding": 1, "hidden_units": 512, **changed}
+    model = make_model(ModelConfig(**keys), num_classes=200, crop_px=64)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    images_NCHW = torch.zeros(2, 3, 64, 64)
+    map_NCHW = model.features(images_NCHW)
+    assert map_NCHW.shape == (2, 256, 4, 4) and map_NCHW.is_contiguous(memory_format=torch.channels_last)
+    assert model(images_NCHW).shape == (2, 200)
 
 
 @pytest.mark.slow
