@@ -8,7 +8,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from data_pipeline.common.class_report import (
+    ClassCounts,
+    ClassReport,
+    Mistake,
+    make_class_report,
+    rank_mistakes,
+)
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.passed_over import log_passed_over
@@ -44,8 +52,8 @@ def evaluate_bundle(
     *,
     batch_size: int = DEFAULT_BATCH,
     ten_crop: bool = False,
-) -> Evaluation:
-    """Run a bundle over a split, every image once.
+) -> tuple[Evaluation, ClassCounts, ClassReport]:
+    """Run a bundle over a split, every image once; what it gets wrong is counted for each pair of classes.
 
     Args:
         bundle: a verified bundle.
@@ -64,6 +72,7 @@ def evaluate_bundle(
         )
     num_samples = num_top1 = num_top5 = num_failed = 0
     loss_sum = 0.0
+    classes = _ClassCounter(len(manifest.classes))
     size = fit_batch(batch_size, backend.max_batch)
     with (
         open_decoder(manifest.preprocessing, size, device=decoding_device(backend, "auto")) as source,
@@ -72,7 +81,9 @@ def evaluate_bundle(
         loader = Loader(source, manifest.preprocessing)
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
             probabilities_NC, labels_N = run_valid(backend, batch, size), batch.labels[batch.valid]
-            hits_NK = rank_classes(probabilities_NC, TOP_K) == labels_N[:, None]
+            ranked_NK = rank_classes(probabilities_NC, TOP_K)
+            hits_NK = ranked_NK == labels_N[:, None]
+            classes.add(probabilities_NC, ranked_NK, labels_N, batch.indices[batch.valid])
             true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
             num_samples += len(labels_N)
             num_top1 += int(hits_NK[:, :1].sum())
@@ -84,19 +95,58 @@ def evaluate_bundle(
     assert num_samples + num_failed == len(dataset), (num_samples, num_failed, len(dataset))
     if not num_samples:
         raise UserError(f"none of the {num_failed} images in {printable(dataset.root)} could be read")
-    return Evaluation(
+    found = Evaluation(
         top1=num_top1 / num_samples,
         top5=num_top5 / num_samples,
         loss=loss_sum / num_samples,
         num_samples=num_samples,
         num_failed=num_failed,
     )
+    return found, classes.counts, classes.report(dataset)
+
+
+class _ClassCounter:
+    """Counts for each pair of C classes, as `train.health.class_meter.ClassMeter` does on a device."""
+
+    def __init__(self, num_classes: int) -> None:
+        zeros = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self.counts = ClassCounts(zeros, np.zeros(num_classes, dtype=np.int64))
+        self._mistakes: list[tuple[float, int, int, int]] = []
+
+    def add(
+        self,
+        probabilities_NC: NDArray[np.float32],
+        ranked_NK: NDArray[np.int64],
+        labels_N: NDArray[np.int64],
+        indices_N: NDArray[np.int64],
+    ) -> None:
+        found_N = ranked_NK[:, 0]
+        np.add.at(self.counts.confusion, (labels_N, found_N), 1)
+        np.add.at(self.counts.top5, labels_N, (ranked_NK == labels_N[:, None]).any(axis=1))
+        wrong = np.flatnonzero(found_N != labels_N)
+        sure = probabilities_NC[wrong, found_N[wrong]]
+        columns = (sure, indices_N[wrong], labels_N[wrong], found_N[wrong])
+        self._mistakes += zip(*(column.tolist() for column in columns), strict=True)
+        self._mistakes = rank_mistakes(self._mistakes)
+
+    def report(self, dataset: Dataset) -> ClassReport:
+        names = tuple(map(printable, dataset.classes))
+        mistakes = [
+            Mistake(
+                path=printable(dataset.name_at(index)),
+                truth=names[truth],
+                predicted=names[found],
+                probability=probability,
+            )
+            for probability, index, truth, found in self._mistakes
+        ]
+        return make_class_report(self.counts, names, tuple(map(printable, dataset.class_labels)), mistakes)
 
 
 def evaluate_exported(
     path: Path, data: Path | None, *, split: str, device: DeviceName, ten_crop: bool = False
-) -> Evaluation:
-    """Loss, top-1 and top-5 of a bundle.
+) -> tuple[Evaluation, ClassCounts, ClassReport]:
+    """Loss, top-1 and top-5 of a bundle, and what it gets wrong.
 
     Args:
         path: the bundle.

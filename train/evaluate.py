@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import cross_entropy
 
+from data_pipeline.common.class_report import ClassCounts, ClassReport
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
@@ -20,9 +21,11 @@ from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
+from train.health.class_meter import ClassMeter
 from train.health.metrics import AccuracyMeter, Metrics
 from train.kernels.mixup import average_views
 from train.models.alexnet import AlexNet, Normalize
+from train.kernels.mixup import average_views, tensor_to_device
 from train.optim.precision import Precision, choose_precision
 from train.step import to_device
 
@@ -51,6 +54,7 @@ def evaluate(
     *,
     num_samples: int,
     stop: Callable[[], bool] | None = None,
+    classes: ClassMeter | None = None,
 ) -> Metrics:
     """Compute loss, top-1 and top-5 over a split, every sample counted once on any number of ranks.
 
@@ -58,6 +62,7 @@ def evaluate(
         batches: this rank's share of the split; where they hold several views, their softmax is averaged.
         num_samples: size of the split, which the counts of all ranks must add up to.
         stop: called before each batch; True ends the evaluation. The ranks need not agree.
+        classes: counts each pair of classes as well; this rank's share, which the caller reduces.
     Returns:
         Metrics of the whole split, the same on every rank.
     Raises:
@@ -77,6 +82,8 @@ def evaluate(
         if views:
             logits_NC = average_views(logits_NC, views[0])
         meter.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
+        if classes is not None:
+            classes.add(logits_NC, labels_N, valid_N, tensor_to_device(batch.indices, world.device))
     if stop is not None and world.any(stopped):
         raise EvaluationStoppedError("the evaluation was broken off")
     metrics = meter.reduce(world)
@@ -115,8 +122,8 @@ def evaluate_checkpoint(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     ten_crop: bool = False,
-) -> Metrics:
-    """Compute loss, top-1 and top-5 of a checkpoint over a split, in float32.
+) -> tuple[Metrics, ClassCounts, ClassReport]:
+    """Compute loss, top-1 and top-5 of a checkpoint over a split, and of each class, in float32.
 
     Args:
         ten_crop: average the softmax over the ten views of the paper, for each image.
@@ -138,4 +145,15 @@ def evaluate_checkpoint(
             loader = Loader(backend, checkpoint.preprocessing)
             batches = loader.eval(dataset, micro_batch=eval_micro_batch(ten_crop), ten_crop=ten_crop)
             precision = choose_precision("fp32", world.device)
-            return evaluate(model, normalize, batches, precision, world, num_samples=len(dataset))
+            classes = ClassMeter(world.device, len(dataset.classes))
+            metrics = evaluate(
+                model, normalize, batches, precision, world, num_samples=len(dataset), classes=classes
+            )
+            return metrics, *report_classes(classes, world, dataset)
+
+
+def report_classes(classes: ClassMeter, world: World, dataset: Dataset) -> tuple[ClassCounts, ClassReport]:
+    """Sum the counts of all ranks, and report them under the names of a split's classes and files."""
+    names = tuple(map(printable, dataset.classes))
+    labels = tuple(map(printable, dataset.class_labels))
+    return classes.reduce(world, names, labels, lambda index: printable(dataset.name_at(index)))

@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 
 import msgspec
 
+from data_pipeline.common.class_report import ClassReport, write_csv
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loading.batches import Batch
 from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
-from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate
+from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, report_classes
+from train.health.class_meter import ClassMeter
 from train.health.metrics import Metrics
 from train.optim.schedule import base_lr_for, lr_at, plateau_drops
 from train.state import RunState, take_snapshot
@@ -192,6 +194,9 @@ def evaluate_epoch(run: RunState) -> Metrics:
         world_size=parts.world.world_size,
         ten_crop=config.ten_crop,
     )
+    # Of the whole run once: at its end.
+    finished = run.step >= run.total_steps
+    classes = ClassMeter(parts.world.device, len(run.val_set.classes)) if finished else None
     with weights, closing(batches):
         metrics = evaluate(
             whole_network(parts.parallel),
@@ -201,12 +206,26 @@ def evaluate_epoch(run: RunState) -> Metrics:
             parts.world,
             num_samples=len(run.val_set),
             stop=lambda: run.interrupt.check_flag(parts.world),
+            classes=classes,
         )
     if metrics.num_samples == 0:
         raise UserError(f"none of the {metrics.num_failed} validation images could be read")
     images_per_s = len(run.val_set) / (time.monotonic() - started)
-    run.metrics_log.write("val", run.step, metrics, parts.optimizer.param_groups[0]["lr"], images_per_s)
+    report = None if classes is None else write_class_report(run, classes)
+    lr = parts.optimizer.param_groups[0]["lr"]
+    run.metrics_log.write("val", run.step, metrics, lr, images_per_s, report=report)
     return metrics
+
+
+def write_class_report(run: RunState, classes: ClassMeter) -> ClassReport:
+    """Sum the counts of each pair of classes over the ranks, and write them to the run's folder as CSV."""
+    counts, report = report_classes(classes, run.parts.world, run.val_set)
+    if run.folder is not None:
+        try:
+            write_csv(run.folder.path, counts, report)
+        except (SaveError, UserError) as error:  # all of it is in the row, too
+            log.error(f"the tables of the classes are not written: {error}")
+    return report
 
 
 def stop_if_asked(run: RunState, *, saved: bool) -> None:

@@ -18,6 +18,7 @@ from infer.predict.decode import open_decoder, valid_images
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.infer_samples import checkpoint_folder, data_folder
 from train.checkpoints.load import load_checkpoint
+from train.evaluate import evaluate_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,12 @@ def test_bundle_scores_as_the_checkpoint(
             hits = probabilities.topk(5).indices == torch.from_numpy(batch.labels)[:, None]
             num_top1, num_top5 = num_top1 + int(hits[:, 0].sum()), num_top5 + int(hits.sum())
             losses += (-probabilities[range(len(batch)), batch.labels].double().log()).tolist()
-    found = evaluate_bundle(bundle, backend, dataset, batch_size=batch_size)
+    found, counts, report = evaluate_bundle(bundle, backend, dataset, batch_size=batch_size)
+    judged, by_torch, same = evaluate_checkpoint(checkpoint, dataset, device="cpu")
+    assert (found.top1, found.top5) == (judged.top1, judged.top5)
+    assert (counts.confusion == by_torch.confusion).all() and (counts.top5 == by_torch.top5).all()
+    assert report.classes == same.classes and report.confusions == same.confusions
+    assert [m.path for m in report.mistakes] == [m.path for m in same.mistakes] and report.mistakes
     assert (found.num_samples, found.num_failed) == (50, 0)
     assert (found.top1, found.top5) == (num_top1 / 50, num_top5 / 50)
     assert 0 < found.top5 < 1
@@ -51,10 +57,10 @@ def test_evaluation_counts_what_it_could_not_read(
     base: Path, tmp_path: Path, bundle: Bundle, backend: OnnxBackend
 ) -> None:
     shutil.copytree(data_folder(base), tmp_path / "data")
-    whole = evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
+    whole, *_ = evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
     victim = sorted((tmp_path / "data" / "val" / "4").iterdir())[0]
     victim.write_bytes(b"no image")
-    with_fault = evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
+    with_fault, *_ = evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
     assert (with_fault.num_samples, with_fault.num_failed) == (49, 1)
     lost = round(whole.top5 * 50) - round(with_fault.top5 * 49)
     assert lost in (0, 1) and with_fault.top5 * 49 == pytest.approx(round(with_fault.top5 * 49))

@@ -46,9 +46,9 @@ def test_resumed_run_has_the_same_rates_and_the_same_bits(demo_data: Path, tmp_p
         assert torch.equal(found.average_state[name], expected.average_state[name]), name
     # The average is what the run was judged by, and what is evaluated and exported.
     assert found.weights_name == "average" and found.description.endswith("(ema_decay 0.5)")
-    judged = evaluate_checkpoint(found, load_split(found, None, "val"))
+    judged, *_ = evaluate_checkpoint(found, load_split(found, None, "val"))
     assert judged.loss == pytest.approx(rows["val"][-1]["loss"], rel=1e-4)
-    last = evaluate_checkpoint(
+    last, *_ = evaluate_checkpoint(
         dataclasses.replace(found, states=found.states | {"average": {}}), load_split(found, None, "val")
     )
     assert abs(last.loss - judged.loss) > 1e-3

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from data_pipeline.common.class_report import ClassReport
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json, writing_to
 from train.config.schema import RunConfig
@@ -20,7 +21,8 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
 
     `skipped` steps changed nothing, and their samples are not counted. NaN and infinity are null.
     With `log_noise_scale`, training rows have `grad_square` and `grad_trace`, estimates of |G|² and tr(S)
-    over the row's steps, and `noise_scale`, the ratio of their moving averages, in samples.
+    over the row's steps, and `noise_scale`, the ratio of their moving averages, in samples. The last
+    validation row of a run has the `report` of its classes.
     """
 
     split: str
@@ -38,6 +40,7 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     grad_square: float | msgspec.UnsetType | None = msgspec.UNSET
     grad_trace: float | msgspec.UnsetType | None = msgspec.UNSET
     noise_scale: float | msgspec.UnsetType | None = msgspec.UNSET
+    report: ClassReport | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)

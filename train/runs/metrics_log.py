@@ -16,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from data_pipeline.common.class_report import ClassReport
 from data_pipeline.common.files import RetryingAppendFile
 from train.health.metrics import Metrics
 from train.health.noise_scale import NoiseEstimate, smooth_noise
@@ -54,6 +55,7 @@ class MetricsLog:
         images_per_s: float,
         skipped: int = 0,
         noise: NoiseEstimate | None = None,
+        report: ClassReport | None = None,
     ) -> None:
         """Write one row.
 
@@ -61,6 +63,7 @@ class MetricsLog:
             step: optimiser steps finished.
             skipped: how many of the row's steps were skipped.
             noise: estimate over the row's steps, if there is one.
+            report: of the classes, at the end of a run.
         """
         if self._folder is None:
             return
@@ -77,6 +80,7 @@ class MetricsLog:
             lr=lr,
             images_per_s=images_per_s,
             time=time.time(),
+            report=msgspec.UNSET if report is None else report,
             **(self._noise.fields(noise) if self._noise is not None and split == "train" else {}),
         )
         scalars = {
