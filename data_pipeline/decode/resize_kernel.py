@@ -191,9 +191,9 @@ def _resize(
     """Resize a window of (height, width) pixels; of the result, write the part `cut` from `to` on.
 
     Args:
-        by: bytes in the target from a row to the next.
         cut: top, left, height, width.
         flip: whether to mirror that part.
+        by: bytes in the target from a row to the next.
     """
     height, width = size
     top, left, rows, columns = cut
@@ -225,13 +225,8 @@ def _around(tops_lefts: Any, side: int, size: Any) -> Any:
     for view in range(1, len(tops_lefts)):
         top, left = min(top, tops_lefts[view, 0]), min(left, tops_lefts[view, 1])
         bottom, right = max(bottom, tops_lefts[view, 0]), max(right, tops_lefts[view, 1])
-    top, left, bottom, right = (
-        max(top, 0),
-        max(left, 0),
-        min(bottom + side, size[0]),
-        min(right + side, size[1]),
-    )
-    return top, left, bottom - top, right - left
+    top, left = max(top, 0), max(left, 0)
+    return top, left, min(bottom + side, size[0]) - top, min(right + side, size[1]) - left
 
 
 @_inlined

@@ -139,7 +139,7 @@ def _weigh(numbers_KS: Tensor, length: int, side: int) -> Tensor:
     weights_2SCP = (inputs_2S1P - centers_2SC1).add_(0.5).mul_(narrow).abs_()
     weights_2SCP = (1.0 - weights_2SCP).clamp_(min=0.0)
     totals_2SC1 = weights_2SCP.sum(dim=-1, keepdim=True)
-    padding_2SC1 = (centers_2SC1 < 0).logical_or_(centers_2SC1 > extent)  # a crop is half a pixel from both
+    padding_2SC1 = (centers_2SC1 < 0).logical_or_(centers_2SC1 > extent)  # by half a pixel or more
     totals_2SC1.masked_fill_(padding_2SC1, float("inf"))  # so that nothing weighs anything: black
     return weights_2SCP.div_(totals_2SC1.div_(_ONE)).add_(0.5).floor_()
 
