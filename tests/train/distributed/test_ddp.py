@@ -66,7 +66,7 @@ def test_batch_norm_on_2_ranks_has_the_losses_of_one(found: list[dict[str, Any]]
             ["model.norm_batch=4", "global_batch=16", "micro_batch=3"],
             r"\(2, 3\): set global_batch to 16 and micro_batch to 4",
         ),
-        (["model.hidden_norm=true", "global_batch=9", "micro_batch=4"], r"micro_batch 4 one has 1: change"),
+        (["model.hidden_norm=true", "global_batch=3", "micro_batch=1"], r"micro_batch 1 one has 1: change"),
     ],
 )
 def test_norm_batches_that_no_share_consists_of_are_refused(overrides: list[str], said: str) -> None:
