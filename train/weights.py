@@ -67,10 +67,11 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
         model = checkpoint.config.model
-        if (model.name, model.hidden_units) != ("owt", 4096):
+        published = msgspec.structs.replace(model, stem_kernel=None, groups=None, norm=None, pool_padding=0)
+        if model != published or (model.name, model.hidden_units) != ("owt", 4096):
             raise UserError(
                 "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
-                f"`{model.name}` with {model.hidden_units}"
+                f"`{model.description}` with {model.hidden_units}"
             )
         with writing_to(path, "name another file"), path.open("wb") as file:
             torch.save(weights, file)
@@ -236,7 +237,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "samples_seen": checkpoint.samples_seen,
         "changes": msgspec.to_builtins(checkpoint.progress.changes),
         "recipe": checkpoint.config.recipe,
-        "model": checkpoint.config.model.name,
+        "model": checkpoint.config.model.description,
         "weights": checkpoint.weights_name,
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_state.values()),
         "classes": len(checkpoint.classes),

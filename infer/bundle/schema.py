@@ -42,6 +42,7 @@ class Origin(Strict, frozen=True):
     """The checkpoint that was exported.
 
     Attributes:
+        model: the network's name, and the keys that change its layers.
         weights: those of its last step, or their average over training.
         metrics: of the validation split, those that are finite.
     """

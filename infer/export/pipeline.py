@@ -216,7 +216,7 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
         step=checkpoint.step,
         epoch=checkpoint.epoch,
         recipe=checkpoint.config.recipe,
-        model=checkpoint.config.model.name,
+        model=checkpoint.config.model.description,
         weights=checkpoint.weights_name,
         metrics={name: value for name, value in checkpoint.metrics.items() if math.isfinite(value)},
     )

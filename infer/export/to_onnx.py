@@ -136,11 +136,11 @@ def _write(model: ContractModel, checkpoint: Checkpoint, path: Path, opset: int)
     declare_least(proto)
     proto.producer_name, proto.producer_version = "alexnet", version("alexnet")
     proto.doc_string = (
-        f"AlexNet ({checkpoint.config.model.name}) for {len(checkpoint.classes)} classes: "
+        f"AlexNet ({checkpoint.config.model.description}) for {len(checkpoint.classes)} classes: "
         f"uint8 RGB images of {crop_px}x{crop_px} pixels, NHWC, to probabilities"
     )
     metadata = {
-        "model": checkpoint.config.model.name,
+        "model": checkpoint.config.model.description,
         "recipe": checkpoint.config.recipe,
         "step": str(checkpoint.step),
         "classes": msgspec.json.encode(tuple(map(printable, checkpoint.classes))).decode(),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers.hybrid_ranks import GLOBAL_BATCH, batches_at, linear_layers, make
+from tests.helpers.norm_ranks import compare_norms
 from train.bench.traffic import sent_bytes
 from train.distributed.world import World, open_world
 from train.step import StepParts, train_step
@@ -66,6 +67,7 @@ def main() -> None:
             "bf16": traffic(world, "compress=bf16"),
             "hybrid": traffic(world, "parallel=hybrid"),
             "rounding": rounding(world),
+            "norms": compare_norms(world),
         }
         gathered: list[Any] = [None] * world.world_size
         dist.all_gather_object(gathered, found)

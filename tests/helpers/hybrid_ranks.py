@@ -22,6 +22,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.sampler import rank_slice
 from tests.helpers.faulty_rank import fail
+from tests.helpers.norm_ranks import compare_norms
 from tests.helpers.ranks import TINY
 from train.config.load import make_config
 from train.distributed.hybrid import (
@@ -233,6 +234,7 @@ def main() -> None:
             "owt in bf16": compare(world, average, "model.name=owt", "precision=bf16"),
             "masks": masks(world),
             "overflow": overflow(world),
+            "norms": compare_norms(world),
         }
         everyones: list[Any] = [None] * world.world_size
         dist.all_gather_object(everyones, found)

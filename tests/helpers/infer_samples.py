@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,30 @@ def images_in(folder: Path) -> list[Path]:
     return [item for item in find_inputs([folder]) if isinstance(item, Path)]
 
 
-def checkpoint_folder(base: Path, model: str = "paper") -> Path:
-    """A checkpoint of the demo's size, with weights that make confident and various predictions."""
+NORMED = (
+    "preprocessing.crop_px=64", "preprocessing.resize_px=64", "model.stem_kernel=5", "model.groups=1",
+    "model.norm=bn_after_relu", "model.hidden_norm=true", "model.pool_padding=1", "model.hidden_units=64",
+)  # fmt: skip
+"""`paper` with every key changed that changes its layers."""
+
+
+def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str] = ()) -> Path:
+    """A checkpoint of the demo's size, with weights that make confident and various predictions.
+
+    With other `overrides` it is another checkpoint: give it a `base` of its own.
+    """
     folder = base / f"run-{model}" / "checkpoints" / "step-00000007"
     if not folder.exists():
-        config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}"])
+        config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}", *overrides])
         torch.manual_seed(0)
         network = make_model(config.model, num_classes=10, crop_px=config.preprocessing.crop_px)
         last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
         with torch.no_grad():
             last.weight.mul_(8)
+            if overrides:  # statistics and scales of either sign, as after training
+                for name, tensor in network.state_dict().items():
+                    if "norm" in name and tensor.is_floating_point():
+                        tensor.uniform_(0.2 if "running" in name else -0.5, 1.5)
             for parameter in network.parameters():
                 if parameter.ndim == 1 and parameter.count_nonzero() == 0:
                     parameter.normal_(std=0.1)  # the exporter drops biases that are all zero

@@ -52,7 +52,7 @@ AUGMENTED: dict[str, Any] = {
 LARS = ("optimizer.name=lars", "optimizer.momentum_form=paper", "ema_decay=0.9", "label_smoothing=0.1")
 
 
-@pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16",), LARS])
+@pytest.mark.parametrize("more", [("precision=fp32",), ("precision=bf16", "model.norm_batch=2"), LARS])
 def test_train_step_never_waits_for_the_device(world: World, more: tuple[str, ...]) -> None:
     parts = small_trainer(world, *more, "spike_factor=20", "model.name=bn", "micro_batch=4")
     batches = [small_batch(last=False), small_batch(**AUGMENTED)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -56,6 +58,11 @@ def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
             imported.make_model()(images_NCHW), theirs(images_NCHW), rtol=1e-4, atol=1e-5
         )
     export_weights(imported, tmp_path / "out.pth", "torchvision")
+    padded = msgspec.structs.replace(
+        imported.config, model=msgspec.structs.replace(imported.config.model, pool_padding=1)
+    )
+    with pytest.raises(UserError, match=r"is `owt \(pool_padding=1\)` with 4096"):
+        export_weights(replace(imported, config=padded), tmp_path / "padded.pth", "torchvision")
     fresh = torchvision.models.alexnet(num_classes=7)
     fresh.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
     with pytest.raises(UserError, match="has 7 classes, and 2 names were given"):

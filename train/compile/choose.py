@@ -127,7 +127,7 @@ def compile_step(network: AlexNet) -> None:
     """
     drop_toolkit_note()
     for layer in _calls_of_their_own(network):
-        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
+        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[no-untyped-call]
     # Inductor's front end reads `.grad` of LRN's output, and torch warns of that.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
     network.compile(dynamic=False)

@@ -117,6 +117,18 @@ class ModelConfig(Table, frozen=True):
         """Whether the convolutions have batch normalisation."""
         return self.norm in ("bn", "bn_after_relu") or (self.norm is None and self.name == "bn")
 
+    @property
+    def description(self) -> str:
+        """The name, and the keys that change its layers.
+
+        >>> ModelConfig(groups=1, norm="bn_after_relu", hidden_norm=True).description
+        'paper (groups=1, norm=bn_after_relu, hidden_norm)'
+        """
+        keys = {"stem_kernel": self.stem_kernel, "groups": self.groups, "norm": self.norm}
+        changes = [f"{key}={value}" for key, value in keys.items() if value is not None]
+        changes += ["hidden_norm"] * self.hidden_norm + ["pool_padding=1"] * self.pool_padding
+        return f"{self.name} ({', '.join(changes)})" if changes else self.name
+
 
 class OptimizerConfig(Table, frozen=True):
     """SGD with momentum and its variants, see `train.optim.sgd`.

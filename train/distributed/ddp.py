@@ -103,11 +103,11 @@ def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel
         network,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # they are the same on all ranks: see `train.models.batch_norm`
         # A static graph wants the first backward pass to be one that reduces gradients; accumulating over
         # micro-batches puts passes without a reduction (`no_sync`) before it.
         static_graph=config.micro_batch is None,
     )
+    parallel.broadcast_buffers = False  # they are the same on all ranks: see `train.models.batch_norm`
     if config.compress == "bf16" and world.world_size > 1:
         parallel.register_comm_hook(dist.group.WORLD, default_hooks.bf16_compress_hook)
     return parallel

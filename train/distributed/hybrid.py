@@ -105,8 +105,8 @@ class HybridParallel(nn.Module):
             gradient_as_bucket_view=True,
             # about a layer: the later layers' gradients travel while the earlier ones' are computed
             bucket_cap_mb=2,
-            broadcast_buffers=False,  # they are the same on all ranks: see `train.models.batch_norm`
         )
+        self.trunk.broadcast_buffers = False  # they are the same on all ranks: see `train.models.batch_norm`
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits (N, C) of this rank's images."""

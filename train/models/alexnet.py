@@ -176,7 +176,7 @@ def _named(layers: OrderedDict[str, nn.Module], network: Network) -> nn.Sequenti
     return nn.Sequential(*layers.values()) if network.numbered else nn.Sequential(layers)
 
 
-def _feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
+def feature_map(features: nn.Sequential, crop_px: int) -> tuple[int, int]:
     """Compute channels and side of the last feature map from the layers' sizes; side 0 if none is left."""
     channels, side = 3, crop_px
     for layer in features:
@@ -201,7 +201,7 @@ def _last_map(config: ModelConfig, crop_px: int) -> tuple[int, int]:
     Raises:
         UserError: crop_px is so small that no feature map is left after the last pooling.
     """
-    channels, side = _feature_map(make_features(config), crop_px)
+    channels, side = feature_map(make_features(config), crop_px)
     if side < 1:
         kernel, padding = config.stem_kernel or KERNELS[0], config.pool_padding
         raise UserError(

@@ -110,6 +110,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training and self.ghost_batch is not None:
             return self._over_ghost_batches(input, self.ghost_batch)
         if self.training and self.ranks is not None:
+            out: Tensor
             out, mean_C, variance_C = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.ranks)
             self._count_in(mean_C, variance_C)
             return out
@@ -118,7 +119,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _over_ghost_batches(self, x: Tensor, ghost_batch: int) -> Tensor:
         """Run torch's kernel on each ghost batch; mean and variance are what it would else average in."""
         assert self.ghost_sums is not None
-        parts = x.split(ghost_batch)
+        parts = x.split(ghost_batch)  # type: ignore[no-untyped-call]
         statistics_G2C = self.weight.new_zeros(len(parts), 2, x.shape[1])
         out = [
             batch_norm(
@@ -173,7 +174,8 @@ def count_ghosts_in(network: nn.Module, ranks: Ranks) -> None:
     sums = torch.cat([norm.ghost_sums for norm in ghosts if norm.ghost_sums is not None])
     if ranks.world_size > 1:
         ranks.all_reduce(sums)
-    for norm, own in zip(ghosts, sums.split([2 * norm.num_features + 1 for norm in ghosts]), strict=True):
+    sizes = [2 * norm.num_features + 1 for norm in ghosts]
+    for norm, own in zip(ghosts, sums.split(sizes), strict=True):  # type: ignore[no-untyped-call]
         norm.count_ghosts_in(own)
 
 

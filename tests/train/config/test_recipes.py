@@ -141,7 +141,7 @@ def test_imagenet_bn_lars_recipe_is_its_authors_solver() -> None:
     assert (config.epochs, config.global_batch, config.micro_batch) == (100, 32768, 1024)
     assert (optimizer.name, optimizer.trust_coefficient) == ("lars", 0.001)
     assert (optimizer.momentum, optimizer.momentum_form, optimizer.weight_decay) == (0.9, "paper", 5e-4)
-    assert (config.model.name, config.model.init) == ("bn", "caffe")
+    assert (config.model.name, config.model.init, config.model.norm_batch) == ("bn", "caffe", 1024)
     for batch, rate in ((8192, 16.0), (131072, 64.0)):
         assert base_lr_for(schedule, batch) == rate
     linear = make_config("imagenet-bn-lars", ["schedule.scaling=linear", "global_batch=8192"]).schedule
@@ -195,7 +195,8 @@ def test_recipe_trains_and_evaluates_in_a_small_form(
     name: str, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its network, initialisation, augmentation, loss, optimiser, average and evaluation; one step."""
-    config = make_config(name, SMALL, digits)
+    ghosts = make_config(name).model.norm_batch is not None
+    config = make_config(name, [*SMALL, *["model.norm_batch=4"] * ghosts], digits)
     with ExitStack() as stack, caplog.at_level(logging.INFO, "train"):
         world = stack.enter_context(open_world("cpu"))
         run = build_run(config, tmp_path, "none", world, stack)

@@ -10,10 +10,11 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH
+from tests.helpers.norm_ranks import check_norms
 from tests.helpers.warm_ranks import run_ranks
 from train.bench.traffic import sent_bytes
 from train.config.load import make_config
-from train.distributed.ddp import describe_parallel, make_parallel
+from train.distributed.ddp import check_norm_batch, describe_parallel, make_parallel
 from train.distributed.world import World, open_world
 from train.models.alexnet import make_model
 
@@ -48,6 +49,30 @@ def test_bf16_rounds_alike_on_all_ranks(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert 1e-4 < rank["rounding"]["distance"] < 4e-3  # half a unit in the last of 8 bits
         assert rank["rounding"]["equal"]
+
+
+@pytest.mark.slow
+def test_batch_norm_on_2_ranks_has_the_losses_of_one(found: list[dict[str, Any]]) -> None:
+    check_norms(found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.norm_batch=4", "global_batch=12"], r"takes at once \(6\): set it to 3"),
+        (["model.norm_batch=4", "global_batch=20"], r"takes at once \(10\): set it to 2"),
+        (["model.norm_batch=2", "global_batch=13"], r"\(6, 7\): set global_batch to 16"),
+        (
+            ["model.norm_batch=4", "global_batch=16", "micro_batch=3"],
+            r"\(2, 3\): set global_batch to 16 and micro_batch to 4",
+        ),
+        (["model.hidden_norm=true", "global_batch=3", "micro_batch=1"], r"micro_batch 1 one has 1: change"),
+    ],
+)
+def test_norm_batches_that_no_share_consists_of_are_refused(overrides: list[str], said: str) -> None:
+    config = make_config("demo", ["model.name=bn", *overrides])
+    with pytest.raises(UserError, match=said):
+        check_norm_batch(config, two_ranks())
 
 
 def two_ranks() -> World:

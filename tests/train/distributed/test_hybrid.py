@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data_pipeline.common.errors import UserError
+from tests.helpers.norm_ranks import check_norms
 from tests.helpers.ranks import run_command
 from tests.helpers.warm_ranks import run_ranks
 from train.config.load import make_config
@@ -74,6 +75,11 @@ def test_hybrid_dropout_masks_are_unique_and_shared_by_ranks(found: Found) -> No
 
 
 @pytest.mark.slow
+def test_batch_norm_on_3_ranks_has_the_losses_of_one(found: Found) -> None:
+    check_norms(found)
+
+
+@pytest.mark.slow
 def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
     """An overflow in one rank's part of a layer; NaN, infinite losses and gradients on one rank each."""
     for rank in found:
@@ -90,12 +96,13 @@ def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
         ("compile=true", "compile=true compiles the network as a whole"),
         ("optimizer.name=lars", "lars needs the norm of each whole layer"),
         ("log_noise_scale=true", "log_noise_scale compares each rank's own gradients"),
+        ("model.hidden_norm=true", "hidden_norm normalises hidden layers as a whole"),
     ],
 )
 def test_hybrid_refuses_incompatible_options(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        make_config("demo", ["parallel=hybrid", override])
-    assert make_config("demo", [override]).parallel == "ddp"
+        make_config("demo", ["model.name=bn", "parallel=hybrid", override])
+    assert make_config("demo", ["model.name=bn", override]).parallel == "ddp"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from data_pipeline.common.errors import DivergedError
 from tests.helpers.ranks import read_rows
 from train.config.load import make_config
 from train.distributed.world import open_world
-from train.health.flat_loss import FlatLoss, describe_flat, flat_level
+from train.health.flat_loss import FlatLoss, describe_flat, flat_level, suggest_changes
 from train.health.metrics import Metrics
 from train.loop import run_epochs
 from train.setup import build_run
@@ -79,6 +79,8 @@ def test_flat_loss_ends_a_run_with_torchs_initialisation(demo_data: Path, tmp_pa
         train("torch", demo_data, tmp_path)
     said = str(caught.value)
     assert "within half a percent of 2.302" in said and f"for {GRACE} steps" in said
+    normed = make_config("demo", ["model.norm=bn_after_relu"]).model
+    assert suggest_changes(normed) == []
     assert "Try model.init=he in place of torch, or batch normalisation (model.name=bn), or another" in said
     assert "flat_loss_grace=30 is how many steps it may; 0 turns this check off" in said
     assert said.endswith("There is no checkpoint yet")

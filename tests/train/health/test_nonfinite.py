@@ -38,7 +38,7 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(digits: Path, tmp_path: Path) -> Iterator[RunState]:
+def run(digits: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunState]:
     """A run of one rank, about to begin, of the network with running statistics, and an average of both."""
     sets = [
         *TINY,
@@ -47,6 +47,7 @@ def run(digits: Path, tmp_path: Path) -> Iterator[RunState]:
         f"global_batch={BATCH}",
         "epochs=1",
         "keep_checkpoints=1",
+        *getattr(request, "param", ()),
     ]
     with ExitStack() as stack:
         world = stack.enter_context(open_world("cpu"))
@@ -85,7 +86,9 @@ def check_weights(run: RunState) -> None:
     run.abort.check_weights(run.parts.network, run.parts.optimizer, run.parts.world, run.step)
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize(
+    ("kind", "run"), [("nan", ()), ("inf", ("model.norm_batch=5",)), ("gradient", ())], indirect=["run"]
+)
 def test_bad_step_changes_nothing_even_as_the_first(run: RunState, kind: str) -> None:
     batch, before = first_batch(run), held(run)
     hook = fail_next(run, kind)

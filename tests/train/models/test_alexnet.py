@@ -17,7 +17,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.bvlc import bvlc_file
 from train.config.schema import Init, ModelConfig
-from train.models.alexnet import AlexNet, Normalize, make_model
+from train.models.alexnet import AlexNet, Normalize, feature_map, make_features, make_model
 from train.models.lrn import LocalResponseNorm
 
 PARAMETERS = {"paper": 60_965_224, "caffe": 60_965_224, "owt": 61_100_840, "bn": 60_966_600}
@@ -185,11 +185,33 @@ def test_last_feature_map_has_the_computed_size(name: str) -> None:
         assert model(torch.zeros(1, 3, crop_px, crop_px)).shape == (1, 3)
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("stem_kernel", [3, 7, None])
+def test_last_map_has_the_computed_size_with_padding(name: str, stem_kernel: int | None) -> None:
+    """Rounding up, as `caffe` does, leaves out windows that begin in the padding behind the map."""
+    norm = "bn" if name == "bn" else "none"
+    config = ModelConfig(name=name, stem_kernel=stem_kernel, stem_stride=2, pool_padding=1, norm=norm)  # type: ignore[arg-type]
+    sides = set()
+    with torch.device("meta"):
+        features = make_features(config)
+        for crop_px in range(12, 60):
+            map_NCHW = features(torch.zeros(2, 3, crop_px, crop_px))
+            assert (*map_NCHW.shape[1:3],) == feature_map(features, crop_px), crop_px
+            sides.add(map_NCHW.shape[2])
+    assert len(sides) >= 4
+
+
 def test_crop_that_is_too_small_is_refused_with_advice() -> None:
     with pytest.raises(
         UserError, match=r"crop_px 56 is too small for `paper` with stem_stride 4.*smaller stem_stride"
     ):
         make_model(ModelConfig(stem_stride=4), num_classes=10, crop_px=56)
+    said = r"stem_stride 2, stem_kernel 5 and pool_padding 0.*a larger crop, pool_padding 1 or"
+    with pytest.raises(UserError, match=said):
+        make_model(ModelConfig(stem_stride=2, stem_kernel=5), num_classes=10, crop_px=28)
+    make_model(
+        ModelConfig(stem_stride=2, stem_kernel=5, pool_padding=1, hidden_units=2), num_classes=10, crop_px=28
+    )
 
 
 def test_normalize_is_the_contracts_arithmetic_in_place() -> None:
