@@ -34,7 +34,16 @@ from infer.predict.decode import (
     open_decoder,
     run_valid,
 )
-from infer.predict.rows import DEFAULT_BATCH, OkRow, PredictionWithPixels, Row, check_top, rows_of
+from infer.predict.rows import (
+    DEFAULT_BATCH,
+    OkRow,
+    PredictionWithPixels,
+    Row,
+    RowShape,
+    check_top,
+    names_of,
+    rows_of,
+)
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
 if TYPE_CHECKING:
@@ -115,16 +124,21 @@ class Predictor:
 
         Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre.
         """
-        labels = self.bundle.manifest.class_labels
+        names = names_of(self.bundle)
         with closing(self.decode(inputs)) as batches:
             for batch in batches:
                 probabilities_NC = run_valid(self.backend, batch, self._batch_size)
                 rows = rows_of(
-                    batch, probabilities_NC, labels, top=self.top, min_probability=self._min_probability
+                    batch, probabilities_NC, names, top=self.top, min_probability=self._min_probability
                 )
                 pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
                 for row, seen in zip(rows, pixels, strict=True):
                     yield PredictionWithPixels(row, seen if isinstance(row, OkRow) else None)
+
+    @property
+    def row_shape(self) -> RowShape:
+        """What the rows have in common."""
+        return RowShape(self.top, named=bool(names_of(self.bundle).in_data))
 
     def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:
         """The inputs as a call decodes them for the model, batch by batch. Close it when done."""

@@ -15,7 +15,7 @@ from data_pipeline.common.machine import usable_cores
 from data_pipeline.decode.pillow import decode_rgb, finish_crop, parallel_for
 from data_pipeline.transforms.crop import eval_crop_params
 from infer.predict.decode import valid_images
-from infer.predict.rows import OkRow, top_k
+from infer.predict.rows import OkRow, names_of, top_k
 from infer.predictor import Predictor
 from train.bench.harness import time_calls
 
@@ -78,7 +78,8 @@ class BundleCase:
         if phase == "model":
             return lambda: predictor.backend.run(pixels)
         probabilities = predictor.backend.run(pixels)
-        return lambda: top_k(probabilities, manifest.class_labels, 5)
+        names = names_of(predictor.bundle)
+        return lambda: top_k(probabilities, names, 5)
 
     def _predict(self, count: int) -> None:
         for row in self.predictor(islice(cycle(self.photos), count)):

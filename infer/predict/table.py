@@ -14,7 +14,7 @@ import msgspec
 from data_pipeline.common.console import make_console
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import visible
-from infer.predict.rows import ErrorRow, OkRow, PredictionWithPixels, Row
+from infer.predict.rows import ClassNames, ErrorRow, OkRow, PredictionWithPixels, Row
 from infer.predict.writers import name_unwritable
 from infer.runtime.base import InferenceBackend
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GAP = "  "
 MIN_PATH_CELLS, MAX_PATH_CELLS = 16, 48
 MIN_CLASS_CELLS, MAX_CLASS_CELLS = 10, 24
+MAX_NAME_CELLS = 16
 PERCENT_CELLS = 7  # " 100.0%"
 FILE_WIDTH = 120
 """Width of a table that goes to a file or a pipe."""
@@ -120,18 +121,25 @@ class TableWriter:
         console: prints; its width decides how many of the `places` classes have room.
         places: classes in a row.
         label_cells: width of the longest label; the columns are no wider than it needs.
+        name_cells: width of the longest name of a class in the data, which stands behind the best label; or 0.
     """
 
-    def __init__(self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS) -> None:
+    def __init__(
+        self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS, name_cells: int = 0
+    ) -> None:
         from rich.cells import set_cell_size
         from rich.text import Text
 
         self._console, self._text = console, Text
-        self._path_cells, self._class_cells, self._shown = layout(console.width, places, label_cells)
+        self._name_cells = min(name_cells, MAX_NAME_CELLS)
+        width = console.width - (self._name_cells and self._name_cells + len(GAP))
+        self._path_cells, self._class_cells, self._shown = layout(width, places, label_cells)
         header = Text(style="bold")
         header.append(set_cell_size("image", self._path_cells))
         for place in range(1, self._shown + 1):
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
+            if place == 1 and self._name_cells:
+                header.append(GAP + set_cell_size("class", self._name_cells))
         _print(console, header)
 
     def write(self, row: Row) -> None:
@@ -142,33 +150,37 @@ class TableWriter:
                 label.truncate(self._class_cells - PERCENT_CELLS, overflow="ellipsis", pad=True)
                 cell = f"{GAP}{label.plain}{prediction.probability:>{PERCENT_CELLS}.1%}"
                 line.append(cell, style="bold green" if place == 0 else "dim")
+                if place == 0 and self._name_cells:
+                    name = self._text(visible(prediction.class_name or ""))
+                    name.truncate(self._name_cells, overflow="ellipsis", pad=True)
+                    line.append(GAP + name.plain)
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
 
 
 @contextmanager
-def open_table(output: Path | None, labels: Iterable[str], places: int) -> Iterator[TableWriter]:
+def open_table(output: Path | None, names: ClassNames, places: int) -> Iterator[TableWriter]:
     """A writer of a table.
 
     Args:
         output: the file; None for stdout.
-        labels: of all classes.
+        names: of all classes.
         places: classes in a row.
     Raises:
         UserError: the file cannot be written.
     """
     from rich.cells import cell_len
 
-    label_cells = max(cell_len(visible(label)) for label in labels)
+    cells = [max((cell_len(visible(name)) for name in column), default=0) for column in names]
     if output is None:
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        yield TableWriter(make_console(width=width), places, label_cells)
+        yield TableWriter(make_console(width=width), places, *cells)
         return
     with name_unwritable(output):
         file = output.open("w", encoding="utf-8")
     with file:
-        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, label_cells)
+        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, *cells)
 
 
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle
 from infer.export.gate import torch_runner
 from infer.predict.decode import DecoderName
-from infer.predict.rows import ErrorRow, OkRow, Row, top_k
+from infer.predict.rows import ClassNames, ErrorRow, OkRow, Row, top_k
 from infer.predict.table import RowCounter
 from infer.predict.writers import JsonlWriter
 from infer.predictor import Predictor
@@ -152,7 +152,7 @@ def test_error_row_in_json_has_the_reason(predictor: Predictor, tmp_path: Path) 
 
 
 def test_top_k_ranks_equal_probabilities_by_class() -> None:
-    (row,) = top_k(np.array([[0.2, 0.4, 0.4]], np.float32), ("a", "b", "c"), 3)
+    (row,) = top_k(np.array([[0.2, 0.4, 0.4]], np.float32), ClassNames(("a", "b", "c")), 3)
     assert [p.label for p in row] == ["b", "c", "a"]
 
 
