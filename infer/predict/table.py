@@ -121,7 +121,7 @@ class TableWriter:
         console: prints; its width decides how many of the `places` classes have room.
         places: classes in a row.
         label_cells: width of the longest label; the columns are no wider than it needs.
-        name_cells: width of the longest name of a class in the data, which stands behind the best label; or 0.
+        name_cells: width of the longest name of a class in the data, which stands behind the best label.
     """
 
     def __init__(
