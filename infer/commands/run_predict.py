@@ -73,7 +73,7 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         items, kept, kept_errors = iter(inputs), 0, 0
         if options.resume:
             kept, kept_errors = _skip_completed(options, format, predictor, identity, items)
-        counter = RowCounter(predictor.backend)
+        counter = RowCounter(predictor.backend, predictor.load_s)
         writer = stack.enter_context(_open_writer(options, format, predictor))
         if options.output is not None and format != "table":
             save_identity(options.output, identity)

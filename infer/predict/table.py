@@ -26,6 +26,7 @@ GAP = "  "
 MIN_PATH_CELLS, MAX_PATH_CELLS = 16, 48
 MIN_CLASS_CELLS, MAX_CLASS_CELLS = 10, 24
 MAX_NAME_CELLS = 16
+NAME_HEADING = "class"
 PERCENT_CELLS = 7  # " 100.0%"
 FILE_WIDTH = 120
 """Width of a table that goes to a file or a pipe."""
@@ -40,6 +41,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         kept, kept_errors: the same of an earlier run that this one resumed.
         seconds: duration of this run.
         images_per_s: `images` by `seconds`.
+        start_s: seconds until the first row: loading the model, and the first batch; the longest of
+            Ray's workers.
         backend, provider, device, precision: see `infer.runtime.base.InferenceBackend`.
         passed_over: files of folders and shards that are no images, by lower-case suffix.
     """
@@ -50,6 +53,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     kept_errors: int
     seconds: float
     images_per_s: float
+    start_s: float
     backend: str
     provider: str
     device: str
@@ -63,7 +67,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         failed = f", {self.errors} of them could not be read" if self.errors else ""
         return (
             f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
-            f"with {self.provider}, {self.precision}, on {self.device}{passed_over}"
+            f"with {self.provider}, {self.precision}, on {self.device}; "
+            f"the start took {self.start_s:.1f} s{passed_over}"
         )
 
 
@@ -72,11 +77,12 @@ class RowCounter:
 
     Args:
         backend: the model, for the summary.
+        load_s: seconds that loading it took.
     """
 
-    def __init__(self, backend: InferenceBackend) -> None:
+    def __init__(self, backend: InferenceBackend, load_s: float = 0.0) -> None:
         self._backend = backend
-        self._seconds = 0.0
+        self._seconds, self._start_s = 0.0, load_s
         self.images = self.errors = 0
 
     def count(self, predictions: Iterable[PredictionWithPixels]) -> Iterator[PredictionWithPixels]:
@@ -86,6 +92,8 @@ class RowCounter:
             self.images += 1
             self.errors += isinstance(one.row, ErrorRow)
             self._seconds = time.perf_counter() - started
+            if self.images == 1:
+                self._start_s += self._seconds
             yield one
 
     def summary(self, kept: int = 0, kept_errors: int = 0, passed_over: PassedOver | None = None) -> Summary:
@@ -104,6 +112,7 @@ class RowCounter:
             kept_errors=kept_errors,
             seconds=self._seconds,
             images_per_s=self.images / self._seconds if self._seconds else 0.0,
+            start_s=self._start_s,
             backend=backend.name,
             provider=backend.provider,
             device=backend.device,
@@ -131,7 +140,7 @@ class TableWriter:
         from rich.text import Text
 
         self._console, self._text = console, Text
-        self._name_cells = min(name_cells, MAX_NAME_CELLS)
+        self._name_cells = name_cells and min(max(name_cells, len(NAME_HEADING)), MAX_NAME_CELLS)
         width = console.width - (self._name_cells and self._name_cells + len(GAP))
         self._path_cells, self._class_cells, self._shown = layout(width, places, label_cells)
         header = Text(style="bold")
@@ -139,7 +148,7 @@ class TableWriter:
         for place in range(1, self._shown + 1):
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
             if place == 1 and self._name_cells:
-                header.append(GAP + set_cell_size("class", self._name_cells))
+                header.append(GAP + set_cell_size(NAME_HEADING, self._name_cells))
         _print(console, header)
 
     def write(self, row: Row) -> None:

@@ -65,8 +65,9 @@ class PartWorker:
 
     def predict(self, number: int, host: str = "") -> PartResult:
         """Predict a part and write its file."""
+        loaded = self.predictor is not None
         predictor = self.predictor = self.predictor or self._load()
-        counter = RowCounter(predictor.backend)
+        counter = RowCounter(predictor.backend, 0.0 if loaded else predictor.load_s)
         items = [one.item() for one in self._plan.inputs(number)]
         rows = [one.row for one in counter.count(predictor.rows(items))]
         failed = next((row for row in rows if isinstance(row, ErrorRow)), None)

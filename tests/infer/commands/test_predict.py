@@ -158,9 +158,10 @@ def test_top_k_ranks_equal_probabilities_by_class() -> None:
 
 def test_summary_says_what_ran(predictor: Predictor, inputs: list[Path]) -> None:
     backend = predictor.backend
-    counter = RowCounter(backend)
+    counter = RowCounter(backend, load_s=100.0)
     rows = list(counter.count(predictor.rows(inputs)))
     summary = counter.summary()
+    assert 100 < summary.start_s <= 100 + summary.seconds and "; the start took 100." in summary.sentence()
     assert (summary.images, summary.errors) == (len(rows), 4) == (12, 4)
     assert (summary.backend, summary.device, summary.precision) == ("onnx", "cpu", "fp32")
     assert summary.images_per_s == pytest.approx(12 / summary.seconds)
