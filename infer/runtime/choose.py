@@ -30,8 +30,8 @@ RTX_GPUS = frozenset({"sm75", "sm80", "sm86", "sm89", "sm120", "sm121"})
 """GPUs that load TensorRT-RTX's engines. Hopper (sm90) and the Blackwells of data centres need `tensorrt`.
 Source: `ComputeCapability` of TensorRT-RTX 1.7."""
 FEW_IMAGES = 100
-"""So few are done sooner on a CPU: with ONNX Runtime's CUDA provider ten images took an H200 2.5 s, and two cores
-do 100 images of 224 pixels in 1.5 s."""
+"""So few are done sooner on a CPU: with ONNX Runtime's CUDA provider ten images took an H200 2.5 s, and two
+cores do 100 images of 224 pixels in 1.5 s."""
 
 
 class Choice(NamedTuple):
