@@ -133,7 +133,8 @@ def rebuild_advice(folder: Path, machine: Machine) -> str | None:
     # `tensorrt` is empty without a GPU.
     if not machine.tensorrt:
         return None
-    first = "" if engine_libraries(machine) else f"{why_no_library(machine)}; then "
+    runs = not machine.scan.gpus or engine_libraries(machine)
+    first = "" if runs else f"{why_no_library(machine)}; then "
     return f"{first}build one for this machine: alexnet export {folder} --format trt"
 
 
