@@ -13,6 +13,7 @@ The command line is built on it.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -34,7 +35,16 @@ from infer.predict.decode import (
     open_decoder,
     run_valid,
 )
-from infer.predict.rows import DEFAULT_BATCH, OkRow, PredictionWithPixels, Row, check_top, rows_of
+from infer.predict.rows import (
+    DEFAULT_BATCH,
+    OkRow,
+    PredictionWithPixels,
+    Row,
+    RowShape,
+    check_top,
+    names_of,
+    rows_of,
+)
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
 if TYPE_CHECKING:
@@ -45,8 +55,8 @@ if TYPE_CHECKING:
 
     Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
 
-CENTRE_VIEW = 4
-"""Which of the ten views is the centre, not mirrored."""
+NUM_VIEWS, CENTRE_VIEW = 10, 4
+"""Of the paper's ten crops; and which of them is the centre, not mirrored."""
 
 
 class Predictor:
@@ -62,7 +72,13 @@ class Predictor:
         min_probability: classes below are left out of a row, which may leave none.
         ten_crop: average the softmax of the paper's ten views of each image.
         threads: for decoding, and for the model on a CPU; None for one for each core this process may use.
-        expected: number of images to come, if it is known: see `infer.predict.decode.choose_decoder`.
+        expected: number of images to come, if it is known: few are decoded by Pillow, and on a device that is
+            not named predicted on the CPU.
+    Attributes:
+        bundle: the verified bundle.
+        backend: the loaded model.
+        runs_on: what computes, and why that was chosen.
+        load_s: seconds that loading the model took.
     Raises:
         UserError: no such bundle, a value out of range, or what was asked for is not available here.
         CorruptFileError: a bundle that was changed.
@@ -90,9 +106,12 @@ class Predictor:
         self.top = check_top(bundle, top)
         self._batch_size = fit_batch(batch_size, bundle.manifest.max_batch)
         self._min_probability, self._ten_crop, self._threads = min_probability, ten_crop, threads
+        started = time.perf_counter()
+        num_views = None if expected is None else expected * (NUM_VIEWS if ten_crop else 1)
         self.backend, self.runs_on = choose_backend(
-            bundle, backend=backend, device=device, threads=threads or 0
+            bundle, backend=backend, device=device, threads=threads or 0, expected=num_views
         )
+        self.load_s = time.perf_counter() - started
         self._decoder_name = choose_decoder(decoder, self.backend, expected)
         self._open = ExitStack()
         self._loader: Loader | None = None
@@ -115,16 +134,21 @@ class Predictor:
 
         Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre.
         """
-        labels = self.bundle.manifest.class_labels
+        names = names_of(self.bundle)
         with closing(self.decode(inputs)) as batches:
             for batch in batches:
                 probabilities_NC = run_valid(self.backend, batch, self._batch_size)
                 rows = rows_of(
-                    batch, probabilities_NC, labels, top=self.top, min_probability=self._min_probability
+                    batch, probabilities_NC, names, top=self.top, min_probability=self._min_probability
                 )
                 pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
                 for row, seen in zip(rows, pixels, strict=True):
                     yield PredictionWithPixels(row, seen if isinstance(row, OkRow) else None)
+
+    @property
+    def row_shape(self) -> RowShape:
+        """What the rows have in common."""
+        return RowShape(self.top, named=bool(names_of(self.bundle).in_data))
 
     def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:
         """The inputs as a call decodes them for the model, batch by batch. Close it when done."""

@@ -1,56 +1,198 @@
 #!/usr/bin/env bash
-# Checks what only a machine with an NVIDIA GPU can show:  bash scripts/gpu_check.sh
-#
-# Installs (with TensorRT), then runs every check, also after a failure. Ends with one line per check, and exit
-# code 1 if one failed. The output of a check is in gpu-check/<check>.log. About 35 minutes after installing.
-# shellcheck disable=SC2329  # functions are called by name, through check
+# Checks what only a machine with an NVIDIA GPU can show. Each check has a limit in seconds, the most valuable come first:
+#   bash scripts/gpu_check.sh --quick        under 5 minutes in all, after installing
+#   bash scripts/gpu_check.sh                these, and the rest: 70 minutes at most
+#   bash scripts/gpu_check.sh --only NAME    one of them; --list names all, with limits, and needs no GPU
+#   bash scripts/gpu_check.sh --limit N …    no check may take more than N seconds
+#   bash scripts/gpu_check.sh --installed …  with the python3 of PATH and what it has, where nothing can be installed
+# A line for each check goes to gpu-check/summary.txt as it ends, its output to gpu-check/<check>.log. Exit code 1 if one
+# failed or was cut off.
+# shellcheck disable=SC2317,SC2329  # functions are called by name
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-
-if ! nvidia-smi -L; then
-  echo "error: no NVIDIA GPU here (nvidia-smi finds none); there is nothing to check" >&2
-  exit 2
-fi
-make install || exit 1
-export PATH="$PWD/.venv/bin:$PATH"
+self=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$self")/.." || exit 1
 out=gpu-check
-mkdir -p "$out"
-num_gpus=$(nvidia-smi -L | wc -l)
-summary=()
-failed=0
 
-# check NAME COMMAND...: runs the command, keeps its output, records how it ended.
-check() {
-  local name=$1 started=$SECONDS
-  shift
-  echo "--- $name: $*"
-  if "$@" >"$out/$name.log" 2>&1; then
-    summary+=("ok      $name ($((SECONDS - started)) s)")
-  else
-    summary+=("FAILED  $name (exit code $?, see $out/$name.log)")
-    failed=1
-  fi
-  tail -n 5 "$out/$name.log"
-}
+# Part, limit in seconds, name. No engine of `tensorrt` has ever run: wherever it imports, one is built, gated, run and
+# benched first.
+CHECKS="
+quick 40 train
+quick 70 engine
+quick 15 doctor
+quick 90 gpu-tests
+quick 25 predictions
+quick 50 step
+rest 300 demo
+rest 60 precision-fp32
+rest 60 precision-fp16
+rest 120 export-fp32
+rest 120 export-fp16
+rest 120 export-int8
+rest 240 engine-timing
+rest 120 ray
+rest 300 feed
+rest 300 bench-train
+rest 300 bench-infer
+rest 300 bench-batch
+rest 120 two-gpus
+rest 300 bench-scaling
+rest 900 all-tests
+"
 
-# The tests that are skipped elsewhere; a skip counts as a failure here.
-gpu_tests() {
-  pytest -m gpu -rs | tee "$out/gpu-tests.txt"
-  [ "${PIPESTATUS[0]}" -eq 0 ] && ! grep -qE '[0-9]+ skipped' "$out/gpu-tests.txt"
-}
+alexnet() { python -m alexnet "$@"; }
+run_ranks() { python -m torch.distributed.run --standalone "--nproc_per_node=$1" "${@:2}"; }
 
-# A short run in each precision must reach 90% top-1.
-precision() {
-  torchrun --standalone --nproc_per_node=1 -m train.main --out "$out/runs" \
-    --set epochs=4 --set "precision=$1" --set device=cuda | tee "$out/precision-$1.json"
+# A short run on the GPU in one precision must reach 90% top-1.
+train_in() {
+  run_ranks 1 -m train.main --out "$out/runs" --set epochs=4 --set "precision=$1" --set device=cuda |
+    tee "$out/precision-$1.json"
   python -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["best"]["top1"] < 0.9)' "$out/precision-$1.json"
 }
 
+newest_run() {
+  find "$out/runs" -mindepth 1 -maxdepth 1 2>/dev/null | sort | tail -n 1 | grep . ||
+    echo "no run in $out/runs: --only train makes one"
+}
+
+train() { train_in bf16; }
+precision-fp32() { train_in fp32; }
+precision-fp16() { train_in fp16; }
+doctor() { alexnet doctor; }
+
+# One precision: the engine runs here and passes the gate, and the doctor loads and runs everything.
+exported() {
+  local target="$out/export-$1"
+  rm -rf "$target"
+  alexnet export "$(newest_run)" --format onnx,trt --precision "$1" --out "$target" --json >"$target.json" &&
+    alexnet doctor "$target/trt-$1" --json >"$target-doctor.json" || return 1
+  python - "$target" <<'PYTHON'
+import json, sys
+
+made, doctor = (json.load(open(sys.argv[1] + end)) for end in (".json", "-doctor.json"))
+print("gate:", json.dumps(made["trt"]["report"]))
+print("here:", json.dumps(doctor["here"]), "predict would use", doctor["predict_would_use"])
+assert made["trt"]["report"]["engine"], made["trt"]["report"]["engine_not_run"]
+assert all(words.startswith("ok") for words in doctor["here"].values()), doctor["here"]
+PYTHON
+}
+
+# Images/s of the engine beside ONNX Runtime's CUDA provider, by phase.
+bench_engine() {
+  python - "$out/export-$1" "$1" <<'PYTHON'
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from infer.bench.cases import BundleCase
+
+for format in ("trt", "onnx"):
+    with ExitStack() as stack:
+        case = BundleCase(stack, Path(sys.argv[1], f"{format}-{sys.argv[2]}"), Path("data/demo-digits/val"), "cuda")
+        print(case.runs_on())
+        for phase in ("model", "decode", "end_to_end"):
+            seconds = case.measure(phase, 32, 20)
+            print(f"{format} {phase}: {20 * 32 / sum(seconds):.0f} images/s")
+PYTHON
+}
+
+engine() { exported fp16 && bench_engine fp16; }
+
+# The engine that is built again from the ONNX file agrees with it.
+export_and_rebuild() {
+  exported "$1" && alexnet export "$out/export-$1/trt-$1" --format trt --data data/demo-digits --json >"$out/rebuilt.json" &&
+    python -c 'import json, sys; r = json.load(open(sys.argv[1]))["rebuild"]; print(r); assert r["agreement"], r["unknown"]' \
+      "$out/rebuilt.json"
+}
+
+export-fp32() { export_and_rebuild fp32; }
+export-fp16() { export_and_rebuild fp16 && bench_engine fp16; }
+export-int8() { export_and_rebuild int8 && bench_engine int8; }
+
+# The tests that are skipped elsewhere. A skip counts as a failure, unless the machine lacks what the reason names.
+gpu-tests() {
+  python -m pytest -m gpu -q -rs --durations=5 | tee "$out/gpu-tests.txt"
+  local code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] && ! grep '^SKIPPED' "$out/gpu-tests.txt" | grep -vE 'tensorrt|engine|two GPUs|pip install'
+}
+
+all-tests() { python -m pytest; }
+demo() { make demo; }
+
+# One image of each class, predicted by all that there is: the CPU and the GPU, and the engine and Ray where they are.
+predict_by() {
+  alexnet predict "$out/images" --model "$1" --format jsonl --output "$out/$2.jsonl" --overwrite "${@:3}"
+}
+
+compare_rows() {
+  python - "$out" "$@" <<'PYTHON'
+import json, pathlib, sys
+
+def rows(name):
+    return [json.loads(line)["predictions"] for line in pathlib.Path(sys.argv[1], f"{name}.jsonl").open()]
+
+worst = 0.0
+for name in sys.argv[2:]:
+    for found, expected in zip(rows(name), rows("cpu"), strict=True):
+        assert found[0]["class_id"] == expected[0]["class_id"], (name, found, expected)
+        worst = max(worst, abs(found[0]["probability"] - expected[0]["probability"]))
+print(f"largest difference of the best class's probability: {worst:.1e}")
+sys.exit(worst > 1e-3)
+PYTHON
+}
+
+prepare_predictions() {
+  bundle="$out/predictions/onnx-fp32"
+  if [ ! -e "$bundle" ]; then
+    alexnet export "$(newest_run)" --format onnx --precision fp32 --out "$bundle" || return 1
+  fi
+  rm -rf "$out/images" && mkdir "$out/images"
+  for class in data/demo-digits/val/*/; do
+    cp "$(find "$class" -name '*.jpg' | sort | head -n 1)" "$out/images/$(basename "$class").jpg"
+  done
+  predict_by "$bundle" cpu --device cpu
+}
+
+predictions() { prepare_predictions && predict_by "$bundle" cuda --device cuda && compare_rows cuda; }
+
+ray() {
+  prepare_predictions && rm -rf "$out/ray" &&
+    alexnet predict "$out/images" --model "$bundle" --engine ray --device cuda --format jsonl --output "$out/ray" &&
+    cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" && compare_rows ray
+}
+
+step() {
+  alexnet bench train --json --variant owt --precision bf16 --batch 128 --rounds 2 --images 256 --device cuda
+}
+
+# TensorRT's timing cache shortens the second build; Triton's repository has the engine.
+engine-timing() {
+  rm -rf "$out/timed" "$out/triton" "$out/timings"
+  for _ in 1 2; do
+    alexnet export "$(newest_run)" --format trt --builder-level 5 --timing-cache "$out/timings" --out "$out/timed" ||
+      return 1
+  done
+  alexnet export "$out/timed" --triton "$out/triton" && cat "$out"/triton/*/config.pbtxt
+}
+
+# Images/s with decoding on the GPU, beside DALI's own reader. Good files leave no line of a library's.
+feed() {
+  local only=(dali_gpu dali_gpu_64 dali_gpu_shards dali_gpu_reader dali_gpu_deterministic cached_gpu)
+  alexnet bench data --json --rounds 3 "${only[@]/#/--only=}" 2>"$out/feed.err"
+  local code=$?
+  cat "$out/feed.err"
+  [ "$code" -eq 0 ] && ! grep -iE 'nvjpeg|nvimagecodec|\[(warning|error)\]' "$out/feed.err"
+}
+
+bench-train() { alexnet bench train --json --rounds 3; }
+bench-infer() { alexnet bench infer --json --device cuda --precision fp32 --precision fp16 --batch 1 --batch 32 --rounds 3; }
+bench-batch() { alexnet bench batch --to 4096 --plot "$out/bench-batch.png"; }
+bench-scaling() { alexnet bench scaling --json --ranks 1 --ranks 2 --batch 128 --steps 20; }
+
 # One GPU and two must see the same stream and have the same losses.
-two_gpus() {
+two-gpus() {
   for n in 1 2; do
     rm -rf "$out/ranks-$n"
-    torchrun --standalone --nproc_per_node="$n" -m train.main --out "$out/ranks-$n" --set device=cuda \
+    run_ranks "$n" -m train.main --out "$out/ranks-$n" --set device=cuda \
       --set epochs=1 --set precision=fp32 --set model.dropout=0.0 --set log_every=1 \
       --set schedule.learning_rate=0.0005 --set schedule.kind=constant --set schedule.warmup_epochs=0 || return 1
   done
@@ -69,92 +211,94 @@ sys.exit(worst > 1e-3)
 PYTHON
 }
 
-# The engine, ONNX Runtime on the GPU, a Ray worker and the CPU must predict the same.
-predictions() {
-  alexnet predict images/ --backend trt --format jsonl --output "$out/trt.jsonl" --overwrite &&
-    alexnet predict images/ --backend onnx --device cuda --format jsonl --output "$out/cuda.jsonl" --overwrite &&
-    alexnet predict images/ --backend onnx --device cpu --format jsonl --output "$out/cpu.jsonl" --overwrite || return 1
-  alexnet predict images/ --engine ray --device cuda --format jsonl --output "$out/ray" --overwrite &&
-    cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" || return 1
-  python - "$out" <<'PYTHON'
-import json, pathlib, sys
-
-def rows(name):
-    return [json.loads(line)["predictions"] for line in pathlib.Path(sys.argv[1], f"{name}.jsonl").open()]
-
-worst = 0.0
-for name in ("trt", "cuda", "ray"):
-    for found, expected in zip(rows(name), rows("cpu"), strict=True):
-        assert found[0]["class_id"] == expected[0]["class_id"], (name, found, expected)
-        worst = max(worst, abs(found[0]["probability"] - expected[0]["probability"]))
-print(f"largest difference of the best class's probability: {worst:.1e}")
-sys.exit(worst > 1e-3)
-PYTHON
+# why_not NAME: what this machine lacks for a check; nothing if it lacks nothing.
+why_not() {
+  case $1 in
+    engine | engine-timing | export-*) python -c 'import tensorrt' 2>/dev/null || echo "tensorrt is not installed" ;;
+    ray) python -c 'import ray' 2>/dev/null || echo "Ray is not installed" ;;
+    two-gpus | bench-scaling) [ "$(nvidia-smi -L | wc -l)" -ge 2 ] || echo "this machine has one GPU" ;;
+    demo) [ -z "${INSTALLED:-}" ] || echo "it installs" ;;
+  esac
 }
 
-# One precision: the engine runs here and passes the gate, the doctor loads and runs everything, and the engine
-# that is built again from the ONNX file agrees with it.
-exported() {
-  local target="$out/export-$1"
-  rm -rf "$target"
-  alexnet export --format onnx,trt --precision "$1" --out "$target" --json >"$target.json" &&
-    alexnet doctor "$target/trt-$1" --json >"$target-doctor.json" &&
-    alexnet export "$target/trt-$1" --format trt --data data/demo-digits --json >"$target-rebuilt.json" || return 1
-  python - "$target" <<'PYTHON'
-import json, sys
-
-made, doctor, rebuilt = (json.load(open(sys.argv[1] + end)) for end in (".json", "-doctor.json", "-rebuilt.json"))
-print("gate:", json.dumps(made["trt"]["report"]))
-print("here:", json.dumps(doctor["here"]), "predict would use", doctor["predict_would_use"])
-print("rebuilt:", json.dumps(rebuilt["rebuild"]))
-assert made["trt"]["report"]["engine"], made["trt"]["report"]["engine_not_run"]
-assert all(words.startswith("ok") for words in doctor["here"].values()), doctor["here"]
-assert rebuilt["rebuild"]["agreement"], rebuilt["rebuild"]["unknown"]
-PYTHON
+# check LIMIT NAME: runs a check in a process of its own, which ends at the limit, and notes how it ended.
+check() {
+  local limit=$(($1 < most ? $1 : most)) name=$2 started=$SECONDS code reason line
+  reason=$(why_not "$name")
+  if [ -n "$reason" ]; then
+    line="skipped $name ($reason)"
+  else
+    timeout --kill-after=5 "$limit" bash "$self" --run "$name" >"$out/$name.log" 2>&1
+    code=$?
+    line="ok      $name ($((SECONDS - started)) s)"
+    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+      line="CUT OFF $name (after $limit s, see $out/$name.log)"
+    elif [ "$code" -ne 0 ]; then
+      line="FAILED  $name (exit code $code after $((SECONDS - started)) s, see $out/$name.log)"
+    fi
+    tail -n 5 "$out/$name.log"
+  fi
+  echo "$line" | tee -a "$out/summary.txt"
+  [ -z "$reason" ] && [ "$code" -ne 0 ] && failed=1
 }
 
-# TensorRT only: its timing cache shortens the second build; Triton's repository has the engine.
-tensorrt_only() {
-  rm -rf "$out/timed" "$out/triton" "$out/timings"
-  for _ in 1 2; do
-    alexnet export --format trt --builder-level 5 --timing-cache "$out/timings" --out "$out/timed" || return 1
-  done
-  alexnet export "$out/timed" --triton "$out/triton" && cat "$out"/triton/*/config.pbtxt
-}
+parts="quick rest"
+wanted=""
+action=run
+most=3600
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) parts=quick ;;
+    --list) action=list ;;
+    --installed) export INSTALLED=1 ;;
+    --limit)
+      most=${2:-0}
+      shift
+      ;;
+    --only | --run)
+      [ "$1" = --only ] || action=function
+      wanted=${2:-}
+      shift
+      if ! grep -q " $wanted\$" <<<"$CHECKS"; then
+        echo "error: no check $wanted; --list names them" >&2
+        exit 2
+      fi
+      ;;
+    *)
+      sed -n '2,9s/^# \?//p' "$self" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
 
-# Images/s with decoding on the GPU, beside DALI's own reader. Good files leave no line of a library's.
-feed() {
-  local only=(dali_gpu dali_gpu_64 dali_gpu_shards dali_gpu_reader dali_gpu_deterministic cached_gpu)
-  alexnet bench data --json --rounds 3 "${only[@]/#/--only=}" 2>"$out/feed.err"
-  local code=$?
-  cat "$out/feed.err"
-  [ "$code" -eq 0 ] && ! grep -iE 'nvjpeg|nvimagecodec|\[(warning|error)\]' "$out/feed.err"
-}
-
-check doctor alexnet doctor
-check gpu-tests gpu_tests
-check all-tests pytest
-check demo make demo
-for name in fp32 bf16 fp16; do check "precision-$name" precision "$name"; done
-check predictions predictions
-for name in fp32 fp16 int8; do check "export-$name" exported "$name"; done
-if python -c 'import tensorrt' 2>/dev/null; then
-  check tensorrt-only tensorrt_only
-else
-  summary+=("skipped tensorrt-only (timing cache, Triton's engine: tensorrt is not installed)")
-fi
-check feed feed
-check bench-data alexnet bench data --json
-check bench-train alexnet bench train --json --rounds 3
-check bench-infer alexnet bench infer --json --device cuda --precision fp32 --precision fp16 --rounds 3
-check bench-batch alexnet bench batch --to 4096 --plot "$out/bench-batch.png"
-if [ "$num_gpus" -ge 2 ]; then
-  check two-gpus two_gpus
-  check bench-scaling alexnet bench scaling --json --ranks 1 --ranks 2 --batch 128 --steps 20
-else
-  summary+=("skipped two-gpus (this machine has one GPU)")
+if [ "$action" = function ]; then
+  if [ -n "${INSTALLED:-}" ]; then
+    python() { python3 "$@"; }
+  fi
+  "$wanted"
+  exit
 fi
 
-printf '\n'
-printf '%s\n' "${summary[@]}"
+selected=$(while read -r part limit name; do
+  [[ -n $name && " $parts " == *" $part "* && (-z $wanted || $wanted == "$name") ]] && echo "$part $limit $name"
+done <<<"$CHECKS")
+if [ "$action" = list ]; then
+  echo "$selected"
+  exit
+fi
+
+if ! nvidia-smi -L; then
+  echo "error: no NVIDIA GPU here (nvidia-smi finds none); there is nothing to check" >&2
+  exit 2
+fi
+if [ -z "${INSTALLED:-}" ]; then
+  make install || exit 1
+  export PATH="$PWD/.venv/bin:$PATH"
+else
+  python() { python3 "$@"; }
+fi
+mkdir -p "$out"
+failed=0
+while read -r _ limit name; do check "$limit" "$name" </dev/null; done <<<"$selected"
 exit "$failed"

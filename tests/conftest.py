@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -28,6 +29,18 @@ DEV_PACKAGES = {
 """What the extra `dev` brings, by the names under which test files import it."""
 
 MISSING = re.compile(r"^E +ModuleNotFoundError: No module named '([^']+)'", re.MULTILINE)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Know `timeout` of `pyproject.toml` where pytest-timeout, of the extra `dev`, is not installed."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds of a test; pytest-timeout, which is not installed, would end it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker `timeout` there, too."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout: seconds; nothing ends the test without pytest-timeout")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import composed, printable, text_lines
+from data_pipeline.common.text import composed, printable, text_lines, visible
 from data_pipeline.datasets.watch import Watch
 
 SYNSET_IDS = "wnids.txt"
 CLASS_NAMES = ("words.txt", "synset_words.txt", "LOC_synset_mapping.txt")
-"""Files that name classes for people: an id, then a tab or a blank, then the name."""
+"""Files that name classes for people: a class, then a tab or (without one) a blank, then its names."""
+MAX_CLASS_NAMES_BYTES = 64 * 2**20
+MAX_NAME_CHARACTERS = 1000
+"""Of all synonyms of one class; the longest in WordNet's 82,114 lines are 371 characters."""
 
 _GROUND_TRUTH = "*_validation_ground_truth.txt"
 _DEVKITS = (".", "data", "devkit/data", "ILSVRC2012_devkit_t12/data", "val", "val/data")
@@ -66,25 +69,22 @@ def find_label_file(root: Path, split: str, folder_name: str, watch: Watch) -> t
 def read_class_names(root: Path, classes: Sequence[str], watch: Watch) -> tuple[str, ...]:
     """Read the names of the classes for people, where the data has a file of them.
 
-    A class gets the first of its synonyms; all of them where the first would name two classes; and its id
-    behind those where that still does (ImageNet's two cranes, the bird and the machine).
+    A class gets the first of its synonyms, which commas part, and the next ones where that names another
+    class too (ImageNet's "maillot" and "maillot, tank suit"). Where even all of them do, the class itself
+    stands behind in brackets (its two cranes, the bird and the machine). A class that the file does not name
+    keeps its own name. Control characters and bytes that are not UTF-8 are shown as `\\xNN`.
 
     Returns:
         (len(classes)) names; empty if there is no file, or it names none of the classes.
+    Raises:
+        UserError: a file that is too large, a name that is too long, or two different names of one class.
     """
-    known: dict[str, str] = {}
     wanted = {composed(name): name for name in classes}
     for path in (root / name for name in CLASS_NAMES):
         watch.note(path)
-        for _, line in _lines(path) if not known and path.is_file() else ():
-            key, _, name = line.replace("\t", " ").partition(" ")
-            if (wanted_name := wanted.get(composed(key))) is not None and name.strip():
-                known[wanted_name] = name.strip()
-    if not known:
-        return ()
-    synonyms = [known.get(name, name) for name in classes]
-    first = _where_unique([text.split(",")[0].strip() for text in synonyms], synonyms)
-    return tuple(_where_unique(first, [f"{t} ({c})" for t, c in zip(first, classes, strict=True)]))
+        if path.is_file() and (known := _read_synonyms(path, wanted)):
+            return _distinct([known.get(name) or visible(printable(name)) for name in classes], classes)
+    return ()
 
 
 def read_synset_ids(root: Path, watch: Watch) -> Classes | None:
@@ -96,9 +96,47 @@ def read_synset_ids(root: Path, watch: Watch) -> Classes | None:
     return tuple(sorted({line.strip() for _, line in _lines(path)}, key=os.fsencode))
 
 
-def _where_unique(texts: list[str], otherwise: list[str]) -> list[str]:
-    counts = Counter(texts)
-    return [t if counts[t] == 1 else other for t, other in zip(texts, otherwise, strict=True)]
+def _read_synonyms(path: Path, wanted: Mapping[str, str]) -> dict[str, str]:
+    """The names of those classes that are wanted, by class, as their line has them."""
+    if path.stat().st_size > MAX_CLASS_NAMES_BYTES:
+        raise UserError(
+            f"{printable(path)} is larger than {MAX_CLASS_NAMES_BYTES >> 20} MiB: "
+            "it should hold a line 'class<TAB>name' for each class"
+        )
+    known: dict[str, str] = {}
+    for number, line in _lines(path):
+        # By the tab alone where there is one, since the name of a folder may hold blanks.
+        key, _, rest = line.partition("\t") if "\t" in line else line.strip().partition(" ")
+        name, text = wanted.get(composed(key.strip())), rest.strip()
+        if name is None or not text:
+            continue
+        where = f"{printable(path)} line {number}"
+        if len(text) > MAX_NAME_CHARACTERS:
+            raise UserError(f"{where}: a name of {len(text)} characters; at most {MAX_NAME_CHARACTERS}")
+        text = visible(printable(text))
+        if known.setdefault(name, text) != text:
+            raise UserError(
+                f"{where} names {visible(printable(name))} a second time, and differently: keep one of them"
+            )
+    return known
+
+
+def _distinct(names: list[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """As few synonyms of each as tell it from the others; the class behind them where all do not."""
+    synonyms = [[one.strip() for one in text.split(",") if one.strip()] or [text] for text in names]
+    taken = [1] * len(names)
+    while True:
+        labels = [", ".join(parts[:count]) for parts, count in zip(synonyms, taken, strict=True)]
+        counts = Counter(labels)
+        growing = [i for i, t in enumerate(labels) if counts[t] > 1 and taken[i] < len(synonyms[i])]
+        if not growing:
+            break
+        for i in growing:
+            taken[i] += 1
+    return tuple(
+        label if counts[label] == 1 else f"{label} ({visible(printable(name))})"
+        for label, name in zip(labels, classes, strict=True)
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,8 @@ import numpy as np
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.decode.pillow import decode_rgb, finish_crop, parallel_for
 from data_pipeline.transforms.crop import eval_crop_params
-from infer.predict.decode import valid_images
-from infer.predict.rows import OkRow, top_k
+from infer.predict.decode import run_valid, valid_images
+from infer.predict.rows import OkRow, names_of, top_k
 from infer.predictor import Predictor
 from train.bench.harness import time_calls
 
@@ -72,13 +72,13 @@ class BundleCase:
             return lambda: parallel_for(resize, batch, pool, threads)
         with closing(predictor.decode(self.photos[:batch])) as batches:
             decoded = next(iter(batches))
-            pixels = valid_images(decoded)
         if phase == "copy":
             return lambda: valid_images(decoded)
         if phase == "model":
-            return lambda: predictor.backend.run(pixels)
-        probabilities = predictor.backend.run(pixels)
-        return lambda: top_k(probabilities, manifest.class_labels, 5)
+            return lambda: run_valid(predictor.backend, decoded, batch)
+        probabilities = run_valid(predictor.backend, decoded, batch)
+        names = names_of(predictor.bundle)
+        return lambda: top_k(probabilities, names, 5)
 
     def _predict(self, count: int) -> None:
         for row in self.predictor(islice(cycle(self.photos), count)):

@@ -26,7 +26,7 @@ from infer.predict.resume import (
     save_identity,
     skip_completed,
 )
-from infer.predict.rows import ErrorRow
+from infer.predict.rows import ErrorRow, names_of
 from infer.predict.table import RowCounter, Summary, open_table
 from infer.predict.writers import Format, RowWriter, open_output
 from infer.predictor import Predictor
@@ -72,8 +72,8 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         identity = identity_of(predictor.bundle, options)
         items, kept, kept_errors = iter(inputs), 0, 0
         if options.resume:
-            kept, kept_errors = _skip_completed(options, format, identity, items)
-        counter = RowCounter(predictor.backend)
+            kept, kept_errors = _skip_completed(options, format, predictor, identity, items)
+        counter = RowCounter(predictor.backend, predictor.load_s)
         writer = stack.enter_context(_open_writer(options, format, predictor))
         if options.output is not None and format != "table":
             save_identity(options.output, identity)
@@ -122,12 +122,16 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
 
 
 def _skip_completed(
-    options: PredictOptions, format: Format, identity: RunIdentity, items: Iterator[Item]
+    options: PredictOptions,
+    format: Format,
+    predictor: Predictor,
+    identity: RunIdentity,
+    items: Iterator[Item],
 ) -> tuple[int, int]:
     """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
     assert options.output is not None and format != "table"
     check_saved_identity(format, options.output, identity)
-    kept, kept_errors = skip_completed(format, options.output, identity.top, items)
+    kept, kept_errors = skip_completed(format, options.output, predictor.row_shape, items)
     log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
     return kept, kept_errors
 
@@ -136,5 +140,6 @@ def _open_writer(
     options: PredictOptions, format: Format, predictor: Predictor
 ) -> AbstractContextManager[RowWriter]:
     if format == "table":
-        return open_table(options.output, predictor.bundle.manifest.class_labels, predictor.top)
-    return open_output(format, options.output, predictor.top, append=options.resume, stdout=binary_stdout())
+        return open_table(options.output, names_of(predictor.bundle), predictor.top)
+    shape, stdout = predictor.row_shape, binary_stdout()
+    return open_output(format, options.output, shape, append=options.resume, stdout=stdout)

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from data_pipeline.common.machine import usable_cores
-from infer.runtime.choose import probe_machine, tensorrt_versions
+from infer.runtime.choose import Machine, engine_libraries, probe_machine, tensorrt_versions, why_no_library
 
 NOT_INSTALLED = "not installed"
 
@@ -118,11 +118,18 @@ def _prediction() -> dict[str, Any]:
         return {"status": f"needs ONNX Runtime ({error})"}
     gpu = machine.scan.gpus[0] if machine.scan.gpus else None
     engines = [f"{name} {version}" for name, version in tensorrt_versions().items()]
+    running = [f"{name} {version}" for name, version in engine_libraries(machine).items()]
     provider = "CUDA" if gpu and machine.cuda_provider else "CPU"
     return {
         "status": "ok",
         "gpu": f"{gpu.name} ({gpu.architecture})" if gpu else f"none: {machine.scan.reason}",
         "onnx_models": f"ONNX Runtime, {provider}ExecutionProvider",
-        "engines": f"run with {' or '.join(engines)}" if gpu and engines else "cannot run here",
+        "engines": _engine_words(machine, running),
         "engines_can_be_built_with": engines or "nothing: pip install 'alexnet[trt]' or 'alexnet[rtx]'",
     }
+
+
+def _engine_words(machine: Machine, running: list[str]) -> str:
+    if running:
+        return f"run with {' or '.join(running)}"
+    return f"cannot run here: {why_no_library(machine)}" if machine.scan.gpus else "cannot run here"

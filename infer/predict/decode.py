@@ -103,7 +103,7 @@ def choose_decoder(name: DecoderName, backend: InferenceBackend, expected: int |
 
 def valid_images(batch: Batch) -> NDArray[np.uint8]:
     """The images of a batch that could be decoded, in order: (n, [V,] crop, crop, 3) in host memory."""
-    images_NHWC = np.from_dlpack(batch.images)
+    images_NHWC = host_pixels(batch)
     assert images_NHWC.dtype == np.uint8
     return np.ascontiguousarray(images_NHWC if batch.valid.all() else images_NHWC[batch.valid], np.uint8)
 

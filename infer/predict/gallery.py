@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.text import visible
 from infer.bundle.load import Bundle
-from infer.predict.rows import OkRow, PredictionWithPixels
+from infer.predict.rows import OkRow, Prediction, PredictionWithPixels
 from infer.predict.table import RowCounter
 from infer.predict.writers import name_unwritable
 
@@ -56,6 +56,7 @@ font-size:1.5rem}
 align-items:start}
 .bar i{height:.6em;margin-top:.4em;border-radius:3px;background:#3a7bd5}
 .bar span:last-child{text-align:right;font-variant-numeric:tabular-nums}
+.bar small{opacity:.65}
 .bar:not(:first-child){opacity:.65;font-size:.9em}
 .error td{color:var(--red)}
 tr[hidden]{display:none!important}
@@ -75,7 +76,8 @@ const buttons=[...document.querySelectorAll("th button")],paragraphs=document.qu
 const failed=r=>r.classList.contains("error");
 const keys={order:r=>+r.dataset.n,path:r=>r.dataset.path,label:r=>r.dataset.label,
 probability:r=>+r.dataset.p};
-const texts=new Map(rows.map(r=>[r,(r.dataset.path+" "+r.dataset.label).toLowerCase()]));
+const texts=new Map(rows.map(r=>[r,
+  [r.dataset.path,r.dataset.label,r.dataset.class].join(" ").toLowerCase()]));
 let sort="order";
 function show(){
   const find=form.find.value.toLowerCase(),below=form.below.value===""?Infinity:+form.below.value/100;
@@ -140,13 +142,15 @@ class Gallery:
         """Add one row to the page; nothing of it is kept in memory."""
         (row, pixels), number = prediction, self._count
         self._count += 1
-        path = escape(visible(row.path))
+        path, also = escape(visible(row.path)), ""
         if isinstance(row, OkRow):
             assert pixels is not None
             best = row.predictions[0] if row.predictions else None
             label = escape(visible(best.label)) if best else ""
+            if best and best.class_name is not None:
+                also = f' data-class="{escape(visible(best.class_name))}"'
             bars = "".join(
-                f'<div class="bar"><span>{escape(visible(p.label))}</span>'
+                f'<div class="bar"><span>{_names(p)}</span>'
                 f'<i style="width:{p.probability:.1%}"></i><span>{p.probability:.1%}</span></div>'
                 for p in row.predictions
             )
@@ -157,7 +161,8 @@ class Gallery:
             label, probability, kind = "", "-1", ' class="error"'
             picture, what = '<div class="none">!</div>', escape(visible(row.error))
         self._page.write(
-            f'<tr{kind} data-n="{number}" data-p="{probability}" data-path="{path}" data-label="{label}">'
+            f'<tr{kind} data-n="{number}" data-p="{probability}" data-path="{path}" '
+            f'data-label="{label}"{also}>'
             f'<td>{picture}</td><td class="path">{path}</td><td>{what}</td></tr>\n'
         )
 
@@ -199,6 +204,13 @@ def open_gallery(path: Path, bundle: Bundle, counter: RowCounter) -> Iterator[Ga
         finally:
             summary = escape(visible(counter.summary().sentence()))
             page.write(f"</tbody></table><p>{summary}</p><script>{_SCRIPT}</script></body></html>\n")
+
+
+def _names(prediction: Prediction) -> str:
+    """The label of a class and, where it has another, its name in the data."""
+    label = escape(visible(prediction.label))
+    name = prediction.class_name
+    return label if name is None else f"{label} <small>{escape(visible(name))}</small>"
 
 
 def _thumbnail(pixels_HWC: NDArray[np.uint8]) -> str:

@@ -16,9 +16,10 @@ from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import Inputs
 from infer.predict.options import PredictOptions
 from infer.predict.resume import CompletedRow
+from infer.predict.rows import RowShape
 from infer.predict.writers import Format, csv_columns, journal_of
 
-_CSV = ",".join(csv_columns(1)).encode()
+_CSV = ",".join(csv_columns(RowShape(1, named=False))[:4]).encode()
 _JSONL = b'{"path":"'
 _TABLE = re.compile(rb"(\x1b\[[\d;]*m)?image +#1[ \n]")  # coloured where the environment asks for it
 _PARQUET = b"PAR1"

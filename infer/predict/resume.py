@@ -19,7 +19,7 @@ from infer.bundle.load import Bundle
 from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
-from infer.predict.rows import check_top
+from infer.predict.rows import RowShape, check_top
 from infer.predict.writers import (
     ROW_GROUP,
     FileFormat,
@@ -146,12 +146,14 @@ class CompletedRow(msgspec.Struct, frozen=True):
     status: Literal["ok", "error"]
 
 
-def skip_completed(format: FileFormat, output: Path, places: int, items: Iterator[Item]) -> tuple[int, int]:
+def skip_completed(
+    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item]
+) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
     Args:
         format, output: the file of the earlier run.
-        places: classes in a row.
+        shape: of the rows.
         items: the inputs of this run.
     Returns:
         How many rows there are, and how many of them are errors.
@@ -160,7 +162,7 @@ def skip_completed(format: FileFormat, output: Path, places: int, items: Iterato
         UserError, CorruptFileError: see `completed_rows`.
     """
     rows = errors = 0
-    for row in completed_rows(format, output, places):
+    for row in completed_rows(format, output, shape):
         item = next(items, None)
         if item is None:
             raise UserError(f"--resume: {printable(output)} has more rows than there are inputs")
@@ -174,7 +176,7 @@ def skip_completed(format: FileFormat, output: Path, places: int, items: Iterato
     return rows, errors
 
 
-def completed_rows(format: FileFormat, output: Path, places: int) -> Iterator[CompletedRow]:
+def completed_rows(format: FileFormat, output: Path, shape: RowShape) -> Iterator[CompletedRow]:
     """The rows that an output file has; cuts off a last line that was written in part, and logs that.
 
     Raises:
@@ -184,7 +186,7 @@ def completed_rows(format: FileFormat, output: Path, places: int) -> Iterator[Co
     if format == "parquet":
         journal = journal_of(output)
         if not journal.exists() and output.exists():
-            _read_parquet(output, journal)
+            _read_parquet(output, journal, shape)
         format, output = "jsonl", journal
     if not output.exists():
         return
@@ -193,7 +195,7 @@ def completed_rows(format: FileFormat, output: Path, places: int) -> Iterator[Co
         for number, record in enumerate(_records(file, quoted=format == "csv")):
             if not record.endswith(b"\n"):
                 break
-            row = _parse(record, format, number, output, places)
+            row = _parse(record, format, number, output, shape)
             complete_bytes += len(record)
             if row is not None:
                 yield row
@@ -214,7 +216,9 @@ def _records(file: BinaryIO, quoted: bool) -> Iterator[bytes]:
         yield record.removesuffix(b"\n")  # a quote is open, so the record is incomplete
 
 
-def _parse(record: bytes, format: FileFormat, number: int, output: Path, places: int) -> CompletedRow | None:
+def _parse(
+    record: bytes, format: FileFormat, number: int, output: Path, shape: RowShape
+) -> CompletedRow | None:
     """One record of a file; None for the header of CSV."""
     try:
         if format == "jsonl":
@@ -223,23 +227,23 @@ def _parse(record: bytes, format: FileFormat, number: int, output: Path, places:
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {error}") from error
     if number == 0:
-        if cells != csv_columns(places):
+        if cells != csv_columns(shape):
             raise UserError(
                 f"--resume: {printable(output)} has other columns; give --top as it was begun with"
             )
         return None
-    if len(cells) != len(csv_columns(places)) or cells[1] not in ("ok", "error"):
+    if len(cells) != len(csv_columns(shape)) or cells[1] not in ("ok", "error"):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
     return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error")
 
 
-def _read_parquet(output: Path, journal: Path) -> None:
+def _read_parquet(output: Path, journal: Path, shape: RowShape) -> None:
     """Turn a finished Parquet file back into its journal, to continue after its last row."""
     pa, pq = import_parquet()
     temporary = journal.with_name(f".{journal.name}.partial")
     try:
         with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
-            if not file.schema_arrow.equals(parquet_schema()):
+            if not file.schema_arrow.equals(parquet_schema(shape)):
                 raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
             for batch in file.iter_batches(ROW_GROUP):
                 for row in batch.to_pylist():

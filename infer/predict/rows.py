@@ -18,10 +18,18 @@ DEFAULT_BATCH = 32
 DEFAULT_TOP = 5
 
 
-class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """One class of one image."""
+class Prediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One class of one image.
+
+    Attributes:
+        class_id: the place of the class among the model's.
+        class_name: as the data has it (`n01443537`); `class` in files. None, and in no file, where the data
+            names no class for people: then the label is that name.
+        label: the name for people (`goldfish`).
+    """
 
     class_id: int
+    class_name: str | None = msgspec.field(default=None, name="class")
     label: str
     probability: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -43,6 +51,36 @@ class ErrorRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Row = OkRow | ErrorRow
+
+
+class ClassNames(NamedTuple):
+    """The names of a model's classes, by class id.
+
+    Attributes:
+        labels: for people.
+        in_data: as the data has them; empty where its labels are nothing else.
+    """
+
+    labels: tuple[str, ...]
+    in_data: tuple[str, ...] = ()
+
+
+def names_of(bundle: Bundle) -> ClassNames:
+    """The names of a bundle's classes."""
+    manifest = bundle.manifest
+    return ClassNames(manifest.class_labels, manifest.classes if manifest.labels_text else ())
+
+
+class RowShape(NamedTuple):
+    """What the rows of a run have in common.
+
+    Attributes:
+        places: most classes in a row.
+        named: whether a class has its name in the data beside its label.
+    """
+
+    places: int
+    named: bool
 
 
 class PredictionWithPixels(NamedTuple):
@@ -70,7 +108,7 @@ def check_top(bundle: Bundle, top: int | None) -> int:
 def rows_of(
     batch: Batch,
     probabilities_NC: NDArray[np.float32],
-    labels: tuple[str, ...],
+    names: ClassNames,
     *,
     top: int,
     min_probability: float,
@@ -82,11 +120,11 @@ def rows_of(
     Args:
         batch: decoded images.
         probabilities_NC: of those that could be decoded.
-        labels: of the classes.
+        names: of the classes.
         top: most classes in a row.
         min_probability: classes below it are left out, which may leave none.
     """
-    predicted, failures = iter(top_k(probabilities_NC, labels, top)), iter(batch.failures)
+    predicted, failures = iter(top_k(probabilities_NC, names, top)), iter(batch.failures)
     for path, valid in zip(batch.paths, batch.valid, strict=True):
         if valid:
             likely = tuple(p for p in next(predicted) if p.probability >= min_probability)
@@ -95,17 +133,21 @@ def rows_of(
             yield ErrorRow(path=printable(path), error=next(failures).reason)
 
 
-def top_k(
-    probabilities_NC: NDArray[np.float32], labels: tuple[str, ...], k: int
-) -> list[tuple[Prediction, ...]]:
+def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> list[tuple[Prediction, ...]]:
     """The `k` most probable classes of each image, the best first.
 
-    >>> top_k(np.array([[0.25, 0.75]], np.float32), ("cat", "dog"), 1)
-    [(Prediction(class_id=1, label='dog', probability=0.75),)]
+    >>> top_k(np.array([[0.25, 0.75]], np.float32), ClassNames(("cat", "dog")), 1)
+    [(Prediction(class_id=1, class_name=None, label='dog', probability=0.75),)]
     """
+    classes, labels = names.in_data or (None,) * len(names.labels), names.labels
     return [
         tuple(
-            Prediction(class_id=int(c), label=labels[c], probability=min(float(row_C[c]), 1.0))
+            Prediction(
+                class_id=int(c),
+                class_name=classes[c],
+                label=labels[c],
+                probability=min(float(row_C[c]), 1.0),
+            )
             for c in ranked_K
         )
         for row_C, ranked_K in zip(probabilities_NC, rank_classes(probabilities_NC, k), strict=True)

@@ -14,7 +14,7 @@ import msgspec
 from data_pipeline.common.console import make_console
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import visible
-from infer.predict.rows import ErrorRow, OkRow, PredictionWithPixels, Row
+from infer.predict.rows import ClassNames, ErrorRow, OkRow, PredictionWithPixels, Row
 from infer.predict.writers import name_unwritable
 from infer.runtime.base import InferenceBackend
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GAP = "  "
 MIN_PATH_CELLS, MAX_PATH_CELLS = 16, 48
 MIN_CLASS_CELLS, MAX_CLASS_CELLS = 10, 24
+MAX_NAME_CELLS = 16
+NAME_HEADING = "class"
 PERCENT_CELLS = 7  # " 100.0%"
 FILE_WIDTH = 120
 """Width of a table that goes to a file or a pipe."""
@@ -39,6 +41,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         kept, kept_errors: the same of an earlier run that this one resumed.
         seconds: duration of this run.
         images_per_s: `images` by `seconds`.
+        start_s: seconds until the first row: loading the model, and the first batch; the longest of
+            Ray's workers.
         backend, provider, device, precision: see `infer.runtime.base.InferenceBackend`.
         passed_over: files of folders and shards that are no images, by lower-case suffix.
     """
@@ -49,6 +53,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     kept_errors: int
     seconds: float
     images_per_s: float
+    start_s: float
     backend: str
     provider: str
     device: str
@@ -62,7 +67,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         failed = f", {self.errors} of them could not be read" if self.errors else ""
         return (
             f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
-            f"with {self.provider}, {self.precision}, on {self.device}{passed_over}"
+            f"with {self.provider}, {self.precision}, on {self.device}; "
+            f"the start took {self.start_s:.1f} s{passed_over}"
         )
 
 
@@ -71,11 +77,12 @@ class RowCounter:
 
     Args:
         backend: the model, for the summary.
+        load_s: seconds that loading it took.
     """
 
-    def __init__(self, backend: InferenceBackend) -> None:
+    def __init__(self, backend: InferenceBackend, load_s: float = 0.0) -> None:
         self._backend = backend
-        self._seconds = 0.0
+        self._seconds, self._start_s = 0.0, load_s
         self.images = self.errors = 0
 
     def count(self, predictions: Iterable[PredictionWithPixels]) -> Iterator[PredictionWithPixels]:
@@ -85,6 +92,8 @@ class RowCounter:
             self.images += 1
             self.errors += isinstance(one.row, ErrorRow)
             self._seconds = time.perf_counter() - started
+            if self.images == 1:
+                self._start_s += self._seconds
             yield one
 
     def summary(self, kept: int = 0, kept_errors: int = 0, passed_over: PassedOver | None = None) -> Summary:
@@ -103,6 +112,7 @@ class RowCounter:
             kept_errors=kept_errors,
             seconds=self._seconds,
             images_per_s=self.images / self._seconds if self._seconds else 0.0,
+            start_s=self._start_s,
             backend=backend.name,
             provider=backend.provider,
             device=backend.device,
@@ -120,18 +130,25 @@ class TableWriter:
         console: prints; its width decides how many of the `places` classes have room.
         places: classes in a row.
         label_cells: width of the longest label; the columns are no wider than it needs.
+        name_cells: width of the longest name of a class in the data, which stands behind the best label.
     """
 
-    def __init__(self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS) -> None:
+    def __init__(
+        self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS, name_cells: int = 0
+    ) -> None:
         from rich.cells import set_cell_size
         from rich.text import Text
 
         self._console, self._text = console, Text
-        self._path_cells, self._class_cells, self._shown = layout(console.width, places, label_cells)
+        self._name_cells = name_cells and min(max(name_cells, len(NAME_HEADING)), MAX_NAME_CELLS)
+        width = console.width - (self._name_cells and self._name_cells + len(GAP))
+        self._path_cells, self._class_cells, self._shown = layout(width, places, label_cells)
         header = Text(style="bold")
         header.append(set_cell_size("image", self._path_cells))
         for place in range(1, self._shown + 1):
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
+            if place == 1 and self._name_cells:
+                header.append(GAP + set_cell_size(NAME_HEADING, self._name_cells))
         _print(console, header)
 
     def write(self, row: Row) -> None:
@@ -142,33 +159,37 @@ class TableWriter:
                 label.truncate(self._class_cells - PERCENT_CELLS, overflow="ellipsis", pad=True)
                 cell = f"{GAP}{label.plain}{prediction.probability:>{PERCENT_CELLS}.1%}"
                 line.append(cell, style="bold green" if place == 0 else "dim")
+                if place == 0 and self._name_cells:
+                    name = self._text(visible(prediction.class_name or ""))
+                    name.truncate(self._name_cells, overflow="ellipsis", pad=True)
+                    line.append(GAP + name.plain)
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
 
 
 @contextmanager
-def open_table(output: Path | None, labels: Iterable[str], places: int) -> Iterator[TableWriter]:
+def open_table(output: Path | None, names: ClassNames, places: int) -> Iterator[TableWriter]:
     """A writer of a table.
 
     Args:
         output: the file; None for stdout.
-        labels: of all classes.
+        names: of all classes.
         places: classes in a row.
     Raises:
         UserError: the file cannot be written.
     """
     from rich.cells import cell_len
 
-    label_cells = max(cell_len(visible(label)) for label in labels)
+    cells = [max((cell_len(visible(name)) for name in column), default=0) for column in names]
     if output is None:
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        yield TableWriter(make_console(width=width), places, label_cells)
+        yield TableWriter(make_console(width=width), places, *cells)
         return
     with name_unwritable(output):
         file = output.open("w", encoding="utf-8")
     with file:
-        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, label_cells)
+        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, *cells)
 
 
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import msgspec
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.predict.rows import ErrorRow, OkRow, Row
+from infer.predict.rows import ErrorRow, OkRow, Row, RowShape
 
 FileFormat = Literal["jsonl", "csv", "parquet"]
 Format = Literal["table", "jsonl", "csv", "parquet"]
@@ -45,26 +45,27 @@ class JsonlWriter:
 
 
 class CsvWriter:
-    """Writes path, status, error, and class_id, label and probability of each place, in UTF-8.
+    """Writes path, status, error, and class_id, class, label and probability of each place, in UTF-8.
 
     Args:
         stream: where to write.
-        places: classes in a row.
+        shape: of the rows.
         header: whether to begin with the names of the columns.
     """
 
-    def __init__(self, stream: BinaryIO, places: int, *, header: bool = True) -> None:
-        self._stream, self._places = stream, places
+    def __init__(self, stream: BinaryIO, shape: RowShape, *, header: bool = True) -> None:
+        self._stream, self._shape, self._columns = stream, shape, csv_columns(shape)
         if header:
-            self._put(csv_columns(places))
+            self._put(self._columns)
 
     def write(self, row: Row) -> None:
         error = row.error if isinstance(row, ErrorRow) else ""
         cells: list[object] = [safe_cell(row.path), row.status, safe_cell(error)]
         predictions = row.predictions if isinstance(row, OkRow) else ()
         for one in predictions:
-            cells += [one.class_id, safe_cell(one.label), one.probability]
-        self._put([*cells, *[""] * (3 * (self._places - len(predictions)))])
+            also = [safe_cell(one.class_name or "")] if self._shape.named else []
+            cells += [one.class_id, *also, safe_cell(one.label), one.probability]
+        self._put([*cells, *[""] * (len(self._columns) - len(cells))])
 
     def _put(self, cells: Iterable[object]) -> None:
         text = io.StringIO()
@@ -73,10 +74,10 @@ class CsvWriter:
         self._stream.flush()
 
 
-def csv_columns(places: int) -> list[str]:
-    """Names of the columns for rows of `places` classes."""
-    names = ("class_id", "label", "probability")
-    return ["path", "status", "error", *(f"{name}_{n}" for n in range(1, places + 1) for name in names)]
+def csv_columns(shape: RowShape) -> list[str]:
+    """Names of the columns for rows of a shape."""
+    names = ("class_id", *(("class",) if shape.named else ()), "label", "probability")
+    return ["path", "status", "error", *(f"{name}_{n}" for n in range(1, shape.places + 1) for name in names)]
 
 
 def safe_cell(text: str) -> str:
@@ -92,7 +93,7 @@ def safe_cell(text: str) -> str:
 
 @contextmanager
 def open_output(
-    format: FileFormat, output: Path | None, places: int, *, append: bool, stdout: BinaryIO
+    format: FileFormat, output: Path | None, shape: RowShape, *, append: bool, stdout: BinaryIO
 ) -> Iterator[RowWriter]:
     """A writer of rows.
 
@@ -102,7 +103,7 @@ def open_output(
     Args:
         format: of the rows.
         output: the file; None for `stdout`, which takes no Parquet.
-        places: classes in a row.
+        shape: of the rows.
         append: whether to continue after the rows that are there.
         stdout: the standard output of the process.
     Raises:
@@ -110,7 +111,7 @@ def open_output(
     """
     if output is None:
         assert format != "parquet"
-        yield JsonlWriter(stdout) if format == "jsonl" else CsvWriter(stdout, places)
+        yield JsonlWriter(stdout) if format == "jsonl" else CsvWriter(stdout, shape)
         return
     if format == "parquet":
         import_parquet()
@@ -118,9 +119,9 @@ def open_output(
     with name_unwritable(target):
         file = target.open("ab" if append else "wb")
     with file:
-        yield CsvWriter(file, places, header=file.tell() == 0) if format == "csv" else JsonlWriter(file)
+        yield CsvWriter(file, shape, header=file.tell() == 0) if format == "csv" else JsonlWriter(file)
     if format == "parquet":
-        _write_parquet(target, output)
+        _write_parquet(target, output, shape)
         target.unlink()
 
 
@@ -152,17 +153,20 @@ def import_parquet() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def parquet_schema() -> Any:
-    """Columns path, status, error and predictions, a list of class_id, label and probability."""
+def parquet_schema(shape: RowShape) -> Any:
+    """Columns path, status, error and predictions, a list of class_id, class, label and probability."""
     pa, _ = import_parquet()
-    prediction = pa.struct([("class_id", pa.int64()), ("label", pa.string()), ("probability", pa.float64())])
+    named = [("class", pa.string())] if shape.named else []
+    prediction = pa.struct(
+        [("class_id", pa.int64()), *named, ("label", pa.string()), ("probability", pa.float64())]
+    )
     columns = [("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
     return pa.schema([*columns, ("predictions", pa.list_(prediction))])
 
 
-def _write_parquet(journal: Path, output: Path) -> None:
+def _write_parquet(journal: Path, output: Path, shape: RowShape) -> None:
     pa, pq = import_parquet()
-    schema = parquet_schema()
+    schema = parquet_schema(shape)
     temporary = output.with_name(f".{output.name}.partial")
     with journal.open("rb") as lines, pq.ParquetWriter(temporary, schema) as writer:
         while rows := [msgspec.json.decode(line) for line in itertools.islice(lines, ROW_GROUP)]:

@@ -156,6 +156,7 @@ def _sum_up(
         kept_errors=kept_errors,
         seconds=seconds,
         images_per_s=images / seconds if seconds else 0.0,
+        start_s=max((one.summary.start_s for one in results), default=0.0),
         backend=joined("backend"),
         provider=joined("provider"),
         device=joined("device") + (f" of {num_hosts} machines" if num_hosts > 1 else ""),

@@ -19,7 +19,7 @@ from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
 from data_pipeline.common.text import printable
 from infer.predict.resume import CompletedRow, manifest_file_sha256
-from infer.predict.rows import ErrorRow, Row
+from infer.predict.rows import ErrorRow, Row, RowShape
 from infer.predict.table import RowCounter, Summary
 from infer.predict.writers import import_parquet, parquet_schema
 from infer.predictor import Predictor
@@ -65,14 +65,15 @@ class PartWorker:
 
     def predict(self, number: int, host: str = "") -> PartResult:
         """Predict a part and write its file."""
+        loaded = self.predictor is not None
         predictor = self.predictor = self.predictor or self._load()
-        counter = RowCounter(predictor.backend)
+        counter = RowCounter(predictor.backend, 0.0 if loaded else predictor.load_s)
         items = [one.item() for one in self._plan.inputs(number)]
         rows = [one.row for one in counter.count(predictor.rows(items))]
         failed = next((row for row in rows if isinstance(row, ErrorRow)), None)
         if failed is not None and self._strict:
             raise CorruptFileError(f"{failed.path}: {failed.error} (--strict)")
-        write_part(self._plan, number, rows)
+        write_part(self._plan, number, rows, predictor.row_shape)
         return PartResult(host, predictor.runs_on, counter.summary())
 
     def _load(self) -> Predictor:
@@ -90,7 +91,7 @@ class PartWorker:
         return predictor
 
 
-def write_part(plan: Plan, number: int, rows: Sequence[Row]) -> None:
+def write_part(plan: Plan, number: int, rows: Sequence[Row], shape: RowShape) -> None:
     """Write the rows of a part so that they are there whole or not at all, however many do so at once.
 
     Raises:
@@ -100,7 +101,7 @@ def write_part(plan: Plan, number: int, rows: Sequence[Row]) -> None:
     # A name of its own, since a worker that is taken for dead may still be writing the same part.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_WRITING}")
     try:
-        temporary.write_bytes(_encode(plan.job, number, rows))
+        temporary.write_bytes(_encode(plan.job, number, rows, shape))
         fsync_path(temporary)
         temporary.replace(path)
     except OSError as error:
@@ -109,7 +110,7 @@ def write_part(plan: Plan, number: int, rows: Sequence[Row]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _encode(job: Job, number: int, rows: Sequence[Row]) -> bytes:
+def _encode(job: Job, number: int, rows: Sequence[Row], shape: RowShape) -> bytes:
     first = number * job.part_rows
     indexed: list[dict[str, Any]] = [
         {"index": index, **msgspec.to_builtins(row)} for index, row in enumerate(rows, first)
@@ -117,7 +118,7 @@ def _encode(job: Job, number: int, rows: Sequence[Row]) -> bytes:
     if job.format == "jsonl":
         return msgspec.json.Encoder().encode_lines(indexed)
     pa, pq = import_parquet()
-    schema, buffer = pa.schema([("index", pa.int64()), *parquet_schema()]), io.BytesIO()
+    schema, buffer = pa.schema([("index", pa.int64()), *parquet_schema(shape)]), io.BytesIO()
     pq.write_table(pa.Table.from_pylist(indexed, schema), buffer)
     return buffer.getvalue()
 

@@ -26,6 +26,14 @@ _DISTRIBUTIONS = {
 }
 
 
+RTX_GPUS = frozenset({"sm75", "sm80", "sm86", "sm89", "sm120", "sm121"})
+"""GPUs that load TensorRT-RTX's engines. Hopper (sm90) and the Blackwells of data centres need `tensorrt`.
+Source: `ComputeCapability` of TensorRT-RTX 1.7."""
+FEW_IMAGES = 100
+"""So few are done sooner on a CPU: with ONNX Runtime's CUDA provider ten images took an H200 2.5 s, and two
+cores do 100 images of 224 pixels in 1.5 s."""
+
+
 class Choice(NamedTuple):
     """A loaded backend, and the sentence that names it and why it was chosen."""
 
@@ -123,12 +131,40 @@ def why_no_cuda(machine: Machine) -> str | None:
 def rebuild_advice(folder: Path, machine: Machine) -> str | None:
     """The command that builds an engine for this machine from a bundle, or None where none can be built."""
     # `tensorrt` is empty without a GPU.
-    return f"build one for this machine: alexnet export {folder} --format trt" if machine.tensorrt else None
+    if not machine.tensorrt:
+        return None
+    runs = not machine.scan.gpus or engine_libraries(machine)
+    first = "" if runs else f"{why_no_library(machine)}; then "
+    return f"{first}build one for this machine: alexnet export {folder} --format trt"
 
 
-def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Machine) -> Decision:
+def engine_libraries(machine: Machine) -> dict[str, str]:
+    """The installed libraries, with their versions, whose engines the first GPU can load."""
+    gpus = machine.scan.gpus
+    return {
+        name: version
+        for name, version in machine.tensorrt.items()
+        if gpus and (name != "tensorrt_rtx" or gpus[0].architecture in RTX_GPUS)
+    }
+
+
+def why_no_library(machine: Machine) -> str:
+    """Why no installed library's engines run on a GPU that is there, and what to install."""
+    gpu = machine.scan.gpus[0]
+    if gpu.architecture in RTX_GPUS:
+        return "neither TensorRT is installed: pip install 'alexnet[trt]' or 'alexnet[rtx]'"
+    installed = "" if "tensorrt_rtx" not in machine.tensorrt else ", though tensorrt_rtx is installed"
+    return f"{gpu.name} is {gpu.architecture}, which needs tensorrt{installed}: pip install 'alexnet[trt]'"
+
+
+def decide(
+    bundle: Bundle, backend: BackendName, device: DeviceName, machine: Machine, expected: int | None = None
+) -> Decision:
     """Choose the runtime and the device.
 
+    Args:
+        bundle, backend, device, expected: see `choose_backend`.
+        machine: this machine.
     Raises:
         UserError: what was asked for cannot be had here, with the reason.
     """
@@ -147,12 +183,14 @@ def decide(bundle: Bundle, backend: BackendName, device: DeviceName, machine: Ma
         if no_cuda:
             raise UserError(f"--device cuda cannot be had: {no_cuda}")
         return Decision("onnx", "cuda", "as asked")
-    runs_on: Literal["cpu", "cuda"] = "cpu" if device == "cpu" or no_cuda else "cuda"
+    few = device == "auto" and not no_cuda and expected is not None and expected <= FEW_IMAGES
+    runs_on: Literal["cpu", "cuda"] = "cpu" if device == "cpu" or no_cuda or few else "cuda"
+    sooner = "so few images are done there before CUDA has started"
     if bundle.manifest.engine and no_engine and not (runs_on == "cpu" and backend == "onnx"):
-        return _without_engine(runs_on, no_engine)
+        return _without_engine(runs_on, f"{no_engine}; {sooner}" if few else no_engine)
     if device == "cpu":
         return Decision("onnx", "cpu", "as asked")
-    return Decision("onnx", runs_on, no_cuda or "the fastest there is for it here")
+    return Decision("onnx", runs_on, no_cuda or (sooner if few else "the fastest there is for it here"))
 
 
 def _without_engine(device: Literal["cpu", "cuda"], reason: str) -> Decision:
@@ -160,7 +198,12 @@ def _without_engine(device: Literal["cpu", "cuda"], reason: str) -> Decision:
 
 
 def choose_backend(
-    bundle: Bundle, *, backend: BackendName = "auto", device: DeviceName = "auto", threads: int = 0
+    bundle: Bundle,
+    *,
+    backend: BackendName = "auto",
+    device: DeviceName = "auto",
+    threads: int = 0,
+    expected: int | None = None,
 ) -> Choice:
     """Load a bundle with what was asked for, or with the fastest that works here.
 
@@ -168,11 +211,13 @@ def choose_backend(
         backend: `onnx`, `trt`, or `auto`: the engine where it can run, else ONNX Runtime.
         device: `cpu`, `cuda`, or `auto`: the GPU where there is one that the runtime can use.
         threads: see `OnnxBackend`.
+        expected: how many images, or views of them, there will be; None if that is not known. `auto` leaves a
+            few of them to the CPU, since ONNX Runtime's CUDA provider takes longer to start.
     Raises:
         UserError: what was asked for cannot be had here.
         CorruptFileError: a file of the bundle that does not belong to its manifest.
     """
-    decision = decide(bundle, backend, device, probe_machine())
+    decision = decide(bundle, backend, device, probe_machine(), expected)
     if decision.runtime == "trt":
         from infer.runtime.tensorrt import TensorRTBackend
 
@@ -181,7 +226,9 @@ def choose_backend(
         except UserError as error:
             if backend == "trt":
                 raise
-            decision = _without_engine(decide(bundle, "onnx", device, probe_machine()).device, str(error))
+            decision = _without_engine(
+                decide(bundle, "onnx", device, probe_machine(), expected).device, str(error)
+            )
     why = decision.why
     if decision.device == "cuda":
         try:

@@ -119,8 +119,12 @@ def test_readable_names_reach_the_bundle_and_the_rows(
     rows = CliRunner().invoke(main, [*arguments, "--format", "jsonl", "--top", "10"])
     (row,) = map(msgspec.json.decode, rows.stdout.splitlines())
     assert {p["class_id"]: p["label"] for p in row["predictions"]} == dict(enumerate(NAMES))
+    assert all(p["class"] == str(p["class_id"]) for p in row["predictions"])
     table = CliRunner().invoke(main, arguments)
     assert any(name in table.stdout for name in NAMES)
+    best = row["predictions"][0]
+    assert table.stdout.splitlines()[0].split()[:3] == ["image", "#1", "class"]
+    assert f"{best['probability']:.1%}  {best['class']}" in table.stdout
     # by its classes' own names the bundle finds the data again
     evaluated = CliRunner().invoke(
         main, ["evaluate", str(tmp_path / "bundle"), "--data", str(data), "--json"]

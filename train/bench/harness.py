@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import platform
+import select
 import statistics
 import sys
 import time
@@ -27,34 +28,57 @@ Ratios = dict[str, float | None]
 log = logging.getLogger("train")
 
 
+class OutOfTimeError(Exception):
+    """A case that took longer than it may, all its answers together; its process is killed."""
+
+
 class Case:
     """One thing to measure, built and measured in a process of its own.
 
     Args:
         stack: ends the process.
         make: builds it; gets a stack that the process closes at its end, and `arguments`.
+        limit_s: seconds for building it and for all requests together; None for as long as they take.
     Raises:
         RuntimeError: the process ended early; its message is on stderr.
+        OutOfTimeError: the time is over.
     """
 
-    def __init__(self, stack: ExitStack, make: Callable[..., object], *arguments: object) -> None:
-        self._name = " ".join(map(str, arguments))
+    def __init__(
+        self,
+        stack: ExitStack,
+        make: Callable[..., object],
+        *arguments: object,
+        limit_s: float | None = None,
+    ) -> None:
+        self._name, self._limit_s, self._used_s = " ".join(map(str, arguments)), limit_s, 0.0
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
         command = own_command("train.bench.harness:serve")
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
         assert process.stdin is not None and process.stdout is not None
+        self._process = process
         self._requests, self._replies = process.stdin, process.stdout
         pickle.dump(sys.path, self._requests)  # it imports what this process would
         self.request(make, *arguments)
 
     def request(self, method: object, *arguments: object) -> Any:
         """Call a method of the case, by its name, in its process, and wait for what it returns."""
+        started = time.perf_counter()
         try:
             pickle.dump((method, *arguments), self._requests)
             self._requests.flush()
+            self._wait_for_reply()
+            self._used_s += time.perf_counter() - started
             return pickle.load(self._replies)
         except (EOFError, BrokenPipeError):
             raise RuntimeError(f"the measurement of {self._name} ended early: its message is above") from None
+
+    def _wait_for_reply(self) -> None:
+        """Wait until the reply begins, but no longer than the case may take; then its process ends."""
+        left_s = None if self._limit_s is None else max(0.0, self._limit_s - self._used_s)
+        if not select.select([self._replies], [], [], left_s)[0]:
+            self._process.kill()
+            raise OutOfTimeError(f"cut off after {self._limit_s:g} s")
 
 
 def serve() -> None:

@@ -5,34 +5,32 @@ Fractions of the peak (MFU) compare the best round with the best matrix product 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from train.bench import harness
 from train.bench.flops import flops_of, gemm_gflops
-from train.bench.harness import Case, Ratios, Report, four_digits, log, time_calls
+from train.bench.harness import Case, Ratios, Report, four_digits, log
 from train.bench.images import write_bench_images
+from train.bench.lrn import LrnCase
 from train.bench.steps import StepSpec, open_steps
-from train.bench.trainer import wait_for
 from train.distributed.world import choose_device, cpu_share, exact_float32
-from train.models.lrn import LocalResponseNorm
 from train.optim.precision import choose_precision
 
+LIMIT_S: dict[str, float | None] = {"cpu": None, "cuda": 60}
+"""What one subject may take, building and compiling included: more is cut off, and said."""
 STEPS = {"cpu": 1, "cuda": 20}
 FED_STEPS = {"cpu": 4, "cuda": 40}
 PHASES = ("forward", "backward", "step", "loader", "end_to_end")
-LRN_LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 LRN_TEXT = {"none": " without LRN", "torch": " nn.LocalResponseNorm", "eager": " eager LRN", "fused": ""}
+K = TypeVar("K")
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 
@@ -45,12 +43,14 @@ class Measured:
             beside `loader` and `end_to_end`.
         gemm_gflops: the best matrix product by precision, in 1e9 operations a second.
         lrn_s: the best time of LRN alone, forward and backward, by memory format and form.
+        cut_off: a sentence for each subject whose time was over; nothing else is kept of it.
     """
 
     crop_px: int
     seconds: defaultdict[tuple[StepSpec, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     gemm_gflops: dict[str, float] = field(default_factory=dict)
     lrn_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    cut_off: list[str] = field(default_factory=list)
 
 
 def bench_train(
@@ -79,15 +79,23 @@ def bench_train(
         stack.enter_context(exact_float32())
         for spec in make_specs(variants, batches, precisions, compiled):
             log.info(f"starting {label(spec)}")
-            cases[spec] = Case(stack, open_steps, spec, crop_px, folder, kind)
+            with cutting_off(measured, cases, spec):
+                cases[spec] = Case(stack, open_steps, spec, crop_px, folder, kind, limit_s=LIMIT_S[kind])
+        lrn: dict[str, Case] = {}
+        if "paper" in variants:
+            shape = (min(batches[0], 64), (crop_px + 4 - 11) // 4 + 1)
+            with cutting_off(measured, lrn, "LRN alone"):
+                lrn["LRN alone"] = Case(stack, LrnCase, *shape, kind, limit_s=LIMIT_S[kind])
         for _ in harness.rounds(num_rounds):
             measure_passes(measured, cases, precisions, kind)
-            if "paper" in variants:
-                measure_lrn(measured, min(batches[0], 64), kind)
+            for name, case in list(lrn.items()):
+                with cutting_off(measured, lrn, name):
+                    measure_lrn(measured, case)
         started = {spec: case.request("first_step_and_memory") for spec, case in cases.items()}
         for _ in harness.rounds(num_rounds, "fed by the loader, "):
             measure_fed(measured, cases, batches[0], precisions[0], kind)
     ratios, notes = make_ratios(list(cases), measured)
+    notes += measured.cut_off
     return {
         "machine": harness.machine_name(kind),
         "crop_px": crop_px,
@@ -96,7 +104,7 @@ def bench_train(
             {"subject": spec, "flops_per_image": flops_of(spec, crop_px),
              "phases": make_phases(spec, measured),
              "peak_memory_mb": round(memory_mb), "first_step_s": round(first_s, 1)}
-            for spec, (first_s, memory_mb) in started.items()
+            for spec, (first_s, memory_mb) in started.items() if spec in cases
         ],
         "lrn_s": {
             layout: {form: four_digits(value) for form, value in best.items()}
@@ -139,45 +147,44 @@ def measure_passes(
     for precision in dict.fromkeys((*precisions, "fp32")):
         fastest = gemm_gflops(precision, device)
         measured.gemm_gflops[precision] = max(measured.gemm_gflops.get(precision, 0), fastest)
-    for spec, case in cases.items():
-        for phase, value in case.request("time_passes", STEPS[device]).items():
-            measured.seconds[spec, phase].append(value)
+    for spec, case in list(cases.items()):
+        with cutting_off(measured, cases, spec):
+            for phase, value in case.request("time_passes", STEPS[device]).items():
+                measured.seconds[spec, phase].append(value)
 
 
-def measure_lrn(measured: Measured, batch: int, device: str) -> None:
-    """Measure a round of the first LRN of `paper`, in float32 and both memory formats."""
-    side = (measured.crop_px + 4 - 11) // 4 + 1
-    generator = torch.Generator(device=device).manual_seed(0)
-    fused = LocalResponseNorm()
-    fused.fused = True
-    modules = {
-        "torch": nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0),
-        "eager": LocalResponseNorm(),
-        "fused": fused,
-    }
-    for layout, memory_format in LRN_LAYOUTS.items():
-        x = torch.randn(batch, 96, side, side, device=device, generator=generator)
-        leaf = x.contiguous(memory_format=memory_format).requires_grad_()
+@contextmanager
+def cutting_off(measured: Measured, cases: dict[K, Case], key: K) -> Iterator[None]:
+    """Forget a case whose time is over, and what was measured of it; the others go on."""
+    try:
+        yield
+    except harness.OutOfTimeError as error:
+        cases.pop(key, None)
+        if isinstance(key, StepSpec):
+            for known in [known for known in measured.seconds if known[0] == key]:
+                del measured.seconds[known]
+        else:
+            measured.lrn_s.clear()
+        measured.cut_off.append(f"{label(key) if isinstance(key, StepSpec) else key}: {error}")
+        log.warning(measured.cut_off[-1])
+
+
+def measure_lrn(measured: Measured, case: Case) -> None:
+    """Measure a round of the first LRN of `paper`; the best times are kept."""
+    for layout, found in case.request("measure").items():
         best = measured.lrn_s.setdefault(layout, {})
-        for form, module in modules.items():
-            # The very first pass compiles, and does not count.
-            count = 2 if form in best else 3
-            seconds = time_calls(partial(pass_both_ways, module, leaf), count, partial(wait_for, leaf.device))
-            best[form] = min(best.get(form, math.inf), *seconds[-2:])
-
-
-def pass_both_ways(module: nn.Module, leaf: Tensor) -> None:
-    """Run a module forward and backward."""
-    leaf.grad = None
-    torch.autograd.backward(module(leaf), leaf.detach())
+        for form, seconds in found.items():
+            best[form] = min(best.get(form, seconds), seconds)
 
 
 def measure_fed(
     measured: Measured, cases: dict[StepSpec, Case], batch: int, precision: PrecisionName, device: str
 ) -> None:
     """Measure a round of our plain networks: the step, the loader and both together, in the same minutes."""
-    for spec, case in cases.items():
-        if spec == StepSpec(name=spec.name, batch=batch, precision=precision) and spec.name != "torchvision":
+    for spec, case in list(cases.items()):
+        if spec != StepSpec(name=spec.name, batch=batch, precision=precision) or spec.name == "torchvision":
+            continue
+        with cutting_off(measured, cases, spec):
             alone = case.request("time_passes", FED_STEPS[device])["step"]
             measured.seconds[spec, "fed_step"].append(alone)
             for phase in ("loader", "end_to_end"):

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from alexnet import main
+from data_pipeline.common.text import visible
 from data_pipeline.datasets.exclude_list import QUARANTINE, write_exclude_list
 from data_pipeline.inspect.stats import collect_info
 from data_pipeline.loading import scan
@@ -75,7 +76,7 @@ def test_info_counts_sizes_and_colours_exactly(folder: Path) -> None:
     assert train["width"] == {"min": 40, "p5": 40, "median": 48, "p95": 90, "max": 90}
     assert train["height"] == {"min": 30, "p5": 30, "median": 40, "p95": 40, "max": 40}
     assert train["common_sizes"][0] == [40, 40, 7] and train["num_sizes"] == 4
-    assert [c["label"] for c in summary["classes"]] == ["goldfish", HOSTILE, "n3"]
+    assert [c["label"] for c in summary["classes"]] == ["goldfish", visible(HOSTILE), "n3"]
     assert summary["classes"][1]["counts"] == {"train": 5, "val": 2} and summary["classes"][2]["id"] == 2
 
     want, found = numpy_statistics(folder), summary["pixels"]

@@ -20,7 +20,7 @@ from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle
 from infer.export.gate import torch_runner
 from infer.predict.decode import DecoderName
-from infer.predict.rows import ErrorRow, OkRow, Row, top_k
+from infer.predict.rows import ClassNames, ErrorRow, OkRow, Row, top_k
 from infer.predict.table import RowCounter
 from infer.predict.writers import JsonlWriter
 from infer.predictor import Predictor
@@ -152,15 +152,16 @@ def test_error_row_in_json_has_the_reason(predictor: Predictor, tmp_path: Path) 
 
 
 def test_top_k_ranks_equal_probabilities_by_class() -> None:
-    (row,) = top_k(np.array([[0.2, 0.4, 0.4]], np.float32), ("a", "b", "c"), 3)
+    (row,) = top_k(np.array([[0.2, 0.4, 0.4]], np.float32), ClassNames(("a", "b", "c")), 3)
     assert [p.label for p in row] == ["b", "c", "a"]
 
 
 def test_summary_says_what_ran(predictor: Predictor, inputs: list[Path]) -> None:
     backend = predictor.backend
-    counter = RowCounter(backend)
+    counter = RowCounter(backend, load_s=100.0)
     rows = list(counter.count(predictor.rows(inputs)))
     summary = counter.summary()
+    assert 100 < summary.start_s <= 100 + summary.seconds and "; the start took 100." in summary.sentence()
     assert (summary.images, summary.errors) == (len(rows), 4) == (12, 4)
     assert (summary.backend, summary.device, summary.precision) == ("onnx", "cpu", "fp32")
     assert summary.images_per_s == pytest.approx(12 / summary.seconds)

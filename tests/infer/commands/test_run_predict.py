@@ -141,9 +141,9 @@ def test_names_are_utf8_whatever_the_locale(bundle: Bundle, files: list[Path], t
 def test_labels_are_utf8_whatever_the_locale() -> None:
     code = (
         "import sys, msgspec, numpy as np\n"
-        "from infer.predict.rows import top_k\n"
+        "from infer.predict.rows import ClassNames, top_k\n"
         r"labels = ('B\xe4r', '\u65e5\u672c')" + "\n"
-        "(row,) = top_k(np.array([[0.25, 0.75]], np.float32), labels, 2)\n"
+        "(row,) = top_k(np.array([[0.25, 0.75]], np.float32), ClassNames(labels), 2)\n"
         "sys.stdout.buffer.write(msgspec.json.encode([one.label for one in row]))"
     )
     arguments = [sys.executable, "-c", code]

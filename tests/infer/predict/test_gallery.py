@@ -138,6 +138,20 @@ ATTACKS = (
 )
 
 
+def test_gallery_names_classes_as_the_data_does_too(bundle: Bundle, tmp_path: Path) -> None:
+    page, backend = tmp_path / "named.html", OnnxBackend(bundle, "cpu")
+    names = (("<i>goldfish</i>, 'x'", "n01443537"), ("crane", '"><b>'))
+    found = tuple(Prediction(class_id=1, class_name=n, label=label, probability=0.5) for label, n in names)
+    with open_gallery(page, bundle, RowCounter(backend)) as gallery:
+        pixels = np.asarray(photo(56, 56))
+        gallery.write(PredictionWithPixels(OkRow(path="a.jpg", predictions=found), pixels))
+    backend.close()
+    body = page.read_text().partition("<tbody>")[2]
+    assert 'data-label="&lt;i&gt;goldfish&lt;/i&gt;, &#x27;x&#x27;" data-class="n01443537">' in body
+    assert "&lt;/i&gt;, &#x27;x&#x27; <small>n01443537</small></span>" in body
+    assert "<span>crane <small>&quot;&gt;&lt;b&gt;</small></span>" in body and "<b>" not in body
+
+
 def odd_rows() -> list[PredictionWithPixels]:
     """Hostile names as path, as label and in reasons; sure, unsure, with no class at all, and errors."""
     rows = []

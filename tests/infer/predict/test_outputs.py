@@ -14,21 +14,22 @@ from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import find_inputs
 from infer.predict.options import PredictOptions, check_options, how_to_go_on
 from infer.predict.outputs import check_outputs, rows_format
-from infer.predict.rows import ErrorRow, OkRow, Prediction, Row
+from infer.predict.rows import ClassNames, ErrorRow, OkRow, Prediction, Row, RowShape
 from infer.predict.table import open_table
 from infer.predict.writers import FileFormat, Format, journal_of, open_output
 
 OK = OkRow(path="a,b.jpg", predictions=(Prediction(class_id=0, label="cat", probability=0.5),))
+SHAPE = RowShape(1, named=False)
 FAILED = ErrorRow(path="", error="empty file")
 JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(256)) * 4
 
 
-def write(format: Format, path: Path, row: Row = OK) -> None:
+def write(format: Format, path: Path, row: Row = OK, shape: RowShape = SHAPE) -> None:
     if format == "table":
-        with open_table(path, ["cat"], 1) as table:
+        with open_table(path, ClassNames(("cat",), ("n1",) if shape.named else ()), 1) as table:
             table.write(row)
         return
-    with open_output(format, path, 1, append=False, stdout=io.BytesIO()) as writer:
+    with open_output(format, path, shape, append=False, stdout=io.BytesIO()) as writer:
         writer.write(row)
 
 
@@ -53,8 +54,9 @@ FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "table")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("row", [OK, FAILED])
 def test_rows_are_known_by_their_content(tmp_path: Path, format: Format, row: Row) -> None:
-    write(format, tmp_path / "rows", row)
-    assert rows_format(tmp_path / "rows") == format
+    for named in (False, True):
+        write(format, tmp_path / "rows", row, RowShape(1, named))
+        assert rows_format(tmp_path / "rows") == format
 
 
 @pytest.mark.parametrize("format", ["jsonl", "csv"])

@@ -42,6 +42,23 @@ def test_table_escapes_and_cuts_but_keeps_the_reason(width: int) -> None:
     assert visible("plain ü 数") == "plain ü 数"
 
 
+def test_table_names_the_best_class_as_the_data_does() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    names = [("goldfish", "n01443537"), ("potter's wheel", "\x1b" + "folder" * 9)]
+    writer = TableWriter(console, 2, label_cells=14, name_cells=9)
+    for (label, name), other in zip(names, reversed(names), strict=True):
+        best = Prediction(class_id=0, class_name=name, label=label, probability=0.75)
+        rest = Prediction(class_id=1, class_name=other[1], label=other[0], probability=0.25)
+        writer.write(OkRow(path="a.jpg", predictions=(best, rest)))
+    writer.write(OkRow(path="b.jpg", predictions=()))
+    header, first, second, none = stream.getvalue().splitlines()
+    assert header.split() == ["image", "#1", "class", "#2"] and none.split() == ["b.jpg"]
+    assert first.split() == ["a.jpg", "goldfish", "75.0%", "n01443537", "potter's", "wheel", "25.0%"]
+    assert "75.0%  \\x1bfold…  goldfish" in second and len(first) <= 80
+    assert first.index("n01443537") == header.index("class")
+
+
 def test_table_shows_fewer_classes_on_narrow_terminals() -> None:
     assert [layout(width, 5)[2] for width in (20, 40, 60, 80)] == [1, 2, 3, 5]
     for width in (40, 80, 100, 200):

@@ -6,14 +6,14 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import pyarrow.parquet
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.predict.resume import completed_rows, skip_completed
-from infer.predict.rows import ErrorRow, OkRow, Prediction, Row
+from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, RowShape
 from infer.predict.writers import CsvWriter, FileFormat, JsonlWriter, open_output
 
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "csv", "parquet")
@@ -31,8 +31,11 @@ ROWS: list[Row] = [
 PATHS = [Path(row.path) for row in ROWS]
 
 
-def write(format: FileFormat, path: Path, rows: list[Row], append: bool) -> None:
-    with open_output(format, path, 2, append=append, stdout=io.BytesIO()) as writer:
+SHAPE = RowShape(2, named=False)
+
+
+def write(format: FileFormat, path: Path, rows: list[Row], append: bool, shape: RowShape = SHAPE) -> None:
+    with open_output(format, path, shape, append=append, stdout=io.BytesIO()) as writer:
         for row in rows:
             writer.write(row)
 
@@ -73,7 +76,7 @@ def test_resumed_output_equals_that_of_one_run(tmp_path: Path, format: FileForma
     write(format, whole, ROWS, append=False)
     write(format, parts, ROWS[:2], append=False)
     items = iter(PATHS)
-    assert skip_completed(format, parts, 2, items) == (2, 1)
+    assert skip_completed(format, parts, SHAPE, items) == (2, 1)
     write(format, parts, ROWS[2:], append=True)
     assert next(items) == PATHS[2]
     assert read(format, parts) == read(format, whole)
@@ -90,7 +93,7 @@ def test_row_cut_at_any_byte_is_written_again(
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        kept = list(completed_rows(format, path, 2))
+        kept = list(completed_rows(format, path, SHAPE))
         write(format, path, ROWS[len(kept) :], append=True)
         assert path.read_bytes() == whole, size
     assert "rows ended within a row, which is done again" in caplog.messages[-1]
@@ -100,13 +103,13 @@ def test_parquet_resumes_from_its_journal(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     with (
         pytest.raises(KeyboardInterrupt),
-        open_output("parquet", path, 2, append=False, stdout=io.BytesIO()) as writer,
+        open_output("parquet", path, SHAPE, append=False, stdout=io.BytesIO()) as writer,
     ):
         writer.write(ROWS[0])
         raise KeyboardInterrupt
     assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet.rows.jsonl"]
     items = iter(PATHS)
-    assert skip_completed("parquet", path, 2, items) == (1, 0)
+    assert skip_completed("parquet", path, SHAPE, items) == (1, 0)
     write("parquet", path, ROWS[1:], append=True)
     assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
 
@@ -117,7 +120,7 @@ def test_parquet_journal_cut_within_a_row_resumes(tmp_path: Path, caplog: pytest
     whole = journal.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1, len(whole)):
         journal.write_bytes(whole[:size])
-        kept = list(completed_rows("parquet", path, 2))
+        kept = list(completed_rows("parquet", path, SHAPE))
         assert len(kept) == whole[:size].count(b"\n")
         write("parquet", path, ROWS[len(kept) :], append=True)
         assert [row["path"] for row in read("parquet", path)] == [row.path for row in ROWS]
@@ -132,23 +135,57 @@ def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"row 2 of .*rows.jsonl is of \+gone.jpg, and that input is other.jpg"
     ):
-        skip_completed("jsonl", path, 2, iter([PATHS[0], Path("other.jpg")]))
+        skip_completed("jsonl", path, SHAPE, iter([PATHS[0], Path("other.jpg")]))
     with pytest.raises(UserError, match="has more rows than there are inputs"):
-        skip_completed("jsonl", path, 2, iter(PATHS[:2]))
+        skip_completed("jsonl", path, SHAPE, iter(PATHS[:2]))
     path.write_bytes(b'{"path":1}\n')
     with pytest.raises(CorruptFileError, match=r"row 1 of .*rows.jsonl is damaged"):
-        list(completed_rows("jsonl", path, 2))
+        list(completed_rows("jsonl", path, SHAPE))
     write("csv", path, ROWS, append=False)
     with pytest.raises(UserError, match="has other columns; give --top as it was begun with"):
-        list(completed_rows("csv", path, 3))
+        list(completed_rows("csv", path, RowShape(3, named=False)))
     with pytest.raises(CorruptFileError, match="no whole Parquet file"):
-        list(completed_rows("parquet", path, 2))
+        list(completed_rows("parquet", path, SHAPE))
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         write("jsonl", tmp_path, ROWS, append=False)
 
 
+NAMED: list[Row] = [
+    OkRow(
+        path="a.jpg",
+        predictions=(
+            Prediction(class_id=1, class_name="n03992509", label="potter's wheel", probability=0.75),
+            Prediction(class_id=0, class_name="=n1", label="maillot, tank suit", probability=0.25),
+        ),
+    ),
+    ROWS[1],
+    OkRow(path="b.jpg", predictions=()),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_named_classes_stand_beside_their_labels(tmp_path: Path, format: FileFormat) -> None:
+    whole, parts, shape = tmp_path / "whole", tmp_path / "parts", RowShape(2, named=True)
+    write(format, whole, NAMED, append=False, shape=shape)
+    first, error, none = read(format, whole)
+    if format == "csv":
+        found = [first[f"{name}_{n}"] for n in (1, 2) for name in ("class_id", "class", "label")]
+        assert found == ["1", "n03992509", "potter's wheel", "0", "'=n1", "maillot, tank suit"]
+        assert first["probability_2"] == "0.25" and none["class_1"] == none["probability_2"] == ""
+    else:
+        best, second = cast("list[dict[str, object]]", first["predictions"])
+        want = {"class_id": 1, "class": "n03992509", "label": "potter's wheel", "probability": 0.75}
+        assert best == want and list(best) == list(want)
+        assert (second["class"], none["predictions"], error["error"]) == ("=n1", [], "@odd\treason")
+    write(format, parts, NAMED[:2], append=False, shape=shape)
+    items = iter(Path(row.path) for row in NAMED)
+    assert skip_completed(format, parts, shape, items) == (2, 1)
+    write(format, parts, NAMED[2:], append=True, shape=shape)
+    assert read(format, parts) == read(format, whole)
+
+
 def test_rows_are_flushed_as_they_are_written() -> None:
-    for make in (JsonlWriter, lambda stream: CsvWriter(stream, 2)):
+    for make in (JsonlWriter, lambda stream: CsvWriter(stream, SHAPE)):
         stream = io.BytesIO()
         writer = make(stream)
         sizes = []

@@ -25,9 +25,10 @@ from infer.predict.inputs import find_inputs
 from infer.predict.lists import PipedImage
 from infer.predict.options import PredictOptions
 from infer.predict.resume import RunIdentity, identity_of
+from infer.predict.rows import ErrorRow, OkRow, Prediction, Row, RowShape
 from infer.predictor import Predictor
 from infer.ray.job_folder import INPUTS_NAME, JOB_NAME, Input, Job, PartFormat, Plan, plan_job
-from infer.ray.parts import PartResult, PartWorker, completed_parts
+from infer.ray.parts import PartResult, PartWorker, completed_parts, write_part
 
 IDENTITY = RunIdentity(model_sha256="1" * 64, top=5, min_probability=0.0, ten_crop=False)
 
@@ -170,6 +171,22 @@ def rows_in(job: Plan) -> list[dict[str, Any]]:
         else:
             rows += pyarrow.parquet.read_table(path).to_pylist()
     return rows
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_ray_parts_name_classes_as_the_data_does(
+    tmp_path: Path, files: list[Path], format: PartFormat
+) -> None:
+    job = plan(tmp_path / "job", files[:2], part_rows=2, format=format)
+    best = Prediction(class_id=1, class_name="n01443537", label="goldfish", probability=0.5)
+    named: list[Row] = [
+        OkRow(path=str(files[0]), predictions=(best,)),
+        ErrorRow(path=str(files[1]), error="empty file"),
+    ]
+    write_part(job, 0, named, RowShape(1, named=True))
+    first, second = rows_in(job)
+    assert first["predictions"] == [msgspec.to_builtins(best)] and second.get("predictions") is None
+    assert first["predictions"][0]["class"] == "n01443537" and completed_parts(job) == {0: 1}
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])

@@ -18,12 +18,16 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import Manifest
 from infer.runtime.choose import (
+    FEW_IMAGES,
+    RTX_GPUS,
     BackendName,
     DeviceName,
     Machine,
     choose_backend,
     decide,
+    engine_libraries,
     probe_machine,
+    rebuild_advice,
     why_no_engine,
 )
 from infer.runtime.cuda import CudaError, CudaSession, Gpu, GpuScan, scan_gpus
@@ -112,6 +116,38 @@ def test_named_backend_that_is_not_available_is_an_error(
 ) -> None:
     with pytest.raises(UserError, match=words):
         decide(bundle_of(with_engine()), backend, device, machine)
+
+
+def test_few_images_are_left_to_the_cpu_unless_told_otherwise() -> None:
+    onnx, few = bundle_of(tiny_manifest()), "so few images are done there before CUDA has started"
+    assert decide(onnx, "auto", "auto", GPU_MACHINE, FEW_IMAGES) == ("onnx", "cpu", few, False)
+    for backend, device, expected in (
+        ("auto", "auto", FEW_IMAGES + 1), ("auto", "auto", None), ("onnx", "cuda", 1), ("auto", "cuda", 1),
+    ):  # fmt: skip
+        assert decide(onnx, backend, device, GPU_MACHINE, expected)[:2] == ("onnx", "cuda")  # type: ignore[arg-type]
+    assert decide(bundle_of(with_engine()), "auto", "auto", GPU_MACHINE, 1)[:2] == ("trt", "cuda")
+    assert decide(onnx, "auto", "auto", CPU_MACHINE, 1).why == "no NVIDIA driver"
+    hopper = Machine(HOPPER, {"tensorrt_rtx": "1.7"}, True)
+    skipped = decide(bundle_of(with_engine()), "auto", "auto", hopper, 1)
+    assert skipped[:2] == ("onnx", "cpu") and skipped.why.endswith(f"NVIDIA H200 is sm90; {few}")
+
+
+def test_hopper_is_told_to_install_tensorrt() -> None:
+    assert engine_libraries(Machine(L4, {"tensorrt": "11.0", "tensorrt_rtx": "1.7"}, True)) == {
+        "tensorrt": "11.0", "tensorrt_rtx": "1.7"
+    }  # fmt: skip
+    assert engine_libraries(Machine(HOPPER, {"tensorrt": "11.0", "tensorrt_rtx": "1.7"}, True)) == {
+        "tensorrt": "11.0"
+    }
+    only_rtx = Machine(HOPPER, {"tensorrt_rtx": "1.7"}, True)
+    assert engine_libraries(only_rtx) == {}
+    assert rebuild_advice(Path("b"), only_rtx) == (
+        "NVIDIA H200 is sm90, which needs tensorrt, though tensorrt_rtx is installed: "
+        "pip install 'alexnet[trt]'; then build one for this machine: alexnet export b --format trt"
+    )
+    trt = pytest.importorskip("tensorrt_rtx")
+    offered = {name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
+    assert offered == RTX_GPUS
 
 
 def test_named_backend_is_the_one_that_runs() -> None:

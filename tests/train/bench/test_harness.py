@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from train.bench.harness import Case, run_alone
+from train.bench.harness import Case, OutOfTimeError, run_alone
 
 
 class Counter:
@@ -25,6 +26,9 @@ class Counter:
 
     def die(self) -> None:
         os._exit(3)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 def test_case_keeps_its_state_in_a_process_of_its_own(
@@ -43,3 +47,14 @@ def test_case_keeps_its_state_in_a_process_of_its_own(
 def test_case_that_dies_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the measurement of .*calls ended early"), ExitStack() as stack:
         Case(stack, Counter, tmp_path / "calls").request("die")
+
+
+def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        case = Case(stack, Counter, tmp_path / "calls", limit_s=60)
+        assert case.request("add", 1)[1] == 1
+        case._limit_s = case._used_s + 0.2  # building it took a second or more of the 60
+        with pytest.raises(OutOfTimeError, match=r"^cut off after \d"):
+            case.request("sleep", 600)
+    assert time.perf_counter() - started < 300 and not (tmp_path / "calls").exists()

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import train.bench.train
 from tests.helpers.ranks import run_command
+from train.bench.harness import OutOfTimeError
 from train.bench.images import write_bench_images, write_small_images
 from train.bench.loaders import Kind, LoaderCase, Subject, time_batches
-from train.bench.train import Measured, make_ratios, make_specs
+from train.bench.train import LIMIT_S, Measured, make_ratios, make_specs, measure_passes
 
 
 @pytest.mark.slow
@@ -112,6 +114,32 @@ def test_bench_train_ratios_use_the_right_cases() -> None:
         "end_to_end_vs_slowest_part": 0.625,
     }
     assert not [note for note in notes if "not measured" in note]
+
+
+def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        """Answers, until its time is over in the second round."""
+
+        def __init__(self, num_rounds: int) -> None:
+            self.left = num_rounds
+
+        def request(self, method: str, *arguments: object) -> dict[str, float]:
+            self.left -= 1
+            if self.left < 0:
+                raise OutOfTimeError("cut off after 60 s")
+            return {"forward": 1.0, "backward": 2.0, "step": 3.0}
+
+    monkeypatch.setattr(train.bench.train, "gemm_gflops", lambda *_: 1.0)
+    specs = make_specs(["owt"], [8], ["fp32"], False)
+    measured, cases = Measured(crop_px=224), dict(zip(specs, map(Stub, (1, 9)), strict=True))
+    for _ in range(3):
+        measure_passes(measured, cases, ["fp32"], "cpu")  # type: ignore[arg-type]
+    assert list(cases) == specs[1:] and {spec for spec, _ in measured.seconds} == {specs[1]}
+    assert len(measured.seconds[specs[1], "step"]) == 3
+    assert measured.cut_off == ["owt fp32 batch 8: cut off after 60 s"]
+    ratios, _ = make_ratios(list(cases), measured)
+    assert ratios["owt_mfu"] is None and ratios["owt_vs_torchvision_reference"] is None
+    assert LIMIT_S == {"cpu": None, "cuda": 60}
 
 
 @pytest.mark.slow

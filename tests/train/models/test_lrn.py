@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,51 @@ def test_lrn_agrees_with_torch_forward_and_backward(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-5)
     assert ours.is_contiguous(memory_format=memory_format)
+
+
+def closed_form(x: np.ndarray, grad: np.ndarray, size: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Output and gradient in float64, written out: alpha 1e-4, beta 0.75, k 2."""
+    alpha, beta, k = 1e-4, 0.75, 2.0
+
+    def window(values: np.ndarray) -> np.ndarray:
+        reach = size // 2
+        return np.stack(
+            [values[:, max(0, c - reach) : c + reach + 1].sum(1) for c in range(values.shape[1])], axis=1
+        )
+
+    scale = k + alpha / size * window(x**2)
+    inner = window(grad * x * scale ** (-beta - 1))
+    return x * scale**-beta, grad * scale**-beta - 2 * alpha * beta / size * x * inner
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)]
+)
+@pytest.mark.parametrize(
+    ("device", "fused"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)]
+)
+def test_lrn_is_the_closed_form_in_every_type(
+    device: str, fused: bool, dtype: torch.dtype, rtol: float, memory_format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        (torch.randn(3, 96, 7, 5, generator=generator) * size)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+        for size in (200, 1)  # squares that float16 does not hold, and that weigh
+    )
+    module = LocalResponseNorm()
+    module.fused = fused
+    leaf = x.to(device, copy=True).requires_grad_()
+    out = module(leaf)
+    out.backward(grad.to(device))
+    assert leaf.grad is not None and out.dtype == leaf.grad.dtype == dtype
+    assert out.is_contiguous(memory_format=memory_format)
+    want = closed_form(x.double().numpy(), grad.double().numpy())
+    assert np.abs(want[0] - x.double().numpy()).max() > 50
+    for found, expected in zip((out.detach(), leaf.grad), want, strict=True):
+        np.testing.assert_allclose(found.double().cpu().numpy(), expected, rtol=rtol, atol=rtol)
 
 
 def test_lrn_gradient_in_float64() -> None:
