@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
 from data_pipeline.transforms.rng import hash_at
+from train.checkpoints.format import InitRecord
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World
@@ -23,6 +24,7 @@ from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.kernels.borrowed import lender_of
 from train.kernels.cached_crops import crop_cached
 from train.models.alexnet import AlexNet, Normalize
+from train.models.parts import set_training
 from train.optim.ema import ModelEma
 from train.optim.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.optim.precision import Precision
@@ -46,6 +48,7 @@ class StepParts:
         config: of which a step uses the global batch, the seed of the dropout masks and the label smoothing.
         ema: the moving average of the weights, which is evaluated where there is one.
         noise: measures the gradient noise scale, with `log_noise_scale`.
+        init: the weights from elsewhere that the network began with; None at any later start.
     """
 
     network: AlexNet
@@ -59,6 +62,7 @@ class StepParts:
     config: RunConfig
     ema: ModelEma | None = None
     noise: NoiseMeter | None = None
+    init: InitRecord | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +104,7 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
     torch.manual_seed(int(hash_at(parts.config.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
     set_lr(optimizer, learning_rate)
     meter = AccuracyMeter(world.device)
-    network.train()
+    set_training(network, parts.config.freeze)
     buffers = [buffer.clone() for buffer in network.buffers()]
     optimizer.zero_grad(set_to_none=True)
     if isinstance(parts.parallel, HybridParallel):

@@ -54,13 +54,16 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     return {"recipe": name, **values}
 
 
-def make_config(recipe: str, overrides: Iterable[str] = (), data: Path | None = None) -> RunConfig:
+def make_config(
+    recipe: str, overrides: Iterable[str] = (), data: Path | None = None, init: str | None = None
+) -> RunConfig:
     """Resolve the configuration of a run.
 
     Args:
         recipe: name or file of a recipe.
         overrides: `dotted.key=value` texts, values in TOML; a bare word counts as a string.
         data: the data folder, in place of `data.root`.
+        init: weights to begin with, in place of `init_from`.
     Raises:
         UserError: an unknown key (with the nearest known one) or a value that is not allowed (with those that
             are).
@@ -82,6 +85,8 @@ def make_config(recipe: str, overrides: Iterable[str] = (), data: Path | None = 
         table[last] = _parse_value(text.strip())
     if data is not None:
         values.setdefault("data", {})["root"] = str(data)
+    if init is not None:
+        values["init_from"] = init
     return decode_config(values)
 
 

@@ -106,14 +106,24 @@ class World:
         with self.named_collective("a barrier"):
             dist.barrier()
 
-    def broadcast_object(self, decide: Callable[[], T]) -> T:
-        """Return what `decide` returns on rank 0, on every rank; if it raises, every rank raises the same."""
+    def broadcast_object(self, decide: Callable[[], T], slow_work: str = "") -> T:
+        """Return what `decide` returns on rank 0, on every rank; if it raises, every rank raises the same.
+
+        Args:
+            slow_work: the name of work for which the other ranks wait however long it takes; of others they
+                wait as for any collective.
+        """
         answer: list[Any] = [None]
         if self.is_main:
             try:
                 answer = [decide()]
             except Exception as error:  # the other ranks wait for an answer, whatever happens
                 answer = [error]
+            finally:
+                if slow_work:
+                    self.set_flag(slow_work)
+        elif slow_work:
+            self._wait_for_flag(slow_work)
         with self.named_collective("a broadcast of rank 0's decision"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
@@ -130,12 +140,17 @@ class World:
         """
         topic = f"{work} on the machine of rank {self.rank - self.local_rank}"
         try:
-            while self.local_rank and not self.flag_is_set(topic):  # no collective: that would time out
-                time.sleep(POLL_S)
+            if self.local_rank:
+                self._wait_for_flag(topic)
             yield
         finally:
             if not self.local_rank:
                 self.set_flag(topic)
+
+    def _wait_for_flag(self, topic: str) -> None:
+        """Wait without a collective, which would time out."""
+        while not self.flag_is_set(topic):
+            time.sleep(POLL_S)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks, on all of them."""
@@ -152,9 +167,9 @@ class World:
                     dist.all_reduce(buffer)
                     buffer /= self.world_size
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor], what: str = "running statistics") -> None:
         """Replace each tensor by rank 0's, in place."""
-        with self.named_collective("a broadcast of running statistics"):
+        with self.named_collective(f"a broadcast of {what}"):
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
