@@ -78,7 +78,6 @@ def build_run(
     progress = earlier_progress(config, checkpoint, data, train_set, allow_changed_schedule)
     position = step - progress.step_offset
     parts = make_step_parts(config, train_set, world, checkpoint)
-    progress = msgspec.structs.replace(progress, init=parts.init or progress.init)
     epochs_left = max(0, config.epochs - position // num_steps) if out is not None else 0
     loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
     log_hardware(config, parts, loader)
@@ -103,7 +102,7 @@ def build_run(
         interrupt=interrupt,
         steps_per_epoch=num_steps,
         row=row,
-        progress=progress,
+        progress=msgspec.structs.replace(progress, init=parts.init or progress.init),
         step=step,
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
         unevaluated=ended and not (checkpoint and "top1" in checkpoint.metrics),

@@ -81,7 +81,7 @@ def begun(world: World, folder: Path, mode: str) -> dict[str, Any]:
     own = (f"init_from={place}/step-00000001", f"parallel={mode}", f"freeze={freeze}", "model.name=bn")
     parts = make_parts(world, *own)
     whole = gather_tensors(parts.parallel, parts.network.state_dict())
-    found = {
+    found: dict[str, Any] = {
         "equal": all(torch.equal(whole[name], tensor) for name, tensor in expected.items()),
         "loaded": len(parts.init.loaded) if parts.init is not None else None,
     }

@@ -109,10 +109,7 @@ class World:
     def broadcast_object(self, decide: Callable[[], T], slow_work: str = "") -> T:
         """Return what `decide` returns on rank 0, on every rank; if it raises, every rank raises the same.
 
-        Args:
-            slow_work: the name of work for which the other ranks wait however long it takes; of others they
-                wait as for any collective.
-        """
+        `slow_work` names work for which the others wait however long it takes; each has a name of its own."""
         answer: list[Any] = [None]
         if self.is_main:
             try:
@@ -122,8 +119,8 @@ class World:
             finally:
                 if slow_work:
                     self.set_flag(slow_work)
-        elif slow_work:
-            self._wait_for_flag(slow_work)
+        while slow_work and not (self.is_main or self.flag_is_set(slow_work)):  # a collective would time out
+            time.sleep(POLL_S)
         with self.named_collective("a broadcast of rank 0's decision"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
@@ -140,17 +137,12 @@ class World:
         """
         topic = f"{work} on the machine of rank {self.rank - self.local_rank}"
         try:
-            if self.local_rank:
-                self._wait_for_flag(topic)
+            while self.local_rank and not self.flag_is_set(topic):  # no collective: that would time out
+                time.sleep(POLL_S)
             yield
         finally:
             if not self.local_rank:
                 self.set_flag(topic)
-
-    def _wait_for_flag(self, topic: str) -> None:
-        """Wait without a collective, which would time out."""
-        while not self.flag_is_set(topic):
-            time.sleep(POLL_S)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks, on all of them."""

@@ -75,7 +75,7 @@ def test_torchvisions_weights_are_fetched_and_predict(
     assert expected.max() > 0.02, "the network is sure of nothing: equal rows would say little"
 
 
-def test_options_of_torchvisions_export_are_checked_before_the_download(
+def test_torchvisions_options_are_checked_before_the_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

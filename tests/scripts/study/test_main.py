@@ -43,7 +43,7 @@ def test_every_needs_a_folder() -> None:
     assert result.exit_code == 2 and "--every chooses classes of --data" in result.output
 
 
-def test_fine_tuning_needs_classes_beside_those_that_it_trains_on(tmp_path: Path) -> None:
+def test_fine_tuning_needs_other_classes_as_well(tmp_path: Path) -> None:
     for options in (["--every", "2"], []):
         result = CliRunner().invoke(main, ["fine-tuning", "--data", str(tmp_path), *options])
         assert result.exit_code == 2 and "leave some with --every 4 or more" in result.output
