@@ -138,13 +138,12 @@ def _all_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
 
 def _nearest(name: str, candidates: list[str], others: list[str] | None = None) -> str:
     """Return `; did you mean …?` with the closest candidate, else the list of all candidates."""
-    for pool in (candidates, others or []):
-        close = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
-        # A key given without its table, or in the wrong one, is recognised by its last part.
-        last = [c for c in pool if c.split(".")[-1] == name.split(".")[-1]]
-        if last or close:
-            return f"; did you mean {(last or close)[0]!r}?"
-    return f"; there are: {', '.join(candidates)}"
+    pools = (candidates, others or [])
+    # A key given without its table, or in the wrong one, is recognised by its last part.
+    last = [c for pool in pools for c in pool if c.split(".")[-1] == name.split(".")[-1]]
+    close = [c for pool in pools for c in difflib.get_close_matches(name, pool, n=1, cutoff=0.6)]
+    best = next(iter((*last, *close)), None)
+    return f"; there are: {', '.join(candidates)}" if best is None else f"; did you mean {best!r}?"
 
 
 def _readable(error: msgspec.ValidationError) -> str:

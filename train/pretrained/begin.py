@@ -143,6 +143,8 @@ def _advice(config: RunConfig, source: RunConfig) -> str:
         for key, (_, there) in _differing_keys(config, source).items()
         if key not in ("preprocessing.mean", "preprocessing.std")
     ]
+    if source.preprocessing.crop_px > config.preprocessing.resize_px:
+        sets.append(f"--set preprocessing.resize_px={source.preprocessing.resize_px}")
     return f"; with its sizes they fit: {' '.join(sets)}" if sets else "; train the network that it is"
 
 

@@ -130,6 +130,17 @@ def test_torchvisions_weights_come_wrapped_bare_and_fetched(
             begin(world, "torchvision", *OWT)
     assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
     torch.save({"state_dict": {f"module.{n}": t.half() for n, t in theirs.items()}}, tmp_path / "theirs.pth")
+    sizes = (
+        "model.name=owt",
+        "model.hidden_units=8",
+        "preprocessing.crop_px=40",
+        "preprocessing.resize_px=40",
+    )
+    advice = "--set model.stem_stride=4 --set preprocessing.crop_px=64 --set preprocessing.resize_px=72"
+    with pytest.raises(
+        UserError, match=rf"first classifier.1.weight: .*; with its sizes they fit: {advice}$"
+    ):
+        begin(world, tmp_path / "theirs.pth", *sizes)
     record, weights = begin(world, tmp_path / "theirs.pth", *OWT, classes=ids)
     assert record is not None and record.made_anew == ("classifier.6.bias", "classifier.6.weight")
     assert "the source does not name its classes" in record.differences
