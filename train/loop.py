@@ -16,6 +16,7 @@ from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate
 from train.health.metrics import Metrics
+from train.models.parts import learning_part
 from train.optim.schedule import base_lr_for, lr_at, plateau_drops
 from train.state import RunState, take_snapshot
 from train.step import train_step
@@ -111,7 +112,7 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
             if inside and (has_row or run.interrupt.is_due(run.step)):
                 stop_if_asked(run, saved=saves)
             progress.advance(1, note)
-    world.average_buffers(run.parts.network)
+    world.average_buffers(learning_part(run.parts.network, config.freeze))
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -32,3 +32,8 @@ def set_training(network: AlexNet, freeze: Freeze) -> None:
     network.train()
     if freeze == "features":
         network.features.eval()
+
+
+def learning_part(network: AlexNet, freeze: Freeze) -> nn.Module:
+    """Return the part that is not frozen: a mean over three ranks would round even equal statistics."""
+    return network.classifier if freeze == "features" else network

@@ -27,6 +27,7 @@ from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.models.alexnet import make_model
+from train.models.parts import learning_part
 from train.pretrained.begin import describe_init
 from train.pretrained.published import TORCHVISION_FILE, imagenet_classes
 from train.setup import make_step_parts
@@ -235,3 +236,5 @@ def test_frozen_features_are_equal_to_the_bit_after_steps(world: World, tmp_path
     assert sum(p.numel() for p in held) == sum(p.numel() for p in parts.network.classifier.parameters())
     assert len(parts.optimizer.state) == len(held) == 6
     assert parts.noise.read() is not None
+    assert len(list(learning_part(parts.network, "none").buffers())) == 15
+    assert not list(learning_part(parts.network, "features").buffers()), "these are averaged over the ranks"
