@@ -106,9 +106,14 @@ def test_torchrun_of_the_wheel_beside_foreign_files(fresh: Path, crowded: Path) 
 @pytest.mark.slow
 def test_wheel_brings_every_room_and_recipe(fresh: Path, tmp_path: Path) -> None:
     where = run(
-        [fresh / "python", "-c", "import alexnet, train; print(alexnet.__file__, train.__file__)"], tmp_path
-    )
-    assert [Path(path).parts[-2] for path in where.stdout.split()] == ["site-packages", "train"]
+        [
+            fresh / "python", "-c", "import alexnet, train; print(alexnet.__file__, train.__file__);"
+            "from train.pretrained.published import imagenet_classes; print(len(imagenet_classes()[0]))",
+        ],
+        tmp_path,
+    )  # fmt: skip
+    *files, num_classes = where.stdout.split()
+    assert [Path(path).parts[-2] for path in files] == ["site-packages", "train"] and num_classes == "1000"
     assert str(REPOSITORY) not in where.stdout.replace(str(fresh), "")
     assert "predict" in run([fresh / "alexnet", "--help"], tmp_path).stdout
     config = run([fresh / "alexnet", "train", "--recipe", "imagenet-paper", "--print-config"], tmp_path)

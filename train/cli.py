@@ -33,6 +33,11 @@ OPTIONS: list[click.Parameter] = [
         help="Folder in which the run's folder is made.",
     ),
     click.Option(
+        ["--init"],
+        metavar="FROM",
+        help="Begin with these weights: a run, a checkpoint, a file of weights, or torchvision.",
+    ),
+    click.Option(
         ["--resume"],
         default="none",
         show_default=True,
@@ -101,7 +106,7 @@ def train(
         training_arguments,
     )
 
-    config = make_config(options["recipe"], options["overrides"], options["data"])
+    config = make_config(options["recipe"], options["overrides"], options["data"], options["init"])
     if print_config:
         click.echo(to_json(config))
         return

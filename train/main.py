@@ -108,6 +108,7 @@ def main(
     recipe: str,
     data: Path | None,
     out: Path,
+    init: str | None,
     resume: str,
     allow_changed_schedule: bool,
     overrides: tuple[str, ...],
@@ -128,7 +129,7 @@ def main(
     @record  # torchrun's own report then has the traceback of an unexpected error
     def run() -> str | None:
         try:
-            config = make_config(recipe, overrides, data)
+            config = make_config(recipe, overrides, data, init)
             if print_config:
                 return to_json(config) if env_rank() == 0 else None
             log.info(

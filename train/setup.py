@@ -7,6 +7,7 @@ import math
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import msgspec
 import torch
 
 from data_pipeline.common.errors import UserError
@@ -34,10 +35,12 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
 from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
+from train.models.parts import freeze_parts, head_of
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
 from train.optim.schedule import describe_lr
 from train.optim.sgd import load_optimizer, make_optimizer, start_momentum
+from train.pretrained.begin import begin_with_weights
 from train.runs.abort import AbortPolicy
 from train.runs.changes import apply_changes
 from train.runs.folder import RunFolder, create_run
@@ -105,7 +108,7 @@ def build_run(
         interrupt=interrupt,
         steps_per_epoch=num_steps,
         row=row,
-        progress=progress,
+        progress=msgspec.structs.replace(progress, init=parts.init or progress.init),
         step=step,
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
         unevaluated=ended and not (checkpoint and "top1" in checkpoint.metrics),
@@ -139,10 +142,11 @@ def earlier_progress(
 def make_step_parts(
     config: RunConfig, train_set: Dataset, world: World, checkpoint: Checkpoint | None
 ) -> StepParts:
-    """Build the network with its optimiser, from the seed or from a checkpoint, over the ranks as configured.
+    """Build the network with its optimiser, from the seed, a checkpoint or `init_from`, over the ranks.
 
     Raises:
-        UserError: a checkpoint of another model or of other classes, or a precision that the device lacks.
+        UserError: a checkpoint of another model or of other classes, a precision that the device lacks, or
+            see `begin_with_weights`.
     """
     precision = choose_precision(config.precision, world.device)
     torch.manual_seed(config.seed)
@@ -154,12 +158,14 @@ def make_step_parts(
         load_weights(network, checkpoint.model_state, source=checkpoint.folder)
         if not checkpoint.states["optimizer"]:
             raise UserError(f"{checkpoint.folder} holds weights alone: there is nothing to go on with")
+    init = begin_with_weights(network, config, train_set.classes, world) if checkpoint is None else None
+    freeze_parts(network, config.freeze)
     parallel = make_parallel(network, config, world)  # first: it may shard the parameters
     parts = StepParts(
         network=network,
         parallel=parallel,
         normalize=Normalize(config.preprocessing).to(world.device),
-        optimizer=make_optimizer(network, config.optimizer),
+        optimizer=make_optimizer(network, config.optimizer, head_of(network)[1], config.head_rate),
         scaler=precision.make_scaler(),
         guard=Guard(world.device, max_skipped=config.max_skipped, spike_factor=config.spike_factor),
         precision=precision,
@@ -168,6 +174,7 @@ def make_step_parts(
         num_passes=len(pass_sizes(config, world)),
         ema=ModelEma(network, config.ema_decay) if config.ema_decay else None,
         noise=make_noise_meter(network, config, world) if config.log_noise_scale else None,
+        init=init,
     )
     if checkpoint is not None:
         restore_parts(parts, checkpoint)
@@ -224,6 +231,8 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
     log.info(describe_lr(config.schedule, config.global_batch))
     if config.ema_decay:
         log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
+    if config.freeze == "features":
+        log.info("freeze=features: the convolutions do not learn, and batch norms among them do not change")
     if len(train_set.classes) < TOP_K:
         log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
 from data_pipeline.transforms.rng import hash_at
+from train.checkpoints.format import InitRecord
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World
@@ -27,6 +28,7 @@ from train.kernels.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.kernels.trivial import trivial_augment
 from train.models.alexnet import AlexNet, Normalize
 from train.models.batch_norm import count_ghosts_in, is_synchronized
+from train.models.parts import set_training
 from train.optim.ema import ModelEma
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
@@ -51,6 +53,7 @@ class StepParts:
         num_passes: of a step on the rank that has most.
         ema: the moving average of the weights, which is evaluated where there is one.
         noise: measures the gradient noise scale, with `log_noise_scale`.
+        init: the weights from elsewhere that the network began with; None at any later start.
     """
 
     network: AlexNet
@@ -65,6 +68,7 @@ class StepParts:
     num_passes: int
     ema: ModelEma | None = None
     noise: NoiseMeter | None = None
+    init: InitRecord | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +128,7 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
     torch.manual_seed(int(hash_at(parts.config.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
     set_lr(optimizer, learning_rate)
     meter = AccuracyMeter(world.device)
-    network.train()
+    set_training(network, parts.config.freeze)
     buffers = [buffer.clone() for buffer in network.buffers()]
     optimizer.zero_grad(set_to_none=True)
     with world.named_collective(f"the start of step {step + 1}"):

@@ -26,6 +26,9 @@ STALL_S = 30.0
 ATTEMPTS = 5
 """Connections in a row that may bring nothing new."""
 
+ADVICE = "use another --mirror"
+"""What to do about a server that refuses, for messages."""
+
 _MB = 1_000_000
 _LARGEST_BYTES = 1 << 40
 
@@ -44,6 +47,7 @@ def fetch(
     stall_s: float = STALL_S,
     attempts: int = ATTEMPTS,
     pause_s: float = 1.0,
+    advice: str = ADVICE,
 ) -> None:
     """Download a file; it appears under its name only when it is whole and verified.
 
@@ -58,6 +62,7 @@ def fetch(
         stall_s: see `STALL_S`.
         attempts: see `ATTEMPTS`.
         pause_s: wait before the second attempt; doubled before each one after it.
+        advice: what to do about a server that refuses, for messages.
     Raises:
         UserError: a refusal by the server, no connection that brings anything, or no place to write to.
         CorruptFileError: what arrived is not what was published; it is deleted.
@@ -75,27 +80,32 @@ def fetch(
     part = path.with_name(f"{path.name}.part")
     check_writable(path.parent, "name another folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _fetch_all(url, part, size_bytes, stall_s, attempts, pause_s)
+    _fetch_all(url, part, size_bytes, stall_s, attempts, pause_s, advice)
     wrong = _difference(part, size_bytes, md5, sha256)
     if wrong is not None:
         part.unlink()
         raise CorruptFileError(
-            f"{url} is not the file that was published: it {wrong}; it was deleted. "
-            "Try again, or use another --mirror"
+            f"{url} is not the file that was published: it {wrong}; it was deleted. Try again, or {advice}"
         )
     fsync_path(part)
     part.replace(path)
 
 
 def _fetch_all(
-    url: str, part: Path, size_bytes: int | None, stall_s: float, attempts: int, pause_s: float
+    url: str,
+    part: Path,
+    size_bytes: int | None,
+    stall_s: float,
+    attempts: int,
+    pause_s: float,
+    advice: str,
 ) -> None:
     failed, best = 0, _size_of(part)
     total = None if size_bytes is None else -(-size_bytes // _MB)
     with show_progress(f"download {url.rsplit('/', 1)[-1]}, MB", total) as progress:
         while size_bytes is None or _size_of(part) < size_bytes:
             try:
-                _fetch_once(url, part, size_bytes, stall_s, progress)
+                _fetch_once(url, part, size_bytes, stall_s, progress, advice)
                 return
             except _BrokenOffError as error:
                 got = _size_of(part)
@@ -103,13 +113,15 @@ def _fetch_all(
                 if failed >= attempts:
                     raise UserError(
                         f"{url} could not be fetched: {error}, {failed} times in a row; what there is stays "
-                        f"in {printable(part)}: run the same command to go on, or use another --mirror"
+                        f"in {printable(part)}: run the same command to go on, or {advice}"
                     ) from error
                 log.warning("%s after %d bytes: trying again", error, got)
                 time.sleep(pause_s * 2 ** (failed - 1))
 
 
-def _fetch_once(url: str, part: Path, size_bytes: int | None, stall_s: float, progress: Progress) -> None:
+def _fetch_once(
+    url: str, part: Path, size_bytes: int | None, stall_s: float, progress: Progress, advice: str
+) -> None:
     """Fetch over one connection, from the end of the part to the end of the file.
 
     Raises:
@@ -120,7 +132,7 @@ def _fetch_once(url: str, part: Path, size_bytes: int | None, stall_s: float, pr
     request = urllib.request.Request(url, headers={"User-Agent": "alexnet", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    opener = urllib.request.build_opener(_SameKindRedirects)
+    opener = urllib.request.build_opener(_SameKindRedirects(advice))
     try:
         with opener.open(request, timeout=stall_s) as response:
             total = _total_bytes(response, start)
@@ -140,9 +152,7 @@ def _fetch_once(url: str, part: Path, size_bytes: int | None, stall_s: float, pr
                 raise _BrokenOffError("the server has a shorter file than the part that was kept") from error
             if error.code in (408, 429) or error.code >= 500:
                 raise _BrokenOffError(f"the server answered {error.code} {error.reason}") from error
-            raise UserError(
-                f"{url}: the server answered {error.code} {error.reason}; use another --mirror"
-            ) from error
+            raise UserError(f"{url}: the server answered {error.code} {error.reason}; {advice}") from error
     except http.client.IncompleteRead as error:
         raise _BrokenOffError("the connection ended early") from error
     except (http.client.HTTPException, OSError) as error:  # urllib wraps what fails before the answer
@@ -180,12 +190,13 @@ def _total_bytes(response: Any, start: int) -> int | None:
 class _SameKindRedirects(urllib.request.HTTPRedirectHandler):
     """Redirects only to http and https, and never from https back to http."""
 
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if new not in ("http", "https") or (old == "https" and new == "http"):
-            raise UserError(
-                f"{req.full_url} redirects to {newurl}, which is not as safe; use another --mirror"
-            )
+            raise UserError(f"{req.full_url} redirects to {newurl}, which is not as safe; {self.advice}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

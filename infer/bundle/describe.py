@@ -14,13 +14,14 @@ from infer.bundle.schema import (
     Calibration,
     CpuModel,
     Engine,
+    InitRecord,
     PrecisionCheck,
 )
 
 _COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
 _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
 # The fields of an `Agreement`, in their order.
-_ROW = "    {:<14}  {:>8.2%}  {:>8.2%}  {:>4}  {:>8.1e}  {:>8.1e}  {:>8.2%}"
+_ROW = "    {:<14}  {:>8.2%}  {:>8.2%}  {:>4}  {:>8.1e}  {:>8.1e}  {:>8}"
 
 
 def describe_export(bundle: Bundle) -> list[str]:
@@ -34,6 +35,8 @@ def describe_export(bundle: Bundle) -> list[str]:
     ]
     if manifest.engine is not None:
         lines.append(f"  engine: {engine_words(manifest.engine)}")
+    if manifest.checkpoint.init is not None:
+        lines.append(f"  {init_words(manifest.checkpoint.init)}")
     lines.append(f"  precision, read from {ONNX_NAME}: {precision_words(manifest.precision_check)}")
     if needs := runtime_words(manifest.precision_check):
         lines.append(f"  needs {needs}")
@@ -58,7 +61,7 @@ def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
         f"gate: {gate.num_images} of {gate.num_available} images of {gate.data}/{gate.split}{unreadable}",
         f"  limits: {limit_words(gate.limits)}",
         _COLUMNS.format(*_HEADER),
-        _COLUMNS.format("checkpoint", "", "", "", "", "", f"{gate.checkpoint_accuracy:.2%}"),
+        _COLUMNS.format("checkpoint", "", "", "", "", "", _percent(gate.checkpoint_accuracy)),
         *(_row(name, found) for name, found in gate.agreements.items()),
     ]
     if rebuild is not None:
@@ -80,9 +83,20 @@ def rebuild_lines(rebuild: Rebuild) -> list[str]:
         return [first, f"    {ENGINE_NAME}  unknown: {rebuild.unknown}"]
     return [
         f"{first}; against {ONNX_NAME} on {rebuild.num_images} images of {rebuild.data}/{rebuild.split}:",
-        _COLUMNS.format(ONNX_NAME, "", "", "", "", "", f"{rebuild.onnx_accuracy:.2%}"),
+        _COLUMNS.format(ONNX_NAME, "", "", "", "", "", _percent(rebuild.onnx_accuracy)),
         _row(ENGINE_NAME, rebuild.agreement),
     ]
+
+
+def init_words(init: InitRecord) -> str:
+    """`began with runs/…/step-00000005: 14 tensors loaded, 2 made anew, 2 left unused`."""
+    counts = [f"{len(init.loaded)} tensors loaded"]
+    counts += [
+        f"{len(names)} {what}"
+        for names, what in ((init.made_anew, "made anew"), (init.unused, "left unused"))
+        if names
+    ]
+    return f"began with {init.source}: {', '.join(counts)}"
 
 
 def engine_words(engine: Engine) -> str:
@@ -126,4 +140,9 @@ def limit_words(limits: Limits) -> str:
 
 
 def _row(name: str, found: Agreement) -> str:
-    return _ROW.format(name, *astuple(found))
+    *agreement, accuracy = astuple(found)
+    return _ROW.format(name, *agreement, _percent(accuracy))
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.2%}"

@@ -51,7 +51,7 @@ class Agreement(Strict, frozen=True):
         num_ties: images whose best class differs, between classes that are equal within `Limits.tie_margin`.
         max_probability_difference: largest difference of any class on any image.
         mean_probability_difference: mean over all classes and images.
-        accuracy: top-1 accuracy of the file on these images.
+        accuracy: top-1 accuracy of the file on these images; None where they have no labels.
     """
 
     top1_agreement: float
@@ -59,9 +59,9 @@ class Agreement(Strict, frozen=True):
     num_ties: Count
     max_probability_difference: float
     mean_probability_difference: float
-    accuracy: float
+    accuracy: float | None
 
-    def beyond(self, limits: Limits, reference_accuracy: float) -> list[str]:
+    def beyond(self, limits: Limits, reference_accuracy: float | None) -> list[str]:
         """List the limits that are exceeded, one phrase each; empty if the file passes."""
         least = (
             ("top-1 agreement", self.top1_agreement, limits.min_top1_agreement),
@@ -73,9 +73,13 @@ class Agreement(Strict, frozen=True):
             beyond.append(
                 f"a probability differs by {self.max_probability_difference:.2g}, more than {most:g}"
             )
+        if limits.max_accuracy_loss is None:
+            return beyond
+        if self.accuracy is None or reference_accuracy is None:
+            return [*beyond, "accuracy unknown: the images have no labels"]
         loss = reference_accuracy - self.accuracy
         # A hair more than the limit, so that exactly half a point passes in floating point, too.
-        if limits.max_accuracy_loss is not None and loss > limits.max_accuracy_loss + 1e-9:
+        if loss > limits.max_accuracy_loss + 1e-9:
             beyond.append(
                 f"accuracy {self.accuracy:.2%}, {loss * 100:.2f} points below the reference's; at most "
                 f"{limits.max_accuracy_loss * 100:g}"
@@ -87,8 +91,9 @@ class GateReport(Strict, frozen=True):
     """The comparison of each file with the checkpoint, which the export passed.
 
     Attributes:
-        data, split: the validation images.
+        data, split: the validation images, or what they are where they are no data set.
         num_images, num_available, num_failed: those compared, those of the split, those that are unreadable.
+        checkpoint_accuracy: None where the images have no labels.
         engine_not_run: why the engine was not compared; None where it was, or where there is none.
     """
 
@@ -97,7 +102,7 @@ class GateReport(Strict, frozen=True):
     num_images: Count
     num_available: Count
     num_failed: Count
-    checkpoint_accuracy: float
+    checkpoint_accuracy: float | None
     limits: Limits
     onnx: Agreement
     onnx_provider: str

@@ -38,11 +38,31 @@ class FileEntry(Strict, frozen=True):
     size_bytes: Count
 
 
+class InitRecord(Strict, frozen=True):
+    """The weights from elsewhere that the run began with, as its checkpoints record them; tensors by name.
+
+    Attributes:
+        source: what they were.
+        sha256: of the file, or of the checkpoint's state.
+        loaded, made_anew, unused: tensors taken over, those with initial values, and those of the source
+            that were not taken over.
+        differences: what else is not as it was in the source, a text for each.
+    """
+
+    source: str
+    sha256: Sha256
+    loaded: tuple[str, ...]
+    made_anew: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+
 class Origin(Strict, frozen=True):
     """The checkpoint that was exported.
 
     Attributes:
         model: the network's name, and the keys that change its layers.
+        init: None where the seed made the first weights.
         weights: those of its last step, or their average over training.
         metrics: of the validation split, those that are finite.
     """
@@ -54,6 +74,7 @@ class Origin(Strict, frozen=True):
     model: str
     weights: Literal["last", "average"] = "last"
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
+    init: InitRecord | None = None
 
 
 class Engine(Strict, frozen=True):

@@ -11,7 +11,7 @@ PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("source", metavar="[CHECKPOINT|BUNDLE]", type=PATH, required=False)
+@click.argument("source", metavar="[CHECKPOINT|BUNDLE|torchvision]", type=PATH, required=False)
 @click.option(
     "--format", "formats", metavar="onnx|trt|onnx,trt",
     help="ONNX (the default), or a TensorRT engine with the ONNX file beside it, or a bundle of each. "
@@ -48,6 +48,7 @@ PATH = click.Path(path_type=Path)
     "the bundle's own.",
 )  # fmt: skip
 @click.option("--data", type=PATH, help="Folder with val/ for the gate. Default: what it was trained on.")
+@click.option("--mirror", metavar="URL", help="Fetch torchvision's file from a folder of another server.")
 @click.option("--triton", type=PATH, metavar="DIR", help="Write models for Triton Inference Server as well.")
 @click.option(
     "--json",
@@ -59,9 +60,11 @@ def export(as_json: bool, **options: Any) -> None:
     """Export a checkpoint to ONNX or TensorRT, if it agrees with the checkpoint on validation images.
 
     Default: the best checkpoint of the newest run. Of a BUNDLE, --format trt builds the engine for
-    this machine from the ONNX file in it, and --triton writes a model repository.
+    this machine from the ONNX file in it, and --triton writes a model repository. The word torchvision
+    stands for torchvision's pretrained alexnet: its weights are fetched, and a run is made of them in runs/.
 
     \b
+    alexnet export torchvision
     alexnet export --format onnx
     alexnet export --format onnx,trt --precision int8 --max-batch 128
     alexnet export --format trt --precision fp16 --gpu sm89,sm120 --builder-level 5

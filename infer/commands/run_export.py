@@ -1,4 +1,4 @@
-"""Runs `alexnet export`: a checkpoint becomes bundles, or a bundle's own ONNX file an engine.
+"""Runs `alexnet export`: a checkpoint or torchvision's weights become bundles, a bundle an engine.
 
 Imports torch only for a checkpoint, so that a machine that serves builds engines without it.
 """
@@ -6,20 +6,34 @@ Imports torch only for a checkpoint, so that a machine that serves builds engine
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import check_writable
+from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.load import Bundle, find_bundle, is_bundle, load_bundle
 from infer.bundle.schema import ENGINE_NAME, Format, Precision
-from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, choose_builder, parse_formats
+from infer.export.engine_options import (
+    DEFAULT_MAX_BATCH,
+    EngineOptions,
+    check_max_batch,
+    choose_builder,
+    parse_formats,
+)
 from infer.export.onnx_options import DEFAULT_OPSET, OnnxOptions
 from infer.export.triton import check_engine, check_repository, write_repository
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
 
 log = logging.getLogger("infer")
+
+TORCHVISION = Path("torchvision")
+"""In place of a checkpoint: torchvision's published weights."""
+RUNS = Path("runs")
+"""The folder in which their run is made, where other commands look for the newest one."""
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +53,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     triton: Path | None = None
     opset: int | None = None
     one_file: bool = False
+    mirror: str | None = None
 
     def onnx(self) -> OnnxOptions:
         """The options for writing ONNX files."""
@@ -63,22 +78,53 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_export(options: ExportOptions) -> Exported:
-    """Export a checkpoint or build a bundle's engine, and write Triton's models if they are wanted.
+    """Export a checkpoint or torchvision's weights, or build a bundle's engine; write Triton's models, too.
 
     Raises:
         UserError, CorruptFileError, BuildError, GateError: see `pipeline` and `rebuild`.
     """
     source = options.source
+    if source == TORCHVISION:
+        return _from_torchvision(options)
+    if options.mirror is not None:
+        raise UserError(f"--mirror is for `alexnet export {TORCHVISION}`, which fetches its weights")
     of_bundle = source is not None and is_bundle(source)
     return _from_bundle(options) if of_bundle else _from_checkpoint(options)
 
 
-def _from_checkpoint(options: ExportOptions) -> Exported:
-    formats = parse_formats(options.formats or "onnx")
-    precision = options.precision or "fp32"
-    engine, onnx = options.engine(), options.onnx()
+def _from_torchvision(options: ExportOptions) -> Exported:
+    """Fetch the weights, make a run of them, and export that.
+
+    Without `--data`, the gate compares on photographs that have no labels.
+    """
+    labelled = options.data is not None
+    if options.precision == "int8" and not labelled:
+        raise UserError(
+            "--precision int8 is judged by its accuracy: name ImageNet, which has labels, with --data"
+        )
+    _check_options(options)
+    check_writable(RUNS, "the run of these weights is made there: start it in another folder")
+    from infer.export.photographs import photograph_windows
+    from train.pretrained.published import fetch_torchvision
+    from train.weights import import_weights
+
+    checkpoint = import_weights(fetch_torchvision(options.mirror), RUNS)
+    with nullcontext() if labelled else photograph_windows() as images:
+        return _from_checkpoint(msgspec.structs.replace(options, source=checkpoint), images)
+
+
+def _check_options(options: ExportOptions) -> tuple[tuple[Format, ...], Precision]:
+    """Raise at once what would be raised after the export; returns formats and precision."""
+    formats, precision = parse_formats(options.formats or "onnx"), options.precision or "fp32"
+    check_max_batch(DEFAULT_MAX_BATCH if options.max_batch is None else options.max_batch)
+    options.onnx()
     if options.triton is not None:
-        _check_triton(options.triton, formats, precision, engine)
+        _check_triton(options.triton, formats, precision, options.engine())
+    return formats, precision
+
+
+def _from_checkpoint(options: ExportOptions, images: Dataset | None = None) -> Exported:
+    formats, precision = _check_options(options)
     from infer.export.pipeline import export_models
     from train.checkpoints.load import find_checkpoint
 
@@ -92,8 +138,9 @@ def _from_checkpoint(options: ExportOptions) -> Exported:
         max_batch=DEFAULT_MAX_BATCH if options.max_batch is None else options.max_batch,
         precision=precision,
         calibrate=options.calibrate,
-        options=engine,
-        onnx_options=onnx,
+        options=options.engine(),
+        onnx_options=options.onnx(),
+        images=images,
     )
     models = [] if options.triton is None else write_repository(options.triton, bundles)
     return Exported(bundles=bundles, triton=models)

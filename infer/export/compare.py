@@ -34,13 +34,14 @@ class Comparison:
     Attributes:
         num_images, num_failed: images compared, and images that could not be read.
         num_available: size of the split.
+        reference_accuracy: None where the images have no labels.
         agreements: by the candidate's name.
     """
 
     num_images: int
     num_failed: int
     num_available: int
-    reference_accuracy: float
+    reference_accuracy: float | None
     agreements: dict[str, Agreement]
 
 
@@ -59,7 +60,7 @@ def compare(
     Args:
         reference: the model whose probabilities are taken as right.
         candidates: the models to compare with it, by name.
-        dataset: labelled images.
+        dataset: images; without classes, they have no labels, and all accuracies are None.
         manifest: the preprocessing, the precision and the largest batch of all of them.
     Raises:
         GateError: a probability that is not a number.
@@ -86,12 +87,13 @@ def compare(
         raise UserError(
             f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
         )
-    labels_N, expected_NC = np.concatenate(labels), np.concatenate(expected)
+    expected_NC = np.concatenate(expected)
+    labels_N = np.concatenate(labels) if dataset.classes else None
     return Comparison(
-        num_images=len(labels_N),
+        num_images=len(expected_NC),
         num_failed=num_failed,
         num_available=len(dataset),
-        reference_accuracy=_share(expected_NC.argmax(1) == labels_N),
+        reference_accuracy=None if labels_N is None else _share(expected_NC.argmax(1) == labels_N),
         agreements={
             name: measure_agreement(
                 expected_NC, np.concatenate(batches), labels_N, LIMITS[manifest.precision]
@@ -110,13 +112,13 @@ def sample_evenly(dataset: Dataset, limit: int) -> Dataset:
 
 
 def measure_agreement(
-    expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64], limits: Limits
+    expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64] | None, limits: Limits
 ) -> Agreement:
     """Compare the probabilities of a candidate with the reference's.
 
     Args:
         expected_NC, found_NC: by the reference and by the candidate.
-        labels_N: the true classes.
+        labels_N: the true classes; None where they are unknown.
         limits: the margins decide what is a tie.
     Raises:
         GateError: a probability that is not a number, from either side.
@@ -126,7 +128,7 @@ def measure_agreement(
             raise GateError(f"gate: {what} gives probabilities that are not finite; nothing was shipped")
     margin = limits.tie_margin
     edge_margin = margin if limits.top5_margin is None else limits.top5_margin
-    rows_N = np.arange(len(labels_N))
+    rows_N = np.arange(len(expected_NC))
     expected_N, found_N = expected_NC.argmax(1), found_NC.argmax(1)
     same_N = expected_N == found_N
     gap_N = expected_NC[rows_N, expected_N] - expected_NC[rows_N, found_N]
@@ -142,7 +144,7 @@ def measure_agreement(
         num_ties=int(tied_N.sum()),
         max_probability_difference=float(difference_NC.max()),
         mean_probability_difference=float(difference_NC.mean()),
-        accuracy=_share(found_N == labels_N),
+        accuracy=None if labels_N is None else _share(found_N == labels_N),
     )
 
 

@@ -40,7 +40,7 @@ def run_gate(
     Args:
         bundle: its files are written and measured; its manifest has no report yet.
         checkpoint: the source of the export.
-        dataset: labelled images, as `train.evaluate.load_split` gives them.
+        dataset: labelled images, as `train.evaluate.load_split` gives them; or such without classes.
         earlier: the report on the same ONNX files, which are then not run again; the engine is.
     Returns:
         The report to ship with it.
@@ -104,10 +104,12 @@ def check_limits(report: GateReport) -> None:
     for name, found in report.agreements.items():
         log.info(
             "gate: %s agrees with its checkpoint on %d images: top-1 %.2f%% (%d ties), top-5 %.2f%%, "
-            "probabilities within %.2g, accuracy %.4f (checkpoint %.4f)",
+            "probabilities within %.2g, accuracy %s",
             *(name, report.num_images, found.top1_agreement * 100, found.num_ties),
             *(found.top5_agreement * 100, found.max_probability_difference),
-            *(found.accuracy, report.checkpoint_accuracy),
+            "unknown: these images have no labels"
+            if found.accuracy is None
+            else f"{found.accuracy:.4f} (checkpoint {report.checkpoint_accuracy:.4f})",
         )
 
 

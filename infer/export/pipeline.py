@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from infer.bundle.schema import (
     Calibration,
     CpuModel,
     Format,
+    InitRecord,
     Origin,
     Precision,
     image_input,
@@ -65,6 +67,7 @@ def export_models(
     calibrate: Path | None = None,
     options: EngineOptions | None = None,
     onnx_options: OnnxOptions | None = None,
+    images: Dataset | None = None,
 ) -> dict[Format, Bundle]:
     """Export a checkpoint in one format or in both, each as a bundle that agrees with it.
 
@@ -82,6 +85,7 @@ def export_models(
             run was trained on.
         options: for the TensorRT engine.
         onnx_options: for the ONNX files.
+        images: without labels, for the gate, in place of `data`.
     Returns:
         The bundles by format, verified on the disk.
     Raises:
@@ -101,7 +105,7 @@ def export_models(
     checkpoint = load_checkpoint(checkpoint_folder)
     if checkpoint.average_state:
         log.info(f"exporting {checkpoint.description}")
-    dataset = load_split(checkpoint, data, "val")
+    dataset = load_split(checkpoint, data, "val") if images is None else images
     onnx_options = onnx_options or OnnxOptions()
     export = _Export(checkpoint, dataset, max_batch, precision, calibrate, options, onnx_options)
     root = out or checkpoint.run_folder / "export"
@@ -219,6 +223,7 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
         model=checkpoint.config.model.description,
         weights=checkpoint.weights_name,
         metrics={name: value for name, value in checkpoint.metrics.items() if math.isfinite(value)},
+        init=msgspec.convert(msgspec.to_builtins(checkpoint.progress.init), InitRecord | None),
     )
 
 

@@ -1,15 +1,16 @@
-"""A study: the trainer with one change at a time: python -m scripts.study digits|tiny"""
+"""A study: the trainer with one change at a time: python -m scripts.study digits|tiny|fine-tuning"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import msgspec
 
-from scripts.study.runs import ROOT, Run, read_runs, train
-from scripts.study.studies import STUDIES, Study, write_subset
+from scripts.study.runs import ROOT, Run, read_runs, train, train_source
+from scripts.study.studies import STUDIES, Study, write_other_classes, write_subset
 from scripts.study.tables import draw, make_table
 
 DOCS = ROOT / "docs"
@@ -30,7 +31,7 @@ START, END = "<!-- table -->\n", "<!-- end of table -->"
 @click.option("--epochs", type=click.IntRange(1), help="Of each run. Default: the study's own.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=DOCS, show_default="docs",
-    help="Where study-NAME.jsonl, study-NAME.png and study-NAME.md are.",
+    help="Where study-NAME.jsonl, study-NAME.png and the page with the table are.",
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of all runs. Repeatable.")
 def main(
@@ -40,26 +41,40 @@ def main(
     """Train a recipe with one change at a time, and compare the results.
 
     `digits` compares networks, initialisations and numbers of ranks on the demo's digits; `tiny` the choices
-    of recipe tiny-imagenet-best. A run that study-NAME.jsonl has already is not made again: remove the file
-    to start anew. The picture is drawn again, and the table in study-NAME.md, if that is there; it is
-    printed, too.
+    of recipe tiny-imagenet-best; `fine-tuning` training from scratch with training that begins with a run on
+    other classes of --data, which is made first and kept in runs/. A run that study-NAME.jsonl has already
+    is not made again: remove the file to start anew. The picture is drawn again, and the table in the
+    study's page, if that is there; it is printed, too.
 
     \b
     python -m scripts.study digits
     python -m scripts.study tiny --data data/tiny-imagenet --every 10
+    python -m scripts.study fine-tuning --data data/tiny-imagenet --every 20
     """
     if every > 1 and data is None:
         raise click.UsageError("--every chooses classes of --data: name the folder")
     study = STUDIES[name]
+    if study.source_epochs and (data is None or every < 4):
+        raise click.UsageError(
+            f"{name} trains on other classes of --data first: leave some with --every 4 or more"
+        )
     record = out / f"study-{name}.jsonl"
     sets = [f"epochs={epochs or study.epochs}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
+        images = data
         if every > 1 and data is not None:
-            data = write_subset(data, Path(folder), every)
-        runs = make_runs(study, record, data, seeds or study.seeds, sets)
+            images = write_subset(data, Path(folder) / "chosen", every)
+
+        def make_source() -> Path:
+            assert data is not None
+            others = write_other_classes(data, Path(folder) / "others", every)
+            own = [f"epochs={study.source_epochs}", *overrides]
+            return train_source(study.recipe, others, ROOT / "runs" / f"study-{name}", own)
+
+        runs = make_runs(study, record, images, seeds or study.seeds, sets, make_source)
     draw(study, runs, out / f"study-{name}.png")
     table = make_table(study, runs)
-    text = out / f"study-{name}.md"
+    text = out / study.page
     if text.exists():
         before, _, rest = text.read_text(encoding="utf-8").partition(START)
         _, _, after = rest.partition(END)
@@ -67,17 +82,29 @@ def main(
     click.echo(table)
 
 
-def make_runs(study: Study, record: Path, data: Path | None, seeds: int, sets: list[str]) -> list[Run]:
-    """Make the runs that a study's file does not have yet, add them to it, and return all."""
+def make_runs(
+    study: Study,
+    record: Path,
+    data: Path | None,
+    seeds: int,
+    sets: list[str],
+    make_source: Callable[[], Path],
+) -> list[Run]:
+    """Make the runs that a study's file does not have yet, add them to it, and return all.
+
+    Args:
+        make_source: makes the run that others begin with, where the study has such and any is missing.
+    """
     from data_pipeline.common.console import set_up_logging, show_progress
 
     set_up_logging()
     runs = read_runs(record)
     known = {(run.setting, run.seed) for run in runs}
     todo = [(s, seed) for seed in range(seeds) for s in study.settings if (s, seed) not in known]
+    source = make_source() if todo and study.source_epochs else None
     with show_progress("runs", len(todo)) as progress:
         for setting, seed in todo:
-            run = train(study.recipe, data, setting, seed, sets)
+            run = train(study.recipe, data, setting, seed, sets, source)
             with record.open("ab") as file:
                 file.write(msgspec.json.encode(run) + b"\n")
             runs.append(run)

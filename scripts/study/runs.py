@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import msgspec
 
 ROOT = Path(__file__).parents[2]
+SOURCE = "SOURCE"
+"""Stands in a setting for the run to begin with, whose place is another on each machine."""
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -52,23 +55,57 @@ class Run(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def train(recipe: str, data: Path | None, setting: Setting, seed: int, overrides: Sequence[str]) -> Run:
+def train_source(recipe: str, data: Path, runs: Path, overrides: Sequence[str]) -> Path:
+    """Train the run that others begin with, or go on with it; a finished one is taken as it is.
+
+    Args:
+        recipe: whose name the trainer knows.
+        data: the folder.
+        runs: the folder of the run.
+    Returns:
+        The run.
+    """
+    command = [*_trainer(1), "--recipe", recipe, "--data", str(data), "--out", str(runs), "--resume", "auto"]
+    subprocess.run(
+        [*command, *(f"--set={text}" for text in overrides)], cwd=ROOT, env=_environment(), check=True
+    )
+    return max(runs.iterdir())
+
+
+def _trainer(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "alexnet", "train", "--nproc", str(ranks)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def train(
+    recipe: str,
+    data: Path | None,
+    setting: Setting,
+    seed: int,
+    overrides: Sequence[str],
+    source: Path | None = None,
+) -> Run:
     """Run the trainer itself.
 
     Args:
         recipe: whose name the trainer knows.
         data: the folder; None for the recipe's own.
         overrides: of the whole study; the setting's go above them.
+        source: the run that `SOURCE` stands for in the setting.
     Raises:
         RuntimeError: the run failed, and not because its loss was flat.
     """
-    command = [sys.executable, "-m", "alexnet", "train", "--nproc", str(setting.ranks), "--resume", "none"]
-    command += ["--recipe", recipe, *([] if data is None else ["--data", str(data)])]
-    command += [f"--set={text}" for text in (f"seed={seed}", *overrides, *setting.sets)]
+    command = [*_trainer(setting.ranks), "--resume", "none", "--recipe", recipe]
+    command += [] if data is None else ["--data", str(data)]
+    own = [text.replace(SOURCE, json.dumps(str(source))) for text in setting.sets]
+    command += [f"--set={text}" for text in (f"seed={seed}", *overrides, *own)]
     with tempfile.TemporaryDirectory() as out:
         started = time.monotonic()
         done = subprocess.run(
-            [*command, "--out", out], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            [*command, "--out", out], cwd=ROOT, env=_environment(),
             capture_output=True, text=True,
         )  # fmt: skip
         ended = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "")

@@ -1,6 +1,7 @@
 """The studies: which settings answer which question, and on which data.
 
-`digits` is about the demo's choices, `tiny` about those of recipe `tiny-imagenet-best`.
+`digits` is about the demo's choices, `tiny` about those of recipe `tiny-imagenet-best`, `fine-tuning` about
+what weights that were trained on other classes are worth.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.datasets.open import open_dataset
-from scripts.study.runs import Setting
+from scripts.study.runs import SOURCE, Setting
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Study:
         epochs: of each run.
         mark: top-1 of interest: the table says in which epoch a run first passes it.
         axis: what top-1 is of, for the picture.
+        page: the file with the table.
+        source_epochs: of the run on other classes of the data that settings with `init_from=SOURCE` begin
+            with; 0 where there are none.
     """
 
     recipe: str
@@ -34,6 +38,8 @@ class Study:
     epochs: int
     mark: float
     axis: str
+    page: str
+    source_epochs: int = 0
 
     @property
     def settings(self) -> list[Setting]:
@@ -56,6 +62,7 @@ DIGITS = Study(
     epochs=8,
     mark=0.9,
     axis="top-1 of 355 held-out digits, %",
+    page="study-digits.md",
 )
 
 _BEST = Setting(())
@@ -82,26 +89,61 @@ TINY = Study(
     epochs=4,
     mark=0.4,
     axis="top-1 of 1,000 validation images, %",
+    page="study-tiny.md",
 )
 
-STUDIES = {"digits": DIGITS, "tiny": TINY}
+
+def _tuned(*sets: str) -> Setting:
+    return Setting(("epochs=2", f"init_from={SOURCE}", *sets))
 
 
-def write_subset(data: Path, out: Path, every: int) -> Path:
+FINE_TUNING = Study(
+    recipe="tiny-imagenet",
+    questions={
+        "from scratch": {f"{n} epochs": Setting((f"epochs={n}",)) for n in (2, 5, 8)},
+        "from other classes, 2 epochs": {
+            "all layers": _tuned(),
+            "head 10 times as fast": _tuned("head_rate=10"),
+            "features frozen": _tuned("freeze=features"),
+        },
+    },
+    seeds=3,
+    epochs=2,
+    mark=0.5,
+    axis="top-1 of 500 validation images, %",
+    page="fine-tuning.md",
+    source_epochs=8,
+)
+
+STUDIES = {"digits": DIGITS, "tiny": TINY, "fine-tuning": FINE_TUNING}
+
+
+def write_subset(data: Path, out: Path, every: int, first: int = 0) -> Path:
     """Write the images of every n-th class of a data folder, as they are, into another.
 
     Args:
         data: in any layout.
-        out: a new folder.
-        every: keep classes 0, `every`, 2 · `every`, …
+        out: a folder that does not have these classes.
+        every, first: keep classes `first`, `first` + `every`, `first` + 2 · `every`, …
     Returns:
         `out`.
     """
     for split in ("train", "val"):
         dataset = open_dataset(data, split)
-        for label in range(0, len(dataset.classes), every):
+        for label in range(first, len(dataset.classes), every):
             folder = out / split / dataset.classes[label]
             folder.mkdir(parents=True)
             for index in np.flatnonzero(dataset.labels == label):
                 (folder / Path(dataset.paths[int(index)]).name).write_bytes(dataset.read(int(index)))
+    return out
+
+
+def write_other_classes(data: Path, out: Path, every: int) -> Path:
+    """Write three times as many classes as `write_subset` does, none of which it writes.
+
+    Args:
+        every: as there, at least 4.
+    """
+    for quarter in (1, 2, 3):
+        write_subset(data, out, every, first=every * quarter // 4)
     return out

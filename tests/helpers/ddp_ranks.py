@@ -6,6 +6,7 @@ Rank 0 prints one JSON object of all ranks' results; the test checks it.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,9 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.hybrid_ranks import GLOBAL_BATCH, batches_at, linear_layers, make
+from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH, batches_at, linear_layers, make
 from tests.helpers.norm_ranks import compare_norms
 from train.bench.traffic import sent_bytes
+from train.checkpoints.format import Snapshot
+from train.checkpoints.write import save_checkpoint
+from train.distributed.hybrid import gather_tensors
 from train.distributed.world import World, open_world
 from train.step import StepParts, train_step
 
@@ -58,6 +62,38 @@ def rounding(world: World) -> dict[str, Any]:
     }
 
 
+def begun(world: World, folder: Path, mode: str) -> dict[str, Any]:
+    """A network of other first weights that begins with a checkpoint, which rank 0 alone can find.
+
+    Returns:
+        Whether it has the checkpoint's weights, this rank's own initial ones nowhere; what is recorded; and,
+        under plain DDP with frozen features, whether these stay and the rest moves alike after a step.
+    """
+    source = make_parts(world, "seed=7", "model.name=bn")
+    expected = {name: tensor.clone() for name, tensor in source.network.state_dict().items()}
+    if world.is_main:
+        snapshot = Snapshot(
+            step=1, epoch=0, samples_seen=1, config=source.config, classes=CLASSES, metrics={},
+            states={"model": expected},
+        )  # fmt: skip
+        save_checkpoint(folder, snapshot)
+    place = folder if world.is_main else "nowhere"
+    freeze = "features" if mode == "ddp" else "none"
+    own = (f"init_from={place}/step-00000001", f"parallel={mode}", f"freeze={freeze}", "model.name=bn")
+    parts = make_parts(world, *own)
+    whole = gather_tensors(parts.parallel, parts.network.state_dict())
+    found: dict[str, Any] = {
+        "equal": all(torch.equal(whole[name], tensor) for name, tensor in expected.items()),
+        "loaded": len(parts.init.loaded) if parts.init is not None else None,
+    }
+    if mode == "ddp":
+        train_step(parts, batches_at(world, 0, GLOBAL_BATCH), 0.01, 0)
+        after = parts.network.state_dict()
+        found["changed"] = sorted(n for n, tensor in after.items() if not torch.equal(tensor, expected[n]))
+        found["alike"] = len({float(t) for t in world.all_gather(after["classifier.fc8.weight"].sum())})
+    return found
+
+
 def main() -> None:
     """Measure, and let rank 0 print."""
     torch.set_num_threads(1)
@@ -68,6 +104,7 @@ def main() -> None:
             "hybrid": traffic(world, "parallel=hybrid"),
             "rounding": rounding(world),
             "norms": compare_norms(world),
+            **{f"begun {mode}": begun(world, Path("begun", mode), mode) for mode in ("ddp", "hybrid")},
         }
         gathered: list[Any] = [None] * world.world_size
         dist.all_gather_object(gathered, found)

@@ -18,6 +18,7 @@ from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.sharding.write import write_shards
 from infer.bundle.load import Bundle, load_bundle
+from tests.helpers.checkpoint_samples import save_small_network
 from tests.helpers.images import write_folder
 from tests.helpers.infer_samples import tiny_manifest
 from tests.helpers.ranks import TINY, link_subset, read_rows
@@ -48,8 +49,10 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     verified = CliRunner().invoke(main, ["data", "verify", str(data)])
     assert verified.exit_code == 3, verified.output
     assert list(read_exclude_list(data / QUARANTINE)) == [f"train/3/{broken.name}"]
-    done = train(data, base)
+    folder, _ = save_small_network(base / "earlier" / "checkpoints")
+    done = train(data, base, f"--init={folder}")
     assert done.returncode == 0, done.stderr
+    assert f"init from {folder}: 16 tensors loaded, the head among them" in done.stderr.splitlines()
     assert "train: 1 of 101 images in quarantine left out" in done.stderr.splitlines()
     (run,) = (base / "runs").iterdir()
     return data, run, done.stdout
@@ -76,7 +79,8 @@ def test_resume_with_other_training_images_is_refused(trained: tuple[Path, Path,
         write_exclude_list(
             path, listed | {f"train/5/{sorted((data / 'train' / '5').iterdir())[0].name}": "blurred"}
         )
-        refused = train(data, run.parent.parent, "--resume=auto")
+        init = f"--init={load_checkpoint(find_checkpoint(run)).config.init_from}"
+        refused = train(data, run.parent.parent, "--resume=auto", init)
         assert refused.returncode == 2
         (error,) = (line for line in refused.stderr.splitlines() if line.startswith("error:"))
         assert error.startswith(f"error: cannot resume: the train images of {data} are not those that runs/")
@@ -92,7 +96,8 @@ def test_resume_with_other_training_images_is_refused(trained: tuple[Path, Path,
         write_exclude_list(
             path, listed | {f"val/5/{sorted((data / 'val' / '5').iterdir())[0].name}": "blurred"}
         )
-        told = train(data, run.parent.parent, "--resume=auto")
+        shutil.rmtree(run.parent.parent / "earlier")  # a run that goes on does not need it
+        told = train(data, run.parent.parent, "--resume=auto", init)
         assert told.returncode == 0, told.stderr
         assert (
             "(20 and 0 in quarantine then, 19 and 1 in quarantine now): metrics before and after"
@@ -114,6 +119,13 @@ def test_readable_names_reach_the_bundle_and_the_rows(
     assert exported.exit_code == 0, exported.output
     manifest = load_bundle(tmp_path / "bundle").manifest
     assert manifest.classes == tuple("0123456789") and manifest.class_labels == NAMES
+    inspected = CliRunner().invoke(main, ["checkpoint", "inspect", str(run)])
+    record = msgspec.json.decode(inspected.stdout)["init"]
+    assert record["source"].endswith("earlier/checkpoints/step-00000003") and len(record["loaded"]) == 16
+    assert msgspec.to_builtins(manifest.checkpoint.init) == {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    assert f"began with {record['source']}: 16 tensors loaded" in exported.output
     image = sorted((demo_data / "val" / "7").iterdir())[0]
     arguments = ["predict", str(image), "--model", str(tmp_path / "bundle"), "--device", "cpu"]
     rows = CliRunner().invoke(main, [*arguments, "--format", "jsonl", "--top", "10"])

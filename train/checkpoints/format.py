@@ -65,6 +65,26 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     what: tuple[str, ...]
 
 
+class InitRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The weights from elsewhere that a run began with; tensors by name.
+
+    Attributes:
+        source: what they were.
+        sha256: of the file, or of the checkpoint's state.
+        loaded: tensors that were taken over.
+        made_anew: tensors that the source has not for these classes, with their initial values.
+        unused: tensors of the source that were not taken over.
+        differences: what else is not as it was in the source, a text for each.
+    """
+
+    source: str
+    sha256: str
+    loaded: tuple[str, ...]
+    made_anew: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """The history of a run that decides how it continues.
 
@@ -75,6 +95,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
             with the batch of now. 0 unless `global_batch` was changed.
         samples_offset: the same in samples used.
         changes: of the configuration, in order.
+        init: what the weights came from at step 0; None where they were made by the seed.
     """
 
     val_errors: tuple[float, ...] = ()
@@ -82,6 +103,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     step_offset: int = 0
     samples_offset: int = 0
     changes: tuple[Change, ...] = ()
+    init: InitRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

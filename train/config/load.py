@@ -54,13 +54,16 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     return {"recipe": name, **values}
 
 
-def make_config(recipe: str, overrides: Iterable[str] = (), data: Path | None = None) -> RunConfig:
+def make_config(
+    recipe: str, overrides: Iterable[str] = (), data: Path | None = None, init: str | None = None
+) -> RunConfig:
     """Resolve the configuration of a run.
 
     Args:
         recipe: name or file of a recipe.
         overrides: `dotted.key=value` texts, values in TOML; a bare word counts as a string.
         data: the data folder, in place of `data.root`.
+        init: weights to begin with, in place of `init_from`.
     Raises:
         UserError: an unknown key (with the nearest known one) or a value that is not allowed (with those that
             are).
@@ -82,6 +85,8 @@ def make_config(recipe: str, overrides: Iterable[str] = (), data: Path | None = 
         table[last] = _parse_value(text.strip())
     if data is not None:
         values.setdefault("data", {})["root"] = str(data)
+    if init is not None:
+        values["init_from"] = init
     return decode_config(values)
 
 
@@ -133,13 +138,12 @@ def _all_keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
 
 def _nearest(name: str, candidates: list[str], others: list[str] | None = None) -> str:
     """Return `; did you mean …?` with the closest candidate, else the list of all candidates."""
-    for pool in (candidates, others or []):
-        close = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
-        # A key given without its table, or in the wrong one, is recognised by its last part.
-        last = [c for c in pool if c.split(".")[-1] == name.split(".")[-1]]
-        if last or close:
-            return f"; did you mean {(last or close)[0]!r}?"
-    return f"; there are: {', '.join(candidates)}"
+    pools = (candidates, others or [])
+    # A key given without its table, or in the wrong one, is recognised by its last part.
+    last = [c for pool in pools for c in pool if c.split(".")[-1] == name.split(".")[-1]]
+    close = [c for pool in pools for c in difflib.get_close_matches(name, pool, n=1, cutoff=0.6)]
+    best = next(iter((*last, *close)), None)
+    return f"; there are: {', '.join(candidates)}" if best is None else f"; did you mean {best!r}?"
 
 
 def _readable(error: msgspec.ValidationError) -> str:

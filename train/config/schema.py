@@ -234,6 +234,10 @@ class RunConfig(Table, frozen=True):
         label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
         ema_decay: keep a moving average of the weights, which is evaluated and exported in place of the last
             ones (`train.optim.ema`); 0 keeps none.
+        init_from: weights to begin with, in place of those that the seed makes: a checkpoint or a run of
+            ours, a file of weights, or `torchvision` (`train.pretrained`). Read at step 0 only.
+        freeze: `features` keeps the convolutions and their norms as `init_from` has them.
+        head_rate: learning rate of the last layer, as a multiple of the others'.
         ten_crop: evaluate each validation image by the mean of ten views, as the paper, not by the centre.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
         keep_every: the first checkpoint at or after each multiple of so many steps stays as well.
@@ -263,6 +267,9 @@ class RunConfig(Table, frozen=True):
     label_smoothing: BelowOne = 0.0
     ema_decay: BelowOne = 0.0
     ten_crop: bool = False
+    init_from: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    freeze: Literal["none", "features"] = "none"
+    head_rate: AboveZero = 1.0
     data: DataConfig = DataConfig()
     preprocessing: Preprocessing = Preprocessing()
     augment: Augment = Augment()
@@ -275,8 +282,18 @@ class RunConfig(Table, frozen=True):
             raise ValueError(
                 f"recipe {self.recipe[:100]!r} names a run's folder: 1 to 100 characters, no / and no . first"
             )
+        if self.freeze == "features" and self.init_from is None:
+            raise ValueError(
+                "freeze=features keeps the features as init_from has them, and there is no init_from: name "
+                "weights with --init, or use freeze=none"
+            )
         if self.parallel != "hybrid":
             return
+        if self.freeze != "none":
+            raise ValueError(
+                "parallel=hybrid reduces the gradients of the features, and freeze=features leaves none: use "
+                "parallel=ddp"
+            )
         if self.compress != "none":
             raise ValueError(
                 f"compress={self.compress} is for plain ddp: parallel=hybrid sends no gradients of the large "

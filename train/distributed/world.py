@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,14 +106,21 @@ class World:
         with self.named_collective("a barrier"):
             dist.barrier()
 
-    def broadcast_object(self, decide: Callable[[], T]) -> T:
-        """Return what `decide` returns on rank 0, on every rank; if it raises, every rank raises the same."""
+    def broadcast_object(self, decide: Callable[[], T], slow_work: str = "") -> T:
+        """Return what `decide` returns on rank 0, on every rank; if it raises, every rank raises the same.
+
+        `slow_work` names work for which the others wait however long it takes; each has a name of its own."""
         answer: list[Any] = [None]
         if self.is_main:
             try:
                 answer = [decide()]
             except Exception as error:  # the other ranks wait for an answer, whatever happens
                 answer = [error]
+            finally:
+                if slow_work:
+                    self.set_flag(slow_work)
+        while slow_work and not (self.is_main or self.flag_is_set(slow_work)):  # a collective would time out
+            time.sleep(POLL_S)
         with self.named_collective("a broadcast of rank 0's decision"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
@@ -143,6 +150,12 @@ class World:
         with self.named_collective("a gathering of the ranks' values"):
             dist.all_gather_object(gathered, value)
         return gathered
+
+    def broadcast(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Replace each tensor by rank 0's, in place."""
+        with self.named_collective(f"a broadcast of {what}"):
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     @contextmanager
     def named_collective(self, name: str) -> Iterator[None]:

@@ -101,7 +101,7 @@ class NoiseMeter:
     reduced over the ranks, without a copy. Nothing waits for the device until `read`.
 
     Args:
-        network: every rank holds all of its parameters, unsharded.
+        network: every rank holds all of its parameters, unsharded; those that are frozen have no gradient.
         world: the ranks that share a batch.
         global_batch: samples of a step, by which the loss is divided.
     """
@@ -112,7 +112,8 @@ class NoiseMeter:
         self._parts: list[Tensor] = []
         self._steps: list[Tensor] = []
         for parameter in network.parameters():
-            parameter.register_hook(self._record)  # type: ignore[no-untyped-call]
+            if parameter.requires_grad:
+                parameter.register_hook(self._record)  # type: ignore[no-untyped-call]
 
     def _record(self, gradient: Tensor) -> None:
         self._squares.append(_square(gradient))

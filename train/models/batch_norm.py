@@ -168,7 +168,8 @@ def count_ghosts_in(network: nn.Module, ranks: Ranks) -> None:
 
     Once a step, whatever the ranks and micro-batches, with one collective for all layers.
     """
-    ghosts = [norm for norm in _norms(network) if norm.ghost_sums is not None]
+    # Frozen norms count nothing in.
+    ghosts = [norm for norm in _norms(network) if norm.ghost_sums is not None and norm.training]
     if not ghosts:
         return
     sums = torch.cat([norm.ghost_sums for norm in ghosts if norm.ghost_sums is not None])

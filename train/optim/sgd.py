@@ -15,13 +15,19 @@ LR_FACTOR = "lr_factor"
 """Key of a parameter group: factor of the schedule's learning rate."""
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """Build SGD or LARS over all parameters of a model; `set_lr` sets the learning rate before each step.
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, head: nn.Module | None = None, head_rate: float = 1.0
+) -> torch.optim.SGD:
+    """Build SGD or LARS over what trains of a model; `set_lr` sets the learning rate before each step.
 
     Biases and norms (every parameter of fewer than two dimensions) do not decay unless configured to, can
     have a learning rate of their own, and are plain SGD under LARS. The update is fused into one pass over
     the parameters.
 
+    Args:
+        model: frozen parameters, which need no gradient, are left out.
+        head: the layer that gives the logits.
+        head_rate: its learning rate, as a multiple of what it would be by itself.
     Source: Krizhevsky et al. 2012, section 5; He et al. 2019, section 3.1 (no decay of biases and norms).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -38,6 +44,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD
             "weight_decay": config.weight_decay if config.decay_bias_and_norm else 0.0,
         },
     ]
+    if head is not None and head_rate != 1:
+        groups = [half for group in groups for half in _split_head(group, head, head_rate)]
     lr_in_velocity = config.momentum_form == "paper"
     scaled = config.name == "lars" or lr_in_velocity
     optimizer = (ScaledSgd if scaled else torch.optim.SGD)(
@@ -51,6 +59,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD
     for group in optimizer.param_groups:
         group["lr_in_velocity"] = lr_in_velocity
     return optimizer
+
+
+def _split_head(group: dict[str, Any], head: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Split a parameter group into the body's, and the head's with a learning rate of its own."""
+    in_head = set(map(id, head.parameters()))
+    return [
+        {**group, "params": [p for p in group["params"] if id(p) not in in_head]},
+        {
+            **group,
+            "params": [p for p in group["params"] if id(p) in in_head],
+            LR_FACTOR: group[LR_FACTOR] * rate,
+        },
+    ]
 
 
 class ScaledSgd(torch.optim.SGD):

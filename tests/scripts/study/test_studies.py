@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.datasets.open import open_dataset
-from scripts.study.studies import DIGITS, STUDIES, TINY, write_subset
+from scripts.study.studies import DIGITS, STUDIES, TINY, write_other_classes, write_subset
 from train.config.load import make_config
 
 
@@ -29,3 +29,9 @@ def test_subset_has_every_nth_class_byte_for_byte(demo_data: Path, tmp_path: Pat
         assert part.classes == ("0", "5")
         kept = [i for i in range(len(whole)) if whole.labels[i] in (0, 5)]
         assert [part.read(i) for i in range(len(part))] == [whole.read(i) for i in kept]
+
+
+def test_other_classes_are_none_of_the_subset(demo_data: Path, tmp_path: Path) -> None:
+    chosen = open_dataset(write_subset(demo_data, tmp_path / "chosen", 5), "val").classes
+    others = open_dataset(write_other_classes(demo_data, tmp_path / "others", 5), "val").classes
+    assert (chosen, others) == (("0", "5"), ("1", "2", "3", "6", "7", "8"))

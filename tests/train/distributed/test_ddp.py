@@ -75,6 +75,17 @@ def test_norm_batches_that_no_share_consists_of_are_refused(overrides: list[str]
         check_norm_batch(config, two_ranks())
 
 
+def test_all_ranks_begin_with_the_weights_that_rank_0_reads(found: list[dict[str, Any]]) -> None:
+    """And a step with frozen features changes the rest alike: DDP does not wait for what has no gradient."""
+    for rank in found:
+        assert rank["begun hybrid"] == {"equal": True, "loaded": 36}
+        ddp = rank["begun ddp"]
+        assert (ddp["equal"], ddp["loaded"], ddp["alike"]) == (True, 36, 1)
+        assert ddp["changed"] == [
+            f"classifier.fc{n}.{kind}" for n in (6, 7, 8) for kind in ("bias", "weight")
+        ]
+
+
 def two_ranks() -> World:
     """A place among two ranks that do not exist."""
     with open_world("cpu") as world:

@@ -207,3 +207,43 @@ def test_velocities_are_restored_and_the_rest_is_configured() -> None:
     one_group = make_optimizer(layer, OptimizerConfig(decay_bias_and_norm=True))
     with pytest.raises(UserError, match="velocities are of other parameters"):
         load_optimizer(one_group, state)
+
+
+@pytest.mark.parametrize("form", ["torch", "paper"])
+def test_head_rate_multiplies_the_heads_update(form: Form) -> None:
+    """v = 0.9 v + g + d w; w = w - r rate v for weights, twice the rate for biases, which do not decay."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    config = OptimizerConfig(bias_and_norm_rate=2.0, momentum_form=form)
+    optimizer = make_optimizer(model, config, head=model[1], head_rate=10.0)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    velocity = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for _ in range(3):
+        set_lr(optimizer, 0.01)
+        for name, parameter in model.named_parameters():
+            gradient = torch.randn(parameter.shape)
+            parameter.grad = gradient.clone()
+            rate = 0.01 * (10 if name.startswith("1.") else 1) * (2 if name.endswith("bias") else 1)
+            decay = 0.0 if name.endswith("bias") else 5e-4
+            velocity[name] = 0.9 * velocity[name] + gradient + decay * expected[name]
+            expected[name] = expected[name] - rate * velocity[name]
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name])
+    assert (
+        make_optimizer(model, config, model[1], 1.0).state_dict()
+        == make_optimizer(model, config).state_dict()
+    )
+
+
+def test_head_rate_multiplies_lars_ratio() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
+    optimizer = make_optimizer(model, OptimizerConfig(name="lars"), head=model[1], head_rate=10.0)
+    set_lr(optimizer, 0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    gradients = [torch.randn(p.shape) for p in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    for rate, old, gradient, parameter in zip((0.5, 5.0), before, gradients, model.parameters(), strict=True):
+        ratio = 0.001 * old.norm() / (gradient.norm() + 5e-4 * old.norm())
+        torch.testing.assert_close(parameter.detach(), old - rate * ratio * (gradient + 5e-4 * old))

@@ -110,6 +110,8 @@ def test_fixed_keys_are_refused_and_all_others_are_not() -> None:
         UserError, match=r"cannot resume runs/r .*\(seed was 0, now 1; model.name was 'paper'"
     ):
         check_fixed(config_of("seed=1", "model.name=owt", *free), config_of(), Path("runs/r"))
+    with pytest.raises(UserError, match=r"cannot resume runs/r .*\(init_from was 'torchvision', now None\)"):
+        check_fixed(config_of(), config_of("init_from=torchvision"), Path("runs/r"))
 
 
 def test_table_in_the_documentation_has_every_key() -> None:
@@ -131,7 +133,10 @@ def test_table_in_the_documentation_has_every_key() -> None:
 
 def test_the_ranks_get_the_flag() -> None:
     for allowed in (True, False):
-        arguments = training_arguments("demo", None, Path("runs"), "auto", allowed, (), debug=False)
+        arguments = training_arguments(
+            "demo", None, Path("runs"), "auto", allowed, (), debug=False, init="a b"
+        )
+        assert "--init=a b" in arguments
         assert ("--allow-changed-schedule" in arguments) is allowed
 
 
