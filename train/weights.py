@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
@@ -27,6 +26,7 @@ from train.checkpoints.foreign import find_weights
 from train.checkpoints.format import MANIFEST, STATE, Pointer, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
 from train.checkpoints.safe_load import Skipped, check_tensors, load_skipping
+from train.checkpoints.share import encode_weights
 from train.checkpoints.write import save_checkpoint
 from train.config.load import decode_config
 from train.config.schema import RunConfig
@@ -64,7 +64,6 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
             weights are never replaced.
     """
     check_output(path, "TARGET", None, "weights", named=checkpoint.folder.iterdir())
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
         model = checkpoint.config.model
         if (model.name, model.hidden_units) != ("owt", 4096):
@@ -72,19 +71,12 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
                 "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
                 f"`{model.name}` with {model.hidden_units}"
             )
+        weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
         with writing_to(path, "name another file"), path.open("wb") as file:
             torch.save(weights, file)
         return
-    metadata = {
-        "config": msgspec.json.encode(checkpoint.config).decode(),
-        # Python's own JSON: names of folders need not be UTF-8
-        "classes": json.dumps(checkpoint.classes),
-        "labels_text": json.dumps(checkpoint.labels_text),
-        "checkpoint_sha256": checkpoint.sha256,
-    }
     with writing_to(path, "name another file"):
-        path.open("ab").close()  # its own error has no number
-        save_file(weights, path, metadata=metadata)
+        path.write_bytes(encode_weights(checkpoint, checkpoint.config))
 
 
 def read_names(path: Path) -> tuple[str, ...]:
