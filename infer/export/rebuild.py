@@ -20,6 +20,7 @@ from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, open_recorded
+from data_pipeline.remote.shards import local_root
 from infer.bundle.card import renew_card
 from infer.bundle.describe import rebuild_lines
 from infer.bundle.gate_report import LIMITS, Rebuild
@@ -137,7 +138,8 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
 
 
 def _images(bundle: Bundle, data: Path | None) -> Dataset:
-    dataset = open_dataset(data, "val") if data else open_recorded(data_of_run(bundle), "val")
+    root = local_root(data or data_of_run(bundle), ["val"])
+    dataset = open_dataset(root, "val") if data else open_recorded(root, "val")
     if tuple(map(printable, dataset.classes)) != bundle.manifest.classes:
         raise UserError(
             f"{printable(dataset.root)}/val has other classes than the model: name its data with --data"
