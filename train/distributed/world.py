@@ -138,11 +138,7 @@ class World:
                 self.set_flag(topic)
 
     def wait_for_machines(self, work: str) -> None:
-        """Wait until the first rank of every machine has done some work, however long it takes.
-
-        Args:
-            work: as `first_of_machine` was given it.
-        """
+        """Wait, however long it takes, until `first_of_machine` did its work on every machine."""
         for leader in range(0, self.world_size, self.local_world_size):
             while not self.flag_is_set(f"{work} on the machine of rank {leader}"):
                 time.sleep(POLL_S)

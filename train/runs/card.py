@@ -138,6 +138,8 @@ def _data_text(checkpoint: Checkpoint) -> str:
 
 def _recipe_text(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
+    if not checkpoint.data:
+        return f"{code(config.recipe)}: how imported weights were trained is not known here."
     known = config.recipe in recipe_names()
     base = make_config(config.recipe) if known else RunConfig(recipe=config.recipe)
     before, now = (msgspec.to_builtins(without_places(value)) for value in (base, config))

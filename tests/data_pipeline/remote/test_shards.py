@@ -194,7 +194,7 @@ def test_a_split_cannot_lead_elsewhere(server: Server, shards: Path) -> None:
         local_root(url_of(server))
 
 
-def test_too_small_a_cache_is_one_line_before_anything_is_fetched(server: Server, shards: Path) -> None:
+def test_too_small_a_cache_is_one_line_before_it_is_filled(server: Server, shards: Path) -> None:
     size = sum(path.stat().st_size for path in shards.rglob("*.tar"))
     with pytest.raises(
         UserError, match=r"takes .* GB, and the cache of shards holds .* \(data.remote_cache_gb\)"

@@ -85,6 +85,9 @@ def test_card_has_figures_denominators_and_settings(run: Path) -> None:
     assert "secret" not in card and "| `seed`" not in card
     there = ["README.md", "checkpoints", "metrics.jsonl", "model.safetensors"]
     assert sorted(path.name for path in run.iterdir()) == there
+    imported = run_card(replace(best(run), data={}, metrics={}))
+    assert "`demo`: how imported weights were trained is not known here." in imported
+    assert "The checkpoint of step 23 was not evaluated." in imported and "model-index" not in imported
     (run / "checkpoints" / "best.json").unlink()
     assert "step 23; chosen by name, and not by its accuracy" in run_card(best(run))
 
