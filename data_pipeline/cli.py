@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -71,20 +72,23 @@ def shard(
 ) -> None:
     """Write a dataset as tar shards in the WebDataset layout, which train exactly as the files do.
 
-    The same input gives the same bytes; run again after a kill, it writes what is missing.
+    The same input gives the same bytes; run again after a kill, it writes what is missing. OUT may be an
+    address, s3:// or gs://, to which the shards are copied.
 
     \b
     alexnet data shard imagenet imagenet-shards --shard-size 512MB
+    alexnet data shard imagenet s3://bucket/imagenet-256 --resize 256
     """
+    from data_pipeline.remote.address import remote_url
+    from data_pipeline.sharding.upload import write_remote_shards
     from data_pipeline.sharding.write import parse_size, write_shards
 
-    shard_bytes = parse_size(shard_size)
+    url, shard_bytes = remote_url(out), parse_size(shard_size)
+    write = partial(write_shards, source, out) if url is None else partial(write_remote_shards, source, url)
     with name_continuation("the same command writes the shards that are missing"):
-        report = write_shards(
-            source, out, shard_bytes=shard_bytes, resize_px=resize_px, quality=quality, workers=workers
-        )
+        report = write(shard_bytes=shard_bytes, resize_px=resize_px, quality=quality, workers=workers)
     click.echo(
-        f"{out}: {report.num_samples} samples in {report.num_shards} shards, {report.size_bytes} bytes"
+        f"{url or out}: {report.num_samples} samples in {report.num_shards} shards, {report.size_bytes} bytes"
     )
     if report.num_reused:
         click.echo(f"{report.num_reused} shards were there already", err=True)
@@ -116,8 +120,9 @@ def verify(
     from data_pipeline.common.errors import SaveError
     from data_pipeline.inspect.report import verify_as_json, verify_as_text
     from data_pipeline.inspect.verify import verify as verify_folder
+    from data_pipeline.remote.shards import local_root
 
-    report = verify_folder(folder, splits, workers=workers, list_path=list_path)
+    report = verify_folder(local_root(folder, splits), splits, workers=workers, list_path=list_path)
     click.echo(verify_as_json(report) if as_json else verify_as_text(report))
     if report.why_elsewhere:
         click.echo(f"{report.why_elsewhere}; it is kept in the user's cache", err=True)
@@ -153,10 +158,11 @@ def info(folder: Path, as_json: bool, grid: Path | None, sample: int | None, wor
     from data_pipeline.inspect.grid import check_grid_path, write_grid
     from data_pipeline.inspect.report import print_info
     from data_pipeline.inspect.stats import collect_info
+    from data_pipeline.remote.shards import local_root
 
     if grid is not None:
         check_grid_path(grid)
-    found, datasets = collect_info(folder, sample=sample, workers=workers)
+    found, datasets = collect_info(local_root(folder), sample=sample, workers=workers)
     if grid is not None:
         write_grid(found, datasets[0], grid)
         click.echo(f"pictures: {grid}", err=True)

@@ -24,6 +24,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.loader import Loader
+from data_pipeline.remote.shards import local_root
 from infer.bundle.load import Bundle, data_of_run, open_bundle
 from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes
@@ -158,7 +159,8 @@ def evaluate_exported(
         UserError: no data, or other classes than the bundle's.
     """
     bundle = open_bundle(path)
-    dataset = open_dataset(data, split) if data else open_recorded(data_of_run(bundle), split)
+    root = local_root(data or data_of_run(bundle), [split])
+    dataset = open_dataset(root, split) if data else open_recorded(root, split)
     log_passed_over(dataset.split, dataset.passed_over)
     choice = choose_backend(bundle, device=device)
     with closing(choice.backend):

@@ -23,7 +23,8 @@ OPTIONS: list[click.Parameter] = [
     click.Option(
         ["--data"],
         type=PATH,
-        help="Folder with train/ and val/, one folder per class in each. Default: the recipe's.",
+        help="Folder with train/ and val/, one folder per class in each, or the address of shards. Default: "
+        "the recipe's.",
     ),
     click.Option(
         ["--out"],

@@ -22,7 +22,9 @@ from data_pipeline.loader import Loader
 from data_pipeline.loading.cache import DecodedCache, await_cache, bytes_needed, create_store, fill_cache
 from data_pipeline.loading.pixel_store import PixelStore
 from data_pipeline.loading.scan import with_table
-from train.config.schema import RunConfig
+from data_pipeline.remote.address import remote_url
+from data_pipeline.remote.shards import local_root
+from train.config.schema import DataConfig, RunConfig
 from train.distributed.ddp import micro_batch_size
 from train.distributed.world import World, cpu_share
 from train.evaluate import EVAL_BATCH
@@ -47,11 +49,11 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
     """
     if config.data.root is None:
         raise UserError(f"recipe {config.recipe} needs data: --data DIR, with train/ and val/ in it")
-    root = Path(config.data.root)
-    if root == DEMO_ROOT:
+    if Path(config.data.root) == DEMO_ROOT:
         if world.local_rank == 0:
-            write_demo(root)
+            write_demo(DEMO_ROOT)
         world.barrier()
+    root = fetch_root(config.data, world)
     listed = Path(config.data.quarantine) if config.data.quarantine is not None else True
     train_set, val_set = (open_recorded(root, split, quarantine=listed) for split in ("train", "val"))
     check_same_classes(train_set, val_set)
@@ -59,6 +61,22 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
         log_passed_over(dataset.split, dataset.passed_over)
     with world.first_of_machine("the images are looked at"):
         return with_table(train_set, usable_cores()), with_table(val_set, usable_cores())
+
+
+def fetch_root(data: DataConfig, world: World) -> Path:
+    """The folder of the data on this machine. Shards that are elsewhere are fetched, once for each machine.
+
+    Raises:
+        UserError, CorruptFileError, SaveError: as `data_pipeline.remote.shards.local_root`.
+    """
+    assert data.root is not None
+    if remote_url(data.root) is None:
+        return Path(data.root)
+    work = "the shards are fetched"
+    with world.first_of_machine(work):
+        root = local_root(data.root, ("train", "val"), cache_gb=data.remote_cache_gb)
+    world.wait_for_machines(work)
+    return root
 
 
 def contents_on_ranks(world: World, datasets: Sequence[Dataset]) -> dict[str, Contents]:

@@ -19,6 +19,7 @@ from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.decode.backend import make_backend
 from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
+from data_pipeline.remote.shards import local_root
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
 from train.health.class_meter import ClassMeter
@@ -99,11 +100,11 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str, option: st
     Raises:
         UserError: no such folder, or other classes than the checkpoint's.
     """
-    recorded = checkpoint.config.data.root
+    recorded, cache_gb = checkpoint.config.data.root, checkpoint.config.data.remote_cache_gb
     if data is not None:
-        dataset = open_dataset(data, split)
+        dataset = open_dataset(local_root(data, [split], cache_gb=cache_gb), split)
     elif recorded is not None:
-        dataset = open_recorded(Path(recorded), split, option)
+        dataset = open_recorded(local_root(recorded, [split], cache_gb=cache_gb), split, option)
     else:
         raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with {option} DIR")
     log_passed_over(dataset.split, dataset.passed_over)

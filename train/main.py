@@ -33,6 +33,7 @@ from train.distributed.world import env_rank, open_world
 from train.health.metrics import Metrics
 from train.health.signals import Interrupt
 from train.loop import run_epochs
+from train.runs.card import share_best
 from train.runs.resume import end_run
 from train.setup import build_run
 from train.state import RunState
@@ -74,7 +75,10 @@ def train(config: RunConfig, out: Path, resume: str, *, allow_changed_schedule: 
             raise
         if not world.is_main:
             return None
-        return msgspec.json.encode(summarize(run, metrics, time.monotonic() - started)).decode()
+        summary = summarize(run, metrics, time.monotonic() - started)
+        assert run.folder is not None and run.writer is not None
+        share_best(run.folder.path, run.writer.best)
+        return msgspec.json.encode(summary).decode()
 
 
 def summarize(run: RunState, metrics: Metrics | None, seconds: float) -> dict[str, Any]:

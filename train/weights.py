@@ -6,13 +6,11 @@ other. Nothing in an imported file is executed.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import writing_to
@@ -20,6 +18,7 @@ from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import names_in, printable
 from train.checkpoints.format import InitRecord, Pointer, Progress, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
+from train.checkpoints.share import encode_weights
 from train.checkpoints.write import save_checkpoint
 from train.optim.sgd import make_optimizer
 from train.pretrained.readers import read_file
@@ -42,7 +41,6 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
             weights are never replaced.
     """
     check_output(path, "TARGET", None, "weights", named=checkpoint.folder.iterdir())
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     if target == "torchvision":
         model = checkpoint.config.model
         published = msgspec.structs.replace(model, stem_kernel=None, groups=None, norm=None, pool_padding=0)
@@ -51,19 +49,12 @@ def export_weights(checkpoint: Checkpoint, path: Path, target: Target) -> None:
                 "torchvision's alexnet is `owt` with 4096 hidden units; this checkpoint is "
                 f"`{model.description}` with {model.hidden_units}"
             )
+        weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
         with writing_to(path, "name another file"), path.open("wb") as file:
             torch.save(weights, file)
         return
-    metadata = {
-        "config": msgspec.json.encode(checkpoint.config).decode(),
-        # Python's own JSON: names of folders need not be UTF-8
-        "classes": json.dumps(checkpoint.classes),
-        "labels_text": json.dumps(checkpoint.labels_text),
-        "checkpoint_sha256": checkpoint.sha256,
-    }
     with writing_to(path, "name another file"):
-        path.open("ab").close()  # its own error has no number
-        save_file(weights, path, metadata=metadata)
+        path.write_bytes(encode_weights(checkpoint, checkpoint.config))
 
 
 def read_names(path: Path) -> tuple[str, ...]:

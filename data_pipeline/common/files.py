@@ -67,9 +67,13 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file: at any time the path holds the old content or the new, whole, on the disk."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_bytes(content)
-    fsync_path(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file would take what is left of a full disk
+        raise
     fsync_path(path.parent)
 
 

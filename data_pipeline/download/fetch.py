@@ -8,6 +8,9 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,8 +36,13 @@ _MB = 1_000_000
 _LARGEST_BYTES = 1 << 40
 
 
-class _BrokenOffError(Exception):
+class BrokenOffError(Exception):
     """A connection that ended early; the next one may resume."""
+
+
+Connection = Callable[[str, Path, int, float, Progress, str], None]
+"""Appends what is missing to a part: address, part, the most bytes that it may have, seconds without a byte,
+progress in MB, advice. Raises as `fetch` does, and `BrokenOffError`."""
 
 
 def fetch(
@@ -48,6 +56,9 @@ def fetch(
     attempts: int = ATTEMPTS,
     pause_s: float = 1.0,
     advice: str = ADVICE,
+    max_bytes: int = _LARGEST_BYTES,
+    progress: Progress | None = None,
+    connection: Connection | None = None,
 ) -> None:
     """Download a file; it appears under its name only when it is whole and verified.
 
@@ -63,12 +74,15 @@ def fetch(
         attempts: see `ATTEMPTS`.
         pause_s: wait before the second attempt; doubled before each one after it.
         advice: what to do about a server that refuses, for messages.
+        max_bytes: the most that a file of unknown size may have.
+        progress: receives the megabytes, where others show it; None to show it here.
+        connection: reads from elsewhere than HTTP.
     Raises:
         UserError: a refusal by the server, no connection that brings anything, or no place to write to.
         CorruptFileError: what arrived is not what was published; it is deleted.
         SaveError: a full disk.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    if connection is None and urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} is no http or https address")
     if path.is_file():
         wrong = _difference(path, size_bytes, md5, sha256)
@@ -80,8 +94,14 @@ def fetch(
     part = path.with_name(f"{path.name}.part")
     check_writable(path.parent, "name another folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _fetch_all(url, part, size_bytes, stall_s, attempts, pause_s, advice)
+    title, total = f"download {url.rsplit('/', 1)[-1]}, MB", size_bytes and -(-size_bytes // _MB)
+    limit = max_bytes if size_bytes is None else size_bytes
+    with show_progress(title, total) if progress is None else nullcontext(progress) as shown:
+        connect = partial(connection or _fetch_once, url, part, limit, stall_s, shown, advice)
+        _fetch_all(url, part, size_bytes, attempts, pause_s, advice, connect)
     wrong = _difference(part, size_bytes, md5, sha256)
+    if size_bytes is None and size_of(part) > max_bytes:
+        wrong = f"has more than {max_bytes} bytes"
     if wrong is not None:
         part.unlink()
         raise CorruptFileError(
@@ -95,40 +115,39 @@ def _fetch_all(
     url: str,
     part: Path,
     size_bytes: int | None,
-    stall_s: float,
     attempts: int,
     pause_s: float,
     advice: str,
+    connect: Callable[[], None],
 ) -> None:
-    failed, best = 0, _size_of(part)
-    total = None if size_bytes is None else -(-size_bytes // _MB)
-    with show_progress(f"download {url.rsplit('/', 1)[-1]}, MB", total) as progress:
-        while size_bytes is None or _size_of(part) < size_bytes:
-            try:
-                _fetch_once(url, part, size_bytes, stall_s, progress, advice)
-                return
-            except _BrokenOffError as error:
-                got = _size_of(part)
-                failed, best = (1, got) if got > best else (failed + 1, best)
-                if failed >= attempts:
-                    raise UserError(
-                        f"{url} could not be fetched: {error}, {failed} times in a row; what there is stays "
-                        f"in {printable(part)}: run the same command to go on, or {advice}"
-                    ) from error
-                log.warning("%s after %d bytes: trying again", error, got)
-                time.sleep(pause_s * 2 ** (failed - 1))
+    failed, best = 0, size_of(part)
+    while size_bytes is None or size_of(part) < size_bytes:
+        try:
+            connect()
+            if size_bytes is not None and (got := size_of(part)) < size_bytes:
+                raise BrokenOffError(f"the connection ended early, at {got} of {size_bytes} bytes")
+            return
+        except BrokenOffError as error:
+            got = size_of(part)
+            failed, best = (1, got) if got > best else (failed + 1, best)
+            if failed >= attempts:
+                stays = f"what there is stays in {printable(part)}: run the same command to go on, or "
+                raise UserError(
+                    f"{url} could not be fetched: {error}, {failed} times in a row; "
+                    f"{stays if got else ''}{advice}"
+                ) from error
+            log.warning("%s after %d bytes: trying again", error, got)
+            time.sleep(pause_s * 2 ** (failed - 1))
 
 
-def _fetch_once(
-    url: str, part: Path, size_bytes: int | None, stall_s: float, progress: Progress, advice: str
-) -> None:
+def _fetch_once(url: str, part: Path, limit: int, stall_s: float, progress: Progress, advice: str) -> None:
     """Fetch over one connection, from the end of the part to the end of the file.
 
     Raises:
-        _BrokenOffError: it ended early.
+        BrokenOffError: it ended early.
         UserError: the server refuses.
     """
-    start = _size_of(part)
+    start = size_of(part)
     request = urllib.request.Request(url, headers={"User-Agent": "alexnet", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -139,34 +158,33 @@ def _fetch_once(
             if start and response.status != 206:
                 log.info("the server cannot resume: starting anew")
                 start = 0
-            limit = size_bytes if size_bytes is not None else total if total is not None else _LARGEST_BYTES
             with part.open("ab" if start else "wb", buffering=0) as file:
-                _copy(response, file, limit - start, progress)
-            got = _size_of(part)
-            if got < (total if total is not None else got) or (size_bytes is not None and got < size_bytes):
-                raise _BrokenOffError(f"the connection ended early, at {got} of {size_bytes or total} bytes")
+                copy_chunks(response.read1, file, limit - start, progress)
+            got = size_of(part)
+            if total is not None and got < min(total, limit + 1):
+                raise BrokenOffError(f"the connection ended early, at {got} of {total} bytes")
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # the part is longer than the file: another version of it
                 part.unlink(missing_ok=True)
-                raise _BrokenOffError("the server has a shorter file than the part that was kept") from error
+                raise BrokenOffError("the server has a shorter file than the part that was kept") from error
             if error.code in (408, 429) or error.code >= 500:
-                raise _BrokenOffError(f"the server answered {error.code} {error.reason}") from error
+                raise BrokenOffError(f"the server answered {error.code} {error.reason}") from error
             raise UserError(f"{url}: the server answered {error.code} {error.reason}; {advice}") from error
     except http.client.IncompleteRead as error:
-        raise _BrokenOffError("the connection ended early") from error
+        raise BrokenOffError("the connection ended early") from error
     except (http.client.HTTPException, OSError) as error:  # urllib wraps what fails before the answer
         reason = getattr(error, "reason", error)
         stalled = isinstance(reason, TimeoutError)
-        raise _BrokenOffError(
+        raise BrokenOffError(
             f"no byte for {stall_s:g} s" if stalled else f"no connection ({reason})"
         ) from error
 
 
-def _copy(response: Any, file: Any, limit: int, progress: Progress) -> None:
-    """Write the answer, up to one byte above the limit: enough to know that it is too long."""
+def copy_chunks(read: Callable[[int], bytes], file: Any, limit: int, progress: Progress) -> None:
+    """Write what is read, up to one byte above the limit: enough to know that it is too long."""
     room = limit + 1
-    while room > 0 and (chunk := response.read1(min(CHUNK_BYTES, room))):
+    while room > 0 and (chunk := read(min(CHUNK_BYTES, room))):
         before = file.tell()
         try:
             file.write(chunk)
@@ -181,7 +199,7 @@ def _total_bytes(response: Any, start: int) -> int | None:
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start:
-            raise _BrokenOffError("the server sent another range than it was asked for")
+            raise BrokenOffError("the server sent another range than it was asked for")
         return None if match[2] == "*" else int(match[2])
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
@@ -200,7 +218,8 @@ class _SameKindRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """The bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
 
 

@@ -135,6 +135,15 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def load_index(path: Path) -> ShardIndex:
+    """Read an index by itself, wherever its shard is.
+
+    Raises:
+        CorruptFileError: missing, or not what was written by its own hash.
+    """
+    return _load(path, ShardIndex)
+
+
 def read_index(shard: Path, plan: str) -> ShardIndex:
     """Read the index beside a shard, and compare it with the shard's size.
 
@@ -142,7 +151,7 @@ def read_index(shard: Path, plan: str) -> ShardIndex:
         CorruptFileError: missing, damaged, of another plan, or not of this shard.
     """
     path = index_path(shard)
-    index = _load(path, ShardIndex)
+    index = load_index(path)
     try:
         size_bytes = shard.stat().st_size
     except OSError as error:

@@ -48,3 +48,15 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raise ValueError(f"mean must be three finite numbers, not {self.mean}")
         if not all(math.isfinite(s) and s > 0 for s in self.std):
             raise ValueError(f"std must be three numbers above 0, not {self.std}")
+
+
+def describe_preprocessing(preprocessing: Preprocessing) -> str:
+    """The preprocessing in words and numbers, for people who feed a model themselves."""
+    of = preprocessing
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (of.mean, of.std))
+    return (
+        "Decode to 8-bit RGB and turn it upright by its EXIF orientation; resize (bilinear with "
+        f"antialiasing, as Pillow's `BILINEAR`) so that the short side has {of.resize_px} pixels; cut the "
+        f"centre square of {of.crop_px} x {of.crop_px}. Then `(pixel / 255 - mean) / std` for R, G, B with "
+        f"mean {mean} and std {std}."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import astuple
 
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
-from infer.bundle.load import Bundle
+from infer.bundle.load import Bundle, names_beside
 from infer.bundle.onnx_versions import runtime_words
 from infer.bundle.schema import (
     CPU_NAME,
@@ -31,6 +31,7 @@ def describe_export(bundle: Bundle) -> list[str]:
     lines = [
         f"exported {bundle.folder}",
         f"  files: {files}",
+        f"  beside them: {', '.join(names_beside(bundle.folder)) or 'no card, no weights'}",
         f"  {manifest.precision}, batches of 1 to {manifest.max_batch}, {len(manifest.classes)} classes",
     ]
     if manifest.engine is not None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import msgspec
 
+from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
 from infer.bundle.manifest import Manifest, read_manifest
 from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
 
-FILE_NAMES = frozenset({MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME})
-"""What an export writes."""
+FILE_NAMES = frozenset({MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME, CARD_NAME, WEIGHTS_NAME})
+"""What an export writes. The last two are for people and other programs: nothing here reads them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def folder_of(path: Path) -> Path:
     """The bundle's folder, where a path names a file in it, which users take for the model; else the path."""
     inside = path.name in FILE_NAMES and (path.parent / MANIFEST_NAME).is_file()
     return path.parent if inside or path.name == MANIFEST_NAME else path
+
+
+def names_beside(folder: Path) -> list[str]:
+    """The card and the weights of a bundle, where they are there: files that its manifest does not list."""
+    paths = [folder / name for name in (CARD_NAME, WEIGHTS_NAME)]
+    return [path.name for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def is_bundle(path: Path) -> bool:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of, writing_to
 from data_pipeline.common.sealed import encode_sealed
-from infer.bundle.load import FILE_NAMES, Bundle, file_problem, load_bundle
+from infer.bundle.load import FILE_NAMES, Bundle, file_problem, load_bundle, names_beside
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import MANIFEST_NAME, FileEntry
 
@@ -48,7 +49,7 @@ def check_replaceable(target: Path) -> None:
     if not names:
         return
     try:
-        ours = load_bundle(target).manifest.files.keys() | {MANIFEST_NAME}
+        ours = load_bundle(target).manifest.files.keys() | {MANIFEST_NAME, CARD_NAME, WEIGHTS_NAME}
     except CorruptFileError:
         # Exporting again is the cure for a damaged export; then all file names that an export has are ours.
         ours = set(FILE_NAMES)
@@ -78,6 +79,12 @@ def copy_files(bundle: Bundle, names: Iterable[str], folder: Path) -> None:
             raise CorruptFileError(f"{bundle.folder / name} changed while it was copied")
 
 
+def copy_beside(bundle: Bundle, folder: Path) -> None:
+    """Copy the card and the weights of a bundle, where it has them: they are not in its manifest."""
+    for name in names_beside(bundle.folder):
+        shutil.copyfile(bundle.folder / name, folder / name)
+
+
 def sync_files(folder: Path, names: Iterable[str]) -> None:
     """Make a finished folder and its files readable for all, and flush them to the disk."""
     for name in names:
@@ -94,7 +101,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
     so that a crash leaves the old one or the new one on the disk, never a mixture.
 
     Args:
-        staging: holds the files that `manifest.files` names.
+        staging: holds the files that `manifest.files` names, and the card and the weights, which it does not.
         target: where the bundle shall be.
         manifest: complete, with the gate's report.
     Returns:
@@ -102,7 +109,7 @@ def write_bundle(staging: Path, target: Path, manifest: Manifest) -> Bundle:
     """
     assert manifest.report is not None, "only what passed the gate is shipped"
     (staging / MANIFEST_NAME).write_bytes(encode_sealed(manifest))
-    sync_files(staging, (*manifest.files, MANIFEST_NAME))
+    sync_files(staging, (*manifest.files, MANIFEST_NAME, *names_beside(staging)))
     aside = staging.with_name(staging.name + ".replaced")
     if target.exists():
         target.rename(aside)

@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline.common.errors import CorruptFileError, UserError
 from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
 from infer.bundle.gate_report import LIMITS, GateReport, Rebuild
-from infer.bundle.load import Bundle, file_problem, find_bundle
+from infer.bundle.load import Bundle, file_problem, find_bundle, names_beside
 from infer.bundle.manifest import Manifest, read_digest, read_manifest
 from infer.bundle.onnx_versions import runtime_words
 from infer.bundle.schema import (
@@ -55,7 +55,8 @@ class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         healthy: whether every file is what was exported, and they belong together.
         manifest_sha256: the manifest's digest, and with it the one name of the whole bundle.
-        unlisted: files in the folder that the manifest does not list; nothing uses them.
+        beside: the card and the weights, where they are there: for people and other programs.
+        unlisted: other files in the folder that the manifest does not list; nothing uses them.
         loads_on: for each file, which libraries and GPUs load it.
         here: for each file and device, `ok: …` after it was loaded and ran, or why it does not.
         predict_would_use: the choice of `alexnet predict` without options.
@@ -72,6 +73,7 @@ class BundleReport(msgspec.Struct, frozen=True, kw_only=True):
     num_classes: int
     max_batch: int
     files: list[FileStatus]
+    beside: list[str]
     unlisted: list[str]
     checkpoint: Origin
     versions: dict[str, str]
@@ -108,7 +110,7 @@ def examine_bundle(path: Path) -> BundleReport:
     whole = {file.name for file in files if file.problem is None}
     here = _try_here(bundle, machine, whole)
     healthy = len(whole) == len(files) and not any(text.startswith("damaged") for text in here.values())
-    advice = None
+    advice, beside = None, names_beside(folder)
     if ENGINE_NAME not in whole or why_no_engine(bundle, machine):
         advice = rebuild_advice(folder, machine)
     return BundleReport(
@@ -118,7 +120,8 @@ def examine_bundle(path: Path) -> BundleReport:
         manifest_sha256=read_digest(folder),
         num_classes=len(manifest.classes),
         files=files,
-        unlisted=sorted(p.name for p in folder.iterdir() if p.name not in {*manifest.files, MANIFEST_NAME}),
+        beside=beside,
+        unlisted=sorted({p.name for p in folder.iterdir()} - {*manifest.files, MANIFEST_NAME, *beside}),
         gate=manifest.report,
         gate_limits_are_todays=manifest.report.limits == LIMITS[manifest.precision],
         loads_on=_loads_on(bundle),
@@ -162,6 +165,7 @@ def report_lines(report: BundleReport) -> list[str]:
             f"  {file.name}: {file.problem or 'ok'}, {file.size_bytes / 1e6:.1f} MB, SHA-256 {file.sha256}"
             for file in report.files
         ),
+        *(f"  {name}: for people and other programs; nothing here reads it" for name in report.beside),
         *(f"  {name}: not listed in {MANIFEST_NAME}; nothing uses it" for name in report.unlisted),
         "provenance:",
         f"  checkpoint: SHA-256 {checkpoint.sha256}",

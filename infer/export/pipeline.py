@@ -15,11 +15,13 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.transforms.preprocessing import Preprocessing
+from infer.bundle.card import bundle_card
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import SCHEMA_VERSION, Manifest, now_utc
 from infer.bundle.schema import (
@@ -47,7 +49,9 @@ from infer.export.verify_precision import check_precision
 from infer.predict.decode import open_decoder, valid_images
 from infer.runtime.choose import tensorrt_versions
 from train.checkpoints.load import Checkpoint, load_checkpoint
+from train.checkpoints.share import encode_weights, without_places
 from train.evaluate import load_split
+from train.runs.card import data_name, training_sections
 
 log = logging.getLogger("infer")
 
@@ -148,7 +152,17 @@ class _Export:
             if format == "trt":
                 draft = add_engine(staging, draft, self.max_batch, self.options)
             report = run_gate(Bundle(staging, draft), self.checkpoint, self.dataset, earlier)
-            return write_bundle(staging, target, replace(draft, report=report))
+            manifest = replace(draft, report=report)
+            self._write_beside(staging, manifest)
+            return write_bundle(staging, target, manifest)
+
+    def _write_beside(self, folder: Path, manifest: Manifest) -> None:
+        """Write the card and the weights, which are for people and other programs."""
+        checkpoint = self.checkpoint
+        config = without_places(checkpoint.config)
+        (folder / WEIGHTS_NAME).write_bytes(encode_weights(checkpoint, config))
+        card = bundle_card(manifest, data_name(checkpoint.config), training_sections(checkpoint))
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
     def _write_onnx(self, folder: Path) -> Manifest:
         """Write the model and its form for a CPU, check their precision, and describe them."""

@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
+from data_pipeline.common.card import CARD_NAME
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, open_recorded
+from data_pipeline.remote.shards import local_root
+from infer.bundle.card import renew_card
 from infer.bundle.describe import rebuild_lines
 from infer.bundle.gate_report import LIMITS, Rebuild
 from infer.bundle.load import Bundle, data_of_run
 from infer.bundle.manifest import now_utc, read_manifest
 from infer.bundle.schema import ENGINE_NAME, ONNX_NAME
-from infer.bundle.write import copy_files, staging_folder, write_bundle
+from infer.bundle.write import copy_beside, copy_files, staging_folder, write_bundle
 from infer.export.compare import compare
 from infer.export.engine_options import EngineOptions, check_max_batch
 from infer.export.to_tensorrt import add_engine
@@ -75,7 +78,10 @@ def rebuild_engine(
             report=replace(manifest.report, engine=None, engine_not_run="built again after the export"),
         )
         rebuild = _compare_with_onnx(Bundle(staging, draft), bundle, data)
-        return write_bundle(staging, target, replace(draft, rebuild=rebuild))
+        draft = replace(draft, rebuild=rebuild)
+        copy_beside(bundle, staging)
+        renew_card(staging / CARD_NAME, draft)
+        return write_bundle(staging, target, draft)
 
 
 def _target(bundle: Bundle, out: Path | None) -> Path:
@@ -132,7 +138,8 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
 
 
 def _images(bundle: Bundle, data: Path | None) -> Dataset:
-    dataset = open_dataset(data, "val") if data else open_recorded(data_of_run(bundle), "val")
+    root = local_root(data or data_of_run(bundle), ["val"])
+    dataset = open_dataset(root, "val") if data else open_recorded(root, "val")
     if tuple(map(printable, dataset.classes)) != bundle.manifest.classes:
         raise UserError(
             f"{printable(dataset.root)}/val has other classes than the model: name its data with --data"

@@ -18,11 +18,17 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content`, as badly as `mode` says; `asked` notes the range of each request."""
+    """Serves `content`, as badly as `mode` says; `asked` notes the range of each request, `paths` its path.
+
+    With `files`, it serves those by their paths, and the mode is of those alone whose path ends with `bad`.
+    """
 
     content = CONTENT
     mode = "well"
     asked: list[str | None]
+    paths: list[str]
+    files: dict[str, bytes] | None = None
+    bad = ""
     daemon_threads = True
 
 
@@ -31,9 +37,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, asked = self.server, self.headers.get("Range")
+        first = self.path not in server.paths
         server.asked.append(asked)
-        first = len(server.asked) == 1
+        server.paths.append(self.path)
         content, mode = server.content, server.mode
+        if server.files is not None:
+            content = server.files.get(self.path, b"")
+            mode = server.mode if self.path.endswith(server.bad) else "well"
+            mode = mode if self.path in server.files else "not found"
+        if mode == "damaged" or (mode == "damaged at first" and first):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        elif mode == "shorter":
+            content = content[:-1]
         if mode == "redirects" and self.path == "/data.bin":
             self.send_response(302)
             self.send_header("Location", "/elsewhere.bin")
@@ -65,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         end = len(content)
         if mode in ("breaks off", "ignores ranges", "claims nothing") and first:
-            end = 1_000_000
+            end = min(1_000_000, len(content) // 2) if server.files is not None else 1_000_000
         if mode == "always breaks off":
             end = min(end, start + 400_000)
         if mode == "always stalls" or (mode == "stalls" and first):
@@ -88,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
 def serving() -> Iterator[Server]:
     """A server on a free port of this machine."""
     made = Server(("127.0.0.1", 0), Handler)
-    made.asked = []
+    made.asked, made.paths = [], []
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield made

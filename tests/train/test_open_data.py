@@ -14,6 +14,8 @@ import pytest
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Contents
 from data_pipeline.datasets.open import open_dataset
+from data_pipeline.sharding.write import write_shards
+from tests.helpers.http_server import serving
 from tests.helpers.images import write_folder
 from train.config.load import make_config
 from train.data import contents_on_ranks, open_data
@@ -27,13 +29,18 @@ class Ranks:
 
     def __init__(self, *others: dict[str, Contents]) -> None:
         self.others = others
+        self.done: list[str] = []
 
     def gather_objects(self, mine: dict[str, Contents]) -> list[dict[str, Contents]]:
         return [mine, *self.others]
 
     @contextmanager
-    def first_of_machine(self, _: str) -> Iterator[None]:
+    def first_of_machine(self, work: str) -> Iterator[None]:
+        self.done.append(work)
         yield
+
+    def wait_for_machines(self, work: str) -> None:
+        assert work == self.done[-1], "what is waited for was done"
 
 
 def test_ranks_that_see_other_images_end_with_one_line(tmp_path: Path) -> None:
@@ -63,3 +70,25 @@ def test_first_lines_say_what_is_not_read(tmp_path: Path, caplog: pytest.LogCapt
         "train: passed over 1 file that is no image (1 .heic)",
         "val: passed over 1 image beside the class folders",
     ]
+
+
+def test_data_may_be_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both splits come whole into the user's cache; too small a cache for them is said before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split, count in (("train", 3), ("val", 2)):
+        write_folder(tmp_path / "d" / split, {"a": count, "b": count}, side=16)
+    write_shards(tmp_path / "d", tmp_path / "s")
+    with serving() as server:
+        server.files = {
+            f"/{path.relative_to(tmp_path)}": path.read_bytes()
+            for path in (tmp_path / "s").rglob("*.*")
+            if path.is_file()
+        }
+        url = Path(f"http://127.0.0.1:{server.server_port}/s")
+        tiny = make_config("demo", ["data.remote_cache_gb=0.000001"], url)
+        with pytest.raises(UserError, match=r"holds 1e-06 \(data.remote_cache_gb\): set it higher"):
+            open_data(tiny, cast(World, Ranks()))
+        train_set, val_set = open_data(make_config("demo", [], url), cast(World, Ranks()))
+    assert (len(train_set), len(val_set)) == (6, 4)
+    assert train_set.root == val_set.root and train_set.root.is_relative_to(tmp_path / "cache")
+    assert train_set.contents() == open_dataset(tmp_path / "d", "train").contents()

@@ -17,6 +17,7 @@ import msgspec
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import without_mark
+from data_pipeline.remote.address import remote_url
 from train.config.schema import RunConfig
 
 
@@ -62,7 +63,7 @@ def make_config(
     Args:
         recipe: name or file of a recipe.
         overrides: `dotted.key=value` texts, values in TOML; a bare word counts as a string.
-        data: the data folder, in place of `data.root`.
+        data: the data folder or its address, in place of `data.root`.
         init: weights to begin with, in place of `init_from`.
     Raises:
         UserError: an unknown key (with the nearest known one) or a value that is not allowed (with those that
@@ -84,7 +85,7 @@ def make_config(
                 raise UserError(f"--set {override}: {parent!r} is a value, not a table of keys")
         table[last] = _parse_value(text.strip())
     if data is not None:
-        values.setdefault("data", {})["root"] = str(data)
+        values.setdefault("data", {})["root"] = remote_url(data) or str(data)
     if init is not None:
         values["init_from"] = init
     return decode_config(values)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from data_pipeline.remote.cache import DEFAULT_GB
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 
@@ -43,7 +44,8 @@ class DataConfig(Table, frozen=True):
     """Where the images are and who decodes them.
 
     Attributes:
-        root: folder with `train/` and `val/`; `data/demo-digits` is written when it is missing.
+        root: folder with `train/` and `val/`, or the address of shards. `data/demo-digits` is written when it
+            is missing.
         quarantine: the list of files to leave out, from `alexnet data verify --list`; by itself it is
             `quarantine.jsonl` in `root`, or the one that is kept in the user's cache.
         backend: `dali`, `pillow`, or `auto` (DALI where it is installed).
@@ -54,6 +56,8 @@ class DataConfig(Table, frozen=True):
             memory, where a quarter of what is free holds them and they are read twice or more; `none`.
         deterministic: a GPU decodes a file to the same bytes each time, without its hardware decoder. On a
             CPU it always does.
+        remote_cache_gb: most gigabytes that shards of s3://, gs:// and https:// addresses take in the user's
+            cache, those of other runs included.
         max_decoded_gb: bound on the decoded images, not cropped yet, that a GPU holds. What exceeds it is cut
             on the CPU.
     """
@@ -65,6 +69,7 @@ class DataConfig(Table, frozen=True):
     prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     cache: Literal["none", "ram", "gpu", "auto"] = "auto"
     deterministic: bool = False
+    remote_cache_gb: AboveZero = DEFAULT_GB
     max_decoded_gb: Annotated[float, msgspec.Meta(ge=0.1, le=1000)] = 2.0
 
 

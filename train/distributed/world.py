@@ -144,6 +144,12 @@ class World:
             if not self.local_rank:
                 self.set_flag(topic)
 
+    def wait_for_machines(self, work: str) -> None:
+        """Wait, however long it takes, until `first_of_machine` did its work on every machine."""
+        for leader in range(0, self.world_size, self.local_world_size):
+            while not self.flag_is_set(f"{work} on the machine of rank {leader}"):
+                time.sleep(POLL_S)
+
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks, on all of them."""
         gathered: list[Any] = [None] * self.world_size

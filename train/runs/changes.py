@@ -126,12 +126,14 @@ def _keeps_every_rate(earlier: RunConfig, config: RunConfig) -> bool:
 def _differences(earlier: RunConfig, wanted: RunConfig, names: Iterable[str]) -> list[str]:
     """List the keys, of some fields of the configuration and what is inside, whose values differ."""
     before, now = msgspec.to_builtins(earlier), msgspec.to_builtins(wanted)
-    return [text for name in names for text in _differing(name, before[name], now[name])]
+    differing = (found for name in names for found in differing_values(name, before[name], now[name]))
+    return [f"{key} was {old!r}, now {new!r}" for key, old, new in differing]
 
 
-def _differing(key: str, old: Any, new: Any) -> Iterator[str]:
+def differing_values(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted keys, of a value and what is inside, whose old and new values differ, with both."""
     if isinstance(old, dict):
         for inner in old:
-            yield from _differing(f"{key}.{inner}", old[inner], new[inner])
+            yield from differing_values(f"{key}.{inner}", old[inner], new[inner])
     elif old != new:
-        yield f"{key} was {old!r}, now {new!r}"
+        yield key, old, new

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.load import find_bundle, is_bundle, load_bundle
+from infer.bundle.load import find_bundle, is_bundle, load_bundle, names_beside
 from infer.bundle.manifest import SCHEMA_VERSION
 from infer.bundle.schema import MANIFEST_NAME
 from infer.bundle.write import measure_files, staging_folder, write_bundle
@@ -49,6 +49,22 @@ def test_export_never_replaces_what_it_did_not_write(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="not a folder"), staging_folder(tmp_path / "thesis.txt"):
         pass
+
+
+def test_card_and_weights_are_ours_and_not_read(tmp_path: Path) -> None:
+    """They are no part of what is verified; a new export replaces them, and each leads to its bundle."""
+    folder = write_tiny(tmp_path / "b")
+    for name in ("README.md", "model.safetensors"):
+        (folder / name).write_bytes(b"anything")
+        (folder / name).chmod(0)
+        assert is_bundle(folder / name) and find_bundle(folder / name) == folder
+    assert names_beside(folder) == ["README.md", "model.safetensors"]
+    assert load_bundle(folder).manifest.files.keys() == {"model.onnx"}
+    with staging_folder(folder) as staging:
+        assert staging.is_dir()
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/etc/passwd")
+    assert names_beside(folder) == ["model.safetensors"], "a link is not copied into another bundle"
 
 
 @pytest.mark.parametrize("content", [b"not really a mode", b"not really a modeL", b""])

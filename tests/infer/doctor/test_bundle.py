@@ -59,6 +59,7 @@ def test_doctor_reports_origin_gate_and_gpus_of_a_bundle(bundle: Bundle) -> None
     found = msgspec.json.decode(result.stdout)
     manifest = bundle.manifest
     assert found["healthy"] is True and found["unlisted"] == []
+    assert found["beside"] == ["README.md", "model.safetensors"]
     assert [(f["name"], f["sha256"], f["problem"]) for f in found["files"]] == [
         (name, entry.sha256, None) for name, entry in manifest.files.items()
     ]

@@ -89,7 +89,9 @@ def test_onnx_bundle_with_a_max_batch_of_1(base: Path, tmp_path: Path) -> None:
     bundle = export_model(checkpoint_folder(base), "onnx", max_batch=1, out=tmp_path / "one")
     assert load_bundle(tmp_path / "one") == bundle
     assert bundle.engine_path is None and sorted(p.name for p in bundle.folder.iterdir()) == [
+        "README.md",
         "bundle.json",
         "model.cpu.onnx",
         "model.onnx",
+        "model.safetensors",
     ]

@@ -60,6 +60,10 @@ def test_rebuild_replaces_a_damaged_engine_and_keeps_the_onnx(copy: Path, bundle
     assert "model.engine was built again on " in done.stdout
     doctor = CliRunner().invoke(main, ["doctor", str(copy)])
     assert doctor.exit_code == 0 and "was built again on " in doctor.stdout
+    card = (copy / "README.md").read_text(encoding="utf-8")
+    assert "batches of 1 to 4, tuned for 2, builder level 1" in card and "was built again on " in card
+    weights = "model.safetensors"
+    assert (copy / weights).read_bytes() == (bundle.folder / weights).read_bytes()
     assert sorted(p.name for p in copy.parent.iterdir()) == ["copy"]
 
 

@@ -1,0 +1,93 @@
+"""Parts that the model cards of runs and bundles share: Markdown that no name breaks, YAML, the licence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from data_pipeline.common.text import printable, visible
+
+CARD_NAME = "README.md"
+WEIGHTS_NAME = "model.safetensors"
+MAX_NAMES = 20
+"""So many classes are named in a card; the others are counted."""
+
+
+def code(text: str, *, in_table: bool = False) -> str:
+    r"""A name from a user as a code span, in which Markdown, HTML and links mean nothing.
+
+    Args:
+        text: the name.
+        in_table: whether it is for a cell of a table, where a bar parts cells even inside code.
+
+    >>> code("cat`s <b>"), code("a|b", in_table=True), code("")
+    ('``cat`s <b>``', '`a\\|b`', '(empty)')
+    """
+    shown = visible(printable(text))
+    if in_table:
+        shown = shown.replace("|", "\\|")
+    if not shown.strip():
+        return f"({len(shown)} spaces)" if shown else "(empty)"
+    fence = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def codes(names: Sequence[str]) -> str:
+    """Names as code spans, of many the first `MAX_NAMES`."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(map(code, names[:MAX_NAMES])) + (f" and {more:,} more" if more > 0 else "")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the cells are Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def front_matter(name: str, data: str, metrics: Mapping[str, float]) -> str:
+    """The YAML at the top of a card, as Hugging Face's hub reads it.
+
+    Args:
+        name: of the model.
+        data: name of the data.
+        metrics: accuracies in 0..1 by name; none for a model that was not evaluated.
+    Source: Hugging Face, "Model Cards", the model card metadata and `model-index`.
+    """
+    keys = {
+        "license": _quoted("other"),
+        "license_name": _quoted("terms-of-the-training-data"),
+        "pipeline_tag": _quoted("image-classification"),
+        "tags": json.dumps(["alexnet", "image-classification", "onnx", "safetensors"]),
+    }
+    if metrics:
+        found = ", ".join(
+            f'{{"type": "accuracy", "name": {_quoted(key)}, "value": {value:.6f}}}'
+            for key, value in metrics.items()
+        )
+        keys["metrics"] = json.dumps(["accuracy"])
+        keys["model-index"] = (
+            f'[{{"name": {_quoted(name)}, "results": [{{"task": {{"type": "image-classification"}}, '
+            f'"dataset": {{"name": {_quoted(data)}, "type": {_quoted(data)}}}, "metrics": [{found}]}}]}}]'
+        )
+    return "".join(["---\n", *(f"{key}: {value}\n" for key, value in keys.items()), "---\n"])
+
+
+def _quoted(text: str) -> str:
+    """A string of YAML, of which JSON's are a part where they hold no control character and no surrogate."""
+    return json.dumps(visible(printable(text)), ensure_ascii=False)
+
+
+def licence_section(data: str) -> str:
+    """The section on the licences of code and weights.
+
+    Args:
+        data: what the weights were computed from, in words.
+    """
+    return (
+        "## Licence\n\n"
+        "The code that trained and exported this model is under the Apache License 2.0. That says nothing "
+        f"about the weights: they were computed from {data}, and whether and how they may be used and passed "
+        "on is decided by the terms of those images, which this card does not know. Look them up first."
+    )
