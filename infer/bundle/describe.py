@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec.structs import astuple
 
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
@@ -32,6 +34,8 @@ def describe_export(bundle: Bundle) -> list[str]:
         f"  files: {files}",
         f"  {manifest.precision}, batches of 1 to {manifest.max_batch}, {len(manifest.classes)} classes",
     ]
+    if manifest.feature_layer is not None:
+        lines.append(f"  features: {manifest.num_features} of {manifest.feature_layer}, a second output")
     if manifest.engine is not None:
         lines.append(f"  engine: {engine_words(manifest.engine)}")
     lines.append(f"  precision, read from {ONNX_NAME}: {precision_words(manifest.precision_check)}")
@@ -61,14 +65,15 @@ def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
         _COLUMNS.format("checkpoint", "", "", "", "", "", f"{gate.checkpoint_accuracy:.2%}"),
         *(_row(name, found) for name, found in gate.agreements.items()),
     ]
+    lines += _feature_line(gate.agreements, gate.limits)
     if rebuild is not None:
-        return lines + rebuild_lines(rebuild)
+        return lines + rebuild_lines(rebuild, gate.limits)
     if gate.engine_not_run is not None:
         lines.append(f"    {ENGINE_NAME}  not run: {gate.engine_not_run}")
     return [line.rstrip() for line in lines]
 
 
-def rebuild_lines(rebuild: Rebuild) -> list[str]:
+def rebuild_lines(rebuild: Rebuild, limits: Limits) -> list[str]:
     """Format the comparison of an engine that was built from the ONNX file after the export."""
     when = rebuild.created.partition(".")[0]
     old = rebuild.replaces
@@ -82,6 +87,7 @@ def rebuild_lines(rebuild: Rebuild) -> list[str]:
         f"{first}; against {ONNX_NAME} on {rebuild.num_images} images of {rebuild.data}/{rebuild.split}:",
         _COLUMNS.format(ONNX_NAME, "", "", "", "", "", f"{rebuild.onnx_accuracy:.2%}"),
         _row(ENGINE_NAME, rebuild.agreement),
+        *_feature_line({ENGINE_NAME: rebuild.agreement}, limits),
     ]
 
 
@@ -126,4 +132,18 @@ def limit_words(limits: Limits) -> str:
 
 
 def _row(name: str, found: Agreement) -> str:
-    return _ROW.format(name, *astuple(found))
+    *columns, _ = astuple(found)  # features have a line of their own
+    return _ROW.format(name, *columns)
+
+
+def _feature_line(agreements: Mapping[str, Agreement], limits: Limits) -> list[str]:
+    """`  features: within 3e-07 of the largest in model.onnx, …; at most 1e-04`; none without features."""
+    parts = [
+        f"{found.max_feature_difference:.1e} in {name}"
+        for name, found in agreements.items()
+        if found.max_feature_difference is not None
+    ]
+    if not parts:
+        return []
+    most = "" if limits.max_feature_difference is None else f"; at most {limits.max_feature_difference:g}"
+    return [f"  features: largest difference, of the largest feature: {', '.join(parts)}{most}"]

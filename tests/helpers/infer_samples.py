@@ -25,6 +25,7 @@ from infer.bundle.schema import (
     image_input,
     probability_output,
 )
+from infer.export.onnx_options import OnnxOptions
 from infer.export.pipeline import export_models
 from infer.predict.inputs import find_inputs
 from train.checkpoints.format import Snapshot
@@ -54,11 +55,11 @@ def images_in(folder: Path) -> list[Path]:
     return [item for item in find_inputs([folder]) if isinstance(item, Path)]
 
 
-def checkpoint_folder(base: Path, model: str = "paper") -> Path:
+def checkpoint_folder(base: Path, model: str = "paper", *settings: str) -> Path:
     """A checkpoint of the demo's size, with weights that make confident and various predictions."""
-    folder = base / f"run-{model}" / "checkpoints" / "step-00000007"
+    folder = base / "-".join(["run", model, *settings]) / "checkpoints" / "step-00000007"
     if not folder.exists():
-        config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}"])
+        config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}", *settings])
         torch.manual_seed(0)
         network = make_model(config.model, num_classes=10, crop_px=config.preprocessing.crop_px)
         last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -87,6 +88,15 @@ def exported(base: Path) -> Bundle:
     folder = checkpoint_folder(base)
     target = folder.parent.parent / "export" / "trt-fp32"
     return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
+
+
+def exported_with_features(base: Path) -> Bundle:
+    """A checkpoint with 64 hidden units as a bundle of format `trt` that gives `fc7`."""
+    folder = checkpoint_folder(base, "paper", "model.hidden_units=64")
+    target = folder.parent.parent / "export" / "trt-fp32"
+    if target.exists():
+        return load_bundle(target)
+    return export_model(folder, "trt", max_batch=8, onnx_options=OnnxOptions(features="fc7"))
 
 
 def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:
