@@ -48,7 +48,7 @@ LIMITS: dict[Precision, Limits] = {
         tie_margin=0.0,
         top5_margin=0.05,
         max_accuracy_loss=0.005,
-        max_feature_difference=0.1,
+        max_feature_difference=0.25,  # ranges are of a few images: what lies beyond is cut
     ),
 }
 
