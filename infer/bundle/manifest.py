@@ -104,8 +104,6 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ValueError(f"precision {self.precision} and the calibration contradict each other")
         if self.engine is None and self.rebuild is not None:
             raise ValueError("an engine was built again, and there is none")
-        if self.report is not None:
-            self._check_report(self.report)
         crop_px = self.preprocessing.crop_px
         probabilities, features = self.outputs[:1], self.outputs[1:]
         if self.inputs != (image_input(crop_px),) or probabilities != (
@@ -120,6 +118,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ValueError(f"{len(self.labels_text)} labels for {len(self.classes)} classes")
         if not all(math.isfinite(v) for v in self.checkpoint.metrics.values()):
             raise ValueError("a metric is not a finite number")
+        if self.report is not None:
+            self._check_report(self.report)
 
     def _check_report(self, gate: GateReport) -> None:
         """Compare the gate's report with its own limits: what is beyond them was never shipped."""

@@ -82,14 +82,15 @@ class _ParquetFile:
         with _name_damage(path, *self._kinds), self._pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             self.info = msgspec.json.decode((schema.metadata or {})[METADATA_KEY], type=FeatureInfo)
-            if schema.field("features").type != pa.list_(pa.float32()):
-                raise ValueError(f"features of type {schema.field('features').type}")
+            found = [(name, schema.field(name).type) for name in ("path", "features")]
+            if found != [("path", pa.string()), ("features", pa.list_(pa.float32()))]:
+                raise ValueError(f"columns {found}")
 
     def blocks(self) -> Iterator[Block]:
         first = 0
         for batch in self._batches("features"):
             block_ND = np.full((len(batch), self.info.num_features), np.nan, np.float32)
-            column = batch.column("features")
+            column = batch.column("features").combine_chunks()
             there_N = column.is_valid().to_numpy(zero_copy_only=False)
             with _name_damage(self._path):
                 block_ND[there_N] = column.flatten().to_numpy().reshape(-1, self.info.num_features)
@@ -107,7 +108,9 @@ class _ParquetFile:
 
     def _batches(self, column: str) -> Iterator[Any]:
         with _name_damage(self._path, *self._kinds), self._pq.ParquetFile(self._path) as file:
-            yield from file.iter_batches(block_rows(self.info.num_features), columns=[column])
+            for number in range(file.num_row_groups):
+                # A row group has a few megabytes, as `open_features` writes them.
+                yield file.read_row_group(number, columns=[column], use_threads=False)
 
 
 class _NpyFile:
@@ -116,14 +119,20 @@ class _NpyFile:
         with _name_damage(info_path(path)):
             self.info = msgspec.json.decode(info_path(path).read_bytes(), type=FeatureInfo)
         with _name_damage(path):
-            self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            if self._rows.dtype != np.float32 or self._rows.shape[1:] != (self.info.num_features,):
-                raise ValueError(f"{self._rows.dtype} of shape {self._rows.shape}")
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if rows.dtype != np.float32 or rows.shape[1:] != (self.info.num_features,) or rows.offset < 1:
+                raise ValueError(f"{rows.dtype} of shape {rows.shape}")
+            self._count, self._offset = len(rows), rows.offset
 
     def blocks(self) -> Iterator[Block]:
         size = block_rows(self.info.num_features)
-        for first in range(0, len(self._rows), size):
-            yield Block(first, np.array(self._rows[first : first + size]))
+        with _name_damage(self._path), self._path.open("rb") as file:
+            file.seek(self._offset)  # read, since what is mapped of a file stays in memory
+            for first in range(0, self._count, size):
+                block_ND = np.empty((min(size, self._count - first), self.info.num_features), np.float32)
+                if file.readinto(block_ND) != block_ND.nbytes:
+                    raise ValueError("it was cut off meanwhile")
+                yield Block(first, block_ND)
 
     def paths_of(self, rows: Collection[int]) -> dict[int, str]:
         path, found = rows_path(self._path), {}

@@ -91,12 +91,12 @@ def exported(base: Path) -> Bundle:
 
 
 def exported_with_features(base: Path) -> Bundle:
-    """A checkpoint with 64 hidden units as a bundle of format `trt` that gives `fc7`."""
+    """A checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
     folder = checkpoint_folder(base, "paper", "model.hidden_units=64")
-    target = folder.parent.parent / "export" / "trt-fp32"
+    target = folder.parent.parent / "export" / "onnx-fp32"
     if target.exists():
         return load_bundle(target)
-    return export_model(folder, "trt", max_batch=8, onnx_options=OnnxOptions(features="fc7"))
+    return export_model(folder, "onnx", max_batch=8, onnx_options=OnnxOptions(features="fc7"))
 
 
 def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:
