@@ -17,7 +17,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.loader import ImageSource, Loader
 from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle, open_bundle
+from infer.bundle.schema import FeatureLayer
 from infer.predict.decode import (
     DecoderName,
     SilentFaultLog,
@@ -34,6 +35,7 @@ from infer.predict.decode import (
     host_pixels,
     open_decoder,
     run_valid,
+    run_valid_outputs,
 )
 from infer.predict.rows import (
     DEFAULT_BATCH,
@@ -44,6 +46,7 @@ from infer.predict.rows import (
     check_top,
     names_of,
     rows_of,
+    with_features,
 )
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
@@ -71,6 +74,8 @@ class Predictor:
         batch_size: images in a batch; lowered, with a warning, to what the model takes.
         min_probability: classes below are left out of a row, which may leave none.
         ten_crop: average the softmax of the paper's ten views of each image.
+        features: a layer, `fc7`, `fc6` or `pool5`, whose features each row then has: see `FeatureRow`. The
+            bundle must give them.
         threads: for decoding, and for the model on a CPU; None for one for each core this process may use.
         expected: number of images to come, if it is known: few are decoded by Pillow, and on a device that is
             not named predicted on the CPU.
@@ -95,6 +100,7 @@ class Predictor:
         batch_size: int = DEFAULT_BATCH,
         min_probability: float = 0.0,
         ten_crop: bool = False,
+        features: FeatureLayer | None = None,
         threads: int | None = None,
         expected: int | None = None,
     ) -> None:
@@ -104,8 +110,11 @@ class Predictor:
             raise UserError(f"--min-probability {min_probability}: 0 to 1")
         self.bundle = bundle
         self.top = check_top(bundle, top)
+        if features is not None:
+            check_features(bundle, features)
         self._batch_size = fit_batch(batch_size, bundle.manifest.max_batch)
         self._min_probability, self._ten_crop, self._threads = min_probability, ten_crop, threads
+        self._features = features
         started = time.perf_counter()
         num_views = None if expected is None else expected * (NUM_VIEWS if ten_crop else 1)
         self.backend, self.runs_on = choose_backend(
@@ -137,10 +146,16 @@ class Predictor:
         names = names_of(self.bundle)
         with closing(self.decode(inputs)) as batches:
             for batch in batches:
-                probabilities_NC = run_valid(self.backend, batch, self._batch_size)
+                features_ND = None
+                if self._features is None:
+                    probabilities_NC = run_valid(self.backend, batch, self._batch_size)
+                else:
+                    probabilities_NC, features_ND = run_valid_outputs(self.backend, batch, self._batch_size)
                 rows = rows_of(
                     batch, probabilities_NC, names, top=self.top, min_probability=self._min_probability
                 )
+                if features_ND is not None:
+                    rows = with_features(rows, features_ND)
                 pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
                 for row, seen in zip(rows, pixels, strict=True):
                     yield PredictionWithPixels(row, seen if isinstance(row, OkRow) else None)
@@ -181,6 +196,22 @@ class Predictor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def check_features(bundle: Bundle, layer: FeatureLayer) -> None:
+    """Raise unless a bundle gives the features of a layer.
+
+    Raises:
+        UserError: it gives none, or another layer's, or there is no such layer; names the command that helps.
+    """
+    if layer not in get_args(FeatureLayer):
+        raise UserError(f"--features {layer}: {', '.join(get_args(FeatureLayer))}")
+    given = bundle.manifest.feature_layer
+    if given != layer:
+        instead = f"features of {given} and not of {layer}" if given else "no features"
+        raise UserError(
+            f"{bundle.folder} gives {instead}: export it with `alexnet export --features {layer}`"
+        )
 
 
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:

@@ -146,6 +146,14 @@ def bundle(base: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def featured(base: Path) -> Bundle:
+    """A gated export that gives the features of fc7."""
+    from tests.helpers.infer_samples import exported_with_features
+
+    return exported_with_features(base)
+
+
+@pytest.fixture(scope="session")
 def files(base: Path) -> list[Path]:
     """Ten images, one of each class."""
     from tests.helpers.infer_samples import data_folder, images_in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec.structs import astuple
 
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
@@ -34,6 +36,8 @@ def describe_export(bundle: Bundle) -> list[str]:
         f"  beside them: {', '.join(names_beside(bundle.folder)) or 'no card, no weights'}",
         f"  {manifest.precision}, batches of 1 to {manifest.max_batch}, {len(manifest.classes)} classes",
     ]
+    if manifest.feature_layer is not None:
+        lines.append(f"  features: {manifest.num_features} of {manifest.feature_layer}, a second output")
     if manifest.engine is not None:
         lines.append(f"  engine: {engine_words(manifest.engine)}")
     if manifest.checkpoint.init is not None:
@@ -65,14 +69,15 @@ def gate_lines(gate: GateReport, rebuild: Rebuild | None = None) -> list[str]:
         _COLUMNS.format("checkpoint", "", "", "", "", "", _percent(gate.checkpoint_accuracy)),
         *(_row(name, found) for name, found in gate.agreements.items()),
     ]
+    lines += _feature_line(gate.agreements, gate.limits)
     if rebuild is not None:
-        return lines + rebuild_lines(rebuild)
+        return lines + rebuild_lines(rebuild, gate.limits)
     if gate.engine_not_run is not None:
         lines.append(f"    {ENGINE_NAME}  not run: {gate.engine_not_run}")
     return [line.rstrip() for line in lines]
 
 
-def rebuild_lines(rebuild: Rebuild) -> list[str]:
+def rebuild_lines(rebuild: Rebuild, limits: Limits) -> list[str]:
     """Format the comparison of an engine that was built from the ONNX file after the export."""
     when = rebuild.created.partition(".")[0]
     old = rebuild.replaces
@@ -86,6 +91,7 @@ def rebuild_lines(rebuild: Rebuild) -> list[str]:
         f"{first}; against {ONNX_NAME} on {rebuild.num_images} images of {rebuild.data}/{rebuild.split}:",
         _COLUMNS.format(ONNX_NAME, "", "", "", "", "", _percent(rebuild.onnx_accuracy)),
         _row(ENGINE_NAME, rebuild.agreement),
+        *_feature_line({ENGINE_NAME: rebuild.agreement}, limits),
     ]
 
 
@@ -141,9 +147,22 @@ def limit_words(limits: Limits) -> str:
 
 
 def _row(name: str, found: Agreement) -> str:
-    *agreement, accuracy = astuple(found)
+    *agreement, accuracy, _ = astuple(found)  # features have a line of their own
     return _ROW.format(name, *agreement, _percent(accuracy))
 
 
 def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2%}"
+
+
+def _feature_line(agreements: Mapping[str, Agreement], limits: Limits) -> list[str]:
+    """`  features: within 3e-07 of the largest in model.onnx, …; at most 1e-04`; none without features."""
+    parts = [
+        f"{found.max_feature_difference:.1e} in {name}"
+        for name, found in agreements.items()
+        if found.max_feature_difference is not None
+    ]
+    if not parts:
+        return []
+    most = "" if limits.max_feature_difference is None else f"; at most {limits.max_feature_difference:g}"
+    return [f"  features: largest difference, of the largest feature: {', '.join(parts)}{most}"]

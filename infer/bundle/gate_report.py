@@ -12,6 +12,7 @@ class Limits(Strict, frozen=True):
         tie_margin: classes whose probabilities by the reference differ by no more than this count as equal.
         top5_margin: the same at the edge of the five best; None for `tie_margin`.
         max_accuracy_loss: how far the accuracy may lie below the reference's.
+        max_feature_difference: of the features, as a share of the largest by the reference.
     """
 
     min_top1_agreement: float
@@ -20,15 +21,24 @@ class Limits(Strict, frozen=True):
     tie_margin: float
     top5_margin: float | None = None
     max_accuracy_loss: float | None = None
+    max_feature_difference: float | None = None
 
 
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(
-        min_top1_agreement=1.0, min_top5_agreement=1.0, max_probability_difference=1e-4, tie_margin=2e-4
+        min_top1_agreement=1.0,
+        min_top5_agreement=1.0,
+        max_probability_difference=1e-4,
+        tie_margin=2e-4,
+        max_feature_difference=1e-4,
     ),
     # float16 keeps 11 bits: a probability near one half moves by thousandths.
     "fp16": Limits(
-        min_top1_agreement=0.999, min_top5_agreement=0.999, max_probability_difference=1e-2, tie_margin=2e-3
+        min_top1_agreement=0.999,
+        min_top5_agreement=0.999,
+        max_probability_difference=1e-2,
+        tie_margin=2e-3,
+        max_feature_difference=1e-2,
     ),
     # The best class is compared without ties; int8 makes no promise on the order of the improbable ones.
     "int8": Limits(
@@ -38,6 +48,7 @@ LIMITS: dict[Precision, Limits] = {
         tie_margin=0.0,
         top5_margin=0.05,
         max_accuracy_loss=0.005,
+        max_feature_difference=0.25,  # ranges are of a few images: what lies beyond is cut
     ),
 }
 
@@ -52,6 +63,8 @@ class Agreement(Strict, frozen=True):
         max_probability_difference: largest difference of any class on any image.
         mean_probability_difference: mean over all classes and images.
         accuracy: top-1 accuracy of the file on these images; None where they have no labels.
+        max_feature_difference: largest difference of any feature on any image, as a share of the largest
+            by the reference; None of a model without features.
     """
 
     top1_agreement: float
@@ -60,6 +73,7 @@ class Agreement(Strict, frozen=True):
     max_probability_difference: float
     mean_probability_difference: float
     accuracy: float | None
+    max_feature_difference: float | None = None
 
     def beyond(self, limits: Limits, reference_accuracy: float | None) -> list[str]:
         """List the limits that are exceeded, one phrase each; empty if the file passes."""
@@ -73,6 +87,9 @@ class Agreement(Strict, frozen=True):
             beyond.append(
                 f"a probability differs by {self.max_probability_difference:.2g}, more than {most:g}"
             )
+        found, most = self.max_feature_difference, limits.max_feature_difference
+        if found is not None and most is not None and found > most:
+            beyond.append(f"a feature differs by {found:.2g} of the largest, more than {most:g}")
         if limits.max_accuracy_loss is None:
             return beyond
         if self.accuracy is None or reference_accuracy is None:

@@ -22,6 +22,7 @@ from infer.bundle.schema import (
     Calibration,
     CpuModel,
     Engine,
+    FeatureLayer,
     FileEntry,
     Format,
     Origin,
@@ -30,6 +31,7 @@ from infer.bundle.schema import (
     Strict,
     TensorSpec,
     image_input,
+    is_feature_output,
     probability_output,
 )
 
@@ -77,6 +79,16 @@ class Manifest(Strict, frozen=True, kw_only=True):
         """The names of the classes for people, by class id: `labels_text`, else the classes themselves."""
         return self.labels_text or self.classes
 
+    @property
+    def feature_layer(self) -> FeatureLayer | None:
+        """The layer whose features are the second output; None where there is none."""
+        return msgspec.convert(self.outputs[1].name, FeatureLayer) if len(self.outputs) > 1 else None
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of an image; 0 without a second output."""
+        return int(self.outputs[1].shape[-1]) if len(self.outputs) > 1 else 0
+
     def __post_init__(self) -> None:
         for name in self.files:
             if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME:
@@ -92,17 +104,22 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ValueError(f"precision {self.precision} and the calibration contradict each other")
         if self.engine is None and self.rebuild is not None:
             raise ValueError("an engine was built again, and there is none")
-        if self.report is not None:
-            self._check_report(self.report)
         crop_px = self.preprocessing.crop_px
-        if self.inputs != (image_input(crop_px),) or self.outputs != (probability_output(len(self.classes)),):
+        probabilities, features = self.outputs[:1], self.outputs[1:]
+        if self.inputs != (image_input(crop_px),) or probabilities != (
+            probability_output(len(self.classes)),
+        ):
             raise ValueError("inputs or outputs do not fit the preprocessing and the classes")
+        if len(features) > 1 or not all(map(is_feature_output, features)):
+            raise ValueError("there are outputs besides the probabilities that are no layer's features")
         if not self.classes:
             raise ValueError("there are no classes")
         if len(self.labels_text) not in (0, len(self.classes)):
             raise ValueError(f"{len(self.labels_text)} labels for {len(self.classes)} classes")
         if not all(math.isfinite(v) for v in self.checkpoint.metrics.values()):
             raise ValueError("a metric is not a finite number")
+        if self.report is not None:
+            self._check_report(self.report)
 
     def _check_report(self, gate: GateReport) -> None:
         """Compare the gate's report with its own limits: what is beyond them was never shipped."""
@@ -110,6 +127,9 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ValueError("the gate's report and the engine's description contradict each other")
         if (self.cpu is None) != (gate.cpu is None):
             raise ValueError(f"the gate's report and the description of {CPU_NAME} contradict each other")
+        without = [found for found in gate.agreements.values() if found.max_feature_difference is None]
+        if without if self.feature_layer is not None else len(without) < len(gate.agreements):
+            raise ValueError("the gate's report and the outputs contradict each other")
         compared = [(found, gate.checkpoint_accuracy) for found in gate.agreements.values()]
         if self.rebuild is not None and self.rebuild.agreement is not None:
             assert self.rebuild.onnx_accuracy is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -15,6 +15,7 @@ OUTPUT_NAME = "probabilities"
 
 Format = Literal["onnx", "trt"]
 Precision = Literal["fp32", "fp16", "int8"]
+FeatureLayer = Literal["fc7", "fc6", "pool5"]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -142,5 +143,18 @@ def image_input(crop_px: int) -> TensorSpec:
 
 
 def probability_output(num_classes: int) -> TensorSpec:
-    """The one output of every bundle: softmax over the classes."""
+    """The first output of every bundle: softmax over the classes."""
     return TensorSpec(name=OUTPUT_NAME, dtype="float32", shape=("batch", num_classes))
+
+
+def feature_output(layer: FeatureLayer, length: int) -> TensorSpec:
+    """The second output of a bundle that gives features: what a layer computes, named after it."""
+    return TensorSpec(name=layer, dtype="float32", shape=("batch", length))
+
+
+def is_feature_output(spec: TensorSpec) -> bool:
+    """Whether an output is one that `feature_output` describes."""
+    length = spec.shape[-1] if spec.shape else 0
+    if not isinstance(length, int) or length < 1:
+        return False
+    return any(spec == feature_output(layer, length) for layer in get_args(FeatureLayer))

@@ -33,6 +33,10 @@ PATH = click.Path(path_type=Path)
     "--one-file", is_flag=True,
     help="Write each ONNX file with all its weights. Else model.cpu.onnx reads them from model.onnx.",
 )  # fmt: skip
+@click.option(
+    "--features", type=click.Choice(["fc7", "fc6", "pool5"]),
+    help="Give what this layer computes as a second output, for predict --features and search.",
+)  # fmt: skip
 @click.option("--max-batch", type=int, help="Largest batch the model takes. Default: 64, or the bundle's.")
 @click.option("--opt-batch", type=int, help="Batch that the engine is tuned for. Default: 32 or the largest.")
 @click.option("--builder-level", type=int, help="0 builds soonest, 5 searches longest. Default: 3.")

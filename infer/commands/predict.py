@@ -27,6 +27,11 @@ PATH = click.Path(path_type=Path)
     help="Leave out classes below.",
 )  # fmt: skip
 @click.option("--ten-crop", is_flag=True, help="Average the softmax of the paper's ten views of each image.")
+@click.option(
+    "--features", type=click.Choice(["fc7", "fc6", "pool5"]),
+    help="Write what this layer computes to --output, FILE.parquet or FILE.npy, in place of classes. The "
+    "model must be exported with --features.",
+)  # fmt: skip
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images a batch.")
 @click.option(
     "--recursive/--no-recursive", default=True, show_default=True, help="Enter folders inside folders."
@@ -59,6 +64,7 @@ def predict(**options: Any) -> None:
     alexnet predict images/
     alexnet predict images/ --output rows.jsonl --html gallery.html
     find /data -name '*.jpg' -print0 | alexnet predict - --output rows.parquet --resume
+    alexnet predict images/ --features fc7 --output features.parquet
     alexnet predict shards/*.tar --engine ray --output rows/ --workers 8 --resume
     """
     from concurrent.futures import ThreadPoolExecutor

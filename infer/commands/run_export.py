@@ -15,7 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import check_writable
 from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.load import Bundle, find_bundle, is_bundle, load_bundle
-from infer.bundle.schema import ENGINE_NAME, Format, Precision
+from infer.bundle.schema import ENGINE_NAME, FeatureLayer, Format, Precision
 from infer.export.engine_options import (
     DEFAULT_MAX_BATCH,
     EngineOptions,
@@ -54,11 +54,12 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     opset: int | None = None
     one_file: bool = False
     mirror: str | None = None
+    features: FeatureLayer | None = None
 
     def onnx(self) -> OnnxOptions:
         """The options for writing ONNX files."""
         opset = DEFAULT_OPSET if self.opset is None else self.opset
-        return OnnxOptions(opset=opset, one_file=self.one_file)
+        return OnnxOptions(opset=opset, one_file=self.one_file, features=self.features)
 
     def engine(self) -> EngineOptions:
         """The options for building engines."""
@@ -159,8 +160,8 @@ def _from_bundle(options: ExportOptions) -> Exported:
         raise UserError(f"{folder} is in {manifest.precision}: export a checkpoint in {options.precision}")
     if options.calibrate is not None:
         raise UserError("--calibrate is for a checkpoint; a bundle has its ranges already")
-    if options.opset is not None or options.one_file:
-        asked = "--opset" if options.opset is not None else "--one-file"
+    fixed = {"--opset": options.opset, "--one-file": options.one_file or None, "--features": options.features}
+    if asked := next((name for name, value in fixed.items() if value is not None), None):
         raise UserError(f"{asked} is for a checkpoint; a bundle's ONNX files stay as they are")
     if not building:
         given = {"--out": options.out, "--data": options.data, "--max-batch": options.max_batch}

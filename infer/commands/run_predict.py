@@ -15,6 +15,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError, name_contin
 from data_pipeline.common.streams import binary_stdout
 from data_pipeline.decode.header import image_readers
 from infer.bundle.load import Bundle
+from infer.predict.feature_files import info_of, open_features
 from infer.predict.gallery import open_gallery
 from infer.predict.inputs import Inputs, Item, find_inputs
 from infer.predict.options import PredictOptions, check_options, how_to_go_on
@@ -75,7 +76,7 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
             kept, kept_errors = _skip_completed(options, format, predictor, identity, items)
         counter = RowCounter(predictor.backend, predictor.load_s)
         writer = stack.enter_context(_open_writer(options, format, predictor))
-        if options.output is not None and format != "table":
+        if options.output is not None and format not in ("table", "features"):
             save_identity(options.output, identity)
         gallery = None
         if options.html is not None:
@@ -129,7 +130,7 @@ def _skip_completed(
     items: Iterator[Item],
 ) -> tuple[int, int]:
     """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
-    assert options.output is not None and format != "table"
+    assert options.output is not None and format != "table" and format != "features"
     check_saved_identity(format, options.output, identity)
     kept, kept_errors = skip_completed(format, options.output, predictor.row_shape, items)
     log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
@@ -141,5 +142,8 @@ def _open_writer(
 ) -> AbstractContextManager[RowWriter]:
     if format == "table":
         return open_table(options.output, names_of(predictor.bundle), predictor.top)
+    if format == "features":
+        assert options.output is not None
+        return open_features(options.output, info_of(predictor.bundle, ten_crop=options.ten_crop))
     shape, stdout = predictor.row_shape, binary_stdout()
     return open_output(format, options.output, shape, append=options.resume, stdout=stdout)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from data_pipeline.common.console import show_progress
@@ -16,15 +17,16 @@ from data_pipeline.loader import Loader
 from infer.bundle.gate_report import LIMITS, Agreement, Limits
 from infer.bundle.manifest import Manifest
 from infer.predict.decode import open_decoder, valid_images
+from infer.runtime.base import Outputs
 
-# Shapes: N images, C classes, K the five best.
+# Shapes: N images, C classes, D features, K the five best.
 
 MAX_IMAGES = 1000
 MAX_GATE_BATCH = 32
 TOP_K = 5
 
 Probabilities = NDArray[np.float32]
-Runner = Callable[[NDArray[np.uint8]], Probabilities]
+Runner = Callable[[NDArray[np.uint8]], Outputs]
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,19 @@ def compare(
     tie: it counts as agreement, and in `num_ties`. The same goes for the edge of the five best.
 
     Args:
-        reference: the model whose probabilities are taken as right.
+        reference: the model whose probabilities and features are taken as right.
         candidates: the models to compare with it, by name.
         dataset: images; without classes, they have no labels, and all accuracies are None.
         manifest: the preprocessing, the precision and the largest batch of all of them.
     Raises:
-        GateError: a probability that is not a number.
+        GateError: a probability or feature that is not a number.
         UserError: not one image could be read.
     """
     sample = sample_evenly(dataset, MAX_IMAGES)
     labels: list[NDArray[np.int64]] = []
     expected: list[Probabilities] = []
     found: dict[str, list[Probabilities]] = {name: [] for name in candidates}
+    features = {name: FeatureDifference() for name in candidates}
     num_failed = 0
     preprocessing, size = manifest.preprocessing, min(manifest.max_batch, MAX_GATE_BATCH)
     with open_decoder(preprocessing, size) as decoder, show_progress("gate", len(sample)) as progress:
@@ -80,9 +83,12 @@ def compare(
                 continue
             images_NHWC = valid_images(batch)
             labels.append(batch.labels[batch.valid])
-            expected.append(reference(images_NHWC))
+            right = reference(images_NHWC)
+            expected.append(right.probabilities)
             for name, run in candidates.items():
-                found[name].append(run(images_NHWC))
+                outputs = run(images_NHWC)
+                found[name].append(outputs.probabilities)
+                features[name].add(right.features, outputs.features)
     if not labels:
         raise UserError(
             f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
@@ -95,12 +101,38 @@ def compare(
         num_available=len(dataset),
         reference_accuracy=None if labels_N is None else _share(expected_NC.argmax(1) == labels_N),
         agreements={
-            name: measure_agreement(
-                expected_NC, np.concatenate(batches), labels_N, LIMITS[manifest.precision]
+            name: replace(
+                measure_agreement(expected_NC, np.concatenate(batches), labels_N, LIMITS[manifest.precision]),
+                max_feature_difference=features[name].share(),
             )
             for name, batches in found.items()
         },
     )
+
+
+class FeatureDifference:
+    """The largest difference of any feature, and the largest feature of the reference."""
+
+    def __init__(self) -> None:
+        self._difference = self._largest = 0.0
+        self._any = False
+
+    def add(self, expected_ND: NDArray[np.float32] | None, found_ND: NDArray[np.float32] | None) -> None:
+        if expected_ND is None or found_ND is None:
+            return
+        if not (np.isfinite(expected_ND).all() and np.isfinite(found_ND).all()):
+            raise GateError("gate: features that are not finite; nothing was shipped")
+        self._any = True
+        self._difference = max(self._difference, float(np.abs(expected_ND - found_ND).max()))
+        self._largest = max(self._largest, float(np.abs(expected_ND).max()))
+
+    def share(self) -> float | None:
+        """The difference as a share of the largest feature; None of models without features."""
+        if not self._any:
+            return None
+        if not self._largest:
+            raise GateError("gate: every feature of the checkpoint is 0 on every image; nothing was shipped")
+        return self._difference / self._largest
 
 
 def sample_evenly(dataset: Dataset, limit: int) -> Dataset:

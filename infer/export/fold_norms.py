@@ -18,16 +18,17 @@ from train.models.batch_norm import BatchNorm
 
 
 @torch.no_grad()
-def fold_hidden_norms(network: AlexNet) -> None:
+def fold_hidden_norms(network: AlexNet, keep: int | None = None) -> None:
     """Fold each norm that the next fully connected layer reads into that layer, in place.
 
     Args:
         network: in evaluation mode, where dropout does nothing, with weights in float32.
+        keep: number of modules of the classifier whose output is read as features: a norm that ends it stays.
     """
     waiting: tuple[str, BatchNorm] | None = None
-    for name, layer in list(network.classifier.named_children()):
+    for number, (name, layer) in enumerate(list(network.classifier.named_children()), 1):
         if isinstance(layer, BatchNorm):
-            waiting = name, layer
+            waiting = None if number == keep else (name, layer)
         elif isinstance(layer, nn.Linear) and waiting is not None:
             place, norm = waiting
             assert norm.running_mean is not None and norm.running_var is not None

@@ -16,9 +16,9 @@ from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.describe import gate_lines
 from infer.bundle.gate_report import LIMITS, GateReport
 from infer.bundle.load import Bundle
-from infer.bundle.schema import CPU_NAME, ENGINE_NAME, ONNX_NAME
-from infer.export.compare import Probabilities, Runner, compare
-from infer.runtime.base import InferenceBackend
+from infer.bundle.schema import CPU_NAME, ENGINE_NAME, ONNX_NAME, FeatureLayer
+from infer.export.compare import Runner, compare
+from infer.runtime.base import InferenceBackend, Outputs
 from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 from infer.runtime.tensorrt import load_for_gate
@@ -60,8 +60,8 @@ def run_gate(
             candidates[ENGINE_NAME] = stack.enter_context(closing(load_for_gate(bundle)))
         elif earlier is not None:
             return replace(earlier, engine_not_run=engine_not_run)
-        runners = {name: candidate.run for name, candidate in candidates.items()}
-        found = compare(torch_runner(checkpoint), runners, dataset, manifest)
+        runners = {name: candidate.run_outputs for name, candidate in candidates.items()}
+        found = compare(torch_runner(checkpoint, manifest.feature_layer), runners, dataset, manifest)
     if earlier is not None:
         report = replace(earlier, engine=found.agreements[ENGINE_NAME])
     else:
@@ -111,16 +111,20 @@ def check_limits(report: GateReport) -> None:
             if found.accuracy is None
             else f"{found.accuracy:.4f} (checkpoint {report.checkpoint_accuracy:.4f})",
         )
+        if found.max_feature_difference is not None:
+            log.info("gate: its features are within %.2g of the largest", found.max_feature_difference)
 
 
-def torch_runner(checkpoint: Checkpoint) -> Runner:
-    """The checkpoint as a function from decoded images to probabilities: torch, float32, CPU."""
+def torch_runner(checkpoint: Checkpoint, features: FeatureLayer | None = None) -> Runner:
+    """The checkpoint as a function from decoded images to probabilities and features: torch, float32, CPU."""
     network, normalize = checkpoint.make_model().float(), Normalize(checkpoint.preprocessing)
 
     @torch.inference_mode()
-    def run(images_NHWC: NDArray[np.uint8]) -> Probabilities:
-        logits_NC = network(normalize(torch.from_numpy(images_NHWC)))
-        probabilities_NC: Probabilities = torch.softmax(logits_NC, dim=1).numpy()
-        return probabilities_NC
+    def run(images_NHWC: NDArray[np.uint8]) -> Outputs:
+        inputs_NCHW = normalize(torch.from_numpy(images_NHWC))
+        if features is None:
+            return Outputs(torch.softmax(network(inputs_NCHW), dim=1).numpy(), None)
+        logits_NC, features_ND = network.forward_features(inputs_NCHW, features)
+        return Outputs(torch.softmax(logits_NC, dim=1).numpy(), features_ND.numpy())
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data_pipeline.common.errors import UserError
+from infer.bundle.schema import FeatureLayer
 
 DEFAULT_OPSET = 20
 MIN_OPSET, MAX_OPSET = 17, 20
@@ -18,6 +19,7 @@ class OnnxOptions:
 
     Attributes:
         opset: version of ONNX's operators; older runtimes need a lower one: see `infer.bundle.onnx_versions`.
+        features: a layer whose features are a second output; None for probabilities alone.
         one_file: whether each file holds all its weights, so that it loads alone, from memory, too.
     Raises:
         UserError: an opset that cannot be written.
@@ -25,6 +27,7 @@ class OnnxOptions:
 
     opset: int = DEFAULT_OPSET
     one_file: bool = False
+    features: FeatureLayer | None = None
 
     def __post_init__(self) -> None:
         if not MIN_OPSET <= self.opset <= MAX_OPSET:

@@ -33,6 +33,7 @@ from infer.bundle.schema import (
     InitRecord,
     Origin,
     Precision,
+    feature_output,
     image_input,
     probability_output,
 )
@@ -51,6 +52,7 @@ from infer.runtime.choose import tensorrt_versions
 from train.checkpoints.load import Checkpoint, load_checkpoint
 from train.checkpoints.share import encode_weights, without_places
 from train.evaluate import load_split
+from train.models.alexnet import count_features
 from train.runs.card import data_name, training_sections
 
 log = logging.getLogger("infer")
@@ -166,20 +168,24 @@ class _Export:
 
     def _write_onnx(self, folder: Path) -> Manifest:
         """Write the model and its form for a CPU, check their precision, and describe them."""
-        checkpoint, precision, opset = self.checkpoint, self.precision, self.onnx_options.opset
+        checkpoint, precision = self.checkpoint, self.precision
+        opset, layer = self.onnx_options.opset, self.onnx_options.features
         path, cpu_path = folder / ONNX_NAME, folder / CPU_NAME
         calibration = None
         if precision == "int8":
             calibration = self._write_int8(path, cpu_path)
         else:
-            export_onnx(checkpoint, path, precision=precision, opset=opset)
+            export_onnx(checkpoint, path, precision=precision, opset=opset, features=layer)
             weights = None if self.onnx_options.one_file else path
-            export_for_cpu(checkpoint, cpu_path, weights, precision=precision, opset=opset)
+            export_for_cpu(checkpoint, cpu_path, weights, precision=precision, opset=opset, features=layer)
         cpu = None
         if cpu_path.exists():
             reads = ONNX_NAME if has_shared_weights(cpu_path) else ""
             check = check_precision(cpu_path, precision)
             cpu = CpuModel(file=CPU_NAME, reads=reads, precision_check=check)
+        outputs = [probability_output(len(checkpoint.classes))]
+        if layer is not None:
+            outputs.append(feature_output(layer, count_features(checkpoint.make_model(), layer)))
         return Manifest(
             schema_version=SCHEMA_VERSION,
             created=now_utc(),
@@ -190,7 +196,7 @@ class _Export:
             labels_text=tuple(map(printable, checkpoint.labels_text)),
             preprocessing=checkpoint.preprocessing,
             inputs=(image_input(checkpoint.preprocessing.crop_px),),
-            outputs=(probability_output(len(checkpoint.classes)),),
+            outputs=tuple(outputs),
             files=measure_files(folder, sorted(path.name for path in folder.iterdir())),
             checkpoint=make_origin(checkpoint),
             versions=_versions(),
@@ -206,10 +212,10 @@ class _Export:
         log.info("int8: calibrating on %d training images of %s", len(sample), printable(images.root))
         batches = _decode(sample, self.checkpoint.preprocessing)
         source = path.with_name("float32.onnx")
-        opset = self.onnx_options.opset
-        export_onnx(self.checkpoint, source, opset=opset)
+        opset, layer = self.onnx_options.opset, self.onnx_options.features
+        export_onnx(self.checkpoint, source, opset=opset, features=layer)
         quantize_for_tensorrt(source, path, batches)
-        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset)
+        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset, layer)
         quantize_for_cpu(source, cpu_path, batches, lrn_betas)
         source.unlink()
         return Calibration(

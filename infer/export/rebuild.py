@@ -118,7 +118,7 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
             if data is not None:
                 raise
             return rebuilt(unknown=f"it loads and runs here, and was compared on no images: {error}")
-        found = compare(onnx.run, {ENGINE_NAME: engine.run}, dataset, manifest)
+        found = compare(onnx.run_outputs, {ENGINE_NAME: engine.run_outputs}, dataset, manifest)
     agreement = found.agreements[ENGINE_NAME]
     rebuild = rebuilt(
         data=printable(dataset.root.resolve().name),
@@ -129,7 +129,7 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
         agreement=agreement,
     )
     if beyond := agreement.beyond(LIMITS[manifest.precision], found.reference_accuracy):
-        for line in rebuild_lines(rebuild):
+        for line in rebuild_lines(rebuild, LIMITS[manifest.precision]):
             log.info("%s", line)
         raise GateError(
             f"gate: {ENGINE_NAME} does not agree with {ONNX_NAME} ({'; '.join(beyond)}); nothing was replaced"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, Precision
+from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, FeatureLayer, Precision
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
 from infer.export.fold_norms import fold_hidden_norms
 from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
 from train.checkpoints.load import Checkpoint
-from train.models.alexnet import Normalize
+from train.models.alexnet import Normalize, count_layers
 
 log = logging.getLogger("infer")
 
@@ -34,24 +34,38 @@ class ContractModel(nn.Module):
     Args:
         checkpoint: the source of the weights and the preprocessing.
         half: whether the network computes in float16; normalisation, LRN and softmax stay in float32.
+        features: a layer whose features are a second output, in float32.
     Shape:
-        uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1.
+        uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1; with `features`, and
+        float32 (N, D).
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, half: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, half: bool = False, features: FeatureLayer | None = None
+    ) -> None:
         super().__init__()
         self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
         self.network = checkpoint.make_model()
-        fold_hidden_norms(self.network)
+        self.features = features
+        fold_hidden_norms(self.network, count_layers(self.network, features) if features else None)
         self.network.to(self.dtype)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.softmax(self.network(self.normalize(images).to(self.dtype)).float(), dim=1)
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        inputs_NCHW = self.normalize(images).to(self.dtype)
+        if self.features is None:
+            return torch.softmax(self.network(inputs_NCHW).float(), dim=1)
+        logits_NC, features_ND = self.network.forward_features(inputs_NCHW, self.features)
+        return torch.softmax(logits_NC.float(), dim=1), features_ND.float()
 
 
 def export_onnx(
-    checkpoint: Checkpoint, path: Path, *, precision: Precision = "fp32", opset: int = DEFAULT_OPSET
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    precision: Precision = "fp32",
+    opset: int = DEFAULT_OPSET,
+    features: FeatureLayer | None = None,
 ) -> None:
     """Write a checkpoint as one ONNX file, weights included.
 
@@ -62,11 +76,12 @@ def export_onnx(
         checkpoint: a verified checkpoint.
         path: where to write; its folder exists.
         precision: fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
-        opset: as in `infer.export.onnx_options.OnnxOptions`; the file has the lowest IR version with it.
+        opset, features: as in `infer.export.onnx_options.OnnxOptions`; the file has the lowest IR version
+            with the opset.
     Raises:
         UserError: a model too large for one file.
     """
-    _write(ContractModel(checkpoint, half=precision == "fp16"), checkpoint, path, opset)
+    _write(ContractModel(checkpoint, half=precision == "fp16", features=features), checkpoint, path, opset)
 
 
 def export_for_cpu(
@@ -76,31 +91,34 @@ def export_for_cpu(
     *,
     precision: Precision,
     opset: int = DEFAULT_OPSET,
+    features: FeatureLayer | None = None,
 ) -> None:
     """Write a checkpoint in the form for ONNX Runtime's CPU provider, if it has one of its own.
 
     Args:
-        checkpoint, precision, opset: as in `export_onnx`.
+        checkpoint, precision, opset, features: as in `export_onnx`.
         path: where to write; nothing is written for a network without LRN, which needs no other form.
         weights: the file of `export_onnx`, in the same folder: the large weights are read from there. None
             writes them again, so that the file needs no other.
     """
-    model = ContractModel(checkpoint, half=precision == "fp16")
+    model = ContractModel(checkpoint, half=precision == "fp16", features=features)
     if use_banded_lrn(model.network):
         _write(model, checkpoint, path, opset)
         if weights is not None:
             share_weights(path, weights)
 
 
-def export_for_int8_cpu(checkpoint: Checkpoint, path: Path, opset: int = DEFAULT_OPSET) -> list[float]:
+def export_for_int8_cpu(
+    checkpoint: Checkpoint, path: Path, opset: int = DEFAULT_OPSET, features: FeatureLayer | None = None
+) -> list[float]:
     """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
 
     Args:
-        checkpoint, path, opset: as in `export_onnx`.
+        checkpoint, path, opset, features: as in `export_onnx`.
     Returns:
         The exponent beta of each LRN.
     """
-    model = ContractModel(checkpoint)
+    model = ContractModel(checkpoint, features=features)
     betas = use_banded_lrn(model.network, channels_last=True)
     model.normalize = fold_normalization(model.network, checkpoint.preprocessing)
     _write(model, checkpoint, path, opset)
@@ -119,7 +137,7 @@ def _write(model: ContractModel, checkpoint: Checkpoint, path: Path, opset: int)
             model.eval(),
             (example_NHWC,),
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=[OUTPUT_NAME] if model.features is None else [OUTPUT_NAME, model.features],
             opset_version=max(opset, EXPORTER_MIN_OPSET),
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
             dynamo=True,
@@ -138,6 +156,7 @@ def _write(model: ContractModel, checkpoint: Checkpoint, path: Path, opset: int)
     proto.doc_string = (
         f"AlexNet ({checkpoint.config.model.description}) for {len(checkpoint.classes)} classes: "
         f"uint8 RGB images of {crop_px}x{crop_px} pixels, NHWC, to probabilities"
+        f"{'' if model.features is None else f' and features of {model.features}'}"
     )
     metadata = {
         "model": checkpoint.config.model.description,

@@ -115,8 +115,13 @@ def config_text(manifest: Manifest, format: Format) -> str:
         format: `onnx`, or `trt` of a bundle with an engine.
     """
     _, file, backend, platform = _KINDS[format]
-    (images,), (probabilities,) = manifest.inputs, manifest.outputs
+    (images,), (probabilities, *features) = manifest.inputs, manifest.outputs
     assert (images.name, probabilities.name) == (INPUT_NAME, OUTPUT_NAME)
+    more = "".join(
+        f',\n  {{\n    name: "{one.name}"\n    data_type: {_TYPES[one.dtype]}\n'
+        f"    dims: [ {_dims(one.shape)} ]\n  }}"
+        for one in features
+    )
     engine = manifest.engine
     parameters = {"checkpoint_sha256": manifest.checkpoint.sha256, "precision": manifest.precision}
     batching, instances = "dynamic_batching { }", ""
@@ -152,7 +157,7 @@ output [
     data_type: {_TYPES[probabilities.dtype]}
     dims: [ {_dims(probabilities.shape)} ]
     label_filename: "{LABELS_NAME}"
-  }}
+  }}{more}
 ]
 {batching}
 {instances}{rows}"""

@@ -10,7 +10,9 @@ import msgspec
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
+from infer.bundle.schema import FeatureLayer
 from infer.predict.decode import DecoderName
+from infer.predict.feature_files import FEATURE_SUFFIXES
 from infer.predict.lists import STDIN
 from infer.predict.rows import DEFAULT_BATCH
 from infer.predict.writers import SUFFIXES, Format
@@ -24,6 +26,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
         paths: see `infer.predict.inputs.find_inputs`.
         model: a bundle; None for the newest export, which is named on stderr.
         backend, device, decoder, top, batch_size, min_probability, ten_crop: see `infer.predictor.Predictor`.
+        features: a layer; `output` is then a file of its features, see `infer.predict.feature_files`.
         recursive: whether to enter folders inside folders.
         strict: stop with an error at the first input that cannot be read.
         resume: continue after the rows that `output` has.
@@ -47,6 +50,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = DEFAULT_BATCH
     min_probability: float = 0.0
     ten_crop: bool = False
+    features: FeatureLayer | None = None
     recursive: bool = True
     strict: bool = False
     resume: bool = False
@@ -61,7 +65,16 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def for_predictor(self) -> dict[str, Any]:
         """The keyword arguments of a `Predictor`."""
-        names = ("backend", "device", "decoder", "top", "batch_size", "min_probability", "ten_crop")
+        names = (
+            "backend",
+            "device",
+            "decoder",
+            "top",
+            "batch_size",
+            "min_probability",
+            "ten_crop",
+            "features",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -77,6 +90,8 @@ def check_options(options: PredictOptions) -> Format:
         raise UserError("--overwrite with --resume: rows are replaced, or kept; leave one of them out")
     if options.overwrite and options.output is None and options.html is None:
         raise UserError("--overwrite replaces a file: name it with --output or --html")
+    if options.features is not None:
+        return _check_features(options)
     return _check_ray(options) if options.engine == "ray" else _check_local(options)
 
 
@@ -97,6 +112,24 @@ def _check_local(options: PredictOptions) -> Format:
     return format
 
 
+def _check_features(options: PredictOptions) -> Format:
+    whole = "a file of features is written whole or not at all"
+    no_classes = "a file of features holds no classes"
+    refused = {
+        "--engine ray": (options.engine == "ray", "features are written by one process"),
+        "--resume": (options.resume, whole),
+        "--format": (options.format is not None, "the suffix of --output decides"),
+        "--top": (options.top is not None and options.html is None, no_classes),
+        "--min-probability": (options.min_probability > 0 and options.html is None, no_classes),
+    }
+    for name, (given, why) in refused.items():
+        if given:
+            raise UserError(f"{name} with --features: {why}; leave one of them out")
+    if options.output is None or options.output.suffix.lower() not in FEATURE_SUFFIXES:
+        raise UserError("--features writes a file: name it with --output FILE.parquet or FILE.npy")
+    return "features"
+
+
 def _check_ray(options: PredictOptions) -> Format:
     if options.output is None:
         raise UserError("--engine ray writes a folder of parts: name it with --output DIR")
@@ -114,6 +147,8 @@ def how_to_go_on(options: PredictOptions, format: Format) -> str:
         options: of the command.
         format: of the rows.
     """
+    if format == "features":
+        return "features are written whole or not at all: nothing was kept"
     if options.output is None or format == "table":
         return "rows that can be gone on from need --output and --format jsonl, csv or parquet"
     instead = "" if not options.overwrite else " in place of --overwrite"

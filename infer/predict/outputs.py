@@ -12,6 +12,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import read_head
 from data_pipeline.common.outputs import check_output, is_same_place
 from data_pipeline.common.text import printable
+from infer.predict.feature_files import feature_files, is_features
 from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import Inputs
 from infer.predict.options import PredictOptions
@@ -57,18 +58,21 @@ def _files(output: Path, format: Format) -> Iterator[tuple[Path, Format]]:
     yield output, format
     if format == "parquet":
         yield journal_of(output), "jsonl"
+    if format == "features":
+        for path in feature_files(output)[1:]:
+            yield path, "features"
 
 
 def _check_rows(path: Path, expected: Format, options: PredictOptions, inputs: Inputs) -> None:
     def is_ours(path: Path) -> bool:
-        return rows_format(path) is not None
+        return is_features(path) if expected == "features" else rows_format(path) is not None
 
-    there = check_output(
-        path, "--output", is_ours, "rows of predictions", named=inputs.named, found=inputs.files()
-    )
-    where = f"{printable(path)} has rows of an earlier run"
+    what = "features" if expected == "features" else "rows"
+    ours = what if expected == "features" else "rows of predictions"
+    there = check_output(path, "--output", is_ours, ours, named=inputs.named, found=inputs.files())
+    where = f"{printable(path)} has {what} of an earlier run"
     if there and not (options.resume or options.overwrite):
-        resume = "" if expected == "table" else "--resume goes on after them, "
+        resume = "" if expected in ("table", "features") else "--resume goes on after them, "
         raise UserError(f"--output {where}: {resume}--overwrite replaces them")
     if there and options.resume and (found := rows_format(path)) != expected:
         raise UserError(f"--resume: {where} as {found}, and now they are to be {expected}: see --format")

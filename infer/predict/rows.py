@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -40,6 +40,12 @@ class OkRow(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     status: Literal["ok"] = "ok"
     predictions: tuple[Prediction, ...]
+
+
+class FeatureRow(OkRow, frozen=True, kw_only=True, eq=False):
+    """An image that was predicted, with what a layer computed: float32 (length,)."""
+
+    features: NDArray[np.float32]
 
 
 class ErrorRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +137,21 @@ def rows_of(
             yield OkRow(path=printable(path), predictions=likely)
         else:
             yield ErrorRow(path=printable(path), error=next(failures).reason)
+
+
+def with_features(rows: Iterable[Row], features_ND: NDArray[np.float32]) -> Iterator[Row]:
+    """Rows of a batch, those that are no errors with their features.
+
+    Args:
+        rows: in order.
+        features_ND: of those that are no errors, in order.
+    """
+    features = iter(features_ND)
+    for row in rows:
+        if isinstance(row, OkRow):
+            yield FeatureRow(**msgspec.structs.asdict(row), features=next(features))
+        else:
+            yield row
 
 
 def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> list[tuple[Prediction, ...]]:

@@ -17,7 +17,7 @@ from data_pipeline.common.text import printable
 from infer.predict.rows import ErrorRow, OkRow, Row, RowShape
 
 FileFormat = Literal["jsonl", "csv", "parquet"]
-Format = Literal["table", "jsonl", "csv", "parquet"]
+Format = Literal["table", "jsonl", "csv", "parquet", "features"]
 SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Outputs(NamedTuple):
+    """What a model gives for n images: probabilities (n, classes), and features (n, length) if it has any."""
+
+    probabilities: NDArray[np.float32]
+    features: NDArray[np.float32] | None
 
 
 class InferenceBackend(Protocol):
@@ -31,6 +38,14 @@ class InferenceBackend(Protocol):
 
     def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Like `run`, for contiguous images in the memory of the model's own device."""
+        ...
+
+    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
+        """Like `run`, with the features of a bundle that gives them."""
+        ...
+
+    def run_outputs_at(self, address: int, shape: tuple[int, ...]) -> Outputs:
+        """Like `run_at`, with the features."""
         ...
 
     def close(self) -> None:

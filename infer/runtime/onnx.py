@@ -15,7 +15,7 @@ from data_pipeline.common.machine import usable_cores
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import metadata_mismatch
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME
-from infer.runtime.base import check_batch
+from infer.runtime.base import Outputs, check_batch
 from infer.runtime.cuda import scan_gpus
 
 
@@ -48,23 +48,40 @@ class OnnxBackend:
         (provider, *_) = self._session.get_providers()
         self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
         self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
-        self._memory = device
+        self._memory, self._features = device, manifest.feature_layer
         if mismatch := metadata_mismatch(self._session.get_modelmeta().custom_metadata_map, manifest):
             raise CorruptFileError(f"{path} has {mismatch} than its bundle.json says")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        check_batch(len(images_NHWC), self.max_batch)
-        probabilities_NC: NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: images_NHWC})[0]
-        return probabilities_NC
+        return self._run([OUTPUT_NAME], images_NHWC)[0]
 
     def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return self._run_at([OUTPUT_NAME], address, shape)[0]
+
+    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
+        if self._features is None:
+            return Outputs(self.run(images_NHWC), None)
+        return Outputs(*self._run([OUTPUT_NAME, self._features], images_NHWC))
+
+    def run_outputs_at(self, address: int, shape: tuple[int, ...]) -> Outputs:
+        if self._features is None:
+            return Outputs(self.run_at(address, shape), None)
+        return Outputs(*self._run_at([OUTPUT_NAME, self._features], address, shape))
+
+    def _run(self, names: list[str], images_NHWC: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        check_batch(len(images_NHWC), self.max_batch)
+        outputs: list[NDArray[np.float32]] = self._session.run(names, {INPUT_NAME: images_NHWC})
+        return outputs
+
+    def _run_at(self, names: list[str], address: int, shape: tuple[int, ...]) -> list[NDArray[np.float32]]:
         check_batch(shape[0], self.max_batch)
         binding = self._session.io_binding()
         binding.bind_input(INPUT_NAME, self._memory, 0, np.uint8, shape, address)
-        binding.bind_output(OUTPUT_NAME)
+        for name in names:
+            binding.bind_output(name)
         self._session.run_with_iobinding(binding)
-        probabilities_NC: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
-        return probabilities_NC
+        outputs: list[NDArray[np.float32]] = binding.copy_outputs_to_cpu()
+        return outputs
 
     def close(self) -> None:
         self._session = None

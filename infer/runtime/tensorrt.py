@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from infer.bundle.load import Bundle
-from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, OUTPUT_NAME
-from infer.runtime.base import check_batch
+from infer.bundle.schema import ENGINE_NAME, INPUT_NAME
+from infer.runtime.base import Outputs, check_batch
 from infer.runtime.cuda import CudaError, CudaSession, scan_gpus
 from infer.runtime.rtx_cache import RuntimeCache, cache_path
 
@@ -85,24 +85,41 @@ class TensorRTBackend:
             self._context = self._engine.create_execution_context()
         if self._context is None:
             raise UserError(f"{self.provider} has no memory for the engine: {self._reason()}")
-        crop_px, num_classes = manifest.preprocessing.crop_px, len(manifest.classes)
+        crop_px = manifest.preprocessing.crop_px
         self._images = self._cuda.pinned((self.max_batch, crop_px, crop_px, 3), np.uint8)
-        self._probabilities = self._cuda.pinned((self.max_batch, num_classes), np.float32)
         self._images_gpu = self._cuda.allocate(self._images.nbytes)
-        self._probabilities_gpu = self._cuda.allocate(self._probabilities.nbytes)
-        for name, pointer in ((INPUT_NAME, self._images_gpu), (OUTPUT_NAME, self._probabilities_gpu)):
+        # Of each output, in the manifest's order: the probabilities, then the features.
+        widths = [int(output.shape[-1]) for output in manifest.outputs]
+        self._outputs = [self._cuda.pinned((self.max_batch, width), np.float32) for width in widths]
+        self._outputs_gpu = [self._cuda.allocate(buffer.nbytes) for buffer in self._outputs]
+        names = [INPUT_NAME, *(output.name for output in manifest.outputs)]
+        for name, pointer in zip(names, [self._images_gpu, *self._outputs_gpu], strict=True):
             if not self._context.set_tensor_address(name, pointer):
                 raise RuntimeError(f"TensorRT refused the buffer of {name}: {self._reason()}")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.run_at(self._copy_in(images_NHWC), tuple(images_NHWC.shape))
+
+    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return self._run_at(address, shape, 1)[0]
+
+    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
+        return self.run_outputs_at(self._copy_in(images_NHWC), tuple(images_NHWC.shape))
+
+    def run_outputs_at(self, address: int, shape: tuple[int, ...]) -> Outputs:
+        probabilities_NC, *features = self._run_at(address, shape, len(self._outputs))
+        return Outputs(probabilities_NC, features[0] if features else None)
+
+    def _copy_in(self, images_NHWC: NDArray[np.uint8]) -> int:
         n = len(images_NHWC)
         check_batch(n, self.max_batch)
         self._cuda.activate()
         self._images[:n] = images_NHWC
         self._cuda.copy_in(self._images_gpu, self._images[:n])
-        return self.run_at(self._images_gpu, tuple(images_NHWC.shape))
+        return self._images_gpu
 
-    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def _run_at(self, address: int, shape: tuple[int, ...], num_outputs: int) -> list[NDArray[np.float32]]:
+        """Run the engine on images on the GPU, and copy its first outputs from there."""
         n = shape[0]
         self._cuda.activate()
         if not self._context.set_tensor_address(INPUT_NAME, address):
@@ -111,9 +128,11 @@ class TensorRTBackend:
             raise RuntimeError(f"TensorRT refused images of shape {shape}: {self._reason()}")
         if not self._context.execute_async_v3(self._cuda.stream):
             raise RuntimeError(f"TensorRT could not run the engine: {self._reason()}")
-        self._cuda.copy_out(self._probabilities[:n], self._probabilities_gpu)
+        wanted = self._outputs[:num_outputs]
+        for buffer, pointer in zip(wanted, self._outputs_gpu, strict=False):
+            self._cuda.copy_out(buffer[:n], pointer)
         self._cuda.synchronize()
-        return self._probabilities[:n].copy()
+        return [buffer[:n].copy() for buffer in wanted]
 
     def close(self) -> None:
         if self._compiled is not None:
@@ -121,7 +140,7 @@ class TensorRTBackend:
             self._compiled.save()
         # TensorRT's objects first, in the reverse of the order in which they were made.
         self._context = self._compiled = self._engine = self._runtime = None
-        self._images = self._probabilities = np.empty(0, np.uint8)
+        self._images, self._outputs = np.empty(0, np.uint8), []
         self._cuda.close()
 
     def _reason(self) -> str:
@@ -165,14 +184,15 @@ def check_contract(engine: Any, bundle: Bundle) -> None:
     """
     manifest = bundle.manifest
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    if names != {INPUT_NAME, OUTPUT_NAME}:
+    outputs = {output.name for output in manifest.outputs}
+    if names != {INPUT_NAME} | outputs:
         raise CorruptFileError(f"{bundle.engine_path} has other tensors than its bundle: {sorted(names)}")
     if (profiles := engine.num_optimization_profiles) != 1:  # a context serves one profile
         raise CorruptFileError(
             f"{bundle.engine_path} has {profiles} optimisation profiles, and its bundle one"
         )
     dtypes = {name: engine.get_tensor_dtype(name).name.lower() for name in names}
-    if dtypes != {INPUT_NAME: "uint8", OUTPUT_NAME: "float"}:
+    if dtypes != {INPUT_NAME: "uint8"} | dict.fromkeys(outputs, "float"):
         raise CorruptFileError(f"{bundle.engine_path} has other types than its bundle: {dtypes}")
     crop_px, facts = manifest.preprocessing.crop_px, manifest.engine
     assert facts is not None

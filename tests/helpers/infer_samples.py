@@ -26,6 +26,7 @@ from infer.bundle.schema import (
     image_input,
     probability_output,
 )
+from infer.export.onnx_options import OnnxOptions
 from infer.export.pipeline import export_models
 from infer.predict.inputs import find_inputs
 from train.checkpoints.format import Snapshot
@@ -63,11 +64,8 @@ NORMED = (
 
 
 def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str] = ()) -> Path:
-    """A checkpoint of the demo's size, with weights that make confident and various predictions.
-
-    With other `overrides` it is another checkpoint: give it a `base` of its own.
-    """
-    folder = base / f"run-{model}" / "checkpoints" / "step-00000007"
+    """A checkpoint of the demo's size, with weights that make confident and various predictions."""
+    folder = base / "-".join(["run", model, *overrides]) / "checkpoints" / "step-00000007"
     if not folder.exists():
         config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}", *overrides])
         torch.manual_seed(0)
@@ -102,6 +100,15 @@ def exported(base: Path) -> Bundle:
     folder = checkpoint_folder(base)
     target = folder.parent.parent / "export" / "trt-fp32"
     return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
+
+
+def exported_with_features(base: Path) -> Bundle:
+    """A checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
+    folder = checkpoint_folder(base, "paper", ["model.hidden_units=64"])
+    target = folder.parent.parent / "export" / "onnx-fp32"
+    if target.exists():
+        return load_bundle(target)
+    return export_model(folder, "onnx", max_batch=8, onnx_options=OnnxOptions(features="fc7"))
 
 
 def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:

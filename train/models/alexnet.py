@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from train.models.batch_norm import BatchNorm
 from train.models.init import initialize
 from train.models.lrn import LocalResponseNorm
 
-# Shapes: N batch, C channels or classes, H and W rows and columns.
+# Shapes: N batch, C channels or classes, H and W rows and columns, D features.
+
+FeatureLayer = Literal["fc7", "fc6", "pool5"]
 
 
 class AlexNet(nn.Module):
@@ -41,6 +44,41 @@ class AlexNet(nn.Module):
         features_NCHW = self.avgpool(self.features(images_NCHW))
         logits_NC: Tensor = self.classifier(torch.flatten(features_NCHW, 1))
         return logits_NC
+
+    def forward_features(self, images_NCHW: Tensor, layer: FeatureLayer) -> tuple[Tensor, Tensor]:
+        """Return the logits, and what a layer gives: behind its ReLU and norm, in front of dropout.
+
+        Shape:
+            normalised float images (N, 3, crop_px, crop_px) -> (N, num_classes), (N, D).
+        """
+        hidden_ND = torch.flatten(self.avgpool(self.features(images_NCHW)), 1)
+        end, features_ND = count_layers(self, layer), hidden_ND
+        for number, module in enumerate(self.classifier.children(), 1):
+            hidden_ND = module(hidden_ND)
+            if number == end:
+                features_ND = hidden_ND
+        return hidden_ND, features_ND
+
+
+def count_layers(model: AlexNet, layer: FeatureLayer) -> int:
+    """Count the modules of the classifier up to the end of `fc6` or `fc7`; 0 for `pool5`, which it reads.
+
+    A layer ends in front of the dropout or the matrix product that follows it: `owt` has dropout in front of
+    its layers, the others behind them, and its modules have numbers for names.
+    """
+    wanted = {"pool5": 0, "fc6": 1, "fc7": 2}[layer]
+    num_products = 0
+    for number, module in enumerate(model.classifier.children()):
+        if num_products == wanted and isinstance(module, (nn.Dropout, nn.Linear)):
+            return number
+        num_products += isinstance(module, nn.Linear)
+    raise AssertionError("the last layer is the classes'")
+
+
+def count_features(model: AlexNet, layer: FeatureLayer) -> int:
+    """Count the features that a layer gives for an image: what the next matrix product takes."""
+    rest = list(model.classifier.children())[count_layers(model, layer) :]
+    return next(module.in_features for module in rest if isinstance(module, nn.Linear))
 
 
 class Normalize(nn.Module):

@@ -73,7 +73,7 @@ def checkpoint(base: Path) -> Checkpoint:
 def test_export_that_differs_is_not_shipped(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, words: str
 ) -> None:
-    def alter(checkpoint: Checkpoint, path: Path, *, precision: str, opset: int) -> None:
+    def alter(checkpoint: Checkpoint, path: Path, **options: object) -> None:
         model = onnx.load(exported(base).onnx_path)
         (bias,) = (t for t in model.graph.initializer if t.name.endswith("fc8.bias"))
         values = onnx.numpy_helper.to_array(bias).copy()

@@ -21,17 +21,18 @@ ONE_GPU = GpuScan((Gpu("NVIDIA L4", "sm89"),), None)
 
 
 def test_engine_build_logs_the_gpus_it_does_not_cover(
-    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    featured: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "infer"):
         engine = build_engine(
-            bundle.onnx_path,
+            featured.onnx_path,
             tmp_path / "e",
             checkpoint_sha256="0" * 64,
             crop_px=56,
             max_batch=4,
             precision="fp32",
         )
+    assert b"fc7" in (tmp_path / "e").read_bytes(), "its second output"
     assert engine.version in caplog.messages[0] and "loads on" in caplog.messages[0]
     if engine.library == "tensorrt_rtx":
         assert "do not load on Hopper (sm90) and, in fp32, on sm75" in caplog.messages[1]

@@ -25,6 +25,7 @@ JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(256)) * 4
 
 
 def write(format: Format, path: Path, row: Row = OK, shape: RowShape = SHAPE) -> None:
+    assert format != "features"
     if format == "table":
         with open_table(path, ClassNames(("cat",), ("n1",) if shape.named else ()), 1) as table:
             table.write(row)

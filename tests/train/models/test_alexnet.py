@@ -11,13 +11,21 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.bvlc import bvlc_file
 from train.config.schema import Init, ModelConfig
-from train.models.alexnet import AlexNet, Normalize, feature_map, make_features, make_model
+from train.models.alexnet import (
+    AlexNet,
+    FeatureLayer,
+    Normalize,
+    count_features,
+    feature_map,
+    make_features,
+    make_model,
+)
 from train.models.lrn import LocalResponseNorm
 
 PARAMETERS = {"paper": 60_965_224, "caffe": 60_965_224, "owt": 61_100_840, "bn": 60_966_600}
@@ -222,3 +230,25 @@ def test_normalize_is_the_contracts_arithmetic_in_place() -> None:
     expected = ((images_NHWC / 255 - mean) / std).permute(0, 3, 1, 2)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("config", [
+    ModelConfig(name="paper", stem_stride=2, hidden_units=24),
+    ModelConfig(name="caffe", stem_stride=2, hidden_units=24),
+    ModelConfig(name="owt", stem_stride=2, hidden_units=24),
+    ModelConfig(name="paper", stem_stride=2, hidden_units=24, norm="bn_after_relu", hidden_norm=True),
+])  # fmt: skip
+def test_features_are_what_the_next_layer_reads(config: ModelConfig) -> None:
+    model = make_model(config, num_classes=10, crop_px=56).eval()
+    read: list[Tensor] = []
+    for module in model.classifier.children():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].clone()))
+    images = torch.randn(2, 3, 56, 56)
+    layers: tuple[FeatureLayer, ...] = ("pool5", "fc6", "fc7")
+    with torch.inference_mode():
+        logits, expected = model(images), read.copy()
+        for layer, expected_ND in zip(layers, expected, strict=True):
+            again, features_ND = model.forward_features(images, layer)
+            assert torch.equal(again, logits) and torch.equal(features_ND, expected_ND)
+            assert features_ND.shape == (2, count_features(model, layer)) and features_ND.std() > 0
