@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "infer.commands.evaluate:evaluate",
     "export": "infer.commands.export:export",
     "predict": "infer.commands.predict:predict",
+    "report": "infer.commands.report:report",
     "train": "train.cli:train",
 }
 """Where each command or group of commands is declared: `module:attribute`."""
