@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a fresh machine, and one is for every change:
-#   make demo    install, train on two processes, export ONNX and TensorRT, predict
+#   make demo    install, train on two processes, export ONNX and TensorRT, predict, report
 #   make test    install, lint, check types and imports, run all tests: under 8 minutes on two cores
 #   make check   the same without the slow tests: under 2 minutes
 

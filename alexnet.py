@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "infer.commands.export:export",
     "predict": "infer.commands.predict:predict",
     "search": "infer.commands.search:search",
+    "report": "infer.commands.report:report",
     "train": "train.cli:train",
 }
 """Where each command or group of commands is declared: `module:attribute`."""

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The demo: trains on two processes, exports ONNX and TensorRT, predicts held-out images. `make demo` installs first.
+# The demo: trains on two processes, exports ONNX and TensorRT, predicts held-out images, and writes a report.
+# `make demo` installs first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,6 +37,8 @@ if [ ! -e images ]; then
   done
 fi
 step alexnet predict images/
+report=$(step alexnet report)
+echo "The report of the run: $report"
 
 printf '\nDone in %d s.\n' $((SECONDS - started)) >&2
 RESULT=$result python - <<'PYTHON'

@@ -130,7 +130,7 @@ class _NpyFile:
             file.seek(self._offset)  # read, since what is mapped of a file stays in memory
             for first in range(0, self._count, size):
                 block_ND = np.empty((min(size, self._count - first), self.info.num_features), np.float32)
-                if file.readinto(memoryview(block_ND)) != block_ND.nbytes:
+                if file.readinto(block_ND.data) != block_ND.nbytes:
                     raise ValueError("it was cut off meanwhile")
                 yield Block(first, block_ND)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -45,30 +43,6 @@ def test_gallery_is_escaped_and_holds_everything(bundle: Bundle, files: list[Pat
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "http" not in page.replace("http-equiv", "")
     assert "default-src &#x27;none" in page or "default-src 'none'" in page
     assert "7 images, 1 of them could not be read" in page
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """A real Chromium without a window: gives the page as its script left it."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium); there is none here")
-    profile = tmp_path_factory.mktemp("profile")
-
-    def open_page(address: str, *options: str) -> str:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-        done = subprocess.run(
-            [program, *flags, f"--user-data-dir={profile}", *options, address],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-            env={**os.environ, "HOME": str(profile)},
-        )
-        return done.stdout
-
-    return open_page
 
 
 def test_gallery_sorts_and_filters_in_a_browser(

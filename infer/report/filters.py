@@ -1,0 +1,101 @@
+"""The section with the first convolution's filters, as in figure 3 of the paper.
+
+Shapes: K filters, of H rows and W columns, 3 channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infer.bundle.schema import ONNX_NAME
+from infer.report.page import Section, drawing, figure, note
+from infer.report.source import Source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CELL_PX = 44
+"""Side of a filter in the picture, about."""
+COLUMNS = 16
+
+
+def make_filters(source: Source) -> Section:
+    """Draw the filters of the checkpoint, or of the export where there is no checkpoint."""
+    key, title = "filters", "Filters of the first convolution"
+    if source.checkpoint is not None:
+        weights = source.checkpoint.weights
+        first = next(tensor for name, tensor in weights.items() if tensor.ndim == 4)
+        filters_KHW3, origin = first.float().permute(0, 2, 3, 1).numpy(), "the checkpoint"
+    elif source.bundle is not None:
+        try:
+            filters_KHW3 = onnx_filters(source.bundle / ONNX_NAME)
+        except ModuleNotFoundError as error:
+            return Section(key, title, note(f"{error.name} is not installed here, which reads {ONNX_NAME}."))
+        except LookupError:
+            return Section(key, title, note(f"The first convolution of {ONNX_NAME} stores no weights."))
+        origin = ONNX_NAME
+    else:
+        return Section(key, title, note(f"Not shown: {source.no_checkpoint}."))
+    count, height, width, _ = filters_KHW3.shape
+    grid = filter_grid(filters_KHW3)
+    caption = (
+        f"The {count} filters of {height} × {width} × 3 weights that the first convolution learned, from "
+        f"{origin}, as in figure 3 of Krizhevsky et al. 2012. Red, green and blue are the weights for these "
+        "channels; each filter is scaled by itself so that its least weight is 0 and its largest full "
+        "brightness: shapes can be compared, strengths cannot. Grey is a weight of about the middle."
+    )
+    alt = f"{count} small squares of colour, one for each filter"
+    return Section(key, title, figure(drawing(grid, alt, grid.shape[1]), caption))
+
+
+def filter_grid(filters_KHW3: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Lay filters out in a grid, each scaled to 0..255 by itself, with white between them.
+
+    Args:
+        filters_KHW3: weights.
+    Returns:
+        (rows, columns, 3) uint8; filters are enlarged by a whole factor, to about `CELL_PX`.
+    """
+    count, height, width, _ = filters_KHW3.shape
+    least = filters_KHW3.min(axis=(1, 2, 3), keepdims=True)
+    span = filters_KHW3.max(axis=(1, 2, 3), keepdims=True) - least
+    scaled = (filters_KHW3 - least) / np.where(span > 0, span, 1)
+    factor = max(1, round(CELL_PX / max(height, width)))
+    cells = np.rint(scaled * 255).astype(np.uint8).repeat(factor, axis=1).repeat(factor, axis=2)
+    columns = min(COLUMNS, count)
+    rows, gap = math.ceil(count / columns), 3
+    high, wide = height * factor + gap, width * factor + gap
+    grid = np.full((rows * high - gap, columns * wide - gap, 3), 255, dtype=np.uint8)
+    for number, cell in enumerate(cells):
+        top, left = number // columns * high, number % columns * wide
+        grid[top : top + high - gap, left : left + wide - gap] = cell
+    return grid
+
+
+def onnx_filters(path: Path) -> NDArray[np.float32]:
+    """The weights of the first convolution of an ONNX file, also where they are stored in int8.
+
+    Returns:
+        (K, H, W, 3) float32.
+    Raises:
+        LookupError: there is no such convolution, or it computes its weights.
+    """
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    stored: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    name = next((node.input[1] for node in graph.node if node.op_type == "Conv"), "")
+    maker, scale = makers.get(name), None
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        scale = onnx.numpy_helper.to_array(stored[maker.input[1]]).astype(np.float32)
+        name = maker.input[0]
+    weights_K3HW = onnx.numpy_helper.to_array(stored[name]).astype(np.float32)
+    if scale is not None:
+        weights_K3HW = weights_K3HW * scale.reshape(-1, 1, 1, 1)
+    filters_KHW3: NDArray[np.float32] = weights_K3HW.transpose(0, 2, 3, 1)
+    return filters_KHW3
