@@ -13,14 +13,17 @@ import msgspec
 
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
+from train.config.schedule import ScheduleConfig
+from train.config.values import (
+    AboveOne,
+    AboveZero,
+    BelowOne,
+    Count,
+    NotNegative,
+    Positive,
+    Table,
+)
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-AboveZero = Annotated[float, msgspec.Meta(gt=0)]
-AboveOne = Annotated[float, msgspec.Meta(gt=1)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Init = Literal["he", "paper", "caffe", "torch"]
 Norm = Literal["lrn", "bn", "bn_after_relu", "none"]
 Groups = Literal[1, 2]
@@ -33,10 +36,6 @@ FREE_TO_CHANGE = (
 DECIDE_THE_SCHEDULE = ("epochs", "global_batch", "schedule")
 """Keys that it may change with `--allow-changed-schedule`: they decide the learning rates and batches of
 later steps (`train.runs.changes`). All others decide the result as a whole."""
-
-
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all configuration values: immutable, and closed to unknown keys."""
 
 
 class DataConfig(Table, frozen=True):
@@ -146,49 +145,6 @@ class OptimizerConfig(Table, frozen=True):
     def __post_init__(self) -> None:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
-
-
-class ScheduleConfig(Table, frozen=True):
-    """The learning rate over the run, see `train.optim.schedule.lr_at`. Times are in epochs.
-
-    Attributes:
-        learning_rate: the rate after the warm-up, for batches of `reference_batch` samples.
-        scaling: how the rate grows with `global_batch / reference_batch`: not at all, or by that factor
-            (`linear`), or by its square root (`sqrt`).
-        reference_batch: samples a step that `learning_rate` is meant for; needed by `linear` and `sqrt`.
-        kind: `step` multiplies by `factor` at each of `milestones`; `plateau` does when the validation error
-            has not fallen for `patience` epochs, `max_drops` times at most; `poly` falls to 0 as
-            (1 - t)^`power`, `cosine` as half a wave; `constant` stays.
-        warmup_epochs: epochs of linear warm-up.
-        warmup_start: rate at the start of the warm-up, as a fraction of `learning_rate`.
-        milestones: ascending epochs at which `step` lowers the rate.
-        factor: multiplier of each drop, 0..1.
-        patience: epochs without a better validation top-1 before `plateau` lowers the rate.
-        min_improvement: a better top-1 is one that is higher by at least this, in 0..1.
-        max_drops: how often `plateau` lowers the rate.
-        power: exponent of `poly`.
-    """
-
-    learning_rate: AboveZero = 0.01
-    scaling: Literal["none", "linear", "sqrt"] = "none"
-    reference_batch: Positive | None = None
-    kind: Literal["step", "plateau", "poly", "cosine", "constant"] = "step"
-    warmup_epochs: NotNegative = 0.0
-    warmup_start: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
-    milestones: tuple[float, ...] = ()
-    factor: Fraction = 0.1
-    patience: Positive = 5
-    min_improvement: Fraction = 0.001
-    max_drops: Positive = 3
-    power: AboveZero = 2.0
-
-    def __post_init__(self) -> None:
-        if any(b <= a for a, b in zip((0.0, *self.milestones), self.milestones, strict=False)):
-            raise ValueError(f"milestones must be epochs above 0 in ascending order, not {self.milestones}")
-        if self.scaling != "none" and self.reference_batch is None:
-            raise ValueError(f"scaling {self.scaling} needs reference_batch, which learning_rate is for")
-        if self.kind == "plateau" and self.factor == 0:
-            raise ValueError("plateau needs a factor above 0")
 
 
 class RunConfig(Table, frozen=True):
