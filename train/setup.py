@@ -88,7 +88,7 @@ def build_run(
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
-    offset, ended = progress.step_offset, position > 0 and position % num_steps == 0
+    offset = progress.step_offset
     interrupt = interrupt or stack.enter_context(closing(Interrupt()))
     interrupt.listen()
     return RunState(
@@ -108,7 +108,7 @@ def build_run(
         progress=progress,
         step=step,
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
-        unevaluated=ended and not (checkpoint and "top1" in checkpoint.metrics),
+        evaluated=checkpoint is not None and "top1" in checkpoint.metrics,
     )
 
 

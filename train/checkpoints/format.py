@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from torch import Tensor
@@ -75,6 +75,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
             with the batch of now. 0 unless `global_batch` was changed.
         samples_offset: the same in samples used.
         changes: of the configuration, in order.
+        seconds: of training up to here, by the clock of rank 0: from each start's first step on.
     """
 
     val_errors: tuple[float, ...] = ()
@@ -82,6 +83,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     step_offset: int = 0
     samples_offset: int = 0
     changes: tuple[Change, ...] = ()
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,10 @@ Groups = Literal[1, 2]
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "checkpoint_every",
     "keep_checkpoints", "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
+    "stop_patience", "max_hours",
 )  # fmt: skip
-"""Keys of `RunConfig` that a resumed run may change: they decide where it computes, not what."""
+"""Keys of `RunConfig` that a resumed run may change: they decide where it computes and for
+how long, not what."""
 DECIDE_THE_SCHEDULE = ("epochs", "global_batch", "schedule")
 """Keys that it may change with `--allow-changed-schedule`: they decide the learning rates and batches of
 later steps (`train.runs.changes`). All others decide the result as a whole."""
@@ -178,6 +180,8 @@ class RunConfig(Table, frozen=True):
         label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
         ema_decay: keep a moving average of the weights, which is evaluated and exported in place of the last
             ones (`train.optim.ema`); 0 keeps none.
+        stop_patience: so many epochs in a row without a better validation top-1 end the run; 0 is off.
+        max_hours: training for so long, resumed runs included, ends the run; 0 for no limit.
         ten_crop: evaluate each validation image by the mean of ten views, as the paper, not by the centre.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
         keep_every: the first checkpoint at or after each multiple of so many steps stays as well.
@@ -206,6 +210,8 @@ class RunConfig(Table, frozen=True):
     flat_loss_grace: Count = 10_000
     label_smoothing: BelowOne = 0.0
     ema_decay: BelowOne = 0.0
+    stop_patience: Count = 0
+    max_hours: NotNegative = 0.0
     ten_crop: bool = False
     data: DataConfig = DataConfig()
     preprocessing: Preprocessing = Preprocessing()
