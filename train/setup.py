@@ -34,6 +34,7 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
 from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
+from train.optim.class_weights import class_weights_of, describe_weights
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
 from train.optim.schedule import describe_lr
@@ -142,9 +143,11 @@ def make_step_parts(
     """Build the network with its optimiser, from the seed or from a checkpoint, over the ranks as configured.
 
     Raises:
-        UserError: a checkpoint of another model or of other classes, or a precision that the device lacks.
+        UserError: a checkpoint of another model or of other classes, weights of other classes, or a precision
+            that the device lacks.
     """
     precision = choose_precision(config.precision, world.device)
+    weights_C = class_weights_of(config, train_set)
     torch.manual_seed(config.seed)
     crop_px = config.preprocessing.crop_px
     network = make_model(config.model, num_classes=len(train_set.classes), crop_px=crop_px).to(world.device)
@@ -168,6 +171,7 @@ def make_step_parts(
         num_passes=len(pass_sizes(config, world)),
         ema=ModelEma(network, config.ema_decay) if config.ema_decay else None,
         noise=make_noise_meter(network, config, world) if config.log_noise_scale else None,
+        class_weights=None if weights_C is None else torch.tensor(weights_C).float().to(world.device),
     )
     if checkpoint is not None:
         restore_parts(parts, checkpoint)
@@ -224,6 +228,8 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
     log.info(describe_lr(config.schedule, config.global_batch))
     if config.ema_decay:
         log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
+    if (weights_C := class_weights_of(config, train_set)) is not None:
+        log.info(describe_weights(weights_C, train_set))
     if len(train_set.classes) < TOP_K:
         log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
 

@@ -27,6 +27,7 @@ from train.config.values import (
 Init = Literal["he", "paper", "caffe", "torch"]
 Norm = Literal["lrn", "bn", "bn_after_relu", "none"]
 Groups = Literal[1, 2]
+ClassWeights = Literal["none", "balanced"] | tuple[Annotated[float, msgspec.Meta(gt=0, lt=1e9)], ...]
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "checkpoint_every",
@@ -178,6 +179,9 @@ class RunConfig(Table, frozen=True):
         flat_loss_grace: a training loss that stays at ln(classes) for so many steps ends the run, see
             `train.health.flat_loss`; 0 turns that off.
         label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
+        class_weights: of the classes in the training loss: `none`; `balanced`, the same sum for every class;
+            or one above 0 for each class, in the order of their names. They are scaled to a mean of 1 over
+            the training samples (`train.optim.class_weights`).
         ema_decay: keep a moving average of the weights, which is evaluated and exported in place of the last
             ones (`train.optim.ema`); 0 keeps none.
         stop_patience: so many epochs in a row without a better validation top-1 end the run; 0 is off.
@@ -209,6 +213,7 @@ class RunConfig(Table, frozen=True):
     spike_factor: AboveOne | None = None
     flat_loss_grace: Count = 10_000
     label_smoothing: BelowOne = 0.0
+    class_weights: ClassWeights = "none"
     ema_decay: BelowOne = 0.0
     stop_patience: Count = 0
     max_hours: NotNegative = 0.0

@@ -20,6 +20,7 @@ from train.distributed.world import World
 from train.health.flat_loss import FlatLoss, describe_flat, flat_level
 from train.health.metrics import Metrics
 from train.health.nonfinite import MIN_SCALE, SkipStats, all_finite
+from train.optim.class_weights import class_weights_of, counts_in_epoch
 from train.runs.folder import RunFolder
 
 log = logging.getLogger("train")
@@ -94,7 +95,9 @@ class AbortPolicy:
         config, num_classes = self.config, len(self.train_set.classes)
         if config.flat_loss_grace == 0:
             return flat
-        level = flat_level(self.train_set.labels, num_classes, config.label_smoothing)
+        level = flat_level(
+            counts_in_epoch(self.train_set), config.label_smoothing, class_weights_of(config, self.train_set)
+        )
         flat = flat.after(step, metrics, level, config.flat_loss_grace)
         if flat.num_steps >= config.flat_loss_grace:
             reason = describe_flat(level, num_classes, flat.num_steps, config)
