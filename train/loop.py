@@ -51,10 +51,9 @@ def run_epochs(run: RunState) -> Metrics | None:
 
 
 def look_for_end(run: RunState, seconds: float) -> str | None:
-    """Return why no step is to follow this one, see `why_over`; a collective where time is limited.
+    """Return why no step is to follow, see `why_over`; a collective where time is limited.
 
-    Args:
-        seconds: of training so far, by this rank's clock.
+    `seconds` of training are by this rank's clock.
     """
     config, world = run.config, run.parts.world
     return why_over(
@@ -77,6 +76,7 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         config.augment,
         seed=config.seed,
         global_batch=config.global_batch,
+        balance=config.data.balance,
         rank=world.rank,
         world_size=world.world_size,
         micro_batch=micro_batch_size(config, world),

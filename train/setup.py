@@ -34,7 +34,7 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
 from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
-from train.optim.class_weights import class_weights_of, describe_weights
+from train.optim.class_weights import class_weights_of, describe_balance, describe_weights
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
 from train.optim.schedule import describe_lr
@@ -228,6 +228,8 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
     log.info(describe_lr(config.schedule, config.global_batch))
     if config.ema_decay:
         log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
+    if config.data.balance:
+        log.info(describe_balance(config, train_set))
     if (weights_C := class_weights_of(config, train_set)) is not None:
         log.info(describe_weights(weights_C, train_set))
     if len(train_set.classes) < TOP_K:

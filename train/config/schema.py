@@ -19,6 +19,7 @@ from train.config.values import (
     AboveZero,
     BelowOne,
     Count,
+    Fraction,
     NotNegative,
     Positive,
     Table,
@@ -56,6 +57,9 @@ class DataConfig(Table, frozen=True):
             memory, where a quarter of what is free holds them and they are read twice or more; `none`.
         deterministic: a GPU decodes a file to the same bytes each time, without its hardware decoder. On a
             CPU it always does.
+        balance: 0..1; an epoch keeps its length, and a class of n images has n^(1 - balance) of it, in
+            proportion: at 0 each image comes once, at 1 every class equally often
+            (`data_pipeline.transforms.sampler.order_at`).
         max_decoded_gb: bound on the decoded images, not cropped yet, that a GPU holds. What exceeds it is cut
             on the CPU.
     """
@@ -66,6 +70,7 @@ class DataConfig(Table, frozen=True):
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
     prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     cache: Literal["none", "ram", "gpu", "auto"] = "auto"
+    balance: Fraction = 0.0
     deterministic: bool = False
     max_decoded_gb: Annotated[float, msgspec.Meta(ge=0.1, le=1000)] = 2.0
 

@@ -1,4 +1,4 @@
-"""Weights of the classes in the training loss, for data in which classes are not equally frequent."""
+"""Data in which classes are not equally frequent: their share of an epoch, and their weight in the loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy.typing as npt
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.transforms.sampler import class_quotas
 from train.config.schema import RunConfig
 
 # Shapes: C classes.
@@ -16,9 +17,22 @@ NUM_SHOWN = 3
 """Most classes that a message names."""
 
 
-def counts_in_epoch(train_set: Dataset) -> npt.NDArray[np.float64]:
-    """Return how many samples of each class an epoch has, (C)."""
-    return np.bincount(train_set.labels, minlength=len(train_set.classes)).astype(np.float64)
+def counts_in_epoch(config: RunConfig, train_set: Dataset) -> npt.NDArray[np.float64]:
+    """Return how many samples of each class an epoch has, (C).
+
+    Raises:
+        UserError: a class without images that `data.balance` is to make frequent.
+    """
+    if config.data.balance and len(train_set):
+        refuse_empty_classes(train_set, f"data.balance is {config.data.balance:g}")
+    counts_C = np.bincount(train_set.labels, minlength=len(train_set.classes))
+    return class_quotas(counts_C, config.data.balance).astype(np.float64)
+
+
+def check_balance(config: RunConfig, train_set: Dataset) -> None:
+    """Refuse what the functions below would, before a run's images are looked at."""
+    counts_in_epoch(config, train_set)
+    class_weights_of(config, train_set)
 
 
 def class_weights_of(config: RunConfig, train_set: Dataset) -> npt.NDArray[np.float64] | None:
@@ -31,9 +45,10 @@ def class_weights_of(config: RunConfig, train_set: Dataset) -> npt.NDArray[np.fl
     Raises:
         UserError: not a weight for each class, or a class without images that is to be balanced.
     """
-    wanted, counts_C = config.class_weights, counts_in_epoch(train_set)
+    wanted = config.class_weights
     if wanted == "none" or len(train_set) == 0:
         return None
+    counts_C = counts_in_epoch(config, train_set)
     where = f"{printable(train_set.root)}/{train_set.split}"
     if wanted == "balanced":
         refuse_empty_classes(train_set, "class_weights is balanced")
@@ -65,6 +80,17 @@ def refuse_empty_classes(train_set: Dataset, why: str) -> None:
             f"{why}, and {len(empty)} class(es) of {printable(train_set.root)}/{train_set.split} have no "
             f"image ({', '.join(empty[:NUM_SHOWN])}{more}): give them images, or take them out of the data"
         )
+
+
+def describe_balance(config: RunConfig, train_set: Dataset) -> str:
+    """Describe an epoch's share of the classes for the log."""
+    counts_C, quotas_C = np.bincount(train_set.labels), counts_in_epoch(config, train_set)
+    rare, frequent = int(counts_C.argmin()), int(counts_C.argmax())
+    names = [
+        f"the {counts_C[c]} image(s) of {printable(train_set.class_labels[c])} come {quotas_C[c]:.0f} times"
+        for c in (rare, frequent)
+    ]
+    return f"in an epoch {', '.join(names)} (data.balance {config.data.balance:g})"
 
 
 def describe_weights(weights_C: npt.NDArray[np.float64], train_set: Dataset) -> str:

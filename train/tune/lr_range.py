@@ -50,7 +50,7 @@ def bench_rates(
             with open_probe(seeded) as (run, step):
                 train_set = run.train_set
                 weights_C = class_weights_of(config, train_set)
-                level = flat_level(counts_in_epoch(train_set), config.label_smoothing, weights_C)
+                level = flat_level(counts_in_epoch(config, train_set), config.label_smoothing, weights_C)
                 device = run.parts.world.device_name
                 while len(losses) < num_steps and why_ended(losses, level) is None:
                     rate = rates[len(losses)]

@@ -10,7 +10,13 @@ import pytest
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from train.config.load import make_config
-from train.optim.class_weights import class_weights_of, describe_weights
+from train.optim.class_weights import (
+    check_balance,
+    class_weights_of,
+    counts_in_epoch,
+    describe_balance,
+    describe_weights,
+)
 
 
 def data_of(*labels: int) -> Dataset:
@@ -27,6 +33,19 @@ def test_weights_have_a_mean_of_one_over_the_samples(wanted: str, ratios: list[f
     assert weights is not None
     assert weights[data.labels].sum() == pytest.approx(len(data))
     assert weights / weights[0] == pytest.approx(np.array(ratios) / ratios[0])
+
+
+def test_balanced_epochs_and_weights_share_one_correction() -> None:
+    """What `data.balance` draws equally often needs no weights any more."""
+    data = data_of(0, 1, 1, 2, 2, 2, 2, 2, 2)
+    both = make_config("demo", ["class_weights=balanced", "data.balance=1"])
+    assert counts_in_epoch(both, data).tolist() == [3, 3, 3]
+    assert class_weights_of(both, data) == pytest.approx(np.ones(3))
+    assert describe_balance(both, data) == (
+        "in an epoch the 1 image(s) of ant come 3 times, the 6 image(s) of cat come 3 times (data.balance 1)"
+    )
+    with pytest.raises(UserError, match=r"^data.balance is 0.5, and 1 class\(es\) of d/train have no image"):
+        check_balance(make_config("demo", ["data.balance=0.5"]), data_of(0, 1))
 
 
 def test_all_classes_weigh_the_same_by_default() -> None:

@@ -110,6 +110,8 @@ def test_fixed_keys_are_refused_and_all_others_are_not() -> None:
         UserError, match=r"cannot resume runs/r .*\(seed was 0, now 1; model.name was 'paper'"
     ):
         check_fixed(config_of("seed=1", "model.name=owt", *free), config_of(), Path("runs/r"))
+    with pytest.raises(UserError, match=r"another configuration \(data.balance was 0.0, now 0.5\); use"):
+        check_fixed(config_of("data.balance=0.5", *free), config_of(), Path("runs/r"))
 
 
 def test_table_in_the_documentation_has_every_key() -> None:
