@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from data_pipeline.transforms.crop import eval_crop_params, ten_crop_params, tra
 from data_pipeline.transforms.erase import erase_boxes_at
 from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
 from data_pipeline.transforms.preprocessing import Preprocessing
-from data_pipeline.transforms.sampler import Int, permutation_at, positions_at, rank_slice, steps_per_epoch
+from data_pipeline.transforms.sampler import Int, order_at, positions_at, rank_slice, steps_per_epoch
 from data_pipeline.transforms.trivial import trivial_params_at
 
 
@@ -73,6 +73,7 @@ class Loader:
         *,
         seed: int,
         global_batch: int,
+        balance: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
         micro_batch: int | None = None,
@@ -86,6 +87,7 @@ class Loader:
             augment: the random crops and colours, and what the step changes, erases and mixes.
             seed: the run's seed.
             global_batch: samples of one step over all ranks.
+            balance: how much rare classes are made frequent, 0..1: see `order_at`.
             rank: which rank, 0..world_size - 1.
             world_size: number of ranks.
             micro_batch: most samples in one batch that is yielded; None for the rank's whole share of the
@@ -109,19 +111,21 @@ class Loader:
             (step, *positions_at(step, len(dataset), global_batch, rank, world_size, group_size))
             for step in steps
         )
-        return self._batches(self._train_requests(dataset, augment, seed, chunk, shares))
+        return self._batches(self._train_requests(dataset, augment, seed, balance, chunk, shares))
 
     def _train_requests(
         self,
         dataset: Dataset,
         augment: Augment,
         seed: int,
+        balance: float,
         chunk: int,
         shares: Iterable[tuple[int, int, Int]],
     ) -> Iterator[BatchRequest]:
         crop_px = self.preprocessing.crop_px
+        order_of = lru_cache(maxsize=1)(partial(order_at, seed, labels=dataset.labels, balance=balance))
         for step, epoch, rank_positions in shares:
-            order = permutation_at(seed, epoch, len(dataset))
+            order = order_of(epoch)
             for first in range(0, len(rank_positions), chunk):
                 positions = rank_positions[first : first + chunk]
                 indices = order[positions]

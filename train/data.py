@@ -28,6 +28,7 @@ from train.config.schema import DataConfig, RunConfig
 from train.distributed.ddp import micro_batch_size
 from train.distributed.world import World, cpu_share
 from train.evaluate import EVAL_BATCH
+from train.optim.class_weights import check_balance
 
 log = logging.getLogger("train")
 
@@ -45,7 +46,8 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
     One rank of each machine looks at the images, if no table of them is kept; the others wait.
 
     Raises:
-        UserError: no data folder named, or one without the expected layout.
+        UserError: no data folder named, one without the expected layout, or classes that
+            cannot be balanced as configured.
     """
     if config.data.root is None:
         raise UserError(f"recipe {config.recipe} needs data: --data DIR, with train/ and val/ in it")
@@ -57,6 +59,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, Dataset]:
     listed = Path(config.data.quarantine) if config.data.quarantine is not None else True
     train_set, val_set = (open_recorded(root, split, quarantine=listed) for split in ("train", "val"))
     check_same_classes(train_set, val_set)
+    check_balance(config, train_set)
     for dataset in (train_set, val_set):
         log_passed_over(dataset.split, dataset.passed_over)
     with world.first_of_machine("the images are looked at"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Literal
 import torch
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.common.class_report import ClassCounts, ClassReport
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.class_report import ClassCounts, ClassReport, write_csv
+from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
@@ -28,6 +29,8 @@ from train.kernels.mixup import average_views, tensor_to_device
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.precision import Precision, choose_precision
 from train.step import to_device
+
+log = logging.getLogger("train")
 
 # Shapes: N samples of one batch, H and W rows and columns, C classes.
 
@@ -157,3 +160,16 @@ def report_classes(classes: ClassMeter, world: World, dataset: Dataset) -> tuple
     names = tuple(map(printable, dataset.classes))
     labels = tuple(map(printable, dataset.class_labels))
     return classes.reduce(world, names, labels, lambda index: printable(dataset.name_at(index)))
+
+
+def write_class_report(
+    classes: ClassMeter, world: World, dataset: Dataset, folder: Path | None
+) -> ClassReport:
+    """Report as `report_classes`, and write the tables to a run's folder, on the rank that has one."""
+    counts, report = report_classes(classes, world, dataset)
+    if folder is not None:
+        try:
+            write_csv(folder, counts, report)
+        except (SaveError, UserError) as error:  # all of it is in the row, too
+            log.error(f"the tables of the classes are not written: {error}")
+    return report

@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 
 import msgspec
 
-from data_pipeline.common.class_report import ClassReport, write_csv
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
 from data_pipeline.loading.batches import Batch
 from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
-from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, report_classes
+from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, write_class_report
 from train.health.class_meter import ClassMeter
 from train.health.metrics import Metrics
 from train.optim.schedule import base_lr_for, lr_at, plateau_drops
+from train.runs.ending import LAST_EPOCH, why_over
 from train.state import RunState, take_snapshot
 from train.step import train_step
 
@@ -26,10 +26,10 @@ log = logging.getLogger("train")
 
 
 def run_epochs(run: RunState) -> Metrics | None:
-    """Train to the last epoch; at the end of each, evaluate and save a checkpoint.
+    """Train to the last epoch, or until patience or time is over; evaluate and save after each epoch.
 
     Returns:
-        Validation metrics of the last epoch; None if the run was finished already.
+        The last validation metrics; None if the run was finished already.
     Raises:
         DivergedError: too many steps in a row were skipped, or the weights are not finite.
         InterruptedRunError: a signal asked to stop; the state is saved.
@@ -38,15 +38,30 @@ def run_epochs(run: RunState) -> Metrics | None:
     metrics = None
     with ExitStack() as stack:
         steps = open_steps(run, stack, max(0, run.total_steps - run.step))
-        if run.unevaluated:
+        run.ended = look_for_end(run, run.progress.seconds)
+        if not run.evaluated and (run.ends_epoch or run.ended is not None):
             metrics = finish_epoch(run)
-        elif run.step >= run.total_steps:
-            log.info(f"nothing to do: this run is finished, at step {run.step}")
-        while run.step < run.total_steps:
+        elif run.ended is not None:
+            log.info(f"nothing to do: this run is finished, at step {run.step}: {run.ended}")
+        while run.ended is None:
             train_epoch(run, steps)
             metrics = finish_epoch(run)
     finish_saving(run, "the end of the run is not saved")
     return metrics
+
+
+def look_for_end(run: RunState, seconds: float) -> str | None:
+    """Return why no step is to follow, see `why_over`; a collective where time is limited.
+
+    `seconds` of training are by this rank's clock.
+    """
+    config, world = run.config, run.parts.world
+    return why_over(
+        config,
+        epochs=run.position / run.steps_per_epoch,
+        val_errors=run.progress.val_errors,
+        seconds=world.max(seconds)[0] if config.max_hours else None,
+    )
 
 
 def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterator[list[Batch]]:
@@ -61,6 +76,7 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         config.augment,
         seed=config.seed,
         global_batch=config.global_batch,
+        balance=config.data.balance,
         rank=world.rank,
         world_size=world.world_size,
         micro_batch=micro_batch_size(config, world),
@@ -82,7 +98,7 @@ def by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
 
 
 def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
-    """Train from the current step to the end of its epoch; log, save and poll as it is due."""
+    """Train from the current step to the end of its epoch, or of its time; log, save and poll when due."""
     config, world = run.config, run.parts.world
     epoch = run.position // run.steps_per_epoch + 1
     last_step = run.step + epoch * run.steps_per_epoch - run.position
@@ -91,7 +107,7 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
         run.row.reset()  # the row's time begins now, and not when the run was built
     title = f"epoch {epoch}/{config.epochs}"
     with show_progress(title, last_step - run.step, shown=world.is_main) as progress:
-        while run.step < last_step:
+        while run.step < last_step and run.ended is None:
             lr = lr_at(
                 run.position,
                 config.schedule,
@@ -112,6 +128,9 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
                 save(run, None)
             if inside and (has_row or run.interrupt.is_due(run.step)):
                 stop_if_asked(run, saved=saves)
+                run.ended = look_for_end(run, run.seconds)
+                if run.ended is not None and not has_row:
+                    note = write_row(run, lr)
             progress.advance(1, note)
 
 
@@ -146,38 +165,40 @@ def count_drops(run: RunState) -> int:
 
 
 def finish_epoch(run: RunState) -> Metrics:
-    """Evaluate and save after the last step of an epoch; stop there if asked to, unless it was the last.
+    """Evaluate and save after the last step of an epoch, or of the run; stop there if asked to and not over.
 
     Raises:
         InterruptedRunError: a signal asked to stop; a resumed run evaluates first, if this one could not.
     """
-    config, epoch = run.config, run.position // run.steps_per_epoch
+    config, drops = run.config, count_drops(run)
     try:
         metrics = evaluate_epoch(run)
     except EvaluationStoppedError:
         stop_if_asked(run, saved=False)
         raise
-    drops = count_drops(run)
-    errors = (*run.progress.val_errors, 1 - metrics.top1)
-    run.progress = msgspec.structs.replace(run.progress, val_errors=errors)
     if run.parts.world.is_main:
+        epoch = f"epoch {run.position // run.steps_per_epoch}/{config.epochs}"
         log.info(
-            f"epoch {epoch}/{config.epochs}: validation loss {metrics.loss:.4f}, "
+            f"{epoch if run.ends_epoch else f'step {run.step}'}: validation loss {metrics.loss:.4f}, "
             f"top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%} of {metrics.num_samples} images"
         )
-        if count_drops(run) > drops:
+        if run.ended not in (None, LAST_EPOCH):
+            log.info(run.ended)
+        elif count_drops(run) > drops:
             log.info(
                 f"no better top-1 for {config.schedule.patience} epoch(s): the learning rate is "
                 f"multiplied by {config.schedule.factor:g} (drop {drops + 1} of {config.schedule.max_drops})"
             )
     save(run, metrics)
-    if run.step < run.total_steps:
+    if run.ended is None:
         stop_if_asked(run, saved=True)
     return metrics
 
 
 def evaluate_epoch(run: RunState) -> Metrics:
-    """Evaluate on the whole validation split and log a row; with `ema_decay` the weights' average.
+    """Evaluate on the whole validation split, see whether the run is over, and log a row.
+
+    With `ema_decay` it is the weights' average that is evaluated.
 
     Raises:
         EvaluationStoppedError: a signal has asked a rank to stop.
@@ -194,9 +215,9 @@ def evaluate_epoch(run: RunState) -> Metrics:
         world_size=parts.world.world_size,
         ten_crop=config.ten_crop,
     )
-    # Of the whole run once: at its end.
-    finished = run.step >= run.total_steps
-    classes = ClassMeter(parts.world.device, len(run.val_set.classes)) if finished else None
+    # Reported once, at the end of the run, which with patience or a time limit is known only afterwards.
+    may_end = run.step >= run.total_steps or config.stop_patience or config.max_hours
+    classes = ClassMeter(parts.world.device, len(run.val_set.classes)) if may_end else None
     with weights, closing(batches):
         metrics = evaluate(
             whole_network(parts.parallel),
@@ -211,21 +232,16 @@ def evaluate_epoch(run: RunState) -> Metrics:
     if metrics.num_samples == 0:
         raise UserError(f"none of the {metrics.num_failed} validation images could be read")
     images_per_s = len(run.val_set) / (time.monotonic() - started)
-    report = None if classes is None else write_class_report(run, classes)
+    if run.ends_epoch:
+        errors = (*run.progress.val_errors, 1 - metrics.top1)
+        run.progress = msgspec.structs.replace(run.progress, val_errors=errors)
+    run.ended, report = run.ended or look_for_end(run, run.seconds), None
+    if classes is not None and run.ended is not None:
+        folder = run.folder.path if run.folder is not None else None
+        report = write_class_report(classes, parts.world, run.val_set, folder)
     lr = parts.optimizer.param_groups[0]["lr"]
     run.metrics_log.write("val", run.step, metrics, lr, images_per_s, report=report)
     return metrics
-
-
-def write_class_report(run: RunState, classes: ClassMeter) -> ClassReport:
-    """Sum the counts of each pair of classes over the ranks, and write them to the run's folder as CSV."""
-    counts, report = report_classes(classes, run.parts.world, run.val_set)
-    if run.folder is not None:
-        try:
-            write_csv(run.folder.path, counts, report)
-        except (SaveError, UserError) as error:  # all of it is in the row, too
-            log.error(f"the tables of the classes are not written: {error}")
-    return report
 
 
 def stop_if_asked(run: RunState, *, saved: bool) -> None:

@@ -36,6 +36,7 @@ from train.health.nonfinite import Guard
 from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
 from train.models.parts import freeze_parts, head_of
+from train.optim.class_weights import class_weights_of, describe_balance, describe_weights
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
 from train.optim.schedule import describe_lr
@@ -91,7 +92,7 @@ def build_run(
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
-    offset, ended = progress.step_offset, position > 0 and position % num_steps == 0
+    offset = progress.step_offset
     interrupt = interrupt or stack.enter_context(closing(Interrupt()))
     interrupt.listen()
     return RunState(
@@ -111,7 +112,7 @@ def build_run(
         progress=msgspec.structs.replace(progress, init=parts.init or progress.init),
         step=step,
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
-        unevaluated=ended and not (checkpoint and "top1" in checkpoint.metrics),
+        evaluated=checkpoint is not None and "top1" in checkpoint.metrics,
     )
 
 
@@ -145,10 +146,11 @@ def make_step_parts(
     """Build the network with its optimiser, from the seed, a checkpoint or `init_from`, over the ranks.
 
     Raises:
-        UserError: a checkpoint of another model or of other classes, a precision that the device lacks, or
-            see `begin_with_weights`.
+        UserError: a checkpoint of another model or of other classes, weights of other classes, a precision
+            that the device lacks, or see `begin_with_weights`.
     """
     precision = choose_precision(config.precision, world.device)
+    weights_C = class_weights_of(config, train_set)
     torch.manual_seed(config.seed)
     crop_px = config.preprocessing.crop_px
     network = make_model(config.model, num_classes=len(train_set.classes), crop_px=crop_px).to(world.device)
@@ -175,6 +177,7 @@ def make_step_parts(
         ema=ModelEma(network, config.ema_decay) if config.ema_decay else None,
         noise=make_noise_meter(network, config, world) if config.log_noise_scale else None,
         init=init,
+        class_weights=None if weights_C is None else torch.tensor(weights_C).float().to(world.device),
     )
     if checkpoint is not None:
         restore_parts(parts, checkpoint)
@@ -233,6 +236,10 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
         log.info(f"the average of the weights (ema_decay {config.ema_decay:g}) is evaluated and exported")
     if config.freeze == "features":
         log.info("freeze=features: the convolutions do not learn, and batch norms among them do not change")
+    if config.data.balance:
+        log.info(describe_balance(config, train_set))
+    if (weights_C := class_weights_of(config, train_set)) is not None:
+        log.info(describe_weights(weights_C, train_set))
     if len(train_set.classes) < TOP_K:
         log.info(f"top5 is 1 by definition: there are only {len(train_set.classes)} classes")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from data_pipeline.datasets.dataset import Contents, Dataset
@@ -36,7 +38,9 @@ class RunState:
         progress: the run's history, which is the same on all ranks.
         step: optimiser steps finished.
         skipped: steps that the guard had skipped at the last row.
-        unevaluated: whether the epoch that ended with the last step has not been evaluated yet.
+        evaluated: whether there are validation metrics of this step.
+        started: when this start of the run began to train, in seconds of the monotonic clock.
+        ended: why no step is to follow; None while there is one.
         held_up_s: for how long training has waited for checkpoints, in seconds.
     """
 
@@ -56,13 +60,25 @@ class RunState:
     progress: Progress
     step: int
     skipped: int
-    unevaluated: bool
+    evaluated: bool
+    started: float = field(default_factory=time.monotonic)
+    ended: str | None = None
     held_up_s: float = 0.0
 
     @property
     def position(self) -> int:
         """Optimiser steps that the finished epochs, and this one so far, take with the batch of now."""
         return self.step - self.progress.step_offset
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last step was the last of an epoch."""
+        return self.position > 0 and self.position % self.steps_per_epoch == 0
+
+    @property
+    def seconds(self) -> float:
+        """Time of training, by this rank's clock; without that between a stop and a resume."""
+        return self.progress.seconds + time.monotonic() - self.started
 
     @property
     def total_steps(self) -> int:
@@ -104,6 +120,6 @@ def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
         labels_text=run.train_set.labels_text,
         data=run.data,
         metrics={name: value for name, value in figures.items() if math.isfinite(value)},
-        progress=run.progress,
+        progress=msgspec.structs.replace(run.progress, seconds=run.seconds),
         states=run.writer.staging.copy(states),
     )

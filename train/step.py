@@ -54,6 +54,7 @@ class StepParts:
         ema: the moving average of the weights, which is evaluated where there is one.
         noise: measures the gradient noise scale, with `log_noise_scale`.
         init: the weights from elsewhere that the network began with; None at any later start.
+        class_weights: (C) float32, of the classes in the loss; None where all weigh the same.
     """
 
     network: AlexNet
@@ -69,6 +70,7 @@ class StepParts:
     ema: ModelEma | None = None
     noise: NoiseMeter | None = None
     init: InitRecord | None = None
+    class_weights: Tensor | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,14 +179,16 @@ def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -
     """Forward and backward pass of one micro-batch.
 
     Each sample weighs 1 / global_batch on whichever rank it is, so that the update does not depend on the
-    number of ranks; a sample that could not be read weighs 0. Where samples are mixed, the loss is with both
-    labels, and top-1 and top-5 are with a sample's own.
+    number of ranks, times its class's weight; a sample that could not be read weighs 0. Where samples are
+    mixed, the loss is with both labels, and top-1 and top-5 are with a sample's own.
     """
     images_NHWC, labels_N, valid_N = to_device(batch, parts.world.device)
     inputs_NCHW = training_inputs(batch, images_NHWC, parts.normalize)
     with parts.precision.autocast():
         logits_NC = parts.parallel(inputs_NCHW)
-    losses_N = mixed_losses(logits_NC.float(), labels_N, batch.mix, parts.config.label_smoothing)
+    losses_N = mixed_losses(
+        logits_NC.float(), labels_N, batch.mix, parts.config.label_smoothing, parts.class_weights
+    )
     # DDP averages over the ranks; times world_size makes that the sum.
     loss = (losses_N * valid_N).sum() * (parts.world.world_size / parts.config.global_batch)
     if parts.noise is not None:

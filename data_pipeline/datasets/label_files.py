@@ -214,7 +214,7 @@ def _read_meta(path: Path) -> Mapping[int, str]:
     if not path.is_file():
         raise UserError(f"no {printable(path)}: it says which class each number of the ground truth means")
     try:
-        from scipy.io import loadmat  # type: ignore[import-untyped]
+        from scipy.io import loadmat
     except ImportError as error:
         raise UserError(
             f"reading {printable(path)} needs SciPy: pip install scipy, or write val.txt with "

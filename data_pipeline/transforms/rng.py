@@ -21,6 +21,7 @@ STREAM_MIX = 96  # 96 + (0 whether, 1 which, 2 weight, 3 box y, 4 box x)
 STREAM_TRIVIAL = 104  # 104 + (0 operation, 1 magnitude, 2 sign)
 STREAM_ERASE = 112
 STREAM_ERASE_TRIES = 128  # 128 + 4 * try + (0 area, 1 ratio, 2 y, 3 x), so 128..167
+STREAM_BALANCE = 168
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 

@@ -6,15 +6,21 @@ enter, so any step can be computed without the steps before it.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.transforms.rng import STREAM_PERMUTATION, hash_at
+from data_pipeline.transforms.rng import STREAM_BALANCE, STREAM_PERMUTATION, hash_at
 
 Int = npt.NDArray[np.int64]
+
+_PARTS = 1 << 20
+"""Parts of a sample in which quotas are counted: integers, so that no machine's rounding decides."""
+_KEY_BITS = 40
+"""Of a sample's random number, below its class in one integer."""
 
 
 @lru_cache(maxsize=4)
@@ -35,6 +41,63 @@ def permutation_at(seed: int, epoch: int, num_samples: int) -> Int:
         order = np.argsort(keys, kind="stable").astype(np.int64)
     order.setflags(write=False)
     return order
+
+
+def order_at(seed: int, epoch: int, labels: Int, balance: float) -> Int:
+    """The order of one epoch in which rare classes come more often: as many positions as there are samples.
+
+    Each class has its quota (`class_quotas`). Each of its samples comes equally often, or once more than
+    others; which ones do is another choice in each epoch. Without balance it is `permutation_at`.
+
+    Args:
+        seed: the run's seed.
+        epoch: 0-based.
+        labels: (N) classes of the samples, 0 or more.
+        balance: 0..1, see `class_quotas`.
+    Returns:
+        (N) int64, read-only: the sample at each position.
+    """
+    shuffled = permutation_at(seed, epoch, len(labels))
+    if balance == 0:
+        return shuffled
+    counts = np.bincount(labels)
+    often, more = np.divmod(class_quotas(counts, balance), np.maximum(counts, 1))
+    keys = hash_at(seed, epoch, np.arange(len(labels), dtype=np.uint64), STREAM_BALANCE)
+    by_class = np.argsort(
+        (labels.astype(np.uint64) << np.uint64(_KEY_BITS)) | (keys >> np.uint64(64 - _KEY_BITS)),
+        kind="stable",
+    )
+    place_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    repeats = np.empty(len(labels), dtype=np.int64)
+    repeats[by_class] = often[labels[by_class]] + (place_in_class < more[labels[by_class]])
+    order = np.repeat(np.arange(len(labels), dtype=np.int64), repeats)[shuffled]
+    order.setflags(write=False)
+    return order
+
+
+def class_quotas(counts: Int, balance: float) -> Int:
+    """How many samples of each class an epoch has: exact quotas, whose sum is the number of samples.
+
+    A class of n samples is expected n^(1 - balance) times, in proportion: as often as it is there at 0, as
+    often as any other at 1. A quota differs from that by less than 1 (largest remainders; of equal ones,
+    that of the first class).
+
+    Args:
+        counts: (C) samples of each class.
+        balance: 0..1. Above 0 no class may be empty.
+
+    >>> class_quotas(np.array([90, 9, 1]), 0.5).tolist(), class_quotas(np.array([90, 9, 1]), 1.0).tolist()
+    ([70, 22, 8], [34, 33, 33])
+    """
+    if balance == 0:
+        return counts
+    assert counts.all(), "a class without samples has no quota"
+    powers = [math.pow(n, 1 - balance) for n in counts.tolist()]
+    total, scale = int(counts.sum()), counts.sum() / math.fsum(powers) * _PARTS
+    quotas, remainders = np.divmod(np.array([round(power * scale) for power in powers]), _PARTS)
+    largest = np.argsort(-remainders, kind="stable")[: total - int(quotas.sum())]
+    quotas[largest] += 1
+    return quotas
 
 
 def rank_slice(count: int, rank: int, world_size: int, group_size: int = 1) -> slice:

@@ -27,6 +27,7 @@ from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
+from data_pipeline.transforms.sampler import order_at
 from tests.helpers.images import broken, encode, photo, write_folder
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
@@ -64,13 +65,14 @@ def by_step(batches: Iterator[Batch]) -> dict[int, tuple[list[int], bytes]]:
     return steps
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(("world_size", "balance"), [(1, 0.0), (2, 1.0), (3, 0.0), (5, 0.0)])
 def test_ranks_together_see_the_stream_of_one_rank(
-    dataset: Dataset, backend: ImageBackend, world_size: int
+    dataset: Dataset, backend: ImageBackend, world_size: int, balance: float
 ) -> None:
-    whole = by_step(stream(dataset, backend, num_steps=7))
+    options: dict[str, Any] = {"num_steps": 7, "balance": balance}
+    whole = by_step(stream(dataset, backend, **options))
     shares = [
-        by_step(stream(dataset, backend, num_steps=7, rank=rank, world_size=world_size, micro_batch=2))
+        by_step(stream(dataset, backend, rank=rank, world_size=world_size, micro_batch=2, **options))
         for rank in range(world_size)
     ]
     assert list(whole) == list(range(7))
@@ -78,7 +80,8 @@ def test_ranks_together_see_the_stream_of_one_rank(
         assert [i for share in shares for i in share[step][0]] == indices
         assert b"".join(share[step][1] for share in shares) == pixels
     first_epoch = [i for step in range(3) for i in whole[step][0]]
-    assert len(set(first_epoch)) == 24
+    assert first_epoch == order_at(3, 0, dataset.labels, balance)[:24].tolist()
+    assert (len(set(first_epoch)) == 24) is (balance == 0)
     assert first_epoch != [i for step in range(3, 6) for i in whole[step][0]]
 
 
@@ -86,8 +89,9 @@ def test_ranks_together_see_the_stream_of_one_rank(
 def test_resumed_stream_is_the_tail_of_the_whole(
     dataset: Dataset, backend: ImageBackend, start_step: int
 ) -> None:
-    whole = by_step(stream(dataset, backend, num_steps=8))
-    tail = by_step(stream(dataset, backend, start_step=start_step, num_steps=8 - start_step))
+    balance = 1.0 if start_step == 2 else 0.0
+    whole = by_step(stream(dataset, backend, num_steps=8, balance=balance))
+    tail = by_step(stream(dataset, backend, start_step=start_step, num_steps=8 - start_step, balance=balance))
     assert tail == {step: whole[step] for step in range(start_step, 8)}
 
 

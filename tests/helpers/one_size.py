@@ -28,12 +28,12 @@ NUM_IMAGES = 70
 
 
 def write_images(folder: Path) -> None:
-    """Each kind of file once, each bad one, and photos, in the folders of two classes."""
+    """Each kind of file once, each bad one, and photos, in the folders of two classes, one rarer."""
     odd = [*KINDS.values(), *BAD.values()]
     for number in range(NUM_IMAGES):
         image = encode(photo(*SIZE, seed=number), "JPEG", quality=90)
         content = odd[number] if number < len(odd) else image
-        path = folder / "ab"[number % 2] / f"{number:03d}{suffix_for(content)}"
+        path = folder / "ab"[number % 3 == 0] / f"{number:03d}{suffix_for(content)}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.transforms.augment import Augment
@@ -64,6 +66,20 @@ def test_train_step_never_waits_for_the_device(world: World, more: tuple[str, ..
         metrics = total.reduce(world)  # where a row is written
         assert "_local_scalar_dense" in waits.seen
     assert metrics.num_samples == 16
+
+
+def test_class_weights_scale_loss_and_gradient_of_a_step(world: World) -> None:
+    """The sum is divided by the global batch, whatever the weights are."""
+    plain = small_trainer(world, "precision=fp32", "model.dropout=0", "label_smoothing=0.1")
+    found = []
+    for parts in (plain, replace(plain, class_weights=torch.full((10,), 3.0))):
+        metrics = train_step(parts, [small_batch(**AUGMENTED)], 0.0, 0).reduce(world)
+        *_, bias = parts.network.parameters()
+        assert bias.grad is not None
+        found.append((metrics.loss, bias.grad.clone()))
+    (loss, gradient), (weighted_loss, weighted_gradient) = found
+    assert weighted_loss == pytest.approx(3 * loss, rel=1e-5)
+    torch.testing.assert_close(weighted_gradient, 3 * gradient)
 
 
 def test_inputs_are_augmented_in_torchvisions_order(world: World) -> None:

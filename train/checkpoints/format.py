@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from torch import Tensor
@@ -96,6 +96,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         samples_offset: the same in samples used.
         changes: of the configuration, in order.
         init: what the weights came from at step 0; None where they were made by the seed.
+        seconds: of training up to here, by the clock of rank 0: from each start's first step on.
     """
 
     val_errors: tuple[float, ...] = ()
@@ -104,6 +105,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     samples_offset: int = 0
     changes: tuple[Change, ...] = ()
     init: InitRecord | None = None
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,7 @@ def _readable(error: msgspec.ValidationError) -> str:
     if not text:
         return str(error)
     kind = _all_keys(RunConfig).get(re.sub(r"\[.*", "", key))
-    if get_origin(kind) is Literal:
-        text += f"; it is one of {', '.join(map(str, get_args(kind)))}"
+    for one in (kind, *get_args(kind)):
+        if get_origin(one) is Literal and "[" not in key:
+            text += f"; it is one of {', '.join(map(str, get_args(one)))}{' or a list' * (one is not kind)}"
     return f"{key}: {text}"

@@ -14,30 +14,33 @@ import msgspec
 from data_pipeline.remote.cache import DEFAULT_GB
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
+from train.config.schedule import ScheduleConfig
+from train.config.values import (
+    AboveOne,
+    AboveZero,
+    BelowOne,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Table,
+)
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-AboveZero = Annotated[float, msgspec.Meta(gt=0)]
-AboveOne = Annotated[float, msgspec.Meta(gt=1)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Init = Literal["he", "paper", "caffe", "torch"]
 Norm = Literal["lrn", "bn", "bn_after_relu", "none"]
 Groups = Literal[1, 2]
+ClassWeights = Literal["none", "balanced"] | tuple[Annotated[float, msgspec.Meta(gt=0, lt=1e9)], ...]
 
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "checkpoint_every",
     "keep_checkpoints", "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
+    "stop_patience", "max_hours",
 )  # fmt: skip
-"""Keys of `RunConfig` that a resumed run may change: they decide where it computes, not what."""
+"""Keys of `RunConfig` that a resumed run may change: they decide where it computes and for
+how long, not what."""
 DECIDE_THE_SCHEDULE = ("epochs", "global_batch", "schedule")
 """Keys that it may change with `--allow-changed-schedule`: they decide the learning rates and batches of
 later steps (`train.runs.changes`). All others decide the result as a whole."""
-
-
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all configuration values: immutable, and closed to unknown keys."""
 
 
 class DataConfig(Table, frozen=True):
@@ -58,6 +61,9 @@ class DataConfig(Table, frozen=True):
             CPU it always does.
         remote_cache_gb: most gigabytes that shards of s3://, gs:// and https:// addresses take in the user's
             cache, those of other runs included.
+        balance: 0..1; an epoch keeps its length, and a class of n images has n^(1 - balance) of it, in
+            proportion: at 0 each image comes once, at 1 every class equally often
+            (`data_pipeline.transforms.sampler.order_at`).
         max_decoded_gb: bound on the decoded images, not cropped yet, that a GPU holds. What exceeds it is cut
             on the CPU.
     """
@@ -68,6 +74,7 @@ class DataConfig(Table, frozen=True):
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
     prefetch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     cache: Literal["none", "ram", "gpu", "auto"] = "auto"
+    balance: Fraction = 0.0
     deterministic: bool = False
     remote_cache_gb: AboveZero = DEFAULT_GB
     max_decoded_gb: Annotated[float, msgspec.Meta(ge=0.1, le=1000)] = 2.0
@@ -165,49 +172,6 @@ class OptimizerConfig(Table, frozen=True):
             raise ValueError("nesterov needs a momentum above 0")
 
 
-class ScheduleConfig(Table, frozen=True):
-    """The learning rate over the run, see `train.optim.schedule.lr_at`. Times are in epochs.
-
-    Attributes:
-        learning_rate: the rate after the warm-up, for batches of `reference_batch` samples.
-        scaling: how the rate grows with `global_batch / reference_batch`: not at all, or by that factor
-            (`linear`), or by its square root (`sqrt`).
-        reference_batch: samples a step that `learning_rate` is meant for; needed by `linear` and `sqrt`.
-        kind: `step` multiplies by `factor` at each of `milestones`; `plateau` does when the validation error
-            has not fallen for `patience` epochs, `max_drops` times at most; `poly` falls to 0 as
-            (1 - t)^`power`, `cosine` as half a wave; `constant` stays.
-        warmup_epochs: epochs of linear warm-up.
-        warmup_start: rate at the start of the warm-up, as a fraction of `learning_rate`.
-        milestones: ascending epochs at which `step` lowers the rate.
-        factor: multiplier of each drop, 0..1.
-        patience: epochs without a better validation top-1 before `plateau` lowers the rate.
-        min_improvement: a better top-1 is one that is higher by at least this, in 0..1.
-        max_drops: how often `plateau` lowers the rate.
-        power: exponent of `poly`.
-    """
-
-    learning_rate: AboveZero = 0.01
-    scaling: Literal["none", "linear", "sqrt"] = "none"
-    reference_batch: Positive | None = None
-    kind: Literal["step", "plateau", "poly", "cosine", "constant"] = "step"
-    warmup_epochs: NotNegative = 0.0
-    warmup_start: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
-    milestones: tuple[float, ...] = ()
-    factor: Fraction = 0.1
-    patience: Positive = 5
-    min_improvement: Fraction = 0.001
-    max_drops: Positive = 3
-    power: AboveZero = 2.0
-
-    def __post_init__(self) -> None:
-        if any(b <= a for a, b in zip((0.0, *self.milestones), self.milestones, strict=False)):
-            raise ValueError(f"milestones must be epochs above 0 in ascending order, not {self.milestones}")
-        if self.scaling != "none" and self.reference_batch is None:
-            raise ValueError(f"scaling {self.scaling} needs reference_batch, which learning_rate is for")
-        if self.kind == "plateau" and self.factor == 0:
-            raise ValueError("plateau needs a factor above 0")
-
-
 class RunConfig(Table, frozen=True):
     """Everything that decides a run's result.
 
@@ -237,12 +201,17 @@ class RunConfig(Table, frozen=True):
         flat_loss_grace: a training loss that stays at ln(classes) for so many steps ends the run, see
             `train.health.flat_loss`; 0 turns that off.
         label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
+        class_weights: of the classes in the training loss: `none`; `balanced`, the same sum for every class;
+            or one above 0 for each class, in the order of their names. They are scaled to a mean of 1 over
+            the training samples (`train.optim.class_weights`).
         ema_decay: keep a moving average of the weights, which is evaluated and exported in place of the last
             ones (`train.optim.ema`); 0 keeps none.
         init_from: weights to begin with, in place of those that the seed makes: a checkpoint or a run of
             ours, a file of weights, or `torchvision` (`train.pretrained`). Read at step 0 only.
         freeze: `features` keeps the convolutions and their norms as `init_from` has them.
         head_rate: learning rate of the last layer, as a multiple of the others'.
+        stop_patience: so many epochs in a row without a better validation top-1 end the run; 0 is off.
+        max_hours: training for so long, resumed runs included, ends the run; 0 for no limit.
         ten_crop: evaluate each validation image by the mean of ten views, as the paper, not by the centre.
         keep_checkpoints: how many of the newest checkpoints stay; the best one always does.
         keep_every: the first checkpoint at or after each multiple of so many steps stays as well.
@@ -270,7 +239,10 @@ class RunConfig(Table, frozen=True):
     spike_factor: AboveOne | None = None
     flat_loss_grace: Count = 10_000
     label_smoothing: BelowOne = 0.0
+    class_weights: ClassWeights = "none"
     ema_decay: BelowOne = 0.0
+    stop_patience: Count = 0
+    max_hours: NotNegative = 0.0
     ten_crop: bool = False
     init_from: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     freeze: Literal["none", "features"] = "none"

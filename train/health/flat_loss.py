@@ -53,21 +53,29 @@ class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
         return FlatLoss(since=self.since if flat else step, window_start=step)
 
 
-def flat_level(labels: npt.NDArray[np.int64], num_classes: int, label_smoothing: float) -> float:
+def flat_level(
+    counts_C: npt.NDArray[np.float64],
+    label_smoothing: float,
+    weights_C: npt.NDArray[np.float64] | None = None,
+) -> float:
     """Return the loss of the best guess without the image: ln(classes) if all are equally frequent.
 
-    It is the entropy of the labels. Mixing samples does not change it; smoothing evens them out.
+    It is the entropy of the labels. Mixing samples does not change it; smoothing evens them out, and so may
+    weights, with which the best guess is each class's share of the sum of weights.
 
     Args:
-        labels: classes of the training samples.
+        counts_C: samples of each class.
+        weights_C: of the classes in the loss; None where all weigh the same.
 
-    >>> round(flat_level(np.arange(10), 10, 0.1), 6) == round(float(np.log(10)), 6)
+    >>> round(flat_level(np.ones(10), 0.1), 6) == round(float(np.log(10)), 6)
     True
     """
-    counts_C = np.bincount(labels, minlength=num_classes).astype(np.float64)
-    shares_C = (1 - label_smoothing) * counts_C / max(counts_C.sum(), 1) + label_smoothing / num_classes
+    shares_C = (1 - label_smoothing) * counts_C / max(counts_C.sum(), 1) + label_smoothing / len(counts_C)
+    if weights_C is not None:
+        shares_C = shares_C * weights_C
     seen = shares_C[shares_C > 0]
-    return float(-(seen * np.log(seen)).sum())
+    guess = seen if weights_C is None else seen / seen.sum()
+    return float(-(seen * np.log(guess)).sum())
 
 
 def suggest_changes(model: ModelConfig) -> list[str]:

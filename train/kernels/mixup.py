@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,7 +45,11 @@ def inside_boxes(boxes_N4: Tensor, height: int, width: int) -> Tensor:
 
 
 def mixed_losses(
-    logits_NC: Tensor, labels_N: Tensor, plan: MixParams | None, label_smoothing: float = 0.0
+    logits_NC: Tensor,
+    labels_N: Tensor,
+    plan: MixParams | None,
+    label_smoothing: float = 0.0,
+    weights_C: Tensor | None = None,
 ) -> Tensor:
     """Compute each sample's cross-entropy with its label, or with both labels that it was mixed from.
 
@@ -53,14 +59,17 @@ def mixed_losses(
         plan: None if nothing was mixed.
         label_smoothing: share of each label that is spread over all classes. Source: Szegedy et al. 2016,
             section 7.
+        weights_C: of the classes, float32: each label's term, those of smoothing too, is multiplied by that
+            of its class, as by `weight` of torch's cross_entropy.
     Returns:
         (N) float32.
     """
-    own_N = cross_entropy(logits_NC, labels_N, reduction="none", label_smoothing=label_smoothing)
+    losses = partial(cross_entropy, weight=weights_C, reduction="none", label_smoothing=label_smoothing)
+    own_N: Tensor = losses(logits_NC, labels_N)
     if plan is None:
         return own_N
     partners = tensor_to_device(plan.partners, labels_N.device)
-    other_N = cross_entropy(logits_NC, labels_N[partners], reduction="none", label_smoothing=label_smoothing)
+    other_N = losses(logits_NC, labels_N[partners])
     return torch.lerp(other_N, own_N, tensor_to_device(plan.label_weights, labels_N.device))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from train.config.schema import ScheduleConfig
+from train.config.schedule import ScheduleConfig
 
 
 def lr_at(

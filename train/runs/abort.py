@@ -12,7 +12,7 @@ from data_pipeline.common.errors import DivergedError
 from data_pipeline.common.files import write_json
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.transforms.sampler import permutation_at, positions_at
+from data_pipeline.transforms.sampler import order_at, positions_at
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.retention import saved_steps
 from train.config.schema import RunConfig
@@ -20,6 +20,7 @@ from train.distributed.world import World
 from train.health.flat_loss import FlatLoss, describe_flat, flat_level
 from train.health.metrics import Metrics
 from train.health.nonfinite import MIN_SCALE, SkipStats, all_finite
+from train.optim.class_weights import class_weights_of, counts_in_epoch
 from train.runs.folder import RunFolder
 
 log = logging.getLogger("train")
@@ -94,7 +95,8 @@ class AbortPolicy:
         config, num_classes = self.config, len(self.train_set.classes)
         if config.flat_loss_grace == 0:
             return flat
-        level = flat_level(self.train_set.labels, num_classes, config.label_smoothing)
+        weights_C = class_weights_of(config, self.train_set)
+        level = flat_level(counts_in_epoch(config, self.train_set), config.label_smoothing, weights_C)
         flat = flat.after(step, metrics, level, config.flat_loss_grace)
         if flat.num_steps >= config.flat_loss_grace:
             reason = describe_flat(level, num_classes, flat.num_steps, config)
@@ -134,7 +136,8 @@ class AbortPolicy:
         """Return the paths of a step's samples over all ranks, a function of the seed and the step alone."""
         size = len(self.train_set)
         epoch, positions = positions_at(step - self.step_offset, size, self.config.global_batch, 0, 1)
-        indices = permutation_at(self.config.seed, epoch, size)[positions]
+        order = order_at(self.config.seed, epoch, self.train_set.labels, self.config.data.balance)
+        indices = order[positions]
         return [printable(self.train_set.path_at(int(index))) for index in indices]
 
     def _last_good(self) -> str:

@@ -32,7 +32,11 @@ def check_fixed(wanted: RunConfig, earlier: RunConfig, run: Path) -> None:
     """
     changeable = {*FREE_TO_CHANGE, *DECIDE_THE_SCHEDULE}
     fixed = (name for name in RunConfig.__struct_fields__ if name not in changeable)
-    if differing := _differences(earlier, wanted, fixed):
+    differing = _differences(earlier, wanted, fixed)
+    # Of where the data is, this alone decides which samples a step has.
+    if earlier.data.balance != wanted.data.balance:
+        differing.append(f"data.balance was {earlier.data.balance!r}, now {wanted.data.balance!r}")
+    if differing:
         raise UserError(
             f"cannot resume {run} with another configuration ({'; '.join(differing)}); "
             "use the same recipe and --set, or start a new run with --resume none"

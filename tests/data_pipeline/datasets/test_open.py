@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat  # type: ignore[import-untyped]
+from scipy.io import savemat
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.open import open_dataset, open_recorded, splits_of

@@ -91,7 +91,7 @@ def test_cached_training_is_the_uncached(kind: str, loaders: tuple[Loader, Loade
     [
         {"rank": 1, "world_size": 2},
         {"rank": 2, "world_size": 3, "micro_batch": 3},
-        {"micro_batch": 10, "start_step": 2},
+        {"micro_batch": 10, "start_step": 2, "balance": 1.0},
         {"rank": 0, "world_size": 3, "start_step": 5, "micro_batch": 4},
     ],
 )

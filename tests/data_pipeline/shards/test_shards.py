@@ -56,7 +56,7 @@ def test_shards_give_the_same_stream_bit_for_bit(files: Path, shards: Path, name
         train, val = open_dataset(root, "train"), open_dataset(root, "val")
         options: dict[str, Any] = {"seed": 5, "global_batch": 10, "num_steps": 7}
         for batches in (
-            loader.train(train, Augment(), **options),
+            loader.train(train, Augment(), balance=1.0, **options),
             loader.eval(val, micro_batch=5),
         ):
             for batch in batches:

@@ -58,6 +58,10 @@ def test_mixing_on_the_device_matches_the_reference() -> None:
     expected = -(even * logits.log_softmax(1)).sum(1)
     ours = mixed_losses(logits, torch.from_numpy(labels), plan, label_smoothing=0.1)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(0.1, 2, 10)
+    expected = -(even * weights * logits.log_softmax(1)).sum(1)
+    ours = mixed_losses(logits, torch.from_numpy(labels), plan, 0.1, weights)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_unreadable_samples_are_not_mixed_in() -> None:

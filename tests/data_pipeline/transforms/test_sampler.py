@@ -13,12 +13,20 @@ from data_pipeline.transforms import sampler
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
-from data_pipeline.transforms.rng import hash_at, uniform_at
-from data_pipeline.transforms.sampler import permutation_at, positions_at, rank_slice, steps_per_epoch
+from data_pipeline.transforms.rng import STREAM_BALANCE, hash_at, uniform_at
+from data_pipeline.transforms.sampler import (
+    class_quotas,
+    order_at,
+    permutation_at,
+    positions_at,
+    rank_slice,
+    steps_per_epoch,
+)
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
 HASHES = [4966141403971580267, 12598945478509486037, 11314130586898338672]
 PERMUTATION = [7, 9, 2, 6, 1, 4, 3, 0, 5, 8]
+BALANCED = [8, 9, 3, 7, 2, 6, 5, 0, 7, 9]
 UNIFORMS = [0.4016219782876741, 0.8840171655820254, 0.12184649430029793]
 WINDOWS = [[17, 80, 208, 262], [90, 23, 288, 230], [2, 2, 55, 45]]
 FLIPS = [True, False, True]
@@ -43,6 +51,48 @@ def test_sample_stream_is_pinned() -> None:
 @given(seed=seeds, epoch=st.integers(0, 1000), num_samples=st.integers(1, 500))
 def test_epoch_holds_every_sample_once(seed: int, epoch: int, num_samples: int) -> None:
     assert sorted(permutation_at(seed, epoch, num_samples)) == list(range(num_samples))
+
+
+@given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=9), balance=st.floats(0, 1))
+def test_quotas_are_within_one_of_the_expectation(counts: list[int], balance: float) -> None:
+    quotas = class_quotas(np.array(counts), balance)
+    powers = np.array(counts) ** (1 - balance)
+    expected = sum(counts) * powers / powers.sum()
+    assert quotas.sum() == sum(counts)
+    assert np.abs(quotas - expected).max() < 1 + 1e-5
+
+
+def slow_order(seed: int, epoch: int, labels: list[int], balance: float) -> list[int]:
+    """`order_at`, one sample after another."""
+    quotas = class_quotas(np.bincount(labels), balance).tolist()
+    keys = [int(hash_at(seed, epoch, i, STREAM_BALANCE)) >> 24 for i in range(len(labels))]
+    repeats = [0] * len(labels)
+    for label, quota in enumerate(quotas):
+        members = sorted((i for i, one in enumerate(labels) if one == label), key=lambda i: (keys[i], i))
+        for turn in range(quota):
+            repeats[members[turn % len(members)]] += 1
+    drawn = [i for i, count in enumerate(repeats) for _ in range(count)]
+    return [drawn[place] for place in permutation_at(seed, epoch, len(labels))]
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.3, 0.5, 1.0])
+def test_balanced_order_is_the_slow_one(balance: float) -> None:
+    labels = np.random.default_rng(0).choice(5, size=300, p=[0.6, 0.3, 0.06, 0.02, 0.02]).astype(np.int64)
+    assert np.bincount(labels).min() > 1
+    orders = [order_at(3, epoch, labels, balance).tolist() for epoch in range(2)]
+    assert orders == [slow_order(3, epoch, labels.tolist(), balance) for epoch in range(2)]
+    if balance == 0:
+        assert orders == [permutation_at(3, epoch, 300).tolist() for epoch in range(2)]
+    if balance == 1:
+        assert np.bincount(labels[orders[0]]).tolist() == [60] * 5
+    # Of a frequent class, another epoch has other samples.
+    first, second = ({i for i in order if labels[i] == 0} for order in orders)
+    assert (first == second) is (balance == 0)
+
+
+def test_balanced_order_is_pinned() -> None:
+    """As `test_sample_stream_is_pinned`: never update it."""
+    assert order_at(7, 2, np.array([0] * 7 + [1] * 3), 1.0).tolist() == BALANCED
 
 
 @given(count=st.integers(0, 5000), world_size=st.integers(1, 64))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config.schema import ScheduleConfig
+from train.config.schedule import ScheduleConfig
 from train.optim.schedule import base_lr_for, describe_lr, lr_at, plateau_drops
 
 

@@ -112,6 +112,8 @@ def test_fixed_keys_are_refused_and_all_others_are_not() -> None:
         check_fixed(config_of("seed=1", "model.name=owt", *free), config_of(), Path("runs/r"))
     with pytest.raises(UserError, match=r"cannot resume runs/r .*\(init_from was 'torchvision', now None\)"):
         check_fixed(config_of(), config_of("init_from=torchvision"), Path("runs/r"))
+    with pytest.raises(UserError, match=r"another configuration \(data.balance was 0.0, now 0.5\); use"):
+        check_fixed(config_of("data.balance=0.5", *free), config_of(), Path("runs/r"))
 
 
 def test_table_in_the_documentation_has_every_key() -> None:
