@@ -13,7 +13,7 @@ The command line is built on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,18 +109,28 @@ class Predictor:
                 yield one.row
 
     def rows(
-        self, inputs: Input | Iterable[Input], *, keep_pixels: bool = False
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        keep_pixels: bool = False,
+        class_at: Callable[[Path], int | None] | None = None,
     ) -> Generator[PredictionWithPixels, None, None]:
         """As a call; with `keep_pixels`, each row with what the model saw of its image.
 
-        Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre.
+        Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre. With
+        `class_at`, which gives the true class of a path or None, rows have their truth.
         """
         labels = self.bundle.manifest.class_labels
         with closing(self.decode(inputs)) as batches:
             for batch in batches:
                 probabilities_NC = run_valid(self.backend, batch, self._batch_size)
                 rows = rows_of(
-                    batch, probabilities_NC, labels, top=self.top, min_probability=self._min_probability
+                    batch,
+                    probabilities_NC,
+                    labels,
+                    top=self.top,
+                    min_probability=self._min_probability,
+                    class_at=class_at,
                 )
                 pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
                 for row, seen in zip(rows, pixels, strict=True):

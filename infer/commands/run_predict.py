@@ -28,6 +28,7 @@ from infer.predict.resume import (
 )
 from infer.predict.rows import ErrorRow
 from infer.predict.table import RowCounter, Summary, open_table
+from infer.predict.truth import Tally, open_truth
 from infer.predict.writers import Format, RowWriter, open_output
 from infer.predictor import Predictor
 from infer.runtime.choose import probe_machine
@@ -69,11 +70,12 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         )
         log.info(f"model: {predictor.bundle.folder}")
         log.info(f"runs on: {predictor.runs_on}")
-        identity = identity_of(predictor.bundle, options)
+        truth = None if options.truth is None else open_truth(options.truth, predictor.bundle, inputs)
+        identity, tally = identity_of(predictor.bundle, options), None if truth is None else Tally()
         items, kept, kept_errors = iter(inputs), 0, 0
         if options.resume:
-            kept, kept_errors = _skip_completed(options, format, identity, items)
-        counter = RowCounter(predictor.backend)
+            kept, kept_errors = _skip_completed(options, format, identity, items, tally)
+        counter = RowCounter(predictor.backend, tally)
         writer = stack.enter_context(_open_writer(options, format, predictor))
         if options.output is not None and format != "table":
             save_identity(options.output, identity)
@@ -85,7 +87,10 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         total = None if inputs.total is None else inputs.total - kept
         progress = stack.enter_context(show_progress("predict", total, shown=shown))
         stack.enter_context(name_continuation(how_to_go_on(options, format)))
-        rows = stack.enter_context(closing(predictor.rows(items, keep_pixels=gallery is not None)))
+        class_at = None if truth is None else truth.class_at
+        rows = stack.enter_context(
+            closing(predictor.rows(items, keep_pixels=gallery is not None, class_at=class_at))
+        )
         stack.enter_context(_stop_on_interrupt(inputs))  # ends before the rows, which join their threads
         for one in counter.count(rows):
             writer.write(one.row)
@@ -96,6 +101,8 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
             progress.advance(1)
     summary = counter.summary(kept, kept_errors, inputs.passed_over)
     log.info(summary.sentence())
+    if truth is not None and truth.num_unused and not options.resume:
+        log.info(f"--truth: {truth.num_unused} path(s) of {options.truth} are no inputs")
     if not kept + counter.images:
         raise UserError("the lists and shards that were given name no images")
     return summary
@@ -122,12 +129,16 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
 
 
 def _skip_completed(
-    options: PredictOptions, format: Format, identity: RunIdentity, items: Iterator[Item]
+    options: PredictOptions,
+    format: Format,
+    identity: RunIdentity,
+    items: Iterator[Item],
+    tally: Tally | None,
 ) -> tuple[int, int]:
     """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
     assert options.output is not None and format != "table"
     check_saved_identity(format, options.output, identity)
-    kept, kept_errors = skip_completed(format, options.output, identity.top, items)
+    kept, kept_errors = skip_completed(format, options.output, identity.top, items, tally)
     log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
     return kept, kept_errors
 
@@ -135,6 +146,9 @@ def _skip_completed(
 def _open_writer(
     options: PredictOptions, format: Format, predictor: Predictor
 ) -> AbstractContextManager[RowWriter]:
+    truth = options.truth is not None
     if format == "table":
-        return open_table(options.output, predictor.bundle.manifest.class_labels, predictor.top)
-    return open_output(format, options.output, predictor.top, append=options.resume, stdout=binary_stdout())
+        return open_table(options.output, predictor.bundle.manifest.class_labels, predictor.top, truth)
+    return open_output(
+        format, options.output, predictor.top, append=options.resume, stdout=binary_stdout(), truth=truth
+    )

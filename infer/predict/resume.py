@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 
@@ -20,8 +20,10 @@ from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
 from infer.predict.rows import check_top
+from infer.predict.truth import FOLDER, Tally
 from infer.predict.writers import (
     ROW_GROUP,
+    TRUTH_COLUMNS,
     FileFormat,
     csv_columns,
     import_parquet,
@@ -33,7 +35,7 @@ from infer.predict.writers import (
 log = logging.getLogger("infer")
 
 
-class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The model and the options that decide the content of a row.
 
     The decoder, the backend, the device and the batch size are not among them: they change the last digits of
@@ -44,12 +46,14 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         top: classes in a row.
         min_probability: classes below are left out.
         ten_crop: whether ten views of each image are averaged.
+        truth: where the true classes are from; "none" for rows without.
     """
 
     model_sha256: str
     top: int
     min_probability: float
     ten_crop: bool
+    truth: str = "none"
 
 
 def identity_of(bundle: Bundle, options: PredictOptions) -> RunIdentity:
@@ -63,7 +67,14 @@ def identity_of(bundle: Bundle, options: PredictOptions) -> RunIdentity:
         top=check_top(bundle, options.top),
         min_probability=options.min_probability,
         ten_crop=options.ten_crop,
+        truth=_describe_truth(options.truth),
     )
+
+
+def _describe_truth(option: str | None) -> str:
+    if option is None or option == FOLDER:
+        return option or "none"
+    return f"a file with SHA-256 {sha256_of(Path(option))[:16]}…"
 
 
 def manifest_file_sha256(bundle: Bundle) -> str:
@@ -83,7 +94,7 @@ def check_identity(begun: RunIdentity, now: RunIdentity, rows: Path) -> None:
             f"{where} are of another model (its bundle.json has SHA-256 {begun.model_sha256[:12]}…): "
             "give that one as --model, or another --output"
         )
-    check_same(begun, now, ("top", "min_probability", "ten_crop"), where)
+    check_same(begun, now, ("top", "min_probability", "ten_crop", "truth"), where)
 
 
 def check_same(begun: msgspec.Struct, now: msgspec.Struct, options: Sequence[str], where: str) -> None:
@@ -139,20 +150,30 @@ def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
 
 
+class Rank(msgspec.Struct, frozen=True):
+    """As much of a row's truth as counts for the accuracy."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class CompletedRow(msgspec.Struct, frozen=True):
-    """A row of an earlier run: its path as written, and whether it is an error."""
+    """A row of an earlier run: its path as written, whether it is an error, and the rank of its truth."""
 
     path: str
     status: Literal["ok", "error"]
+    truth: Rank | None = None
 
 
-def skip_completed(format: FileFormat, output: Path, places: int, items: Iterator[Item]) -> tuple[int, int]:
+def skip_completed(
+    format: FileFormat, output: Path, places: int, items: Iterator[Item], tally: Tally | None = None
+) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
     Args:
         format, output: the file of the earlier run.
         places: classes in a row.
         items: the inputs of this run.
+        tally: counts the rows' truths; None where they have none.
     Returns:
         How many rows there are, and how many of them are errors.
     Raises:
@@ -160,7 +181,7 @@ def skip_completed(format: FileFormat, output: Path, places: int, items: Iterato
         UserError, CorruptFileError: see `completed_rows`.
     """
     rows = errors = 0
-    for row in completed_rows(format, output, places):
+    for row in completed_rows(format, output, places, truth=tally is not None):
         item = next(items, None)
         if item is None:
             raise UserError(f"--resume: {printable(output)} has more rows than there are inputs")
@@ -170,13 +191,20 @@ def skip_completed(format: FileFormat, output: Path, places: int, items: Iterato
                 f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
                 f"is {path}: give the inputs that it was begun with, or another --output"
             )
+        if tally is not None and row.truth is not None:
+            tally.add(row.truth.rank)
         rows, errors = rows + 1, errors + (row.status == "error")
     return rows, errors
 
 
-def completed_rows(format: FileFormat, output: Path, places: int) -> Iterator[CompletedRow]:
+def completed_rows(
+    format: FileFormat, output: Path, places: int, truth: bool = False
+) -> Iterator[CompletedRow]:
     """The rows that an output file has; cuts off a last line that was written in part, and logs that.
 
+    Args:
+        format, output, places: see `skip_completed`.
+        truth: whether rows have the true class.
     Raises:
         CorruptFileError: a file that holds something else.
         UserError: a CSV or Parquet file with other columns.
@@ -184,16 +212,16 @@ def completed_rows(format: FileFormat, output: Path, places: int) -> Iterator[Co
     if format == "parquet":
         journal = journal_of(output)
         if not journal.exists() and output.exists():
-            _read_parquet(output, journal)
+            _read_parquet(output, journal, truth)
         format, output = "jsonl", journal
     if not output.exists():
         return
-    complete_bytes = 0
+    complete_bytes, columns = 0, csv_columns(places, truth)
     with output.open("rb") as file:
         for number, record in enumerate(_records(file, quoted=format == "csv")):
             if not record.endswith(b"\n"):
                 break
-            row = _parse(record, format, number, output, places)
+            row = _parse(record, format, number, output, columns)
             complete_bytes += len(record)
             if row is not None:
                 yield row
@@ -214,7 +242,9 @@ def _records(file: BinaryIO, quoted: bool) -> Iterator[bytes]:
         yield record.removesuffix(b"\n")  # a quote is open, so the record is incomplete
 
 
-def _parse(record: bytes, format: FileFormat, number: int, output: Path, places: int) -> CompletedRow | None:
+def _parse(
+    record: bytes, format: FileFormat, number: int, output: Path, columns: list[str]
+) -> CompletedRow | None:
     """One record of a file; None for the header of CSV."""
     try:
         if format == "jsonl":
@@ -223,23 +253,24 @@ def _parse(record: bytes, format: FileFormat, number: int, output: Path, places:
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {error}") from error
     if number == 0:
-        if cells != csv_columns(places):
+        if cells != columns:
             raise UserError(
-                f"--resume: {printable(output)} has other columns; give --top as it was begun with"
+                f"--resume: {printable(output)} has other columns; give --top and --truth as it was begun"
             )
         return None
-    if len(cells) != len(csv_columns(places)) or cells[1] not in ("ok", "error"):
+    rank = cells[-1] if columns[-1] == TRUTH_COLUMNS[-1] else ""
+    if len(cells) != len(columns) or cells[1] not in ("ok", "error") or (rank and not rank.isdecimal()):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
-    return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error")
+    return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error", Rank(int(rank)) if rank else None)
 
 
-def _read_parquet(output: Path, journal: Path) -> None:
+def _read_parquet(output: Path, journal: Path, truth: bool) -> None:
     """Turn a finished Parquet file back into its journal, to continue after its last row."""
     pa, pq = import_parquet()
     temporary = journal.with_name(f".{journal.name}.partial")
     try:
         with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
-            if not file.schema_arrow.equals(parquet_schema()):
+            if not file.schema_arrow.equals(parquet_schema(truth)):
                 raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
             for batch in file.iter_batches(ROW_GROUP):
                 for row in batch.to_pylist():

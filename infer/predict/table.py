@@ -15,6 +15,7 @@ from data_pipeline.common.console import make_console
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import visible
 from infer.predict.rows import ErrorRow, OkRow, PredictionWithPixels, Row
+from infer.predict.truth import Tally
 from infer.predict.writers import name_unwritable
 from infer.runtime.base import InferenceBackend
 
@@ -41,6 +42,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         images_per_s: `images` by `seconds`.
         backend, provider, device, precision: see `infer.runtime.base.InferenceBackend`.
         passed_over: files of folders and shards that are no images, by lower-case suffix.
+        accuracy: of the images with a truth, those of an earlier run too, in words.
     """
 
     images: int
@@ -54,6 +56,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     precision: str
     passed_over: dict[str, int] = {}
+    accuracy: str | msgspec.UnsetType = msgspec.UNSET
 
     def sentence(self) -> str:
         """One line for stderr."""
@@ -63,6 +66,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         return (
             f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
             f"with {self.provider}, {self.precision}, on {self.device}{passed_over}"
+            f"{f'; {self.accuracy}' if self.accuracy else ''}"
         )
 
 
@@ -71,10 +75,11 @@ class RowCounter:
 
     Args:
         backend: the model, for the summary.
+        tally: counts the images with a truth; None where there are none.
     """
 
-    def __init__(self, backend: InferenceBackend) -> None:
-        self._backend = backend
+    def __init__(self, backend: InferenceBackend, tally: Tally | None = None) -> None:
+        self._backend, self._tally = backend, tally
         self._seconds = 0.0
         self.images = self.errors = 0
 
@@ -84,6 +89,8 @@ class RowCounter:
         for one in predictions:
             self.images += 1
             self.errors += isinstance(one.row, ErrorRow)
+            if self._tally is not None:
+                self._tally.add_row(one.row)
             self._seconds = time.perf_counter() - started
             yield one
 
@@ -108,6 +115,7 @@ class RowCounter:
             device=backend.device,
             precision=backend.precision,
             passed_over={} if passed_over is None else passed_over.by_count,
+            accuracy=msgspec.UNSET if self._tally is None else self._tally.sentence(),
         )
 
 
@@ -120,18 +128,27 @@ class TableWriter:
         console: prints; its width decides how many of the `places` classes have room.
         places: classes in a row.
         label_cells: width of the longest label; the columns are no wider than it needs.
+        truth: whether the true class has the last column.
     """
 
-    def __init__(self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS) -> None:
+    def __init__(
+        self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS, truth: bool = False
+    ) -> None:
         from rich.cells import set_cell_size
         from rich.text import Text
 
         self._console, self._text = console, Text
-        self._path_cells, self._class_cells, self._shown = layout(console.width, places, label_cells)
+        self._truth_cells = (
+            max(len("truth"), min(label_cells, MAX_CLASS_CELLS - PERCENT_CELLS)) if truth else 0
+        )
+        width = console.width - (self._truth_cells + len(GAP) if truth else 0)
+        self._path_cells, self._class_cells, self._shown = layout(width, places, label_cells)
         header = Text(style="bold")
         header.append(set_cell_size("image", self._path_cells))
         for place in range(1, self._shown + 1):
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
+        if truth:
+            header.append(f"{GAP}truth")
         _print(console, header)
 
     def write(self, row: Row) -> None:
@@ -142,19 +159,27 @@ class TableWriter:
                 label.truncate(self._class_cells - PERCENT_CELLS, overflow="ellipsis", pad=True)
                 cell = f"{GAP}{label.plain}{prediction.probability:>{PERCENT_CELLS}.1%}"
                 line.append(cell, style="bold green" if place == 0 else "dim")
+            if row.truth:
+                line.append(" " * (self._shown - len(row.predictions)) * (len(GAP) + self._class_cells))
+                label = self._text(visible(row.truth.label))
+                label.truncate(self._truth_cells, overflow="ellipsis")
+                line.append(GAP + label.plain, style="green" if row.truth.rank == 1 else "bold red")
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
 
 
 @contextmanager
-def open_table(output: Path | None, labels: Iterable[str], places: int) -> Iterator[TableWriter]:
+def open_table(
+    output: Path | None, labels: Iterable[str], places: int, truth: bool = False
+) -> Iterator[TableWriter]:
     """A writer of a table.
 
     Args:
         output: the file; None for stdout.
         labels: of all classes.
         places: classes in a row.
+        truth: whether rows have the true class.
     Raises:
         UserError: the file cannot be written.
     """
@@ -163,12 +188,12 @@ def open_table(output: Path | None, labels: Iterable[str], places: int) -> Itera
     label_cells = max(cell_len(visible(label)) for label in labels)
     if output is None:
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        yield TableWriter(make_console(width=width), places, label_cells)
+        yield TableWriter(make_console(width=width), places, label_cells, truth)
         return
     with name_unwritable(output):
         file = output.open("w", encoding="utf-8")
     with file:
-        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, label_cells)
+        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, label_cells, truth)
 
 
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:

@@ -22,6 +22,8 @@ SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "pa
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""
 
+TRUTH_COLUMNS = ("truth_class_id", "truth_label", "truth_rank")
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -51,12 +53,13 @@ class CsvWriter:
         stream: where to write.
         places: classes in a row.
         header: whether to begin with the names of the columns.
+        truth: whether the true class follows, and its rank.
     """
 
-    def __init__(self, stream: BinaryIO, places: int, *, header: bool = True) -> None:
-        self._stream, self._places = stream, places
+    def __init__(self, stream: BinaryIO, places: int, *, header: bool = True, truth: bool = False) -> None:
+        self._stream, self._places, self._truth = stream, places, truth
         if header:
-            self._put(csv_columns(places))
+            self._put(csv_columns(places, truth))
 
     def write(self, row: Row) -> None:
         error = row.error if isinstance(row, ErrorRow) else ""
@@ -64,7 +67,11 @@ class CsvWriter:
         predictions = row.predictions if isinstance(row, OkRow) else ()
         for one in predictions:
             cells += [one.class_id, safe_cell(one.label), one.probability]
-        self._put([*cells, *[""] * (3 * (self._places - len(predictions)))])
+        cells += [""] * (3 * (self._places - len(predictions)))
+        if self._truth:
+            truth = row.truth if isinstance(row, OkRow) else msgspec.UNSET
+            cells += [truth.class_id, safe_cell(truth.label), truth.rank] if truth else [""] * 3
+        self._put(cells)
 
     def _put(self, cells: Iterable[object]) -> None:
         text = io.StringIO()
@@ -73,10 +80,11 @@ class CsvWriter:
         self._stream.flush()
 
 
-def csv_columns(places: int) -> list[str]:
-    """Names of the columns for rows of `places` classes."""
+def csv_columns(places: int, truth: bool = False) -> list[str]:
+    """Names of the columns for rows of `places` classes, with or without the true one."""
     names = ("class_id", "label", "probability")
-    return ["path", "status", "error", *(f"{name}_{n}" for n in range(1, places + 1) for name in names)]
+    columns = ["path", "status", "error", *(f"{name}_{n}" for n in range(1, places + 1) for name in names)]
+    return [*columns, *TRUTH_COLUMNS] if truth else columns
 
 
 def safe_cell(text: str) -> str:
@@ -92,7 +100,13 @@ def safe_cell(text: str) -> str:
 
 @contextmanager
 def open_output(
-    format: FileFormat, output: Path | None, places: int, *, append: bool, stdout: BinaryIO
+    format: FileFormat,
+    output: Path | None,
+    places: int,
+    *,
+    append: bool,
+    stdout: BinaryIO,
+    truth: bool = False,
 ) -> Iterator[RowWriter]:
     """A writer of rows.
 
@@ -105,12 +119,13 @@ def open_output(
         places: classes in a row.
         append: whether to continue after the rows that are there.
         stdout: the standard output of the process.
+        truth: whether rows have the true class.
     Raises:
         UserError: the file cannot be written, or Parquet without pyarrow.
     """
     if output is None:
         assert format != "parquet"
-        yield JsonlWriter(stdout) if format == "jsonl" else CsvWriter(stdout, places)
+        yield JsonlWriter(stdout) if format == "jsonl" else CsvWriter(stdout, places, truth=truth)
         return
     if format == "parquet":
         import_parquet()
@@ -118,9 +133,12 @@ def open_output(
     with name_unwritable(target):
         file = target.open("ab" if append else "wb")
     with file:
-        yield CsvWriter(file, places, header=file.tell() == 0) if format == "csv" else JsonlWriter(file)
+        if format == "csv":
+            yield CsvWriter(file, places, header=file.tell() == 0, truth=truth)
+        else:
+            yield JsonlWriter(file)
     if format == "parquet":
-        _write_parquet(target, output)
+        _write_parquet(target, output, truth)
         target.unlink()
 
 
@@ -152,17 +170,22 @@ def import_parquet() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def parquet_schema() -> Any:
-    """Columns path, status, error and predictions, a list of class_id, label and probability."""
+def parquet_schema(truth: bool = False) -> Any:
+    """Columns path, status, error, predictions (a list of class_id, label, probability), and the truth."""
     pa, _ = import_parquet()
     prediction = pa.struct([("class_id", pa.int64()), ("label", pa.string()), ("probability", pa.float64())])
     columns = [("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
-    return pa.schema([*columns, ("predictions", pa.list_(prediction))])
+    columns.append(("predictions", pa.list_(prediction)))
+    if truth:
+        columns.append(
+            ("truth", pa.struct([("class_id", pa.int64()), ("label", pa.string()), ("rank", pa.int64())]))
+        )
+    return pa.schema(columns)
 
 
-def _write_parquet(journal: Path, output: Path) -> None:
+def _write_parquet(journal: Path, output: Path, truth: bool) -> None:
     pa, pq = import_parquet()
-    schema = parquet_schema()
+    schema = parquet_schema(truth)
     temporary = output.with_name(f".{output.name}.partial")
     with journal.open("rb") as lines, pq.ParquetWriter(temporary, schema) as writer:
         while rows := [msgspec.json.decode(line) for line in itertools.islice(lines, ROW_GROUP)]:
