@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -137,11 +137,16 @@ class Predictor:
                 yield one.row
 
     def rows(
-        self, inputs: Input | Iterable[Input], *, keep_pixels: bool = False
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        keep_pixels: bool = False,
+        class_at: Callable[[Path], int | None] | None = None,
     ) -> Generator[PredictionWithPixels, None, None]:
         """As a call; with `keep_pixels`, each row with what the model saw of its image.
 
-        Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre.
+        Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre. With
+        `class_at`, which gives the true class of a path or None, rows have their truth.
         """
         names = names_of(self.bundle)
         with closing(self.decode(inputs)) as batches:
@@ -152,7 +157,12 @@ class Predictor:
                 else:
                     probabilities_NC, features_ND = run_valid_outputs(self.backend, batch, self._batch_size)
                 rows = rows_of(
-                    batch, probabilities_NC, names, top=self.top, min_probability=self._min_probability
+                    batch,
+                    probabilities_NC,
+                    names,
+                    top=self.top,
+                    min_probability=self._min_probability,
+                    class_at=class_at,
                 )
                 if features_ND is not None:
                     rows = with_features(rows, features_ND)

@@ -269,7 +269,7 @@ def save(run: RunState, metrics: Metrics | None) -> None:
     last one, the run ends with an error.
 
     Args:
-        metrics: of the validation split at this step; None inside an epoch.
+        metrics: of the validation split at this step; None where it was not evaluated.
     Raises:
         DivergedError: the weights are not finite; nothing is written, and nothing removed.
     """

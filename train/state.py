@@ -93,7 +93,7 @@ def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
     Every rank must call this. The writer must be idle: it reads the memory that is copied to.
 
     Args:
-        metrics: of the validation split at this step; None inside an epoch.
+        metrics: of the validation split at this step; None where it was not evaluated.
     Returns:
         On rank 0 the snapshot; on the others None.
     """

@@ -46,6 +46,10 @@ PATH = click.Path(path_type=Path)
 @click.option("--overwrite", is_flag=True, help="Replace the rows or the gallery of an earlier run.")
 @click.option("--html", type=PATH, help="Write a gallery besides, to sort and filter in a browser.")
 @click.option(
+    "--truth", metavar="folder|FILE",
+    help="The true classes: names of the images' folders, or a CSV file of path,class. Adds the accuracy.",
+)  # fmt: skip
+@click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="ray: workers of a Ray cluster write --output, a folder of Parquet or JSONL parts.",
 )  # fmt: skip
@@ -63,6 +67,7 @@ def predict(**options: Any) -> None:
     \b
     alexnet predict images/
     alexnet predict images/ --output rows.jsonl --html gallery.html
+    alexnet predict val/ --truth folder
     find /data -name '*.jpg' -print0 | alexnet predict - --output rows.parquet --resume
     alexnet predict images/ --features fc7 --output features.parquet
     alexnet predict shards/*.tar --engine ray --output rows/ --workers 8 --resume

@@ -27,8 +27,9 @@ from infer.predict.resume import (
     save_identity,
     skip_completed,
 )
-from infer.predict.rows import ErrorRow, names_of
+from infer.predict.rows import ErrorRow, RowShape, names_of
 from infer.predict.table import RowCounter, Summary, open_table
+from infer.predict.truth import Tally, open_truth
 from infer.predict.writers import Format, RowWriter, open_output
 from infer.predictor import Predictor
 from infer.runtime.choose import probe_machine
@@ -70,11 +71,13 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         )
         log.info(f"model: {predictor.bundle.folder}")
         log.info(f"runs on: {predictor.runs_on}")
-        identity = identity_of(predictor.bundle, options)
+        truth = None if options.truth is None else open_truth(options.truth, predictor.bundle, inputs)
+        identity, tally = identity_of(predictor.bundle, options), None if truth is None else Tally()
         items, kept, kept_errors = iter(inputs), 0, 0
+        shape = row_shape(options, predictor)
         if options.resume:
-            kept, kept_errors = _skip_completed(options, format, predictor, identity, items)
-        counter = RowCounter(predictor.backend, predictor.load_s)
+            kept, kept_errors = _skip_completed(options, format, shape, identity, items, tally)
+        counter = RowCounter(predictor.backend, predictor.load_s, tally)
         writer = stack.enter_context(_open_writer(options, format, predictor))
         if options.output is not None and format not in ("table", "features"):
             save_identity(options.output, identity)
@@ -86,7 +89,10 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         total = None if inputs.total is None else inputs.total - kept
         progress = stack.enter_context(show_progress("predict", total, shown=shown))
         stack.enter_context(name_continuation(how_to_go_on(options, format)))
-        rows = stack.enter_context(closing(predictor.rows(items, keep_pixels=gallery is not None)))
+        class_at = None if truth is None else truth.class_at
+        rows = stack.enter_context(
+            closing(predictor.rows(items, keep_pixels=gallery is not None, class_at=class_at))
+        )
         stack.enter_context(_stop_on_interrupt(inputs))  # ends before the rows, which join their threads
         for one in counter.count(rows):
             writer.write(one.row)
@@ -97,6 +103,8 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
             progress.advance(1)
     summary = counter.summary(kept, kept_errors, inputs.passed_over)
     log.info(summary.sentence())
+    if truth is not None and truth.num_unused and not options.resume:
+        log.info(f"--truth: {truth.num_unused} path(s) of {options.truth} are no inputs")
     if not kept + counter.images:
         raise UserError("the lists and shards that were given name no images")
     return summary
@@ -125,14 +133,15 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
 def _skip_completed(
     options: PredictOptions,
     format: Format,
-    predictor: Predictor,
+    shape: RowShape,
     identity: RunIdentity,
     items: Iterator[Item],
+    tally: Tally | None,
 ) -> tuple[int, int]:
     """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
     assert options.output is not None and format != "table" and format != "features"
     check_saved_identity(format, options.output, identity)
-    kept, kept_errors = skip_completed(format, options.output, predictor.row_shape, items)
+    kept, kept_errors = skip_completed(format, options.output, shape, items, tally)
     log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
     return kept, kept_errors
 
@@ -140,10 +149,16 @@ def _skip_completed(
 def _open_writer(
     options: PredictOptions, format: Format, predictor: Predictor
 ) -> AbstractContextManager[RowWriter]:
+    truth = options.truth is not None
     if format == "table":
-        return open_table(options.output, names_of(predictor.bundle), predictor.top)
+        return open_table(options.output, names_of(predictor.bundle), predictor.top, truth)
     if format == "features":
         assert options.output is not None
         return open_features(options.output, info_of(predictor.bundle, ten_crop=options.ten_crop))
-    shape, stdout = predictor.row_shape, binary_stdout()
+    shape, stdout = row_shape(options, predictor), binary_stdout()
     return open_output(format, options.output, shape, append=options.resume, stdout=stdout)
+
+
+def row_shape(options: PredictOptions, predictor: Predictor) -> RowShape:
+    """The shape of the rows that were asked for."""
+    return predictor.row_shape._replace(truth=options.truth is not None)

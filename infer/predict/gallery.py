@@ -157,6 +157,9 @@ class Gallery:
             picture = f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(pixels)}">'
             probability, kind = (f"{best.probability:.6f}" if best else "0"), ""
             what = bars or "no class reaches the least probability"
+            if row.truth:
+                wrong = "" if row.truth.rank == 1 else f", at place {row.truth.rank}"
+                what += f"<div>truth: {escape(visible(row.truth.label))}{wrong}</div>"
         else:
             label, probability, kind = "", "-1", ' class="error"'
             picture, what = '<div class="none">!</div>', escape(visible(row.error))

@@ -34,6 +34,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
         format: of the rows; None to take it from the name of `output`, else a table.
         output: the file to write; None for stdout.
         html: a gallery to write as well.
+        truth: where the true classes are from, see `infer.predict.truth.open_truth`; None for rows without.
         engine: `local` predicts in this process; `ray` by workers of a Ray cluster, which write a folder of
             parts.
         address: of the Ray cluster; None to start one on this machine.
@@ -58,6 +59,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     format: Format | None = None
     output: Path | None = None
     html: Path | None = None
+    truth: str | None = None
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
     workers: int | None = None
@@ -135,6 +137,8 @@ def _check_ray(options: PredictOptions) -> Format:
         raise UserError("--engine ray writes a folder of parts: name it with --output DIR")
     if options.html is not None:
         raise UserError("--html with --engine ray: a gallery is made by one process; leave one of them out")
+    if options.truth is not None:
+        raise UserError("--truth with --engine ray: predict with --engine local, or leave --truth out")
     if options.format in ("table", "csv"):
         raise UserError(f"--format {options.format} with --engine ray: use jsonl or parquet")
     return options.format or "parquet"

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 
@@ -20,6 +20,7 @@ from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
 from infer.predict.rows import RowShape, check_top
+from infer.predict.truth import FOLDER, Tally
 from infer.predict.writers import (
     ROW_GROUP,
     FileFormat,
@@ -33,7 +34,7 @@ from infer.predict.writers import (
 log = logging.getLogger("infer")
 
 
-class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The model and the options that decide the content of a row.
 
     The decoder, the backend, the device and the batch size are not among them: they change the last digits of
@@ -44,12 +45,14 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         top: classes in a row.
         min_probability: classes below are left out.
         ten_crop: whether ten views of each image are averaged.
+        truth: where the true classes are from; "none" for rows without.
     """
 
     model_sha256: str
     top: int
     min_probability: float
     ten_crop: bool
+    truth: str = "none"
 
 
 def identity_of(bundle: Bundle, options: PredictOptions) -> RunIdentity:
@@ -63,7 +66,14 @@ def identity_of(bundle: Bundle, options: PredictOptions) -> RunIdentity:
         top=check_top(bundle, options.top),
         min_probability=options.min_probability,
         ten_crop=options.ten_crop,
+        truth=_describe_truth(options.truth),
     )
+
+
+def _describe_truth(option: str | None) -> str:
+    if option is None or option == FOLDER:
+        return option or "none"
+    return f"a file with SHA-256 {sha256_of(Path(option))[:16]}…"
 
 
 def manifest_file_sha256(bundle: Bundle) -> str:
@@ -83,7 +93,7 @@ def check_identity(begun: RunIdentity, now: RunIdentity, rows: Path) -> None:
             f"{where} are of another model (its bundle.json has SHA-256 {begun.model_sha256[:12]}…): "
             "give that one as --model, or another --output"
         )
-    check_same(begun, now, ("top", "min_probability", "ten_crop"), where)
+    check_same(begun, now, ("top", "min_probability", "ten_crop", "truth"), where)
 
 
 def check_same(begun: msgspec.Struct, now: msgspec.Struct, options: Sequence[str], where: str) -> None:
@@ -139,15 +149,22 @@ def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
 
 
+class Rank(msgspec.Struct, frozen=True):
+    """As much of a row's truth as counts for the accuracy."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class CompletedRow(msgspec.Struct, frozen=True):
-    """A row of an earlier run: its path as written, and whether it is an error."""
+    """A row of an earlier run: its path as written, whether it is an error, and the rank of its truth."""
 
     path: str
     status: Literal["ok", "error"]
+    truth: Rank | None = None
 
 
 def skip_completed(
-    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item]
+    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item], tally: Tally | None = None
 ) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
@@ -155,6 +172,7 @@ def skip_completed(
         format, output: the file of the earlier run.
         shape: of the rows.
         items: the inputs of this run.
+        tally: counts the rows' truths; None where they have none.
     Returns:
         How many rows there are, and how many of them are errors.
     Raises:
@@ -172,6 +190,8 @@ def skip_completed(
                 f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
                 f"is {path}: give the inputs that it was begun with, or another --output"
             )
+        if tally is not None and row.truth is not None:
+            tally.add(row.truth.rank)
         rows, errors = rows + 1, errors + (row.status == "error")
     return rows, errors
 
@@ -179,6 +199,8 @@ def skip_completed(
 def completed_rows(format: FileFormat, output: Path, shape: RowShape) -> Iterator[CompletedRow]:
     """The rows that an output file has; cuts off a last line that was written in part, and logs that.
 
+    Args:
+        format, output, shape: see `skip_completed`.
     Raises:
         CorruptFileError: a file that holds something else.
         UserError: a CSV or Parquet file with other columns.
@@ -229,12 +251,14 @@ def _parse(
     if number == 0:
         if cells != csv_columns(shape):
             raise UserError(
-                f"--resume: {printable(output)} has other columns; give --top as it was begun with"
+                f"--resume: {printable(output)} has other columns; give --top and --truth as it was begun"
             )
         return None
-    if len(cells) != len(csv_columns(shape)) or cells[1] not in ("ok", "error"):
+    rank = cells[-1] if shape.truth else ""
+    whole = len(cells) == len(csv_columns(shape)) and cells[1] in ("ok", "error")
+    if not whole or (rank and not rank.isdecimal()):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
-    return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error")
+    return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error", Rank(int(rank)) if rank else None)
 
 
 def _read_parquet(output: Path, journal: Path, shape: RowShape) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -34,12 +35,21 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     probability: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
+class Truth(msgspec.Struct, frozen=True, kw_only=True):
+    """The true class of an image, and its place among all by probability: 1 where it was recognised."""
+
+    class_id: int
+    label: str
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class OkRow(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that was predicted; the most probable class comes first."""
+    """An image that was predicted; the most probable class comes first. `truth` is there if asked for."""
 
     path: str
     status: Literal["ok"] = "ok"
     predictions: tuple[Prediction, ...]
+    truth: Truth | msgspec.UnsetType = msgspec.UNSET
 
 
 class FeatureRow(OkRow, frozen=True, kw_only=True, eq=False):
@@ -83,10 +93,12 @@ class RowShape(NamedTuple):
     Attributes:
         places: most classes in a row.
         named: whether a class has its name in the data beside its label.
+        truth: whether a row has the true class.
     """
 
     places: int
     named: bool
+    truth: bool = False
 
 
 class PredictionWithPixels(NamedTuple):
@@ -118,6 +130,7 @@ def rows_of(
     *,
     top: int,
     min_probability: float,
+    class_at: Callable[[Path], int | None] | None = None,
 ) -> Iterator[Row]:
     r"""A row for each image of a batch, in order.
 
@@ -129,12 +142,19 @@ def rows_of(
         names: of the classes.
         top: most classes in a row.
         min_probability: classes below it are left out, which may leave none.
+        class_at: gives the true class of a path, None where nobody knows it; None for rows without truth.
     """
-    predicted, failures = iter(top_k(probabilities_NC, names, top)), iter(batch.failures)
+    predicted = zip(top_k(probabilities_NC, names, top), probabilities_NC, strict=True)
+    failures = iter(batch.failures)
     for path, valid in zip(batch.paths, batch.valid, strict=True):
         if valid:
-            likely = tuple(p for p in next(predicted) if p.probability >= min_probability)
-            yield OkRow(path=printable(path), predictions=likely)
+            best, row_C = next(predicted)
+            likely = tuple(p for p in best if p.probability >= min_probability)
+            place = None if class_at is None else class_at(path)
+            truth: Truth | msgspec.UnsetType = msgspec.UNSET
+            if place is not None:
+                truth = Truth(class_id=place, label=names.labels[place], rank=rank_of(row_C, place))
+            yield OkRow(path=printable(path), predictions=likely, truth=truth)
         else:
             yield ErrorRow(path=printable(path), error=next(failures).reason)
 
@@ -173,6 +193,15 @@ def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> l
         )
         for row_C, ranked_K in zip(probabilities_NC, rank_classes(probabilities_NC, k), strict=True)
     ]
+
+
+def rank_of(row_C: NDArray[np.float32], place: int) -> int:
+    """The place of a class in the order of `rank_classes`, from 1 on.
+
+    >>> rank_of(np.array([0.25, 0.5, 0.25], np.float32), 2)
+    3
+    """
+    return 1 + int((row_C > row_C[place]).sum()) + int((row_C[:place] == row_C[place]).sum())
 
 
 def rank_classes(probabilities_NC: NDArray[np.float32], k: int) -> NDArray[np.intp]:

@@ -15,6 +15,7 @@ from data_pipeline.common.console import make_console
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import visible
 from infer.predict.rows import ClassNames, ErrorRow, OkRow, PredictionWithPixels, Row
+from infer.predict.truth import Tally
 from infer.predict.writers import name_unwritable
 from infer.runtime.base import InferenceBackend
 
@@ -45,6 +46,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
             Ray's workers.
         backend, provider, device, precision: see `infer.runtime.base.InferenceBackend`.
         passed_over: files of folders and shards that are no images, by lower-case suffix.
+        accuracy: of the images with a truth, those of an earlier run too, in words.
     """
 
     images: int
@@ -59,6 +61,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     precision: str
     passed_over: dict[str, int] = {}
+    accuracy: str | msgspec.UnsetType = msgspec.UNSET
 
     def sentence(self) -> str:
         """One line for stderr."""
@@ -69,6 +72,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
             f"{self.images} images{kept}{failed}, in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s) "
             f"with {self.provider}, {self.precision}, on {self.device}; "
             f"the start took {self.start_s:.1f} s{passed_over}"
+            f"{f'; {self.accuracy}' if self.accuracy else ''}"
         )
 
 
@@ -78,10 +82,11 @@ class RowCounter:
     Args:
         backend: the model, for the summary.
         load_s: seconds that loading it took.
+        tally: counts the images with a truth; None where there are none.
     """
 
-    def __init__(self, backend: InferenceBackend, load_s: float = 0.0) -> None:
-        self._backend = backend
+    def __init__(self, backend: InferenceBackend, load_s: float = 0.0, tally: Tally | None = None) -> None:
+        self._backend, self._tally = backend, tally
         self._seconds, self._start_s = 0.0, load_s
         self.images = self.errors = 0
 
@@ -91,6 +96,8 @@ class RowCounter:
         for one in predictions:
             self.images += 1
             self.errors += isinstance(one.row, ErrorRow)
+            if self._tally is not None:
+                self._tally.add_row(one.row)
             self._seconds = time.perf_counter() - started
             if self.images == 1:
                 self._start_s += self._seconds
@@ -118,6 +125,7 @@ class RowCounter:
             device=backend.device,
             precision=backend.precision,
             passed_over={} if passed_over is None else passed_over.by_count,
+            accuracy=msgspec.UNSET if self._tally is None else self._tally.sentence(),
         )
 
 
@@ -131,17 +139,27 @@ class TableWriter:
         places: classes in a row.
         label_cells: width of the longest label; the columns are no wider than it needs.
         name_cells: width of the longest name of a class in the data, which stands behind the best label.
+        truth: whether the true class has the last column.
     """
 
     def __init__(
-        self, console: Console, places: int, label_cells: int = MAX_CLASS_CELLS, name_cells: int = 0
+        self,
+        console: Console,
+        places: int,
+        label_cells: int = MAX_CLASS_CELLS,
+        name_cells: int = 0,
+        *,
+        truth: bool = False,
     ) -> None:
         from rich.cells import set_cell_size
         from rich.text import Text
 
         self._console, self._text = console, Text
         self._name_cells = name_cells and min(max(name_cells, len(NAME_HEADING)), MAX_NAME_CELLS)
-        width = console.width - (self._name_cells and self._name_cells + len(GAP))
+        self._truth_cells = truth and max(len("truth"), min(label_cells, MAX_CLASS_CELLS - PERCENT_CELLS))
+        width = console.width - sum(
+            cells + len(GAP) for cells in (self._name_cells, self._truth_cells) if cells
+        )
         self._path_cells, self._class_cells, self._shown = layout(width, places, label_cells)
         header = Text(style="bold")
         header.append(set_cell_size("image", self._path_cells))
@@ -149,6 +167,8 @@ class TableWriter:
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
             if place == 1 and self._name_cells:
                 header.append(GAP + set_cell_size(NAME_HEADING, self._name_cells))
+        if truth:
+            header.append(f"{GAP}truth")
         _print(console, header)
 
     def write(self, row: Row) -> None:
@@ -163,19 +183,27 @@ class TableWriter:
                     name = self._text(visible(prediction.class_name or ""))
                     name.truncate(self._name_cells, overflow="ellipsis", pad=True)
                     line.append(GAP + name.plain)
+            if row.truth:
+                line.append(" " * self._missing_cells(len(row.predictions)))
+                label = self._text(visible(row.truth.label))
+                label.truncate(self._truth_cells, overflow="ellipsis")
+                line.append(GAP + label.plain, style="green" if row.truth.rank == 1 else "bold red")
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
 
 
 @contextmanager
-def open_table(output: Path | None, names: ClassNames, places: int) -> Iterator[TableWriter]:
+def open_table(
+    output: Path | None, names: ClassNames, places: int, truth: bool = False
+) -> Iterator[TableWriter]:
     """A writer of a table.
 
     Args:
         output: the file; None for stdout.
         names: of all classes.
         places: classes in a row.
+        truth: whether rows have the true class.
     Raises:
         UserError: the file cannot be written.
     """
@@ -184,12 +212,12 @@ def open_table(output: Path | None, names: ClassNames, places: int) -> Iterator[
     cells = [max((cell_len(visible(name)) for name in column), default=0) for column in names]
     if output is None:
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        yield TableWriter(make_console(width=width), places, *cells)
+        yield TableWriter(make_console(width=width), places, *cells, truth=truth)
         return
     with name_unwritable(output):
         file = output.open("w", encoding="utf-8")
     with file:
-        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, *cells)
+        yield TableWriter(make_console(file=file, width=FILE_WIDTH), places, *cells, truth=truth)
 
 
 def layout(width: int, top: int, label_cells: int = MAX_CLASS_CELLS) -> tuple[int, int, int]:

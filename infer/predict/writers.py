@@ -22,6 +22,8 @@ SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "pa
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""
 
+TRUTH_COLUMNS = ("truth_class_id", "truth_label", "truth_rank")
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -65,7 +67,14 @@ class CsvWriter:
         for one in predictions:
             also = [safe_cell(one.class_name or "")] if self._shape.named else []
             cells += [one.class_id, *also, safe_cell(one.label), one.probability]
-        self._put([*cells, *[""] * (len(self._columns) - len(cells))])
+        num_empty = len(self._columns) - len(cells)
+        if self._shape.truth:
+            truth = row.truth if isinstance(row, OkRow) else msgspec.UNSET
+            last = [truth.class_id, safe_cell(truth.label), truth.rank] if truth else [""] * 3
+            cells += [*[""] * (num_empty - 3), *last]
+        else:
+            cells += [""] * num_empty
+        self._put(cells)
 
     def _put(self, cells: Iterable[object]) -> None:
         text = io.StringIO()
@@ -77,7 +86,8 @@ class CsvWriter:
 def csv_columns(shape: RowShape) -> list[str]:
     """Names of the columns for rows of a shape."""
     names = ("class_id", *(("class",) if shape.named else ()), "label", "probability")
-    return ["path", "status", "error", *(f"{name}_{n}" for n in range(1, shape.places + 1) for name in names)]
+    places = [f"{name}_{n}" for n in range(1, shape.places + 1) for name in names]
+    return ["path", "status", "error", *places, *(TRUTH_COLUMNS if shape.truth else ())]
 
 
 def safe_cell(text: str) -> str:
@@ -154,14 +164,19 @@ def import_parquet() -> tuple[Any, Any]:
 
 
 def parquet_schema(shape: RowShape) -> Any:
-    """Columns path, status, error and predictions, a list of class_id, class, label and probability."""
+    """Columns path, status, error, predictions (a list of class_id, class, label and probability), and truth."""
     pa, _ = import_parquet()
     named = [("class", pa.string())] if shape.named else []
     prediction = pa.struct(
         [("class_id", pa.int64()), *named, ("label", pa.string()), ("probability", pa.float64())]
     )
     columns = [("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
-    return pa.schema([*columns, ("predictions", pa.list_(prediction))])
+    columns.append(("predictions", pa.list_(prediction)))
+    if shape.truth:
+        columns.append(
+            ("truth", pa.struct([("class_id", pa.int64()), ("label", pa.string()), ("rank", pa.int64())]))
+        )
+    return pa.schema(columns)
 
 
 def _write_parquet(journal: Path, output: Path, shape: RowShape) -> None:

@@ -142,7 +142,7 @@ def completed_parts(plan: Plan) -> dict[int, int]:
     return completed
 
 
-class _IndexedRow(CompletedRow, frozen=True):
+class _IndexedRow(CompletedRow, frozen=True, kw_only=True):
     index: int
 
 

@@ -115,7 +115,7 @@ class Snapshot:
     Attributes:
         step, epoch: optimiser steps and epochs finished.
         samples_seen: training samples used, which is the position in the data stream.
-        metrics: of the validation split at this step; empty inside an epoch.
+        metrics: of the validation split at this step; empty where it was not evaluated.
         states: the `state_dict` of each of `COMPONENTS`, on the CPU; a missing one is saved as empty.
         labels_text: names of the classes for people; empty where the data had none.
         data: which samples the splits "train" and "val" held; empty in imported weights.

@@ -203,7 +203,7 @@ class RunConfig(Table, frozen=True):
         label_smoothing: share of a label that is spread over all classes, 0..1; the training loss has it in.
         class_weights: of the classes in the training loss: `none`; `balanced`, the same sum for every class;
             or one above 0 for each class, in the order of their names. They are scaled to a mean of 1 over
-            the training samples (`train.optim.class_weights`).
+            the samples of an epoch (`train.optim.class_weights`).
         ema_decay: keep a moving average of the weights, which is evaluated and exported in place of the last
             ones (`train.optim.ema`); 0 keeps none.
         init_from: weights to begin with, in place of those that the seed makes: a checkpoint or a run of

@@ -1,0 +1,198 @@
+"""The true classes of the inputs, by their folders or from a file, and what share of them was recognised."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import composed, printable, text_lines
+from data_pipeline.shards.shard_format import COMPRESSED_SUFFIXES
+from infer.bundle.load import Bundle
+from infer.predict.inputs import SHARD_SUFFIX, Inputs
+from infer.predict.rows import OkRow, Row
+
+FOLDER = "folder"
+NUM_SHOWN = 3
+"""Most names in a message."""
+
+
+@dataclass
+class Tally:
+    """How many images with a truth there are, and how many have it as the first, or among the first five."""
+
+    images: int = 0
+    top1: int = 0
+    top5: int = 0
+
+    def add(self, rank: int) -> None:
+        """Count an image whose true class has this place, 1 or more, among all."""
+        self.images += 1
+        self.top1 += rank == 1
+        self.top5 += rank <= 5
+
+    def add_row(self, row: Row) -> None:
+        """Count a row, if its image was read and has a truth."""
+        if isinstance(row, OkRow) and row.truth:
+            self.add(row.truth.rank)
+
+    def sentence(self) -> str:
+        """For the end of the summary."""
+        if not self.images:
+            return "no image that could be read has a truth"
+        top1, top5 = self.top1 / self.images, self.top5 / self.images
+        return f"top-1 {top1:.2%}, top-5 {top5:.2%} of {self.images} images with a truth"
+
+
+class TrueClasses:
+    """The true class of each input.
+
+    Args:
+        bundle: whose classes they are.
+        listed: the class of each path in a file, for `class_at`; None to take the folders' names.
+    """
+
+    def __init__(self, bundle: Bundle, listed: dict[str, int] | None = None) -> None:
+        self._ids = class_ids(bundle)
+        self._listed = listed
+        self._found: set[str] = set()
+
+    def class_at(self, path: Path) -> int | None:
+        """Return the place of an input's class among the model's; None if a file of truths lacks the input.
+
+        Raises:
+            UserError: its folder is not named by a class.
+        """
+        if self._listed is None:
+            if (found := self.folder_class(path)) is None:
+                raise UserError(_unknown("folder", {class_folder(path)}, self._ids))
+            return found
+        text = os.path.abspath(path)  # noqa: PTH100 - no Path: that costs more than the look-up
+        start = 0
+        while (found := self._listed.get(text[start:])) is None:  # the longest end of the path that is listed
+            start = text.find("/", start) + 1
+            if start == 0:
+                return None
+        self._found.add(text[start:])
+        return found
+
+    def folder_class(self, path: Path) -> int | None:
+        """Return the class that the folder of an input names; None if it names none."""
+        return self._ids.get(composed(printable(class_folder(path))))
+
+    def check_folders(self, inputs: Inputs) -> None:
+        """Refuse folders that no class names, of the inputs that are known before the prediction.
+
+        Raises:
+            UserError: naming the first few.
+        """
+        files = (path for path in inputs.files() if not path.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES)))
+        parents = dict.fromkeys(os.path.dirname(path) for path in files)  # noqa: PTH120 - many, and few parents
+        unknown = dict.fromkeys(
+            class_folder(Path(parent, "_"))
+            for parent in parents
+            if self.folder_class(Path(parent, "_")) is None
+        )
+        if unknown:
+            raise UserError(_unknown("folder", unknown, self._ids))
+
+    @property
+    def num_unused(self) -> int:
+        """How many listed paths no input has had so far."""
+        return 0 if self._listed is None else len(self._listed) - len(self._found)
+
+
+def open_truth(option: str, bundle: Bundle, inputs: Inputs) -> TrueClasses:
+    """Open the true classes.
+
+    Args:
+        option: `folder`, or a file of paths and classes, see `read_truth`.
+        inputs: of the prediction.
+    Raises:
+        UserError: no such file, or classes that the model does not have.
+    """
+    if option != FOLDER:
+        return TrueClasses(bundle, read_truth(Path(option), class_ids(bundle)))
+    truth = TrueClasses(bundle)
+    truth.check_folders(inputs)
+    return truth
+
+
+def class_folder(path: Path) -> str:
+    """Return the name of the folder that says an image's class; Tiny ImageNet has `images` below it.
+
+    >>> class_folder(Path("/val/cat/1.jpg")), class_folder(Path("/train/n01443537/images/1.JPEG"))
+    ('cat', 'n01443537')
+    """
+    parent = Path(os.path.abspath(path)).parent  # noqa: PTH100 - follows no link
+    return (parent.parent if parent.name == "images" else parent).name
+
+
+def class_ids(bundle: Bundle) -> dict[str, int]:
+    """Map the names of a model's classes, and the labels that only one class has, to their places."""
+    names, labels = bundle.manifest.classes, bundle.manifest.class_labels
+    forms = [composed(label) for label in labels]
+    times = Counter(forms)
+    ids = {form: place for place, form in enumerate(forms) if times[form] == 1}
+    return ids | {composed(name): place for place, name in enumerate(names)}
+
+
+def read_truth(path: Path, ids: dict[str, int]) -> dict[str, int]:
+    """Read a file with a path and a class a line, as CSV or, where its first line has a tab, parted by tabs.
+
+    A first line `path,class` is a header. Further cells are ignored, as in Tiny ImageNet's
+    `val_annotations.txt`.
+
+    Args:
+        ids: places of the classes by their names and labels.
+    Returns:
+        The class of each path.
+    Raises:
+        UserError: it cannot be read, has a line without a class, a path of two classes, or unknown classes.
+    """
+    name = printable(path)
+    try:
+        lines = text_lines(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"--truth {name} cannot be read: {error.strerror or error}") from error
+    reader = csv.reader(lines, delimiter="\t" if lines and "\t" in lines[0] else ",")
+    classes: dict[str, int] = {}
+    unknown: dict[str, None] = {}
+    for cells in _rows(reader, name):
+        if not cells or (
+            reader.line_num == 1 and [c.strip().lower() for c in cells[:2]] == ["path", "class"]
+        ):
+            continue
+        where = f"--truth {name} line {reader.line_num}"
+        if len(cells) < 2 or not cells[0]:
+            raise UserError(f"{where} is no path and class: {printable(','.join(cells))}")
+        place, listed = ids.get(composed(printable(cells[1].strip()))), os.path.normpath(cells[0])
+        if place is None:
+            unknown[cells[1].strip()] = None
+        elif classes.setdefault(listed, place) != place:
+            raise UserError(f"{where} has another class for {printable(listed)} than before")
+    if unknown:
+        raise UserError(_unknown(name, unknown, ids))
+    if not classes:
+        raise UserError(f"--truth {name} names no image: give it a path and a class a line, as a.jpg,cat")
+    return classes
+
+
+def _rows(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"--truth {name} is no CSV: {error}") from error
+
+
+def _unknown(where: str, names: Collection[str], known: Iterable[str]) -> str:
+    shown = ", ".join(map(printable, list(names)[:NUM_SHOWN]))
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    return (
+        f"--truth {where}: {len(names)} name(s) are no class of the model ({shown}{more}): name classes as "
+        f"the model does, such as {', '.join(list(known)[-NUM_SHOWN:])}"
+    )
