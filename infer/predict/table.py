@@ -157,9 +157,8 @@ class TableWriter:
         self._console, self._text = console, Text
         self._name_cells = name_cells and min(max(name_cells, len(NAME_HEADING)), MAX_NAME_CELLS)
         self._truth_cells = truth and max(len("truth"), min(label_cells, MAX_CLASS_CELLS - PERCENT_CELLS))
-        width = console.width - sum(
-            cells + len(GAP) for cells in (self._name_cells, self._truth_cells) if cells
-        )
+        beside = [cells + len(GAP) for cells in (self._name_cells, self._truth_cells) if cells]
+        width = console.width - sum(beside)
         self._path_cells, self._class_cells, self._shown = layout(width, places, label_cells)
         header = Text(style="bold")
         header.append(set_cell_size("image", self._path_cells))
@@ -184,13 +183,18 @@ class TableWriter:
                     name.truncate(self._name_cells, overflow="ellipsis", pad=True)
                     line.append(GAP + name.plain)
             if row.truth:
-                line.append(" " * self._missing_cells(len(row.predictions)))
+                line.append(" " * self._empty_cells(len(row.predictions)))
                 label = self._text(visible(row.truth.label))
                 label.truncate(self._truth_cells, overflow="ellipsis")
                 line.append(GAP + label.plain, style="green" if row.truth.rank == 1 else "bold red")
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
+
+    def _empty_cells(self, num_predictions: int) -> int:
+        """Width of the columns between the last class of a row and its truth."""
+        name = self._name_cells + len(GAP) if self._name_cells and not num_predictions else 0
+        return max(0, self._shown - num_predictions) * (len(GAP) + self._class_cells) + name
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def import_parquet() -> tuple[Any, Any]:
 
 
 def parquet_schema(shape: RowShape) -> Any:
-    """Columns path, status, error, predictions (a list of class_id, class, label and probability), and truth."""
+    """Columns path, status, error, predictions (lists of class_id, class, label, probability) and truth."""
     pa, _ = import_parquet()
     named = [("class", pa.string())] if shape.named else []
     prediction = pa.struct(
