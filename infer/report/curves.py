@@ -28,7 +28,9 @@ def make_curves(rows: Sequence[MetricsRow]) -> Section:
     train = [row for row in rows if row.split == "train"]
     val = [row for row in rows if row.split == "val"]
     if not rows:
-        return Section(key, title, note("There is no metrics.jsonl here, which has the rows of training."))
+        return Section(
+            key, title, note("There are no rows of training here: metrics.jsonl is gone, or empty.")
+        )
 
     def line(
         name: str,

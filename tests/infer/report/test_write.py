@@ -150,7 +150,9 @@ def test_what_is_gone_is_said_in_its_place(run: Path, data: Path, tmp_path: Path
     shutil.rmtree(copy / "checkpoints")
     assert report(copy).exit_code == 0, "an earlier report is replaced"
     page = check_page(copy / "report.html", data)
-    assert "no metrics.jsonl" in page.sections["curves"] and "Not counted yet" in page.sections["confusion"]
+    assert (
+        "metrics.jsonl is gone" in page.sections["curves"] and "Not counted yet" in page.sections["confusion"]
+    )
     assert "no checkpoint that can be used" in page.sections["filters"] and page.tags["img"] == 0
 
 
