@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from infer.report.page import text
 
 WIDTH, HEIGHT = 460, 280
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 46, 44
+LEFT, RIGHT, TOP, BOTTOM = 70, 12, 46, 44
 MAX_DOTTED = 30
 """Most points of a line that are marked by dots."""
 

@@ -5,10 +5,10 @@ Shapes: C classes.
 
 from __future__ import annotations
 
-from data_pipeline.common.class_report import Averages, ClassRow
+from data_pipeline.common.class_report import Averages, ClassReport, ClassRow
 from infer.report.heat_map import MAX_LABELLED, MAX_NUMBERED, draw_heat_map, similar_first
 from infer.report.page import BLUE, Section, bar_row, figure, note, percent, table
-from infer.report.source import Source
+from infer.report.source import Source, short_labels
 
 NO_COUNTS = (
     "Not counted yet: a run counts its classes when it ends. `alexnet evaluate RUN --csv RUN` counts them "
@@ -30,8 +30,9 @@ def make_classes(source: Source) -> Section:
         )
         return Section(key, title, note(why))
     known = sorted((row for row in report.classes if row.top1 is not None), key=lambda row: -(row.top1 or 0))
+    short = _short(report)
     bars = "".join(
-        bar_row(_label(row), row.top1 or 0, f"{row.top1:.1%} of {row.num_samples:,}", color=BLUE)
+        bar_row(short[row.name], row.top1 or 0, f"{row.top1:.1%} of {row.num_samples:,}", color=BLUE)
         for row in known
     )
     caption = (
@@ -69,7 +70,8 @@ def make_confusion(source: Source) -> Section:
             else "This export does not lie in its run, which has the counts."
         )
         return Section(key, title, note(why))
-    labels = [_label(row) for row in report.classes]
+    named = _short(report)
+    labels = list(named.values())
     parts = []
     if counts is None or len(counts.confusion) != len(labels):
         parts.append(note("The run's confusion.csv, which has the count of each pair, is gone."))
@@ -90,7 +92,6 @@ def make_confusion(source: Source) -> Section:
             f"larger the share of its row. {how}{unnamed}{describe_evaluation(source)}"
         )
         parts.append(figure(f'<div class="scroll" tabindex="0">{drawn}</div>', caption))
-    named = dict(zip((row.name for row in report.classes), labels, strict=True))
     if report.confusions:
         rows = [
             (named[pair.truth], named[pair.predicted], pair.count, percent(pair.share))
@@ -114,8 +115,9 @@ def describe_evaluation(source: Source) -> str:
     return f"Counted over {images} of the validation split at step {source.report_step}{differs}."
 
 
-def _label(row: ClassRow) -> str:
-    return row.label.split(",")[0] or row.name
+def _short(report: ClassReport) -> dict[str, str]:
+    names = [row.name for row in report.classes]
+    return dict(zip(names, short_labels(names, [row.label for row in report.classes]), strict=True))
 
 
 def _shares(row: ClassRow | Averages) -> tuple[str | None, ...]:

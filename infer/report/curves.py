@@ -13,8 +13,9 @@ from train.runs.folder import MetricsRow
 
 MAX_POINTS = 400
 """Most points of a line; of more, neighbours are averaged."""
-LOG_FROM_RATIO = 50.0
-"""From which ratio of the largest to the smallest learning rate on their axis is logarithmic."""
+LOG_BELOW, LOG_SHARE = 1 / 50, 0.25
+"""The axis of learning rates is logarithmic if this share of them is below this share of the largest: after
+drops by ten, but not for the last steps of a cosine."""
 
 
 def make_curves(rows: Sequence[MetricsRow]) -> Section:
@@ -27,7 +28,9 @@ def make_curves(rows: Sequence[MetricsRow]) -> Section:
     train = [row for row in rows if row.split == "train"]
     val = [row for row in rows if row.split == "val"]
     if not rows:
-        return Section(key, title, note("There is no metrics.jsonl here, which has the rows of training."))
+        return Section(
+            key, title, note("There are no rows of training here: metrics.jsonl is gone, or empty.")
+        )
 
     def line(
         name: str,
@@ -40,14 +43,8 @@ def make_curves(rows: Sequence[MetricsRow]) -> Section:
         xs, ys = thinned(epochs_at(of, val), [math.nan if y is None else y for y in found])
         return Line(name, xs, ys, color, dashed)
 
-    def top1(row: MetricsRow) -> float | None:
-        return None if row.top1 is None else 100 * row.top1
-
-    def top5(row: MetricsRow) -> float | None:
-        return None if row.top5 is None else 100 * row.top5
-
     rates = [row.lr for row in train or val if row.lr > 0]
-    log = bool(rates) and max(rates) / min(rates) > LOG_FROM_RATIO
+    log = sum(rate < LOG_BELOW * max(rates) for rate in rates) > LOG_SHARE * len(rates)
     rated = [row for row in train or val if row.lr > 0 or not log]
     panels = [
         ("Loss", "nats per image", False, [
@@ -56,7 +53,8 @@ def make_curves(rows: Sequence[MetricsRow]) -> Section:
         ], "Cross-entropy. Training images are augmented and seen under dropout, and smoothed labels count, "
          "so that the two need not meet."),
         ("Accuracy", "% of images", False, [
-            line("top-1", val, top1, BLUE), line("top-5", val, top5, GREEN),
+            line("top-1", val, lambda row: _points(row.top1), BLUE),
+            line("top-5", val, lambda row: _points(row.top5), GREEN),
         ], "Validation images whose class is the most probable one, or among the five most probable."),
         ("Learning rate", "rate", log, [line("rate", rated, lambda row: row.lr, BLUE)],
          f"Of the last step of each row{', on a logarithmic axis' if log else ''}."),
@@ -78,6 +76,10 @@ def make_curves(rows: Sequence[MetricsRow]) -> Section:
     averaged = max(len(train), len(val)) > MAX_POINTS
     means = f"; lines of more than {MAX_POINTS} points show the means of neighbours" if averaged else ""
     return Section(key, title, f'<p>{num_rows}{means}.</p><div class="charts">{"".join(charts)}</div>')
+
+
+def _points(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def epochs_at(rows: Sequence[MetricsRow], val: Sequence[MetricsRow]) -> list[float]:

@@ -16,6 +16,9 @@ from infer.report.source import Source
 from train.config.load import load_recipe, recipe_names
 from train.config.schema import RunConfig
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Tensors of batch normalisation that are counted, not learned."""
+
 
 def make_summary(source: Source) -> Section:
     """Say in a few rows what was trained on what, and how good it is."""
@@ -23,7 +26,8 @@ def make_summary(source: Source) -> Section:
     rows: list[tuple[str, object]] = []
     if checkpoint is not None:
         rows.append(("network", f"{checkpoint.config.model.name}, {len(checkpoint.classes):,} classes"))
-        rows.append(("parameters", f"{sum(t.numel() for t in checkpoint.weights.values()):,}"))
+        learned = [t for name, t in checkpoint.weights.items() if not name.endswith(STATISTICS)]
+        rows.append(("parameters", f"{sum(tensor.numel() for tensor in learned):,}"))
     elif manifest is not None:
         rows.append(("network", f"{manifest.checkpoint.model}, {len(manifest.classes):,} classes"))
     elif model:
@@ -171,7 +175,9 @@ def make_speed(source: Source) -> Section:
         hours, seconds = divmod(round(source.rows[-1].time - source.rows[0].time), 3600)
         spent = f"{hours} h {seconds // 60} min" if hours else f"{seconds // 60} min {seconds % 60} s"
         rows.append(("from the first row to the last", f"{spent}, with any time that the run was stopped"))
-    body = facts(rows) if rows else note("There is no metrics.jsonl here, which has the speed of training.")
+    body = (
+        facts(rows) if rows else note("There are no rows of training here: metrics.jsonl is gone, or empty.")
+    )
     exports = "".join(_describe_export(name, manifest) for name, manifest in source.manifests.items())
     if not exports:
         exports = note("There is no export: `alexnet export` makes one.")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.common.errors import CorruptFileError
+from infer.bundle.load import load_bundle
 from infer.bundle.schema import ONNX_NAME
 from infer.report.page import Section, drawing, figure, note
 from infer.report.source import Source
@@ -30,14 +32,16 @@ def make_filters(source: Source) -> Section:
         weights = source.checkpoint.weights
         first = next(tensor for name, tensor in weights.items() if tensor.ndim == 4)
         filters_KHW3, origin = first.float().permute(0, 2, 3, 1).numpy(), "the checkpoint"
-    elif source.bundle is not None:
+    elif source.export is not None:
         try:
-            filters_KHW3 = onnx_filters(source.bundle / ONNX_NAME)
+            filters_KHW3 = onnx_filters(load_bundle(source.export).onnx_path)
         except ModuleNotFoundError as error:
             return Section(key, title, note(f"{error.name} is not installed here, which reads {ONNX_NAME}."))
         except LookupError:
             return Section(key, title, note(f"The first convolution of {ONNX_NAME} stores no weights."))
-        origin = ONNX_NAME
+        except CorruptFileError:
+            return Section(key, title, note(f"The export {source.export.name} is not what was exported."))
+        origin = f"{ONNX_NAME} of export {source.export.name}"
     else:
         return Section(key, title, note(f"Not shown: {source.no_checkpoint}."))
     count, height, width, _ = filters_KHW3.shape

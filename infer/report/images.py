@@ -9,7 +9,7 @@ from data_pipeline.common.text import printable
 from infer.report.mistakes import make_mistakes
 from infer.report.page import Section, note, table
 from infer.report.pictures import Pictures, make_neighbours, make_predictions
-from infer.report.source import Source
+from infer.report.source import Source, short_labels
 
 TITLES = {
     "predictions": "Pictures and what was predicted",
@@ -24,9 +24,11 @@ def make_picture_sections(source: Source, data: Path | None) -> dict[str, Sectio
     Args:
         data: see `infer.report.write.write_report`.
     Raises:
-        UserError: the data that was named is not there, or has other classes.
+        UserError: the data that was named is not there, has other classes, or has no checkpoint to go with.
     """
     if source.checkpoint is None:
+        if data is not None:
+            raise UserError(f"--data is for pictures, and they need a checkpoint: {source.no_checkpoint}")
         return _without(source, f"Not shown: {source.no_checkpoint}.")
     from infer.report.look import open_looker
     from train.evaluate import load_split
@@ -38,15 +40,16 @@ def make_picture_sections(source: Source, data: Path | None) -> dict[str, Sectio
             raise
         root = str(source.checkpoint.config.data.root or "")
         why = str(error).replace(str(source.run), source.name)
-        if root:
+        if root.startswith("/"):
             why = why.replace(root, f"…/{Path(root).name}")
-        return _without(source, f"Not shown, since the images are gone: {why}.")
+        return _without(source, f"Not shown: {why}.")
     with open_looker(source.checkpoint) as looker:
         look = looker.look(split)
         if not len(look.labels):
             return _without(source, f"Not shown: none of {look.num_failed} validation images could be read.")
-        labels = tuple(printable(label).split(",")[0] for label in source.checkpoint.class_labels)
-        pictures = Pictures(look, looker, labels)
+        names, labels = source.checkpoint.classes, source.checkpoint.class_labels
+        shown = short_labels([printable(name) for name in names], [printable(label) for label in labels])
+        pictures = Pictures(look, looker, tuple(shown))
         made = (make_predictions(pictures), make_neighbours(pictures), make_mistakes(pictures))
     return {section.key: section for section in made}
 

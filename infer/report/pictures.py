@@ -68,7 +68,8 @@ class Pictures:
         failed = f", {look.num_failed} could not be read" if look.num_failed else ""
         right = percent(float(self.right.mean()))
         return (
-            f"Looked at:{some} validation images{failed}; the best checkpoint takes {right} of them rightly."
+            f"Looked at:{some} validation images{failed}; the best checkpoint takes {right} of them rightly "
+            "by their centre crop."
         )
 
 
@@ -82,9 +83,9 @@ def make_predictions(pictures: Pictures) -> Section:
         _card(pictures, number, pixels[number]) for number in (*right, *wrong) if number in pixels
     )
     caption = (
-        f"{len(right)} images that are recognised and {len(wrong)} that are not, each the first of a fixed "
-        "random order whose class is not shown yet; as in figure 4 (left) of Krizhevsky et al. 2012. Bars: "
-        "probabilities of the five most probable classes; the true class has a tick and a green bar. "
+        f"{len(right)} images that are recognised and {len(wrong)} that are not, in a fixed random order, "
+        "each of a class of its own where there are enough; as in figure 4 (left) of Krizhevsky et al. 2012. "
+        "Bars: probabilities of the five most probable classes; the true class has a tick and a green bar. "
         f"{pictures.words()}"
     )
     return Section(
@@ -156,9 +157,9 @@ def make_neighbours(pictures: Pictures) -> Section:
     caption = (
         f"First column: an image each of {len(queries)} classes, from a fixed random order. Beside it the "
         f"{count} other images whose activations in the last hidden layer (fc7, {look.hidden.shape[1]:,} "
-        "units, behind ReLU) have the smallest Euclidean distance, which is below each; as in figure 4 "
-        "(right) of Krizhevsky et al. 2012, there among training images. ✓ is of the same class, ✗ of "
-        f"another. Of all images, {agreeing:.1%} have one of their own class as the nearest. "
+        "units, as the last layer reads them) have the smallest Euclidean distance, which is below each; as "
+        "in figure 4 (right) of Krizhevsky et al. 2012, there among training images. ✓ is of the same class, "
+        f"✗ of another. Of all images, {agreeing:.1%} have one of their own class as the nearest. "
         f"{pictures.words()}"
     )
     content = f'<div class="scroll"><table>{"".join(lines)}</table></div>'

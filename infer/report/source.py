@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,14 @@ class Source:
     @property
     def named_manifest(self) -> Manifest | None:
         """The manifest of the export that was named, else of the newest."""
-        if self.bundle is not None:
-            return self.manifests[self.bundle.name]
-        return max(self.manifests.values(), key=lambda manifest: manifest.created, default=None)
+        return self.manifests[self.export.name] if self.export is not None else None
+
+    @property
+    def export(self) -> Path | None:
+        """The folder of the export that was named, else of the newest; None where there is none."""
+        if self.bundle is not None or self.run is None or not self.manifests:
+            return self.bundle
+        return self.run / "export" / max(self.manifests, key=lambda name: self.manifests[name].created)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -84,6 +90,19 @@ class Source:
         if self.report is not None:
             labels |= {row.name: row.label for row in self.report.classes if row.name != row.label}
         return labels
+
+
+def short_labels(names: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The first of several names of each class, "tabby" of "tabby, tabby cat"; and the class if it is shared.
+
+    >>> short_labels(("n1", "n2", "n3"), ("crane", "crane, lifting device", "tabby, tabby cat"))
+    ['crane (n1)', 'crane (n2)', 'tabby']
+    """
+    first = [label.split(",")[0].strip() or name for name, label in zip(names, labels, strict=True)]
+    return [
+        short if first.count(short) == 1 or short == name else f"{short} ({name})"
+        for name, short in zip(names, first, strict=True)
+    ]
 
 
 def find_source(path: Path | None, runs: Path = Path("runs")) -> Source:

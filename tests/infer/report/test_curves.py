@@ -43,6 +43,8 @@ def test_rates_far_apart_have_a_log_axis() -> None:
     far = [*near, msgspec.structs.replace(near[0], step=12, lr=0.001)]
     assert "logarithmic" not in make_curves([*near, *val]).body
     assert "logarithmic" in make_curves([*far, *val]).body
+    last_of_a_cosine = [*near, *near, *far]
+    assert "logarithmic" not in make_curves([*last_of_a_cosine, *val]).body
 
 
 def test_a_chart_without_values_says_so() -> None:

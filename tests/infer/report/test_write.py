@@ -143,14 +143,16 @@ def test_what_is_gone_is_said_in_its_place(run: Path, data: Path, tmp_path: Path
         assert report(copy, "--data", data).exit_code == 2, "data that was named must be there"
     finally:
         data.with_name("moved").rename(data)
-    assert "the images are gone: no data folder …/shapes" in page.sections["predictions"]
+    assert "Not shown: no data folder …/shapes" in page.sections["predictions"]
     assert "val/x/<u>.png" in page.sections["mistakes"] and page.tags["svg"] == 5
     for name in ("metrics.jsonl", "confusion.csv"):
         (copy / name).unlink()
     shutil.rmtree(copy / "checkpoints")
     assert report(copy).exit_code == 0, "an earlier report is replaced"
     page = check_page(copy / "report.html", data)
-    assert "no metrics.jsonl" in page.sections["curves"] and "Not counted yet" in page.sections["confusion"]
+    assert (
+        "metrics.jsonl is gone" in page.sections["curves"] and "Not counted yet" in page.sections["confusion"]
+    )
     assert "no checkpoint that can be used" in page.sections["filters"] and page.tags["img"] == 0
 
 
@@ -185,6 +187,7 @@ def test_an_export_without_its_run_shows_what_it_has(tmp_path: Path) -> None:
     alone = write_tiny(tmp_path / "alone", content=helper.make_model(graph).SerializeToString())
     assert report(alone, "--output", tmp_path / "page.html").exit_code == 0
     page = check_page(tmp_path / "page.html", tmp_path)
+    assert report(alone, "--data", tmp_path).exit_code == 2, "there is no checkpoint for the pictures"
     assert page.tags["img"] == 1 and "4 filters of 5 × 5 × 3" in page.sections["filters"]
     assert "from model.onnx" in page.sections["filters"]
     assert "does not lie in its run" in page.sections["mistakes"] and "gate: 50 of" in page.sections["speed"]
