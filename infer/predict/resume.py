@@ -255,7 +255,7 @@ def _parse(
     if number == 0:
         if cells != columns:
             raise UserError(
-                f"--resume: {printable(output)} has other columns; give --top and --truth as it was begun"
+                f"--resume: {printable(output)} has other columns; give --top and --truth as before"
             )
         return None
     rank = cells[-1] if columns[-1] == TRUTH_COLUMNS[-1] else ""
