@@ -251,7 +251,7 @@ def _parse(
     if number == 0:
         if cells != csv_columns(shape):
             raise UserError(
-                f"--resume: {printable(output)} has other columns; give --top and --truth as it was begun"
+                f"--resume: {printable(output)} has other columns; give --top and --truth as before"
             )
         return None
     rank = cells[-1] if shape.truth else ""

@@ -37,7 +37,7 @@ def test_bundle_scores_as_the_checkpoint(
 
     with open_decoder(checkpoint.preprocessing, 8) as decoder:
         for batch in Loader(decoder, checkpoint.preprocessing).eval(dataset, micro_batch=8):
-            probabilities = torch.from_numpy(run(valid_images(batch)))
+            probabilities = torch.from_numpy(run(valid_images(batch)).probabilities)
             hits = probabilities.topk(5).indices == torch.from_numpy(batch.labels)[:, None]
             num_top1, num_top5 = num_top1 + int(hits[:, 0].sum()), num_top5 + int(hits.sum())
             losses += (-probabilities[range(len(batch)), batch.labels].double().log()).tolist()

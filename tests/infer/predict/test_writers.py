@@ -142,7 +142,7 @@ def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match=r"row 1 of .*rows.jsonl is damaged"):
         list(completed_rows("jsonl", path, SHAPE))
     write("csv", path, ROWS, append=False)
-    with pytest.raises(UserError, match="has other columns; give --top as it was begun with"):
+    with pytest.raises(UserError, match="has other columns; give --top and --truth as before"):
         list(completed_rows("csv", path, RowShape(3, named=False)))
     with pytest.raises(CorruptFileError, match="no whole Parquet file"):
         list(completed_rows("parquet", path, SHAPE))
