@@ -81,7 +81,7 @@ def test_opset_17_runs_where_opset_20_is_refused(
     done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["version"] == "1.16.3"
-    expected = torch_runner(load_checkpoint(checkpoint_folder(base)))(images_NHWC)
+    expected = torch_runner(load_checkpoint(checkpoint_folder(base)))(images_NHWC).probabilities
     for path in paths[:2]:
         for rows in found[path]:  # from the file, and from its bytes
             np.testing.assert_allclose(rows, expected, atol=3e-5, err_msg=path)
