@@ -120,7 +120,8 @@ class _NpyFile:
             self.info = msgspec.json.decode(info_path(path).read_bytes(), type=FeatureInfo)
         with _name_damage(path):
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            if rows.dtype != np.float32 or rows.shape[1:] != (self.info.num_features,) or rows.offset < 1:
+            wrong = rows.dtype != np.float32 or rows.shape[1:] != (self.info.num_features,)
+            if wrong or not rows.flags.c_contiguous:
                 raise ValueError(f"{rows.dtype} of shape {rows.shape}")
             self._count, self._offset = len(rows), rows.offset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -16,9 +17,11 @@ from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle
 from infer.bundle.schema import Precision, TensorSpec
 from infer.export.compare import FeatureDifference
+from infer.export.rebuild import rebuild_engine
 from infer.export.to_onnx import ContractModel
 from infer.export.triton import config_text
-from tests.helpers.infer_samples import checkpoint_folder, tiny_manifest
+from infer.runtime.onnx import OnnxBackend
+from tests.helpers.infer_samples import checkpoint_folder, data_folder, tiny_manifest
 from train.checkpoints.load import load_checkpoint
 from train.models.alexnet import Normalize
 
@@ -55,6 +58,18 @@ def test_gate_states_the_difference_of_features(featured: Bundle) -> None:
     assert "features: 64 of fc7, a second output" in text and "in model.cpu.onnx; at most 0.0001" in text
     config = config_text(manifest, "onnx")
     assert config.count("TYPE_FP32") == 2 and 'name: "fc7"' in config and "dims: [ 64 ]" in config
+
+
+@pytest.mark.gpu
+def test_features_on_a_gpu_are_those_of_the_cpu(featured: Bundle, base: Path, tmp_path: Path) -> None:
+    with closing(OnnxBackend(featured, "cpu")) as cpu, closing(OnnxBackend(featured, "cuda")) as cuda:
+        expected, found = cpu.run_outputs(IMAGES).features, cuda.run_outputs(IMAGES).features
+    assert expected is not None and found is not None
+    np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max())
+    rebuild = rebuild_engine(featured, out=tmp_path / "trt", data=data_folder(base)).manifest.rebuild
+    if rebuild is None or rebuild.agreement is None:
+        pytest.skip("no engine runs here")
+    assert rebuild.agreement.max_feature_difference is not None
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 1e-2), ("int8", 0.25)])

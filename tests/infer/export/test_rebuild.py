@@ -22,6 +22,7 @@ from infer.bundle.load import Bundle, load_bundle
 from infer.bundle.manifest import read_manifest
 from infer.export.engine_options import EngineOptions
 from infer.export.to_tensorrt import _Build, build_engine
+from infer.runtime.base import Outputs
 from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.cuda import scan_gpus
 from infer.runtime.onnx import OnnxBackend
@@ -127,6 +128,9 @@ class Altered:
     def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         probabilities_NC = self._onnx.run(images_NHWC)
         return (1 - self._by) * probabilities_NC + self._by * probabilities_NC[:, ::-1]
+
+    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
+        return Outputs(self.run(images_NHWC), None)
 
     def close(self) -> None:
         self._onnx.close()
