@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
+from PIL import Image
 
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.sealed import SEAL, encode_sealed, seal_of
@@ -32,7 +34,8 @@ from infer.predict.inputs import find_inputs
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
-from train.models.alexnet import make_model
+from train.models.alexnet import AlexNet, Normalize, make_model
+from train.models.batch_norm import BatchNorm
 
 IMAGES_PER_CLASS = 5
 CLASSES = tuple("0123456789")
@@ -57,8 +60,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 NORMED = (
-    "preprocessing.crop_px=64", "preprocessing.resize_px=64", "model.stem_kernel=5", "model.groups=1",
-    "model.norm=bn_after_relu", "model.hidden_norm=true", "model.pool_padding=1", "model.hidden_units=64",
+    "model.stem_kernel=5", "model.groups=1", "model.norm=bn_after_relu", "model.hidden_norm=true",
+    "model.pool_padding=1", "model.hidden_units=64",
 )  # fmt: skip
 """`paper` with every key changed that changes its layers."""
 
@@ -73,10 +76,8 @@ def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str]
         last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
         with torch.no_grad():
             last.weight.mul_(8)
-            if overrides:  # statistics and scales of either sign, as after training
-                for name, tensor in network.state_dict().items():
-                    if "norm" in name and tensor.is_floating_point():
-                        tensor.uniform_(0.2 if "running" in name else -0.5, 1.5)
+            if overrides:
+                measure_statistics(network, Normalize(config.preprocessing), images_in(data_folder(base)))
             for parameter in network.parameters():
                 if parameter.ndim == 1 and parameter.count_nonzero() == 0:
                     parameter.normal_(std=0.1)  # the exporter drops biases that are all zero
@@ -93,6 +94,16 @@ def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str]
             ),
         )
     return folder
+
+
+def measure_statistics(network: AlexNet, normalize: Normalize, files: Sequence[Path]) -> None:
+    """Give batch normalisation the statistics of images, as training does, and scales of either sign."""
+    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    images = [np.asarray(Image.open(file).convert("RGB").resize((56, 56))) for file in files]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.uniform_(-0.5, 1.5)
+    network(normalize(torch.from_numpy(np.stack(images))))
 
 
 def exported(base: Path) -> Bundle:
