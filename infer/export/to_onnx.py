@@ -16,7 +16,6 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, Precision
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
-from infer.export.fold_norms import fold_hidden_norms
 from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
@@ -42,9 +41,7 @@ class ContractModel(nn.Module):
         super().__init__()
         self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
-        self.network = checkpoint.make_model()
-        fold_hidden_norms(self.network)
-        self.network.to(self.dtype)
+        self.network = checkpoint.make_model().to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.softmax(self.network(self.normalize(images).to(self.dtype)).float(), dim=1)
