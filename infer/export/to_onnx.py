@@ -16,10 +16,9 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, FeatureLayer, Precision
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
-from infer.export.fold_norms import fold_hidden_norms
 from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
 from train.checkpoints.load import Checkpoint
-from train.models.alexnet import Normalize, count_layers
+from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 
@@ -46,10 +45,8 @@ class ContractModel(nn.Module):
         super().__init__()
         self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
-        self.network = checkpoint.make_model()
+        self.network = checkpoint.make_model().to(self.dtype)
         self.features = features
-        fold_hidden_norms(self.network, count_layers(self.network, features) if features else None)
-        self.network.to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         inputs_NCHW = self.normalize(images).to(self.dtype)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-from PIL import Image
 
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.sealed import SEAL, encode_sealed, seal_of
@@ -34,7 +32,7 @@ from infer.predict.inputs import find_inputs
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
-from train.models.alexnet import AlexNet, Normalize, make_model
+from train.models.alexnet import AlexNet, make_model
 from train.models.batch_norm import BatchNorm
 
 IMAGES_PER_CLASS = 5
@@ -77,7 +75,7 @@ def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str]
         with torch.no_grad():
             last.weight.mul_(8)
             if overrides:
-                measure_statistics(network, Normalize(config.preprocessing), images_in(data_folder(base)))
+                draw_norms(network)
             for parameter in network.parameters():
                 if parameter.ndim == 1 and parameter.count_nonzero() == 0:
                     parameter.normal_(std=0.1)  # the exporter drops biases that are all zero
@@ -96,14 +94,14 @@ def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str]
     return folder
 
 
-def measure_statistics(network: AlexNet, normalize: Normalize, files: Sequence[Path]) -> None:
-    """Give batch normalisation the statistics of images, as training does, and scales of either sign."""
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    images = [np.asarray(Image.open(file).convert("RGB").resize((56, 56))) for file in files]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.weight.uniform_(-0.5, 1.5)
-    network(normalize(torch.from_numpy(np.stack(images))))
+def draw_norms(network: AlexNet) -> None:
+    """Give batch normalisation statistics, and scales of either sign, as after training."""
+    for norm in network.modules():
+        if isinstance(norm, BatchNorm):
+            assert norm.running_mean is not None and norm.running_var is not None
+            values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            for tensor, low, high in zip(values, (0, 0.2, -0.5, -0.5), (0.5, 1.5, 1.5, 0.5), strict=True):
+                tensor.uniform_(low, high)
 
 
 def exported(base: Path) -> Bundle:

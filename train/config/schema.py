@@ -84,19 +84,16 @@ class ModelConfig(Table, frozen=True):
     """Which network to build, see `train.models.alexnet`. Keys that are None are as published for its name.
 
     Attributes:
-        stem_kernel: side of the first convolution's kernel, odd; it is padded by half of it, one of 11 as
-            published.
+        stem_kernel: side of the first kernel, odd; padded by half of it, or as published where it is 11.
         stem_stride: stride of the first convolution: 4 for 224 pixels.
         groups: of the 2nd, 4th and 5th convolution.
         norm: `lrn` behind the first two ReLUs; batch normalisation of all five convolutions, before
             (`bn`; they then have no bias) or behind (`bn_after_relu`) the ReLU; or `none`.
         hidden_norm: batch normalisation of the two hidden fully connected layers too, on the side of `norm`.
-        norm_batch: consecutive samples of the global batch over which batch normalisation takes its
-            statistics (ghost batches): the result then depends neither on ranks nor on micro-batches. None
-            for all samples of a pass, on all ranks.
+        norm_batch: consecutive samples of the global batch whose statistics batch normalisation takes (ghost
+            batches), whatever ranks and micro-batches; None for all samples of a pass, on all ranks.
         pool_padding: pixels around the map of each of the three poolings.
-        hidden_units: of each of the two hidden fully connected layers; 4096 as published, fewer for small
-            data.
+        hidden_units: of each of the two hidden layers; 4096 as published, fewer for small data.
     """
 
     name: Literal["paper", "caffe", "owt", "bn"] = "paper"

@@ -64,7 +64,7 @@ def test_max_batch_has_bounds(base: Path, max_batch: int) -> None:
 
 @pytest.mark.slow
 def test_network_of_the_keys_passes_the_gate(base: Path, tmp_path: Path) -> None:
-    """In float32 with an engine, and in int8 with its form for a CPU; two norms are part of layers."""
+    """In float32, with an engine; norms behind a ReLU stay operators of their own."""
     (tmp_path / "digits").symlink_to(data_folder(base))
     folder = checkpoint_folder(tmp_path, overrides=NORMED)
     bundle = export_model(folder, "trt", max_batch=8, out=tmp_path / "trt")
@@ -73,15 +73,9 @@ def test_network_of_the_keys_passes_the_gate(base: Path, tmp_path: Path) -> None
     assert report.onnx.mean_probability_difference < 1e-6
     operators = [node.op_type for node in onnx.load(bundle.onnx_path).graph.node]
     counted = {kind: operators.count(kind) for kind in ("Conv", "BatchNormalization", "LRN", "Gemm")}
-    assert counted == {"Conv": 5, "BatchNormalization": 5, "LRN": 0, "Gemm": 3}
+    assert counted == {"Conv": 5, "BatchNormalization": 7, "LRN": 0, "Gemm": 3}
     named = "paper (stem_kernel=5, groups=1, norm=bn_after_relu, hidden_norm, pool_padding=1)"
     assert bundle.manifest.checkpoint.model == named
-    calibrate = base / "all-digits"
-    report = export_model(
-        folder, "onnx", precision="int8", calibrate=calibrate, out=tmp_path / "int8"
-    ).manifest.report
-    assert report is not None and report.cpu is not None
-    assert min(report.onnx.top1_agreement, report.cpu.top1_agreement) >= 0.98
 
 
 @pytest.mark.slow

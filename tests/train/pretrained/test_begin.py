@@ -211,12 +211,12 @@ def test_sources_that_do_not_fit_are_refused_in_one_line(world: World, tmp_path:
             make_config("demo", overrides)
 
 
-@pytest.mark.parametrize("norm_batch", ["null", "2"])
+@pytest.mark.parametrize("ghosts", [(), ("model.norm_batch=2",)])
 def test_frozen_features_are_equal_to_the_bit_after_steps(
-    world: World, tmp_path: Path, norm_batch: str
+    world: World, tmp_path: Path, ghosts: tuple[str, ...]
 ) -> None:
     """Weights, norms and their statistics, also in the average; the noise is that of what trains."""
-    settings = ("model.name=bn", "model.hidden_units=64", f"model.norm_batch={norm_batch}")
+    settings = ("model.name=bn", "model.hidden_units=64", *ghosts)
     source = small_trainer(world, *settings, "seed=3")
     snapshot = Snapshot(
         step=1, epoch=0, samples_seen=4, config=source.config, classes=CLASSES, metrics={},
