@@ -65,25 +65,17 @@ DIGITS = Study(
     page="study-digits.md",
 )
 
-_BEST = Setting(())
 TINY = Study(
     recipe="tiny-imagenet-best",
     questions={
-        "network": {
-            "the recipe": _BEST,
+        "one change": {
+            "the recipe": Setting(()),
             "stem 11 × 11": Setting(("model.stem_kernel=11",)),
-            "groups": Setting(("model.groups=2",)),
-            "BN before ReLU": Setting(("model.norm=bn",)),
             "LRN, a fifth of the rate": Setting(
                 ("model.norm=lrn", "model.hidden_norm=false", "schedule.learning_rate=0.02")
             ),
-        },
-        "regularisation": {
-            "the recipe": _BEST,
-            "hidden 512, dropout 0.2": Setting(("model.hidden_units=512", "model.dropout=0.2")),
-            "no smoothing, no erasing": Setting(("label_smoothing=0", "augment.erase=0")),
-            "TrivialAugment": Setting(("augment.trivial=true",)),
-        },
+            "He's initialisation": Setting(("model.init=he",)),
+        }
     },
     seeds=1,
     epochs=4,
