@@ -71,7 +71,7 @@ step_best() { run_recipe tiny-imagenet-best best; }
 
 step_ten-crop() {
   for run in post best; do
-    within alexnet evaluate "$(last $run)" --data "$data" --ten-crop --json || return
+    within alexnet evaluate "$(last "$run")" --data "$data" --ten-crop --json || return
   done
 }
 
