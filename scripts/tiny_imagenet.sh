@@ -140,12 +140,19 @@ take() {
 import datetime, json, pathlib, subprocess, sys
 
 out, step, code, seconds, device = sys.argv[1:]
-lines = pathlib.Path(out, f"{step}.out").read_text().splitlines()
+text, found, decoder = pathlib.Path(out, f"{step}.out").read_text(), [], json.JSONDecoder()
+while (start := text.find("{")) >= 0:  # the tables of the classes are in the printed text, not in the row
+    try:
+        value, end = decoder.raw_decode(text[start:])
+    except json.JSONDecodeError:
+        break
+    found.append({key: item for key, item in value.items() if not isinstance(item, list)})
+    text = text[start + end:]
 commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 ended = {"0": "ok", "124": "cut off by the step's bound", "137": "killed at the step's bound"}.get(code, f"exit code {code}")
 row = {"step": step, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
        "commit": commit or None, "device": device, "seconds": int(seconds), "ended": ended,
-       "printed": [json.loads(line) for line in lines if line.startswith("{")]}
+       "printed": found}
 with pathlib.Path(out, "results.jsonl").open("a") as file:
     file.write(json.dumps(row) + "\n")
 print(f"{step}: {ended}, {seconds} s", file=sys.stderr)
