@@ -32,8 +32,9 @@ def test_study_keeps_runs_and_redraws_table_and_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(STUDIES))
 def test_study_page_is_made_of_its_runs(name: str) -> None:
     study, runs = STUDIES[name], read_runs(DOCS / f"study-{name}.jsonl")
-    if name == "fine-tuning" and not runs:
-        pytest.skip("not made yet: docs/fine-tuning.md says so")
+    if name != "digits" and not runs:
+        assert "Not measured yet" in (DOCS / study.page).read_text()
+        pytest.skip(f"not made yet: docs/{study.page} says so")
     assert {(r.setting, r.seed) for r in runs} == {(s, n) for s in study.settings for n in range(study.seeds)}
     assert make_table(study, runs) in (DOCS / study.page).read_text()
 
