@@ -89,9 +89,11 @@ def run_card(checkpoint: Checkpoint) -> str:
 
 def training_sections(checkpoint: Checkpoint) -> list[str]:
     """What a card says about training, as paragraphs and sections: network, data, recipe, results."""
-    config = checkpoint.config
+    model = checkpoint.config.model
+    changes = model.description.removeprefix(model.name).strip(" ()")
+    changed = f", changed ({code(changes)})" if changes else ""
     return [
-        f"AlexNet, {NETWORKS[config.model.name]}: {count_parameters(checkpoint):,} parameters, "
+        f"AlexNet, {NETWORKS[model.name]}{changed}: {count_parameters(checkpoint):,} parameters, "
         f"{len(checkpoint.classes):,} classes, images of {checkpoint.preprocessing.crop_px} pixels.",
         f"## Data\n\n{_data_text(checkpoint)}",
         f"## Recipe\n\n{_recipe_text(checkpoint)}",
