@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from data_pipeline.common.class_report import (
     ClassCounts,
     ClassReport,
-    Mistake,
     make_class_report,
+    name_mistakes,
     rank_mistakes,
 )
 from data_pipeline.common.console import show_progress
@@ -132,15 +132,7 @@ class _ClassCounter:
 
     def report(self, dataset: Dataset) -> ClassReport:
         names = tuple(map(printable, dataset.classes))
-        mistakes = [
-            Mistake(
-                path=printable(dataset.name_at(index)),
-                truth=names[truth],
-                predicted=names[found],
-                probability=probability,
-            )
-            for probability, index, truth, found in self._mistakes
-        ]
+        mistakes = name_mistakes(self._mistakes, names, lambda index: printable(dataset.name_at(index)))
         return make_class_report(self.counts, names, tuple(map(printable, dataset.class_labels)), mistakes)
 
 

@@ -79,15 +79,23 @@ def _quoted(text: str) -> str:
     return json.dumps(visible(printable(text)), ensure_ascii=False)
 
 
+def named_accuracies(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Top-1 and top-5 in 0..1 under the names that cards use, of a checkpoint's metrics; those there are."""
+    named = {"top1": "top-1", "top5": "top-5"}
+    return {words: metrics[key] for key, words in named.items() if key in metrics}
+
+
 def licence_section(data: str) -> str:
     """The section on the licences of code and weights.
 
     Args:
-        data: what the weights were computed from, in words.
+        data: name of the data that the weights were computed from; empty where it is not known.
     """
+    images = f"the images of {code(data)}" if data else "images that their publisher names"
     return (
         "## Licence\n\n"
         "The code that trained and exported this model is under the Apache License 2.0. That says nothing "
-        f"about the weights: they were computed from {data}, and whether and how they may be used and passed "
-        "on is decided by the terms of those images, which this card does not know. Look them up first."
+        f"about the weights: they were computed from {images}, and whether and how they may be used and "
+        "passed on is decided by the terms of those images, which this card does not know. Look them up "
+        "first."
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,6 +125,22 @@ def rank_mistakes(candidates: Iterable[tuple[float, int, int, int]]) -> list[tup
     """
     rounded = [(round(float(p), 4), index, truth, found) for p, index, truth, found in candidates]
     return sorted(rounded, key=lambda mistake: (-mistake[0], mistake[1]))[:NUM_MISTAKES]
+
+
+def name_mistakes(
+    candidates: Iterable[tuple[float, int, int, int]], names: Sequence[str], path_at: Callable[[int], str]
+) -> list[Mistake]:
+    """Order mistakes as `rank_mistakes` does, and name what they are of.
+
+    Args:
+        candidates: see `rank_mistakes`.
+        names: of the classes.
+        path_at: the file at a place in the split, for people.
+    """
+    return [
+        Mistake(path=path_at(index), truth=names[truth], predicted=names[found], probability=probability)
+        for probability, index, truth, found in rank_mistakes(candidates)
+    ]
 
 
 def make_class_report(

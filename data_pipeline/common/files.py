@@ -189,6 +189,21 @@ def user_cache() -> Path:
         raise FileNotFoundError(f"no place for a cache: {error}") from error
 
 
+def place_in_cache(name: str, purpose: str) -> Path:
+    """A folder or file in the user's cache that the work at hand cannot do without.
+
+    Args:
+        name: relative to the cache.
+        purpose: what a folder is wanted for, for the message.
+    Raises:
+        UserError: this user has no place for a cache.
+    """
+    try:
+        return user_cache() / name
+    except OSError as error:
+        raise UserError(f"{error}: set XDG_CACHE_HOME to a folder for {purpose}") from error
+
+
 MAX_FILE_BYTES = 800_000_000
 """The largest file that is read where no other limit is set."""
 

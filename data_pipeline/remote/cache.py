@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import user_cache, write_atomic
+from data_pipeline.common.files import place_in_cache, write_atomic
 from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
@@ -34,10 +34,7 @@ def cache_root() -> Path:
     Raises:
         UserError: this user has no place for one.
     """
-    try:
-        return user_cache() / "shards"
-    except OSError as error:
-        raise UserError(f"{error}: set XDG_CACHE_HOME to a folder for shards") from error
+    return place_in_cache("shards", "shards")
 
 
 def hold(root: Path, id: str) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import user_cache
+from data_pipeline.common.files import place_in_cache
 from data_pipeline.common.text import printable
 from data_pipeline.remote.address import is_http, name_of
 from data_pipeline.remote.objects import put_object, read_small_object
@@ -47,12 +47,7 @@ def write_remote_shards(
         raise UserError(f"{url} holds shards already, which are never replaced: name another place")
     settings = [url, str(source.resolve()), shard_bytes, resize_px, quality]
     id = hashlib.sha256(msgspec.json.encode(settings)).hexdigest()[:16]
-    try:
-        folder = user_cache() / "upload" / id / name_of(url)
-    except OSError as error:
-        raise UserError(
-            f"{error}: set XDG_CACHE_HOME to a folder for the shards until they are copied"
-        ) from error
+    folder = place_in_cache(f"upload/{id}/{name_of(url)}", "the shards until they are copied")
     log.info("writing to %s first", printable(folder))
     report = write_shards(
         source, folder, shard_bytes=shard_bytes, resize_px=resize_px, quality=quality, workers=workers

@@ -19,6 +19,7 @@ from data_pipeline.transforms.rng import (
     STREAM_FLIP,
     STREAM_OFFSET_X,
     STREAM_OFFSET_Y,
+    integers_from,
     uniform_at,
 )
 from data_pipeline.transforms.sampler import Int
@@ -168,13 +169,13 @@ def train_crop_params(
     if augment.crop == "center":
         offsets = _centre_square(sizes, crop_px)
     elif augment.crop == "random":
-        offsets = _integers_from(draws, sizes - crop_px + 1)
+        offsets = integers_from(draws, sizes - crop_px + 1)
     elif augment.crop == "padded":
         padding = padding_px(crop_px)
-        offsets = _integers_from(draws, sizes + 2 * padding - crop_px + 1) - padding
+        offsets = integers_from(draws, sizes + 2 * padding - crop_px + 1) - padding
     else:
         spare = np.full_like(sizes, preprocessing.resize_px - crop_px)
-        offsets = _centre_square(sizes, preprocessing.resize_px) + _integers_from(draws, spare + 1)
+        offsets = _centre_square(sizes, preprocessing.resize_px) + integers_from(draws, spare + 1)
     return CropParams(windows, sizes, offsets, flips, crop_px, colors)
 
 
@@ -182,11 +183,6 @@ def _as_sizes(heights_widths: npt.ArrayLike) -> Int:
     sizes = np.asarray(heights_widths, dtype=np.int64).reshape(-1, 2)
     assert (sizes > 0).all(), "an image without pixels"
     return sizes
-
-
-def _integers_from(draws: npt.NDArray[np.float64], count: Int) -> Int:
-    """Uniform integers in 0..count - 1. A product may be rounded up to `count`, hence the minimum."""
-    return np.minimum((draws * count).astype(np.int64), count - 1)
 
 
 def _centre_square(sizes: Int, side: int) -> Int:
@@ -227,6 +223,6 @@ def _random_windows(heights_widths: Int, epoch: int, positions: Int, seed: int, 
     fallback_w = np.where(whole > augment.ratio[1], np.rint(heights * augment.ratio[1]), widths)
     h = np.where(found, h, np.clip(fallback_h.astype(np.int64), 1, heights))
     w = np.where(found, w, np.clip(fallback_w.astype(np.int64), 1, widths))
-    y = np.where(found, _integers_from(draws[rows, first, 2], heights - h + 1), (heights - h) // 2)
-    x = np.where(found, _integers_from(draws[rows, first, 3], widths - w + 1), (widths - w) // 2)
+    y = np.where(found, integers_from(draws[rows, first, 2], heights - h + 1), (heights - h) // 2)
+    x = np.where(found, integers_from(draws[rows, first, 3], widths - w + 1), (widths - w) // 2)
     return np.stack([y, x, h, w], axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.rng import STREAM_ERASE, STREAM_ERASE_TRIES, uniform_at
+from data_pipeline.transforms.rng import STREAM_ERASE, STREAM_ERASE_TRIES, integers_from, uniform_at
 from data_pipeline.transforms.sampler import Int
 
 ERASE_TRIES = 10
@@ -51,8 +51,7 @@ def erase_boxes_at(
     rows, first = np.arange(len(fits_NT)), fits_NT.argmax(axis=1)
     sides_N2 = sides_NT2[rows, first]
     spare_N2 = crop_px - sides_N2
-    # a product may be rounded up to the count, hence the minimum
-    corners_N2 = np.minimum((draws_NT4[rows, first, 2:] * (spare_N2 + 1)).astype(np.int64), spare_N2)
+    corners_N2 = integers_from(draws_NT4[rows, first, 2:], spare_N2 + 1)
     boxes_N4 = np.concatenate([corners_N2, corners_N2 + sides_N2], axis=1)
     erased_N = chosen & fits_NT[rows, first]
     return np.where(erased_N[:, None], boxes_N4, 0)

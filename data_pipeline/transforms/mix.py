@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.rng import STREAM_MIX, uniform_at
+from data_pipeline.transforms.rng import STREAM_MIX, integers_from, uniform_at
 from data_pipeline.transforms.sampler import Int
 
 Float = npt.NDArray[np.float64]
@@ -135,6 +135,6 @@ def _lower_half(alpha: float) -> tuple[Float, Float]:
 def _boxes(kept: Float, draws_yx: Float, crop_px: int) -> Int:
     """(N, 4) boxes of the crop's shape and of area 1 - kept, centred on any pixel, clipped at the border."""
     side = (crop_px * np.sqrt(1 - kept)).astype(np.int64)
-    top_left = np.minimum((draws_yx * crop_px).astype(np.int64), crop_px - 1) - side // 2
+    top_left = integers_from(draws_yx, crop_px) - side // 2
     edges: Int = np.clip(np.concatenate([top_left, top_left + side]), 0, crop_px)
     return edges.T

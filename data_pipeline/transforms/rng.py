@@ -63,3 +63,13 @@ def uniform_at(seed: int, epoch: int, index: npt.ArrayLike, stream: npt.ArrayLik
     """Compute a uniform number in [0, 1) with 53 random bits; arguments as `hash_at`."""
     bits = hash_at(seed, epoch, index, stream) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
+
+
+def integers_from(
+    draws: npt.NDArray[np.float64], count: int | npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Uniform integers in 0..count - 1 from uniform numbers in [0, 1).
+
+    A product may be rounded up to `count`, hence the minimum.
+    """
+    return np.minimum((draws * count).astype(np.int64), count - 1)

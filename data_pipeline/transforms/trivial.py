@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.rng import STREAM_TRIVIAL, uniform_at
+from data_pipeline.transforms.rng import STREAM_TRIVIAL, integers_from, uniform_at
 from data_pipeline.transforms.sampler import Int
 
 Float = npt.NDArray[np.float64]
@@ -77,8 +77,8 @@ def trivial_params_at(
         return None
     positions_N1 = np.asarray(positions, dtype=np.int64).reshape(-1, 1)
     which, strength, sign = uniform_at(seed, epoch, positions_N1, STREAM_TRIVIAL + np.arange(3)).T
-    operations = (which * len(Operation)).astype(np.int64)
-    magnitudes = _MAGNITUDES_OB[operations, (strength * NUM_STRENGTHS).astype(np.int64)]
+    operations = integers_from(which, len(Operation))
+    magnitudes = _MAGNITUDES_OB[operations, integers_from(strength, NUM_STRENGTHS)]
     negative = (sign < 0.5) & (operations >= Operation.SHEAR_X) & (operations <= Operation.SHARPNESS)
     return TrivialParams(operations, np.where(negative, -magnitudes, magnitudes))
 

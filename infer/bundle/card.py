@@ -13,7 +13,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME, code, front_matter, licence_section
+from data_pipeline.common.card import (
+    CARD_NAME,
+    WEIGHTS_NAME,
+    code,
+    front_matter,
+    licence_section,
+    named_accuracies,
+)
 from data_pipeline.common.errors import CorruptFileError
 from data_pipeline.common.files import read_small
 from data_pipeline.common.text import visible
@@ -50,12 +57,11 @@ def bundle_card(manifest: Manifest, data: str, training: Sequence[str]) -> str:
         training: what the trainer says: paragraphs and sections.
     """
     origin = manifest.checkpoint
-    named = {"top1": "top-1", "top5": "top-5"}
-    metrics = {words: origin.metrics[key] for key, words in named.items() if key in origin.metrics}
+    accuracies = named_accuracies(origin.metrics)
     first, *sections = training
     return "\n\n".join(
         [
-            front_matter(f"{origin.recipe}, {manifest.precision}", data, metrics).rstrip(),
+            front_matter(f"{origin.recipe}, {manifest.precision}", data, accuracies).rstrip(),
             f"# AlexNet `{origin.model}`, recipe {code(origin.recipe)}, {manifest.precision}",
             first,
             f"## Use\n\n{_use_text(manifest)}",
@@ -63,7 +69,7 @@ def bundle_card(manifest: Manifest, data: str, training: Sequence[str]) -> str:
             "the ONNX graph: its input are the 8-bit pixels.",
             *sections,
             gate_section(manifest),
-            licence_section(f"the images of {code(data)}" if data else "images that their publisher names"),
+            licence_section(data),
         ]
     ) + "\n"  # fmt: skip
 

@@ -102,14 +102,14 @@ def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
         UserError: there is none.
     """
     if path is None:
-        found = _newest(runs.glob(f"*/export/*/{MANIFEST_NAME}"))
+        found = _newest(exports_under(runs))
         if found is None:
             raise UserError(f"no exported model under {runs}/: run `alexnet export` first, or name a bundle")
         return found
     folder = folder_of(path)
     if (folder / MANIFEST_NAME).is_file():
         return folder
-    found = _newest(path.glob(f"export/*/{MANIFEST_NAME}")) if path.is_dir() else None
+    found = _newest(exports_of(path)) if path.is_dir() else None
     if found is None:
         what = f"holds no {MANIFEST_NAME}" if path.is_dir() else "does not exist"
         if path.is_file():
@@ -118,9 +118,22 @@ def find_bundle(path: Path | None, *, runs: Path = Path("runs")) -> Path:
     return found
 
 
-def _newest(manifests: Iterable[Path]) -> Path | None:
-    """The folder of the newest of these manifests, by the time in the manifest."""
-    folders = [m.parent for m in manifests if not m.parent.name.startswith(".")]
+def exports_of(run: Path) -> list[Path]:
+    """The folders of a run's exports, by name, without those that are being built or replaced."""
+    return _folders(run.glob(f"export/*/{MANIFEST_NAME}"))
+
+
+def exports_under(runs: Path) -> list[Path]:
+    """The folders of the exports of all runs, as `exports_of`."""
+    return _folders(runs.glob(f"*/export/*/{MANIFEST_NAME}"))
+
+
+def _folders(manifests: Iterable[Path]) -> list[Path]:
+    return sorted(file.parent for file in manifests if not file.parent.name.startswith("."))
+
+
+def _newest(folders: Iterable[Path]) -> Path | None:
+    """The newest of these exports, by the time in the manifest."""
     return max(folders, key=lambda f: (_created(f), f.name), default=None)
 
 

@@ -74,11 +74,11 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         truth = None if options.truth is None else open_truth(options.truth, predictor.bundle, inputs)
         identity, tally = identity_of(predictor.bundle, options), None if truth is None else Tally()
         items, kept, kept_errors = iter(inputs), 0, 0
-        shape = row_shape(options, predictor)
+        shape = predictor.row_shape._replace(truth=truth is not None)
         if options.resume:
             kept, kept_errors = _skip_completed(options, format, shape, identity, items, tally)
         counter = RowCounter(predictor.backend, predictor.load_s, tally)
-        writer = stack.enter_context(_open_writer(options, format, predictor))
+        writer = stack.enter_context(_open_writer(options, format, shape, predictor))
         if options.output is not None and format not in ("table", "features"):
             save_identity(options.output, identity)
         gallery = None
@@ -147,18 +147,11 @@ def _skip_completed(
 
 
 def _open_writer(
-    options: PredictOptions, format: Format, predictor: Predictor
+    options: PredictOptions, format: Format, shape: RowShape, predictor: Predictor
 ) -> AbstractContextManager[RowWriter]:
-    truth = options.truth is not None
     if format == "table":
-        return open_table(options.output, names_of(predictor.bundle), predictor.top, truth)
+        return open_table(options.output, names_of(predictor.bundle), shape.places, shape.truth)
     if format == "features":
         assert options.output is not None
         return open_features(options.output, info_of(predictor.bundle, ten_crop=options.ten_crop))
-    shape, stdout = row_shape(options, predictor), binary_stdout()
-    return open_output(format, options.output, shape, append=options.resume, stdout=stdout)
-
-
-def row_shape(options: PredictOptions, predictor: Predictor) -> RowShape:
-    """The shape of the rows that were asked for."""
-    return predictor.row_shape._replace(truth=options.truth is not None)
+    return open_output(format, options.output, shape, append=options.resume, stdout=binary_stdout())

@@ -67,14 +67,9 @@ class CsvWriter:
         for one in predictions:
             also = [safe_cell(one.class_name or "")] if self._shape.named else []
             cells += [one.class_id, *also, safe_cell(one.label), one.probability]
-        num_empty = len(self._columns) - len(cells)
-        if self._shape.truth:
-            truth = row.truth if isinstance(row, OkRow) else msgspec.UNSET
-            last = [truth.class_id, safe_cell(truth.label), truth.rank] if truth else [""] * 3
-            cells += [*[""] * (num_empty - 3), *last]
-        else:
-            cells += [""] * num_empty
-        self._put(cells)
+        truth = row.truth if isinstance(row, OkRow) else msgspec.UNSET
+        last = [truth.class_id, safe_cell(truth.label), truth.rank] if truth else []  # the last columns
+        self._put([*cells, *[""] * (len(self._columns) - len(cells) - len(last)), *last])
 
     def _put(self, cells: Iterable[object]) -> None:
         text = io.StringIO()

@@ -21,9 +21,8 @@ from data_pipeline.common.class_report import (
 )
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.text import printable
-from infer.bundle.load import folder_of, is_bundle, load_bundle
+from infer.bundle.load import exports_of, is_bundle, load_bundle
 from infer.bundle.manifest import Manifest, read_manifest
-from infer.bundle.schema import MANIFEST_NAME
 from train.runs.folder import MetricsRow, RunFolder
 
 if TYPE_CHECKING:
@@ -141,12 +140,11 @@ def find_source(path: Path | None, runs: Path = Path("runs")) -> Source:
 
 def _read_run(run: Path, bundle: Path | None) -> Source:
     manifests, damaged = {}, {}
-    for file in sorted(run.glob(f"export/*/{MANIFEST_NAME}")):
-        if not file.parent.name.startswith("."):
-            try:
-                manifests[file.parent.name] = read_manifest(folder_of(file))
-            except (UserError, CorruptFileError) as error:
-                damaged[file.parent.name] = str(error).replace(f"{run}/", "")
+    for folder in exports_of(run):
+        try:
+            manifests[folder.name] = read_manifest(folder)
+        except (UserError, CorruptFileError) as error:
+            damaged[folder.name] = str(error).replace(f"{run}/", "")
     rows = tuple(RunFolder(run).rows())
     try:
         config = msgspec.json.decode((run / "config.json").read_bytes(), type=dict[str, Any])

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.bundle.load import Bundle, find_bundle, load_bundle
+from infer.bundle.load import Bundle, exports_under, find_bundle, load_bundle
 from infer.bundle.manifest import read_digest
-from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.feature_files import FeatureInfo
 from infer.predict.inputs import Inputs, find_inputs
 from infer.predict.rows import ErrorRow, FeatureRow
@@ -106,7 +105,7 @@ def _find_model(model: Path | None, info: FeatureInfo, features: Path) -> Bundle
     digest = info.bundle_sha256
     made_by = f"{printable(features)} was made by the bundle with manifest SHA-256 {digest[:12]}…"
     if model is None:
-        folder = next((path for path in _exports(Path("runs")) if _digest(path) == digest), None)
+        folder = next((path for path in exports_under(Path("runs")) if _digest(path) == digest), None)
         if folder is None:
             raise UserError(f"{made_by}, which is not under runs/: name it with --model")
     else:
@@ -119,11 +118,6 @@ def _find_model(model: Path | None, info: FeatureInfo, features: Path) -> Bundle
     if (manifest.feature_layer, manifest.num_features) != (info.layer, info.num_features):
         raise UserError(f"{printable(features)} names other features than its bundle, {printable(folder)}")
     return bundle
-
-
-def _exports(runs: Path) -> list[Path]:
-    """The folders of all bundles under `runs`."""
-    return [path.parent for path in sorted(runs.glob(f"*/export/*/{MANIFEST_NAME}"))]
 
 
 def _digest(folder: Path) -> str | None:

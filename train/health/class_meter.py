@@ -11,9 +11,8 @@ from data_pipeline.common.class_report import (
     NUM_MISTAKES,
     ClassCounts,
     ClassReport,
-    Mistake,
     make_class_report,
-    rank_mistakes,
+    name_mistakes,
 )
 from train.distributed.world import World
 from train.health.metrics import TOP_K
@@ -79,8 +78,4 @@ class ClassMeter:
             if probability >= 0
         ]
         gathered = [mistake for share in world.gather_objects(own) for mistake in share]
-        mistakes = [
-            Mistake(path=path_at(index), truth=names[truth], predicted=names[found], probability=probability)
-            for probability, index, truth, found in rank_mistakes(gathered)
-        ]
-        return counts, make_class_report(counts, names, labels, mistakes)
+        return counts, make_class_report(counts, names, labels, name_mistakes(gathered, names, path_at))

@@ -8,8 +8,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import user_cache
+from data_pipeline.common.files import place_in_cache
 from data_pipeline.download.fetch import ADVICE, fetch
 
 log = logging.getLogger("train")
@@ -64,10 +63,7 @@ def fetch_torchvision(mirror: str | None = None, *, advice: str = ADVICE) -> Pat
     """
     file = TORCHVISION_FILE
     url = file.url if mirror is None else f"{mirror.rstrip('/')}/{file.name}"
-    try:
-        path = user_cache() / "weights" / file.name
-    except OSError as error:
-        raise UserError(f"{error}: set XDG_CACHE_HOME to a folder for {file.name}") from error
+    path = place_in_cache(f"weights/{file.name}", file.name)
     if not path.is_file():
         log.info("%s from %s", file.name, url)
     fetch(url, path, size_bytes=file.size_bytes, sha256=file.sha256, advice=advice)

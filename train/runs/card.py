@@ -14,6 +14,7 @@ from data_pipeline.common.card import (
     codes,
     front_matter,
     licence_section,
+    named_accuracies,
     table,
 )
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
@@ -67,7 +68,7 @@ def run_card(checkpoint: Checkpoint) -> str:
     data, crop_px = data_name(checkpoint.config), checkpoint.preprocessing.crop_px
     return "\n\n".join(
         [
-            front_matter(checkpoint.config.recipe, data, accuracies(checkpoint)).rstrip(),
+            front_matter(checkpoint.config.recipe, data, named_accuracies(checkpoint.metrics)).rstrip(),
             f"# AlexNet `{checkpoint.config.model.name}`, recipe {code(checkpoint.config.recipe)}",
             *training_sections(checkpoint),
             f"## Preprocessing\n\n{describe_preprocessing(checkpoint.preprocessing)}",
@@ -82,7 +83,7 @@ def run_card(checkpoint: Checkpoint) -> str:
             "```\n\n"
             "The last line resumes training, on any number of ranks; `--set epochs=N` trains for longer. The "
             "second writes a bundle, whose card says how to load it with plain ONNX Runtime.",
-            licence_section(_images_of(data)),
+            licence_section(data),
         ]
     ) + "\n"  # fmt: skip
 
@@ -110,16 +111,6 @@ def count_parameters(checkpoint: Checkpoint) -> int:
 def data_name(config: RunConfig) -> str:
     """The name of the data folder, without the place where it lay; empty where there was none."""
     return printable(Path(config.data.root).name) if config.data.root else ""
-
-
-def accuracies(checkpoint: Checkpoint) -> dict[str, float]:
-    """Top-1 and top-5 of the validation split in 0..1, where the checkpoint was evaluated."""
-    named = {"top1": "top-1", "top5": "top-5"}
-    return {words: checkpoint.metrics[key] for key, words in named.items() if key in checkpoint.metrics}
-
-
-def _images_of(data: str) -> str:
-    return f"the images of {code(data)}" if data else "images that their publisher names"
 
 
 def _data_text(checkpoint: Checkpoint) -> str:
@@ -165,7 +156,7 @@ def _shown(value: object) -> str:
 
 
 def _results_text(checkpoint: Checkpoint) -> str:
-    found = accuracies(checkpoint)
+    found = named_accuracies(checkpoint.metrics)
     if not found:
         return f"The checkpoint of step {checkpoint.step:,} was not evaluated."
     row, config = _row_of(checkpoint), checkpoint.config
