@@ -64,6 +64,11 @@ last() { # FOLDER
   find "$(newest "$1")/checkpoints" -mindepth 1 -maxdepth 1 -type d -name 'step-*' | sort | tail -n 1
 }
 
+# The ONNX bundle of an export, which lies in a folder of its own where there is an engine, too.
+bundle() { # PRECISION
+  find "$out/export-$1" -name bundle.json -printf '%h\n' | sort | head -n 1
+}
+
 # The post's recipe: 31.75/58.76 is the result to reach.
 step_post() { run_recipe tiny-imagenet post; }
 
@@ -91,8 +96,8 @@ step_int8() { export_as int8 onnx; }
 
 # Accuracy of what was exported, over all 10,000 images.
 step_gate() {
-  for bundle in "$out"/export-{fp32,fp16}; do
-    within alexnet evaluate "$(find "$bundle" -name bundle.json -printf '%h\n' | head -n 1)" --data "$data" --json || return
+  for precision in fp32 fp16; do
+    within alexnet evaluate "$(bundle "$precision")" --data "$data" --json || return
   done
 }
 
@@ -108,7 +113,7 @@ for run in sys.argv[1:]:
     print(json.dumps({"run": pathlib.Path(run).name, "training_images_per_s": round(statistics.median(speeds))}))
 PYTHON
   started=$(date +%s.%N)
-  within alexnet predict "$data/val" --model "$(find "$out/export-fp32" -name bundle.json -printf '%h\n' | head -n 1)" --output "$rows" --overwrite || return
+  within alexnet predict "$data/val" --model "$(bundle fp32)" --output "$rows" --overwrite || return
   python -c 'import json, sys, time
 rows = sum(1 for _ in open(sys.argv[1]))
 print(json.dumps({"predicted": rows, "seconds": round(time.time() - float(sys.argv[2]), 1)}))' "$rows" "$started"

@@ -84,13 +84,8 @@ def fetch(
     """
     if connection is None and urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} is no http or https address")
-    if path.is_file():
-        wrong = _difference(path, size_bytes, md5, sha256)
-        if wrong is None:
-            log.info("%s is there already, and verified", printable(path))
-            return
-        log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
-        path.unlink()
+    if path.is_file() and _keep(path, _difference(path, size_bytes, md5, sha256)):
+        return
     part = path.with_name(f"{path.name}.part")
     check_writable(path.parent, "name another folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +104,16 @@ def fetch(
         )
     fsync_path(part)
     part.replace(path)
+
+
+def _keep(path: Path, wrong: str | None) -> bool:
+    """Log that a file is there already, and remove it if something is wrong with it; returns if it stays."""
+    if wrong is None:
+        log.info("%s is there already, and verified", printable(path))
+        return True
+    log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
+    path.unlink()
+    return False
 
 
 def _fetch_all(

@@ -48,10 +48,7 @@ class Comparison:
 
 
 def compare(
-    reference: Runner,
-    candidates: Mapping[str, Runner],
-    dataset: Dataset,
-    manifest: Manifest,
+    reference: Runner, candidates: Mapping[str, Runner], dataset: Dataset, manifest: Manifest
 ) -> Comparison:
     """Run a reference and its candidates on the same decoded images: all, or 1,000 spread over the split.
 
@@ -94,7 +91,7 @@ def compare(
             f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
         )
     expected_NC = np.concatenate(expected)
-    labels_N = np.concatenate(labels) if dataset.classes else None
+    labels_N, limits = np.concatenate(labels) if dataset.classes else None, LIMITS[manifest.precision]
     return Comparison(
         num_images=len(expected_NC),
         num_failed=num_failed,
@@ -102,7 +99,7 @@ def compare(
         reference_accuracy=None if labels_N is None else _share(expected_NC.argmax(1) == labels_N),
         agreements={
             name: replace(
-                measure_agreement(expected_NC, np.concatenate(batches), labels_N, LIMITS[manifest.precision]),
+                measure_agreement(expected_NC, np.concatenate(batches), labels_N, limits),
                 max_feature_difference=features[name].share(),
             )
             for name, batches in found.items()

@@ -23,12 +23,7 @@ def make_classes(source: Source) -> Section:
     key, title = "classes", "Classes"
     report = source.report
     if report is None:
-        why = (
-            NO_COUNTS
-            if source.run is not None
-            else "This export does not lie in its run, which has the counts."
-        )
-        return Section(key, title, note(why))
+        return Section(key, title, note(_why_not_counted(source)))
     known = sorted((row for row in report.classes if row.top1 is not None), key=lambda row: -(row.top1 or 0))
     short = _short(report)
     bars = "".join(
@@ -64,12 +59,7 @@ def make_confusion(source: Source) -> Section:
     key, title = "confusion", "Which class is taken for which"
     report, counts = source.report, source.counts
     if report is None:
-        why = (
-            NO_COUNTS
-            if source.run is not None
-            else "This export does not lie in its run, which has the counts."
-        )
-        return Section(key, title, note(why))
+        return Section(key, title, note(_why_not_counted(source)))
     named = _short(report)
     labels = list(named.values())
     parts = []
@@ -102,6 +92,12 @@ def make_confusion(source: Source) -> Section:
     else:
         parts.append("<p>No image was taken for another class.</p>")
     return Section(key, title, "".join(parts))
+
+
+def _why_not_counted(source: Source) -> str:
+    return (
+        NO_COUNTS if source.run is not None else "This export does not lie in its run, which has the counts."
+    )
 
 
 def describe_evaluation(source: Source) -> str:

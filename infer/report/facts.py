@@ -13,11 +13,8 @@ from infer.bundle.describe import gate_lines
 from infer.bundle.manifest import Manifest
 from infer.report.page import Section, facts, note, percent, table, text
 from infer.report.source import Source
-from train.config.load import load_recipe, recipe_names
+from train.config.load import make_config, recipe_names
 from train.config.schema import RunConfig
-
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Tensors of batch normalisation that are counted, not learned."""
 
 
 def make_summary(source: Source) -> Section:
@@ -26,8 +23,9 @@ def make_summary(source: Source) -> Section:
     rows: list[tuple[str, object]] = []
     if checkpoint is not None:
         rows.append(("network", f"{checkpoint.config.model.name}, {len(checkpoint.classes):,} classes"))
-        learned = [t for name, t in checkpoint.weights.items() if not name.endswith(STATISTICS)]
-        rows.append(("parameters", f"{sum(tensor.numel() for tensor in learned):,}"))
+        from train.runs.card import count_parameters  # needs torch, as the checkpoint does
+
+        rows.append(("parameters", f"{count_parameters(checkpoint):,}"))
     elif manifest is not None:
         rows.append(("network", f"{manifest.checkpoint.model}, {len(manifest.classes):,} classes"))
     elif model:
@@ -99,8 +97,8 @@ def _base_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if recipe not in recipe_names():
         return f"the defaults of all keys (recipe {recipe} does not ship with alexnet)", dict(flat(defaults))
     try:
-        values = msgspec.to_builtins(msgspec.convert(load_recipe(recipe), RunConfig))
-    except (UserError, msgspec.ValidationError) as error:
+        values = msgspec.to_builtins(make_config(recipe))
+    except UserError as error:
         return f"the defaults of all keys (recipe {recipe} cannot be read: {error})", dict(flat(defaults))
     return f"recipe {recipe}, as it ships with this version", dict(flat(values))
 

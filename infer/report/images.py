@@ -8,14 +8,8 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.text import printable
 from infer.report.mistakes import make_mistakes
 from infer.report.page import Section, note, table
-from infer.report.pictures import Pictures, make_neighbours, make_predictions
+from infer.report.pictures import TITLES, Pictures, make_neighbours, make_predictions
 from infer.report.source import Source, short_labels
-
-TITLES = {
-    "predictions": "Pictures and what was predicted",
-    "neighbours": "Nearest neighbours in the last hidden layer",
-    "mistakes": "The most confident mistakes",
-}
 
 
 def make_picture_sections(source: Source, data: Path | None) -> dict[str, Section]:

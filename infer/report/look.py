@@ -73,12 +73,11 @@ class Looker:
         probabilities: list[NDArray[np.float32]] = []
         hidden: list[NDArray[np.float32]] = []
         num_failed = 0
-        last = last_layer(self._model)
         batches = self._loader.eval(dataset, micro_batch=BATCH)
         with torch.inference_mode(), closing(batches), show_progress("images", len(dataset)) as progress:
             for batch in batches:
                 images_NHWC = torch.from_numpy(np.from_dlpack(batch.images)[batch.valid])
-                logits_NC, (hidden_ND,) = _forward(self._model, self._normalize(images_NHWC), [last])
+                logits_NC, hidden_ND = self._model.forward_features(self._normalize(images_NHWC), "fc7")
                 places.append(batch.indices[batch.valid])
                 labels.append(batch.labels[batch.valid])
                 probabilities.append(logits_NC.softmax(dim=1).numpy())
@@ -152,27 +151,16 @@ def grad_cam(model: AlexNet, images_NCHW: Tensor, class_id: int) -> NDArray[np.f
     Source: Selvaraju et al. 2017, "Grad-CAM", equations 1 and 2.
     """
     pool = [layer for layer in model.modules() if isinstance(layer, nn.MaxPool2d)][-1]
-    with torch.enable_grad():
-        logits_NC, (map_NCHW,) = _forward(model, images_NCHW, [pool])
-        (gradient_NCHW,) = torch.autograd.grad(logits_NC[0, class_id], map_NCHW)
+    read: list[Tensor] = []
+    hook = pool.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        with torch.enable_grad():
+            logits_NC, (map_NCHW,) = model.forward(images_NCHW), read
+            (gradient_NCHW,) = torch.autograd.grad(logits_NC[0, class_id], map_NCHW)
+    finally:
+        hook.remove()
     weights_NC11 = gradient_NCHW.mean(dim=(2, 3), keepdim=True)
     cam_HW = (weights_NC11 * map_NCHW.detach()).sum(dim=1)[0].relu()
     most = float(cam_HW.max())
     found: NDArray[np.float32] = (cam_HW / most if most > 0 else cam_HW).numpy()
     return found
-
-
-def last_layer(model: AlexNet) -> nn.Linear:
-    """The layer that gives the logits; what it reads is the last hidden layer."""
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
-
-
-def _forward(model: AlexNet, images_NCHW: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
-    """Run a model. Returns the logits, and what some layers read."""
-    read: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) for layer in layers]
-    try:
-        return model.forward(images_NCHW), read
-    finally:
-        for hook in hooks:
-            hook.remove()

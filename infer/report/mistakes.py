@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from infer.predict.rows import rank_classes
 from infer.report.page import GREEN, ORANGE, Section, bar_row, figure, picture, text
-from infer.report.pictures import Pictures
+from infer.report.pictures import TITLES, Pictures
 
 NUM_MISTAKES = 12
 HEAT = (0xD5, 0x5E, 0x00)
@@ -19,42 +18,38 @@ HEAT = (0xD5, 0x5E, 0x00)
 
 def make_mistakes(pictures: Pictures) -> Section:
     """Show the wrong predictions with the highest probability, and what in the picture spoke for them."""
-    key, title, look = "mistakes", "The most confident mistakes", pictures.look
-    found_N = rank_classes(look.probabilities, 1)[:, 0]
+    key, look, found_N = "mistakes", pictures.look, pictures.found
+    title = TITLES[key]
     wrong = np.flatnonzero(~pictures.right)
     if not len(wrong):
         return Section(key, title, f"<p>There is none. {text(pictures.words())}</p>")
     sure = np.round(look.probabilities[wrong, found_N[wrong]].astype(np.float64), 4)
     chosen = [int(number) for number in wrong[np.argsort(-sure, kind="stable")][:NUM_MISTAKES]]
     pixels = pictures.looker.pixels(look, chosen)
+    maps = {
+        number: pictures.looker.activation_map(pixels_HWC, int(found_N[number]))
+        for number, pixels_HWC in pixels.items()
+    }
     cards = "".join(
-        _mistake(pictures, number, int(found_N[number]), pixels[number])
-        for number in chosen
-        if number in pixels
+        _mistake(pictures, number, pixels[number], maps[number]) for number in chosen if number in pixels
     )
-    side = _map_side(pictures, pixels, found_N)
+    side = next((" × ".join(map(str, cam_HW.shape)) for cam_HW in maps.values()), "a few")
     caption = (
         f"The {len(chosen)} mistakes of which the model was most sure. Left: what it saw. Right: the more "
         "orange, the more this part speaks for the wrong class, by Grad-CAM (Selvaraju et al. 2017) on the "
-        f"map of the last convolution, of {side}. (The plain class-activation map is not defined for "
+        f"map of the last convolution, of {side} cells. (The plain class-activation map is not defined for "
         "AlexNet's three fully connected layers.) A grey picture: no part of it alone speaks for the "
         f"class. {pictures.words()}"
     )
     return Section(key, title, figure(f"<div>{cards}</div>", caption, kind="cards"))
 
 
-def _map_side(pictures: Pictures, pixels: dict[int, NDArray[np.uint8]], found_N: NDArray[np.int64]) -> str:
-    number = next(iter(pixels), None)
-    if number is None:
-        return "a few cells"
-    height, width = pictures.looker.activation_map(pixels[number], int(found_N[number])).shape
-    return f"{height} × {width} cells"
-
-
-def _mistake(pictures: Pictures, number: int, found: int, pixels_HWC: NDArray[np.uint8]) -> str:
+def _mistake(
+    pictures: Pictures, number: int, pixels_HWC: NDArray[np.uint8], cam_HW: NDArray[np.float32]
+) -> str:
     probabilities_C, label = pictures.look.probabilities[number], int(pictures.look.labels[number])
+    found = int(pictures.found[number])
     truth, taken = pictures.labels[label], pictures.labels[found]
-    cam_HW = pictures.looker.activation_map(pixels_HWC, found)
     shown = picture(pixels_HWC, f"validation image of class {truth}")
     heat = picture(overlay(pixels_HWC, cam_HW), f"the same with the parts marked that speak for {taken}")
     bars = bar_row(taken, float(probabilities_C[found]), f"{probabilities_C[found]:.1%}", color=ORANGE)

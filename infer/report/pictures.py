@@ -6,6 +6,7 @@ Shapes: N images, H and W rows and columns, C classes, D units of the last hidde
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.text import printable
 from data_pipeline.transforms.sampler import permutation_at
-from infer.predict.rows import rank_classes
+from infer.predict.rows import rank_classes, rank_of
 from infer.report.page import (
     BLUE,
     GREEN,
@@ -29,6 +30,12 @@ from infer.report.page import (
 if TYPE_CHECKING:
     from infer.report.look import Look, Looker
 
+TITLES = {
+    "predictions": "Pictures and what was predicted",
+    "neighbours": "Nearest neighbours in the last hidden layer",
+    "mistakes": "The most confident mistakes",
+}
+"""Of the sections with pictures, by their keys."""
 NUM_RIGHT, NUM_WRONG = 5, 3
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 5
 
@@ -55,10 +62,15 @@ class Pictures:
         """The name of its class."""
         return self.labels[int(self.look.labels[number])]
 
+    @cached_property
+    def found(self) -> NDArray[np.intp]:
+        """The most probable class of each image."""
+        return rank_classes(self.look.probabilities, 1)[:, 0]
+
     @property
     def right(self) -> NDArray[np.bool_]:
         """Which images' most probable class is the true one."""
-        right: NDArray[np.bool_] = rank_classes(self.look.probabilities, 1)[:, 0] == self.look.labels
+        right: NDArray[np.bool_] = self.found == self.look.labels
         return right
 
     def words(self) -> str:
@@ -71,6 +83,10 @@ class Pictures:
             f"Looked at:{some} validation images{failed}; the best checkpoint takes {right} of them rightly "
             "by their centre crop."
         )
+
+
+def _section(key: str, body: str) -> Section:
+    return Section(key, TITLES[key], body)
 
 
 def make_predictions(pictures: Pictures) -> Section:
@@ -88,9 +104,7 @@ def make_predictions(pictures: Pictures) -> Section:
         "Bars: probabilities of the five most probable classes; the true class has a tick and a green bar. "
         f"{pictures.words()}"
     )
-    return Section(
-        "predictions", "Pictures and what was predicted", figure(f"<div>{cards}</div>", caption, kind="cards")
-    )
+    return _section("predictions", figure(f"<div>{cards}</div>", caption, kind="cards"))
 
 
 def _of_various_classes(pictures: Pictures, order: NDArray[np.int64], count: int) -> list[int]:
@@ -116,7 +130,7 @@ def _card(pictures: Pictures, number: int, pixels_HWC: NDArray[np.uint8]) -> str
     )
     truth = pictures.truth(number)
     if label not in best:
-        rank = 1 + int((probabilities_C > probabilities_C[label]).sum())
+        rank = rank_of(probabilities_C, label)
         bars += f"<p>✓ {text(truth)}: {probabilities_C[label]:.2%}, in place {rank:,}</p>"
     image = picture(pixels_HWC, f"validation image of class {truth}")
     return (
@@ -129,11 +143,7 @@ def make_neighbours(pictures: Pictures) -> Section:
     look = pictures.look
     count = min(NUM_NEIGHBOURS, len(look.labels) - 1)
     if count < 1:
-        return Section(
-            "neighbours",
-            "Nearest neighbours in the last hidden layer",
-            note("A single image has no neighbours."),
-        )
+        return _section("neighbours", note("A single image has no neighbours."))
     nearest_NK, distances_NK = nearest(look.hidden, count)
     order = permutation_at(0, 2, len(look.labels))
     queries = _of_various_classes(pictures, order, NUM_QUERIES)
@@ -163,9 +173,7 @@ def make_neighbours(pictures: Pictures) -> Section:
         f"{pictures.words()}"
     )
     content = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-    return Section(
-        "neighbours", "Nearest neighbours in the last hidden layer", figure(content, caption, kind="near")
-    )
+    return _section("neighbours", figure(content, caption, kind="near"))
 
 
 def nearest(hidden_ND: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

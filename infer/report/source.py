@@ -150,8 +150,8 @@ def _read_run(run: Path, bundle: Path | None) -> Source:
         config = msgspec.json.decode((run / "config.json").read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(f"{printable(run / 'config.json')} cannot be read: {error}") from error
-    last = next((row for row in reversed(rows) if isinstance(row.report, ClassReport)), None)
-    in_row = last.report if last is not None and isinstance(last.report, ClassReport) else None
+    reported = ((row.report, row.step) for row in reversed(rows) if isinstance(row.report, ClassReport))
+    in_row, report_step = next(reported, (None, None))
     counts, in_tables = _read_tables(run)
     same = in_row is not None and (in_tables is None or in_tables.classes == in_row.classes)
     checkpoint, no_checkpoint = _load_best(run)
@@ -165,7 +165,7 @@ def _read_run(run: Path, bundle: Path | None) -> Source:
         config=config,
         counts=counts,
         report=in_row if same else in_tables,
-        report_step=last.step if last is not None and same else None,
+        report_step=report_step if same else None,
         checkpoint=checkpoint,
         no_checkpoint=no_checkpoint,
     )
