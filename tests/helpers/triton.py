@@ -8,6 +8,8 @@ Both work in the test's own process, without `TRITON_INTERPRET`, which Triton re
     resources = compile_for(stem_triton.kernel, {"out": "*bf16"}, {"BLOCK": 128}, capability=90)
     assert resources.spill_bytes == 0
 
+The interpreter cuts float32 off where a card rounds to bfloat16 (`cvt.rn` in the PTX): a unit of difference.
+
 Import Triton, and modules with kernels, inside of the tests: `needs_triton` skips them where there is none.
 """
 
@@ -92,6 +94,7 @@ def compile_for(
     *,
     capability: int,
     num_warps: int = 4,
+    **options: Any,
 ) -> Resources:
     """Compile a kernel for a card that need not be there, and ask the assembler what it takes.
 
@@ -101,6 +104,7 @@ def compile_for(
             Pointers are taken to be aligned to 16 bytes, as torch's allocations are.
         constexprs: the value of each that is; None for a pointer that is not given.
         capability: of `CAPABILITIES`.
+        options: of the launch, such as `enable_fp_fusion`.
     """
     import triton
     from triton import knobs
@@ -115,7 +119,7 @@ def compile_for(
     }
     source = ASTSource(kernel, signature=types, constexprs=dict(constexprs), attrs=aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, **options}
     )
     ptx = compiled.asm["ptx"]
     target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)
