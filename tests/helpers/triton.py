@@ -101,7 +101,8 @@ def compile_for(
     Args:
         kernel: a `@triton.jit` function, outside of `interpreted`.
         signature: type of each argument that is not constant: "*fp32", "*bf16", "*u8", "i32", "fp32", ...
-            Pointers are taken to be aligned to 16 bytes, as torch's allocations are.
+            Pointers are taken to be aligned to 16 bytes, as torch's allocations are; "i32:16" is a number that
+            16 divides, which Triton notices at a launch.
         constexprs: the value of each that is; None for a pointer that is not given.
         capability: of `CAPABILITIES`.
         options: of the launch, such as `enable_fp_fusion`.
@@ -113,10 +114,9 @@ def compile_for(
 
     names = list(kernel.arg_names)
     assert set(names) == {*signature, *constexprs}, set(names) ^ {*signature, *constexprs}
-    types = {name: signature.get(name, "constexpr") for name in names}
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"
-    }
+    types = {name: signature.get(name, "constexpr").removesuffix(":16") for name in names}
+    multiples = [name for name, kind in signature.items() if kind[0] == "*" or kind.endswith(":16")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(kernel, signature=types, constexprs=dict(constexprs), attrs=aligned)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, **options}

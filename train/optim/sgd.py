@@ -131,7 +131,7 @@ def trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust: float, w
         (L) float32, for L layers.
     """
     weight_L = torch.stack(torch._foreach_norm(weights))
-    gradient_L = torch.stack(torch._foreach_norm(gradients))
+    gradient_L = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))  # of half gradients, too
     ratios_L = trust * weight_L / (gradient_L + weight_decay * weight_L)
     return torch.where((weight_L > 0) & (gradient_L > 0), ratios_L, 1.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -46,7 +48,7 @@ def convolve(images_NHWC: Tensor, kernel: int, stride: int, padding: int) -> tup
             inputs = (images_NHWC.double() * scale + shift).permute(0, 3, 1, 2)
             output = conv2d(inputs, leaves[0], leaves[1], stride, padding)
             gradient = torch.randn_like(output)
-        output.backward(gradient)
+        torch.autograd.backward(output, gradient)
         assert leaves[0].grad is not None and leaves[1].grad is not None
         results.append(Convolved(output.detach(), leaves[0].grad, leaves[1].grad))
     return results[0], results[1]
@@ -114,7 +116,7 @@ def test_gradient_of_half_weights_keeps_their_type() -> None:
     weights = torch.randn(4, 3, 7, 7).bfloat16().requires_grad_()
     regrouped = s2d_weights(weights, 2)
     assert regrouped.shape == (4, 16, 4, 4) and regrouped.is_contiguous(memory_format=torch.channels_last)
-    regrouped.sum().backward()
+    torch.autograd.backward(regrouped.sum())
     assert weights.grad is not None and torch.equal(weights.grad, torch.ones_like(weights))
 
 
@@ -128,3 +130,21 @@ def test_stems_of_all_networks_are_regrouped_but_for_stride_1() -> None:
     assert "not square" in str(why_plain(nn.Conv2d(3, 4, (3, 5), stride=2)))
     assert "not square" in str(why_plain(nn.Conv2d(3, 4, 3, stride=2, dilation=2)))
     assert "reads 6 channels" in str(why_plain(nn.Conv2d(6, 4, 3, stride=2)))
+
+
+def test_plain_forms_need_no_triton() -> None:
+    """As with torch for the CPU, which comes without it."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from train.compile.update import update_weights
+from train.kernels.sgd import SgdForm, update_parameter
+from train.kernels.stem import s2d_inputs, s2d_shape
+images, ones = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(3)
+weight, number = torch.ones(2), torch.tensor(0.5)
+update_parameter(weight, None, weight.clone(), number, number * 0, SgdForm(0.0))
+print(s2d_inputs(images, ones, ones, s2d_shape(8, 3, 2, 0), torch.float32).sum().item(), weight.tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "192.0 [0.5, 0.5]\n", done

@@ -1,0 +1,124 @@
+"""The optimiser's step by one pass a parameter against `step`, in every form, with its half weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.triton import interpreted, needs_triton
+from train.compile.update import update_weights
+from train.config.schema import OptimizerConfig
+from train.kernels.stem import Implementation
+from train.optim.half_weights import HalfWeights
+from train.optim.sgd import make_optimizer, set_lr, start_momentum
+from train.step import update
+
+FORMS: dict[str, dict[str, Any]] = {
+    "sgd": {"weight_decay": 0.01},
+    "nesterov": {"weight_decay": 0.01, "nesterov": True, "bias_and_norm_rate": 2.0},
+    "paper": {"weight_decay": 0.01, "momentum_form": "paper", "decay_bias_and_norm": True},
+    "lars": {"name": "lars", "weight_decay": 0.01, "trust_coefficient": 0.05},
+    "lars, paper": {
+        "name": "lars",
+        "weight_decay": 0.01,
+        "trust_coefficient": 0.05,
+        "momentum_form": "paper",
+    },
+    "no momentum": {"momentum": 0.0},
+}
+STEPS, SKIPPED = 10, 3
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def interpreter_of(implementation: Implementation) -> AbstractContextManager[None]:
+    if implementation == "plain":
+        return nullcontext()
+    from train.kernels import sgd_triton
+
+    return interpreted(sgd_triton)
+
+
+@pytest.mark.parametrize("implementation", ["plain", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("name", FORMS)
+def test_update_is_the_optimizers_step(name: str, implementation: Implementation) -> None:
+    """Ten steps at changing rates, one skipped for a NaN; rates as numbers and as tensors."""
+    config, random = OptimizerConfig(**FORMS[name]), torch.Generator().manual_seed(0)
+    theirs, ours = small_network(), small_network()
+    optimizers = [make_optimizer(network, config) for network in (theirs, ours)]
+    for optimizer in optimizers:
+        start_momentum(optimizer)
+    halves, start = (
+        HalfWeights(ours, torch.float16, optimizers[1]),
+        [p.detach().clone() for p in ours.parameters()],
+    )
+    for step in range(STEPS):
+        skip = torch.tensor(float(step == SKIPPED))
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            own.grad = torch.empty_like(own).normal_(generator=random)
+            if step == SKIPPED:
+                own.grad.fill_(torch.nan)
+            other.grad = own.grad.clone()
+        for optimizer in optimizers:
+            set_lr(optimizer, 0.1 / (1 + step))
+        if step % 2:
+            for group in optimizers[1].param_groups:
+                group["lr"] = torch.tensor(group["lr"])
+        update(optimizers[0], skip)
+        with interpreter_of(implementation):
+            update_weights(optimizers[1], skip, halves, implementation=implementation)
+        for parameter in ours.parameters():
+            half = halves.copy_of(parameter)
+            assert half is None or torch.equal(half, parameter.half())
+        assert halves.refresh() == 0  # the pass has written them
+    for own, other, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
+        torch.testing.assert_close(own, other, rtol=2e-6, atol=2e-6)
+        assert (own - before).abs().max() > 1e-3
+        if config.momentum:
+            velocities = [
+                o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (other, own), strict=True)
+            ]
+            torch.testing.assert_close(velocities[1], velocities[0], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_update_takes_half_gradients(name: str) -> None:
+    config = OptimizerConfig(**FORMS[name])
+    results = []
+    for kept_half in (False, True):
+        network = small_network()
+        optimizer = make_optimizer(network, config)
+        halves = HalfWeights(network, torch.bfloat16, optimizer)
+        start_momentum(optimizer)
+        halves.keep_half_gradients(kept_half)
+        for parameter in network.parameters():
+            gradient = torch.empty_like(parameter).copy_(parameter.detach() * 3).bfloat16()
+            in_half = kept_half and halves.copy_of(parameter) is not None
+            parameter.grad = gradient if in_half else gradient.float()
+        set_lr(optimizer, 0.1)
+        update_weights(optimizer, torch.tensor(0.0), halves)
+        results.append([p.detach() for p in network.parameters()])
+    for whole, half in zip(*results, strict=True):
+        assert torch.equal(whole, half)
+
+
+def test_update_leaves_what_has_no_gradient() -> None:
+    network = small_network()
+    optimizer = make_optimizer(network, OptimizerConfig())
+    start_momentum(optimizer)
+    set_lr(optimizer, 0.1)
+    before = [p.detach().clone() for p in network.parameters()]
+    last = network[3]
+    assert isinstance(last, nn.Linear)
+    last.weight.grad = torch.ones_like(last.weight)
+    update_weights(optimizer, torch.tensor(0.0))
+    same = [torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True)]
+    assert same == [True, True, True, True, False, True]
