@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers.triton import interpreted, needs_triton
 from train.compile.update import update_weights
 from train.config.schema import OptimizerConfig
-from train.kernels.stem import Implementation
+from train.kernels.stem import Implementation, s2d_weights, stem_conv
 from train.optim.half_weights import HalfWeights
 from train.optim.sgd import make_optimizer, set_lr, start_momentum
 from train.step import update
@@ -39,20 +39,27 @@ def small_network() -> nn.Sequential:
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-def interpreter_of(implementation: Implementation) -> AbstractContextManager[None]:
-    if implementation == "plain":
+def interpreter_of(implementation: Implementation, device: str) -> AbstractContextManager[None]:
+    if implementation == "plain" or device == "cuda":
         return nullcontext()
     from train.kernels import sgd_triton
 
     return interpreted(sgd_triton)
 
 
-@pytest.mark.parametrize("implementation", ["plain", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    ("implementation", "device"),
+    [
+        ("plain", "cpu"),
+        pytest.param("triton", "cpu", marks=needs_triton),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("name", FORMS)
-def test_update_is_the_optimizers_step(name: str, implementation: Implementation) -> None:
+def test_update_is_the_optimizers_step(name: str, implementation: Implementation, device: str) -> None:
     """Ten steps at changing rates, one skipped for a NaN; rates as numbers and as tensors."""
     config, random = OptimizerConfig(**FORMS[name]), torch.Generator().manual_seed(0)
-    theirs, ours = small_network(), small_network()
+    theirs, ours = small_network().to(device), small_network().to(device)
     optimizers = [make_optimizer(network, config) for network in (theirs, ours)]
     for optimizer in optimizers:
         start_momentum(optimizer)
@@ -61,9 +68,9 @@ def test_update_is_the_optimizers_step(name: str, implementation: Implementation
         [p.detach().clone() for p in ours.parameters()],
     )
     for step in range(STEPS):
-        skip = torch.tensor(float(step == SKIPPED))
+        skip = torch.tensor(float(step == SKIPPED), device=device)
         for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            own.grad = torch.empty_like(own).normal_(generator=random)
+            own.grad = torch.empty_like(own, device="cpu").normal_(generator=random).to(device)
             if step == SKIPPED:
                 own.grad.fill_(torch.nan)
             other.grad = own.grad.clone()
@@ -71,9 +78,9 @@ def test_update_is_the_optimizers_step(name: str, implementation: Implementation
             set_lr(optimizer, 0.1 / (1 + step))
         if step % 2:
             for group in optimizers[1].param_groups:
-                group["lr"] = torch.tensor(group["lr"])
+                group["lr"] = torch.tensor(group["lr"], device=device)
         update(optimizers[0], skip)
-        with interpreter_of(implementation):
+        with interpreter_of(implementation, device):
             update_weights(optimizers[1], skip, halves, implementation=implementation)
         for parameter in ours.parameters():
             half = halves.copy_of(parameter)
@@ -108,6 +115,29 @@ def test_update_takes_half_gradients(name: str) -> None:
         results.append([p.detach() for p in network.parameters()])
     for whole, half in zip(*results, strict=True):
         assert torch.equal(whole, half)
+
+
+@pytest.mark.parametrize("kept_half", [False, True])
+def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
+    """In the order of the memory, as the pass wants them, though they come through a permutation."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 11, stride=4, padding=2).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(conv, OptimizerConfig())
+    start_momentum(optimizer)
+    set_lr(optimizer, 0.1)
+    halves = HalfWeights(conv, torch.bfloat16, optimizer)
+    halves.keep_half_gradients(kept_half)
+    inputs, bias = torch.randn(2, 48, 9, 9).bfloat16(), conv.bias
+    assert bias is not None
+    before, skip = conv.weight.detach().clone(), torch.tensor(0.0)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        maps = stem_conv(inputs, s2d_weights(halves.half_of(conv.weight), 4), halves.half_of(bias))
+        torch.autograd.backward(maps.float().square().mean())
+        assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride()
+        assert conv.weight.grad.dtype == (torch.bfloat16 if kept_half else torch.float32)
+        update_weights(optimizer, skip, halves)
+    assert (conv.weight - before).abs().max() > 1e-4 and halves.refresh() == 0
 
 
 def test_update_leaves_what_has_no_gradient() -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import conv2d
 
 from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, tensors_of, uint8_images
 from train.config.schema import ModelConfig
+from train.distributed.world import exact_float32
 from train.kernels.erase import erase_inputs
 from train.kernels.mixup import mix_inputs
 from train.kernels.stem import s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
@@ -118,6 +119,31 @@ def test_gradient_of_half_weights_keeps_their_type() -> None:
     assert regrouped.shape == (4, 16, 4, 4) and regrouped.is_contiguous(memory_format=torch.channels_last)
     torch.autograd.backward(regrouped.sum())
     assert weights.grad is not None and torch.equal(weights.grad, torch.ones_like(weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 200), (torch.bfloat16, 4)])
+def test_regrouped_convolution_on_a_gpu_is_torchs(dtype: torch.dtype, units: int) -> None:
+    """Within rounding: the output of 363 products, and the weights' gradient of 12,100, in another order."""
+    torch.manual_seed(0)
+    weights = (torch.randn(64, 3, 11, 11) / 19).cuda()
+    images, ones = torch.randint(0, 256, (4, 224, 224, 3)).byte().cuda(), torch.ones(3).cuda()
+    shape, results, gradient = s2d_shape(224, 11, 4, 2), [], torch.empty(0)
+    with exact_float32():
+        for regrouped in (False, True):
+            leaf = weights.to(dtype, memory_format=torch.channels_last).requires_grad_()
+            if regrouped:
+                blocks = s2d_inputs(images, ones / 128, -ones, shape, dtype)
+                output = stem_conv(blocks, s2d_weights(leaf, 4))
+            else:
+                inputs = (images.float() / 128 - 1).to(dtype).permute(0, 3, 1, 2)
+                output = conv2d(inputs, leaf, stride=4, padding=2)
+                gradient = torch.randn_like(output)
+            torch.autograd.backward(output, gradient)
+            assert leaf.grad is not None
+            results.append((output.detach().float(), leaf.grad.float()))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert (ours - theirs).abs().max() <= units * torch.finfo(dtype).eps * theirs.abs().max()
 
 
 def test_stems_of_all_networks_are_regrouped_but_for_stride_1() -> None:
