@@ -101,8 +101,8 @@ def compile_for(
     Args:
         kernel: a `@triton.jit` function, outside of `interpreted`.
         signature: type of each argument that is not constant: "*fp32", "*bf16", "*u8", "i32", "fp32", ...
-            Pointers are taken to be aligned to 16 bytes, as torch's allocations are; "i32:16" is a number that
-            16 divides, which Triton notices at a launch.
+            Pointers are taken to be aligned to 16 bytes, as torch's allocations are; "i32:16" is a number
+            that 16 divides, which Triton notices at a launch.
         constexprs: the value of each that is; None for a pointer that is not given.
         capability: of `CAPABILITIES`.
         options: of the launch, such as `enable_fp_fusion`.

@@ -131,11 +131,12 @@ def s2d_weights(weights_OIKK: Tensor, stride: int) -> Tensor:
     assert colors == COLORS
     blocks = -(-kernel // stride)
     behind = blocks * stride - kernel
-    padded = pad(weights_OIKK, (0, behind, 0, behind))
+    # `pad` copies even where nothing is added: a launch, forward and backward
+    padded = pad(weights_OIKK, (0, behind, 0, behind)) if behind else weights_OIKK
     split_OIKaKb = padded.reshape(out_channels, colors, blocks, stride, blocks, stride)
     weights_OKKD = split_OIKaKb.permute(0, 2, 4, 3, 5, 1).reshape(out_channels, blocks, blocks, -1)
     zeros = block_channels(stride) - weights_OKKD.shape[-1]
-    return pad(weights_OKKD, (0, zeros)).permute(0, 3, 1, 2)
+    return (pad(weights_OKKD, (0, zeros)) if zeros else weights_OKKD).permute(0, 3, 1, 2)
 
 
 def s2d_inputs(
