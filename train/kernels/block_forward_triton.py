@@ -1,0 +1,286 @@
+"""A block's forward pass by Triton: statistics of batch normalisation, then everything else in one kernel.
+
+`block.py` has the plain form, `fused_block.py` the traffic. A map is read as rows of C channels, one for each
+pixel (channels_last). Sums are in float32, in an order that follows from the shapes alone, so that the same
+input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.kernels.block import BlockSpec, NormTensors, Saved
+
+# Shapes: N samples, C channels, H and W rows and columns of a convolution's output, Y and X of the block's,
+# P parts that are added up by programs of their own; in kernels R rows.
+
+TILE = 1024
+"""Elements that a program holds at once: eight of each thread."""
+MOST_PROGRAMS = 2048
+"""Of kernels that go over the map in parts: some for each multiprocessor of the largest cards."""
+MERGED = 64
+"""Parts that are merged at once."""
+
+
+def channel_block(channels: int, whole_row: bool = False) -> int:
+    """Return how many channels a program takes: a power of two up to 128, or all of them.
+
+    >>> channel_block(64), channel_block(96), channel_block(192), channel_block(384), channel_block(96, True)
+    (64, 32, 64, 128, 128)
+    """
+    if whole_row:
+        return 1 << (channels - 1).bit_length()
+    divisor = channels & -channels
+    return min(divisor, 128) if divisor >= 32 else min(1 << (channels - 1).bit_length(), 128)
+
+
+def count_parts(num_rows: int, rows: int, num_blocks: int) -> int:
+    """Return into how many parts the rows of a map are divided: at most `MOST_PROGRAMS` over all blocks."""
+    return min(triton.cdiv(num_rows, rows), max(1, MOST_PROGRAMS // num_blocks))
+
+
+@triton.jit
+def biased(x_ptr, bias_ptr, offset, channel, inside, inside_C):
+    """Load x in float32, with its channel's bias where there is one."""
+    value = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    return value
+
+
+@triton.jit
+def relu(value):
+    """ReLU that keeps what is not a number."""
+    return tl.where(value <= 0, 0.0, value)
+
+
+@triton.jit
+def lrn_scale(x_ptr, bias_ptr, row, channel, inside_R, channels, value, FACTOR, K, REACH: tl.constexpr):
+    """LRN's scale: k + alpha / size times the squares of a window of channels.
+
+    The neighbours are loaded again, from the cache: cheaper than an exchange between threads.
+    """
+    total = value * value
+    for shift in tl.static_range(-REACH, REACH + 1):
+        if shift != 0:
+            other = channel + shift
+            inside_C = (other >= 0) & (other < channels)
+            near = relu(
+                biased(
+                    x_ptr,
+                    bias_ptr,
+                    row[:, None] + other[None, :],
+                    other,
+                    inside_R[:, None] & inside_C[None, :],
+                    inside_C,
+                )
+            )
+            total += near * near
+    return K + FACTOR * total
+
+
+@triton.jit
+def to_the_minus(scale, BETA: tl.constexpr):
+    """A scale to the power of -beta; two roots are cheaper than a power."""
+    if BETA == 0.75:
+        root = tl.rsqrt(scale)
+        return tl.sqrt(root) * root
+    return tl.exp2(tl.log2(scale) * -BETA)
+
+
+@triton.jit
+def block_kernel(
+    x_ptr, bias_ptr, mean_ptr, rstd_ptr, weight_ptr, shift_ptr, out_ptr, index_ptr, peaks_ptr,
+    num_outputs, channels, height, width, out_height, out_width,
+    NORM: tl.constexpr, POOL: tl.constexpr, PADDING: tl.constexpr, FACTOR: tl.constexpr, BETA: tl.constexpr,
+    K: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Compute `ROWS` pixels of the output, in `CHANNELS` channels, with their bytes and peaks."""
+    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside_R, inside_C = pixel < num_outputs, channel < channels
+    image, out_y, out_x = (
+        pixel // (out_height * out_width),
+        pixel // out_width % out_height,
+        pixel % out_width,
+    )
+    if NORM == "bn" or NORM == "bn_after_relu":
+        mean = tl.load(mean_ptr + channel, mask=inside_C, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + channel, mask=inside_C, other=0.0)[None, :]
+        scale = rstd * tl.load(weight_ptr + channel, mask=inside_C, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    best = tl.full((ROWS, CHANNELS), float("-inf"), tl.float32)
+    peak = tl.zeros((ROWS, CHANNELS), tl.float32)
+    index = tl.zeros((ROWS, CHANNELS), tl.int32)
+    for place in range(9 if POOL else 1):
+        if POOL:
+            y, x = out_y * 2 - PADDING + place // 3, out_x * 2 - PADDING + place % 3
+        else:
+            y, x = out_y, out_x
+        here_R = inside_R & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        row = ((image.to(tl.int64) * height + y) * width + x) * channels
+        here = here_R[:, None] & inside_C[None, :]
+        value = biased(x_ptr, bias_ptr, row[:, None] + channel[None, :], channel, here, inside_C)
+        if peaks_ptr is not None:
+            raw = tl.load(x_ptr + row[:, None] + channel[None, :], mask=here, other=0.0).to(tl.float32)
+        if NORM == "bn":
+            value = (value - mean) * scale + shift
+        value = relu(value)
+        if NORM == "lrn":
+            scales = lrn_scale(x_ptr, bias_ptr, row, channel, here_R, channels, value, FACTOR, K, REACH)
+            value = value * to_the_minus(scales, BETA)
+        if NORM == "bn_after_relu":
+            value = (value - mean) * scale + shift
+        # what is compared is what would be written, so that the first of equal ones wins
+        value = value.to(out_ptr.dtype.element_ty).to(tl.float32)
+        better = here & ((value > best) | (value != value))
+        best = tl.where(better, value, best)
+        if POOL:
+            index = tl.where(better, place, index)
+        if peaks_ptr is not None:
+            peak = tl.where(better, raw, peak)
+    offset = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    inside = inside_R[:, None] & inside_C[None, :]
+    tl.store(out_ptr + offset, best.to(out_ptr.dtype.element_ty), mask=inside)
+    if POOL:
+        if NORM != "bn_after_relu":
+            index = tl.where(best <= 0, 9, index)
+        tl.store(index_ptr + offset, index.to(tl.uint8), mask=inside)
+    if peaks_ptr is not None:
+        tl.store(peaks_ptr + offset, peak.to(peaks_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr, bias_ptr, means_ptr, squares_ptr, counts_ptr, num_rows, channels,
+    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Compute a part's mean, sum of squares about it, and number of pixels.
+
+    Each lane keeps its own (Welford 1962), and the lanes are merged at the end (Chan et al. 1979).
+    """
+    part, num_parts = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside_C = channel < channels
+    mean = tl.zeros((ROWS, CHANNELS), tl.float32)
+    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
+    count_R = tl.zeros((ROWS,), tl.float32)
+    for first in range(part * ROWS, num_rows, num_parts * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside_R = row < num_rows
+        offset = row.to(tl.int64)[:, None] * channels + channel[None, :]
+        inside = inside_R[:, None] & inside_C[None, :]
+        value = biased(x_ptr, bias_ptr, offset, channel, inside, inside_C)
+        if RELU:
+            value = relu(value)
+        count_R += inside_R.to(tl.float32)
+        away = value - mean
+        step = away / tl.maximum(count_R, 1.0)[:, None]
+        mean = tl.where(inside, mean + step, mean)
+        squares = tl.where(inside, squares + away * (value - mean), squares)
+    count = tl.sum(count_R)
+    middle_C = tl.sum(mean * count_R[:, None], 0) / count
+    away = mean - middle_C[None, :]
+    squares_C = tl.sum(squares + away * away * count_R[:, None], 0)
+    tl.store(means_ptr + part * channels + channel, middle_C, mask=inside_C)
+    tl.store(squares_ptr + part * channels + channel, squares_C, mask=inside_C)
+    tl.store(counts_ptr + part, count)
+
+
+@triton.jit
+def merge_kernel(
+    means_ptr, squares_ptr, counts_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_variance_ptr,
+    batches_ptr, num_parts, channels,
+    EPS: tl.constexpr, MOMENTUM: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts' statistics, and count them in."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside_C = channel < channels
+    sums = tl.zeros((PARTS, CHANNELS), tl.float32)
+    counts = tl.zeros((PARTS,), tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < num_parts)[:, None] & inside_C[None, :]
+        count = tl.load(counts_ptr + part, mask=part < num_parts, other=0.0)
+        means = tl.load(means_ptr + part[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+        sums += means * count[:, None]
+        counts += count
+    total = tl.sum(counts)
+    mean = tl.sum(sums, 0) / total
+    sums = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < num_parts)[:, None] & inside_C[None, :]
+        offset = part[:, None] * channels + channel[None, :]
+        count = tl.load(counts_ptr + part, mask=part < num_parts, other=0.0)
+        away = tl.load(means_ptr + offset, mask=inside, other=0.0) - mean[None, :]
+        sums += tl.load(squares_ptr + offset, mask=inside, other=0.0) + away * away * count[:, None]
+    squares = tl.sum(sums, 0)
+    tl.store(mean_ptr + channel, mean, mask=inside_C)
+    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt_rn(squares / total + EPS), mask=inside_C)
+    old = tl.load(running_mean_ptr + channel, mask=inside_C)
+    tl.store(running_mean_ptr + channel, old + MOMENTUM * (mean - old), mask=inside_C)
+    old = tl.load(running_variance_ptr + channel, mask=inside_C)
+    new = squares / (total - 1)
+    tl.store(running_variance_ptr + channel, old + MOMENTUM * (new - old), mask=inside_C)
+    if tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+
+
+def statistics(
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors
+) -> tuple[Tensor, Tensor]:
+    """Return mean and 1 / standard deviation of each channel, and count them in: two launches."""
+    channels = x_NCHW.shape[1]
+    num_rows, size = x_NCHW.numel() // channels, channel_block(channels)
+    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
+    num_parts = count_parts(num_rows, rows, num_blocks)
+    parts_2PC = norm.weight_C.new_empty(2, num_parts, channels)
+    counts_P = norm.weight_C.new_empty(num_parts)
+    statistics_kernel[(num_parts, num_blocks)](
+        x_NCHW, bias_C, parts_2PC[0], parts_2PC[1], counts_P, num_rows, channels,
+        RELU=spec.norm == "bn_after_relu", ROWS=rows, CHANNELS=size,
+    )  # fmt: skip
+    mean_C, rstd_C = torch.empty_like(norm.weight_C), torch.empty_like(norm.weight_C)
+    merge_kernel[(triton.cdiv(channels, 32),)](
+        parts_2PC[0], parts_2PC[1], counts_P, mean_C, rstd_C,
+        norm.running_mean_C, norm.running_variance_C, norm.num_batches, num_parts, channels,
+        EPS=spec.eps, MOMENTUM=spec.momentum, PARTS=MERGED, CHANNELS=32,
+    )  # fmt: skip
+    return mean_C, rstd_C
+
+
+def forward(
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors | None
+) -> tuple[Tensor, Saved]:
+    """Compute what `block.forward` computes: one launch, and two before it with batch normalisation."""
+    images, channels, height, width = x_NCHW.shape
+    out_sides = spec.out_sides(height, width)
+    mean_C = rstd_C = index_NCYX = peaks_NCYX = None
+    if norm is not None:
+        mean_C, rstd_C = statistics(spec, x_NCHW, bias_C, norm)
+    out_NCYX = _empty_map(x_NCHW, out_sides, x_NCHW.dtype)
+    if spec.pool:
+        index_NCYX = _empty_map(x_NCHW, out_sides, torch.uint8)
+        peaks_NCYX = None if norm is None else torch.empty_like(out_NCYX)
+    size, num_outputs = channel_block(channels), images * out_sides[0] * out_sides[1]
+    rows = max(1, TILE // size)
+    block_kernel[(triton.cdiv(num_outputs, rows), triton.cdiv(channels, size))](
+        x_NCHW, bias_C, mean_C, rstd_C,
+        None if norm is None else norm.weight_C, None if norm is None else norm.bias_C,
+        out_NCYX, index_NCYX, peaks_NCYX, num_outputs, channels, height, width, *out_sides,
+        NORM=spec.norm, POOL=spec.pool, PADDING=spec.pool_padding, FACTOR=spec.lrn_alpha / spec.lrn_size,
+        BETA=spec.lrn_beta, K=spec.lrn_k, REACH=spec.lrn_size // 2, ROWS=rows, CHANNELS=size,
+    )  # fmt: skip
+    if spec.norm == "none":
+        return out_NCYX, Saved(index_NCYX=index_NCYX) if spec.pool else Saved(out_NCHW=out_NCYX)
+    return out_NCYX, Saved(x_NCHW, None, index_NCYX, peaks_NCYX, mean_C, rstd_C)
+
+
+def _empty_map(x_NCHW: Tensor, sides: tuple[int, int], kind: torch.dtype) -> Tensor:
+    return torch.empty(
+        (*x_NCHW.shape[:2], *sides), dtype=kind, device=x_NCHW.device, memory_format=torch.channels_last
+    )

@@ -1,0 +1,122 @@
+"""A block between two convolutions as one step of autograd, by Triton's kernels or in the plain form.
+
+The passes over memory that remain, as bytes for each element x of the convolution's output, in a type of two
+bytes. y is the block's output, d marks gradients; a pooled map has a quarter of the elements, and a byte of
+index (i) for each. What has the size of parameters is not counted.
+
+| block           | forward                     | backward                                   | saved   |
+|-----------------|-----------------------------|--------------------------------------------|---------|
+| ReLU            | x 2, y 2 = 4                | y 2, dy 2, dx 2 = 6                        | y       |
+| ReLU, pool      | x 2, y i 0.75 = 2.75        | dy i 0.75, dx 2 = 2.75                     | i       |
+| ReLU, LRN, pool | x 2, y i 0.75 = 2.75        | x 2, dy i 0.75, dx 2 = 4.75                | x, i    |
+| BN and ReLU     | x 2, x 2, y 2 = 6           | x dy 4, x dy 4, dx 2 = 10                  | x       |
+| the same, pool  | x 2, x 2, y i p 1.25 = 5.25 | dy i p 1.25, x 2, dy i 0.75, dx 2 = 6      | x, i, p |
+
+Statistics of BN take a pass of their own, and so do the sums of its gradient. Of a pooled block those are
+over its outputs: p is x where the window has its maximum. LRN's scale would take four bytes an element to
+save, and is computed again. None of this has been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from train.kernels import block
+from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
+
+# Shapes: N samples, C channels, H and W rows and columns of the input, Y and X of the output.
+
+Implementation = Literal["triton", "plain"]
+
+
+def fused_block(
+    x_NCHW: Tensor,
+    spec: BlockSpec,
+    bias_C: Tensor | None,
+    norm: NormTensors | None = None,
+    implementation: Implementation = "plain",
+) -> Tensor:
+    """Apply a block in training mode, and count a batch normalisation's statistics in.
+
+    Args:
+        x_NCHW: a convolution's output without its bias, float; other formats than channels_last are copied.
+        bias_C: the convolution's bias, float32; None where it has none.
+        norm: where the spec has batch normalisation.
+        implementation: `triton` on a GPU (or interpreted), `plain` anywhere.
+    Returns:
+        (N, C, Y, X) in the input's type, channels_last.
+    Raises:
+        ValueError: a single value a channel, which has no variance for batch normalisation.
+    """
+    if spec.has_batch_norm:
+        assert norm is not None
+        if x_NCHW.numel() == x_NCHW.shape[1]:
+            raise ValueError(
+                f"expected more than 1 value per channel when training, got input size {x_NCHW.shape}"
+            )
+    weight_C, norm_bias_C = (None, None) if norm is None else (norm.weight_C, norm.bias_C)
+    out_NCYX: Tensor = _Block.apply(x_NCHW, bias_C, weight_C, norm_bias_C, norm, spec, implementation)
+    return out_NCYX
+
+
+def _forward(
+    implementation: Implementation,
+    spec: BlockSpec,
+    x_NCHW: Tensor,
+    bias_C: Tensor | None,
+    norm: NormTensors | None,
+) -> tuple[Tensor, Saved]:
+    if implementation == "plain":
+        return block.forward(spec, x_NCHW, bias_C, norm)
+    from train.kernels import block_forward_triton  # a machine without a GPU may have no Triton
+
+    return block_forward_triton.forward(spec, x_NCHW, bias_C, norm)
+
+
+def _backward(
+    implementation: Implementation,
+    spec: BlockSpec,
+    saved: Saved,
+    grad_NCYX: Tensor,
+    bias_C: Tensor | None,
+    norm: NormTensors | None,
+    sides: torch.Size,
+) -> Gradients:
+    if implementation == "plain":
+        return block.backward(spec, saved, grad_NCYX, bias_C, norm, sides)
+    from train.kernels import block_backward_triton
+
+    return block_backward_triton.backward(spec, saved, grad_NCYX, bias_C, norm, sides)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NCHW: Tensor,
+        bias_C: Tensor | None,
+        weight_C: Tensor | None,
+        norm_bias_C: Tensor | None,
+        norm: NormTensors | None,
+        spec: BlockSpec,
+        implementation: Implementation,
+    ) -> Tensor:
+        x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x_NCHW.device.type, enabled=False):  # types are chosen here
+            out_NCYX, saved = _forward(implementation, spec, x_NCHW, bias_C, norm)
+        ctx.save_for_backward(*vars(saved).values(), bias_C, weight_C, norm_bias_C)
+        ctx.norm, ctx.spec, ctx.implementation, ctx.sides = norm, spec, implementation, x_NCHW.shape[2:]
+        return out_NCYX
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # behind the last block the classifier flattens, and its gradient is not channels_last
+        grad_NCYX = grads[0].contiguous(memory_format=torch.channels_last)
+        *tensors, bias_C, _, _ = ctx.saved_tensors
+        found = _backward(
+            ctx.implementation, ctx.spec, Saved(*tensors), grad_NCYX, bias_C, ctx.norm, ctx.sides
+        )
+        return found.x_NCHW, found.bias_C, found.norm_weight_C, found.norm_bias_C, None, None, None
