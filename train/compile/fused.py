@@ -79,8 +79,8 @@ def spec_of(rest: list[nn.Module]) -> BlockSpec | None:
     (True, None)
     """
     rest, pooling = list(rest), BlockSpec()
-    if rest and isinstance(rest[-1], nn.MaxPool2d):
-        pool = rest.pop()
+    if rest and isinstance(pool := rest[-1], nn.MaxPool2d):
+        rest.pop()
         if (pool.kernel_size, pool.stride, pool.dilation) != (3, 2, 1) or pool.padding not in (0, 1):
             return None
         pooling = BlockSpec(pool=True, pool_padding=int(pool.padding), pool_ceil=pool.ceil_mode)
@@ -88,8 +88,14 @@ def spec_of(rest: list[nn.Module]) -> BlockSpec | None:
         case [nn.ReLU()]:
             return pooling
         case [nn.ReLU(), LocalResponseNorm() as lrn]:
-            constants = {"lrn_size": lrn.size, "lrn_alpha": lrn.alpha, "lrn_beta": lrn.beta, "lrn_k": lrn.k}
-            return replace(pooling, norm="lrn", **constants)
+            return replace(
+                pooling,
+                norm="lrn",
+                lrn_size=lrn.size,
+                lrn_alpha=lrn.alpha,
+                lrn_beta=lrn.beta,
+                lrn_k=lrn.k,
+            )
         case [BatchNorm() as norm, nn.ReLU()] if norm.momentum is not None:
             return replace(pooling, norm="bn", eps=norm.eps, momentum=norm.momentum)
         case [nn.ReLU(), BatchNorm() as norm] if norm.momentum is not None:
@@ -169,7 +175,9 @@ class FusedNetwork:
         hidden_ND = torch.flatten(map_NCHW, 1)
         for module in self.network.classifier.children():
             if type(module) is nn.Linear:  # one that is divided over ranks has another type
-                bias_D = None if module.bias is None else self.weight_of(module.bias)
+                bias_D: Tensor | None = module.bias  # a norm that follows has its own
+                if bias_D is not None:
+                    bias_D = self.weight_of(bias_D)
                 hidden_ND = linear(hidden_ND, self.weight_of(module.weight), bias_D)
             else:
                 hidden_ND = module(hidden_ND)

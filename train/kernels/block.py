@@ -282,7 +282,7 @@ def _unpool(spec: BlockSpec, grad_NCYX: Tensor, index_NCYX: Tensor, sides: torch
         t.masked_fill(dead_NCYX, 0).flatten(2) for t in (place_NCYX, grad_NCYX)
     )  # P the pixels
     map_NCP = grad_NCYX.new_zeros(*grad_NCYX.shape[:2], sides.numel())
-    return map_NCP.scatter_add_(2, place_NCP, grad_NCP).unflatten(2, sides)
+    return map_NCP.scatter_add_(2, place_NCP, grad_NCP).view(*grad_NCYX.shape[:2], *sides)
 
 
 def _corners(spec: BlockSpec, out_NCYX: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from train.kernels.block_forward_triton import (
     channel_block,
     count_parts,
     lrn_scale,
+    norm_rows,
     relu,
     to_the_minus,
 )
@@ -82,10 +83,7 @@ def input_gradient_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel < channels
     if NORM == "bn" or NORM == "bn_after_relu":
-        mean = tl.load(mean_ptr + channel, mask=inside_C, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + channel, mask=inside_C, other=0.0)[None, :]
-        scale = rstd * tl.load(weight_ptr + channel, mask=inside_C, other=0.0)[None, :]
-        shift = tl.load(shift_ptr + channel, mask=inside_C, other=0.0)[None, :]
+        mean, rstd, scale, shift = norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C)
         mean_grad = tl.load(sums_ptr + channel, mask=inside_C, other=0.0)[None, :] / num_rows
         mean_dot = tl.load(sums_ptr + channels + channel, mask=inside_C, other=0.0)[None, :] / num_rows
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -150,10 +148,7 @@ def norm_sums_kernel(
     """
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel < channels
-    mean = tl.load(mean_ptr + channel, mask=inside_C, other=0.0)[None, :]
-    rstd = tl.load(rstd_ptr + channel, mask=inside_C, other=0.0)[None, :]
-    scale = rstd * tl.load(weight_ptr + channel, mask=inside_C, other=0.0)[None, :]
-    shift = tl.load(shift_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    mean, rstd, scale, shift = norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C)
     grads = tl.zeros((ROWS, CHANNELS), tl.float32)
     dots = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):

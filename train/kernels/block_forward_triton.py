@@ -39,7 +39,7 @@ def channel_block(channels: int, whole_row: bool = False) -> int:
 
 def count_parts(num_rows: int, rows: int, num_blocks: int) -> int:
     """Return into how many parts the rows of a map are divided: at most `MOST_PROGRAMS` over all blocks."""
-    return min(triton.cdiv(num_rows, rows), max(1, MOST_PROGRAMS // num_blocks))
+    return min(-(-num_rows // rows), max(1, MOST_PROGRAMS // num_blocks))
 
 
 @triton.jit
@@ -49,6 +49,16 @@ def biased(x_ptr, bias_ptr, offset, channel, inside, inside_C):
     if bias_ptr is not None:
         value += tl.load(bias_ptr + channel, mask=inside_C, other=0.0)[None, :]
     return value
+
+
+@triton.jit
+def norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C):
+    """Load what normalises channels, as rows: mean, 1 / deviation, and the factor and addend that follow."""
+    mean = tl.load(mean_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    scale = rstd * tl.load(weight_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    shift = tl.load(shift_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    return mean, rstd, scale, shift
 
 
 @triton.jit
@@ -108,10 +118,7 @@ def block_kernel(
         pixel % out_width,
     )
     if NORM == "bn" or NORM == "bn_after_relu":
-        mean = tl.load(mean_ptr + channel, mask=inside_C, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + channel, mask=inside_C, other=0.0)[None, :]
-        scale = rstd * tl.load(weight_ptr + channel, mask=inside_C, other=0.0)[None, :]
-        shift = tl.load(shift_ptr + channel, mask=inside_C, other=0.0)[None, :]
+        mean, _, scale, shift = norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C)
     best = tl.full((ROWS, CHANNELS), float("-inf"), tl.float32)
     peak = tl.zeros((ROWS, CHANNELS), tl.float32)
     index = tl.zeros((ROWS, CHANNELS), tl.int32)

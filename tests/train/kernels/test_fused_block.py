@@ -23,7 +23,7 @@ def run_block(
         leaves += [norm.norm.weight, norm.norm.bias]
     bias_C = None if sample.bias_C is None else leaves[1]
     out_NCYX = fused_block(leaves[0], spec, bias_C, norm.tensors, implementation)
-    out_NCYX.backward(make_grad(out_NCYX))
+    torch.autograd.backward(out_NCYX, make_grad(out_NCYX))
     found = [leaf.grad for leaf in leaves if leaf.grad is not None]
     assert len(found) == len(leaves)
     return [out_NCYX.detach(), *found, *(norm.norm.buffers() if norm.norm is not None else ())]
