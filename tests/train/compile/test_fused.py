@@ -186,7 +186,8 @@ def train_both(network: AlexNet, num_steps: int = 50) -> list[list[float]]:
 
 
 def largest_difference(losses: list[list[float]]) -> float:
-    return max(0.0, *(abs(ours - theirs) / theirs for theirs, ours in zip(*losses, strict=True)))
+    theirs, ours = losses
+    return max(abs(own - other) / other for own, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.slow
