@@ -16,6 +16,7 @@ from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
 from train.kernels.block_forward_triton import (
     MERGED,
     TILE,
+    bias_row,
     biased,
     channel_block,
     count_parts,
@@ -86,6 +87,7 @@ def input_gradient_kernel(
         mean, rstd, scale, shift = norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C)
         mean_grad = tl.load(sums_ptr + channel, mask=inside_C, other=0.0)[None, :] / num_rows
         mean_dot = tl.load(sums_ptr + channels + channel, mask=inside_C, other=0.0)[None, :] / num_rows
+    bias = bias_row(bias_ptr, channel, inside_C)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         pixel = first + tl.arange(0, ROWS)
@@ -107,7 +109,7 @@ def input_gradient_kernel(
                     tl.load(out_ptr + offset, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, grad
                 )
         else:
-            value = biased(x_ptr, bias_ptr, offset, channel, inside, inside_C)
+            value = biased(x_ptr, offset, bias, inside)
             dead = value <= 0
             if NORM == "lrn":
                 value = relu(value)
@@ -149,13 +151,14 @@ def norm_sums_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel < channels
     mean, rstd, scale, shift = norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C)
+    bias = bias_row(bias_ptr, channel, inside_C)
     grads = tl.zeros((ROWS, CHANNELS), tl.float32)
     dots = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < num_rows)[:, None] & inside_C[None, :]
         offset = row.to(tl.int64)[:, None] * channels + channel[None, :]
-        value = biased(value_ptr, bias_ptr, offset, channel, inside, inside_C)
+        value = biased(value_ptr, offset, bias, inside)
         grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if NORM == "bn_after_relu":
             value = relu(value)

@@ -43,12 +43,18 @@ def count_parts(num_rows: int, rows: int, num_blocks: int) -> int:
 
 
 @triton.jit
-def biased(x_ptr, bias_ptr, offset, channel, inside, inside_C):
-    """Load x in float32, with its channel's bias where there is one."""
-    value = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+def bias_row(bias_ptr, channel, inside_C):
+    """Load channels' biases as a row; 0 where there is none."""
+    row = 0.0
     if bias_ptr is not None:
-        value += tl.load(bias_ptr + channel, mask=inside_C, other=0.0)[None, :]
-    return value
+        row = tl.load(bias_ptr + channel, mask=inside_C, other=0.0)[None, :]
+    return row
+
+
+@triton.jit
+def biased(x_ptr, offset, bias, inside):
+    """Load x in float32, and add its channel's bias."""
+    return tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) + bias
 
 
 @triton.jit
@@ -78,16 +84,9 @@ def lrn_scale(x_ptr, bias_ptr, row, channel, inside_R, channels, value, FACTOR, 
         if shift != 0:
             other = channel + shift
             inside_C = (other >= 0) & (other < channels)
-            near = relu(
-                biased(
-                    x_ptr,
-                    bias_ptr,
-                    row[:, None] + other[None, :],
-                    other,
-                    inside_R[:, None] & inside_C[None, :],
-                    inside_C,
-                )
-            )
+            inside = inside_R[:, None] & inside_C[None, :]
+            bias = bias_row(bias_ptr, other, inside_C)
+            near = relu(biased(x_ptr, row[:, None] + other[None, :], bias, inside))
             total += near * near
     return K + FACTOR * total
 
@@ -119,6 +118,7 @@ def block_kernel(
     )
     if NORM == "bn" or NORM == "bn_after_relu":
         mean, _, scale, shift = norm_rows(mean_ptr, rstd_ptr, weight_ptr, shift_ptr, channel, inside_C)
+    bias = bias_row(bias_ptr, channel, inside_C)
     best = tl.full((ROWS, CHANNELS), float("-inf"), tl.float32)
     peak = tl.zeros((ROWS, CHANNELS), tl.float32)
     index = tl.zeros((ROWS, CHANNELS), tl.int32)
@@ -130,7 +130,7 @@ def block_kernel(
         here_R = inside_R & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         row = ((image.to(tl.int64) * height + y) * width + x) * channels
         here = here_R[:, None] & inside_C[None, :]
-        value = biased(x_ptr, bias_ptr, row[:, None] + channel[None, :], channel, here, inside_C)
+        value = biased(x_ptr, row[:, None] + channel[None, :], bias, here)
         if peaks_ptr is not None:
             raw = tl.load(x_ptr + row[:, None] + channel[None, :], mask=here, other=0.0).to(tl.float32)
         if NORM == "bn":
@@ -172,6 +172,7 @@ def statistics_kernel(
     part, num_parts = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel < channels
+    bias = bias_row(bias_ptr, channel, inside_C)
     mean = tl.zeros((ROWS, CHANNELS), tl.float32)
     squares = tl.zeros((ROWS, CHANNELS), tl.float32)
     count_R = tl.zeros((ROWS,), tl.float32)
@@ -180,7 +181,7 @@ def statistics_kernel(
         inside_R = row < num_rows
         offset = row.to(tl.int64)[:, None] * channels + channel[None, :]
         inside = inside_R[:, None] & inside_C[None, :]
-        value = biased(x_ptr, bias_ptr, offset, channel, inside, inside_C)
+        value = biased(x_ptr, offset, bias, inside)
         if RELU:
             value = relu(value)
         count_R += inside_R.to(tl.float32)
