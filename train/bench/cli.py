@@ -14,6 +14,11 @@ INT = click.IntRange
 NETWORKS = click.Choice(["owt", "paper", "caffe", "bn"])
 MODES = ("ddp", "ddp+bf16", "hybrid")
 PRECISIONS = ["bf16", "fp16", "fp32"]
+SUBJECTS = [
+    *(f"torchvision_{way}" for way in ("fp32", "amp", "bf16", "compiled", "graphs")),
+    *(f"{name}{end}" for end in ("", "_compiled") for name in ("owt", "paper", "bn", "caffe")),
+    *("paper_no_lrn", "paper_torch_lrn", "bn_no_norm", "lrn", "end_to_end"),
+]
 option = partial(click.option, show_default=True)
 repeatable = partial(option, multiple=True)
 overrides_option = partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
@@ -83,20 +88,18 @@ def startup(as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@repeatable(
-    "--variant", "variants", type=NETWORKS, default=("owt", "paper"), help="A network to measure. Repeatable."
-)  # fmt: skip
-@repeatable(
-    "--batch", "batches", type=INT(2), default=(128,),
-    help="Images of a step. Repeatable; the ratios are of the first.",
+@click.option(
+    "--only", multiple=True, type=click.Choice(SUBJECTS), metavar="SUBJECT",
+    help=f"Measure this one. Repeatable; there are {', '.join(SUBJECTS)}.",
 )  # fmt: skip
 @click.option(
-    "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
-    help="Repeatable; the ratios are of the first. Default: what training chooses here, and fp32.",
+    "--batch", "batches", multiple=True, type=INT(2),
+    help="Images of a step. Repeatable; ratios of others than the first have it in their names. "
+    "Default: 128, and on a GPU 1024.",
 )  # fmt: skip
+@option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="Of our networks.")
 @rounds_option(5, "Turns that every subject takes.")
 @option("--crop", "crop_px", type=INT(63), default=224, help="Side of the images.")
-@click.option("--compile", "compiled", is_flag=True, help="Measure each network compiled as a whole, too.")
 @folder_option("JPEGs")
 @images_option(at_least=2, default=2000)
 @device_option
@@ -104,11 +107,12 @@ def startup(as_json: bool, **options: Any) -> None:
 def train(as_json: bool, **options: Any) -> None:
     """Images/s of training and its fraction of the arithmetic peak; torchvision's AlexNet beside it.
 
-    Forward, backward, step, and end to end with the loader; subjects take turns. Ten minutes on two cores.
+    The step on images that the device has, what it launches, and end to end with the loader; subjects take
+    turns. Ten minutes on two cores.
 
     \b
     alexnet bench train
-    alexnet bench train --json --variant owt --rounds 3
+    alexnet bench train --json --only owt --only torchvision_bf16 --rounds 3
     """
     from train.bench.train import bench_train, describe
 

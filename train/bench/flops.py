@@ -6,12 +6,12 @@ import math
 from functools import partial
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from train.bench.harness import time_calls
-from train.bench.steps import NUM_CLASSES, StepSpec
+from train.bench.steps import NUM_CLASSES
+from train.bench.subjects import StepSpec
 from train.bench.trainer import bench_config, wait_for
 from train.models.alexnet import make_model
 
@@ -19,20 +19,11 @@ GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
 GEMM_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Flops(msgspec.Struct, frozen=True, kw_only=True):
-    """Floating-point operations for an image: two for each multiply-add of convolutions and linear layers."""
+def count_flops(model: nn.Module, crop_px: int) -> int:
+    """Count an image's forward and backward pass: two operations for each multiply-add.
 
-    forward: int
-    backward: int
-
-    @property
-    def step(self) -> int:
-        """Sum of both passes. The update of the weights is left out: it is 1/100 of them."""
-        return self.forward + self.backward
-
-
-def count_flops(model: nn.Module, crop_px: int) -> Flops:
-    """Count a network on the meta device; torch's own counter ignores a backward pass's groups.
+    Of convolutions and linear layers; the update of the weights is 1/100 of them. Counted on the meta device:
+    torch's own counter ignores a backward pass's groups.
 
     Args:
         model: any network of convolutions and linear layers, (N, 3, crop_px, crop_px) in; it keeps the hooks.
@@ -48,17 +39,17 @@ def count_flops(model: nn.Module, crop_px: int) -> Flops:
             layer.register_forward_hook(count)
     model(torch.empty(1, 3, crop_px, crop_px, device="meta"))
     # Gradients of weights and of inputs; the first layer's input is the image, which needs none.
-    return Flops(forward=sum(counted), backward=2 * sum(counted) - counted[0])
+    return 3 * sum(counted) - counted[0]
 
 
-def flops_of(spec: StepSpec, crop_px: int) -> Flops:
+def flops_of(spec: StepSpec, crop_px: int) -> int:
     """Count a case's network; normalisations are not counted."""
     with torch.device("meta"):
-        if spec.name == "torchvision":
+        if spec.network == "torchvision":
             from torchvision.models import alexnet
 
             return count_flops(alexnet(num_classes=NUM_CLASSES), crop_px)
-        model = bench_config(spec.name, spec.batch, crop_px, spec.precision, "cpu").model
+        model = bench_config(spec.network, spec.batch, crop_px, "fp32", "cpu").model
         return count_flops(make_model(model, num_classes=NUM_CLASSES, crop_px=crop_px), crop_px)
 
 

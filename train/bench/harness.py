@@ -14,8 +14,9 @@ import select
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from subprocess import PIPE, Popen
 from typing import Any
 
@@ -28,8 +29,8 @@ Ratios = dict[str, float | None]
 log = logging.getLogger("train")
 
 
-class OutOfTimeError(Exception):
-    """A case that took longer than it may, all its answers together; its process is killed."""
+class CaseError(RuntimeError):
+    """A case that failed, or took longer than it may, all its answers together; its process has ended."""
 
 
 class Case:
@@ -39,9 +40,9 @@ class Case:
         stack: ends the process.
         make: builds it; gets a stack that the process closes at its end, and `arguments`.
         limit_s: seconds for building it and for all requests together; None for as long as they take.
+        build: False leaves it to `build`: cases that are made first and built later import side by side.
     Raises:
-        RuntimeError: the process ended early; its message is on stderr.
-        OutOfTimeError: the time is over.
+        CaseError: it failed, or the time is over.
     """
 
     def __init__(
@@ -50,53 +51,75 @@ class Case:
         make: Callable[..., object],
         *arguments: object,
         limit_s: float | None = None,
+        build: bool = True,
     ) -> None:
-        self._name, self._limit_s, self._used_s = " ".join(map(str, arguments)), limit_s, 0.0
+        self._name, self._limit_s, self._used_s = " ".join(map(str, arguments[:1])), limit_s, 0.0
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
         command = own_command("train.bench.harness:serve")
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
         assert process.stdin is not None and process.stdout is not None
-        self._process = process
+        self._process, self._arguments = process, arguments
         self._requests, self._replies = process.stdin, process.stdout
         pickle.dump(sys.path, self._requests)  # it imports what this process would
-        self.request(make, *arguments)
+        pickle.dump(make, self._requests)
+        self._requests.flush()
+        if build:
+            self.build()
 
-    def request(self, method: object, *arguments: object) -> Any:
+    def build(self) -> None:
+        """Build what is measured, in its process."""
+        self.request(*self._arguments)
+
+    def request(self, *method_and_arguments: object) -> Any:
         """Call a method of the case, by its name, in its process, and wait for what it returns."""
         started = time.perf_counter()
         try:
-            pickle.dump((method, *arguments), self._requests)
+            pickle.dump(method_and_arguments, self._requests)
             self._requests.flush()
             self._wait_for_reply()
             self._used_s += time.perf_counter() - started
-            return pickle.load(self._replies)
+            reply = pickle.load(self._replies)
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"the measurement of {self._name} ended early: its message is above") from None
+            code = self._process.wait()
+            raise CaseError(f"{self._name}: its process ended with code {code}") from None
+        if isinstance(reply, CaseError):
+            self._process.kill()  # what it holds on a device is free at once, whatever state that is in
+            raise CaseError(f"{self._name}: {reply}")
+        return reply
 
     def _wait_for_reply(self) -> None:
         """Wait until the reply begins, but no longer than the case may take; then its process ends."""
         left_s = None if self._limit_s is None else max(0.0, self._limit_s - self._used_s)
         if not select.select([self._replies], [], [], left_s)[0]:
             self._process.kill()
-            raise OutOfTimeError(f"cut off after {self._limit_s:g} s")
+            raise CaseError(f"{self._name}: cut off after {self._limit_s:g} s")
 
 
 def serve() -> None:
-    """Be the process of a case: answer the requests on stdin, until it ends."""
+    """Be the process of a case: answer the requests on stdin, until it ends or one fails."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to stderr
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(EOFError):  # at the end of the benchmark
         sys.path[:] = pickle.load(sys.stdin.buffer)
-        make, *arguments = pickle.load(sys.stdin.buffer)
-        case, reply = make(stack, *arguments), None
+        make = pickle.load(sys.stdin.buffer)  # imports its module
+        case = _answer(make, stack, *pickle.load(sys.stdin.buffer))
+        reply = case if isinstance(case, CaseError) else None
         while True:
             pickle.dump(reply, replies)
             replies.flush()
-            try:
-                method, *arguments = pickle.load(sys.stdin.buffer)
-            except EOFError:  # the benchmark is over
+            if isinstance(reply, CaseError):
                 return
-            reply = getattr(case, method)(*arguments)
+            method, *arguments = pickle.load(sys.stdin.buffer)
+            reply = _answer(getattr(case, method), *arguments)
+
+
+def _answer(work: Callable[..., Any], *arguments: object) -> Any:
+    """Return what a call returns, or why it failed, in a line; the traceback goes to stderr."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return CaseError(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
 def _itself(_stack: ExitStack, function: Callable[..., object]) -> Callable[..., object]:

@@ -1,13 +1,15 @@
-"""The cases of `alexnet bench train`: a network's passes, its step, and its step fed by the loader."""
+"""The cases of `alexnet bench train`: a step on images on the device, and ours fed by the loader."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,74 +21,50 @@ from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
-from train.bench.trainer import bench_config, make_noise_parts, noise_batch, peak_memory_mb, wait_for
-from train.compile.choose import compile_step, fuse_lrn
+from train.bench import trainer
+from train.bench.subjects import StepSpec
+from train.bench.trainer import bench_config, noise_batch, wait_for
+from train.compile.choose import compile_step, drop_toolkit_note, fuse_lrn
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter
-from train.models.lrn import LocalResponseNorm
-from train.step import to_device, train_step
+from train.models import alexnet
+from train.optim.precision import Precision
 
 NUM_CLASSES = 1000
 PREFETCH = 2
 LEARNING_RATE = 1e-3
-
-
-class StepSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One network and the way to train it.
-
-    Attributes:
-        name: a network of ours, or `torchvision`: its `alexnet`, contiguous, with its reference script's SGD.
-        batch: samples of a step.
-        lrn: what normalises: ours, fused or eager; `torch` is nn.LocalResponseNorm, in float32; `none` leaves
-            it out.
-        compiled: whether Inductor compiles the network as a whole.
-    """
-
-    name: str
-    batch: int
-    precision: Literal["fp32", "bf16", "fp16"]
-    lrn: Literal["fused", "eager", "torch", "none"] = "fused"
-    compiled: bool = False
+WARM_STEPS = {"cpu": 1, "cuda": 5}
+"""Before the first round: what is captured in graphs takes three until it is as fast as it will be."""
 
 
 class StepCase:
-    """A network under measurement; subclasses set `optimizer`, and define `forward` and `step`."""
+    """A network under measurement; subclasses define `step`."""
 
-    optimizer: torch.optim.Optimizer
     first_step_s: float
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def forward(self) -> Tensor:
-        """Return the loss of a batch."""
-        raise NotImplementedError
-
     def step(self) -> object:
-        """Train one step."""
+        """Train one step, from uint8 images on the device to updated weights."""
         raise NotImplementedError
 
-    def time_passes(self, count: int) -> dict[str, float]:
-        """Return seconds for a forward pass, a backward pass and a whole step, means of `count` of each."""
-        forward_s = backward_s = 0.0
-        for _ in range(count):
-            self.optimizer.zero_grad()
-            started = wait_for(self.device)
-            loss = self.forward()
-            between = wait_for(self.device)
-            torch.autograd.backward(loss)
-            forward_s += between - started
-            backward_s += wait_for(self.device) - between
-        self.optimizer.zero_grad()
+    def step_s(self, count: int, untimed: int = 0) -> float:
+        """Return seconds for a step, the mean of `count` after some that are not timed."""
+        for _ in range(untimed):
+            self.step()
         started = wait_for(self.device)
         for _ in range(count):
             self.step()
-        step_s = wait_for(self.device) - started
-        return {"forward": forward_s / count, "backward": backward_s / count, "step": step_s / count}
+        return (wait_for(self.device) - started) / count
 
-    def first_step_and_memory(self) -> tuple[float, float]:
-        """Return seconds from nothing to the end of the first step, and the peak of memory so far, in MB."""
-        return self.first_step_s, peak_memory_mb(self.device)
+    def start_and_memory(self) -> dict[str, float]:
+        """Return seconds from nothing to the end of the first step, and the peak of memory so far."""
+        return {"first_step_s": self.first_step_s, "peak_memory_mb": trainer.peak_memory_mb(self.device)}
+
+    def profile(self) -> dict[str, float | None]:
+        """Return what a step calls and launches; steps after this are slower."""
+        return trainer.profile_step(self.step, self.device)
 
 
 class OurSteps(StepCase):
@@ -94,30 +72,22 @@ class OurSteps(StepCase):
 
     def __init__(self, world: World, spec: StepSpec, crop_px: int, folder: Path) -> None:
         super().__init__(world.device)
-        config = bench_config(spec.name, spec.batch, crop_px, spec.precision, world.device.type)
+        assert spec.precision is not None
+        config = bench_config(spec.network, spec.batch, crop_px, spec.precision, world.device.type)
         self.preprocessing, self.folder, self.batch, self.done = config.preprocessing, folder, spec.batch, 0
-        self.parts = make_noise_parts(config, NUM_CLASSES, world)
-        self.optimizer = self.parts.optimizer
-        if spec.lrn in ("none", "torch"):
-            replace_lrn(self.parts.network, spec.lrn)
-        elif spec.lrn == "fused":
-            fuse_lrn(self.parts.network, crop_px, self.parts.precision, world)
+        with patch.dict(vars(alexnet), STAND_INS[spec.norm]):
+            parts = trainer.make_noise_parts(config, NUM_CLASSES, world)
+        fuse_lrn(parts.network, crop_px, parts.precision, world)
         if spec.compiled:
-            compile_step(self.parts.network)
-        self.sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
-
-    def forward(self) -> Tensor:
-        """Return the loss of a batch, as in training."""
-        images_NHWC, labels_N, _ = to_device(self.sample, self.device)
-        inputs_NCHW = self.parts.normalize(images_NHWC)
-        with self.parts.precision.autocast():
-            logits_NC = self.parts.parallel(inputs_NCHW)
-        return cross_entropy(logits_NC.float(), labels_N)
+            compile_step(parts.network)
+        self.network, self.train = parts.network, trainer.make_step(parts)
+        sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
+        self.sample = dataclasses.replace(sample, images=torch.from_numpy(sample.images).to(self.device))
 
     def step(self, batch: Batch | None = None) -> AccuracyMeter:
         """Train one step, on a given batch or on noise."""
         self.done += 1
-        return train_step(self.parts, [self.sample if batch is None else batch], LEARNING_RATE, self.done)
+        return self.train([self.sample if batch is None else batch], LEARNING_RATE, self.done)
 
     def fed_images_per_s(self, num_batches: int, train: bool) -> float:
         """Measure the loader alone, or steps fed by it as in training; return images per second.
@@ -144,62 +114,84 @@ class OurSteps(StepCase):
 
 
 class TorchvisionSteps(StepCase):
-    """torchvision's `alexnet` as its reference script trains it: float32, contiguous, plain SGD.
+    """torchvision's `alexnet`, as its reference script trains it or as PyTorch's guides advise.
+
+    The script: float32 with torch's own settings, or `--amp`; contiguous; plain SGD. The guides: bfloat16,
+    channels_last, the fused optimiser, Inductor. The step normalises the images, as ours does.
 
     Source: pytorch/vision, references/classification/train.py (SGD, momentum 0.9, weight decay 1e-4).
     """
 
-    def __init__(self, world: World, spec: StepSpec, crop_px: int, folder: Path) -> None:
-        from torchvision.models import alexnet
+    def __init__(self, spec: StepSpec, crop_px: int, device: torch.device) -> None:
+        from torchvision.models import alexnet as make_alexnet
 
-        super().__init__(world.device)
+        super().__init__(device)
+        assert spec.precision is not None
         torch.manual_seed(0)
-        self.model: nn.Module = alexnet(num_classes=NUM_CLASSES).to(self.device)
-        parameters = self.model.parameters()
-        self.optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
-        self.images_NCHW = torch.randn(spec.batch, 3, crop_px, crop_px, device=self.device)
-        self.labels_N = torch.randint(NUM_CLASSES, (spec.batch,), device=self.device)
-
-    def forward(self) -> Tensor:
-        """Return the loss of a batch that is normalised already."""
-        return cross_entropy(self.model(self.images_NCHW), self.labels_N)
+        self.spec, self.precision = spec, Precision(spec.precision, device.type, "asked for")
+        self.layout = torch.channels_last if spec.tuned else torch.contiguous_format
+        self.model: nn.Module = make_alexnet(num_classes=NUM_CLASSES).to(device, memory_format=self.layout)
+        if spec.compiled:
+            drop_toolkit_note()
+            self.model.compile(mode=spec.compiled)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4, fused=spec.tuned
+        )
+        self.scaler = self.precision.make_scaler()
+        preprocessing = bench_config("owt", spec.batch, crop_px, spec.precision, device.type).preprocessing
+        self.normalize = alexnet.Normalize(preprocessing).to(device)
+        sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
+        self.images_NHWC = torch.from_numpy(sample.images).to(device)
+        self.labels_N = torch.from_numpy(sample.labels).to(device)
 
     def step(self) -> None:
-        """Train one step as the script does."""
-        loss = self.forward()
+        """Train one step."""
+        inputs_NCHW: Tensor = self.normalize(self.images_NHWC).contiguous(memory_format=self.layout)
+        if self.spec.compiled == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self.optimizer.step()
+        with self.precision.autocast():
+            loss = cross_entropy(self.model(inputs_NCHW), self.labels_N)
+        torch.autograd.backward(self.scaler.scale(loss))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 def open_steps(
     stack: ExitStack, spec: StepSpec, crop_px: int, folder: Path, device: Literal["cpu", "cuda"]
 ) -> StepCase:
-    """Build a case, and train two steps: the first compiles what is compiled."""
-    world = stack.enter_context(open_world(device))
+    """Build a case, and train its first steps: they compile, choose and capture."""
     if device == "cpu":
         torch.set_num_threads(cpu_share(1))
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler prints that there is no GPU, else
     started = time.perf_counter()
-    make = TorchvisionSteps if spec.name == "torchvision" else OurSteps
-    case = make(world, spec, crop_px, folder)
+    case: StepCase
+    if spec.network == "torchvision":
+        torch.backends.cudnn.benchmark = True  # as its script has it; TensorFloat-32 stays as torch has it
+        case = TorchvisionSteps(spec, crop_px, torch.device(device))
+    else:
+        case = OurSteps(stack.enter_context(open_world(device)), spec, crop_px, folder)
     case.step()
-    case.first_step_s = wait_for(world.device) - started
-    case.step()
+    case.first_step_s = wait_for(case.device) - started
+    case.step_s(WARM_STEPS[device])
+    torch.cuda.empty_cache()  # of what choosing took: a dozen cases share the GPU
     return case
 
 
 class TorchLRN(nn.LocalResponseNorm):
     """torch's own LRN in float32: it has no bfloat16 on the CPU, and half a range in float16."""
 
+    def __init__(self, k: float) -> None:
+        super().__init__(5, 1e-4, 0.75, k)
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise in float32."""
         return super().forward(input.float()).to(input.dtype)
 
 
-def replace_lrn(network: nn.Module, lrn: Literal["none", "torch"]) -> None:
-    """Replace every LRN by nothing, or by torch's."""
-    for parent in network.modules():
-        for name, module in list(parent.named_children()):
-            if isinstance(module, LocalResponseNorm):
-                other = TorchLRN(module.size, module.alpha, module.beta, module.k)
-                setattr(parent, name, nn.Identity() if lrn == "none" else other)
+STAND_INS: dict[str, dict[str, type[nn.Module]]] = {
+    "own": {},
+    "torch": {"LocalResponseNorm": TorchLRN},
+    "none": {"LocalResponseNorm": nn.Identity, "BatchNorm": nn.Identity},
+}
+"""Classes in the place of those of `train.models.alexnet`, while a network is built; no run has these."""

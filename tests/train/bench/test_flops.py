@@ -22,6 +22,4 @@ def test_flops_match_torchs_counter() -> None:
         forward = counter.get_total_flops()
         with counter:
             loss.backward()
-    flops = count_flops(model, 64)
-    assert flops.forward == forward > 10**8
-    assert flops.step == flops.forward + counter.get_total_flops()
+    assert count_flops(model, 64) == forward + counter.get_total_flops() > 3 * 10**8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.bench.harness import Case, OutOfTimeError, run_alone
+from train.bench.harness import Case, CaseError, run_alone
 
 
 class Counter:
@@ -26,6 +26,9 @@ class Counter:
 
     def die(self) -> None:
         os._exit(3)
+
+    def fail(self) -> None:
+        raise ValueError("no\n  memory")
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -45,8 +48,19 @@ def test_case_keeps_its_state_in_a_process_of_its_own(
 
 
 def test_case_that_dies_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"the measurement of .*calls ended early"), ExitStack() as stack:
+    with pytest.raises(CaseError, match=r"calls: its process ended with code 3$"), ExitStack() as stack:
         Case(stack, Counter, tmp_path / "calls").request("die")
+
+
+def test_case_that_fails_says_why_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ExitStack() as stack:
+        case = Case(stack, Counter, tmp_path / "calls", build=False)
+        case.build()
+        with pytest.raises(CaseError, match=r"/calls: ValueError: no memory$"):
+            case.request("fail")
+        with pytest.raises(CaseError, match="its process ended"):
+            case.request("add", 1)
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
@@ -55,6 +69,6 @@ def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
         case = Case(stack, Counter, tmp_path / "calls", limit_s=60)
         assert case.request("add", 1)[1] == 1
         case._limit_s = case._used_s + 0.2  # building it took a second or more of the 60
-        with pytest.raises(OutOfTimeError, match=r"^cut off after \d"):
+        with pytest.raises(CaseError, match=r"/calls: cut off after \d"):
             case.request("sleep", 600)
     assert time.perf_counter() - started < 300 and not (tmp_path / "calls").exists()

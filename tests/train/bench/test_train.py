@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import train.bench.train
+from tests.helpers.failing_steps import FailingSteps
 from tests.helpers.ranks import run_command
-from train.bench.harness import OutOfTimeError
+from train.bench.figures import Measured, make_ratios
+from train.bench.harness import CaseError, Report
 from train.bench.images import write_bench_images, write_small_images
 from train.bench.loaders import Kind, LoaderCase, Subject, time_batches
-from train.bench.train import LIMIT_S, Measured, make_ratios, make_specs, measure_passes
+from train.bench.subjects import make_specs
+from train.bench.train import LIMIT_S, bench_train, describe, measure_steps
 
 
 @pytest.mark.slow
@@ -88,34 +93,6 @@ def test_bench_round_is_timed_from_first_to_last_batch() -> None:
     assert 0 <= busy_us < 1e6 * 0.05 / 10  # it sleeps
 
 
-def test_bench_train_ratios_use_the_right_cases() -> None:
-    specs = make_specs(["owt", "paper"], [8], ["bf16", "fp32"], True)
-    step_s = {"owt bf16": 1.0, "torchvision fp32": 4.0, "paper bf16": 2.0, "none": 1.5, "torch": 7.0}
-    measured = Measured(crop_px=224)
-    for spec in specs:
-        named = spec.lrn if spec.lrn in ("none", "torch") else f"{spec.name} {spec.precision}"
-        measured.seconds[spec, "step"] = [100.0 if spec.compiled else step_s.get(named, 50.0)] * 2
-    measured.seconds[specs[0], "fed_step"] = [1.0, 1.0]
-    measured.seconds[specs[0], "loader"] = [0.1, 1.5]
-    measured.seconds[specs[0], "end_to_end"] = [2.0, 2.0]
-    measured.lrn_s["a"] = {"torch": 6.0, "eager": 2.0, "fused": 1.0}
-    measured.lrn_s["b"] = {"torch": 5.0, "eager": 2.0, "fused": 1.0}
-    measured.gemm_gflops = {"bf16": 100.0, "fp32": 50.0}
-    flops = 0.7e9 * 2 * 3
-    ratios, notes = make_ratios(specs, measured)
-    mfu = ratios.pop("owt_mfu")
-    assert mfu == pytest.approx(8 * flops / 100e9, rel=0.05)
-    assert ratios == {
-        "owt_vs_torchvision_reference": 4.0,
-        "paper_vs_no_lrn": 0.75,
-        "paper_vs_torch_lrn": 3.5,
-        "lrn_eager_vs_torch": 2.5,
-        "lrn_fused_vs_torch": 5.0,
-        "end_to_end_vs_slowest_part": 0.625,
-    }
-    assert not [note for note in notes if "not measured" in note]
-
-
 def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stub:
         """Answers, until its time is over in the second round."""
@@ -123,43 +100,82 @@ def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pyte
         def __init__(self, num_rounds: int) -> None:
             self.left = num_rounds
 
-        def request(self, method: str, *arguments: object) -> dict[str, float]:
+        def request(self, method: str, *arguments: object) -> float:
             self.left -= 1
             if self.left < 0:
-                raise OutOfTimeError("cut off after 60 s")
-            return {"forward": 1.0, "backward": 2.0, "step": 3.0}
+                raise CaseError("owt fp32 batch 8: cut off after 60 s")
+            return 3.0
 
     monkeypatch.setattr(train.bench.train, "gemm_gflops", lambda *_: 1.0)
-    specs = make_specs(["owt"], [8], ["fp32"], False)
-    measured, cases = Measured(crop_px=224), dict(zip(specs, map(Stub, (1, 9)), strict=True))
+    specs = make_specs(["owt", "torchvision_fp32"], [8], "fp32", "cpu")
+    assert [spec.subject for spec in specs] == ["torchvision_fp32", "owt"]
+    measured, cases = Measured(crop_px=224), dict(zip(specs, map(Stub, (9, 1)), strict=True))
     for _ in range(3):
-        measure_passes(measured, cases, ["fp32"], "cpu")  # type: ignore[arg-type]
-    assert list(cases) == specs[1:] and {spec for spec, _ in measured.seconds} == {specs[1]}
-    assert len(measured.seconds[specs[1], "step"]) == 3
-    assert measured.cut_off == ["owt fp32 batch 8: cut off after 60 s"]
-    ratios, _ = make_ratios(list(cases), measured)
+        measure_steps(measured, cases, "cpu")  # type: ignore[arg-type]
+    assert list(cases) == specs[:1] and measured.seconds == {(specs[0], "step"): [3.0, 3.0, 3.0]}
+    assert measured.failures == {specs[1]: "cut off after 60 s"}
+    ratios, _ = make_ratios(specs, measured)
     assert ratios["owt_mfu"] is None and ratios["owt_vs_torchvision_reference"] is None
     assert LIMIT_S == {"cpu": None, "cuda": 60}
 
 
+def bench(**options: Any) -> Report:
+    """`bench_train` on the CPU without the loader, quick to fail."""
+    others = {
+        "batches": [2],
+        "precision": "fp32",
+        "num_rounds": 1,
+        "folder": None,
+        "images": 2,
+        "device": "cpu",
+    }
+    return bench_train(**others | {"crop_px": 64} | options)
+
+
+def test_bench_train_gives_a_row_to_subjects_past_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.bench.train, "LIMIT_S", {"cpu": 0.05})
+    report = bench(only=["owt", "torchvision_fp32", "lrn"])
+    assert [row["failure"] for row in report["rates"]] == ["cut off after 0.05 s"] * 2
+    assert report["notes"][-1] == "lrn: 2: cut off after 0.05 s"
+    lines = describe(report)
+    assert any(re.match(r"owt fp32 batch 2 +- .* -cut off after 0.05 s$", line) for line in lines)
+
+
+def test_bench_train_gives_a_row_to_subjects_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.bench.train, "open_steps", FailingSteps)
+    monkeypatch.setattr(train.bench.train, "gemm_gflops", lambda *_: 1.0)
+    report = bench(only=["torchvision_fp32", "owt", "paper", "bn"], num_rounds=2)
+    whole, late, dead, never = report["rates"]
+    assert whole["failure"] is None and whole["operators"] == 5.0 and whole["kernels"] is None
+    assert late["failure"] == "RuntimeError: no events" and late["operators"] is None
+    assert [row["phases"]["step"]["rounds"] for row in (whole, late)] == [[4.0, 4.0]] * 2
+    assert dead["failure"] == "its process ended with code 3" and not dead["phases"]
+    assert never["failure"] == "MemoryError: CUDA out of memory. Tried to allocate 9 GiB"
+    assert report["ratios"]["owt_vs_torchvision_reference"] == 1.0
+    assert report["notes"][-1] == "owt fp32 batch 2: RuntimeError: no events"
+
+
 @pytest.mark.slow
 def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
-    options = ["--batch=4", "--crop=64", "--variant=owt", "--precision=fp32", "--images=128", "--rounds=1"]
+    only = ["--only=owt", "--only=torchvision_fp32", "--only=end_to_end"]
+    options = ["--batch=4", "--crop=64", "--precision=fp32", "--images=128", "--rounds=1", *only]
     done = run_command(
         ["alexnet", "bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options], cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    owt, reference = report["rates"]
-    assert set(owt["phases"]) == {"forward", "backward", "step", "loader", "end_to_end"}
-    assert reference["subject"]["name"] == "torchvision"
+    reference, owt = report["rates"]
+    assert set(owt["phases"]) == {"step", "loader", "end_to_end"} and set(reference["phases"]) == {"step"}
+    assert reference["subject"]["subject"] == "torchvision_fp32"
     step = owt["phases"]["step"]
-    gflops = step["images_per_s"] * sum(owt["flops_per_image"].values()) / 1e9
+    gflops = step["images_per_s"] * owt["gflop_per_image"]
     assert step["mfu"] == pytest.approx(gflops / report["gemm_gflops"]["fp32"], rel=0.01)
     assert report["ratios"]["owt_mfu"] == step["mfu"]
     assert report["ratios"]["owt_vs_torchvision_reference"] == pytest.approx(
         step["images_per_s"] / reference["phases"]["step"]["images_per_s"], rel=0.01
     )
+    assert report["ratios"]["owt_vs_best_torchvision"] == report["ratios"]["owt_vs_torchvision_reference"]
     assert report["ratios"]["paper_vs_no_lrn"] is None
     assert any("paper_vs_no_lrn" in note for note in report["notes"])
-    assert owt["peak_memory_mb"] > 100
+    assert owt["peak_memory_mb"] > 100 and owt["operators"] > 100 and owt["launches"] is None
+    assert "gpuGetDeviceCount" not in done.stderr
