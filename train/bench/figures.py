@@ -93,8 +93,8 @@ def make_ratios(specs: Sequence[StepSpec], measured: Measured) -> tuple[Ratios, 
             notes.append(f"owt_vs_best_torchvision{end}: {best} is the best of {', '.join(known)}")
         if not end:
             ratios["owt_vs_torchvision_reference"] = ways["torchvision_fp32"]
-            ratios["paper_vs_torch_lrn"] = median_ratio(step_s.get("paper_torch_lrn"), paper_s)
-            notes += ["paper_vs_torch_lrn: against the same net in float32"] * bool(paper_s)
+            ratios["paper_vs_torch_lrn"] = ratio = median_ratio(step_s.get("paper_torch_lrn"), paper_s)
+            notes += ["paper_vs_torch_lrn: against the same net in float32"] * bool(ratio)
     for form in ("eager", "fused"):
         found = (best["torch"] / best[form] for best in measured.lrn_s.values())
         ratios[f"lrn_{form}_vs_torch"] = min(found, default=None)

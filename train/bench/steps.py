@@ -148,7 +148,7 @@ class TorchvisionSteps(StepCase):
         """Train one step."""
         inputs_NCHW: Tensor = self.normalize(self.images_NHWC).contiguous(memory_format=self.layout)
         if self.spec.compiled == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
         with self.precision.autocast():
             loss = cross_entropy(self.model(inputs_NCHW), self.labels_N)

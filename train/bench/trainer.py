@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline.datasets.dataset import Dataset
@@ -92,7 +91,7 @@ def count_events(events: Iterable[Any], device: str, steps: int) -> dict[str, fl
         that put a kernel, a copy, a fill or a whole graph on the GPU; `kernels` that ran there, copies and
         fills among them; `kernel_ms`, their time. On a CPU the last three are None.
     """
-    host, ran = ([e for e in events if e.device_type == kind] for kind in (DeviceType.CPU, DeviceType.CUDA))
+    host, ran = ([e for e in events if e.device_type.name == kind] for kind in ("CPU", "CUDA"))
     ran = [event for event in ran if not event.is_user_annotation]
     found: dict[str, float | None] = {
         "operators": sum(event.count for event in host if event.key.startswith("aten::")) / steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -11,7 +12,8 @@ from train.bench.steps import OurSteps, TorchvisionSteps
 from train.bench.subjects import make_specs
 from train.config.schema import ModelConfig
 from train.distributed.world import open_world
-from train.models.alexnet import BatchNorm, make_model
+from train.models.alexnet import make_model
+from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
 
 # Shapes: N images, H and W rows and columns, C channels.
@@ -34,9 +36,13 @@ def test_bn_without_norms_is_bn_with_identities(tmp_path: Path) -> None:
     assert sum(isinstance(layer, LocalResponseNorm) for layer in paper) == 2
 
 
-def test_torchvision_trains_from_bytes_in_its_tuned_way() -> None:
-    plain, tuned = make_specs(["torchvision_amp", "torchvision_bf16"], [2], "fp32", "cpu")
+def test_torchvision_trains_from_bytes_in_its_tuned_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda _self, mode: modes.append(mode))
+    (plain,) = make_specs(["torchvision_amp"], [2], "fp32", "cpu")
+    (tuned,) = make_specs(["torchvision_graphs"], [2], "fp32", "cuda")
     case = TorchvisionSteps(tuned, 64, torch.device("cpu"))
+    assert modes == ["reduce-overhead"]
     assert case.images_NHWC.dtype == torch.uint8
     first = next(case.model.parameters())
     assert first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()

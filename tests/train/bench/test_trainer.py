@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 
 from train.bench.trainer import count_events
 
