@@ -80,9 +80,9 @@ class OurSteps(StepCase):
         fuse_lrn(parts.network, crop_px, parts.precision, world)
         if spec.compiled:
             compile_step(parts.network)
-        self.network, self.train = parts.network, trainer.make_step(parts)
         sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
         self.sample = dataclasses.replace(sample, images=torch.from_numpy(sample.images).to(self.device))
+        self.network, self.train = parts.network, trainer.make_step(parts)
 
     def step(self, batch: Batch | None = None) -> AccuracyMeter:
         """Train one step, on a given batch or on noise."""
