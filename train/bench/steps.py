@@ -72,11 +72,13 @@ class OurSteps(StepCase):
 
     def __init__(self, world: World, spec: StepSpec, crop_px: int, folder: Path) -> None:
         super().__init__(world.device)
-        assert spec.precision is not None
-        config = bench_config(spec.network, spec.batch, crop_px, spec.precision, world.device.type)
+        config = bench_config(spec.network, spec.batch, crop_px, str(spec.precision), world.device.type)
         self.preprocessing, self.folder, self.batch, self.done = config.preprocessing, folder, spec.batch, 0
         with patch.dict(vars(alexnet), STAND_INS[spec.norm]):
             parts = trainer.make_noise_parts(config, NUM_CLASSES, world)
+        for name, layer in list(parts.network.features.named_children()):
+            if isinstance(layer, nn.Identity):  # else fused kernels would not know what they see
+                delattr(parts.network.features, name)
         fuse_lrn(parts.network, crop_px, parts.precision, world)
         if spec.compiled:
             compile_step(parts.network)
@@ -126,9 +128,8 @@ class TorchvisionSteps(StepCase):
         from torchvision.models import alexnet as make_alexnet
 
         super().__init__(device)
-        assert spec.precision is not None
         torch.manual_seed(0)
-        self.spec, self.precision = spec, Precision(spec.precision, device.type, "asked for")
+        self.spec, self.precision = spec, Precision(spec.precision or "fp32", device.type, "asked for")
         self.layout = torch.channels_last if spec.tuned else torch.contiguous_format
         self.model: nn.Module = make_alexnet(num_classes=NUM_CLASSES).to(device, memory_format=self.layout)
         if spec.compiled:
@@ -138,7 +139,7 @@ class TorchvisionSteps(StepCase):
             self.model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4, fused=spec.tuned
         )
         self.scaler = self.precision.make_scaler()
-        preprocessing = bench_config("owt", spec.batch, crop_px, spec.precision, device.type).preprocessing
+        preprocessing = bench_config("owt", spec.batch, crop_px, "fp32", device.type).preprocessing
         self.normalize = alexnet.Normalize(preprocessing).to(device)
         sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
         self.images_NHWC = torch.from_numpy(sample.images).to(device)
