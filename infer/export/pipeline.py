@@ -213,9 +213,9 @@ class _Export:
         batches = _decode(sample, self.checkpoint.preprocessing)
         source = path.with_name("float32.onnx")
         opset, layer = self.onnx_options.opset, self.onnx_options.features
-        export_onnx(self.checkpoint, source, opset=opset, features=layer)
+        export_onnx(self.checkpoint, source, opset=opset, features=layer, calibration=batches)
         quantize_for_tensorrt(source, path, batches)
-        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset, layer)
+        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset, layer, batches)
         quantize_for_cpu(source, cpu_path, batches, lrn_betas)
         source.unlink()
         return Calibration(

@@ -54,6 +54,8 @@ def quantize_for_tensorrt(source: Path, target: Path, batches: Iterable[NDArray[
             "DedicatedQDQPair": True,
             "AddQDQPairToWeight": True,
             "QuantizeBias": False,  # TensorRT does not parse an int32 bias
+            # NVIDIA's advice: the inputs of products alone. What ReLU is about to cut off would set the range
+            "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm", "MatMul"],
         },
     )
     _save(onnx.load(target), target, source)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, FeatureLayer, Precision
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
+from infer.export.equalize import equalize_ranges
 from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
@@ -23,6 +27,7 @@ from train.models.alexnet import Normalize
 log = logging.getLogger("infer")
 
 MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less some room for the graph
+Calibration = Sequence[NDArray[np.uint8]]
 # Warnings that the libraries raise for one another; nobody who exports can act on them.
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
@@ -34,18 +39,27 @@ class ContractModel(nn.Module):
         checkpoint: the source of the weights and the preprocessing.
         half: whether the network computes in float16; normalisation, LRN and softmax stay in float32.
         features: a layer whose features are a second output, in float32.
+        calibration: decoded images (n, crop, crop, 3), where the network is to be quantised: its ranges are
+            equalised for that, see `equalize_ranges`.
     Shape:
         uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1; with `features`, and
         float32 (N, D).
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, half: bool = False, features: FeatureLayer | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        half: bool = False,
+        features: FeatureLayer | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
         self.network = checkpoint.make_model().to(self.dtype)
+        if calibration is not None:
+            equalize_ranges(self.network, self.normalize, calibration, features)
         self.features = features
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,6 +77,7 @@ def export_onnx(
     precision: Precision = "fp32",
     opset: int = DEFAULT_OPSET,
     features: FeatureLayer | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Write a checkpoint as one ONNX file, weights included.
 
@@ -75,10 +90,13 @@ def export_onnx(
         precision: fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
         opset, features: as in `infer.export.onnx_options.OnnxOptions`; the file has the lowest IR version
             with the opset.
+        calibration: as in `ContractModel`.
     Raises:
         UserError: a model too large for one file.
     """
-    _write(ContractModel(checkpoint, half=precision == "fp16", features=features), checkpoint, path, opset)
+    half = precision == "fp16"
+    model = ContractModel(checkpoint, half=half, features=features, calibration=calibration)
+    _write(model, checkpoint, path, opset)
 
 
 def export_for_cpu(
@@ -106,16 +124,20 @@ def export_for_cpu(
 
 
 def export_for_int8_cpu(
-    checkpoint: Checkpoint, path: Path, opset: int = DEFAULT_OPSET, features: FeatureLayer | None = None
+    checkpoint: Checkpoint,
+    path: Path,
+    opset: int = DEFAULT_OPSET,
+    features: FeatureLayer | None = None,
+    calibration: Calibration | None = None,
 ) -> list[float]:
     """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
 
     Args:
-        checkpoint, path, opset, features: as in `export_onnx`.
+        checkpoint, path, opset, features, calibration: as in `export_onnx`.
     Returns:
         The exponent beta of each LRN.
     """
-    model = ContractModel(checkpoint, features=features)
+    model = ContractModel(checkpoint, features=features, calibration=calibration)
     betas = use_banded_lrn(model.network, channels_last=True)
     model.normalize = fold_normalization(model.network, checkpoint.preprocessing)
     _write(model, checkpoint, path, opset)

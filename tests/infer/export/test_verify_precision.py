@@ -44,7 +44,7 @@ def test_int8_is_calibrated_gated_and_built_for_the_named_gpus(base: Path, tmp_p
     assert check.computed_in == {
         "Conv": {"int8": 5}, "Gemm": {"int8": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
     }  # fmt: skip
-    assert check.num_quantize == check.num_dequantize == 23
+    assert check.num_quantize == check.num_dequantize == 16  # what the 8 products read
     gate = manifest.report
     assert gate is not None and gate.limits == LIMITS["int8"]
     assert gate.onnx.top1_agreement >= 0.99 and gate.onnx.max_probability_difference > 1e-4
