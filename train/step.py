@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
-from data_pipeline.transforms.rng import hash_at
 from train.checkpoints.format import InitRecord
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
@@ -28,15 +28,13 @@ from train.kernels.mixup import mix_inputs, mixed_losses, tensor_to_device
 from train.kernels.trivial import trivial_augment
 from train.models.alexnet import AlexNet, Normalize
 from train.models.batch_norm import count_ghosts_in, is_synchronized
+from train.models.dropout import layer_keys_at, masks_of
 from train.models.parts import set_training
 from train.optim.ema import ModelEma
 from train.optim.precision import Precision
 from train.optim.sgd import set_lr
 
 # Shapes: N samples of one batch, H and W rows and columns, C classes.
-
-_DROPOUT_STREAM = 1 << 32
-"""Far from the streams of `data_pipeline.transforms.rng`, so that no mask repeats a crop's number."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,9 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
         This rank's counts, still on the device; zeros for a skipped step.
     """
     world, network, optimizer, scaler = parts.world, parts.network, parts.optimizer, parts.scaler
-    # Masks follow from (seed, step, rank), so that a resumed run draws the same ones.
-    torch.manual_seed(int(hash_at(parts.config.seed, step, world.rank, stream=_DROPOUT_STREAM)) >> 1)
+    masks = masks_of(network)
+    keys_L2 = layer_keys_at(parts.config.seed, step, len(masks.keys_L2))
+    masks.keys_L2 = tensor_to_device(keys_L2, world.device)
     set_lr(optimizer, learning_rate)
     meter = AccuracyMeter(world.device)
     set_training(network, parts.config.freeze)
@@ -139,6 +138,7 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
         sync = nullcontext() if number == len(batches) else parts.parallel.no_sync()
         with sync, world.named_collective(f"the sum of gradients of step {step + 1}"):
             accumulate_gradients(parts, batch, meter)
+    masks.rows_N = None  # those of the last pass are nobody else's
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if isinstance(parts.parallel, HybridParallel):
@@ -184,6 +184,8 @@ def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -
     """
     images_NHWC, labels_N, valid_N = to_device(batch, parts.world.device)
     inputs_NCHW = training_inputs(batch, images_NHWC, parts.normalize)
+    rows_N = tensor_to_device(batch.positions.astype(np.int32), parts.world.device)
+    masks_of(parts.network).rows_N = rows_N
     with parts.precision.autocast():
         logits_NC = parts.parallel(inputs_NCHW)
     losses_N = mixed_losses(

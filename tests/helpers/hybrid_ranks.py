@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.sampler import rank_slice
+from tests.helpers.dropout_reference import kept_units
 from tests.helpers.faulty_rank import fail
 from tests.helpers.norm_ranks import compare_norms
 from tests.helpers.ranks import TINY
@@ -31,6 +32,7 @@ from train.distributed.hybrid import (
     map_optimizer_state,
     shard_tensors,
 )
+from train.distributed.tensor_parallel import shard_bounds
 from train.distributed.world import World, open_world
 from train.optim.sgd import load_optimizer
 from train.setup import make_step_parts
@@ -47,7 +49,8 @@ NUM_STEPS = 2
 
 def make(world: World, *overrides: str) -> StepParts:
     """The parts of a step as a run would make them."""
-    config = make_config("demo", [*TINY, *SIZE, f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides])
+    sets = [*TINY, *SIZE, "model.dropout=0.5", f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides]
+    config = make_config("demo", sets)
     dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
     return make_step_parts(config, dataset, world, None)
 
@@ -130,11 +133,17 @@ def compare(world: World, *overrides: str) -> dict[str, Any]:
     return found
 
 
+def pad_rows(world: World, rank: int) -> np.ndarray:
+    """The positions that a rank brings to a pass with its whole share, 0 for what pads it."""
+    shares = [rank_slice(GLOBAL_BATCH, other, world.world_size) for other in range(world.world_size)]
+    rows = np.zeros(max(share.stop - share.start for share in shares), np.int64)
+    rows[: shares[rank].stop - shares[rank].start] = np.arange(shares[rank].start, shares[rank].stop)
+    return rows
+
+
 def masks(world: World) -> dict[str, Any]:
     """Make dropout masks visible: all activations before dropout are 1, and all weights behind it are 1."""
-    parts = make(
-        world, "parallel=hybrid", "model.dropout=0.5", "model.name=owt", f"micro_batch={GLOBAL_BATCH}"
-    )
+    parts = make(world, "parallel=hybrid", "model.name=owt", f"micro_batch={GLOBAL_BATCH}")
     network = parts.network
     last_conv = [m for m in network.features.modules() if isinstance(m, nn.Conv2d)][-1]
     layers = linear_layers(network)
@@ -175,12 +184,19 @@ def masks(world: World) -> dict[str, Any]:
     summed = seen["features out"][:, 0] - 1  # of the features of every sample of every rank, here
     elsewhere = summed.clone()
     dist.broadcast(elsewhere, src=0)
+    units = range(*shard_bounds(layers[0].out_features, world.rank, world.world_size))
+    padded = np.concatenate([pad_rows(world, rank) for rank in range(world.world_size)])
+    seed = parts.config.seed
+    expected_features = kept_units(seed, 0, 0, places, range(first["features"].shape[1]), 0.5)
+    expected_units = kept_units(seed, 0, 1, padded, units, 0.5)
     own_rows = summed.view(world.world_size, -1)[world.rank][: len(places)]
     everyone = [(everyones[0] == other).float().mean().item() for other in everyones[1:]]
     return {
         "values": sorted(torch.unique(first["units"]).tolist()),
         "kept units": (first["units"] > 0).float().mean().item(),
         "kept features": (first["features"] > 0).float().mean().item(),
+        "features of the recipe": bool(((first["features"] > 0).cpu().numpy() == expected_features).all()),
+        "units of the recipe": bool(((first["units"] > 0).cpu().numpy() == expected_units).all()),
         "same again": torch.equal(first["units"], again["units"]),
         "same in next step": (first["units"] == next_["units"]).float().mean().item(),
         "same on other slices": everyone,
@@ -193,7 +209,7 @@ def masks(world: World) -> dict[str, Any]:
 
 def overflow(world: World) -> dict[str, Any]:
     """A gradient that overflows in one rank's shard alone, and a loss that is NaN on one rank alone."""
-    parts = make(world, "parallel=hybrid")
+    parts = make(world, "parallel=hybrid", "model.dropout=0.0")  # its loss begins near ln(10)
     parts = dataclasses.replace(parts, scaler=torch.amp.GradScaler(world.device.type, init_scale=1024.0))
     assert isinstance(parts.parallel, HybridParallel)
     before = [p.detach().clone() for p in parts.network.parameters()]

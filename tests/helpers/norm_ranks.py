@@ -34,7 +34,7 @@ RATE = 0.0003
 NORMED = (
     *TINY, f"preprocessing.crop_px={CROP_PX}", f"preprocessing.resize_px={CROP_PX}", "model.stem_kernel=5",
     "model.groups=1", "model.norm=bn_after_relu", "model.pool_padding=1", "model.hidden_units=16",
-    "model.hidden_norm=true", "ema_decay=0.5",
+    "model.hidden_norm=true", "model.dropout=0.5", "ema_decay=0.5",
 )  # fmt: skip
 
 

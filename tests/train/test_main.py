@@ -25,7 +25,7 @@ NUM_VAL = 35  # nor does this
 COMPARABLE = (
     *TINY, "epochs=1", f"global_batch={BATCH}", "schedule.kind=constant", "schedule.warmup_epochs=0",
     "schedule.learning_rate=0.0004", "augment.crop=random_resized", "augment.scale=[0.5, 1.0]",
-    "checkpoint_every=6",
+    "model.dropout=0.5", "checkpoint_every=6",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from train.distributed.hybrid import Parallel
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
 from train.models.batch_norm import BatchNorm
+from train.models.dropout import masks_of
 from train.models.lrn import LocalResponseNorm
 from train.optim.precision import Precision
 
@@ -157,6 +158,8 @@ def maybe_compile(
         return known
     images = _zeros(parallel.module, batch, crop_px)
     with _unchanged(parallel):
+        # as in a step: what is compiled for other tensors would be compiled again there
+        masks_of(parallel).start_outside_of_steps(batch, images.device)
         eager_s = _time_passes(parallel, images, precision)
         started, failure, compiled_s = time.monotonic(), "", float("inf")
         try:
@@ -232,10 +235,10 @@ def _time_passes(
 
 @contextmanager
 def _unchanged(parallel: DistributedDataParallel) -> Iterator[None]:
-    """Restore running statistics, gradients and the random generator at the end."""
+    """Restore running statistics, gradients and the rows of the dropout masks at the end."""
     buffers = [buffer.clone() for buffer in parallel.buffers()]
-    with torch.random.fork_rng():
-        yield
+    yield
+    masks_of(parallel).rows_N = None
     for buffer, old in zip(parallel.buffers(), buffers, strict=True):
         buffer.copy_(old)
     for parameter in parallel.parameters():

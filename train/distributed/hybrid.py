@@ -28,12 +28,15 @@ from train.distributed.tensor_parallel import (
     MicroBatchPlan,
     ParallelLinear,
     RowParallelLinear,
+    gather_rows,
     gather_shards,
     shard,
+    shard_bounds,
 )
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
 from train.models.batch_norm import is_synchronized
+from train.models.dropout import Dropout, masks_of
 from train.optim.precision import Precision
 
 
@@ -99,6 +102,7 @@ class HybridParallel(nn.Module):
         linears = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
         for (name, whole), kind in zip(linears, kinds, strict=True):
             network.classifier.register_module(name, kind(whole, self.plan))
+        self._masks_gathered = self._split_dropout()
         self.trunk = DistributedDataParallel(
             nn.Sequential(network.features, network.avgpool, nn.Flatten()),  # (N, 3, H, W) -> (N, F)
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
@@ -111,10 +115,29 @@ class HybridParallel(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits (N, C) of this rank's images."""
         features_NF = self.trunk(images_NCHW)
-        self.plan.rows = next(self._next_sizes)
-        assert len(features_NF) <= self.plan.rows, "the micro-batches are not those that were planned"
+        self._start_pass(features_NF)
         logits_NC: Tensor = self.network.classifier(features_NF)
         return logits_NC
+
+    def _split_dropout(self) -> bool:
+        """Tell each dropout layer behind a split one which units it has; return whether any drops some."""
+        units, found = 0, False
+        for layer in self.network.classifier.children():
+            if isinstance(layer, ParallelLinear):
+                units = layer.out_features
+            elif isinstance(layer, Dropout) and units:
+                layer.first_unit, _ = shard_bounds(units, self.world.rank, self.world.world_size)
+                found = found or layer.p > 0
+        return found
+
+    def _start_pass(self, features_NF: Tensor) -> None:
+        """Begin a pass through the split layers: how many samples each rank brings, and the rows of all."""
+        self.plan.rows = next(self._next_sizes)
+        assert len(features_NF) <= self.plan.rows, "the micro-batches are not those that were planned"
+        if self._masks_gathered:
+            masks = masks_of(self.network)
+            own_N = masks.rows_for(features_NF)
+            masks.rows_B = gather_rows(own_N, self.plan)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate the convolutions' gradients without reducing them; the shards' never are."""
@@ -137,13 +160,13 @@ class HybridParallel(nn.Module):
         self._next_sizes = iter(self.sizes)
         first = next(m for m in self.network.modules() if isinstance(m, FirstColumnParallelLinear))
         for _ in range(missing):
-            self.plan.rows = next(self._next_sizes)
             with self.no_sync():
                 with precision.autocast():
                     if is_synchronized(self.network):
                         none_NF = self.trunk(none_NCHW)
                     else:
                         none_NF = none_NCHW.new_empty(0, first.in_features).requires_grad_()
+                    self._start_pass(none_NF)
                     logits_NC = self.network.classifier(none_NF)
                 torch.autograd.backward(logits_NC.sum())
 

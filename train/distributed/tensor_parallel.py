@@ -8,7 +8,7 @@ one (row parallel).
     units -> FC 8, a term of each sum -> [reduce-scatter to each sample's rank] -> logits of own samples
 
 ReLU and dropout run on the rank that owns an activation, before the all-gather: one dropout mask per
-activation.
+activation, the one that it has on a single rank.
 
 Source: Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks", scheme (a);
 Shoeybi et al. 2019, "Megatron-LM", section 3 (column and row parallel).
@@ -98,6 +98,11 @@ def _reduce_scatter(shares_K: Tensor) -> Tensor:
     received_K = torch.empty_like(shares_K)
     dist.all_to_all_single(received_K, shares_K)
     return received_K.sum(0, dtype=torch.promote_types(shares_K.dtype, torch.float32)).to(shares_K.dtype)
+
+
+def gather_rows(own_N: Tensor, plan: MicroBatchPlan) -> Tensor:
+    """All-gather a number of each sample of a pass: (N) of this rank -> (B) of all, zeros for the padding."""
+    return _all_gather(_pad_to(own_N, 0, plan.rows), plan.world).flatten()
 
 
 class _GatherSamples(torch.autograd.Function):

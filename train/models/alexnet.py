@@ -19,6 +19,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config.schema import Groups, ModelConfig, Norm
 from train.models.batch_norm import BatchNorm
+from train.models.dropout import Dropout, Masks
 from train.models.init import initialize
 from train.models.lrn import LocalResponseNorm
 
@@ -69,7 +70,7 @@ def count_layers(model: AlexNet, layer: FeatureLayer) -> int:
     wanted = {"pool5": 0, "fc6": 1, "fc7": 2}[layer]
     num_products = 0
     for number, module in enumerate(model.classifier.children()):
-        if num_products == wanted and isinstance(module, (nn.Dropout, nn.Linear)):
+        if num_products == wanted and isinstance(module, (Dropout, nn.Linear)):
             return number
         num_products += isinstance(module, nn.Linear)
     raise AssertionError("the last layer is the classes'")
@@ -193,9 +194,11 @@ def make_classifier(config: ModelConfig, num_features: int, num_classes: int) ->
     norm = config.norm or network.norm
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     in_features, width = num_features, config.hidden_units
+    masks = Masks(num_layers=2)
     for number in (6, 7):
+        dropout = Dropout(config.dropout, number - 6, masks)
         if network.numbered:
-            layers[f"drop{number}"] = nn.Dropout(config.dropout)
+            layers[f"drop{number}"] = dropout
         bias = not (config.hidden_norm and norm == "bn")
         layers[f"fc{number}"] = nn.Linear(in_features, width, bias=bias)
         if config.hidden_norm and norm == "bn":
@@ -204,7 +207,7 @@ def make_classifier(config: ModelConfig, num_features: int, num_classes: int) ->
         if config.hidden_norm and norm == "bn_after_relu":
             layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
         if not network.numbered:
-            layers[f"drop{number}"] = nn.Dropout(config.dropout)
+            layers[f"drop{number}"] = dropout
         in_features = width
     layers["fc8"] = nn.Linear(in_features, num_classes)
     return _named(layers, network)

@@ -91,7 +91,7 @@ def test_fused_lrn_gradient_in_float64() -> None:
 def test_compiled_network_computes_the_same_and_stays_if_faster(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.0") for _ in range(2))
+    eager, other = (small_trainer(world, "precision=fp32", "model.dropout=0.5") for _ in range(2))
     before = {name: value.clone() for name, value in other.network.state_dict().items()}
     with caplog.at_level(logging.INFO, "train"):
         chosen = maybe_compile(other.parallel, 4, 32, other.precision, world, tmp_path)

@@ -26,6 +26,7 @@ from train.models.alexnet import (
     make_features,
     make_model,
 )
+from train.models.dropout import Dropout
 from train.models.lrn import LocalResponseNorm
 
 PARAMETERS = {"paper": 60_965_224, "caffe": 60_965_224, "owt": 61_100_840, "bn": 60_966_600}
@@ -100,7 +101,7 @@ def test_caffe_agrees_layer_by_layer_with_bvlcs_file() -> None:
     nodes = [n for n in bvlc_file().graph.node if n.op_type not in ("ConstantOfShape", "Reshape", "Softmax")]
     kinds = {
         nn.Conv2d: "Conv", nn.ReLU: "Relu", LocalResponseNorm: "LRN", nn.MaxPool2d: "MaxPool",
-        nn.Linear: "Gemm", nn.Dropout: "Dropout",
+        nn.Linear: "Gemm", Dropout: "Dropout",
     }  # fmt: skip
     assert [kinds[type(layer)] for layer in layers] == [node.op_type for node in nodes]
     compared = 0
@@ -119,7 +120,7 @@ def test_caffe_agrees_layer_by_layer_with_bvlcs_file() -> None:
         elif isinstance(layer, LocalResponseNorm):
             ours = (layer.size, layer.alpha, layer.beta, layer.k)
             assert ours == pytest.approx((theirs["size"], theirs["alpha"], theirs["beta"], theirs["bias"]))
-        elif isinstance(layer, nn.Dropout):
+        elif isinstance(layer, Dropout):
             assert layer.p == theirs["ratio"]
         else:
             continue
