@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.transforms.augment import Augment
@@ -19,6 +20,7 @@ from tests.helpers.reference import erase_images, mix_images, trivial_images
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
+from train.models.dropout import masks_of
 from train.step import to_device, train_step, training_inputs
 
 pytestmark = pytest.mark.slow
@@ -66,6 +68,31 @@ def test_train_step_never_waits_for_the_device(world: World, more: tuple[str, ..
         metrics = total.reduce(world)  # where a row is written
         assert "_local_scalar_dense" in waits.seen
     assert metrics.num_samples == 16
+
+
+def test_dropout_masks_are_those_of_positions_in_any_passes(world: World) -> None:
+    """A step in one pass and in two, with the samples in another order; torch's generator is not asked."""
+    found: list[tuple[float, Tensor]] = []
+    for parts_of in ([[0, 1, 2, 3]], [[2, 0, 3], [1]], [[0, 1, 2, 3]]):
+        parts, batch = small_trainer(world, "precision=fp32", "model.dropout=0.5"), small_batch()
+        generator = torch.get_rng_state()  # the weights are drawn from it
+        batches = [
+            replace(
+                batch, images=batch.images[places], labels=batch.labels[places], valid=batch.valid[places],
+                indices=batch.indices[places], positions=batch.positions[places], last=places == parts_of[-1],
+            )
+            for places in parts_of
+        ]  # fmt: skip
+        step = 5 if len(found) < 2 else 6
+        loss = train_step(parts, batches, 0.0, step).reduce(world).loss
+        assert masks_of(parts.network).rows_N is None
+        assert torch.equal(torch.get_rng_state(), generator)
+        *_, weight, _bias = parts.network.parameters()
+        assert weight.grad is not None
+        found.append((loss, weight.grad.clone()))
+    (whole, gradient), (split, split_gradient), (later, _) = found
+    assert split == pytest.approx(whole, rel=1e-6) and later != pytest.approx(whole, rel=1e-2)
+    torch.testing.assert_close(split_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_class_weights_scale_loss_and_gradient_of_a_step(world: World) -> None:

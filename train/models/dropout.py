@@ -166,7 +166,7 @@ def kept_at(rows_N: Tensor, keys_2: Tensor, num_units: int, p: float, first_unit
         at_once = IN_CACHE // num_units  # a compiler makes one loop of it all, and a GPU wants few launches
     parts = [
         _mixed(words_N[:, None] ^ unit_words_D) >= threshold_at(p)
-        for words_N in row_words_N.split(max(1, at_once))
+        for words_N in torch.split(row_words_N, max(1, at_once))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -40,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def test_losses_norms_weights_and_momenta_equal_plain_ddps(
     found: Found, case: str, loss: float, numbers: float
 ) -> None:
-    """Dropout of a half is on. In bfloat16 rounding alone is 0.18 of the largest momentum, in float32 1e-6."""
+    """Dropout is on. In bfloat16 rounding alone is 0.18 of the largest momentum, in float32 1e-6."""
     for rank in found:
         ddp, hybrid = rank[case]["ddp"], rank[case]["hybrid"]
         assert hybrid["losses"] == pytest.approx(ddp["losses"], rel=loss)
