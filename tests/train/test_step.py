@@ -74,7 +74,8 @@ def test_dropout_masks_are_those_of_positions_in_any_passes(world: World) -> Non
     """A step in one pass and in two, with the samples in another order; torch's generator is not asked."""
     found: list[tuple[float, Tensor]] = []
     for parts_of in ([[0, 1, 2, 3]], [[2, 0, 3], [1]], [[0, 1, 2, 3]]):
-        parts, batch = small_trainer(world, "precision=fp32", "model.dropout=0.5"), small_batch()
+        parts = small_trainer(world, "precision=fp32", "model.dropout=0.5", "micro_batch=4")
+        batch = small_batch()
         generator = torch.get_rng_state()  # the weights are drawn from it
         batches = [
             replace(
@@ -91,7 +92,7 @@ def test_dropout_masks_are_those_of_positions_in_any_passes(world: World) -> Non
         assert weight.grad is not None
         found.append((loss, weight.grad.clone()))
     (whole, gradient), (split, split_gradient), (later, _) = found
-    assert split == pytest.approx(whole, rel=1e-6) and later != pytest.approx(whole, rel=1e-2)
+    assert split == pytest.approx(whole, rel=1e-6) and later != pytest.approx(whole, rel=1e-3)
     torch.testing.assert_close(split_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
