@@ -34,7 +34,7 @@ RATE = 0.0003
 NORMED = (
     *TINY, f"preprocessing.crop_px={CROP_PX}", f"preprocessing.resize_px={CROP_PX}", "model.stem_kernel=5",
     "model.groups=1", "model.norm=bn_after_relu", "model.pool_padding=1", "model.hidden_units=16",
-    "model.hidden_norm=true", "model.dropout=0.5", "ema_decay=0.5",
+    "model.hidden_norm=true", "ema_decay=0.5",
 )  # fmt: skip
 
 
@@ -111,12 +111,15 @@ def compare(
 
 
 def compare_norms(world: World) -> dict[str, Any]:
-    """All cases: over ranks with shares of another size, in passes that not all have, and ghost batches."""
+    """All cases: over ranks with shares of another size, in passes that not all have, and ghost batches.
+
+    These of 4 samples magnify rounding most: dropout is off there.
+    """
     torch.set_default_dtype(torch.float64)
     try:
         return {
-            "over ranks": compare(world, 25, 25, whole=True),
-            "in passes": compare(world, 25, 8, whole=False),
+            "over ranks": compare(world, 25, 25, "model.dropout=0.5", whole=True),
+            "in passes": compare(world, 25, 8, "model.dropout=0.5", whole=False),
             "ghosts": compare(world, 24, 4, "model.norm_batch=4", whole=True),
         }
     finally:
