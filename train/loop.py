@@ -20,7 +20,6 @@ from train.health.metrics import Metrics
 from train.optim.schedule import base_lr_for, lr_at, plateau_drops
 from train.runs.ending import LAST_EPOCH, why_over
 from train.state import RunState, take_snapshot
-from train.step import train_step
 
 log = logging.getLogger("train")
 
@@ -116,7 +115,7 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
                 base_lr=base_lr,
                 drops=drops,
             )
-            run.row.add(train_step(run.parts, next(steps), lr, run.step))
+            run.row.add(run.train_step(next(steps), lr, run.step))
             run.step += 1
             # The same on all ranks. After the epoch's last step, saving and polling wait for the evaluation.
             inside = run.step < last_step

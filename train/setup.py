@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -49,7 +50,7 @@ from train.runs.metrics_log import MetricsLog
 from train.runs.resume import Start, check_same_data, choose_start, claim_run, rewind
 from train.runs.running_metrics import RunningMetrics
 from train.state import RunState
-from train.step import StepParts
+from train.step import StepParts, train_step
 
 log = logging.getLogger("train")
 
@@ -98,6 +99,7 @@ def build_run(
     return RunState(
         config=config,
         parts=parts,
+        train_step=partial(train_step, parts),
         train_set=train_set,
         val_set=val_set,
         data=data,

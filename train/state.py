@@ -21,7 +21,7 @@ from train.runs.abort import AbortPolicy
 from train.runs.folder import RunFolder
 from train.runs.metrics_log import MetricsLog
 from train.runs.running_metrics import RunningMetrics
-from train.step import StepParts
+from train.step import StepFn, StepParts
 
 
 @dataclass
@@ -29,6 +29,7 @@ class RunState:
     """One run on one rank: its components, and how far it has come.
 
     Attributes:
+        train_step: one optimiser step with `parts`.
         data: which samples the splits "train" and "val" hold.
         loader: makes the batches of both splits.
         folder: the run's folder; None on the ranks other than 0, which write nothing.
@@ -46,6 +47,7 @@ class RunState:
 
     config: RunConfig
     parts: StepParts
+    train_step: StepFn
     train_set: Dataset
     val_set: Dataset
     data: dict[str, Contents]

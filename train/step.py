@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-import torch.utils.dlpack
 from torch import Tensor
 
 from data_pipeline.loading.batches import Batch
-from data_pipeline.loading.cache import CachedCrops
 from train.checkpoints.format import InitRecord
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
@@ -21,18 +17,18 @@ from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
-from train.kernels.borrowed import lender_of
-from train.kernels.cached_crops import crop_cached
 from train.kernels.erase import erase_inputs
-from train.kernels.mixup import mix_inputs, mixed_losses, tensor_to_device
+from train.kernels.inputs import PassInputs, make_inputs
+from train.kernels.mixup import mix_inputs, mixed_losses
 from train.kernels.trivial import trivial_augment
+from train.kernels.values import Arrays, StepValues, make_values, value_arrays
 from train.models.alexnet import AlexNet, Normalize
-from train.models.batch_norm import count_ghosts_in, is_synchronized
+from train.models.batch_norm import ghost_sums_of, is_synchronized, settle_ghosts
 from train.models.dropout import layer_keys_at, masks_of
 from train.models.parts import set_training
 from train.optim.ema import ModelEma
 from train.optim.precision import Precision
-from train.optim.sgd import set_lr
+from train.optim.sgd import set_lr, update
 
 # Shapes: N samples of one batch, H and W rows and columns, C classes.
 
@@ -71,42 +67,34 @@ class StepParts:
     class_weights: Tensor | None = None
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a batch's images, labels and validity on a device, without waiting for the copies.
-
-    Returns:
-        uint8 (N, H, W, 3) or, for V views of each image, (N, V, H, W, 3); int64 (N,), bool (N,).
-    """
-    labels_N, valid_N = tensor_to_device(batch.labels, device), tensor_to_device(batch.valid, device)
-    return images_on_device(batch.images, device), labels_N, valid_N
+StepFn = Callable[[Sequence[Batch], float, int], AccuracyMeter]
+"""One step of this rank's micro-batches, at a learning rate, after so many others; see `train_step`."""
 
 
-def images_on_device(images: Any, device: torch.device) -> Tensor:
-    """Return the images of a batch on a device: cropped there, taken over from the decoder, or copied."""
-    if isinstance(images, CachedCrops):
-        return crop_cached(images.pixels, images.indices, images.crops)
-    tensor = torch.utils.dlpack.from_dlpack(images)
-    if tensor.is_cuda and tensor.device == device:
-        return lender_of(device).take_over(tensor)
-    return tensor_to_device(tensor, device)
-
-
-def training_inputs(batch: Batch, images_NHWC: Tensor, normalize: Normalize) -> Tensor:
+def training_inputs(inputs: PassInputs, normalize: Normalize) -> Tensor:
     """Return the network's inputs for a batch in training: augmented where it says so, and normalised.
 
     In the order of torchvision's references: TrivialAugment, normalising, erasing, mixing.
-
-    Args:
-        images_NHWC: those of the batch, on the device.
     """
-    if batch.trivial is not None:
-        images_NHWC = trivial_augment(images_NHWC, batch.trivial)
+    images_NHWC = inputs.images
+    if inputs.trivial is not None:
+        images_NHWC = trivial_augment(images_NHWC, inputs.trivial)
     inputs_NCHW: Tensor = normalize(images_NHWC)
-    if batch.erase is not None:
-        inputs_NCHW = erase_inputs(inputs_NCHW, batch.erase)
-    if batch.mix is not None:
-        inputs_NCHW = mix_inputs(inputs_NCHW, batch.mix)
+    if inputs.erase is not None:
+        inputs_NCHW = erase_inputs(inputs_NCHW, inputs.erase)
+    if inputs.mix is not None:
+        inputs_NCHW = mix_inputs(inputs_NCHW, inputs.mix)
     return inputs_NCHW
+
+
+def start_values(parts: StepParts, learning_rate: float, step: int) -> Arrays:
+    """Set the optimiser's rates on the host, and return the numbers of a step, for `values_of`."""
+    return value_arrays(
+        step=step,
+        rates=set_lr(parts.optimizer, learning_rate),
+        average_share=parts.ema.share_at(step) if parts.ema is not None else 0.0,
+        keys_L2=layer_keys_at(parts.config.seed, step, len(masks_of(parts.network).keys_L2)),
+    )
 
 
 def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
@@ -124,10 +112,9 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
         This rank's counts, still on the device; zeros for a skipped step.
     """
     world, network, optimizer, scaler = parts.world, parts.network, parts.optimizer, parts.scaler
+    values = make_values(start_values(parts, learning_rate, step), world.device)
     masks = masks_of(network)
-    keys_L2 = layer_keys_at(parts.config.seed, step, len(masks.keys_L2))
-    masks.keys_L2 = tensor_to_device(keys_L2, world.device)
-    set_lr(optimizer, learning_rate)
+    masks.keys_L2 = values.keys
     meter = AccuracyMeter(world.device)
     set_training(network, parts.config.freeze)
     buffers = [buffer.clone() for buffer in network.buffers()]
@@ -137,23 +124,20 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
     for number, batch in enumerate(batches, start=1):
         sync = nullcontext() if number == len(batches) else parts.parallel.no_sync()
         with sync, world.named_collective(f"the sum of gradients of step {step + 1}"):
-            accumulate_gradients(parts, batch, meter)
+            accumulate_gradients(parts, make_inputs(batch, world.device), meter)
     masks.rows_N = None  # those of the last pass are nobody else's
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if isinstance(parts.parallel, HybridParallel):
         with world.named_collective(f"the norm of the gradient of step {step + 1}"):
             gradients = parts.parallel.global_norm_tensors(scaler, optimizer)
-    skip = parts.guard.should_skip(gradients, step)
+    skip = parts.guard.should_skip(gradients, values.step)
     if parts.noise is not None:
         parts.noise.end_step(gradients, scaler.scale(torch.ones((), device=world.device)), skip)
-    update(optimizer, skip)
-    scaler.update()
-    count_ghosts_in(network, world)
-    restore_buffers(network, buffers, skip)
-    if parts.ema is not None:
-        parts.ema.update(network, step, skip)
-    meter.clear_if(skip)
+    ghosts = ghost_sums_of(network)
+    if ghosts is not None and world.world_size > 1:
+        world.all_reduce(ghosts)
+    end_step(parts, values, skip, ghosts, buffers, meter)
     return meter
 
 
@@ -175,37 +159,62 @@ def start_passes(parts: StepParts, num_batches: int) -> None:
                 torch.autograd.backward(logits_NC.sum())
 
 
-def accumulate_gradients(parts: StepParts, batch: Batch, meter: AccuracyMeter) -> None:
-    """Forward and backward pass of one micro-batch.
+def accumulate_gradients(parts: StepParts, inputs: PassInputs, meter: AccuracyMeter) -> None:
+    """Forward and backward pass of one micro-batch."""
+    inputs_NCHW = training_inputs(inputs, parts.normalize)
+    masks_of(parts.network).rows_N = inputs.rows
+    with parts.precision.autocast():
+        logits_NC = parts.parallel(inputs_NCHW)
+    # DDP averages over the ranks; times world_size makes that the sum.
+    loss = count_losses(parts, inputs, logits_NC, meter, parts.world.world_size)
+    if parts.noise is not None:
+        parts.noise.start_part()
+    torch.autograd.backward(loss)
+    if parts.noise is not None:
+        parts.noise.end_part(inputs.valid)
+
+
+def count_losses(
+    parts: StepParts, inputs: PassInputs, logits_NC: Tensor, meter: AccuracyMeter, factor: int = 1
+) -> Tensor:
+    """Count a micro-batch, and return the loss whose gradient its backward pass computes, ().
 
     Each sample weighs 1 / global_batch on whichever rank it is, so that the update does not depend on the
     number of ranks, times its class's weight; a sample that could not be read weighs 0. Where samples are
     mixed, the loss is with both labels, and top-1 and top-5 are with a sample's own.
+
+    Args:
+        factor: of the loss, beside float16's loss scale.
     """
-    images_NHWC, labels_N, valid_N = to_device(batch, parts.world.device)
-    inputs_NCHW = training_inputs(batch, images_NHWC, parts.normalize)
-    rows_N = tensor_to_device(batch.positions.astype(np.int32), parts.world.device)
-    masks_of(parts.network).rows_N = rows_N
-    with parts.precision.autocast():
-        logits_NC = parts.parallel(inputs_NCHW)
     losses_N = mixed_losses(
-        logits_NC.float(), labels_N, batch.mix, parts.config.label_smoothing, parts.class_weights
+        logits_NC.float(), inputs.labels, inputs.mix, parts.config.label_smoothing, parts.class_weights
     )
-    # DDP averages over the ranks; times world_size makes that the sum.
-    loss = (losses_N * valid_N).sum() * (parts.world.world_size / parts.config.global_batch)
-    if parts.noise is not None:
-        parts.noise.start_part()
-    torch.autograd.backward(parts.scaler.scale(propagate_nonfinite(loss)))
-    if parts.noise is not None:
-        parts.noise.end_part(valid_N)
-    meter.add(logits_NC.detach(), losses_N.detach(), labels_N, valid_N)
+    loss = (losses_N * inputs.valid).sum() * (factor / parts.config.global_batch)
+    meter.add(logits_NC.detach(), losses_N.detach(), inputs.labels, inputs.valid)
+    scaled: Tensor = parts.scaler.scale(propagate_nonfinite(loss))
+    return scaled
 
 
-def update(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Apply one step of a fused optimiser, or none if `skip` is 1, which only the device knows.
+def end_step(
+    parts: StepParts,
+    values: StepValues,
+    skip: Tensor,
+    ghosts: Tensor | None,
+    buffers: Sequence[Tensor],
+    meter: AccuracyMeter,
+) -> None:
+    """Update weights, loss scale, running statistics and average in place; or, skipped, the loss scale alone.
 
-    Source: the attributes by which torch.amp.GradScaler makes fused optimisers skip a step.
+    Args:
+        skip: () float32, the guard's answer, which only the device knows.
+        ghosts: `ghost_sums_of` the network, added up over the ranks.
+        buffers: the network's as they were before the step.
+        meter: this rank's counts of the step; zeros for a skipped one.
     """
-    optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
-    optimizer.step()
-    del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+    update(parts.optimizer, skip, values.rates)
+    parts.scaler.update()
+    settle_ghosts(parts.network, ghosts)
+    restore_buffers(parts.network, buffers, skip)
+    if parts.ema is not None:
+        parts.ema.update(parts.network, values.average_share, skip)
+    meter.clear_if(skip)

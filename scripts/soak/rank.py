@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-import train.loop
+import train.setup
 from data_pipeline.loading.batches import Batch
 from train.health.metrics import AccuracyMeter
 from train.main import main
@@ -64,7 +64,7 @@ def install(folder: Path, launch: int) -> None:
         os.write(target, msgspec.json.encode(record) + b"\n")  # one call: a kill leaves a whole line or none
         return counts
 
-    train.loop.train_step = recorded_step  # type: ignore[attr-defined]
+    train.setup.train_step = recorded_step  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def stream_written(name: str) -> Iterator[None]:
         stream.append((step, [int(index) for batch in batches for index in batch.indices]))
         return train_step(parts, batches, rate, step)
 
-    with mock.patch("train.loop.train_step", noted):
+    with mock.patch("train.setup.train_step", noted):
         yield
     Path(f"{name}-{env_rank()}.json").write_text(json.dumps(stream))
 

@@ -20,8 +20,9 @@ from tests.helpers.reference import erase_images, mix_images, trivial_images
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
+from train.kernels.inputs import make_inputs
 from train.models.dropout import masks_of
-from train.step import to_device, train_step, training_inputs
+from train.step import train_step, training_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -116,11 +117,11 @@ def test_inputs_are_augmented_in_torchvisions_order(world: World) -> None:
     assert batch.trivial is not None and batch.erase is not None and batch.mix is not None
     assert len(set(batch.trivial.operations)) > 2
     assert batch.erase.any() and (batch.mix.label_weights < 1).any()
-    inputs_NCHW = training_inputs(batch, to_device(batch, world.device)[0], parts.normalize)
+    inputs_NCHW = training_inputs(make_inputs(batch, world.device), parts.normalize)
     preprocessing = parts.config.preprocessing
     mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     normalized = (trivial_images(batch.images, batch.trivial).astype(np.float32) / 255 - mean) / std
     expected = mix_images(erase_images(normalized, batch.erase), batch.mix)
     assert np.abs(inputs_NCHW.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
-    plain = training_inputs(small_batch(), to_device(batch, world.device)[0], parts.normalize)
-    assert (plain == parts.normalize(to_device(batch, world.device)[0])).all()
+    plain = make_inputs(small_batch(), world.device)
+    assert (training_inputs(plain, parts.normalize) == parts.normalize(plain.images)).all()

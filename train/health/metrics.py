@@ -51,8 +51,19 @@ class AccuracyMeter:
 
     def clear_if(self, skip: Tensor) -> None:
         """Set the counts to 0 where `skip`, a number on the device, is 1; the loss need not be finite."""
-        self.integers = torch.where(skip.bool(), 0, self.integers)
-        self.loss_sum = torch.where(skip.bool(), 0.0, self.loss_sum)
+        self.integers.masked_fill_(skip.bool(), 0)
+        self.loss_sum.masked_fill_(skip.bool(), 0.0)
+
+    def clear(self) -> None:
+        """Set the counts to 0."""
+        self.integers.zero_()
+        self.loss_sum.zero_()
+
+    def copy(self) -> AccuracyMeter:
+        """Return a meter with these counts, which stays as it is when this one counts on."""
+        other = AccuracyMeter(self.integers.device)
+        other.merge(self)
+        return other
 
     def merge(self, other: AccuracyMeter) -> None:
         """Add another meter's counts to these."""

@@ -56,12 +56,12 @@ class Guard:
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # as the fields of SkipStats
         self.norms = torch.zeros(2, dtype=torch.float64, device=device)  # accepted steps, mean of their norms
 
-    def should_skip(self, gradients: Sequence[Tensor], step: int) -> Tensor:
-        """Decide whether to skip a step.
+    def should_skip(self, gradients: Sequence[Tensor], step: Tensor) -> Tensor:
+        """Decide whether to skip a step, and count it, in place.
 
         Args:
             gradients: summed over the ranks and free of any loss scale.
-            step: optimiser steps finished before this one.
+            step: () int64, optimiser steps finished before this one, on the device.
         Returns:
             float32 (), 1 to skip and 0 to keep the step: the `found_inf` of a fused optimiser.
         """
@@ -74,9 +74,10 @@ class Guard:
             spike = finite & (accepted >= SPIKE_WARMUP) & (norm > self.spike_factor * mean)
             bad, spikes = bad | spike, spikes + spike
         first = torch.where(bad & (in_row == 0), step, first)
-        self.counts = torch.stack([total + bad, spikes, torch.where(bad, in_row + 1, 0), first])
+        counts = torch.stack([total + bad, spikes, torch.where(bad, in_row + 1, 0), first])
         kept = torch.where(accepted == 0, norm, SPIKE_DECAY * mean + (1 - SPIKE_DECAY) * norm)
-        self.norms = torch.stack([accepted + ~bad, torch.where(bad, mean, kept)])
+        self.norms.copy_(torch.stack([accepted + ~bad, torch.where(bad, mean, kept)]))
+        self.counts.copy_(counts)
         return bad.float()
 
     def read(self) -> SkipStats:

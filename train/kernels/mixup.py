@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
@@ -14,7 +17,35 @@ from data_pipeline.transforms.mix import MixParams
 # Shapes: N samples, V views, C classes, H and W rows and columns.
 
 
-def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class MixInputs:
+    """`MixParams` on the device, field by field.
+
+    Attributes:
+        partners: (N) int64.
+        weights: (N) float32.
+        boxes: (N, 4) int64.
+        label_weights: (N) float32.
+    """
+
+    partners: Tensor
+    weights: Tensor
+    boxes: Tensor
+    label_weights: Tensor
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names."""
+        return tuple(field.name for field in fields(cls))
+
+
+def mix_arrays(plan: MixParams) -> dict[str, npt.NDArray[Any]]:
+    """Return a plan's arrays by the names of `MixInputs`."""
+    arrays = (plan.partners, plan.weights, plan.boxes, plan.label_weights)
+    return dict(zip(MixInputs.names(), arrays, strict=True))
+
+
+def mix_inputs(inputs_NCHW: Tensor, plan: MixInputs) -> Tensor:
     """Mix each sample with its partner, as `tests.helpers.reference.mix_images` defines it.
 
     Normalisation is affine and the weights of a pixel add up to 1, so mixing and normalising commute.
@@ -23,11 +54,9 @@ def mix_inputs(inputs_NCHW: Tensor, plan: MixParams) -> Tensor:
         inputs_NCHW: float, any memory format, which is kept.
         plan: for these N.
     """
-    device, (height, width) = inputs_NCHW.device, inputs_NCHW.shape[2:]
-    partners, weights_N = tensor_to_device(plan.partners, device), tensor_to_device(plan.weights, device)
-    inside_NHW = inside_boxes(tensor_to_device(plan.boxes, device), height, width)
-    shares = torch.where(inside_NHW, 0.0, weights_N[:, None, None])[:, None]
-    return torch.lerp(inputs_NCHW[partners], inputs_NCHW, shares)
+    inside_NHW = inside_boxes(plan.boxes, *inputs_NCHW.shape[2:])
+    shares = torch.where(inside_NHW, 0.0, plan.weights[:, None, None])[:, None]
+    return torch.lerp(inputs_NCHW[plan.partners], inputs_NCHW, shares)
 
 
 def inside_boxes(boxes_N4: Tensor, height: int, width: int) -> Tensor:
@@ -47,7 +76,7 @@ def inside_boxes(boxes_N4: Tensor, height: int, width: int) -> Tensor:
 def mixed_losses(
     logits_NC: Tensor,
     labels_N: Tensor,
-    plan: MixParams | None,
+    plan: MixInputs | None,
     label_smoothing: float = 0.0,
     weights_C: Tensor | None = None,
 ) -> Tensor:
@@ -68,9 +97,8 @@ def mixed_losses(
     own_N: Tensor = losses(logits_NC, labels_N)
     if plan is None:
         return own_N
-    partners = tensor_to_device(plan.partners, labels_N.device)
-    other_N = losses(logits_NC, labels_N[partners])
-    return torch.lerp(other_N, own_N, tensor_to_device(plan.label_weights, labels_N.device))
+    other_N = losses(logits_NC, labels_N[plan.partners])
+    return torch.lerp(other_N, own_N, plan.label_weights)
 
 
 def average_views(logits: Tensor, num_views: int) -> Tensor:

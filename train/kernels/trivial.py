@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from data_pipeline.transforms.trivial import Operation, TrivialParams
-from train.kernels.mixup import tensor_to_device
 
 _ONE = 1 << 16  # a coordinate of 1
 # Rows of the numbers of an image.
@@ -30,24 +29,28 @@ _MASK, _THRESHOLD, _IS_AUTOCONTRAST, _IS_EQUALIZE = 10, 11, 12, 13
 _K = 14
 
 
-def trivial_augment(images_NSS3: Tensor, params: TrivialParams) -> Tensor:
+def trivial_augment(images_NSS3: Tensor, numbers_KN: Tensor) -> Tensor:
     """Carry out an operation on each image; what lies outside of a moved image is black.
 
     Args:
         images_NSS3: uint8 RGB.
-        params: for these N; see `trivial_params_at`.
+        numbers_KN: `pack_trivial` of these N, on the images' device.
     Returns:
         Images of the same shape: the pixels of `torchvision.transforms.v2.functional` for Pillow images.
     """
-    assert len(images_NSS3) == len(params) and images_NSS3.shape[1] == images_NSS3.shape[2]
-    numbers_KN = tensor_to_device(_pack(params, images_NSS3.shape[1]), images_NSS3.device)
+    assert len(images_NSS3) == numbers_KN.shape[1] and images_NSS3.shape[1] == images_NSS3.shape[2]
     images_NSS3 = _move(images_NSS3, numbers_KN[_AFFINE].to(torch.int32))
     numbers_KN = numbers_KN.to(torch.float32)
     return _look_up(_blend(images_NSS3, numbers_KN), numbers_KN)
 
 
-def _pack(params: TrivialParams, side: int) -> npt.NDArray[np.float64]:
-    """What the device must know, (K, N), in one array, so that it is one copy."""
+def pack_trivial(params: TrivialParams, side: int) -> npt.NDArray[np.float64]:
+    """Return what the device must know of the operations, (K, N), in one array.
+
+    Args:
+        params: see `trivial_params_at`.
+        side: of the images, in pixels.
+    """
     operations, magnitudes = params.operations, params.magnitudes
     packed_KN = np.zeros((_K, len(params)))
     packed_KN[_AFFINE] = _affine(params, side).reshape(6, -1)

@@ -163,21 +163,28 @@ def is_synchronized(network: nn.Module) -> bool:
     return any(norm.ranks is not None for norm in _norms(network))
 
 
-def count_ghosts_in(network: nn.Module, ranks: Ranks) -> None:
-    """Update running statistics by a step's ghost batches, on all ranks alike; every rank must call this.
+def ghost_sums_of(network: nn.Module) -> Tensor | None:
+    """Return the `ghost_sums` of all layers in one tensor, to be added up over the ranks; None without any.
 
-    Once a step, whatever the ranks and micro-batches, with one collective for all layers.
+    So running statistics are updated once a step, whatever the ranks and micro-batches, with one collective.
     """
-    # Frozen norms count nothing in.
-    ghosts = [norm for norm in _norms(network) if norm.ghost_sums is not None and norm.training]
-    if not ghosts:
+    sums = [norm.ghost_sums for norm in _ghosts(network) if norm.ghost_sums is not None]
+    return torch.cat(sums) if sums else None
+
+
+def settle_ghosts(network: nn.Module, sums: Tensor | None) -> None:
+    """Update running statistics by the sum of `ghost_sums_of` over the ranks, in place."""
+    ghosts = _ghosts(network)
+    if sums is None:
         return
-    sums = torch.cat([norm.ghost_sums for norm in ghosts if norm.ghost_sums is not None])
-    if ranks.world_size > 1:
-        ranks.all_reduce(sums)
     sizes = [2 * norm.num_features + 1 for norm in ghosts]
     for norm, own in zip(ghosts, sums.split(sizes), strict=True):  # type: ignore[no-untyped-call]
         norm.count_ghosts_in(own)
+
+
+def _ghosts(network: nn.Module) -> list[BatchNorm]:
+    # Frozen norms count nothing in.
+    return [norm for norm in _norms(network) if norm.ghost_sums is not None and norm.training]
 
 
 def _norms(network: nn.Module) -> list[BatchNorm]:

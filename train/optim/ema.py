@@ -27,19 +27,26 @@ class ModelEma:
         self.decay = decay
         self.values = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
-    @torch.no_grad()
-    def update(self, network: nn.Module, step: int, skip: Tensor) -> None:
-        """Average in the weights after a step. Nothing waits for the device.
+    def share_at(self, step: int) -> float:
+        """Return the share that the weights of a step have in their average, 0..1.
 
         Args:
             step: optimiser steps finished before this one.
+        """
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, share: Tensor, skip: Tensor) -> None:
+        """Average in the weights after a step, in place. Nothing waits for the device.
+
+        Args:
+            share: () float32, `share_at` this step, on the device.
             skip: (), 1 if the step was skipped: the average then stays unchanged, to the bit.
         """
-        keep = min(self.decay, (1 + step) / (10 + step))
         new = network.state_dict()
         floats = [name for name, value in self.values.items() if value.is_floating_point()]
         # A list of tensors: a single one would be read as a Python number, which waits for the device.
-        shares = [(1 - keep) * (1 - skip)] * len(floats)
+        shares = [share * (1 - skip)] * len(floats)
         torch._foreach_lerp_([self.values[n] for n in floats], [new[n] for n in floats], shares)
         for name in self.values.keys() - floats:  # counters
             self.values[name].copy_(new[name])

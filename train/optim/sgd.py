@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ class ScaledSgd(torch.optim.SGD):
         LARS, either form       (g + d w) times  trust |w| / (|g| + d |w|)
 
     At a constant rate the first two are the same. In a skipped step (`found_inf`) only the gradients change,
-    which are not used again.
+    which are not used again. A rate can be a tensor on the device (see `update`): nothing is computed from it
+    on the host.
 
     Source: Krizhevsky et al. 2012, section 5; You et al. 2017, algorithm 1, which has the paper's form.
     """
@@ -109,17 +110,17 @@ def _scale_gradients(group: dict[str, Any]) -> None:
     gradients = [p.grad for p in parameters]
     if not parameters:
         return
-    factor = group["lr"] if group["lr_in_velocity"] else 1.0
+    decay, factor = group["weight_decay"], group["lr"] if group["lr_in_velocity"] else 1.0
+    ratios_L = None
     if group["trust_coefficient"]:
-        decay = group["weight_decay"]
-        ratios = trust_ratios(parameters, gradients, group["trust_coefficient"], decay)
-        if decay:
-            torch._foreach_add_(gradients, parameters, alpha=decay)
-        torch._foreach_mul_(gradients, list((ratios * factor).unbind()))
+        ratios_L = trust_ratios(parameters, gradients, group["trust_coefficient"], decay)
+    if (ratios_L is not None or group["lr_in_velocity"]) and decay:
+        torch._foreach_add_(gradients, parameters, alpha=decay)
         group["weight_decay"] = 0.0
+    if ratios_L is not None:
+        torch._foreach_mul_(gradients, list((ratios_L * factor).unbind()))
     elif group["lr_in_velocity"]:
         torch._foreach_mul_(gradients, factor)
-        group["weight_decay"] *= factor
     if group["lr_in_velocity"]:
         group["lr"] = 1.0
 
@@ -136,10 +137,34 @@ def trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust: float, w
     return torch.where((weight_L > 0) & (gradient_L > 0), ratios_L, 1.0)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of the schedule, times each group's own factor."""
+def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> list[float]:
+    """Set the learning rate of the schedule, times each group's own factor, and return those of the groups.
+
+    These are on the host, for rows and checkpoints; `update` takes them as tensors.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group[LR_FACTOR]
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def update(optimizer: torch.optim.Optimizer, skip: Tensor, rates: Sequence[Tensor]) -> None:
+    """Apply one step of a fused optimiser, or none if `skip` is 1. Nothing waits for a GPU.
+
+    Args:
+        skip: () float32, which only the device knows.
+        rates: () float32, the learning rate of each parameter group, on the device.
+    Source: the attributes by which torch.amp.GradScaler makes fused optimisers skip a step.
+    """
+    on_host = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+        for group, rate_on_host in zip(optimizer.param_groups, on_host, strict=True):
+            group["lr"] = rate_on_host
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import beta_quantile, mix_params_at
 from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.helpers.reference import mix_images, mix_labels
-from train.kernels.mixup import average_views, mix_inputs, mixed_losses
+from train.kernels.mixup import MixInputs, average_views, mix_arrays, mix_inputs, mixed_losses
 
 BOTH = Augment(mixup=0.4, cutmix=1.0, mix_probability=0.8)
 
@@ -46,21 +46,22 @@ def test_mixing_on_the_device_matches_the_reference() -> None:
     plan = mix_params_at(5, 0, np.arange(40), BOTH, 64)
     assert plan is not None and 0 < (plan.boxes.any(axis=1)).sum() < 40 and (plan.label_weights == 1).any()
     inputs = torch.from_numpy(images).float().permute(0, 3, 1, 2)
-    mixed = mix_inputs(inputs, plan)
+    on_device = MixInputs(**{name: torch.from_numpy(a) for name, a in mix_arrays(plan).items()})
+    mixed = mix_inputs(inputs, on_device)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert np.abs(mixed.permute(0, 2, 3, 1).numpy() - mix_images(images, plan)).max() < 1e-4
     logits = torch.from_numpy(random.normal(size=(40, 10)).astype(np.float32))
     soft = torch.from_numpy(mix_labels(labels, plan, 10))
     expected = -(soft * logits.log_softmax(1)).sum(1)
-    ours = mixed_losses(logits, torch.from_numpy(labels), plan)
+    ours = mixed_losses(logits, torch.from_numpy(labels), on_device)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     even = 0.9 * soft + 0.1 / 10
     expected = -(even * logits.log_softmax(1)).sum(1)
-    ours = mixed_losses(logits, torch.from_numpy(labels), plan, label_smoothing=0.1)
+    ours = mixed_losses(logits, torch.from_numpy(labels), on_device, label_smoothing=0.1)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     weights = torch.linspace(0.1, 2, 10)
     expected = -(even * weights * logits.log_softmax(1)).sum(1)
-    ours = mixed_losses(logits, torch.from_numpy(labels), plan, 0.1, weights)
+    ours = mixed_losses(logits, torch.from_numpy(labels), on_device, 0.1, weights)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 

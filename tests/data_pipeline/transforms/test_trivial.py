@@ -19,7 +19,7 @@ from data_pipeline.transforms.sampler import Int
 from data_pipeline.transforms.trivial import NUM_STRENGTHS, Operation, TrivialParams, trivial_params_at
 from tests.helpers.images import as_numpy, write_folder
 from tests.helpers.reference import trivial_images
-from train.kernels.trivial import trivial_augment
+from train.kernels.trivial import pack_trivial, trivial_augment
 
 ON = Augment(trivial=True)
 
@@ -79,7 +79,8 @@ def test_batches_of_any_share_bring_what_the_step_does(
     assert len(set(whole.trivial.operations)) == 7 and whole.erase.any(axis=1).sum() == 6
     images = as_numpy(whole.images).astype(np.uint8)
     assert np.array_equal(images, as_numpy(plain.images))
-    changed = trivial_augment(torch.from_numpy(images), whole.trivial).numpy()
+    numbers = torch.from_numpy(pack_trivial(whole.trivial, images.shape[1]))
+    changed = trivial_augment(torch.from_numpy(images), numbers).numpy()
     assert np.array_equal(changed, trivial_images(images, whole.trivial)) and (changed != images).mean() > 0.3
     seen = 0
     for rank in range(3):

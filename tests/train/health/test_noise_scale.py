@@ -18,11 +18,12 @@ from tests.helpers.warm_ranks import train_warm
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.health.noise_scale import NoiseEstimate, NoiseMeter, estimate_noise, smooth_noise
+from train.kernels.inputs import to_device
 from train.main import train
 from train.runs.folder import MetricsRow
 from train.runs.metrics_log import NoiseAverages
 from train.setup import make_step_parts
-from train.step import StepParts, to_device, train_step
+from train.step import StepParts, train_step
 
 NOISY = (
     *TINY, "epochs=1", "log_noise_scale=true", "schedule.kind=constant", "schedule.warmup_epochs=0",

@@ -116,7 +116,8 @@ def test_infinite_loss_makes_gradients_nan_and_a_finite_one_none() -> None:
 def test_guard_skips_every_step_from_its_limit_on() -> None:
     guard = Guard(CPU, max_skipped=2, spike_factor=None)
     good, bad = [torch.ones(3)], [torch.tensor([1.0, float("inf")])]
-    skipped = [guard.should_skip(g, step).item() for step, g in enumerate((good, bad, good, bad, bad, good))]
+    series = enumerate((good, bad, good, bad, bad, good))
+    skipped = [guard.should_skip(g, torch.tensor(step)).item() for step, g in series]
     assert skipped == [0, 1, 0, 1, 1, 1]
     assert guard.read() == SkipStats(total=4, spikes=0, in_row=3, first=3)
     other = Guard(CPU, max_skipped=2, spike_factor=None)
@@ -129,14 +130,17 @@ def test_guard_skips_every_step_from_its_limit_on() -> None:
 def test_spikes_are_skipped_if_configured_after_a_warm_up() -> None:
     for factor, expected in ((None, 0), (10.0, 1)):
         guard = Guard(CPU, max_skipped=3, spike_factor=factor)
-        early = [guard.should_skip([torch.tensor([n])], step).item() for step, n in enumerate((1.0, 50.0))]
+        early = [
+            guard.should_skip([torch.tensor([n])], torch.tensor(step)).item()
+            for step, n in enumerate((1.0, 50.0))
+        ]
         assert early == [0, 0]
         for step in range(2, SPIKE_WARMUP):
-            guard.should_skip([torch.tensor([2.0])], step)
+            guard.should_skip([torch.tensor([2.0])], torch.tensor(step))
         mean = guard.norms[1].item()
         assert 1.98 < mean < 1.99  # 1, drawn a fiftieth of the way to 50, and from there towards 2
-        assert guard.should_skip([torch.tensor([mean * 10.1])], 30).item() == expected
-        assert guard.should_skip([torch.tensor([mean * 9.9])], 31).item() == 0
+        assert guard.should_skip([torch.tensor([mean * 10.1])], torch.tensor(30)).item() == expected
+        assert guard.should_skip([torch.tensor([mean * 9.9])], torch.tensor(31)).item() == 0
         assert guard.read() == SkipStats(total=expected, spikes=expected, in_row=0, first=30 if factor else 0)
 
 

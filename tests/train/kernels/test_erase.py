@@ -16,7 +16,7 @@ BOXES = np.array([[0, 0, 0, 0], [0, 0, 3, 5], [2, 1, 9, 2], [4, 4, 9, 7]])
 def test_box_is_erased_and_nothing_else(device: str) -> None:
     values = np.random.default_rng(0).normal(size=(4, 9, 7, 3)).astype(np.float32)
     inputs = torch.from_numpy(values).permute(0, 3, 1, 2).to(device)
-    erased = erase_inputs(inputs, BOXES)
+    erased = erase_inputs(inputs, torch.from_numpy(BOXES).to(device))
     assert erased.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(erased.permute(0, 2, 3, 1).cpu().numpy(), erase_images(values, BOXES))
     assert int((erased == 0).sum()) == 3 * (15 + 7 + 15) and not (inputs == 0).any()

@@ -6,11 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
 
 from data_pipeline.transforms.trivial import Operation, TrivialParams, _tabulate
 from tests.helpers.images import photo
 from tests.helpers.reference import trivial_image, trivial_images
-from train.kernels.trivial import trivial_augment
+from train.kernels.trivial import pack_trivial, trivial_augment
 
 Images = npt.NDArray[np.uint8]
 
@@ -31,6 +32,11 @@ def every_operation() -> TrivialParams:
 EVERY = every_operation()
 
 
+def augmented(images_NSS3: Tensor, params: TrivialParams) -> Tensor:
+    numbers_KN = torch.from_numpy(pack_trivial(params, images_NSS3.shape[1]))
+    return trivial_augment(images_NSS3, numbers_KN)
+
+
 def photos(side: int) -> Images:
     """A dull one and a bright one in turn, and noise."""
     random = np.random.default_rng(0)
@@ -44,7 +50,7 @@ def photos(side: int) -> Images:
 def test_every_operation_gives_pillows_pixels(side: int) -> None:
     images = photos(side)
     assert len(EVERY) == 1 + 9 * 61 + 7 + 31 + 2
-    changed = trivial_augment(torch.from_numpy(images), EVERY).numpy()
+    changed = augmented(torch.from_numpy(images), EVERY).numpy()
     expected = trivial_images(images, EVERY)
     differing = (changed != expected).any(axis=(1, 2, 3))
     assert not differing.any(), [Operation(o).name for o in np.unique(EVERY.operations[differing])]
@@ -61,14 +67,14 @@ def test_images_of_few_levels_give_pillows_pixels() -> None:
     some = ((12, 0), (13, 0), (9, 0.99), (9, -0.99), (11, 255), (11, 0), (8, 0.99), (8, -0.99), (10, 2))
     for operation, magnitude in some:
         params = TrivialParams(np.full(len(flat), operation), np.full(len(flat), float(magnitude)))
-        changed = trivial_augment(torch.from_numpy(flat), params).numpy()
+        changed = augmented(torch.from_numpy(flat), params).numpy()
         assert np.array_equal(changed, trivial_images(flat, params)), Operation(operation).name
 
 
 def test_torchvisions_tensors_give_nearly_the_same() -> None:
     """A level in blends and stretches, which it rounds otherwise; a few pixels of a rotation, in float32."""
     images = photos(24)
-    changed = trivial_augment(torch.from_numpy(images), EVERY)
+    changed = augmented(torch.from_numpy(images), EVERY)
     turned = 0.0
     for before, after, operation, magnitude in zip(
         images, changed, EVERY.operations, EVERY.magnitudes, strict=True
@@ -86,12 +92,12 @@ def test_torchvisions_tensors_give_nearly_the_same() -> None:
 @pytest.mark.gpu
 def test_operations_on_a_gpu_are_those_on_the_cpu() -> None:
     images = torch.from_numpy(photos(33))
-    expected = trivial_augment(images, EVERY)
+    expected = augmented(images, EVERY)
     on_gpu = images.cuda()
-    trivial_augment(on_gpu, EVERY)  # libraries wait when they are first used
+    augmented(on_gpu, EVERY)  # libraries wait when they are first used
     torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device
     try:
-        changed = trivial_augment(on_gpu, EVERY)
+        changed = augmented(on_gpu, EVERY)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert changed.device == on_gpu.device and torch.equal(changed.cpu(), expected)

@@ -29,7 +29,7 @@ def test_ema_is_its_formula_with_a_warm_up() -> None:
     expected = 1.0
     for step, value in enumerate((2.0, 4.0, 3.0, 8.0, 6.0, 7.0, 5.0, 1.0, 2.0, 9.0, 3.0)):
         change(net, value)
-        average.update(net, step, NO)
+        average.update(net, torch.tensor(average.share_at(step)), NO)
         keep = min(0.5, (1 + step) / (10 + step))
         assert (keep < 0.5) is (step < 8)
         expected = keep * expected + (1 - keep) * value
@@ -42,11 +42,12 @@ def test_ema_does_not_move_in_a_skipped_step() -> None:
     net = network()
     average = ModelEma(net, decay=0.9)
     change(net, 3.0)
-    average.update(net, 0, NO)
+    average.update(net, torch.tensor(average.share_at(0)), NO)
     before = {name: value.clone() for name, value in average.values.items()}
-    average.update(net, 1, YES)  # the weights are where they were: they would pull the average on
+    # the weights are where they were: they would pull the average on
+    average.update(net, torch.tensor(average.share_at(1)), YES)
     assert all(torch.equal(value, before[name]) for name, value in average.values.items())
-    average.update(net, 2, NO)
+    average.update(net, torch.tensor(average.share_at(2)), NO)
     assert not torch.equal(average.values["0.weight"], before["0.weight"])
 
 

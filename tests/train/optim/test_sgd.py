@@ -16,11 +16,15 @@ from data_pipeline.common.errors import UserError
 from train.config.load import make_config
 from train.config.schema import OptimizerConfig
 from train.models.alexnet import make_model
-from train.optim.sgd import load_optimizer, make_optimizer, set_lr, start_momentum
-from train.step import update
+from train.optim.sgd import load_optimizer, make_optimizer, set_lr, start_momentum, update
 
 Form = Literal["torch", "paper"]
 NO, YES = torch.tensor(0.0), torch.tensor(1.0)
+
+
+def tensors(rates: list[float], device: str = "cpu") -> list[torch.Tensor]:
+    """Rates as `update` takes them."""
+    return [torch.tensor(rate, device=device) for rate in rates]
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -72,8 +76,7 @@ def run(form: Form, rates: list[float], **changes: Any) -> list[float]:
     values = []
     for rate in rates:
         layer.weight.grad = torch.ones(1, 1)
-        set_lr(optimizer, rate)
-        update(optimizer, NO)
+        update(optimizer, NO, tensors(set_lr(optimizer, rate)))
         values.append(layer.weight.item())
     return values
 
@@ -162,10 +165,9 @@ def test_lars_matches_the_numpy_reference(form: Form, device: str) -> None:
     for rate, step in zip(rates, gradients, strict=True):
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = torch.from_numpy(gradient).float().to(device)
-        set_lr(optimizer, rate)
-        skip = NO.to(device)
+        on_device, skip = tensors(set_lr(optimizer, rate), device), NO.to(device)
         with never_waiting(device):
-            update(optimizer, skip)
+            update(optimizer, skip, on_device)
     expected = numpy_lars(start, gradients, rates, config)
     for parameter, value, before in zip(parameters, expected, start, strict=True):
         np.testing.assert_allclose(parameter.detach().cpu().numpy(), value, rtol=1e-4, atol=1e-6)
@@ -182,8 +184,7 @@ def test_sgd_skips_a_step_whatever_the_gradient(name: Any, form: Form) -> None:
         velocities = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
         for parameter in layer.parameters():
             parameter.grad = torch.full_like(parameter, float("nan") if bad else 1.0)
-        set_lr(optimizer, 0.1)
-        update(optimizer, YES if bad else NO)
+        update(optimizer, YES if bad else NO, tensors(set_lr(optimizer, 0.1)))
         same = [torch.equal(p, h) for p, h in zip(layer.parameters(), held, strict=True)]
         now = [s["momentum_buffer"] for s in optimizer.state.values()]
         same += [torch.equal(n, v) for n, v in zip(now, velocities, strict=True)]

@@ -1,0 +1,76 @@
+"""Several small arrays in one run of bytes: they reach a device in one copy, and can be static there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from train.kernels.mixup import tensor_to_device
+
+ALIGNMENT = 16
+"""Bytes: every array begins at a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where an array lies: first byte, type, shape."""
+
+    name: str
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+Layout = tuple[Field, ...]
+"""Equal for arrays of equal names, types and shapes; hashable."""
+
+
+def layout_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Layout:
+    """Lay arrays out one after another.
+
+    >>> [field.start for field in layout_of({"a": np.zeros(3, np.int32), "b": np.zeros(2, bool)})]
+    [0, 16]
+    """
+    fields, end = [], 0
+    for name, array in arrays.items():
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        fields.append(Field(name, start, torch.from_numpy(array).dtype, array.shape))
+        end = start + array.nbytes
+    return tuple(fields)
+
+
+def pack(arrays: Mapping[str, npt.NDArray[Any]], layout: Layout) -> Tensor:
+    """Return the arrays as bytes on the host, uint8 (size,).
+
+    Args:
+        layout: `layout_of` these arrays.
+    """
+    last = layout[-1]
+    size = last.start + arrays[last.name].nbytes
+    packed = np.zeros(max(1, size), dtype=np.uint8)
+    for field in layout:
+        array = np.ascontiguousarray(arrays[field.name])
+        packed[field.start : field.start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return torch.from_numpy(packed)
+
+
+def unpack(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return the arrays as views of the bytes of `pack`, which may be on a device by now."""
+    tensors = {}
+    for field in layout:
+        size = field.dtype.itemsize * int(np.prod(field.shape, dtype=np.int64))
+        own = packed[field.start : field.start + size]
+        tensors[field.name] = own.view(field.dtype).view(field.shape)
+    return tensors
+
+
+def place(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Return arrays as tensors on a device, by one copy, without waiting for it."""
+    layout = layout_of(arrays)
+    return unpack(tensor_to_device(pack(arrays, layout), device), layout)
