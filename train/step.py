@@ -28,7 +28,7 @@ from train.models.dropout import layer_keys_at, masks_of
 from train.models.parts import set_training
 from train.optim.ema import ModelEma
 from train.optim.precision import Precision
-from train.optim.sgd import set_lr, update
+from train.optim.sgd import Apply, apply_fused, set_lr, update
 
 # Shapes: N samples of one batch, H and W rows and columns, C classes.
 
@@ -202,6 +202,7 @@ def end_step(
     ghosts: Tensor | None,
     buffers: Sequence[Tensor],
     meter: AccuracyMeter,
+    apply: Apply = apply_fused,
 ) -> None:
     """Update weights, loss scale, running statistics and average in place; or, skipped, the loss scale alone.
 
@@ -210,8 +211,9 @@ def end_step(
         ghosts: `ghost_sums_of` the network, added up over the ranks.
         buffers: the network's as they were before the step.
         meter: this rank's counts of the step; zeros for a skipped one.
+        apply: changes the weights.
     """
-    update(parts.optimizer, skip, values.rates)
+    update(parts.optimizer, skip, values.rates, apply)
     parts.scaler.update()
     settle_ghosts(parts.network, ghosts)
     restore_buffers(parts.network, buffers, skip)

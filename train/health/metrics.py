@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -59,10 +60,10 @@ class AccuracyMeter:
         self.integers.zero_()
         self.loss_sum.zero_()
 
-    def copy(self) -> AccuracyMeter:
+    def copied(self) -> AccuracyMeter:
         """Return a meter with these counts, which stays as it is when this one counts on."""
-        other = AccuracyMeter(self.integers.device)
-        other.merge(self)
+        other = copy(self)
+        other.integers, other.loss_sum = self.integers.clone(), self.loss_sum.clone()
         return other
 
     def merge(self, other: AccuracyMeter) -> None:

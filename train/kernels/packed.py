@@ -74,3 +74,8 @@ def place(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[
     """Return arrays as tensors on a device, by one copy, without waiting for it."""
     layout = layout_of(arrays)
     return unpack(tensor_to_device(pack(arrays, layout), device), layout)
+
+
+def write_packed(static: Tensor, packed: Tensor) -> None:
+    """Write the bytes of `pack` over those on a device, in place, without waiting for the copy."""
+    static.copy_(packed if packed.device == static.device else packed.pin_memory(), non_blocking=True)

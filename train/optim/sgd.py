@@ -147,22 +147,38 @@ def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> list[float
     return [group["lr"] for group in optimizer.param_groups]
 
 
-def update(optimizer: torch.optim.Optimizer, skip: Tensor, rates: Sequence[Tensor]) -> None:
-    """Apply one step of a fused optimiser, or none if `skip` is 1. Nothing waits for a GPU.
+Apply = Callable[[torch.optim.SGD, Tensor], None]
+"""Changes weights and velocities by their gradients, or nothing where the tensor, () float32, is 1."""
 
-    Args:
-        skip: () float32, which only the device knows.
-        rates: () float32, the learning rate of each parameter group, on the device.
+
+def apply_fused(optimizer: torch.optim.SGD, skip: Tensor) -> None:
+    """Apply one step of torch's fused optimiser.
+
     Source: the attributes by which torch.amp.GradScaler makes fused optimisers skip a step.
     """
-    on_host = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
         del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+
+
+def update(
+    optimizer: torch.optim.SGD, skip: Tensor, rates: Sequence[Tensor], apply: Apply = apply_fused
+) -> None:
+    """Update once, or not at all if `skip` is 1. Nothing waits for a GPU.
+
+    Args:
+        skip: () float32, which only the device knows.
+        rates: () float32, the learning rate of each parameter group, on the device: while `apply` runs, these
+            are the groups' own.
+    """
+    on_host = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    try:
+        apply(optimizer, skip)
+    finally:
         for group, rate_on_host in zip(optimizer.param_groups, on_host, strict=True):
             group["lr"] = rate_on_host
 

@@ -14,8 +14,7 @@ from train.compile.update import update_weights
 from train.config.schema import OptimizerConfig
 from train.kernels.stem import Implementation, s2d_weights, stem_conv
 from train.optim.half_weights import HalfWeights
-from train.optim.sgd import make_optimizer, set_lr, start_momentum
-from train.step import update
+from train.optim.sgd import apply_fused, make_optimizer, set_lr, start_momentum
 
 FORMS: dict[str, dict[str, Any]] = {
     "sgd": {"weight_decay": 0.01},
@@ -79,7 +78,7 @@ def test_update_is_the_optimizers_step(name: str, implementation: Implementation
         if step % 2:
             for group in optimizers[1].param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=device)
-        update(optimizers[0], skip)
+        apply_fused(optimizers[0], skip)
         with interpreter_of(implementation, device):
             update_weights(optimizers[1], skip, halves, implementation=implementation)
         for parameter in ours.parameters():

@@ -20,8 +20,8 @@ from train.models.batch_norm import BatchNorm
 from train.models.init import initialize
 from train.optim.ema import ModelEma
 from train.optim.half_weights import HalfWeights
-from train.optim.sgd import make_optimizer, set_lr, start_momentum
-from train.step import train_step, update
+from train.optim.sgd import apply_fused, make_optimizer, set_lr, start_momentum
+from train.step import train_step
 
 
 def small_network(seed: int = 0) -> nn.Sequential:
@@ -52,7 +52,7 @@ def step_once(optimizer: torch.optim.SGD) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
-    update(optimizer, torch.tensor(0.0))
+    apply_fused(optimizer, torch.tensor(0.0))
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {

@@ -1,0 +1,240 @@
+"""The fast step: the plain step's arithmetic on tensors that stay where they are, captured and replayed.
+
+Without DistributedDataParallel: with several ranks, gradients are summed by a collective between two captured
+parts, so that its time-out and message are those of the plain step. What changes from step to step is written
+to static tensors before; state is updated in place. So what is captured at one step is right for all others
+of the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.loading.batches import Batch
+from train.config.schema import RunConfig
+from train.distributed.world import World
+from train.graphs.capture import Capture, Work
+from train.health.metrics import AccuracyMeter
+from train.kernels.inputs import PassInputs, arrays_of, images_on_device, inputs_of
+from train.kernels.packed import Layout, layout_of, pack, unpack, write_packed
+from train.kernels.values import Arrays, StepValues, values_of
+from train.models.batch_norm import ghost_sums_of
+from train.models.dropout import masks_of
+from train.models.parts import set_training
+from train.optim.sgd import Apply, apply_fused
+from train.step import StepParts, count_losses, end_step, start_values, training_inputs
+
+# Shapes: N samples of a micro-batch, H and W rows and columns, C classes.
+
+ForwardFn = Callable[[PassInputs], Tensor]
+"""A micro-batch's logits, (N, C), from its images before any augmentation."""
+
+PART = 64
+"""Numbers: each gradient begins at a multiple of this in their sum, so that kernels read whole vectors."""
+
+
+def why_not(config: RunConfig, world: World) -> str | None:
+    """Return why a run cannot take the fast step; None if it can."""
+    if config.log_noise_scale:
+        return "log_noise_scale measures the gradient of each part by hooks"
+    if world.world_size == 1:
+        return None
+    if config.parallel == "hybrid":
+        return "parallel=hybrid exchanges activations inside of the passes"
+    if config.compress != "none":
+        return f"compress={config.compress} rounds gradients where DistributedDataParallel sums them"
+    if config.model.has_batch_norm and config.model.norm_batch is None:
+        return "norms take their statistics over all ranks inside of the passes"
+    return None
+
+
+def plain_forward(parts: StepParts, inputs: PassInputs) -> Tensor:
+    """Compute the logits (N, C) by the network's own layers."""
+    inputs_NCHW = training_inputs(inputs, parts.normalize)
+    with parts.precision.autocast():
+        logits_NC: Tensor = parts.network(inputs_NCHW)
+    return logits_NC
+
+
+class _StaticPass:
+    """The input tensors for one shape of micro-batch."""
+
+    def __init__(self, images_NHWC: Tensor, arrays: Arrays, layout: Layout) -> None:
+        self._layout = layout
+        self._packed = torch.empty_like(pack(arrays, layout), device=images_NHWC.device)
+        self.inputs = inputs_of(torch.empty_like(images_NHWC), unpack(self._packed, layout))
+
+    def write(self, images_NHWC: Tensor, arrays: Arrays) -> None:
+        self.inputs.images.copy_(images_NHWC)
+        write_packed(self._packed, pack(arrays, self._layout))
+
+
+class FastStep:
+    """One optimiser step, in the place of `train.step.train_step` with these parts.
+
+    One rank with one micro-batch has one captured part; otherwise each pass is one, and what follows the sum
+    of the gradients is the last. Each shape of micro-batch is captured by itself.
+
+    Args:
+        parts: `why_not` must be None for their configuration and ranks.
+        capture: how the work is done again and again.
+        forward: None for `plain_forward`.
+        apply: how the optimiser changes the weights: as torch does, or by `train.compile.update`.
+        before: is called before each step, outside of what is captured, for what the host must look after.
+    """
+
+    def __init__(
+        self,
+        parts: StepParts,
+        capture: Capture,
+        forward: ForwardFn | None = None,
+        apply: Apply = apply_fused,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        assert why_not(parts.config, parts.world) is None
+        self.parts, self.capture = parts, capture
+        self.forward = forward or partial(plain_forward, parts)
+        self.apply, self.before = apply, before
+        device, network = parts.world.device, parts.network
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._buffers = list(network.buffers())
+        self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._meter = AccuracyMeter(device)
+        parts.scaler.scale(torch.ones((), device=device))  # makes its tensors, outside of what is captured
+        set_training(network, parts.config.freeze)
+        self._ghosts = ghost_sums_of(network)
+        self._values: StepValues | None = None
+        self._packed_values = torch.empty(0)
+        self._passes: dict[Any, _StaticPass] = {}
+        self._replays: dict[Any, Work] = {}
+        self._gradients: dict[Any, Sequence[Tensor]] = {}  # of captured wholes
+        self._sum: Tensor | None = None
+        self._summed: list[Tensor] = []  # views of the sum, one for each parameter
+
+    def __call__(self, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
+        """Forward, backward and update for one global batch; see `train.step.train_step`."""
+        if self.before is not None:
+            self.before()
+        self._write_values(start_values(self.parts, learning_rate, step))
+        if self.parts.world.world_size == 1 and len(batches) == 1:
+            key, static = self._write_inputs(batches[0])
+            self._run(("whole", key), partial(self._whole, key, static))
+            self._show_gradients(self._gradients[key])
+            return self._meter.copied()
+        if self._sum is None:
+            self._sum, self._summed = make_sum(self._parameters)
+        for number, batch in enumerate(batches):
+            key, static = self._write_inputs(batch)
+            kind = "first" if number == 0 else "later"
+            self._run((kind, key), partial(self._pass, static, is_first=number == 0))
+        self._sum_over_ranks(step)
+        self._run("end", self._end)
+        self._show_gradients(self._summed)
+        return self._meter.copied()
+
+    def _run(self, name: Any, work: Work) -> None:
+        if name not in self._replays:
+            self._replays[name] = self.capture.capture(work)
+        self._replays[name]()
+
+    def _write_values(self, arrays: Arrays) -> None:
+        layout = layout_of(arrays)
+        host = pack(arrays, layout)
+        if self._values is None:
+            self._packed_values = torch.empty_like(host, device=self.parts.world.device)
+            self._values = values_of(unpack(self._packed_values, layout))
+        write_packed(self._packed_values, host)
+
+    def _write_inputs(self, batch: Batch) -> tuple[Any, _StaticPass]:
+        """Write a micro-batch to the tensors for its shape; also return what the shape is known by."""
+        images_NHWC = images_on_device(batch.images, self.parts.world.device)
+        arrays = arrays_of(batch, images_NHWC.shape[1])
+        key = (images_NHWC.shape, layout := layout_of(arrays))
+        if key not in self._passes:
+            self._passes[key] = _StaticPass(images_NHWC, arrays, layout)
+        static = self._passes[key]
+        static.write(images_NHWC, arrays)
+        return key, static
+
+    def _show_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Let `.grad` be the gradients of this step, which a step of another kind may have replaced."""
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _sum_over_ranks(self, step: int) -> None:
+        if self.parts.world.world_size == 1:
+            return
+        assert self._sum is not None
+        with self.parts.world.named_collective(f"the sum of gradients of step {step + 1}"):
+            dist.all_reduce(self._sum)
+            if self._ghosts is not None:
+                dist.all_reduce(self._ghosts)
+
+    # What follows is captured.
+
+    def _whole(self, key: Any, static: _StaticPass) -> None:
+        """The one pass of a step on one rank, and its end."""
+        self._start()
+        gradients = self._gradients[key] = self._differentiate(static.inputs)
+        self._update(gradients, ghost_sums_of(self.parts.network))
+
+    def _pass(self, static: _StaticPass, *, is_first: bool) -> None:
+        """One of several passes, or one of several ranks: gradients are added up in `_sum`."""
+        if is_first:
+            self._start()
+        gradients = self._differentiate(static.inputs)
+        (torch._foreach_copy_ if is_first else torch._foreach_add_)(self._summed, gradients)
+        if self._ghosts is not None:
+            sums = ghost_sums_of(self.parts.network)
+            assert sums is not None
+            self._ghosts.copy_(sums)  # of all passes so far
+
+    def _end(self) -> None:
+        set_training(self.parts.network, self.parts.config.freeze)
+        self._update(self._summed, self._ghosts)
+
+    def _start(self) -> None:
+        self._meter.clear()
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+
+    def _differentiate(self, inputs: PassInputs) -> list[Tensor]:
+        """Run a pass forward and backward; return the gradients, in the memory formats of the parameters."""
+        assert self._values is not None
+        set_training(self.parts.network, self.parts.config.freeze)
+        masks = masks_of(self.parts.network)
+        masks.keys_L2, masks.rows_N = self._values.keys, inputs.rows
+        loss = count_losses(self.parts, inputs, self.forward(inputs), self._meter)
+        masks.rows_N = None  # those of a pass are nobody else's
+        gradients = torch.autograd.grad(loss, self._parameters)
+        return [
+            grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+            for parameter, grad in zip(self._parameters, gradients, strict=True)
+        ]
+
+    def _update(self, gradients: Sequence[Tensor], ghosts: Tensor | None) -> None:
+        parts, values = self.parts, self._values
+        assert values is not None
+        self._show_gradients(gradients)
+        parts.scaler.unscale_(parts.optimizer)
+        skip = parts.guard.should_skip(gradients, values.step)
+        end_step(parts, values, skip, ghosts, self._buffers_before, self._meter, self.apply)
+
+
+def make_sum(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Make one tensor for all parameters' gradients, float32, and its views in their memory formats."""
+    starts, end = [], 0
+    for parameter in parameters:
+        starts.append(end)
+        end += -(-parameter.numel() // PART) * PART
+    whole = torch.zeros(end, device=parameters[0].device)
+    return whole, [
+        whole.as_strided(parameter.shape, parameter.stride(), start)
+        for start, parameter in zip(starts, parameters, strict=True)
+    ]
