@@ -22,7 +22,9 @@ def make_summary(source: Source) -> Section:
     manifest, checkpoint, model = source.named_manifest, source.checkpoint, source.config.get("model", {})
     rows: list[tuple[str, object]] = []
     if checkpoint is not None:
-        rows.append(("network", f"{checkpoint.config.model.name}, {len(checkpoint.classes):,} classes"))
+        rows.append(
+            ("network", f"{checkpoint.config.model.description}, {len(checkpoint.classes):,} classes")
+        )
         from train.runs.card import count_parameters  # needs torch, as the checkpoint does
 
         rows.append(("parameters", f"{count_parameters(checkpoint):,}"))

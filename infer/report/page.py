@@ -160,7 +160,7 @@ h2{font-size:1.25rem;margin:2.5rem 0 .6rem;border-top:1px solid #ccc;padding-top
 h3{font-size:1rem;margin:1.2rem 0 .4rem}
 p{max-width:46rem;margin:.4rem 0 .8rem}
 a{color:#004f80}
-nav ol{columns:15rem;margin:0;padding-left:1.4rem}
+nav ol{columns:17rem;column-gap:3rem;margin:0;padding-left:1.8rem}
 figure{margin:1rem 0}
 figcaption{color:#444;font-size:.9rem;max-width:46rem;margin-top:.4rem}
 .note{background:#f3f3f3;border-left:4px solid #777;padding:.5rem .8rem}
