@@ -110,7 +110,7 @@ def open_loader(
         preprocessing=config.preprocessing,
         max_batch=max(micro_batch_size(config, world), EVAL_BATCH),
         num_threads=config.data.threads or cpu_share(world.local_world_size),
-        deterministic=config.data.deterministic,
+        deterministic=config.data.deterministic or config.deterministic,
         max_decoded_bytes=int(config.data.max_decoded_gb * 1e9),
     )
     stack.enter_context(closing(backend))
@@ -134,7 +134,9 @@ def open_caches(
     problem: UserError | None = None
     if world.local_rank == 0:
         try:
-            place = choose_cache(config.data.cache, world.device, datasets, epochs_left)
+            place = choose_cache(
+                config.data.cache, world.device, datasets, epochs_left, deterministic=config.deterministic
+            )
             if place != "none":
                 stores = [stack.enter_context(closing(create_store(dataset))) for dataset in datasets]
         except UserError as error:
@@ -174,13 +176,21 @@ def choose_cache(
     device: torch.device,
     datasets: Sequence[Dataset],
     epochs_left: int,
+    *,
+    deterministic: bool = False,
 ) -> Literal["none", "ram", "gpu"]:
     """Choose where the decoded pixels of all splits are kept.
 
+    Args:
+        deterministic: whether the choice may depend neither on free memory nor on where a run goes on, where
+            kept pixels are not the decoder's to the bit: on a GPU.
     Raises:
         UserError: the place that is named cannot hold them, or their images differ in size.
     """
     if wanted == "none" or (wanted == "auto" and epochs_left < MIN_EPOCHS):
+        return "none"
+    if wanted == "auto" and deterministic and device.type == "cuda":
+        log.info("images are decoded in each epoch (deterministic=true): data.cache=gpu keeps them")
         return "none"
     sizes = [bytes_needed(dataset) for dataset in datasets]
     needed, free_ram, free_gpu = sum(filter(None, sizes)), bytes_available(), gpu_bytes_available(device)

@@ -60,7 +60,9 @@ def train(config: RunConfig, out: Path, resume: str, *, allow_changed_schedule: 
     """
     with ExitStack() as stack:
         interrupt = stack.enter_context(closing(Interrupt()))  # closed last: it ignores a second signal
-        world = stack.enter_context(open_world(config.device, config.timeout_s))
+        world = stack.enter_context(
+            open_world(config.device, config.timeout_s, deterministic=config.deterministic)
+        )
         if resume in ("none", "auto"):  # else the run may lie elsewhere
             world.broadcast_object(lambda: check_writable(out, "name another folder with --out"))
         run = build_run(

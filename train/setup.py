@@ -286,4 +286,5 @@ def compile_network(config: RunConfig, parts: StepParts, num_images: int, folder
     if config.compile:
         run = folder.path if folder is not None else None
         micro_batch = micro_batch_size(config, parts.world)
-        maybe_compile(parts.parallel, micro_batch, crop_px, parts.precision, parts.world, run)
+        timed = not config.deterministic
+        maybe_compile(parts.parallel, micro_batch, crop_px, parts.precision, parts.world, run, timed=timed)

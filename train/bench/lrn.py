@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from train.bench.harness import time_calls
 from train.bench.trainer import wait_for
-from train.distributed.world import cpu_share, exact_float32
+from train.distributed.numerics import exact_float32
+from train.distributed.world import cpu_share
 from train.models.lrn import LocalResponseNorm
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}

@@ -22,7 +22,8 @@ from train.bench.images import write_bench_images
 from train.bench.lrn import LrnCase
 from train.bench.steps import open_steps
 from train.bench.subjects import DEFAULT, NETWORKS, PrecisionName, StepSpec, make_specs
-from train.distributed.world import choose_device, cpu_share, exact_float32
+from train.distributed.numerics import exact_float32
+from train.distributed.world import choose_device, cpu_share
 from train.optim.precision import choose_precision
 
 LIMIT_S: dict[str, float | None] = {"cpu": None, "cuda": 60}

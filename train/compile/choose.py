@@ -135,7 +135,14 @@ def compile_step(network: AlexNet) -> None:
 
 
 def maybe_compile(
-    parallel: Parallel, batch: int, crop_px: int, precision: Precision, world: World, run: Path | None
+    parallel: Parallel,
+    batch: int,
+    crop_px: int,
+    precision: Precision,
+    world: World,
+    run: Path | None,
+    *,
+    timed: bool = True,
 ) -> bool:
     """Compile the network's passes if that makes them faster here: both forms are timed, on zeros.
 
@@ -145,6 +152,7 @@ def maybe_compile(
     Args:
         batch: images that pass through at once.
         run: the run's folder, on rank 0.
+        timed: whether they must be faster compiled; if not, they are compiled wherever that is possible.
     Returns:
         Whether they are compiled now.
     """
@@ -160,13 +168,13 @@ def maybe_compile(
     with _unchanged(parallel):
         # as in a step: what is compiled for other tensors would be compiled again there
         masks_of(parallel).start_outside_of_steps(batch, images.device)
-        eager_s = _time_passes(parallel, images, precision)
+        eager_s = _time_passes(parallel, images, precision) if timed else float("inf")
         started, failure, compiled_s = time.monotonic(), "", float("inf")
         try:
             compile_step(parallel.module)
             _time_passes(parallel, images, precision, rounds=1)
             compile_s = time.monotonic() - started
-            compiled_s = _time_passes(parallel, images, precision)
+            compiled_s = _time_passes(parallel, images, precision) if timed else 0.0
         except Exception as error:
             failure = _first_line(error)
     failed = world.any(bool(failure))
@@ -178,6 +186,8 @@ def maybe_compile(
     if failed:
         if failure or world.is_main:
             log.warning(f"the network is not compiled: {failure or 'compiling failed on another rank'}")
+    elif world.is_main and not timed:
+        log.info(f"the network is compiled ({compile_s:.0f} s), and not timed: deterministic=true")
     elif world.is_main:
         log.info(
             f"forward and backward: {compiled_s:.3f} s compiled ({compile_s:.0f} s to compile), "

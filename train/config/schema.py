@@ -58,7 +58,7 @@ class DataConfig(Table, frozen=True):
             `ram`, one copy a machine in shared memory; `gpu`, one on each GPU; `auto`, on the GPU, else in
             memory, where a quarter of what is free holds them and they are read twice or more; `none`.
         deterministic: a GPU decodes a file to the same bytes each time, without its hardware decoder. On a
-            CPU it always does.
+            CPU it always does. The run's own `deterministic` implies it.
         remote_cache_gb: most gigabytes that shards of s3://, gs:// and https:// addresses take in the user's
             cache, those of other runs included.
         balance: 0..1; an epoch keeps its length, and a class of n images has n^(1 - balance) of it, in
@@ -188,6 +188,8 @@ class RunConfig(Table, frozen=True):
         compress: `bf16` rounds gradients to bfloat16 while they travel under plain ddp.
         lrn: `fused` compiles local response normalisation, `eager` does not; `auto` does in runs long enough.
         compile: compile the network's passes as a whole where that is measured to be faster, at the start.
+        deterministic: two runs on one GPU, or one that was resumed, end with the same bits: nothing is chosen
+            by time, and only kernels that repeat their bits run. On a CPU they end so anyway.
         log_every: optimiser steps between training rows.
         log_noise_scale: training rows have the gradient noise scale as well, see `train.health.noise_scale`;
             needs a batch in parts, of several ranks or of `micro_batch`.
@@ -227,6 +229,7 @@ class RunConfig(Table, frozen=True):
     compress: Literal["none", "bf16"] = "none"
     lrn: Literal["auto", "fused", "eager"] = "auto"
     compile: bool = False
+    deterministic: bool = False
     log_every: Positive = 20
     log_noise_scale: bool = False
     checkpoint_every: Positive | None = None

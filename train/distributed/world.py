@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from data_pipeline.common.errors import RankLostError, UserError
+from train.distributed.numerics import exact_float32, repeated_bits
 
 log = logging.getLogger("train")
 
@@ -238,21 +239,6 @@ def check_rank_count(local_world_size: int, device: Literal["cpu", "cuda"], num_
         )
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Turn off TensorFloat-32, cuDNN's default with a 10-bit mantissa, and restore it at the end."""
-    # Each setting by itself: the one for all does not overrule a library that has set one of them.
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
     """Open the store at which the ranks meet: torchrun's, or one in this process outside torchrun."""
     if "RANK" not in os.environ:
@@ -263,11 +249,15 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
 
 @contextmanager
-def open_world(wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+def open_world(
+    wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S, *, deterministic: bool = False
+) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it on every path.
 
     Outside torchrun this is a group of one, so that no other code has to distinguish the cases.
 
+    Args:
+        deterministic: see `train.distributed.numerics.repeated_bits`.
     Raises:
         UserError: the device is not available, or there are more local ranks than GPUs.
     """
@@ -277,22 +267,21 @@ def open_world(wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOU
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     check_rank_count(local_world_size, kind, torch.cuda.device_count())
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        store=_open_store(rank, world_size, timedelta(seconds=timeout_s)),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if kind == "cuda" else None,
-    )
-    try:
-        with exact_float32():
+    with repeated_bits(deterministic), exact_float32():
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=_open_store(rank, world_size, timedelta(seconds=timeout_s)),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if kind == "cuda" else None,
+        )
+        try:
             yield World(rank, world_size, local_rank, local_world_size, device)
-    finally:
-        dist.destroy_process_group()
-        if kind == "cpu":
-            # A thread that frees a tensor while the interpreter ends takes the process down with SIGABRT.
-            time.sleep(REST_S)
+        finally:
+            dist.destroy_process_group()
+            if kind == "cpu":
+                # A thread that frees a tensor while the interpreter ends takes the process down with SIGABRT.
+                time.sleep(REST_S)

@@ -13,6 +13,9 @@ what torchvision's `TrivialAugmentWide` calls for a Pillow image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -156,10 +159,29 @@ def _look_up(images_NSS3: Tensor, numbers_KN: Tensor) -> Tensor:
     offsets_3 = torch.arange(0, 768, 256, device=device)
     bins_NX = (images_NSS3 + offsets_3).view(num_images, -1)
     counts_NX = torch.zeros((num_images, 768), dtype=torch.int32, device=device)
-    counts_NX.scatter_add_(1, bins_NX, torch.ones((), dtype=torch.int32, device=device).expand_as(bins_NX))
+    with _in_any_order():
+        counts_NX.scatter_add_(
+            1, bins_NX, torch.ones((), dtype=torch.int32, device=device).expand_as(bins_NX)
+        )
     low_N3, high_N3 = images_NSS3.view(num_images, -1, 3).aminmax(dim=1)
     tables_N3L = _tabulate(counts_NX.view(num_images, 3, 256), low_N3.int(), high_N3.int(), numbers_KN)
     return tables_N3L.view(num_images, -1).gather(1, bins_NX).view_as(images_NSS3)
+
+
+@contextmanager
+def _in_any_order() -> Iterator[None]:
+    """Let whole numbers be added in any order, which changes no sum, with `deterministic = true` too.
+
+    The kernel that torch would take then sorts the places first, with several GB for a large batch.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def _tabulate(counts_N3L: Tensor, low_N3: Tensor, high_N3: Tensor, numbers_KN: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config.schema import Groups, ModelConfig, Norm
+from train.models.average_pool import AveragePool
 from train.models.batch_norm import BatchNorm
 from train.models.dropout import Dropout, Masks
 from train.models.init import initialize
@@ -280,7 +281,7 @@ def make_model(config: ModelConfig, *, num_classes: int, crop_px: int) -> AlexNe
     if num_classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, not {num_classes}")
     channels, side = _last_map(config, crop_px)
-    pool = nn.AdaptiveAvgPool2d((side, side)) if config.name == "owt" else nn.Identity()
+    pool = AveragePool((side, side)) if config.name == "owt" else nn.Identity()
     classifier = make_classifier(config, channels * side * side, num_classes)
     model = AlexNet(make_features(config), pool, classifier)
     initialize(model, config.init)

@@ -144,7 +144,7 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
     Returns:
         Median seconds of a step, and the peak of memory in MB; or why it does not fit.
     """
-    with open_world(config.device, config.timeout_s) as world:
+    with open_world(config.device, config.timeout_s, deterministic=config.deterministic) as world:
         if world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or cpu_share(1))
         try:

@@ -25,7 +25,9 @@ def open_probe(config: RunConfig) -> Iterator[tuple[RunState, Callable[[float], 
         UserError: from the parts, as in a run.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(open_world(config.device, config.timeout_s))
+        world = stack.enter_context(
+            open_world(config.device, config.timeout_s, deterministic=config.deterministic)
+        )
         run = build_run(config, None, "none", world, stack)
         steps = open_steps(run, stack, None)
 

@@ -111,6 +111,23 @@ def test_compiled_network_computes_the_same_and_stays_if_faster(
     assert losses[0][0] != losses[0][1]
 
 
+def test_network_is_compiled_untimed_where_bits_must_repeat(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, passes = small_trainer(world, "precision=fp32"), []
+
+    def time_passes(*arguments: Any, rounds: int = 3) -> float:
+        passes.append(rounds)
+        return 1.0
+
+    monkeypatch.setattr("train.compile.choose._time_passes", time_passes)
+    monkeypatch.setattr("train.compile.choose.compile_step", lambda network: None)
+    with caplog.at_level(logging.INFO, "train"):
+        assert maybe_compile(parts.parallel, 4, 32, parts.precision, world, tmp_path, timed=False)
+    assert caplog.messages == ["the network is compiled (0 s), and not timed: deterministic=true"]
+    assert passes == [1] and json.loads((tmp_path / "compiled.json").read_text()) is True
+
+
 def test_lrn_runs_eagerly_and_logs_it_without_a_compiler(
     demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

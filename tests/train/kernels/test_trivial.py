@@ -101,3 +101,15 @@ def test_operations_on_a_gpu_are_those_on_the_cpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert changed.device == on_gpu.device and torch.equal(changed.cpu(), expected)
+
+
+def test_pixels_are_the_same_where_bits_must_repeat() -> None:
+    images = torch.from_numpy(photos(16))
+    want = augmented(images, EVERY)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(augmented(images, EVERY), want)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not torch.equal(want, images)
