@@ -15,6 +15,7 @@ from data_pipeline.loading.batches import Batch
 from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, write_class_report
+from train.graphs.choose import open_step
 from train.health.class_meter import ClassMeter
 from train.health.metrics import Metrics
 from train.optim.schedule import base_lr_for, lr_at, plateau_drops
@@ -42,6 +43,8 @@ def run_epochs(run: RunState) -> Metrics | None:
             metrics = finish_epoch(run)
         elif run.ended is not None:
             log.info(f"nothing to do: this run is finished, at step {run.step}: {run.ended}")
+        if run.ended is None:
+            run.train_step, steps = open_step(run.parts, run.train_step, run.course, steps)
         while run.ended is None:
             train_epoch(run, steps)
             metrics = finish_epoch(run)

@@ -31,6 +31,7 @@ from train.distributed.ddp import (
 from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
 from train.distributed.world import World, cpu_share
+from train.graphs.choose import why_plain
 from train.health.metrics import TOP_K
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
@@ -88,7 +89,7 @@ def build_run(
     parts = make_step_parts(config, train_set, world, checkpoint)
     epochs_left = max(0, config.epochs - position // num_steps) if out is not None else 0
     loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
-    log_hardware(config, parts, loader)
+    log_hardware(config, parts, loader, num_images=config.epochs * len(train_set))
     folder, writer = open_run_folder(config, train_set, out, start, step, world, stack)
     compile_network(config, parts, len(train_set), folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
@@ -215,17 +216,22 @@ def restore_parts(parts: StepParts, checkpoint: Checkpoint) -> None:
         parts.ema.load(shard_tensors(parallel, checkpoint.average_state))
 
 
-def log_hardware(config: RunConfig, parts: StepParts, loader: Loader) -> None:
-    """Log, on rank 0, what computes, decodes and reads, and how a batch is split."""
+def log_hardware(config: RunConfig, parts: StepParts, loader: Loader, *, num_images: int) -> None:
+    """Log, on rank 0, what computes, decodes and reads, how a batch is split, and which step runs and why.
+
+    Args:
+        num_images: how many images the whole run trains on.
+    """
     world, backend = parts.world, loader.backend
     if not world.is_main:
         return
-    micro_batch = micro_batch_size(config, world)
+    micro_batch, why = micro_batch_size(config, world), why_plain(config, world, num_images)
+    step = f"the plain step ({why})" if why is not None else "a fast step if it is proved right and faster"
     log.info(
         f"{world.world_size} rank(s) on {world.device_name}, {parts.precision.name} "
         f"({parts.precision.reason}), {backend.name} decoding on the {backend.device}; "
         f"batch {config.global_batch} in {math.ceil(rank_batch_size(config, world) / micro_batch)} pass(es) "
-        f"of up to {micro_batch} a rank"
+        f"of up to {micro_batch} a rank; {step}"
     )
     if config.parallel != "ddp" or config.compress != "none":
         log.info(describe_parallel(config, world))

@@ -15,8 +15,10 @@ from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import Progress, Snapshot
 from train.config.schema import RunConfig
 from train.distributed.hybrid import gather_tensors, map_optimizer_state
+from train.graphs.choose import Course
 from train.health.metrics import Metrics
 from train.health.signals import Interrupt
+from train.optim.schedule import base_lr_for
 from train.runs.abort import AbortPolicy
 from train.runs.folder import RunFolder
 from train.runs.metrics_log import MetricsLog
@@ -86,6 +88,16 @@ class RunState:
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch + self.progress.step_offset
+
+    @property
+    def course(self) -> Course:
+        """What the choice of a step needs to know."""
+        return Course(
+            num_images=self.config.epochs * len(self.train_set),
+            rate=base_lr_for(self.config.schedule, self.config.global_batch),
+            step=self.step,
+            folder=self.folder.path if self.folder is not None else None,
+        )
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,9 @@ from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.step_samples import small_batch, small_trainer
 from tests.helpers.warm_ranks import run_ranks, train_warm
 from train.distributed.world import open_world
+from train.graphs.capture import Capture, CudaCapture, Eager
+from train.graphs.fused_forward import make_fused_step
+from train.graphs.verdict import read_record
 from train.step import train_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -70,6 +75,24 @@ def test_steps_of_every_network_repeat_their_bits(
         assert first == bits_of(device, overrides, deterministic=False)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["paper", "bn"])
+def test_fused_steps_repeat_their_bits(device: Literal["cpu", "cuda"], name: str) -> None:
+    """Six steps: on a GPU three are recorded and three replayed."""
+    ends = []
+    for _ in range(2):
+        with open_world(device, deterministic=True) as world:
+            parts = small_trainer(world, "model.hidden_units=64", f"model.name={name}")
+            on_gpu = device == "cuda"
+            capture: Callable[[], Capture] = partial(CudaCapture, world.device) if on_gpu else Eager
+            fast = make_fused_step(parts, capture, "triton" if on_gpu else "plain")
+            for step in range(6):
+                fast([batch_of(32)], RATE, step)
+            assert parts.guard.read().total == 0
+            ends.append([value.cpu().numpy().tobytes() for value in parts.network.state_dict().values()])
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_and_a_resumed_one_end_with_the_same_bits(device: str, demo_data: Path, tmp_path: Path) -> None:
@@ -83,6 +106,8 @@ def test_runs_and_a_resumed_one_end_with_the_same_bits(device: str, demo_data: P
     )
     assert compare_runs(first, second) == (True, True)
     assert [row["step"] for row in read_rows(first, "train")] == [1, 2, 3, 4, 5, 6]
+    record = read_record(first / "step.json")
+    assert record is not None and record.chosen == "plain" and record.task["deterministic"] == "true"
     stopped = second / "checkpoints" / "step-00000002"  # as if it had been killed after this step
     options = [f"--resume={stopped}"]
     assert train_warm(1, data=data, out=tmp_path / "second", overrides=settings, options=options) == second

@@ -176,7 +176,7 @@ def maybe_compile(
             compile_s = time.monotonic() - started
             compiled_s = _time_passes(parallel, images, precision) if timed else 0.0
         except Exception as error:
-            failure = _first_line(error)
+            failure = first_line(error)
     failed = world.any(bool(failure))
     faster = world.broadcast_object(lambda: not failed and compiled_s < eager_s)
     if not faster:
@@ -213,7 +213,7 @@ def _try_lrn(network: AlexNet, crop_px: int, precision: Precision) -> str:
             out = network.features(_zeros(network, 2, crop_px))
         torch.autograd.grad(out.float().sum(), weights)
     except Exception as error:  # a compiler can fail in any way; training does not depend on it
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
@@ -255,6 +255,7 @@ def _unchanged(parallel: DistributedDataParallel) -> Iterator[None]:
         parameter.grad = None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__

@@ -34,7 +34,7 @@ ClassWeights = Literal["none", "balanced"] | tuple[Annotated[float, msgspec.Meta
 FREE_TO_CHANGE = (
     "data", "device", "cpu_threads", "micro_batch", "timeout_s", "log_every", "checkpoint_every",
     "keep_checkpoints", "keep_every", "max_skipped", "flat_loss_grace", "log_noise_scale", "parallel",
-    "stop_patience", "max_hours",
+    "stop_patience", "max_hours", "fused",
 )  # fmt: skip
 """Keys of `RunConfig` that a resumed run may change: they decide where it computes and for
 how long, not what."""
@@ -190,6 +190,8 @@ class RunConfig(Table, frozen=True):
         compile: compile the network's passes as a whole where that is measured to be faster, at the start.
         deterministic: two runs on one GPU, or one that was resumed, end with the same bits: nothing is chosen
             by time, and only kernels that repeat their bits run. On a CPU they end so anyway.
+        fused: `auto` trains with a fast step where one is proved right and faster on the card
+            (`train.graphs`); `off` with the plain one.
         log_every: optimiser steps between training rows.
         log_noise_scale: training rows have the gradient noise scale as well, see `train.health.noise_scale`;
             needs a batch in parts, of several ranks or of `micro_batch`.
@@ -230,6 +232,7 @@ class RunConfig(Table, frozen=True):
     lrn: Literal["auto", "fused", "eager"] = "auto"
     compile: bool = False
     deterministic: bool = False
+    fused: Literal["auto", "off"] = "auto"
     log_every: Positive = 20
     log_noise_scale: bool = False
     checkpoint_every: Positive | None = None

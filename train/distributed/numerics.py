@@ -45,7 +45,8 @@ def repeated_bits(wanted: bool) -> Iterator[None]:
         wanted: whether bits must repeat; if not, cuDNN takes the algorithm that is fastest when it tries.
     Source: torch.use_deterministic_algorithms.
     """
-    cudnn, filled = torch.backends.cudnn, torch.utils.deterministic
+    cudnn: Any = torch.backends.cudnn
+    filled: Any = torch.utils.deterministic  # whose attributes are those of a class in its place
     before = cudnn.benchmark, cudnn.deterministic, filled.fill_uninitialized_memory
     cudnn.benchmark = not wanted
     if not wanted:

@@ -15,7 +15,7 @@ from tests.helpers.triton import interpreted, needs_triton
 from train.compile.fused import FusedNetwork, stages_of
 from train.config.load import make_config
 from train.config.schema import ModelConfig
-from train.distributed.world import exact_float32
+from train.distributed.numerics import exact_float32
 from train.kernels import block
 from train.kernels.block import DEAD, Gradients, Saved
 from train.kernels.fused_block import Implementation

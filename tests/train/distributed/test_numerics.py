@@ -16,7 +16,8 @@ def settings() -> tuple[object, ...]:
     cudnn = torch.backends.cudnn
     return (
         torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark,
-        torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(WORKSPACE),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        os.environ.get(WORKSPACE),
     )  # fmt: skip
 
 
