@@ -82,4 +82,4 @@ def test_backward_kernels_spill_nothing(name: str, capability: int) -> None:
     assert len(launches) == (sample.bias_C is not None) + 1 + 2 * spec.has_batch_norm
     for launch in launches:
         resources = compile_for(launch.kernel, launch.signature, launch.constexprs, capability=capability)
-        assert resources.spill_bytes == 0 and resources.registers <= 128, launch.kernel
+        assert resources.spill_bytes == 0 and resources.registers <= 255, launch.kernel
