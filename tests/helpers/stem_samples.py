@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.preprocessing import Preprocessing
+from train.kernels.mixup import MixInputs, mix_arrays
 
 # Shapes: N samples, H and W rows and columns.
 
@@ -24,17 +23,9 @@ MIX = MixParams(
 )
 
 
-class MixTensors(NamedTuple):
-    """A plan as tensors."""
-
-    partners: Tensor
-    weights: Tensor
-    boxes: Tensor
-
-
-def tensors_of(mix: MixParams, device: str = "cpu") -> MixTensors:
+def mix_on_device(plan: MixParams, device: str | torch.device = "cpu") -> MixInputs:
     """Return a plan as tensors on a device."""
-    return MixTensors(*(torch.from_numpy(a).to(device) for a in (mix.partners, mix.weights, mix.boxes)))
+    return MixInputs(**{name: torch.from_numpy(a).to(device) for name, a in mix_arrays(plan).items()})
 
 
 def uint8_images(num: int, side: int) -> Tensor:

@@ -18,6 +18,7 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import mix_params_at
 from tests.helpers.faulty_rank import fail
 from tests.helpers.reference import mix_images, mix_labels
+from tests.helpers.stem_samples import mix_on_device
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.checkpoints.background import PinnedStaging
 from train.checkpoints.format import Snapshot
@@ -112,11 +113,12 @@ def test_mixed_images_and_losses_are_numpys(world: World, augment: Augment) -> N
     plan = mix_params_at(3, 1, np.arange(8), augment, 10)
     assert plan is not None
     inputs = torch.from_numpy(images).to(world.device).permute(0, 3, 1, 2).float()
-    mixed = mix_inputs(inputs, plan).permute(0, 2, 3, 1).cpu().numpy()
+    on_device = mix_on_device(plan, world.device)
+    mixed = mix_inputs(inputs, on_device).permute(0, 2, 3, 1).cpu().numpy()
     np.testing.assert_allclose(mixed, mix_images(images, plan), rtol=1e-5, atol=1e-3)
     assert np.abs(mixed - images).max() > 10
     found = mixed_losses(
-        torch.from_numpy(logits).to(world.device), torch.tensor(labels).to(world.device), plan
+        torch.from_numpy(logits).to(world.device), torch.tensor(labels).to(world.device), on_device
     )
     shares = np.exp(logits - logits.max(1, keepdims=True))
     log_probabilities = np.log(shares / shares.sum(1, keepdims=True))

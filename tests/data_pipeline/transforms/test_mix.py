@@ -12,7 +12,8 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import beta_quantile, mix_params_at
 from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.helpers.reference import mix_images, mix_labels
-from train.kernels.mixup import MixInputs, average_views, mix_arrays, mix_inputs, mixed_losses
+from tests.helpers.stem_samples import mix_on_device
+from train.kernels.mixup import average_views, mix_inputs, mixed_losses
 
 BOTH = Augment(mixup=0.4, cutmix=1.0, mix_probability=0.8)
 
@@ -46,7 +47,7 @@ def test_mixing_on_the_device_matches_the_reference() -> None:
     plan = mix_params_at(5, 0, np.arange(40), BOTH, 64)
     assert plan is not None and 0 < (plan.boxes.any(axis=1)).sum() < 40 and (plan.label_weights == 1).any()
     inputs = torch.from_numpy(images).float().permute(0, 3, 1, 2)
-    on_device = MixInputs(**{name: torch.from_numpy(a) for name, a in mix_arrays(plan).items()})
+    on_device = mix_on_device(plan)
     mixed = mix_inputs(inputs, on_device)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert np.abs(mixed.permute(0, 2, 3, 1).numpy() - mix_images(images, plan)).max() < 1e-4

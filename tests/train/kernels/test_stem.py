@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, tensors_of, uint8_images
+from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, mix_on_device, uint8_images
 from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
 from train.kernels.erase import erase_inputs
@@ -87,9 +87,9 @@ def test_block_inputs_are_those_of_the_plain_step(mixed: bool, erased: bool) -> 
     images, normalize = uint8_images(4, 13), Normalize(PREPROCESSING)
     plain = normalize(images)
     if erased:
-        plain = erase_inputs(plain, ERASED)
+        plain = erase_inputs(plain, torch.from_numpy(ERASED))
     if mixed:
-        plain = mix_inputs(plain, MIX)
+        plain = mix_inputs(plain, mix_on_device(MIX))
     shape = s2d_shape(13, 5, 3, 2)
     inputs = s2d_inputs(
         images,
@@ -98,7 +98,7 @@ def test_block_inputs_are_those_of_the_plain_step(mixed: bool, erased: bool) -> 
         shape,
         torch.float32,
         erase_N4=torch.from_numpy(ERASED) if erased else None,
-        mix=tensors_of(MIX) if mixed else None,
+        mix=mix_on_device(MIX) if mixed else None,
     )
     assert shape.blocks == 6 and shape.channels == 32
     assert inputs.is_contiguous(memory_format=torch.channels_last)

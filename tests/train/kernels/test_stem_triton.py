@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, tensors_of, uint8_images
+from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, mix_on_device, uint8_images
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
 from train.kernels.stem import BlockShape, s2d_inputs, s2d_shape
 from train.models.alexnet import Normalize
@@ -28,7 +29,7 @@ def both(
     images, normalize = uint8_images(4, shape.crop_px).to(device), Normalize(PREPROCESSING).to(device)
     plan: dict[str, Any] = {
         "erase_N4": torch.from_numpy(ERASED).to(device) if erased else None,
-        "mix": tensors_of(MIX, device) if mixed else None,
+        "mix": mix_on_device(MIX, device) if mixed else None,
     }
     arguments = images, normalize.scale, normalize.shift, shape, dtype
     return s2d_inputs(*arguments, **plan), s2d_inputs(*arguments, **plan, implementation="triton")
@@ -69,8 +70,8 @@ def test_input_kernel_would_show_a_wrong_mix() -> None:
 
     images, normalize = uint8_images(4, 12), Normalize(PREPROCESSING)
     arguments = images, normalize.scale, normalize.shift, SHAPES[0], torch.float32
-    plain = s2d_inputs(*arguments, mix=tensors_of(MIX))
-    wrong = tensors_of(MIX)._replace(partners=torch.arange(4))
+    plain = s2d_inputs(*arguments, mix=mix_on_device(MIX))
+    wrong = replace(mix_on_device(MIX), partners=torch.arange(4))
     with interpreted(stem_triton), pytest.raises(AssertionError, match="Mismatched elements"):
         check_both(plain, stem_triton.launch_inputs(*arguments, mix=wrong), True)
 
