@@ -79,7 +79,7 @@ TINY = Study(
     },
     seeds=1,
     epochs=4,
-    mark=0.4,
+    mark=0.2,
     axis="top-1 of 1,000 validation images, %",
     page="study-tiny.md",
 )
@@ -101,7 +101,7 @@ FINE_TUNING = Study(
     },
     seeds=3,
     epochs=2,
-    mark=0.5,
+    mark=0.3,
     axis="top-1 of 500 validation images, %",
     page="fine-tuning.md",
     source_epochs=8,

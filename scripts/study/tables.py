@@ -86,4 +86,7 @@ def draw(study: Study, runs: Sequence[Run], path: Path) -> None:
                 panel.fill_between(epochs, lows, highs, color=color, alpha=0.15, lw=0)
             panel.set(xlabel="epoch", ylim=(0, None), xlim=(1, last), title=question)
             panel.legend(loc="best", fontsize=8)
+        highest = max(panel.get_ylim()[1] for panel in panels)
+        for panel in panels:
+            panel.set_ylim(0, highest)  # panels are compared, too
         panels[0].set_ylabel(study.axis)
