@@ -11,7 +11,7 @@ import msgspec
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import InterruptedRunError, SaveError, UserError
-from data_pipeline.loading.batches import Batch
+from data_pipeline.loading.batches import Batch, group_by_step
 from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, write_class_report
@@ -86,17 +86,7 @@ def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterat
         num_steps=num_steps,
     )
     stack.enter_context(closing(batches))
-    return by_step(batches)
-
-
-def by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
-    """Group micro-batches by step."""
-    gathered: list[Batch] = []
-    for batch in batches:
-        gathered.append(batch)
-        if batch.last:
-            yield gathered
-            gathered = []
+    return group_by_step(batches)
 
 
 def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:

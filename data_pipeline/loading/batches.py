@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -56,6 +56,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def group_by_step(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step as soon as its last one is there."""
+    gathered: list[Batch] = []
+    for batch in batches:
+        gathered.append(batch)
+        if batch.last:
+            yield gathered
+            gathered = []
 
 
 @dataclass(frozen=True, eq=False)
