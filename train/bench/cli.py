@@ -17,7 +17,7 @@ PRECISIONS = ["bf16", "fp16", "fp32"]
 SUBJECTS = [
     *(f"torchvision_{way}" for way in ("fp32", "amp", "bf16", "compiled", "graphs")),
     *(f"{name}{end}" for end in ("", "_compiled") for name in ("owt", "paper", "bn", "caffe")),
-    *("paper_no_lrn", "paper_torch_lrn", "bn_no_norm", "lrn", "end_to_end"),
+    *("paper_no_lrn", "paper_torch_lrn", "bn_no_norm", "owt_plain", "owt_deterministic", "lrn", "end_to_end"),
 ]
 option = partial(click.option, show_default=True)
 repeatable = partial(option, multiple=True)
@@ -107,8 +107,8 @@ def startup(as_json: bool, **options: Any) -> None:
 def train(as_json: bool, **options: Any) -> None:
     """Images/s of training and its fraction of the arithmetic peak; torchvision's AlexNet beside it.
 
-    The step on images that the device has, what it launches, and end to end with the loader; subjects take
-    turns. Ten minutes on two cores.
+    The step that training would choose on this machine, on images that the device has; what it launches; end
+    to end with the loader. Subjects take turns. Ten minutes on two cores.
 
     \b
     alexnet bench train

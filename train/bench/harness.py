@@ -40,6 +40,7 @@ class Case:
         stack: ends the process.
         make: builds it; gets a stack that the process closes at its end, and `arguments`.
         limit_s: seconds for building it and for all requests together; None for as long as they take.
+        build_limit_s: seconds for building it, which then do not count among those; None if they do.
         build: False leaves it to `build`: cases that are made first and built later import side by side.
     Raises:
         CaseError: it failed, or the time is over.
@@ -51,9 +52,11 @@ class Case:
         make: Callable[..., object],
         *arguments: object,
         limit_s: float | None = None,
+        build_limit_s: float | None = None,
         build: bool = True,
     ) -> None:
         self._name, self._limit_s, self._used_s = " ".join(map(str, arguments[:1])), limit_s, 0.0
+        self._build_limit_s = build_limit_s
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
         command = own_command("train.bench.harness:serve")
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
@@ -68,7 +71,12 @@ class Case:
 
     def build(self) -> None:
         """Build what is measured, in its process."""
+        if self._build_limit_s is None:
+            self.request(*self._arguments)
+            return
+        limit_s, self._limit_s = self._limit_s, self._build_limit_s
         self.request(*self._arguments)
+        self._limit_s, self._used_s = limit_s, 0.0
 
     def request(self, *method_and_arguments: object) -> Any:
         """Call a method of the case, by its name, in its process, and wait for what it returns."""
@@ -179,9 +187,11 @@ def median_ratio(tops: Sequence[float] | None, bottoms: Sequence[float] | None) 
     return statistics.median(top / bottom for top, bottom in zip(tops, bottoms, strict=True))
 
 
-def round_ratios(ratios: Ratios, reason: str = "not measured") -> tuple[Ratios, list[str]]:
-    """Return the ratios in four digits, and a note for each that is None."""
-    notes = [f"{name}: {reason}" for name, value in ratios.items() if value is None]
+def round_ratios(
+    ratios: Ratios, reason: str = "not measured", others: Mapping[str, str] | None = None
+) -> tuple[Ratios, list[str]]:
+    """Return the ratios in four digits, and for each None a note: `reason`, or its own in `others`."""
+    notes = [f"{name}: {(others or {}).get(name, reason)}" for name, value in ratios.items() if value is None]
     return {name: None if value is None else four_digits(value) for name, value in ratios.items()}, notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from train.bench import trainer
 from train.bench.subjects import StepSpec
-from train.bench.trainer import bench_config, noise_batch, wait_for
+from train.bench.trainer import LEARNING_RATE, bench_config, noise_batch, wait_for
 from train.compile.choose import compile_step, drop_toolkit_note, fuse_lrn
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter
@@ -32,7 +33,6 @@ from train.optim.precision import Precision
 
 NUM_CLASSES = 1000
 PREFETCH = 2
-LEARNING_RATE = 1e-3
 WARM_STEPS = {"cpu": 1, "cuda": 5}
 """Before the first round: what is captured in graphs takes three until it is as fast as it will be."""
 
@@ -58,6 +58,10 @@ class StepCase:
             self.step()
         return (wait_for(self.device) - started) / count
 
+    def choice(self) -> dict[str, str | float] | None:
+        """Return which step of the trainer runs, why, and the seconds of choosing; None for others."""
+        return None
+
     def start_and_memory(self) -> dict[str, float]:
         """Return seconds from nothing to the end of the first step, and the peak of memory so far."""
         return {"first_step_s": self.first_step_s, "peak_memory_mb": trainer.peak_memory_mb(self.device)}
@@ -72,7 +76,8 @@ class OurSteps(StepCase):
 
     def __init__(self, world: World, spec: StepSpec, crop_px: int, folder: Path) -> None:
         super().__init__(world.device)
-        config = bench_config(spec.network, spec.batch, crop_px, str(spec.precision), world.device.type)
+        keys = (f"fused={spec.fused}", f"deterministic={json.dumps(spec.deterministic)}")
+        config = bench_config(spec.network, spec.batch, crop_px, str(spec.precision), world.device.type, keys)
         self.preprocessing, self.folder, self.batch, self.done = config.preprocessing, folder, spec.batch, 0
         with patch.dict(vars(alexnet), STAND_INS[spec.norm]):
             parts = trainer.make_noise_parts(config, NUM_CLASSES, world)
@@ -84,12 +89,17 @@ class OurSteps(StepCase):
             compile_step(parts.network)
         sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
         self.sample = dataclasses.replace(sample, images=torch.from_numpy(sample.images).to(self.device))
-        self.network, self.train = parts.network, trainer.make_step(parts)
+        self.parts, self.chosen = parts, trainer.make_step(parts, self.sample)
+
+    def choice(self) -> dict[str, str | float]:
+        """Return which step runs, and why, as in a run's `step.json`, and the seconds of choosing it."""
+        record = self.chosen.record
+        return {"step": record.chosen, "why": record.why, "choice_s": self.chosen.seconds}
 
     def step(self, batch: Batch | None = None) -> AccuracyMeter:
         """Train one step, on a given batch or on noise."""
         self.done += 1
-        return self.train([self.sample if batch is None else batch], LEARNING_RATE, self.done)
+        return self.chosen.run([self.sample if batch is None else batch], LEARNING_RATE, self.done)
 
     def fed_images_per_s(self, num_batches: int, train: bool) -> float:
         """Measure the loader alone, or steps fed by it as in training; return images per second.
@@ -171,7 +181,8 @@ def open_steps(
         torch.backends.cudnn.benchmark = True  # as its script has it; TensorFloat-32 stays as torch has it
         case = TorchvisionSteps(spec, crop_px, torch.device(device))
     else:
-        case = OurSteps(stack.enter_context(open_world(device)), spec, crop_px, folder)
+        world = stack.enter_context(open_world(device, deterministic=spec.deterministic))
+        case = OurSteps(world, spec, crop_px, folder)
     case.step()
     case.first_step_s = wait_for(case.device) - started
     case.step_s(WARM_STEPS[device])

@@ -22,6 +22,7 @@ class StepSpec(msgspec.Struct, frozen=True):
         compiled: Inductor's mode for the network as a whole; empty for none.
         norm: the network's own, nn.LocalResponseNorm in float32 (`torch`), or nn.Identity in its place.
         tuned: of torchvision's, whether in channels_last and with the fused optimiser.
+        fused, deterministic: of ours, the keys of its configuration.
         batch: samples of a step.
     """
 
@@ -31,6 +32,8 @@ class StepSpec(msgspec.Struct, frozen=True):
     compiled: Literal["", "default", "reduce-overhead"] = ""
     norm: Literal["own", "torch", "none"] = "own"
     tuned: bool = False
+    fused: Literal["auto", "off"] = "auto"
+    deterministic: bool = False
     batch: int = 0
 
     def __str__(self) -> str:
@@ -51,6 +54,8 @@ SUBJECTS = (
     StepSpec("paper_no_lrn", "paper", norm="none"),
     StepSpec("paper_torch_lrn", "paper", "fp32", norm="torch"),
     StepSpec("bn_no_norm", "bn", norm="none"),
+    StepSpec("owt_plain", "owt", fused="off"),
+    StepSpec("owt_deterministic", "owt", deterministic=True),
     *(StepSpec(f"{name}_compiled", name, compiled="default") for name in NETWORKS),
 )
 OTHERS = ("lrn", "end_to_end")  # the first LRN of `paper` by itself; our networks fed by the loader
@@ -58,7 +63,7 @@ DEFAULT: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torchvision_fp32", "torchvision_bf16", "owt", "paper", "paper_no_lrn", "paper_torch_lrn", *OTHERS,
     ),
-    "cuda": (*(spec.subject for spec in SUBJECTS[:12] if spec.subject != "caffe"), *OTHERS),
+    "cuda": (*(spec.subject for spec in SUBJECTS[:14] if spec.subject != "caffe"), *OTHERS),
 }  # fmt: skip
 """What is measured where nothing is chosen: on a CPU, what takes ten minutes on two cores."""
 

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from train.optim.precision import choose_precision
 
 LIMIT_S: dict[str, float | None] = {"cpu": None, "cuda": 60}
 """What one subject may take, building and compiling included: more is cut off, and said."""
+OUR_BUILD_LIMIT_S: dict[str, float | None] = {"cpu": None, "cuda": 180}
+"""What building one of ours may take, beside that: on a new machine its step is proved first."""
 BATCHES = {"cpu": (128,), "cuda": (128, 1024)}
 STEPS = {"cpu": (2, 0), "cuda": (40, 10)}
 """Timed in each round, and run before them."""
@@ -86,11 +88,15 @@ def measure_batch(
     """Measure the cases of one batch size, in turns: their steps, beside the loader, and what they launch."""
     with ExitStack() as stack:
         start = partial(Case, stack, open_steps, limit_s=LIMIT_S[device], build=False)
-        cases = {spec: start(spec, measured.crop_px, folder, device) for spec in specs}
+        cases = {
+            spec: start(spec, measured.crop_px, folder, device, build_limit_s=build_limit_s(spec, device))
+            for spec in specs
+        }
         for spec, case in list(cases.items()):
             log.info(f"starting {spec}")
             with going_on(measured, cases, spec):
                 case.build()
+                note_choice(measured, spec, case)
         for _ in harness.rounds(num_rounds):
             measure_steps(measured, cases, device)
         for spec, case in list(cases.items()):
@@ -104,6 +110,18 @@ def measure_batch(
             if spec not in measured.failures:
                 with going_on(measured, cases, spec):
                     measured.figures[spec] |= case.request("profile")
+
+
+def build_limit_s(spec: StepSpec, device: str) -> float | None:
+    """Return the seconds that building a case may take by itself; None where they count among all."""
+    return None if spec.network == "torchvision" else OUR_BUILD_LIMIT_S[device]
+
+
+def note_choice(measured: Measured, spec: StepSpec, case: Case) -> None:
+    """Note which step of the trainer's a case runs."""
+    if (choice := case.request("choice")) is not None:
+        measured.figures[spec]["choice_s"] = choice.pop("choice_s")
+        measured.choices[spec] = choice
 
 
 def measure_steps(measured: Measured, cases: dict[StepSpec, Case], device: str) -> None:
@@ -155,16 +173,23 @@ def describe(report: Report) -> list[str]:
     """Return the peaks, a table row for each case, the ratios and the notes."""
     rows = []
     for rate in report["rates"]:
-        cells: list[object] = [str(rate["subject"])]
+        cells: list[object] = [str(rate["subject"]), rate["step"]]
         for phase in map(rate["phases"].get, PHASES):
             mfu = "" if phase is None or phase["mfu"] is None else f" ({phase['mfu']:.2f})"
             cells.append(None if phase is None else f"{phase['images_per_s']:.1f}{mfu}")
         rows.append([*cells, *(rate[name] for name in FIGURES), rate["failure"] or ""])
-    columns = [("images/s (MFU)", "<34"), *((phase, ">16") for phase in PHASES), *FIGURES.values(), ("", "")]
+    columns = [
+        ("images/s (MFU)", "<34"),
+        ("by", "<24"),
+        *((phase, ">16") for phase in PHASES),
+        *FIGURES.values(),
+        ("", ""),
+    ]
     return [
         f"{report['machine']}, images of {report['crop_px']} pixels",
         *(f"GEMM peak {name}: {value:.0f} GFLOP/s" for name, value in report["gemm_gflops"].items()),
         *harness.table_lines(columns, rows),
+        *choice_lines(report["rates"]),
         *(
             f"LRN, {layout}: " + ", ".join(f"{form} {s * 1e3:.1f} ms" for form, s in times.items())
             for layout, times in report["lrn_s"].items()
@@ -172,3 +197,12 @@ def describe(report: Report) -> list[str]:
         *harness.ratio_lines(report["ratios"], digits=3),
         *report["notes"],
     ]
+
+
+def choice_lines(rates: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each step that runs, and why, with the subjects that run by it."""
+    subjects: dict[str, list[str]] = {}
+    for rate in rates:
+        if rate["step"] is not None:
+            subjects.setdefault(f"{rate['step']} ({rate['why']})", []).append(str(rate["subject"]))
+    return [f"{', '.join(names)}: {choice}" for choice, names in subjects.items()]

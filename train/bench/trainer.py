@@ -6,8 +6,10 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,12 @@ from data_pipeline.loading.batches import Batch
 from train.config.load import make_config
 from train.config.schema import RunConfig
 from train.distributed.world import World
-from train.health.metrics import AccuracyMeter
+from train.graphs.choose import WORTH_IMAGES, Course, open_step
+from train.graphs.verdict import FILE, Record, read_record
 from train.setup import make_step_parts
-from train.step import StepParts, train_step
+from train.step import StepFn, StepParts, train_step
 
-Step = Callable[[Sequence[Batch], float, int], AccuracyMeter]
-"""One optimiser step, see `train.step.train_step`: its micro-batches, the rate, the steps before it."""
+LEARNING_RATE = 1e-3
 LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Mem(cpy|set))")  # calls that put work on a GPU
 
 
@@ -46,9 +48,37 @@ def make_noise_parts(config: RunConfig, num_classes: int, world: World) -> StepP
     return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
-def make_step(parts: StepParts) -> Step:
-    """Return the step by which a run with these parts trains."""
-    return partial(train_step, parts)
+@dataclass(frozen=True)
+class ChosenStep:
+    """The step by which a run trains.
+
+    Attributes:
+        run: takes one optimiser step.
+        record: which kind of step it is, and why.
+        seconds: that the choice took; with a proof, most of a cold start.
+    """
+
+    run: StepFn
+    record: Record
+    seconds: float
+
+
+def make_step(parts: StepParts, sample: Batch) -> ChosenStep:
+    """Choose the step by which a long run with these parts trains, as the run itself would.
+
+    A proof is read from the user's cache and kept there, as in training: its key holds all that decides which
+    kernels run and on which shapes, the network's layers among it. The state of `parts` stays what it is.
+
+    Args:
+        sample: a step's samples, which a fast step is proved on.
+    """
+    started = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        course = Course(num_images=WORTH_IMAGES, rate=LEARNING_RATE, step=0, folder=Path(folder))
+        step, _ = open_step(parts, partial(train_step, parts), course, iter([[sample]]))
+        record = read_record(Path(folder) / FILE)
+    assert record is not None
+    return ChosenStep(step, record, time.perf_counter() - started)
 
 
 def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from train.bench.figures import Measured, make_ratios
+from train.bench.figures import Measured, make_ratios, make_row
 from train.bench.subjects import SUBJECTS, make_specs
 
 STEP_S = {
     "torchvision_fp32": 8.0, "torchvision_bf16": 4.0, "torchvision_graphs": 3.0, "owt": 1.0, "paper": 2.0,
-    "paper_no_lrn": 1.5, "paper_torch_lrn": 7.0, "bn": 5.0, "bn_no_norm": 4.0,
+    "paper_no_lrn": 1.5, "paper_torch_lrn": 7.0, "bn": 5.0, "bn_no_norm": 4.0, "owt_plain": 2.5,
+    "owt_deterministic": 1.25,
 }  # fmt: skip
 
 
@@ -42,6 +43,10 @@ def test_ratios_are_of_the_cases_they_name() -> None:
         "paper_vs_no_lrn_at_64": 0.75,
         "bn_vs_no_norm": 0.8,
         "bn_vs_no_norm_at_64": 0.8,
+        "owt_fast_vs_plain": 2.5,
+        "owt_fast_vs_plain_at_64": 2.5,
+        "owt_deterministic_vs_owt": 0.8,
+        "owt_deterministic_vs_owt_at_64": 0.8,
         "paper_vs_torch_lrn": 3.5,
         "lrn_eager_vs_torch": 2.5,
         "lrn_fused_vs_torch": 5.0,
@@ -65,3 +70,18 @@ def test_best_way_of_torchvision_is_of_those_measured() -> None:
     assert notes[0] == "bn_vs_no_norm: not measured"
     assert notes[1].startswith("owt_vs_best_torchvision: torchvision_bf16 is the best of torchvision_fp32, ")
     assert "torchvision_graphs" not in notes[1]
+
+
+def test_gain_of_the_fast_step_is_none_where_the_plain_one_runs() -> None:
+    measured = measured_at([8, 64])
+    specs = list(dict.fromkeys(spec for spec, _ in measured.seconds))
+    for spec in specs:
+        if spec.subject == "owt":
+            step = "plain" if spec.batch == 8 else "graph"
+            measured.choices[spec] = {"step": step, "why": "the fast one needs a GPU"}
+    ratios, notes = make_ratios(specs, measured)
+    assert ratios["owt_fast_vs_plain"] is None and ratios["owt_fast_vs_plain_at_64"] == 2.5
+    assert notes[0] == "owt_fast_vs_plain: owt runs by the plain step itself"
+    rows = [make_row(spec, measured) for spec in specs if spec.subject in ("owt", "torchvision_bf16")]
+    assert [row["step"] for row in rows] == [None, "plain", None, "graph"]
+    assert [row["why"] for row in rows[:2]] == [None, "the fast one needs a GPU"]

@@ -72,3 +72,12 @@ def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
         with pytest.raises(CaseError, match=r"/calls: cut off after \d"):
             case.request("sleep", 600)
     assert time.perf_counter() - started < 300 and not (tmp_path / "calls").exists()
+
+
+def test_case_builds_within_a_limit_of_its_own(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        case = Case(stack, Counter, tmp_path / "calls", limit_s=0.2, build_limit_s=60)
+        with pytest.raises(CaseError, match=r"/calls: cut off after 0\.2 s$"):
+            case.request("sleep", 600)
+        with pytest.raises(CaseError, match=r"/calls: cut off after 0\.01 s$"):
+            Case(stack, Counter, tmp_path / "calls", limit_s=60, build_limit_s=0.01)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from train.bench.harness import CaseError, Report
 from train.bench.images import write_bench_images, write_small_images
 from train.bench.loaders import Kind, LoaderCase, Subject, time_batches
 from train.bench.subjects import make_specs
-from train.bench.train import LIMIT_S, bench_train, describe, measure_steps
+from train.bench.train import LIMIT_S, bench_train, build_limit_s, choice_lines, describe, measure_steps
 
 
 @pytest.mark.slow
@@ -116,6 +117,7 @@ def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pyte
     ratios, _ = make_ratios(specs, measured)
     assert ratios["owt_mfu"] is None and ratios["owt_vs_torchvision_reference"] is None
     assert LIMIT_S == {"cpu": None, "cuda": 60}
+    assert [build_limit_s(spec, "cuda") for spec in specs] == [None, 180]
 
 
 def bench(*only: str, num_rounds: int = 1) -> Report:
@@ -149,6 +151,16 @@ def test_bench_train_gives_a_row_to_subjects_that_fail(monkeypatch: pytest.Monke
     assert report["notes"][-1] == "owt fp32 batch 2: RuntimeError: no events"
 
 
+def test_table_ends_with_the_steps_that_ran_and_why() -> None:
+    rows: list[dict[str, Any]] = [
+        {"subject": "torchvision_bf16", "step": None, "why": None},
+        {"subject": "owt", "step": "plain", "why": "the fast one needs a GPU"},
+        {"subject": "owt_plain", "step": "plain", "why": "fused=off"},
+        {"subject": "bn", "step": "plain", "why": "the fast one needs a GPU"},
+    ]
+    assert choice_lines(rows) == ["owt, bn: plain (the fast one needs a GPU)", "owt_plain: plain (fused=off)"]
+
+
 @pytest.mark.slow
 def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
     only = ["--only=owt", "--only=torchvision_fp32", "--only=end_to_end"]
@@ -171,5 +183,9 @@ def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
     assert report["ratios"]["owt_vs_best_torchvision"] == report["ratios"]["owt_vs_torchvision_reference"]
     assert report["ratios"]["paper_vs_no_lrn"] is None
     assert any("paper_vs_no_lrn" in note for note in report["notes"])
+    assert (owt["step"], owt["why"]) == ("plain", "the fast one needs a GPU")
+    assert reference["step"] is reference["why"] is None and owt["first_step_s"] > owt["choice_s"] > 0
+    assert report["ratios"]["owt_fast_vs_plain"] is None
+    assert "owt_fast_vs_plain: owt runs by the plain step itself" in report["notes"]
     assert owt["peak_memory_mb"] > 100 and owt["operators"] > 100 and owt["launches"] is None
     assert "gpuGetDeviceCount" not in done.stderr
