@@ -12,12 +12,13 @@ import torch
 from click.testing import CliRunner
 
 from alexnet import main
+from data_pipeline.loading.batches import group_by_step
 from data_pipeline.transforms.sampler import steps_per_epoch
 from tests.helpers.ranks import link_subset
 from train.config.load import decode_config, make_config, recipe_names
 from train.config.schema import RunConfig
 from train.distributed.world import open_world
-from train.loop import by_step, evaluate_epoch
+from train.loop import evaluate_epoch
 from train.optim.schedule import base_lr_for, describe_lr, lr_at, plateau_drops
 from train.setup import build_run
 from train.step import train_step
@@ -207,7 +208,7 @@ def test_recipe_trains_and_evaluates_in_a_small_form(
             seed=config.seed, global_batch=8, micro_batch=4, num_steps=1,
         )  # fmt: skip
         with closing(batches):
-            metrics = train_step(run.parts, next(by_step(batches)), 0.01, 0).reduce(world)
+            metrics = train_step(run.parts, next(group_by_step(batches)), 0.01, 0).reduce(world)
         judged = evaluate_epoch(run)
     assert metrics.num_samples == 8 and 1 < metrics.loss < 200
     assert run.parts.guard.read().total == 0
