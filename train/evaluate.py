@@ -25,8 +25,8 @@ from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
 from train.health.class_meter import ClassMeter
 from train.health.metrics import AccuracyMeter, Metrics
-from train.kernels.inputs import to_device
-from train.kernels.mixup import average_views, tensor_to_device
+from train.inputs.mixup import average_views, tensor_to_device
+from train.inputs.pass_inputs import to_device
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.precision import Precision, choose_precision
 

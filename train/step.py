@@ -17,11 +17,11 @@ from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
 from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
-from train.kernels.erase import erase_inputs
-from train.kernels.inputs import PassInputs, make_inputs
-from train.kernels.mixup import mix_inputs, mixed_losses
-from train.kernels.trivial import trivial_augment
-from train.kernels.values import Arrays, StepValues, make_values, value_arrays
+from train.inputs.erase import erase_inputs
+from train.inputs.mixup import mix_inputs, mixed_losses
+from train.inputs.pass_inputs import PassInputs, make_inputs
+from train.inputs.trivial import trivial_augment
+from train.inputs.values import Arrays, StepValues, make_values, value_arrays
 from train.models.alexnet import AlexNet, Normalize
 from train.models.batch_norm import ghost_sums_of, is_synchronized, settle_ghosts
 from train.models.dropout import layer_keys_at, masks_of

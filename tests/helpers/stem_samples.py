@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.kernels.mixup import MixInputs, mix_arrays
+from train.inputs.mixup import MixInputs, mix_arrays
 
 # Shapes: N samples, H and W rows and columns.
 

@@ -33,7 +33,7 @@ from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 from train.config.schema import DataConfig, RunConfig
 from train.data import choose_cache, gpu_bytes_available, open_caches, place_on_device
 from train.distributed.world import open_world
-from train.kernels.inputs import to_device
+from train.inputs.pass_inputs import to_device
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

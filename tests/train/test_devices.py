@@ -29,7 +29,7 @@ from train.distributed.hybrid import HybridParallel, micro_batch_sizes
 from train.distributed.world import World, open_world
 from train.evaluate import evaluate
 from train.health.nonfinite import SkipStats
-from train.kernels.mixup import mix_inputs, mixed_losses
+from train.inputs.mixup import mix_inputs, mixed_losses
 from train.step import StepParts, train_step
 
 SMALL = ("model.hidden_units=64", "ema_decay=0.9", "model.dropout=0.0")

@@ -20,7 +20,7 @@ from tests.helpers.reference import erase_images, mix_images, trivial_images
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
 from train.health.metrics import AccuracyMeter
-from train.kernels.inputs import make_inputs
+from train.inputs.pass_inputs import make_inputs
 from train.models.dropout import masks_of
 from train.step import train_step, training_inputs
 

@@ -140,7 +140,7 @@ def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
 
     from train.bench.trainer import wait_for
     from train.data import place_on_device
-    from train.kernels.inputs import images_on_device
+    from train.inputs.pass_inputs import images_on_device
 
     device = torch.device("cuda" if subject.gpu else "cpu")
 

@@ -31,7 +31,7 @@ from train.graphs.verdict import (
     read_record,
     task_of,
 )
-from train.kernels.inputs import images_on_device
+from train.inputs.pass_inputs import images_on_device
 from train.kernels.stem import Implementation
 from train.step import StepFn, StepParts
 

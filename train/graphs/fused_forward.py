@@ -16,9 +16,9 @@ from train.compile.fused import FusedNetwork
 from train.compile.update import update_weights
 from train.graphs.capture import Capture
 from train.graphs.fast_step import FastStep
-from train.kernels.inputs import PassInputs
+from train.inputs.pass_inputs import PassInputs
+from train.inputs.trivial import trivial_augment
 from train.kernels.stem import Implementation, s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
-from train.kernels.trivial import trivial_augment
 from train.models.parts import set_training
 from train.optim.half_weights import HalfWeights
 from train.step import StepFn, StepParts, training_inputs

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from train.kernels.mixup import inside_boxes
+from train.inputs.mixup import inside_boxes
 
 COLORS = 3
 EIGHT = 8

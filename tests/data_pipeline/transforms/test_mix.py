@@ -13,7 +13,7 @@ from data_pipeline.transforms.mix import beta_quantile, mix_params_at
 from data_pipeline.transforms.sampler import positions_at, rank_slice
 from tests.helpers.reference import mix_images, mix_labels
 from tests.helpers.stem_samples import mix_on_device
-from train.kernels.mixup import average_views, mix_inputs, mixed_losses
+from train.inputs.mixup import average_views, mix_inputs, mixed_losses
 
 BOTH = Augment(mixup=0.4, cutmix=1.0, mix_probability=0.8)
 

@@ -19,7 +19,7 @@ from data_pipeline.transforms.sampler import Int
 from data_pipeline.transforms.trivial import NUM_STRENGTHS, Operation, TrivialParams, trivial_params_at
 from tests.helpers.images import as_numpy, write_folder
 from tests.helpers.reference import trivial_images
-from train.kernels.trivial import pack_trivial, trivial_augment
+from train.inputs.trivial import pack_trivial, trivial_augment
 
 ON = Augment(trivial=True)
 

@@ -18,7 +18,7 @@ from tests.helpers.warm_ranks import train_warm
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.health.noise_scale import NoiseEstimate, NoiseMeter, estimate_noise, smooth_noise
-from train.kernels.inputs import to_device
+from train.inputs.pass_inputs import to_device
 from train.main import train
 from train.runs.folder import MetricsRow
 from train.runs.metrics_log import NoiseAverages

@@ -16,8 +16,8 @@ from torch.nn.functional import conv2d
 from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, mix_on_device, uint8_images
 from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
-from train.kernels.erase import erase_inputs
-from train.kernels.mixup import mix_inputs
+from train.inputs.erase import erase_inputs
+from train.inputs.mixup import mix_inputs
 from train.kernels.stem import s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
 from train.models.alexnet import NETWORKS, Normalize, make_features
 

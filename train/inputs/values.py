@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from train.kernels.packed import place
+from train.inputs.packed import place
 
 
 @dataclass(frozen=True, eq=False)

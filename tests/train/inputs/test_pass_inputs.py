@@ -13,9 +13,9 @@ from data_pipeline.transforms.erase import erase_boxes_at
 from data_pipeline.transforms.mix import mix_params_at
 from data_pipeline.transforms.trivial import trivial_params_at
 from tests.helpers.step_samples import small_batch
-from train.kernels.inputs import arrays_of, make_inputs
-from train.kernels.packed import ALIGNMENT, layout_of, pack, unpack, write_packed
-from train.kernels.trivial import pack_trivial
+from train.inputs.packed import ALIGNMENT, layout_of, pack, unpack, write_packed
+from train.inputs.pass_inputs import arrays_of, make_inputs
+from train.inputs.trivial import pack_trivial
 
 CPU = torch.device("cpu")
 AUGMENT = Augment(trivial=True, erase=0.9, mixup=0.4, cutmix=1.0)

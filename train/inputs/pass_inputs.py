@@ -16,11 +16,11 @@ from torch import Tensor
 
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
-from train.kernels.borrowed import lender_of
-from train.kernels.cached_crops import crop_cached
-from train.kernels.mixup import MixInputs, mix_arrays, tensor_to_device
-from train.kernels.packed import place
-from train.kernels.trivial import pack_trivial
+from train.inputs.borrowed import lender_of
+from train.inputs.cached_crops import crop_cached
+from train.inputs.mixup import MixInputs, mix_arrays, tensor_to_device
+from train.inputs.packed import place
+from train.inputs.trivial import pack_trivial
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from train.kernels.borrowed import Lender
+from train.inputs.borrowed import Lender
 
 
 class LateEvent:

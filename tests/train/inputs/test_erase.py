@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.reference import erase_images
-from train.kernels.erase import erase_inputs
+from train.inputs.erase import erase_inputs
 
 BOXES = np.array([[0, 0, 0, 0], [0, 0, 3, 5], [2, 1, 9, 2], [4, 4, 9, 7]])
 

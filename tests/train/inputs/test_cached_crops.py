@@ -8,8 +8,8 @@ import torch
 
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.crops import KINDS, crops_by_pillow, crops_of
-from train.kernels import cached_crops
-from train.kernels.cached_crops import crop_cached
+from train.inputs import cached_crops
+from train.inputs.cached_crops import crop_cached
 
 SIZES = [
     ((64, 64), 64, 56), ((64, 64), 72, 64), ((32, 32), 36, 33), ((48, 61), 24, 19), ((61, 48), 24, 19),

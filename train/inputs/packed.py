@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from train.kernels.mixup import tensor_to_device
+from train.inputs.mixup import tensor_to_device
 
 ALIGNMENT = 16
 """Bytes: every array begins at a multiple of this."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.transforms.trivial import Operation, TrivialParams, _tabulate
 from tests.helpers.images import photo
 from tests.helpers.reference import trivial_image, trivial_images
-from train.kernels.trivial import pack_trivial, trivial_augment
+from train.inputs.trivial import pack_trivial, trivial_augment
 
 Images = npt.NDArray[np.uint8]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.kernels.mixup import inside_boxes
+from train.inputs.mixup import inside_boxes
 
 # Shapes: N samples, H and W rows and columns.
 
