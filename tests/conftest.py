@@ -119,6 +119,15 @@ def no_leaks() -> Iterator[None]:
     assert _environment() == environment
 
 
+@pytest.fixture
+def no_compile_threads() -> Iterator[None]:
+    """Inductor keeps a pool of threads for the next compilation, which is not a leak but looks like one."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""

@@ -83,7 +83,7 @@ def opened(world: World, datasets: tuple[Dataset, ...], place: str) -> dict[str,
 
     decode = mock.Mock(side_effect=decode_rgb)
     with (
-        mock.patch("train.data.choose_cache", lambda *_: place),
+        mock.patch("train.data.choose_cache", lambda *_, **__: place),
         mock.patch("train.data.place_on_device", slow),
         mock.patch("data_pipeline.loading.cache.decode_rgb", decode),
         ExitStack() as stack,

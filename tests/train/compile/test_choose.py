@@ -34,15 +34,6 @@ def world() -> Iterator[World]:
         yield one
 
 
-@pytest.fixture
-def no_compile_threads() -> Iterator[None]:
-    """Inductor keeps a pool of threads for the next compilation, which is not a leak but looks like one."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
-        yield
-
-
 @pytest.mark.usefixtures("no_compile_threads")
 def test_fused_lrn_matches_eager(world: World, caplog: pytest.LogCaptureFixture) -> None:
     parts = small_trainer(world, "model.name=paper", "precision=bf16")

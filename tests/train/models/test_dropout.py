@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -167,15 +166,6 @@ def test_masks_of_a_network_are_no_part_of_its_state(name: str) -> None:
     before = torch.get_rng_state()
     network(torch.zeros(2, 3, 64, 64))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.fixture
-def no_compile_threads() -> Iterator[None]:
-    """Inductor keeps a pool of threads for the next compilation, which is not a leak but looks like one."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
-        yield
 
 
 @pytest.mark.slow
