@@ -1,7 +1,7 @@
 # Two commands do all the set-up on a fresh machine, and one is for every change:
 #   make demo    install, train on two processes, export ONNX and TensorRT, predict, report
-#   make test    install, lint, check types and imports, run all tests: under 8 minutes on two cores
-#   make check   the same without the slow tests: under 2 minutes
+#   make test    install, lint, check types and imports, run all tests: 15 minutes on two cores
+#   make check   the same without the slow tests: 5 minutes
 
 PYTHON ?= python3
 VENV ?= .venv
