@@ -77,8 +77,7 @@ def build_run(
     Raises:
         UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
     """
-    if world.device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
+    set_threads(config, world)
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     data = contents_on_ranks(world, (train_set, val_set))
@@ -117,6 +116,12 @@ def build_run(
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
         evaluated=checkpoint is not None and "top1" in checkpoint.metrics,
     )
+
+
+def set_threads(config: RunConfig, world: World) -> None:
+    """Give a rank on a CPU its compute threads."""
+    if world.device.type == "cpu":
+        torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
 
 
 def open_checkpoint(

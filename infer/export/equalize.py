@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from train.models.alexnet import AlexNet, FeatureLayer
 from train.models.batch_norm import BatchNorm
 
-# Shapes: C channels or units, N images.
+# Shapes: C channels or units that a norm gives; O outputs and G groups of the layer that reads them.
 
 Layer = nn.Conv2d | nn.Linear
 NORM_OF: dict[FeatureLayer, int] = {"pool5": 5, "fc6": 6, "fc7": 7}

@@ -134,6 +134,13 @@ def compile_step(network: AlexNet) -> None:
     network.compile(dynamic=False)
 
 
+def undo_compile_step(network: AlexNet) -> None:
+    """Let a network run as it did before `compile_step`."""
+    network._compiled_call_impl = None
+    for layer in _calls_of_their_own(network):
+        vars(layer).pop("forward", None)
+
+
 def maybe_compile(
     parallel: Parallel,
     batch: int,
@@ -180,9 +187,7 @@ def maybe_compile(
     failed = world.any(bool(failure))
     faster = world.broadcast_object(lambda: not failed and compiled_s < eager_s)
     if not faster:
-        parallel.module._compiled_call_impl = None
-        for layer in _calls_of_their_own(parallel):
-            vars(layer).pop("forward", None)
+        undo_compile_step(parallel.module)
     if failed:
         if failure or world.is_main:
             log.warning(f"the network is not compiled: {failure or 'compiling failed on another rank'}")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from train.kernels.block import BlockSpec, NormTensors
-from train.kernels.fused_block import Implementation, fused_block
+from train.kernels.fused_block import fused_block
+from train.kernels.implementation import Implementation
 from train.models.alexnet import AlexNet
 from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm

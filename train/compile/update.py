@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.kernels.implementation import Implementation
 from train.kernels.sgd import SgdForm, update_parameter
-from train.kernels.stem import Implementation
 from train.optim.half_weights import HalfWeights
 from train.optim.sgd import trust_ratios
 

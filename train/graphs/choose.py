@@ -32,7 +32,7 @@ from train.graphs.verdict import (
     task_of,
 )
 from train.inputs.pass_inputs import images_on_device
-from train.kernels.stem import Implementation
+from train.kernels.implementation import Implementation
 from train.step import StepFn, StepParts
 
 log = logging.getLogger("train")

@@ -21,7 +21,7 @@ from train.config.schema import RunConfig
 from train.distributed.world import World
 from train.graphs.capture import Capture, Work
 from train.health.metrics import AccuracyMeter
-from train.inputs.packed import Layout, layout_of, pack, unpack, write_packed
+from train.inputs.packed import StaticArrays, layout_of
 from train.inputs.pass_inputs import PassInputs, arrays_of, images_on_device, inputs_of
 from train.inputs.values import Arrays, StepValues, values_of
 from train.models.batch_norm import ghost_sums_of
@@ -65,14 +65,13 @@ def plain_forward(parts: StepParts, inputs: PassInputs) -> Tensor:
 class _StaticPass:
     """The input tensors for one shape of micro-batch."""
 
-    def __init__(self, images_NHWC: Tensor, arrays: Arrays, layout: Layout) -> None:
-        self._layout = layout
-        self._packed = torch.empty_like(pack(arrays, layout), device=images_NHWC.device)
-        self.inputs = inputs_of(torch.empty_like(images_NHWC), unpack(self._packed, layout))
+    def __init__(self, images_NHWC: Tensor, arrays: Arrays) -> None:
+        self._arrays = StaticArrays(arrays, images_NHWC.device)
+        self.inputs = inputs_of(torch.empty_like(images_NHWC), self._arrays.tensors)
 
     def write(self, images_NHWC: Tensor, arrays: Arrays) -> None:
         self.inputs.images.copy_(images_NHWC)
-        write_packed(self._packed, pack(arrays, self._layout))
+        self._arrays.write(arrays)
 
 
 class FastStep:
@@ -110,7 +109,7 @@ class FastStep:
         set_training(network, parts.config.freeze)
         self._ghosts = ghost_sums_of(network)
         self._values: StepValues | None = None
-        self._packed_values = torch.empty(0)
+        self._static_values: StaticArrays | None = None
         self._passes: dict[Any, _StaticPass] = {}
         self._replays: dict[Any, Work] = {}
         self._gradients: dict[Any, Sequence[Tensor]] = {}  # of captured wholes
@@ -144,20 +143,18 @@ class FastStep:
         self._replays[name]()
 
     def _write_values(self, arrays: Arrays) -> None:
-        layout = layout_of(arrays)
-        host = pack(arrays, layout)
-        if self._values is None:
-            self._packed_values = torch.empty_like(host, device=self.parts.world.device)
-            self._values = values_of(unpack(self._packed_values, layout))
-        write_packed(self._packed_values, host)
+        if self._static_values is None:
+            self._static_values = StaticArrays(arrays, self.parts.world.device)
+            self._values = values_of(self._static_values.tensors)
+        self._static_values.write(arrays)
 
     def _write_inputs(self, batch: Batch) -> tuple[Any, _StaticPass]:
         """Write a micro-batch to the tensors for its shape; also return what the shape is known by."""
         images_NHWC = images_on_device(batch.images, self.parts.world.device)
         arrays = arrays_of(batch, images_NHWC.shape[1])
-        key = (images_NHWC.shape, layout := layout_of(arrays))
+        key = (images_NHWC.shape, layout_of(arrays))
         if key not in self._passes:
-            self._passes[key] = _StaticPass(images_NHWC, arrays, layout)
+            self._passes[key] = _StaticPass(images_NHWC, arrays)
         static = self._passes[key]
         static.write(images_NHWC, arrays)
         return key, static

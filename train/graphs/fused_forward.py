@@ -18,7 +18,8 @@ from train.graphs.capture import Capture
 from train.graphs.fast_step import FastStep
 from train.inputs.pass_inputs import PassInputs
 from train.inputs.trivial import trivial_augment
-from train.kernels.stem import Implementation, s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
+from train.kernels.implementation import Implementation
+from train.kernels.stem import s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
 from train.models.parts import set_training
 from train.optim.half_weights import HalfWeights
 from train.step import StepFn, StepParts, training_inputs

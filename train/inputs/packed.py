@@ -76,6 +76,22 @@ def place(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[
     return unpack(tensor_to_device(pack(arrays, layout), device), layout)
 
 
-def write_packed(static: Tensor, packed: Tensor) -> None:
-    """Write the bytes of `pack` over those on a device, in place, without waiting for the copy."""
-    static.copy_(packed if packed.device == static.device else packed.pin_memory(), non_blocking=True)
+class StaticArrays:
+    """Arrays on a device whose memory stays where it is, for what is captured once and replayed.
+
+    Args:
+        arrays: of the names, types and shapes that are written.
+    Attributes:
+        tensors: by name; nothing is in them before the first `write`.
+    """
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> None:
+        self._layout = layout_of(arrays)
+        self._packed = torch.empty_like(pack(arrays, self._layout), device=device)
+        self.tensors = unpack(self._packed, self._layout)
+
+    def write(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write arrays over those of before, by one copy, without waiting for it."""
+        packed = pack(arrays, self._layout)
+        on_host = self._packed.device == packed.device
+        self._packed.copy_(packed if on_host else packed.pin_memory(), non_blocking=True)

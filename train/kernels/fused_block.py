@@ -19,17 +19,16 @@ save, and is computed again. None of this has been measured on a GPU.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from train.kernels import block
 from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
+from train.kernels.implementation import Implementation
 
 # Shapes: N samples, C channels, H and W rows and columns of the input, Y and X of the output.
-
-Implementation = Literal["triton", "plain"]
 
 
 def fused_block(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.kernels.stem import Implementation
+from train.kernels.implementation import Implementation
 
 
 @dataclass(frozen=True)

@@ -20,35 +20,18 @@ regrouped; a and b a row and a column inside of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from train.inputs.mixup import inside_boxes
+from train.inputs.erase import erase_inputs
+from train.inputs.mixup import MixInputs, mix_inputs
+from train.kernels.implementation import Implementation
 
 COLORS = 3
 EIGHT = 8
 """Channels come in multiples of it."""
-
-Implementation = Literal["plain", "triton"]
-
-
-class Mix(Protocol):
-    """How samples are mixed: `data_pipeline.transforms.mix.MixParams` as tensors on the images' device."""
-
-    @property
-    def partners(self) -> Tensor:
-        """(N) int64, place of the other sample."""
-
-    @property
-    def weights(self) -> Tensor:
-        """(N) float32, share of the sample's own pixels outside its box."""
-
-    @property
-    def boxes(self) -> Tensor:
-        """(N, 4) int64, top, left, bottom, right: inside, the pixels are the partner's."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +130,7 @@ def s2d_inputs(
     dtype: torch.dtype,
     *,
     erase_N4: Tensor | None = None,
-    mix: Mix | None = None,
+    mix: MixInputs | None = None,
     implementation: Implementation = "plain",
 ) -> Tensor:
     """Normalise, erase, mix, pad and regroup images, in this order, in float32, and round once to `dtype`.
@@ -167,16 +150,12 @@ def s2d_inputs(
 
         return launch_inputs(images_NHWC, scale_I, shift_I, shape, dtype, erase_N4=erase_N4, mix=mix)
     sums = torch.float64 if scale_I.dtype == torch.float64 else torch.float32
-    values_NHWI = images_NHWC.to(sums) * scale_I + shift_I
-    height, width = images_NHWC.shape[1:3]
+    values_NIHW = (images_NHWC.to(sums) * scale_I + shift_I).permute(0, 3, 1, 2)
     if erase_N4 is not None:
-        erased_NHW = inside_boxes(erase_N4, height, width)
-        values_NHWI = torch.where(erased_NHW[..., None], 0.0, values_NHWI)
+        values_NIHW = erase_inputs(values_NIHW, erase_N4)
     if mix is not None:
-        inside_NHW = inside_boxes(mix.boxes, height, width)
-        shares_NHW = torch.where(inside_NHW, 0.0, mix.weights[:, None, None])
-        values_NHWI = torch.lerp(values_NHWI[mix.partners], values_NHWI, shares_NHW[..., None].to(sums))
-    return _regroup(values_NHWI, shape).to(dtype)
+        values_NIHW = mix_inputs(values_NIHW, mix)
+    return _regroup(values_NIHW.permute(0, 2, 3, 1), shape).to(dtype)
 
 
 def _regroup(values_NHWI: Tensor, shape: BlockShape) -> Tensor:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels.stem import BlockShape, Mix
+from train.inputs.mixup import MixInputs
+from train.kernels.stem import BlockShape
 
 BLOCK = 1024
 """Values that a program writes."""
@@ -110,7 +111,7 @@ def launch_inputs(
     dtype: torch.dtype,
     *,
     erase_N4: Tensor | None = None,
-    mix: Mix | None = None,
+    mix: MixInputs | None = None,
 ) -> Tensor:
     """Compute `train.kernels.stem.s2d_inputs` by one launch; the same arguments and result.
 

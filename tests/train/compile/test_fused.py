@@ -18,7 +18,7 @@ from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
 from train.kernels import block
 from train.kernels.block import DEAD, Gradients, Saved
-from train.kernels.fused_block import Implementation
+from train.kernels.implementation import Implementation
 from train.models import alexnet
 from train.models.alexnet import AlexNet, make_model
 from train.models.batch_norm import synchronize

@@ -12,7 +12,8 @@ from torch import nn
 from tests.helpers.triton import interpreted, needs_triton
 from train.compile.update import update_weights
 from train.config.schema import OptimizerConfig
-from train.kernels.stem import Implementation, s2d_weights, stem_conv
+from train.kernels.implementation import Implementation
+from train.kernels.stem import s2d_weights, stem_conv
 from train.optim.half_weights import HalfWeights
 from train.optim.sgd import apply_fused, make_optimizer, set_lr, start_momentum
 

@@ -13,7 +13,7 @@ from data_pipeline.transforms.erase import erase_boxes_at
 from data_pipeline.transforms.mix import mix_params_at
 from data_pipeline.transforms.trivial import trivial_params_at
 from tests.helpers.step_samples import small_batch
-from train.inputs.packed import ALIGNMENT, layout_of, pack, unpack, write_packed
+from train.inputs.packed import ALIGNMENT, StaticArrays, layout_of
 from train.inputs.pass_inputs import arrays_of, make_inputs
 from train.inputs.trivial import pack_trivial
 
@@ -55,10 +55,10 @@ def test_packed_arrays_can_be_written_over_in_place(device: str) -> None:
     layout = layout_of(second)
     assert layout != layout_of(first) and layout == layout_of(arrays_of(small_batch(), 32) | second)
     assert [field.start % ALIGNMENT for field in layout] == [0] * 4
-    static = torch.empty_like(pack(second, layout), device=device)
-    views = unpack(static, layout)
+    static = StaticArrays(second, torch.device(device))
+    views = static.tensors
     for value in (2.0, 5.0):
         second["labels_"][:] = value
-        write_packed(static, pack(second, layout))
+        static.write(second)
         assert views["labels_"].tolist() == [value] * 3 and views["labels"].tolist() == [0, 1, 2, 3]
     assert views["labels_"].dtype == torch.float64 and views["valid"].dtype == torch.bool

@@ -10,7 +10,8 @@ import torch
 from tests.helpers.block_samples import SPECS, Sample, make_grad, make_modules, make_sample
 from train.kernels import block
 from train.kernels.block import BlockSpec
-from train.kernels.fused_block import Implementation, fused_block
+from train.kernels.fused_block import fused_block
+from train.kernels.implementation import Implementation
 
 
 def run_block(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
+from train.kernels.implementation import Implementation
 from train.kernels.sgd import SgdForm, update_parameter
-from train.kernels.stem import Implementation
 
 pytestmark = needs_triton
 FORMS = {
