@@ -34,6 +34,7 @@ from train.distributed.hybrid import (
 )
 from train.distributed.tensor_parallel import shard_bounds
 from train.distributed.world import World, open_world
+from train.models.alexnet import AlexNet
 from train.optim.sgd import load_optimizer
 from train.setup import make_step_parts
 from train.step import StepParts, train_step
@@ -141,10 +142,8 @@ def pad_rows(world: World, rank: int) -> np.ndarray:
     return rows
 
 
-def masks(world: World) -> dict[str, Any]:
-    """Make dropout masks visible: all activations before dropout are 1, and all weights behind it are 1."""
-    parts = make(world, "parallel=hybrid", "model.name=owt", f"micro_batch={GLOBAL_BATCH}")
-    network = parts.network
+def set_activations_to_one(network: AlexNet) -> list[nn.Linear]:
+    """Make activations before dropout 1, and weights behind the second one. Returns the linear layers."""
     last_conv = [m for m in network.features.modules() if isinstance(m, nn.Conv2d)][-1]
     layers = linear_layers(network)
     with torch.no_grad():
@@ -152,6 +151,14 @@ def masks(world: World) -> dict[str, Any]:
             layer.weight.fill_(weight)
             assert layer.bias is not None
             layer.bias.fill_(bias)
+    return layers
+
+
+def masks(world: World) -> dict[str, Any]:
+    """Make dropout masks visible: activations before it are 1, and weights behind it are 1."""
+    parts = make(world, "parallel=hybrid", "model.name=owt", f"micro_batch={GLOBAL_BATCH}")
+    network = parts.network
+    layers = set_activations_to_one(network)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

@@ -9,18 +9,16 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.image_folder import load_image_folder
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.decode import dali as dali_module
 from data_pipeline.decode.dali import DaliBackend
-from data_pipeline.decode.dali_graph import Graph, GraphSpec, Place
 from data_pipeline.decode.feed import Feed
 from data_pipeline.decode.pillow import Decoded
 from data_pipeline.loader import Loader
@@ -31,11 +29,8 @@ from data_pipeline.loading.readers import Reader
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params
-from data_pipeline.transforms.preprocessing import Preprocessing
+from tests.helpers.feed_batches import PREPROCESSING, STEPS, pixels, train
 from tests.helpers.images import as_numpy, broken, encode, kinds, photo, write_folder
-
-PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
-STEPS = 12
 
 
 @pytest.fixture(scope="module", params=["window", "whole", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -52,15 +47,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[DaliBackend]:
 def root(tmp_path: Path) -> Path:
     write_folder(tmp_path / "train", {"a": 24, "b": 24})
     return tmp_path
-
-
-def train(dataset: Dataset, backend: DaliBackend, num_steps: int = STEPS, **loading: Any) -> list[Batch]:
-    loader = Loader(backend, PREPROCESSING, **loading)
-    return list(loader.train(dataset, Augment(pca=0.1), seed=5, global_batch=4, num_steps=num_steps))
-
-
-def pixels(batches: list[Batch]) -> npt.NDArray[np.int64]:
-    return np.concatenate([as_numpy(batch.images) for batch in batches])
 
 
 def assert_same(got: list[Batch], want: npt.NDArray[np.int64], backend: DaliBackend) -> None:
@@ -257,53 +243,6 @@ def test_large_file_that_changed_is_cut_by_its_own_size(root: Path) -> None:
     assert not made.failures and made.feed.sizes.tolist() == want.sizes.tolist()
     assert made.feed.crops.windows.tolist() == [[0, 0, *size] for size in want.sizes.tolist()]
     assert made.feed.crops.offsets.tolist() == want.offsets.tolist()
-
-
-def test_device_without_the_fast_way_decodes_windows(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    opened: list[GraphSpec] = []
-
-    class Refusing(Graph):
-        def __init__(self, spec: GraphSpec, place: Place) -> None:
-            opened.append(spec)
-            if spec.decode == "whole":
-                raise RuntimeError("traceback\nnvJPEG is missing")
-            super().__init__(spec, place)
-
-    dataset = with_table(open_dataset(root, "train"), 1)
-    backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
-    want = train(dataset, backend)
-    backend.close()
-    monkeypatch.setattr(dali_module, "Graph", Refusing)
-    backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
-    got = train(dataset, backend)
-    backend.close()
-    assert [(spec.decode, spec.depth) for spec in opened] == [("whole", 3), ("window", 1)]
-    assert np.array_equal(pixels(got), pixels(want))
-    assert caplog.messages == [
-        "DALI's fast way fails on this cpu (nvJPEG is missing): windows are decoded, a batch at a time, more "
-        "slowly"
-    ]
-
-
-def test_fast_way_that_refuses_good_files_is_given_up(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset = with_table(open_dataset(root, "train"), 1)
-    backend = DaliBackend("cpu", 0, 32, 16, 2, whole_graph=True)
-    want = train(dataset, backend)
-    decode_fast = backend.decode_fast
-    monkeypatch.setattr(
-        backend, "decode_fast", lambda plan: None if backend.max_batch_bytes else decode_fast(plan)
-    )
-    got = train(dataset, backend)
-    backend.close()
-    assert np.array_equal(pixels(got), pixels(want))
-    assert [message for message in caplog.messages if "fast way" in message] == [
-        "DALI's fast way fails on this cpu (it refuses batches without a bad file): windows are decoded, a "
-        "batch at a time, more slowly"
-    ]
 
 
 def test_deterministic_decoding_gives_the_same_bytes_twice(root: Path, backend: DaliBackend) -> None:

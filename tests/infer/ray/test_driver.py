@@ -91,6 +91,20 @@ def write_shards(folder: Path, files: list[Path]) -> list[str]:
     return ["0.tar", "1.tar"]
 
 
+def assert_rows_of_one_process(rows: list[dict[str, Any]], bundle: Bundle, shards: list[Path]) -> None:
+    """Check rows of 22 images and two bad files against those of a `Predictor` in this process."""
+    assert [row.pop("index") for row in rows] == list(range(24))
+    with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
+        expected = json.loads(msgspec.json.encode(list(predictor(find_inputs(shards)))))
+    assert [row["status"] for row in rows] == ["ok"] * 22 + ["error"] * 2
+    for row, one in zip(rows, expected, strict=True):
+        assert str(shards[0].parent / row.pop("path")) == one.pop("path")
+        best, other = row.pop("predictions", []), one.pop("predictions", [])
+        probabilities = [[p.pop("probability") for p in found] for found in (best, other)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-6)
+        assert (best, row) == (other, one)
+
+
 @pytest.mark.slow
 def test_killed_ray_job_resumes_to_the_rows_of_one_process(
     tmp_path: Path, base: Path, bundle: Bundle, scratch: Path
@@ -147,18 +161,7 @@ def test_killed_ray_job_resumes_to_the_rows_of_one_process(
     assert sorted(after) == [f"part-{n:06d}.jsonl" for n in range(8)]
     assert {name for name in before if after[name] == before[name]} == before.keys() - {damaged.name}
     rows = [json.loads(line) for name in sorted(after) for line in (folder / name).read_bytes().splitlines()]
-    assert [row.pop("index") for row in rows] == list(range(24))
-    with Predictor(bundle.folder, device="cpu", batch_size=8) as predictor:
-        expected = json.loads(
-            msgspec.json.encode(list(predictor(find_inputs([tmp_path / name for name in shards]))))
-        )
-    assert [row["status"] for row in rows] == ["ok"] * 22 + ["error"] * 2
-    for row, one in zip(rows, expected, strict=True):
-        assert str(tmp_path / row.pop("path")) == one.pop("path")
-        best, other = row.pop("predictions", []), one.pop("predictions", [])
-        probabilities = [[p.pop("probability") for p in found] for found in (best, other)]
-        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-6)
-        assert (best, row) == (other, one)
+    assert_rows_of_one_process(rows, bundle, [tmp_path / name for name in shards])
     summary = json.loads((folder / "_summary.json").read_bytes())
     assert summary["images"] + summary["kept"] == 24 and summary["errors"] + summary["kept_errors"] == 2
     assert not (scratch / ".ray").exists(), "nothing is left in the home folder"
