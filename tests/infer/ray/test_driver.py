@@ -123,7 +123,9 @@ def test_killed_ray_job_resumes_to_the_rows_of_one_process(
     os.kill(killed.pid, signal.SIGKILL)
     out, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL and out == "", err
+    died = time.monotonic()
     wait_for(lambda: not processes_of(scratch))
+    assert time.monotonic() - died < 30, "Ray's processes outlive a command that was killed"
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.jsonl")}
     assert 2 <= len(before) < 8, before
     damaged = folder / max(before)
