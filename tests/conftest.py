@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Generator, Iterator
@@ -140,11 +142,20 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the checkpoint, data and exports of `infer_samples`, made once for all tests."""
+    """The folder of the checkpoint, data and exports of `infer_samples`, made once; workers have copies."""
     from tests.helpers.infer_samples import exported
 
     folder = tmp_path_factory.getbasetemp()
-    exported(folder)  # outside of any test: torch's exporter sets environment variables
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        exported(folder)  # outside of any test: torch's exporter sets environment variables
+        return folder
+    made = folder.parent / "exported"  # workers' folders lie side by side
+    with (folder.parent / "exported.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if lock.tell() == 0:
+            exported(made)
+            lock.write("done")
+    shutil.copytree(made, folder, dirs_exist_ok=True)
     return folder
 
 

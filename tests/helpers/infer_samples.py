@@ -65,10 +65,16 @@ NORMED = (
 
 
 def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str] = ()) -> Path:
-    """A checkpoint of the demo's size, with weights that make confident and various predictions."""
+    """A checkpoint of few hidden units, with weights that make confident and various predictions."""
     folder = base / "-".join(["run", model, *overrides]) / "checkpoints" / "step-00000007"
     if not folder.exists():
-        config = make_config("demo", [f'data.root="{data_folder(base)}"', f"model.name={model}", *overrides])
+        sets = [
+            f'data.root="{data_folder(base)}"',
+            f"model.name={model}",
+            "model.hidden_units=512",
+            *overrides,
+        ]
+        config = make_config("demo", sets)
         torch.manual_seed(0)
         network = make_model(config.model, num_classes=10, crop_px=config.preprocessing.crop_px)
         last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]

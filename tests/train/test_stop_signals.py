@@ -21,9 +21,9 @@ from train.checkpoints.load import find_checkpoint, load_checkpoint
 pytestmark = pytest.mark.slow
 
 BATCH = 25
-NUM_STEPS = 48
+NUM_STEPS = 24
 SETTINGS = (
-    *TINY, "model.dropout=0.5", "epochs=4", f"global_batch={BATCH}", "schedule.kind=cosine",
+    *TINY, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "schedule.kind=cosine",
     "log_every=2", "checkpoint_every=5",
 )  # fmt: skip
 KILL_S = 30

@@ -46,7 +46,8 @@ def test_banded_lrn_is_what_onnx_defines(size: int, beta: float, channels_last: 
 def test_cpu_form_shares_the_weights_of_the_model(bundle: Bundle) -> None:
     cpu = bundle.manifest.cpu
     assert cpu is not None and (cpu.file, cpu.reads) == (CPU_NAME, ONNX_NAME)
-    assert bundle.cpu_path.stat().st_size < 0.01 * bundle.onnx_path.stat().st_size
+    bands_bytes = 4 * (96**2 + 256**2)  # of the two normalisations: all that it does not share
+    assert bundle.cpu_path.stat().st_size < bands_bytes + 40_000 < 0.03 * bundle.onnx_path.stat().st_size
     assert not any(node.op_type == "LRN" for node in onnx.load(bundle.cpu_path).graph.node)
     np.testing.assert_allclose(
         probabilities(bundle.cpu_path), probabilities(bundle.onnx_path), rtol=0, atol=1e-6
@@ -113,7 +114,7 @@ def test_int8_cpu_form_has_uint8_activations_and_7_bit_weights(
     source, betas = for_int8
     assert betas == [0.75, 0.75]
     quantize_for_cpu(source, path, [IMAGES], betas)
-    assert not has_shared_weights(path) and path.stat().st_size < 0.27 * bundle.onnx_path.stat().st_size
+    assert not has_shared_weights(path) and path.stat().st_size < 0.31 * bundle.onnx_path.stat().st_size
     check = check_precision(path, "int8")
     assert check.computed_in["Conv"] == {"int8/uint8": 5} and check.computed_in["Gemm"] == {"int8/uint8": 3}
     model = onnx.load(path)

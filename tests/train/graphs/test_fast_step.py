@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Sequence[str], int, bool]] = {
     "float16's scaler": (("model.name=owt", "optimizer.nesterov=true"), GLOBAL_BATCH, True),
     "paper's velocity": (("model.name=caffe", "optimizer.momentum_form=paper"), 6, True),
     "lars": (("model.name=bn", "optimizer.name=lars", "optimizer.momentum_form=paper"), GLOBAL_BATCH, True),
-    "ghost batches": (("model.name=bn", "model.norm_batch=2"), GLOBAL_BATCH, False),
+    "ghost batches": (("model.name=bn", "model.norm_batch=4"), GLOBAL_BATCH, False),
     "micro-batches": (("model.name=bn", "model.norm_batch=2", "optimizer.name=lars"), 4, True),
 }
 
