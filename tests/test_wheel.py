@@ -76,11 +76,12 @@ def crowded(tmp_path: Path, demo_data: Path) -> Path:
 @pytest.mark.slow
 def test_wheel_trains_and_verifies_beside_foreign_files(fresh: Path, crowded: Path) -> None:
     sets = [f"--set={text}" for text in (*TINY, "epochs=1", "global_batch=10")]
-    for path in ("", "."):  # an entry of PYTHONPATH comes before what is installed
-        done = run([fresh / "alexnet", "train", "--data=d", *sets], crowded, PYTHONPATH=path)
-        assert done.returncode == 0, done.stderr
-        assert msgspec.json.decode(done.stdout)["step"] == 2
-        done = run([fresh / "alexnet", "data", "verify", "d", "--workers=2"], crowded, PYTHONPATH=path)
+    here = {"PYTHONPATH": "."}  # an entry of it comes before what is installed
+    done = run([fresh / "alexnet", "train", "--data=d", *sets], crowded, **here)
+    assert done.returncode == 0, done.stderr
+    assert msgspec.json.decode(done.stdout)["step"] == 2
+    for environment in ({}, here):
+        done = run([fresh / "alexnet", "data", "verify", "d", "--workers=2"], crowded, **environment)
         assert (done.returncode, done.stderr.count("foreign")) == (0, 0), done.stderr
     done = run([fresh / "python", "-c", "from alexnet import Predictor; print(Predictor)"], crowded)
     assert (done.stdout, done.stderr) == ("<class 'infer.predictor.Predictor'>\n", "")

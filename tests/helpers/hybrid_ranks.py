@@ -43,8 +43,7 @@ GLOBAL_BATCH = 25
 CLASSES = tuple("0123456789")
 RATE = 0.0003
 CROP_PX = 32
-SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}", "model.hidden_units=4096")
-"""The fully connected layers, which are sharded, are as large as published."""
+SIZE = (f"preprocessing.resize_px={CROP_PX}", f"preprocessing.crop_px={CROP_PX}", "model.hidden_units=1024")
 NUM_STEPS = 2
 
 
@@ -156,7 +155,8 @@ def set_activations_to_one(network: AlexNet) -> list[nn.Linear]:
 
 def masks(world: World) -> dict[str, Any]:
     """Make dropout masks visible: activations before it are 1, and weights behind it are 1."""
-    parts = make(world, "parallel=hybrid", "model.name=owt", f"micro_batch={GLOBAL_BATCH}")
+    sets = ("parallel=hybrid", "model.name=owt", "model.hidden_units=4096", f"micro_batch={GLOBAL_BATCH}")
+    parts = make(world, *sets)
     network = parts.network
     layers = set_activations_to_one(network)
     seen: dict[str, Tensor] = {}
