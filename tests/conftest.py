@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 collect_ignore_glob = ["helpers/*"]  # no tests, and some need packages that not every machine has
 
 DEV_PACKAGES = {
-    "hypothesis", "kubeflow_trainer_api", "pyarrow", "pydantic", "ray", "tritonclient", "yaml",
+    "hypothesis", "pyarrow", "ray", "tritonclient", "yaml",
 }  # fmt: skip
 """What the extra `dev` brings, by the names under which test files import it."""
 

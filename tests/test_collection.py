@@ -14,7 +14,7 @@ FILES = (
     "tests/train/optim/test_schedule.py",  # hypothesis
     "tests/infer/ray/test_driver.py",  # Ray
     "tests/infer/predict/test_writers.py",  # pyarrow
-    "tests/scripts/deploy/test_trainjob.py",  # PyYAML, the schema of Kubeflow
+    "tests/scripts/deploy/test_trainjob.py",  # PyYAML
     "tests/scripts/soak/test_main.py",  # the marker of pytest-timeout
 )
 

@@ -216,6 +216,7 @@ def loader_threads() -> list[str]:
     return [name for name in names if name.startswith(("prefetch", "read", "decode"))]
 
 
+@pytest.mark.slow
 def test_closing_behind_the_last_request_waits_for_the_decoder(dataset: Dataset) -> None:
     class Slow:
         name, device, max_batch, takes_feeds = "slow", "cpu", 16, False

@@ -26,6 +26,7 @@ def backend(bundle: Bundle) -> OnnxBackend:
     return OnnxBackend(bundle, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [7, 8])
 def test_bundle_scores_as_the_checkpoint(
     base: Path, bundle: Bundle, backend: OnnxBackend, batch_size: int

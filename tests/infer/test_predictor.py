@@ -135,6 +135,7 @@ def rows_of(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_predictor_gives_the_same_rows_for_every_kind_of_input(
     bundle: Bundle, files: list[Path], tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_predictor_gives_the_same_rows_for_every_kind_of_input(
     assert nothing.exit_code == 2 and "name no images" in nothing.stderr
 
 
+@pytest.mark.slow
 def test_predict_resume_completes_the_output(bundle: Bundle, files: list[Path], tmp_path: Path) -> None:
     listed = [*files[:3], tmp_path / "gone.jpg", *files[3:6]]
     (tmp_path / "list.txt").write_text("\n".join(map(str, listed)))
@@ -233,6 +235,7 @@ def files_of_every_kind(folder: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_dali_and_pillow_give_the_same_rows(
     bundle: Bundle, tmp_path: Path, device: Literal["cpu", "cuda"]

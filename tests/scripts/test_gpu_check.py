@@ -75,6 +75,7 @@ def test_quick_part_is_bounded_and_begins_with_the_engine(script: Path) -> None:
     assert listed(script, "--only", "ray") == [("rest", 120, "ray")]
 
 
+@pytest.mark.slow
 def test_checks_are_noted_as_they_end(script: Path) -> None:
     done = run(script, "--installed", "--quick", "--limit", "2")
     assert done.returncode == 1

@@ -26,6 +26,8 @@ from train.graphs.fused_forward import make_fused_step
 from train.graphs.verdict import read_record
 from train.step import train_step
 
+pytestmark = pytest.mark.slow
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NETWORKS = (
     ("model.name=paper",),
@@ -93,7 +95,6 @@ def test_fused_steps_repeat_their_bits(device: Literal["cpu", "cuda"], name: str
     assert ends[0] == ends[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_and_a_resumed_one_end_with_the_same_bits(device: str, demo_data: Path, tmp_path: Path) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=20)

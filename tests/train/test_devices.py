@@ -205,6 +205,7 @@ def saved(parts: StepParts, folder: Path) -> Checkpoint:
     return load_checkpoint(save_checkpoint(folder, snapshot))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_checkpoint_goes_to_the_cpu_and_back(device: Literal["cpu", "cuda"], tmp_path: Path) -> None:
     how = (*SMALL, "precision=fp32")

@@ -51,6 +51,7 @@ def test_python_interface_is_ours_beside_foreign_files(foreign: Path) -> None:
     assert (done.stdout, done.stderr) == ("7", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["train", "--print-config"], ["predict", "-h"], ["data", "-h"]])
 def test_command_line_is_ours_beside_foreign_files(arguments: list[str], foreign: Path) -> None:
     done = run_python(f"from alexnet import main; main({arguments})", foreign)

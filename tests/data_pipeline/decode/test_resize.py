@@ -57,6 +57,7 @@ def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], crops: CropPara
     assert np.array_equal(images[0], expected), f"{window.shape}, {crops}"
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_compiled_resize_gives_pillows_pixels(data: st.DataObject) -> None:

@@ -90,6 +90,7 @@ def test_info_counts_sizes_and_colours_exactly(folder: Path) -> None:
     np.testing.assert_allclose(rebuilt, want["covariance"], atol=1e-15)
 
 
+@pytest.mark.slow
 def test_statistics_of_files_shards_and_workers_are_equal(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_undecodable_files_are_listed_and_give_code_3(folder: Path) -> None:
     assert (len(train), train.num_quarantined, len(val), val.num_quarantined) == (79, 3, 16, 1)
 
 
+@pytest.mark.slow
 def test_repaired_files_leave_the_list_on_another_run(folder: Path) -> None:
     first = json.loads(run(folder, "--json").stdout)
     assert (first["clean"], first["num_listed"], first["num_added"]) == (False, 4, 4)
@@ -98,6 +99,7 @@ def test_repaired_files_leave_the_list_on_another_run(folder: Path) -> None:
     assert "  val/b/empty.jpg (was: empty file)" in clean.stdout
 
 
+@pytest.mark.slow
 def test_verify_finds_the_same_with_any_number_of_workers(folder: Path) -> None:
     reports = []
     for workers in (1, 2, 3):
@@ -146,6 +148,7 @@ def entries(root: Path, split: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_shards_give_the_findings_of_files_by_member_name(folder: Path, shards: Path) -> None:
     report = verify(shards, workers=2)
     num_shards = len(entries(shards, "train"))

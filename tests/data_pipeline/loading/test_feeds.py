@@ -197,6 +197,7 @@ def test_damaged_shard_member_is_one_failure(copy: Path, backend: DaliBackend) -
     assert_same(got, expected, backend)
 
 
+@pytest.mark.slow
 def test_decoded_bytes_in_flight_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     large = encode(photo(4000, 5000), "JPEG", quality=30)
     for number in range(8):

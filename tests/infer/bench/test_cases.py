@@ -13,6 +13,7 @@ from tests.helpers.device_images import put_images_on_device
 from tests.helpers.images import encode, photo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_device", [False, True])
 def test_every_phase_runs_wherever_the_images_are(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: bool

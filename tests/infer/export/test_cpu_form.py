@@ -84,6 +84,7 @@ def for_int8(
     return path, export_for_int8_cpu(load_checkpoint(checkpoint_folder(base)), path)
 
 
+@pytest.mark.slow
 def test_folded_normalisation_feeds_raw_pixels_to_conv1(
     bundle: Bundle, for_int8: tuple[Path, list[float]]
 ) -> None:

@@ -28,6 +28,7 @@ from train.models.alexnet import Normalize
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 56, 56, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_features_are_the_checkpoints_activations(featured: Bundle, base: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base, "paper", ["model.hidden_units=64"]))
     network = checkpoint.make_model()

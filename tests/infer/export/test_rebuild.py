@@ -190,6 +190,7 @@ def test_rebuild_report_beyond_its_limits_is_refused(base: Path, copy: Path) -> 
     assert "was either compared or it was not" in CliRunner().invoke(main, ["doctor", str(copy)]).stderr
 
 
+@pytest.mark.slow
 def test_rebuild_refuses_wrong_options_with_code_2(bundle: Bundle, tmp_path: Path) -> None:
     for arguments, words in (
         ((), "is exported already: --format trt builds its engine for this machine, --triton DIR writes"),

@@ -20,6 +20,7 @@ NO_GPU = GpuScan((), "no NVIDIA driver")
 ONE_GPU = GpuScan((Gpu("NVIDIA L4", "sm89"),), None)
 
 
+@pytest.mark.slow
 def test_engine_build_logs_the_gpus_it_does_not_cover(
     featured: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,7 @@ def test_device_images_refuse_numpy_as_a_gpus_do() -> None:
         np.asarray(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ten_crop", [False, True])
 def test_rows_and_pixels_of_images_on_a_device(
     bundle: Bundle, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ten_crop: bool

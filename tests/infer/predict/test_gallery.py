@@ -45,6 +45,7 @@ def test_gallery_is_escaped_and_holds_everything(bundle: Bundle, files: list[Pat
     assert "7 images, 1 of them could not be read" in page
 
 
+@pytest.mark.slow
 def test_gallery_sorts_and_filters_in_a_browser(
     bundle: Bundle, files: list[Path], tmp_path: Path, browser: Callable[..., str]
 ) -> None:
@@ -86,6 +87,7 @@ def assert_margins_are_empty(pixels: NDArray[np.int64]) -> None:
         assert margin.min() > 240, "something runs out of the page"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 500])
 def test_gallery_shows_pictures_and_bars_at_any_width(
     bundle: Bundle, files: list[Path], tmp_path: Path, browser: Callable[..., str], width: int
@@ -146,6 +148,7 @@ def odd_rows() -> list[PredictionWithPixels]:
     ]
 
 
+@pytest.mark.slow
 def test_gallery_shows_hostile_names_as_text_in_a_browser(
     bundle: Bundle, tmp_path: Path, browser: Callable[..., str]
 ) -> None:

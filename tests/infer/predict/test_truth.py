@@ -74,6 +74,7 @@ def accuracy_of(rows: list[dict[str, Any]]) -> tuple[list[int], str]:
     return ranks, f"top-1 {top1:.2%}, top-5 {top5:.2%} of {len(rows)} images with a truth"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", READERS)
 def test_rows_have_their_truth_in_every_format(
     format: Format, bundle: Bundle, base: Path, expected: list[dict[str, Any]], tmp_path: Path

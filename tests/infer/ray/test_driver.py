@@ -185,6 +185,7 @@ def test_ray_refuses_a_gpu_that_the_cluster_does_not_have(asked: dict[str, Any],
     assert share_cluster([(8, 0), (4, 0)], PredictOptions(paths=["x"])) == Share(workers=3, threads=4, gpus=0)
 
 
+@pytest.mark.slow
 def test_ray_refuses_wrong_use_before_starting_a_cluster(
     bundle: Bundle, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

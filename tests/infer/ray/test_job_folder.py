@@ -189,6 +189,7 @@ def test_ray_parts_name_classes_as_the_data_does(
     assert first["predictions"][0]["class"] == "n01443537" and completed_parts(job) == {0: 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
 def test_ray_parts_hold_the_rows_of_one_process(
     tmp_path: Path,
@@ -255,6 +256,7 @@ def test_ray_worker_reports_files_that_differ(tmp_path: Path, bundle: Bundle, fi
         assert not list((tmp_path / folder).glob("*part-*"))
 
 
+@pytest.mark.slow
 def test_ray_worker_failure_is_one_line(tmp_path: Path, bundle: Bundle, files: list[Path]) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
     identity = identity_of(bundle, PredictOptions(paths=[]))

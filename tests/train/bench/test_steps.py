@@ -20,6 +20,8 @@ from train.models.alexnet import make_model
 from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
 
+pytestmark = pytest.mark.slow
+
 # Shapes: N images, H and W rows and columns, C channels.
 
 

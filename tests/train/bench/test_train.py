@@ -68,6 +68,7 @@ def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
     assert len(list((tmp_path / "links" / "train").rglob("*.jpg"))) == 12000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cached", "cached_on_device", "feed", "file_read"])
 def test_fast_loaders_make_the_batches_they_are_asked_for(tmp_path: Path, kind: Kind) -> None:
     """On the CPU, by the code that a GPU runs too: only the device is another."""

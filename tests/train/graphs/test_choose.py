@@ -23,6 +23,8 @@ from train.graphs.held import Held
 from train.graphs.verdict import Record, read_record
 from train.step import StepFn, StepParts, train_step
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("model.name=owt", "model.hidden_units=32", "precision=fp32")
 LONG = WORTH_IMAGES
 SLOW_LINE = "the plain step runs: the plain step takes 2e+03 ms; Slow is right, 3e+03 ms"

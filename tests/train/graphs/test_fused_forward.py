@@ -23,6 +23,8 @@ from train.graphs.prover import Prover
 from train.models import alexnet
 from train.step import train_step
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "paper": ("model.stem_stride=2",),
     "caffe": ("model.name=caffe", "optimizer.name=lars", "model.stem_stride=2"),

@@ -18,6 +18,8 @@ from train.graphs.trial import Candidate, DeviceLostError
 from train.graphs.verdict import Record, Verdict, load_verdict, machine_of, task_of
 from train.step import StepParts, train_step
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("model.name=owt", "model.hidden_units=32", "precision=fp32")
 
 

@@ -56,6 +56,7 @@ class Quadratic(nn.Module):
         return losses_N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(16, 16), (4, 4, 4, 4, 4, 4, 4, 4), (2, 7, 23)])
 def test_noise_scale_of_a_quadratic_is_the_known_one(world: World, sizes: tuple[int, ...]) -> None:
     """2000 batches of 32: |G|² within 5% and tr(S) within 2% (about three standard errors of each)."""

@@ -158,6 +158,7 @@ def test_stems_of_all_networks_are_regrouped_but_for_stride_1() -> None:
     assert "reads 6 channels" in str(why_plain(nn.Conv2d(6, 4, 3, stride=2)))
 
 
+@pytest.mark.slow
 def test_plain_forms_need_no_triton() -> None:
     """As with torch for the CPU, which comes without it."""
     code = """
