@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SIZE_MB = 1280
-"""Room for the demo's checkpoints, 162 MB each: two kept, the best one, one in writing, and some to spare."""
+SIZE_MB = 256
+"""Room for the checkpoints, 18 MB each: two kept, the best one, one in writing, and some to spare."""
 
 
 @contextmanager
