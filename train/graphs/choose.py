@@ -125,9 +125,12 @@ def list_candidates(
     parts: StepParts, make_capture: Callable[[], Capture], implementation: Implementation
 ) -> list[Candidate]:
     """List the fast steps for a way of capturing and an implementation of the kernels."""
-    fused = partial(make_fused_step, make_capture=make_capture, implementation=implementation)
+
+    def make_fused(parts: StepParts) -> StepFn:
+        return make_fused_step(parts, make_capture(), implementation)
+
     return [
-        Candidate("graph and fused kernels", fused, why_modules(parts)),
+        Candidate("graph and fused kernels", make_fused, why_modules(parts)),
         Candidate("graph", lambda parts: FastStep(parts, make_capture())),
     ]
 

@@ -139,7 +139,7 @@ class FastStep:
 
     def _run(self, name: Any, work: Work) -> None:
         if name not in self._replays:
-            self._replays[name] = self.capture.capture(work)
+            self._replays[name] = self.capture(work)
         self._replays[name]()
 
     def _write_values(self, arrays: Arrays) -> None:

@@ -6,7 +6,6 @@ weights are read in the autocast type. What has no kernel runs as its module, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -29,20 +28,18 @@ from train.step import StepFn, StepParts, training_inputs
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_fused_step(
-    parts: StepParts, make_capture: Callable[[], Capture], implementation: Implementation
-) -> StepFn:
+def make_fused_step(parts: StepParts, capture: Capture, implementation: Implementation) -> StepFn:
     """Build the fast step whose passes and update are fused kernels.
 
     Args:
-        make_capture: how the work is done again and again.
+        capture: how the work is done again and again.
         implementation: of the kernels: `triton` on a GPU, or `plain`.
     """
     half = HALVES.get(parts.precision.name)
     halves = HalfWeights(parts.network, half, parts.optimizer) if half is not None else None
     return FastStep(
         parts,
-        make_capture(),
+        capture,
         forward=FusedForward(parts, halves, implementation),
         apply=partial(update_weights, halves=halves, implementation=implementation),
         before=halves.refresh if halves is not None else None,

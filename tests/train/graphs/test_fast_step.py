@@ -25,13 +25,13 @@ from tests.helpers.fast_steps import (
     state_of,
     take_steps,
 )
-from tests.helpers.recorder import HostValueError, Recorder
+from tests.helpers.recorder import HostValueError, Recorder, run_every_time
 from tests.helpers.warm_ranks import run_ranks
 from train.compile.fused import FusedNetwork
 from train.compile.update import update_weights
 from train.config.load import make_config
 from train.distributed.world import World, open_world
-from train.graphs.capture import CudaCapture, Eager
+from train.graphs.capture import CudaCapture
 from train.graphs.fast_step import FastStep, why_not
 from train.health.nonfinite import Guard
 from train.optim.half_weights import HalfWeights
@@ -170,8 +170,8 @@ def test_runs_with_work_inside_of_the_passes_keep_the_plain_step() -> None:
             assert (found is None) is (expected is None) and (found or "").startswith(expected or "")
 
 
-def test_eager_work_runs_every_time(world: World) -> None:
-    assert compare(world, (), Eager(), num_steps=BAD_STEP + 2) == ([], [])
+def test_work_that_runs_every_time_gives_the_plain_steps_bits(world: World) -> None:
+    assert compare(world, (), run_every_time, num_steps=BAD_STEP + 2) == ([], [])
 
 
 @pytest.mark.gpu

@@ -13,10 +13,10 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import mix_params_at
 from data_pipeline.transforms.trivial import trivial_params_at
-from tests.helpers.recorder import Recorder
+from tests.helpers.recorder import Recorder, run_every_time
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
-from train.graphs.capture import CudaCapture, Eager
+from train.graphs.capture import CudaCapture
 from train.graphs.choose import list_candidates
 from train.graphs.fused_forward import why_modules
 from train.graphs.prover import Prover
@@ -114,6 +114,6 @@ def test_candidates_are_right_on_a_gpu(network: str, precision: str) -> None:
 def test_work_that_is_not_captured_is_right_too(world: World) -> None:
     parts = small_trainer(world, *SMALL, "model.stem_stride=2", "global_batch=8", "precision=fp32")
     prover = Prover(parts, [batch_of(8)], rate=1e-3, step=0)
-    candidate, _ = list_candidates(parts, Eager, "plain")
+    candidate, _ = list_candidates(parts, lambda: run_every_time, "plain")
     assert candidate.name == "graph and fused kernels"
     assert prover.judge(candidate, None)[0].against is None
