@@ -10,11 +10,11 @@ from functools import partial
 import msgspec
 
 from data_pipeline.loading.batches import Batch
-from train.graphs.held import Held
 from train.graphs.prover import WARM_UP, Prover
 from train.graphs.trial import (
     Candidate,
     DeviceLostError,
+    Held,
     IncomparableError,
     put_back,
     release,

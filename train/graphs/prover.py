@@ -17,8 +17,16 @@ from torch import Tensor
 
 from data_pipeline.loading.batches import Batch
 from train.graphs.agreement import EXACT, NARROW, NONE, NUDGE, RESOLUTION, Gap, gap_between, worst_of
-from train.graphs.held import Held, state_of
-from train.graphs.trial import Candidate, IncomparableError, Timer, put_back, release, why_failed
+from train.graphs.trial import (
+    Candidate,
+    Held,
+    IncomparableError,
+    Timer,
+    put_back,
+    release,
+    state_of,
+    why_failed,
+)
 from train.graphs.verdict import Verdict
 from train.models.parts import head_of
 from train.optim.precision import Precision

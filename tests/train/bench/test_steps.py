@@ -14,7 +14,7 @@ from train.bench.steps import OurSteps, TorchvisionSteps
 from train.bench.subjects import make_specs
 from train.config.schema import ModelConfig
 from train.distributed.world import World, open_world
-from train.graphs.held import Held
+from train.graphs.trial import Held
 from train.graphs.verdict import read_record, task_of
 from train.models.alexnet import make_model
 from train.models.batch_norm import BatchNorm

@@ -19,7 +19,7 @@ from tests.helpers.wrong_steps import Fast, Raises, Slow, WrongGradient, candida
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.graphs.choose import WORTH_IMAGES, Course, join_machines, open_step, tell_changes, why_plain
-from train.graphs.held import Held
+from train.graphs.trial import Held
 from train.graphs.verdict import Record, read_record
 from train.step import StepFn, StepParts, train_step
 

@@ -24,9 +24,8 @@ from tests.helpers.wrong_steps import (
     read_seconds,
 )
 from train.distributed.world import World, open_world
-from train.graphs.held import Held, state_of
 from train.graphs.prover import Prover
-from train.graphs.trial import Candidate, DeviceLostError, IncomparableError, time_steps
+from train.graphs.trial import Candidate, DeviceLostError, Held, IncomparableError, state_of, time_steps
 from train.health.metrics import AccuracyMeter
 from train.step import StepParts, train_step
 
