@@ -18,8 +18,6 @@ from train.compile.choose import first_line
 from train.distributed.world import World
 from train.step import StepFn, StepParts
 
-Timer = Callable[[StepFn], float]
-"""Returns the seconds of a step."""
 BURST, ROUNDS = 10, 3
 """Steps that are timed at once, and how often; the fastest counts."""
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A CPU that is said to have graphs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("train.graphs.prove.time_steps", read_seconds)
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     monkeypatch.setattr("train.graphs.choose.DEVICES", ("cpu",))
     with open_world("cpu") as one:
         yield one

@@ -34,7 +34,7 @@ SLOW_LINE = "the plain step runs: the plain step takes 2e+03 ms; Slow is right, 
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A CPU that is said to have graphs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("train.graphs.prove.time_steps", read_seconds)
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     monkeypatch.setattr("train.graphs.choose.DEVICES", ("cpu",))
     before = torch.get_num_threads()
     with open_world("cpu") as one:

@@ -83,7 +83,7 @@ def test_both_candidates_are_right(network: str, precision: str, world: World) -
         train_step(parts, batches, 1e-3, step)
     prover = Prover(parts, batches, rate=1e-3, step=2)
     for candidate in list_candidates(parts, Recorder, "plain"):
-        verdict, _ = prover.judge(candidate, None)
+        verdict, _ = prover.judge(candidate)
         assert verdict.against is None, candidate.name
 
 
@@ -107,7 +107,7 @@ def test_candidates_are_right_on_a_gpu(network: str, precision: str) -> None:
         parts = small_trainer(world, f"model.name={network}", *SMALL, *more)
         prover = Prover(parts, [batch_of(32)], rate=1e-3, step=0)
         for candidate in list_candidates(parts, lambda: CudaCapture(world.device), "triton"):
-            verdict, _ = prover.judge(candidate, None)
+            verdict, _ = prover.judge(candidate)
             assert verdict.against is None, candidate.name
 
 
@@ -116,4 +116,4 @@ def test_work_that_is_not_captured_is_right_too(world: World) -> None:
     prover = Prover(parts, [batch_of(8)], rate=1e-3, step=0)
     candidate, _ = list_candidates(parts, lambda: run_every_time, "plain")
     assert candidate.name == "graph and fused kernels"
-    assert prover.judge(candidate, None)[0].against is None
+    assert prover.judge(candidate)[0].against is None

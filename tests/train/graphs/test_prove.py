@@ -31,7 +31,7 @@ class Faster(Fast):
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("train.graphs.prove.time_steps", read_seconds)
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     before = torch.get_num_threads()
     with open_world("cpu") as one:
         torch.set_num_threads(1)
