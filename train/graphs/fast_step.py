@@ -21,9 +21,9 @@ from train.config.schema import RunConfig
 from train.distributed.world import World
 from train.graphs.capture import Capture, Work
 from train.health.metrics import AccuracyMeter
-from train.inputs.packed import StaticArrays, layout_of
+from train.inputs.packed import Arrays, StaticArrays, layout_of
 from train.inputs.pass_inputs import PassInputs, arrays_of, images_on_device, inputs_of
-from train.inputs.values import Arrays, StepValues, values_of
+from train.inputs.values import StepValues, values_of
 from train.models.batch_norm import ghost_sums_of
 from train.models.dropout import masks_of
 from train.models.parts import set_training

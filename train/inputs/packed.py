@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,9 @@ from train.inputs.mixup import tensor_to_device
 
 ALIGNMENT = 16
 """Bytes: every array begins at a multiple of this."""
+
+
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ Layout = tuple[Field, ...]
 """Equal for arrays of equal names, types and shapes; hashable."""
 
 
-def layout_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Layout:
+def layout_of(arrays: Arrays) -> Layout:
     """Lay arrays out one after another.
 
     >>> [field.start for field in layout_of({"a": np.zeros(3, np.int32), "b": np.zeros(2, bool)})]
@@ -45,7 +47,7 @@ def layout_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Layout:
     return tuple(fields)
 
 
-def pack(arrays: Mapping[str, npt.NDArray[Any]], layout: Layout) -> Tensor:
+def pack(arrays: Arrays, layout: Layout) -> Tensor:
     """Return the arrays as bytes on the host, uint8 (size,).
 
     Args:
@@ -70,7 +72,7 @@ def unpack(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def place(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+def place(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
     """Return arrays as tensors on a device, by one copy, without waiting for it."""
     layout = layout_of(arrays)
     return unpack(tensor_to_device(pack(arrays, layout), device), layout)
@@ -85,12 +87,12 @@ class StaticArrays:
         tensors: by name; nothing is in them before the first `write`.
     """
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> None:
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
         self._layout = layout_of(arrays)
         self._packed = torch.empty_like(pack(arrays, self._layout), device=device)
         self.tensors = unpack(self._packed, self._layout)
 
-    def write(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def write(self, arrays: Arrays) -> None:
         """Write arrays over those of before, by one copy, without waiting for it."""
         packed = pack(arrays, self._layout)
         on_host = self._packed.device == packed.device

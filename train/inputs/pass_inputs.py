@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.utils.dlpack
 from torch import Tensor
@@ -19,7 +18,7 @@ from data_pipeline.loading.cache import CachedCrops
 from train.inputs.borrowed import lender_of
 from train.inputs.cached_crops import crop_cached
 from train.inputs.mixup import MixInputs, tensor_to_device
-from train.inputs.packed import place
+from train.inputs.packed import Arrays, place
 from train.inputs.trivial import pack_trivial
 
 
@@ -46,13 +45,13 @@ class PassInputs:
     mix: MixInputs | None = None
 
 
-def arrays_of(batch: Batch, side: int) -> dict[str, npt.NDArray[Any]]:
+def arrays_of(batch: Batch, side: int) -> Arrays:
     """Return all of a batch but its images, by the names that `inputs_of` reads.
 
     Args:
         side: of the images, in pixels.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {
+    arrays: Arrays = {
         "labels": batch.labels,
         "valid": batch.valid,
         "rows": batch.positions.astype(np.int32),
