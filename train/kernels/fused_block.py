@@ -19,6 +19,7 @@ save, and is computed again. None of this has been measured on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
 from train.kernels.implementation import Implementation
 
 # Shapes: N samples, C channels, H and W rows and columns of the input, Y and X of the output.
+
+ForwardPass = Callable[[BlockSpec, Tensor, Tensor | None, NormTensors | None], tuple[Tensor, Saved]]
+"""`block.forward`, or its other form."""
+BackwardPass = Callable[[BlockSpec, Saved, Tensor, Tensor | None, NormTensors | None, torch.Size], Gradients]
+"""`block.backward`, or its other form."""
 
 
 def fused_block(
@@ -61,34 +67,14 @@ def fused_block(
     return out_NCYX
 
 
-def _forward(
-    implementation: Implementation,
-    spec: BlockSpec,
-    x_NCHW: Tensor,
-    bias_C: Tensor | None,
-    norm: NormTensors | None,
-) -> tuple[Tensor, Saved]:
+def _passes_of(implementation: Implementation) -> tuple[ForwardPass, BackwardPass]:
+    """Return the forward and the backward pass."""
     if implementation == "plain":
-        return block.forward(spec, x_NCHW, bias_C, norm)
-    from train.kernels import block_forward_triton  # a machine without a GPU may have no Triton
+        return block.forward, block.backward
+    # a machine without a GPU may have no Triton
+    from train.kernels import block_backward_triton, block_forward_triton
 
-    return block_forward_triton.forward(spec, x_NCHW, bias_C, norm)
-
-
-def _backward(
-    implementation: Implementation,
-    spec: BlockSpec,
-    saved: Saved,
-    grad_NCYX: Tensor,
-    bias_C: Tensor | None,
-    norm: NormTensors | None,
-    sides: torch.Size,
-) -> Gradients:
-    if implementation == "plain":
-        return block.backward(spec, saved, grad_NCYX, bias_C, norm, sides)
-    from train.kernels import block_backward_triton
-
-    return block_backward_triton.backward(spec, saved, grad_NCYX, bias_C, norm, sides)
+    return block_forward_triton.forward, block_backward_triton.backward
 
 
 class _Block(torch.autograd.Function):
@@ -105,7 +91,7 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x_NCHW.device.type, enabled=False):  # types are chosen here
-            out_NCYX, saved = _forward(implementation, spec, x_NCHW, bias_C, norm)
+            out_NCYX, saved = _passes_of(implementation)[0](spec, x_NCHW, bias_C, norm)
         ctx.save_for_backward(*vars(saved).values(), bias_C, weight_C, norm_bias_C)
         ctx.norm, ctx.spec, ctx.implementation, ctx.sides = norm, spec, implementation, x_NCHW.shape[2:]
         return out_NCYX
@@ -115,7 +101,6 @@ class _Block(torch.autograd.Function):
         # behind the last block the classifier flattens, and its gradient is not channels_last
         grad_NCYX = grads[0].contiguous(memory_format=torch.channels_last)
         *tensors, bias_C, _, _ = ctx.saved_tensors
-        found = _backward(
-            ctx.implementation, ctx.spec, Saved(*tensors), grad_NCYX, bias_C, ctx.norm, ctx.sides
-        )
+        backward = _passes_of(ctx.implementation)[1]
+        found = backward(ctx.spec, Saved(*tensors), grad_NCYX, bias_C, ctx.norm, ctx.sides)
         return found.x_NCHW, found.bias_C, found.norm_weight_C, found.norm_bias_C, None, None, None
