@@ -15,11 +15,10 @@ from torch import Tensor
 from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
 from train.kernels.block_forward_triton import (
     MERGED,
-    TILE,
     bias_row,
     biased,
-    channel_block,
-    count_parts,
+    divide,
+    empty_map,
     lrn_scale,
     norm_rows,
     relu,
@@ -200,11 +199,9 @@ def norm_sums(
     """Return the gradients of a norm's bias and weight: (2, C), in two launches."""
     values = saved.peaks_NCYX if spec.pool else saved.x_NCHW
     channels = grad_NCYX.shape[1]
-    num_rows, size = grad_NCYX.numel() // channels, channel_block(channels)
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = count_parts(num_rows, rows, num_blocks)
-    parts_PL = norm.weight_C.new_empty(num_parts, 2 * channels)
-    norm_sums_kernel[(num_parts, num_blocks)](
+    grid, num_rows, rows, size = divide(grad_NCYX)
+    parts_PL = norm.weight_C.new_empty(grid[0], 2 * channels)
+    norm_sums_kernel[grid](
         values, grad_NCYX, saved.index_NCYX, bias_C, saved.mean_C, saved.rstd_C, norm.weight_C, norm.bias_C,
         parts_PL, num_rows, channels, NORM=spec.norm, ROWS=rows, CHANNELS=size,
     )  # fmt: skip
@@ -220,22 +217,15 @@ def backward(
     sides: torch.Size,
 ) -> Gradients:
     """Compute what `block.backward` computes: one launch for x, one for a bias, two for a norm."""
-    images, channels, *out_sides = grad_NCYX.shape
+    channels, *out_sides = grad_NCYX.shape[1:]
     sums_2C = None if norm is None else norm_sums(spec, saved, grad_NCYX, bias_C, norm)
-    num_rows, size = images * sides.numel(), channel_block(channels, whole_row=spec.norm == "lrn")
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = count_parts(num_rows, rows, num_blocks)
-    dx_NCHW = torch.empty(
-        (images, channels, *sides),
-        dtype=grad_NCYX.dtype,
-        device=grad_NCYX.device,
-        memory_format=torch.channels_last,
-    )
-    parts_PC = None if bias_C is None else bias_C.new_empty(num_parts, channels)
-    scratch = (
-        grad_NCYX.new_empty(num_parts * rows * size, dtype=torch.float32) if spec.norm == "lrn" else None
-    )
-    input_gradient_kernel[(num_parts, num_blocks)](
+    dx_NCHW = empty_map(grad_NCYX, sides, grad_NCYX.dtype)
+    grid, num_rows, rows, size = divide(dx_NCHW, whole_row=spec.norm == "lrn")
+    parts_PC = None if bias_C is None else bias_C.new_empty(grid[0], channels)
+    scratch = None
+    if spec.norm == "lrn":
+        scratch = grad_NCYX.new_empty(grid[0] * rows * size, dtype=torch.float32)
+    input_gradient_kernel[grid](
         saved.x_NCHW, grad_NCYX, saved.index_NCYX, saved.out_NCHW, bias_C, saved.mean_C, saved.rstd_C,
         None if norm is None else norm.weight_C, None if norm is None else norm.bias_C, sums_2C, dx_NCHW,
         parts_PC, scratch, num_rows, channels, *sides, *out_sides,

@@ -37,9 +37,17 @@ def channel_block(channels: int, whole_row: bool = False) -> int:
     return min(divisor, 128) if divisor >= 32 else min(1 << (channels - 1).bit_length(), 128)
 
 
-def count_parts(num_rows: int, rows: int, num_blocks: int) -> int:
-    """Return into how many parts the rows of a map are divided: at most `MOST_PROGRAMS` over all blocks."""
-    return min(-(-num_rows // rows), max(1, MOST_PROGRAMS // num_blocks))
+def divide(map_NCHW: Tensor, whole_row: bool = False) -> tuple[tuple[int, int], int, int, int]:
+    """Divide a map among programs, each with a part of its rows and a block of its channels.
+
+    Returns:
+        The grid, of at most `MOST_PROGRAMS`; the map's rows; rows and channels that a program holds at once.
+    """
+    channels = map_NCHW.shape[1]
+    num_rows, size = map_NCHW.numel() // channels, channel_block(channels, whole_row)
+    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
+    num_parts = min(triton.cdiv(num_rows, rows), max(1, MOST_PROGRAMS // num_blocks))
+    return (num_parts, num_blocks), num_rows, rows, size
 
 
 @triton.jit
@@ -243,19 +251,17 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and 1 / standard deviation of each channel, and count them in: two launches."""
     channels = x_NCHW.shape[1]
-    num_rows, size = x_NCHW.numel() // channels, channel_block(channels)
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = count_parts(num_rows, rows, num_blocks)
-    parts_2PC = norm.weight_C.new_empty(2, num_parts, channels)
-    counts_P = norm.weight_C.new_empty(num_parts)
-    statistics_kernel[(num_parts, num_blocks)](
+    grid, num_rows, rows, size = divide(x_NCHW)
+    parts_2PC = norm.weight_C.new_empty(2, grid[0], channels)
+    counts_P = norm.weight_C.new_empty(grid[0])
+    statistics_kernel[grid](
         x_NCHW, bias_C, parts_2PC[0], parts_2PC[1], counts_P, num_rows, channels,
         RELU=spec.norm == "bn_after_relu", ROWS=rows, CHANNELS=size,
     )  # fmt: skip
     mean_C, rstd_C = torch.empty_like(norm.weight_C), torch.empty_like(norm.weight_C)
     merge_kernel[(triton.cdiv(channels, 32),)](
         parts_2PC[0], parts_2PC[1], counts_P, mean_C, rstd_C,
-        norm.running_mean_C, norm.running_variance_C, norm.num_batches, num_parts, channels,
+        norm.running_mean_C, norm.running_variance_C, norm.num_batches, grid[0], channels,
         EPS=spec.eps, MOMENTUM=spec.momentum, PARTS=MERGED, CHANNELS=32,
     )  # fmt: skip
     return mean_C, rstd_C
@@ -265,18 +271,17 @@ def forward(
     spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors | None
 ) -> tuple[Tensor, Saved]:
     """Compute what `block.forward` computes: one launch, and two before it with batch normalisation."""
-    images, channels, height, width = x_NCHW.shape
+    channels, height, width = x_NCHW.shape[1:]
     out_sides = spec.out_sides(height, width)
     mean_C = rstd_C = index_NCYX = peaks_NCYX = None
     if norm is not None:
         mean_C, rstd_C = statistics(spec, x_NCHW, bias_C, norm)
-    out_NCYX = _empty_map(x_NCHW, out_sides, x_NCHW.dtype)
+    out_NCYX = empty_map(x_NCHW, out_sides, x_NCHW.dtype)
     if spec.pool:
-        index_NCYX = _empty_map(x_NCHW, out_sides, torch.uint8)
+        index_NCYX = empty_map(x_NCHW, out_sides, torch.uint8)
         peaks_NCYX = None if norm is None else torch.empty_like(out_NCYX)
-    size, num_outputs = channel_block(channels), images * out_sides[0] * out_sides[1]
-    rows = max(1, TILE // size)
-    block_kernel[(triton.cdiv(num_outputs, rows), triton.cdiv(channels, size))](
+    (_, num_blocks), num_outputs, rows, size = divide(out_NCYX)
+    block_kernel[(triton.cdiv(num_outputs, rows), num_blocks)](
         x_NCHW, bias_C, mean_C, rstd_C,
         None if norm is None else norm.weight_C, None if norm is None else norm.bias_C,
         out_NCYX, index_NCYX, peaks_NCYX, num_outputs, channels, height, width, *out_sides,
@@ -288,7 +293,8 @@ def forward(
     return out_NCYX, Saved(x_NCHW, None, index_NCYX, peaks_NCYX, mean_C, rstd_C)
 
 
-def _empty_map(x_NCHW: Tensor, sides: tuple[int, int], kind: torch.dtype) -> Tensor:
+def empty_map(x_NCHW: Tensor, sides: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    """Return a map of other sides than x, with as many images and channels, channels_last."""
     return torch.empty(
         (*x_NCHW.shape[:2], *sides), dtype=kind, device=x_NCHW.device, memory_format=torch.channels_last
     )

@@ -54,7 +54,7 @@ def test_backward_kernels_round_to_bfloat16(name: str) -> None:
 def test_parts_are_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.kernels import block_backward_triton, block_forward_triton
 
-    monkeypatch.setattr(block_backward_triton, "TILE", 64)  # two rows of 32 channels
+    monkeypatch.setattr(block_forward_triton, "TILE", 64)  # two rows of 32 channels
     monkeypatch.setattr(block_forward_triton, "MOST_PROGRAMS", 5)
     monkeypatch.setattr(block_backward_triton, "MERGED", 2)
     sample = make_sample(SPECS["bn_after_relu_pool"], (3, 32, 4, 3))
