@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from train.kernels.block import BlockSpec, NormTensors
+from train.kernels.block import BlockSpec
 from train.kernels.fused_block import fused_block
 from train.kernels.implementation import Implementation
 from train.models.alexnet import AlexNet
@@ -97,10 +97,10 @@ def spec_of(rest: list[nn.Module]) -> BlockSpec | None:
                 lrn_beta=lrn.beta,
                 lrn_k=lrn.k,
             )
-        case [BatchNorm() as norm, nn.ReLU()] if norm.momentum is not None:
-            return replace(pooling, norm="bn", eps=norm.eps, momentum=norm.momentum)
-        case [nn.ReLU(), BatchNorm() as norm] if norm.momentum is not None:
-            return replace(pooling, norm="bn_after_relu", eps=norm.eps, momentum=norm.momentum)
+        case [BatchNorm(), nn.ReLU()]:
+            return replace(pooling, norm="bn")
+        case [nn.ReLU(), BatchNorm()]:
+            return replace(pooling, norm="bn_after_relu")
     return None
 
 
@@ -159,8 +159,7 @@ class FusedNetwork:
         bias_C = stage.conv.bias
         if stage.why_not_fused() is None:
             assert stage.spec is not None
-            tensors = None if stage.norm is None else _tensors_of(stage.norm)
-            return fused_block(map_NCHW, stage.spec, bias_C, tensors, self.implementation)
+            return fused_block(map_NCHW, stage.spec, bias_C, stage.norm, self.implementation)
         if bias_C is not None:
             map_NCHW = map_NCHW + self.weight_of(bias_C).to(map_NCHW.dtype)[:, None, None]
         for module in stage.rest:
@@ -183,9 +182,3 @@ class FusedNetwork:
             else:
                 hidden_ND = module(hidden_ND)
         return hidden_ND
-
-
-def _tensors_of(norm: BatchNorm) -> NormTensors:
-    assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    return NormTensors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Shapes: N samples, C channels, H and W rows and columns of a convolution's output, Y and X of the block's.
 
@@ -40,8 +41,6 @@ class BlockSpec:
         pool_ceil: whether the pooled map's size is rounded up.
         lrn_size: channels in LRN's window, odd.
         lrn_alpha, lrn_beta, lrn_k: LRN's other constants; alpha is divided by the size.
-        eps: added to a variance.
-        momentum: share of a pass's statistics in the running ones.
     """
 
     norm: BlockNorm = "none"
@@ -52,8 +51,6 @@ class BlockSpec:
     lrn_alpha: float = 1e-4
     lrn_beta: float = 0.75
     lrn_k: float = 2.0
-    eps: float = 1e-5
-    momentum: float = 0.1
 
     def __post_init__(self) -> None:
         assert self.pool_padding in (0, 1) and self.lrn_size % 2 == 1
@@ -80,23 +77,6 @@ class BlockSpec:
         steps = -(-beyond // 2)
         # a window that would begin behind the last pixel is left out
         return steps + (2 * steps < side + self.pool_padding)
-
-
-@dataclass(frozen=True)
-class NormTensors:
-    """Parameters of a batch normalisation, and its running statistics, which a forward pass updates in place.
-
-    Attributes:
-        weight_C, bias_C: float32.
-        running_mean_C, running_variance_C: float32.
-        num_batches: int64, a scalar.
-    """
-
-    weight_C: Tensor
-    bias_C: Tensor
-    running_mean_C: Tensor
-    running_variance_C: Tensor
-    num_batches: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,7 +110,7 @@ class Gradients:
 
 
 def forward(
-    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors | None
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: _BatchNorm | None
 ) -> tuple[Tensor, Saved]:
     """Compute a block's output, and what its backward pass needs; update the running statistics.
 
@@ -147,10 +127,10 @@ def forward(
         assert norm is not None
         if spec.norm == "bn_after_relu":
             wide_NCHW = wide_NCHW.relu()
-        mean_C, rstd_C = _statistics(spec, wide_NCHW, norm)
+        mean_C, rstd_C = _statistics(wide_NCHW, norm)
         saved = Saved(x_NCHW=x_NCHW, mean_C=mean_C, rstd_C=rstd_C)
-        scale_C = norm.weight_C * rstd_C
-        wide_NCHW = (wide_NCHW - _maps(mean_C)) * _maps(scale_C) + _maps(norm.bias_C)
+        scale_C = norm.weight * rstd_C
+        wide_NCHW = (wide_NCHW - _maps(mean_C)) * _maps(scale_C) + _maps(norm.bias)
     if spec.norm != "bn_after_relu":
         wide_NCHW = wide_NCHW.relu()
     if spec.norm == "lrn":
@@ -166,7 +146,7 @@ def backward(
     saved: Saved,
     grad_NCYX: Tensor,
     bias_C: Tensor | None,
-    norm: NormTensors | None,
+    norm: _BatchNorm | None,
     sides: torch.Size,
 ) -> Gradients:
     """Compute the gradients of a block from that of its output.
@@ -200,10 +180,10 @@ def backward(
     dead_NCHW = value_NCHW <= 0
     if spec.norm == "bn_after_relu":
         value_NCHW = value_NCHW.relu()
-    scale_C = norm.weight_C * saved.rstd_C
+    scale_C = norm.weight * saved.rstd_C
     centred_NCHW = value_NCHW - _maps(saved.mean_C)
     if spec.norm == "bn":
-        wide_NCHW = wide_NCHW.masked_fill(centred_NCHW * _maps(scale_C) + _maps(norm.bias_C) <= 0, 0)
+        wide_NCHW = wide_NCHW.masked_fill(centred_NCHW * _maps(scale_C) + _maps(norm.bias) <= 0, 0)
     hat_NCHW = centred_NCHW * _maps(saved.rstd_C)
     norm_bias_C, norm_weight_C = wide_NCHW.sum((0, 2, 3)), (wide_NCHW * hat_NCHW).sum((0, 2, 3))
     count = hat_NCHW.numel() // hat_NCHW.shape[1]
@@ -244,15 +224,17 @@ def _scale(spec: BlockSpec, value_NCHW: Tensor) -> Tensor:
     return spec.lrn_k + spec.lrn_alpha / spec.lrn_size * _window_sum(value_NCHW.square(), spec.lrn_size)
 
 
-def _statistics(spec: BlockSpec, value_NCHW: Tensor, norm: NormTensors) -> tuple[Tensor, Tensor]:
+def _statistics(value_NCHW: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Return mean and 1 / standard deviation of each channel, and count them in."""
     variance_C, mean_C = torch.var_mean(value_NCHW, (0, 2, 3), correction=0)
     count = value_NCHW.numel() // value_NCHW.shape[1]
-    norm.num_batches.add_(1)
-    norm.running_mean_C.lerp_(mean_C.to(norm.running_mean_C.dtype), spec.momentum)
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean_C.to(norm.running_mean.dtype), norm.momentum)
     unbiased_C = variance_C * (count / (count - 1))
-    norm.running_variance_C.lerp_(unbiased_C.to(norm.running_variance_C.dtype), spec.momentum)
-    return mean_C, (variance_C + spec.eps).rsqrt()
+    norm.running_var.lerp_(unbiased_C.to(norm.running_var.dtype), norm.momentum)
+    return mean_C, (variance_C + norm.eps).rsqrt()
 
 
 def _pool(spec: BlockSpec, map_NCHW: Tensor, saved: Saved) -> tuple[Tensor, Saved]:

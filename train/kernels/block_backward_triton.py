@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
+from train.kernels.block import BlockSpec, Gradients, Saved
 from train.kernels.block_forward_triton import (
     MERGED,
     bias_row,
@@ -194,15 +195,15 @@ def add_parts(parts_PL: Tensor) -> Tensor:
 
 
 def norm_sums(
-    spec: BlockSpec, saved: Saved, grad_NCYX: Tensor, bias_C: Tensor | None, norm: NormTensors
+    spec: BlockSpec, saved: Saved, grad_NCYX: Tensor, bias_C: Tensor | None, norm: _BatchNorm
 ) -> Tensor:
     """Return the gradients of a norm's bias and weight: (2, C), in two launches."""
     values = saved.peaks_NCYX if spec.pool else saved.x_NCHW
     channels = grad_NCYX.shape[1]
     grid, num_rows, rows, size = divide(grad_NCYX)
-    parts_PL = norm.weight_C.new_empty(grid[0], 2 * channels)
+    parts_PL = norm.weight.new_empty(grid[0], 2 * channels)
     norm_sums_kernel[grid](
-        values, grad_NCYX, saved.index_NCYX, bias_C, saved.mean_C, saved.rstd_C, norm.weight_C, norm.bias_C,
+        values, grad_NCYX, saved.index_NCYX, bias_C, saved.mean_C, saved.rstd_C, norm.weight, norm.bias,
         parts_PL, num_rows, channels, NORM=spec.norm, ROWS=rows, CHANNELS=size,
     )  # fmt: skip
     return add_parts(parts_PL).view(2, channels)
@@ -213,7 +214,7 @@ def backward(
     saved: Saved,
     grad_NCYX: Tensor,
     bias_C: Tensor | None,
-    norm: NormTensors | None,
+    norm: _BatchNorm | None,
     sides: torch.Size,
 ) -> Gradients:
     """Compute what `block.backward` computes: one launch for x, one for a bias, two for a norm."""
@@ -227,7 +228,7 @@ def backward(
         scratch = grad_NCYX.new_empty(grid[0] * rows * size, dtype=torch.float32)
     input_gradient_kernel[grid](
         saved.x_NCHW, grad_NCYX, saved.index_NCYX, saved.out_NCHW, bias_C, saved.mean_C, saved.rstd_C,
-        None if norm is None else norm.weight_C, None if norm is None else norm.bias_C, sums_2C, dx_NCHW,
+        None if norm is None else norm.weight, None if norm is None else norm.bias, sums_2C, dx_NCHW,
         parts_PC, scratch, num_rows, channels, *sides, *out_sides,
         NORM=spec.norm, POOL=spec.pool, PADDING=spec.pool_padding, FACTOR=spec.lrn_alpha / spec.lrn_size,
         BETA=spec.lrn_beta, K=spec.lrn_k, REACH=spec.lrn_size // 2, ROWS=rows, CHANNELS=size,

@@ -1,8 +1,7 @@
 """A block's forward pass by Triton: statistics of batch normalisation, then everything else in one kernel.
 
 `block.py` has the plain form, `fused_block.py` the traffic. A map is read as rows of C channels, one for each
-pixel (channels_last). Sums are in float32, in an order that follows from the shapes alone, so that the same
-input gives the same bits.
+pixel (channels_last). Sums are in float32, in an order that follows from the shapes alone: so bits repeat.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels.block import BlockSpec, NormTensors, Saved
+from train.kernels.block import BlockSpec, Saved
 
 # Shapes: N samples, C channels, H and W rows and columns of a convolution's output, Y and X of the block's,
 # P parts that are added up by programs of their own; in kernels R rows.
@@ -247,28 +247,28 @@ def merge_kernel(
 
 
 def statistics(
-    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
     """Return mean and 1 / standard deviation of each channel, and count them in: two launches."""
     channels = x_NCHW.shape[1]
     grid, num_rows, rows, size = divide(x_NCHW)
-    parts_2PC = norm.weight_C.new_empty(2, grid[0], channels)
-    counts_P = norm.weight_C.new_empty(grid[0])
+    parts_2PC = norm.weight.new_empty(2, grid[0], channels)
+    counts_P = norm.weight.new_empty(grid[0])
     statistics_kernel[grid](
         x_NCHW, bias_C, parts_2PC[0], parts_2PC[1], counts_P, num_rows, channels,
         RELU=spec.norm == "bn_after_relu", ROWS=rows, CHANNELS=size,
     )  # fmt: skip
-    mean_C, rstd_C = torch.empty_like(norm.weight_C), torch.empty_like(norm.weight_C)
+    mean_C, rstd_C = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
     merge_kernel[(triton.cdiv(channels, 32),)](
         parts_2PC[0], parts_2PC[1], counts_P, mean_C, rstd_C,
-        norm.running_mean_C, norm.running_variance_C, norm.num_batches, grid[0], channels,
-        EPS=spec.eps, MOMENTUM=spec.momentum, PARTS=MERGED, CHANNELS=32,
+        norm.running_mean, norm.running_var, norm.num_batches_tracked, grid[0], channels,
+        EPS=norm.eps, MOMENTUM=norm.momentum, PARTS=MERGED, CHANNELS=32,
     )  # fmt: skip
     return mean_C, rstd_C
 
 
 def forward(
-    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors | None
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: _BatchNorm | None
 ) -> tuple[Tensor, Saved]:
     """Compute what `block.forward` computes: one launch, and two before it with batch normalisation."""
     channels, height, width = x_NCHW.shape[1:]
@@ -283,7 +283,7 @@ def forward(
     (_, num_blocks), num_outputs, rows, size = divide(out_NCYX)
     block_kernel[(triton.cdiv(num_outputs, rows), num_blocks)](
         x_NCHW, bias_C, mean_C, rstd_C,
-        None if norm is None else norm.weight_C, None if norm is None else norm.bias_C,
+        None if norm is None else norm.weight, None if norm is None else norm.bias,
         out_NCYX, index_NCYX, peaks_NCYX, num_outputs, channels, height, width, *out_sides,
         NORM=spec.norm, POOL=spec.pool, PADDING=spec.pool_padding, FACTOR=spec.lrn_alpha / spec.lrn_size,
         BETA=spec.lrn_beta, K=spec.lrn_k, REACH=spec.lrn_size // 2, ROWS=rows, CHANNELS=size,

@@ -24,16 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from train.kernels import block
-from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
+from train.kernels.block import BlockSpec, Gradients, Saved
 from train.kernels.implementation import Implementation
 
 # Shapes: N samples, C channels, H and W rows and columns of the input, Y and X of the output.
 
-ForwardPass = Callable[[BlockSpec, Tensor, Tensor | None, NormTensors | None], tuple[Tensor, Saved]]
+ForwardPass = Callable[[BlockSpec, Tensor, Tensor | None, _BatchNorm | None], tuple[Tensor, Saved]]
 """`block.forward`, or its other form."""
-BackwardPass = Callable[[BlockSpec, Saved, Tensor, Tensor | None, NormTensors | None, torch.Size], Gradients]
+BackwardPass = Callable[[BlockSpec, Saved, Tensor, Tensor | None, _BatchNorm | None, torch.Size], Gradients]
 """`block.backward`, or its other form."""
 
 
@@ -41,7 +42,7 @@ def fused_block(
     x_NCHW: Tensor,
     spec: BlockSpec,
     bias_C: Tensor | None,
-    norm: NormTensors | None = None,
+    norm: _BatchNorm | None = None,
     implementation: Implementation = "plain",
 ) -> Tensor:
     """Apply a block in training mode, and count a batch normalisation's statistics in.
@@ -62,7 +63,7 @@ def fused_block(
             raise ValueError(
                 f"expected more than 1 value per channel when training, got input size {x_NCHW.shape}"
             )
-    weight_C, norm_bias_C = (None, None) if norm is None else (norm.weight_C, norm.bias_C)
+    weight_C, norm_bias_C = (None, None) if norm is None else (norm.weight, norm.bias)
     out_NCYX: Tensor = _Block.apply(x_NCHW, bias_C, weight_C, norm_bias_C, norm, spec, implementation)
     return out_NCYX
 
@@ -85,7 +86,7 @@ class _Block(torch.autograd.Function):
         bias_C: Tensor | None,
         weight_C: Tensor | None,
         norm_bias_C: Tensor | None,
-        norm: NormTensors | None,
+        norm: _BatchNorm | None,
         spec: BlockSpec,
         implementation: Implementation,
     ) -> Tensor:

@@ -25,8 +25,8 @@ def test_block_is_the_modules_forward_and_backward(name: str, sides: tuple[int, 
     grad_NCYX = make_grad(theirs_NCYX)
     theirs_NCYX.backward(grad_NCYX)
     with torch.no_grad():
-        ours_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
-        found = block.backward(spec, saved, grad_NCYX, sample.bias_C, sample.tensors, x_NCHW.shape[2:])
+        ours_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
+        found = block.backward(spec, saved, grad_NCYX, sample.bias_C, sample.norm, x_NCHW.shape[2:])
     assert ours_NCYX.shape[2:] == spec.out_sides(*sides)
     assert ours_NCYX.is_contiguous(memory_format=torch.channels_last)
     close(ours_NCYX, theirs_NCYX.detach())
@@ -50,14 +50,14 @@ def test_gradient_in_bfloat16_is_that_of_float32_rounded() -> None:
     spec = SPECS["bn_after_relu_pool"]
     sample, wide = make_sample(spec, kind=torch.bfloat16), make_sample(spec)
     with torch.no_grad():
-        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
-        _, wide_saved = block.forward(spec, wide.x_NCHW, wide.bias_C, wide.tensors)
+        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
+        _, wide_saved = block.forward(spec, wide.x_NCHW, wide.bias_C, wide.norm)
         assert out_NCYX.dtype == torch.bfloat16 and saved.mean_C is not None and wide_saved.mean_C is not None
         assert torch.equal(saved.mean_C, wide_saved.mean_C)  # halves are exact in both
         grad_NCYX = make_grad(out_NCYX)
         sides = sample.x_NCHW.shape[2:]
-        found = block.backward(spec, saved, grad_NCYX, sample.bias_C, sample.tensors, sides)
-        expected = block.backward(spec, saved, grad_NCYX.float(), sample.bias_C, sample.tensors, sides)
+        found = block.backward(spec, saved, grad_NCYX, sample.bias_C, sample.norm, sides)
+        expected = block.backward(spec, saved, grad_NCYX.float(), sample.bias_C, sample.norm, sides)
     assert torch.equal(found.x_NCHW, expected.x_NCHW.bfloat16())
     assert found.bias_C is not None and found.bias_C.dtype == torch.float32
 

@@ -18,8 +18,8 @@ def both_gradients(spec: BlockSpec, sample: Sample) -> tuple[Gradients, Gradient
     from train.kernels import block_backward_triton, block_forward_triton
 
     with torch.no_grad():
-        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
-        known = spec, saved, make_grad(out_NCYX), sample.bias_C, sample.tensors, sample.x_NCHW.shape[2:]
+        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
+        known = spec, saved, make_grad(out_NCYX), sample.bias_C, sample.norm, sample.x_NCHW.shape[2:]
         with interpreted(block_forward_triton, block_backward_triton):
             found = block_backward_triton.backward(*known)
         return found, block.backward(*known)
@@ -74,10 +74,10 @@ def test_backward_kernels_spill_nothing(name: str, capability: int) -> None:
     spec = SPECS[name]
     sample = make_sample(spec, (2, 96, 9, 9), torch.bfloat16)
     with torch.no_grad():
-        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
     with recorded_launches(block_backward_triton) as launches:
         block_backward_triton.backward(
-            spec, saved, make_grad(out_NCYX), sample.bias_C, sample.tensors, sample.x_NCHW.shape[2:]
+            spec, saved, make_grad(out_NCYX), sample.bias_C, sample.norm, sample.x_NCHW.shape[2:]
         )
     assert len(launches) == (sample.bias_C is not None) + 1 + 2 * spec.has_batch_norm
     for launch in launches:

@@ -23,7 +23,7 @@ def run_block(
     if norm.norm is not None:
         leaves += [norm.norm.weight, norm.norm.bias]
     bias_C = None if sample.bias_C is None else leaves[1]
-    out_NCYX = fused_block(leaves[0], spec, bias_C, norm.tensors, implementation)
+    out_NCYX = fused_block(leaves[0], spec, bias_C, norm.norm, implementation)
     torch.autograd.backward(out_NCYX, make_grad(out_NCYX))
     found = [leaf.grad for leaf in leaves if leaf.grad is not None]
     assert len(found) == len(leaves)
@@ -64,7 +64,7 @@ def test_single_value_has_no_variance() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         make_modules(spec, sample.norm)(sample.x_NCHW)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fused_block(sample.x_NCHW, spec, None, sample.tensors)
+        fused_block(sample.x_NCHW, spec, None, sample.norm)
 
 
 # Not all of `SPECS`: every one is compiled on its first call.
@@ -100,10 +100,10 @@ def test_kernels_round_as_the_plain_form_on_a_gpu(name: str, kind: torch.dtype) 
     sample = make_sample(spec, (4, 192, 13, 14), kind, "cuda")
     other, rounding = deepcopy(sample), 2**-7 if kind == torch.bfloat16 else 2**-10
     with torch.no_grad():
-        out_NCYX, _ = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.tensors)
-        plain_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        out_NCYX, _ = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.norm)
+        plain_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
         torch.testing.assert_close(out_NCYX, plain_NCYX, rtol=rounding, atol=1e-5)
-        known = spec, saved, make_grad(plain_NCYX), sample.bias_C, sample.tensors, sample.x_NCHW.shape[2:]
+        known = spec, saved, make_grad(plain_NCYX), sample.bias_C, sample.norm, sample.x_NCHW.shape[2:]
         ours, theirs = block_backward_triton.backward(*known), block.backward(*known)
     torch.testing.assert_close(ours.x_NCHW, theirs.x_NCHW, rtol=rounding, atol=1e-5)
     for key in ("bias_C", "norm_weight_C", "norm_bias_C"):
