@@ -1,12 +1,12 @@
 """One pass of SGD over a parameter, which also writes the weight in the type that the next pass reads.
 
-The float32 weight and velocity are updated in place, by a gradient in float32 or in the autocast type, and
-the weight is rounded to the autocast type beside it, so that no other pass casts it. What changes from step
-to step is read from tensors on the device; where the step is skipped nothing is written.
+The float32 weight and velocity are updated in place, and the weight is rounded to the autocast type beside
+it, so that no other pass casts it. What changes from step to step is read from tensors on the device; where
+the step is skipped nothing is written.
 
 `update_parameter` is plain torch, for any device and the reference, or the kernel of
 `train.kernels.sgd_triton`, which reads and writes each value once: of a parameter 16 bytes of weight and
-velocity, 2 or 4 of gradient, 2 of the copy.
+velocity, 4 of gradient, 2 of the copy.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def update_parameter(
     Args:
         weight: float32, of any layout without gaps, which the other tensors have, too.
         velocity: float32; None where the momentum is 0.
-        gradient: of the same shape, float32 or a half type.
+        gradient: float32.
         rate: () float32, the learning rate.
         skip: () float32, 1 where nothing may change, whatever the gradient is.
         ratio: () float32, by which gradient and decay are multiplied: LARS's.
@@ -71,7 +71,7 @@ def update_parameter(
         launch_update(weight, velocity, gradient, rate, skip, form, ratio=ratio, half=half)
         return
     keep = skip == 0
-    change = gradient.float()
+    change = gradient
     if form.weight_decay:
         change = change + form.weight_decay * weight
     if ratio is not None:

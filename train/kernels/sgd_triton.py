@@ -41,7 +41,7 @@ def sgd_kernel(
     go = place < tl.where(tl.load(skip_ptr) == 0, size, 0)
     rate = tl.load(rate_ptr)
     weight = tl.load(weight_ptr + place, mask=go, other=0.0)
-    change = tl.load(gradient_ptr + place, mask=go, other=0.0).to(tl.float32) + weight_decay * weight
+    change = tl.load(gradient_ptr + place, mask=go, other=0.0) + weight_decay * weight
     if ratio_ptr is not None:
         change = change * tl.load(ratio_ptr)
     if LR_IN_VELOCITY:
