@@ -113,18 +113,16 @@ class FusedNetwork:
     Args:
         network: stays what it is; layers that are replaced later are not seen.
         implementation: of the blocks: `triton` on a GPU, or `plain`.
-        weight_of: what is read for a weight or bias of a convolution or linear layer.
+        weight_of: what is read for a weight or bias of a convolution or linear layer; None for itself.
     Shape:
         normalised float images (N, 3, crop_px, crop_px) -> logits (N, num_classes).
     """
 
     def __init__(
-        self,
-        network: AlexNet,
-        implementation: Implementation,
-        weight_of: WeightOf = lambda parameter: parameter,
+        self, network: AlexNet, implementation: Implementation, weight_of: WeightOf | None = None
     ) -> None:
-        self.network, self.implementation, self.weight_of = network, implementation, weight_of
+        self.network, self.implementation = network, implementation
+        self.weight_of: WeightOf = weight_of or (lambda parameter: parameter)
         self.stages = stages_of(network.features)
 
     def why_not_fused(self) -> list[str]:
@@ -132,11 +130,9 @@ class FusedNetwork:
         reasons = [(stage.name, stage.why_not_fused()) for stage in self.stages]
         return [f"{name}: {reason}" for name, reason in reasons if reason is not None]
 
-    def forward(self, images_NCHW: Tensor) -> Tensor:
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits of normalised images."""
         return self.forward_from(self.convolve(self.stages[0], images_NCHW))
-
-    __call__ = forward
 
     def forward_from(self, map_NCHW: Tensor) -> Tensor:
         """Compute the logits from what the first convolution gives, without its bias."""

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from train.compile.fused import FusedNetwork
 from train.compile.update import update_weights
@@ -18,7 +19,7 @@ from train.graphs.fast_step import FastStep
 from train.inputs.pass_inputs import PassInputs
 from train.inputs.trivial import trivial_augment
 from train.kernels.implementation import Implementation
-from train.kernels.stem import s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
+from train.kernels.stem import BlockShape, s2d_inputs, s2d_shape, s2d_weights, why_plain
 from train.models.parts import set_training
 from train.optim.half_weights import HalfWeights
 from train.step import StepFn, StepParts, training_inputs
@@ -64,20 +65,20 @@ class FusedForward:
 
     def __init__(self, parts: StepParts, halves: HalfWeights | None, implementation: Implementation) -> None:
         self._parts, self._implementation = parts, implementation
-        self._weight_of = halves.half_of if halves is not None else _itself
-        self._network = FusedNetwork(parts.network, implementation, self._weight_of)
-        conv = self._network.stages[0].conv
-        self._by_blocks = why_plain(conv) is None
-        if self._by_blocks:
+        weight_of = halves.half_of if halves is not None else None
+        self._network = FusedNetwork(parts.network, implementation, weight_of)
+        self._conv = conv = self._network.stages[0].conv
+        self._shape: BlockShape | None = None
+        if why_plain(conv) is None:
             sizes = (int(conv.kernel_size[0]), int(conv.stride[0]), int(conv.padding[0]))
             self._shape = s2d_shape(parts.config.preprocessing.crop_px, *sizes)
 
     def __call__(self, inputs: PassInputs) -> Tensor:
         """Return the logits, (N, C)."""
-        if not self._by_blocks:
+        if self._shape is None:
             inputs_NCHW = training_inputs(inputs, self._parts.normalize)
             with self._parts.precision.autocast():
-                return self._network.forward(inputs_NCHW)
+                return self._network(inputs_NCHW)
         images_NHWC = inputs.images
         if inputs.trivial is not None:
             images_NHWC = trivial_augment(images_NHWC, inputs.trivial)
@@ -91,11 +92,6 @@ class FusedForward:
             mix=inputs.mix,
             implementation=self._implementation,
         )
-        conv = self._network.stages[0].conv
         with self._parts.precision.autocast():
-            weights_ODKK = s2d_weights(self._weight_of(conv.weight), self._shape.stride)
-            return self._network.forward_from(stem_conv(inputs_NDHW, weights_ODKK))
-
-
-def _itself(parameter: Tensor) -> Tensor:
-    return parameter
+            weights_ODKK = s2d_weights(self._network.weight_of(self._conv.weight), self._shape.stride)
+            return self._network.forward_from(conv2d(inputs_NDHW, weights_ODKK))

@@ -4,6 +4,7 @@ Tensor cores multiply by eights of channels, and images have three. A convolutio
 in steps of s pixels, so each block of s x s pixels can be one pixel of more channels: an 11 x 11 kernel of
 stride 4 on 3 channels is a 3 x 3 kernel of stride 1 on 48. It is the same sum in another order. Weights stay
 what they are in the network and its checkpoints; `s2d_weights` regroups them in each pass, differentiably.
+`conv2d` of what `s2d_inputs` and `s2d_weights` give, (N, O, out_px, out_px), is the convolution's output.
 
 A block's channels are its pixels, row by row, each with its three colours: channel (a * s + b) * 3 + c is
 colour c of the pixel in row a and column b of the block. So a row of a block is a run of bytes both in the
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
 from train.inputs.erase import erase_inputs
 from train.inputs.mixup import MixInputs, mix_inputs
@@ -167,15 +168,3 @@ def _regroup(values_NHWI: Tensor, shape: BlockShape) -> Tensor:
     values_NBBD = split_NBaBbI.permute(0, 1, 3, 2, 4, 5).reshape(-1, blocks, blocks, stride * stride * COLORS)
     zeros = shape.channels - values_NBBD.shape[-1]
     return pad(values_NBBD, (0, zeros)).permute(0, 3, 1, 2)
-
-
-def stem_conv(inputs_NDBB: Tensor, weights_ODKK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Convolve regrouped images with regrouped weights.
-
-    Args:
-        inputs_NDBB: of `s2d_inputs`.
-        weights_ODKK: of `s2d_weights`, in the type of the inputs, as the bias.
-    Returns:
-        (N, O, out_px, out_px): the output of the convolution that the weights are of.
-    """
-    return conv2d(inputs_NDBB, weights_ODKK, bias_O)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import conv2d
 
 from tests.helpers.triton import interpreted, needs_triton
 from train.compile.update import update_weights
 from train.config.schema import OptimizerConfig
 from train.kernels.implementation import Implementation
-from train.kernels.stem import s2d_weights, stem_conv
+from train.kernels.stem import s2d_weights
 from train.optim.half_weights import HalfWeights
 from train.optim.sgd import apply_fused, make_optimizer, set_lr, start_momentum
 
@@ -132,7 +133,7 @@ def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
     before, skip = conv.weight.detach().clone(), torch.tensor(0.0)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
-        maps = stem_conv(inputs, s2d_weights(halves.half_of(conv.weight), 4), halves.half_of(bias))
+        maps = conv2d(inputs, s2d_weights(halves.half_of(conv.weight), 4), halves.half_of(bias))
         torch.autograd.backward(maps.float().square().mean())
         assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride()
         assert conv.weight.grad.dtype == (torch.bfloat16 if kept_half else torch.float32)
