@@ -92,7 +92,7 @@ class Prover:
         except Exception as error:  # a new kernel on a card that nobody has seen can fail in any way
             against, lasting = why_failed(error), not isinstance(error, torch.OutOfMemoryError)
         put_back(self.held, candidate.name, against)
-        if self.parts.world.any(against is not None) or fast is None:
+        if self.parts.world.any(against is not None):
             fast = None
         return Verdict(name=candidate.name, against=against, notes=candidate.notes, lasting=lasting), fast
 
