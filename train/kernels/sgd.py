@@ -53,7 +53,7 @@ def update_parameter(
     """Update a weight and its velocity in place, and the weight's copy in another type.
 
     Args:
-        weight: float32, of any layout without gaps, which the other tensors have, too.
+        weight: float32, contiguous or channels_last, as the other tensors are, too.
         velocity: float32; None where the momentum is 0.
         gradient: float32.
         rate: () float32, the learning rate.
@@ -63,8 +63,9 @@ def update_parameter(
         implementation: `triton` takes one pass over memory, and a GPU.
     """
     assert (velocity is None) == (form.momentum == 0)
-    tensors = [tensor for tensor in (velocity, gradient, half) if tensor is not None]
-    assert all(has_layout_of(weight, tensor) for tensor in tensors), "autograd gives a parameter's own layout"
+    assert weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    layouts = {(t.shape, t.stride()) for t in (weight, velocity, gradient, half) if t is not None}
+    assert len(layouts) == 1, "autograd gives a parameter's own layout"
     if implementation == "triton":
         from train.kernels.sgd_triton import launch_update
 
@@ -87,13 +88,3 @@ def update_parameter(
     weight.copy_(torch.where(keep, weight - change, weight))
     if half is not None:
         half.copy_(weight)
-
-
-def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors hold their elements in the same order in memory, without gaps."""
-    strides = [
-        [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
-        for t in (tensor, other)
-    ]
-    dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-    return dense and tensor.shape == other.shape and strides[0] == strides[1]

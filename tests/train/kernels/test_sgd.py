@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.kernels.sgd import SgdForm, has_layout_of, update_parameter
+from train.kernels.sgd import SgdForm, update_parameter
 
 STEPS, SKIPPED = 10, 4
 
@@ -46,17 +46,6 @@ def test_plain_update_is_torchs_fused_sgd(form: SgdForm) -> None:
     assert (weight - start).abs().mean() > 0.05
     if velocity is not None:
         torch.testing.assert_close(velocity, optimizer.state[theirs]["momentum_buffer"], rtol=1e-6, atol=1e-6)
-
-
-def test_layout_is_the_order_in_memory() -> None:
-    wide = torch.empty(4, 3, 5, 5)
-    last = wide.to(memory_format=torch.channels_last)
-    assert has_layout_of(wide, wide.bfloat16()) and has_layout_of(last, torch.empty_like(last))
-    assert not has_layout_of(wide, last) and not has_layout_of(last, wide)
-    assert not has_layout_of(wide[:, :2], wide[:, :2])  # gaps
-    assert not has_layout_of(wide, wide[:2])
-    ones = torch.empty(4, 3, 1, 1)
-    assert has_layout_of(ones, ones.to(memory_format=torch.channels_last))
 
 
 def test_gradient_of_another_layout_is_refused() -> None:
