@@ -7,19 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.kernels.implementation import Implementation
-from train.kernels.sgd import SgdForm, update_parameter
+from train.kernels.interface import Kernels, SgdForm
 from train.optim.half_weights import HalfWeights
 from train.optim.sgd import trust_ratios
 
 
 @torch.no_grad()
 def update_weights(
-    optimizer: torch.optim.SGD,
-    skip: Tensor,
-    halves: HalfWeights | None = None,
-    *,
-    implementation: Implementation = "plain",
+    optimizer: torch.optim.SGD, skip: Tensor, halves: HalfWeights | None, kernels: Kernels
 ) -> None:
     """Apply one step of `train.optim.sgd.make_optimizer`'s SGD, or none where `skip` is 1.
 
@@ -43,16 +38,8 @@ def update_weights(
             trust, decay = group["trust_coefficient"], form.weight_decay
             ratios = trust_ratios(parameters, gradients, trust, decay).unbind()
         for parameter, gradient, ratio in zip(parameters, gradients, ratios, strict=True):
-            update_parameter(
-                parameter,
-                optimizer.state[parameter]["momentum_buffer"] if form.momentum else None,
-                gradient,
-                rate,
-                skip,
-                form,
-                ratio=ratio,
-                half=halves.copy_of(parameter) if halves is not None else None,
-                implementation=implementation,
-            )
+            velocity = optimizer.state[parameter]["momentum_buffer"] if form.momentum else None
+            half = halves.copy_of(parameter) if halves is not None else None
+            kernels.update_parameter(parameter, velocity, gradient, rate, skip, form, ratio, half)
             if halves is not None:
                 halves.mark_written(parameter)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from train.compile.fused import FusedNetwork
+from train.compile.fused import FusedNetwork, stages_of
 from train.compile.update import update_weights
 from train.graphs.capture import Capture
 from train.graphs.fast_step import FastStep
 from train.inputs.pass_inputs import PassInputs
 from train.inputs.trivial import trivial_augment
-from train.kernels.implementation import Implementation
-from train.kernels.stem import BlockShape, s2d_inputs, s2d_shape, s2d_weights, why_plain
+from train.kernels.interface import Kernels
+from train.kernels.stem import BlockShape, s2d_shape, s2d_weights, why_plain
 from train.models.parts import set_training
 from train.optim.half_weights import HalfWeights
 from train.step import StepFn, StepParts, training_inputs
@@ -29,20 +29,19 @@ from train.step import StepFn, StepParts, training_inputs
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_fused_step(parts: StepParts, capture: Capture, implementation: Implementation) -> StepFn:
+def make_fused_step(parts: StepParts, capture: Capture, kernels: Kernels) -> StepFn:
     """Build the fast step whose passes and update are fused kernels.
 
     Args:
         capture: how the work is done again and again.
-        implementation: of the kernels: `triton` on a GPU, or `plain`.
     """
     half = HALVES.get(parts.precision.name)
     halves = HalfWeights(parts.network, half, parts.optimizer) if half is not None else None
     return FastStep(
         parts,
         capture,
-        forward=FusedForward(parts, halves, implementation),
-        apply=partial(update_weights, halves=halves, implementation=implementation),
+        forward=FusedForward(parts, halves, kernels),
+        apply=partial(update_weights, halves=halves, kernels=kernels),
         before=halves.refresh if halves is not None else None,
     )
 
@@ -50,9 +49,10 @@ def make_fused_step(parts: StepParts, capture: Capture, implementation: Implemen
 def why_modules(parts: StepParts) -> tuple[str, ...]:
     """Return a line for each part of a network that runs as the module that it is, with the reason."""
     set_training(parts.network, parts.config.freeze)
-    network = FusedNetwork(parts.network, "plain")
-    stem = why_plain(network.stages[0].conv)
-    return (*([f"{network.stages[0].name}: {stem}"] if stem is not None else []), *network.why_not_fused())
+    stages = stages_of(parts.network.features)
+    reasons = [(stages[0].name, why_plain(stages[0].conv))]
+    reasons += [(stage.name, stage.why_not_fused()) for stage in stages]
+    return tuple(f"{name}: {reason}" for name, reason in reasons if reason is not None)
 
 
 class FusedForward:
@@ -60,13 +60,12 @@ class FusedForward:
 
     Args:
         halves: the weights in the autocast type; None in float32.
-        implementation: of the kernels.
     """
 
-    def __init__(self, parts: StepParts, halves: HalfWeights | None, implementation: Implementation) -> None:
-        self._parts, self._implementation = parts, implementation
+    def __init__(self, parts: StepParts, halves: HalfWeights | None, kernels: Kernels) -> None:
+        self._parts, self._kernels = parts, kernels
         weight_of = halves.half_of if halves is not None else None
-        self._network = FusedNetwork(parts.network, implementation, weight_of)
+        self._network = FusedNetwork(parts.network, kernels, weight_of)
         self._conv = conv = self._network.stages[0].conv
         self._shape: BlockShape | None = None
         if why_plain(conv) is None:
@@ -82,15 +81,14 @@ class FusedForward:
         images_NHWC = inputs.images
         if inputs.trivial is not None:
             images_NHWC = trivial_augment(images_NHWC, inputs.trivial)
-        inputs_NDHW = s2d_inputs(
+        inputs_NDHW = self._kernels.s2d_inputs(
             images_NHWC,
             self._parts.normalize.scale,
             self._parts.normalize.shift,
             self._shape,
             HALVES.get(self._parts.precision.name, torch.float32),
-            erase_N4=inputs.erase,
-            mix=inputs.mix,
-            implementation=self._implementation,
+            inputs.erase,
+            inputs.mix,
         )
         with self._parts.precision.autocast():
             weights_ODKK = s2d_weights(self._network.weight_of(self._conv.weight), self._shape.stride)

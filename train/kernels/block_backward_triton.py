@@ -1,6 +1,6 @@
 """A block's backward pass by Triton: each pixel gathers from the up to four windows that may have chosen it.
 
-`block.py` has the plain form, `fused_block.py` the traffic. Nothing is added by atomics: gradients of
+`fused_block.py` has the traffic. Nothing is added by atomics: gradients of
 parameters are sums of a part of the rows in each program, and then of the parts, in an order that follows
 from the shapes alone.
 """
@@ -13,13 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels.block import BlockSpec, Gradients, Saved
+from train.kernels.block import BlockSpec, Gradients, Saved, divide, empty_map
 from train.kernels.block_forward_triton import (
     MERGED,
     bias_row,
     biased,
-    divide,
-    empty_map,
     lrn_scale,
     norm_rows,
     relu,
@@ -217,7 +215,16 @@ def backward(
     norm: _BatchNorm | None,
     sides: torch.Size,
 ) -> Gradients:
-    """Compute what `block.backward` computes: one launch for x, one for a bias, two for a norm."""
+    """Compute the gradients of a block from that of its output.
+
+    One launch for x, one for a bias, two for a norm.
+
+    Args:
+        saved: of the forward pass.
+        grad_NCYX: of the output, in its type.
+        bias_C, norm: as they were in the forward pass.
+        sides: (H, W) of the input.
+    """
     channels, *out_sides = grad_NCYX.shape[1:]
     sums_2C = None if norm is None else norm_sums(spec, saved, grad_NCYX, bias_C, norm)
     dx_NCHW = empty_map(grad_NCYX, sides, grad_NCYX.dtype)

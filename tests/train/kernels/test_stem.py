@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from tests.helpers.plain_kernels import s2d_inputs
 from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, mix_on_device, uint8_images
 from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
 from train.inputs.erase import erase_inputs
 from train.inputs.mixup import mix_inputs
-from train.kernels.stem import s2d_inputs, s2d_shape, s2d_weights, why_plain
+from train.kernels.stem import s2d_shape, s2d_weights, why_plain
 from train.models.alexnet import NETWORKS, Normalize, make_features
 
 # Shapes: N samples, H and W rows and columns of pixels; D channels, B blocks along a side; O output channels.
@@ -166,8 +167,9 @@ import sys
 sys.modules["triton"] = None
 import torch
 from train.compile.update import update_weights
-from train.kernels.sgd import SgdForm, update_parameter
-from train.kernels.stem import s2d_inputs, s2d_shape
+from tests.helpers.plain_kernels import s2d_inputs, update_parameter
+from train.kernels.interface import SgdForm
+from train.kernels.stem import s2d_shape
 images, ones = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(3)
 weight, number = torch.ones(2), torch.tensor(0.5)
 update_parameter(weight, None, weight.clone(), number, number * 0, SgdForm(0.0))
