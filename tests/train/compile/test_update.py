@@ -99,29 +99,7 @@ def test_update_is_the_optimizers_step(name: str, form: str, device: str) -> Non
             torch.testing.assert_close(velocities[1], velocities[0], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars"])
-def test_update_takes_half_gradients(name: str) -> None:
-    config = OptimizerConfig(**FORMS[name])
-    results = []
-    for kept_half in (False, True):
-        network = small_network()
-        optimizer = make_optimizer(network, config)
-        halves = HalfWeights(network, torch.bfloat16, optimizer)
-        start_momentum(optimizer)
-        halves.keep_half_gradients(kept_half)
-        for parameter in network.parameters():
-            gradient = torch.empty_like(parameter).copy_(parameter.detach() * 3).bfloat16()
-            in_half = kept_half and halves.copy_of(parameter) is not None
-            parameter.grad = gradient if in_half else gradient.float()
-        set_lr(optimizer, 0.1)
-        update_weights(optimizer, torch.tensor(0.0), halves, PLAIN)
-        results.append([p.detach() for p in network.parameters()])
-    for whole, half in zip(*results, strict=True):
-        assert torch.equal(whole, half)
-
-
-@pytest.mark.parametrize("kept_half", [False, True])
-def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
+def test_gradients_of_a_regrouped_stem_have_its_layout() -> None:
     """In the order of the memory, as the pass wants them, though they come through a permutation."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 11, stride=4, padding=2).to(memory_format=torch.channels_last)
@@ -129,7 +107,6 @@ def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
     start_momentum(optimizer)
     set_lr(optimizer, 0.1)
     halves = HalfWeights(conv, torch.bfloat16, optimizer)
-    halves.keep_half_gradients(kept_half)
     inputs, bias = torch.randn(2, 48, 9, 9).bfloat16(), conv.bias
     assert bias is not None
     before, skip = conv.weight.detach().clone(), torch.tensor(0.0)
@@ -138,7 +115,7 @@ def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
         maps = conv2d(inputs, s2d_weights(halves.half_of(conv.weight), 4), halves.half_of(bias))
         torch.autograd.backward(maps.float().square().mean())
         assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride()
-        assert conv.weight.grad.dtype == (torch.bfloat16 if kept_half else torch.float32)
+        assert conv.weight.grad.dtype == torch.float32
         update_weights(optimizer, skip, halves, PLAIN)
     assert (conv.weight - before).abs().max() > 1e-4 and halves.refresh() == 0
 
