@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +20,10 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard, propagate_nonfinite, restore_buffers
 from train.inputs.erase import erase_inputs
 from train.inputs.mixup import mix_inputs, mixed_losses
+from train.inputs.packed import Arrays, place
 from train.inputs.pass_inputs import PassInputs, make_inputs
 from train.inputs.trivial import trivial_augment
-from train.inputs.values import Arrays, StepValues, make_values, value_arrays
+from train.inputs.values import StepValues, values_of
 from train.models.alexnet import AlexNet, Normalize
 from train.models.batch_norm import ghost_sums_of, is_synchronized, settle_ghosts
 from train.models.dropout import layer_keys_at, masks_of
@@ -89,12 +91,13 @@ def training_inputs(inputs: PassInputs, normalize: Normalize) -> Tensor:
 
 def start_values(parts: StepParts, learning_rate: float, step: int) -> Arrays:
     """Set the optimiser's rates on the host, and return the numbers of a step, for `values_of`."""
-    return value_arrays(
-        step=step,
-        rates=set_lr(parts.optimizer, learning_rate),
-        average_share=parts.ema.share_at(step) if parts.ema is not None else 0.0,
-        keys_L2=layer_keys_at(parts.config.seed, step, len(masks_of(parts.network).keys_L2)),
-    )
+    share = parts.ema.share_at(step) if parts.ema is not None else 0.0
+    return {
+        "step": np.array(step, dtype=np.int64),
+        "rates": np.array(set_lr(parts.optimizer, learning_rate), dtype=np.float32),
+        "average_share": np.array(share, dtype=np.float32),
+        "keys": layer_keys_at(parts.config.seed, step, len(masks_of(parts.network).keys_L2)),
+    }
 
 
 def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int) -> AccuracyMeter:
@@ -112,7 +115,7 @@ def train_step(parts: StepParts, batches: Sequence[Batch], learning_rate: float,
         This rank's counts, still on the device; zeros for a skipped step.
     """
     world, network, optimizer, scaler = parts.world, parts.network, parts.optimizer, parts.scaler
-    values = make_values(start_values(parts, learning_rate, step), world.device)
+    values = values_of(place(start_values(parts, learning_rate, step), world.device))
     masks = masks_of(network)
     masks.keys_L2 = values.keys
     meter = AccuracyMeter(world.device)

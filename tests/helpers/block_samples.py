@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.kernels.block import BlockSpec, NormTensors
+from train.kernels.block import BlockSpec
 from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
 
@@ -35,13 +35,6 @@ SPECS = {
 }
 
 
-def norm_tensors(norm: BatchNorm) -> NormTensors:
-    """Return the tensors of a module; they are the module's own."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    return NormTensors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
-
-
 @dataclass(frozen=True)
 class Sample:
     """Inputs of a block; bias and norm where it has them."""
@@ -49,10 +42,6 @@ class Sample:
     x_NCHW: Tensor
     bias_C: Tensor | None
     norm: BatchNorm | None
-
-    @property
-    def tensors(self) -> NormTensors | None:
-        return None if self.norm is None else norm_tensors(self.norm)
 
 
 def make_sample(

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH, batches_at, linear_layers, make
@@ -106,8 +105,7 @@ def main() -> None:
             "norms": compare_norms(world),
             **{f"begun {mode}": begun(world, Path("begun", mode), mode) for mode in ("ddp", "hybrid")},
         }
-        gathered: list[Any] = [None] * world.world_size
-        dist.all_gather_object(gathered, found)
+        gathered = world.gather_objects(found)
         if world.is_main:
             click.echo(json.dumps(gathered))
 

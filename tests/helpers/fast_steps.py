@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import click
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.erase import erase_boxes_at
@@ -26,13 +24,13 @@ from data_pipeline.transforms.mix import PAIR_SIZE, mix_params_at
 from data_pipeline.transforms.sampler import rank_slice
 from data_pipeline.transforms.trivial import trivial_params_at
 from tests.helpers.recorder import Recorder
+from tests.helpers.step_samples import CLASSES, parts_of
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.graphs.capture import Capture
 from train.graphs.fast_step import FastStep
 from train.health.metrics import AccuracyMeter
 from train.models.alexnet import NETWORKS
-from train.setup import make_step_parts
 from train.step import StepFn, StepParts, train_step
 
 CROP_PX, GLOBAL_BATCH, NUM_STEPS, BAD_STEP = 22, 8, 50, 23
@@ -43,7 +41,6 @@ SETS = (
     "augment.cutmix=1.0",
     "ema_decay=0.9", "label_smoothing=0.1", "spike_factor=50", "log_every=1", "device=cpu",
 )  # fmt: skip
-CLASSES = tuple("abcdefghij")
 
 
 @contextmanager
@@ -58,8 +55,7 @@ def make_parts(world: World, *overrides: str, scaled: bool = False) -> StepParts
     """Parts with class weights; with float16's loss scaler, which grows and shrinks soon, if `scaled`."""
     config = make_config("tiny-imagenet", [*SETS, "precision=fp32", *overrides])
     with narrow_networks():
-        data = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
-        parts = make_step_parts(config, data, world, None)
+        parts = parts_of(config, world)
     if scaled:
         scaler = torch.amp.GradScaler(world.device.type, init_scale=256.0, growth_interval=7)
         parts = replace(parts, scaler=scaler)

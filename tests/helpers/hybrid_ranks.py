@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.sampler import rank_slice
 from tests.helpers.dropout_reference import kept_units
 from tests.helpers.faulty_rank import fail
 from tests.helpers.norm_ranks import compare_norms
 from tests.helpers.ranks import TINY
+from tests.helpers.step_samples import parts_of
 from train.config.load import make_config
 from train.distributed.hybrid import (
     HybridParallel,
@@ -36,7 +35,6 @@ from train.distributed.tensor_parallel import shard_bounds
 from train.distributed.world import World, open_world
 from train.models.alexnet import AlexNet
 from train.optim.sgd import load_optimizer
-from train.setup import make_step_parts
 from train.step import StepParts, train_step
 
 GLOBAL_BATCH = 25
@@ -50,9 +48,7 @@ NUM_STEPS = 2
 def make(world: World, *overrides: str) -> StepParts:
     """The parts of a step as a run would make them."""
     sets = [*TINY, *SIZE, "model.dropout=0.5", f"global_batch={GLOBAL_BATCH}", "micro_batch=4", *overrides]
-    config = make_config("demo", sets)
-    dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), CLASSES)
-    return make_step_parts(config, dataset, world, None)
+    return parts_of(make_config("demo", sets), world, classes=CLASSES)
 
 
 def batches_at(world: World, step: int, micro_batch: int = 4) -> list[Batch]:
@@ -259,8 +255,7 @@ def main() -> None:
             "overflow": overflow(world),
             "norms": compare_norms(world),
         }
-        everyones: list[Any] = [None] * world.world_size
-        dist.all_gather_object(everyones, found)
+        everyones = world.gather_objects(found)
         if world.is_main:
             click.echo(json.dumps(everyones))
 

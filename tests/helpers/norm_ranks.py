@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.sampler import rank_slice
 from tests.helpers.ranks import TINY
+from tests.helpers.step_samples import parts_of
 from train.config.load import make_config
 from train.distributed.hybrid import samples_of_passes
 from train.distributed.world import World
 from train.models.alexnet import Normalize
-from train.setup import make_step_parts
 from train.step import StepParts, train_step
 
 CROP_PX = 12
@@ -40,8 +38,7 @@ NORMED = (
 
 def make_parts(world: World, *overrides: str) -> StepParts:
     """The parts of a step as a run would make them."""
-    dataset = Dataset(Path(), "train", (), np.zeros(0, np.int64), tuple("0123456789"))
-    parts = make_step_parts(make_config("demo", [*NORMED, *overrides]), dataset, world, None)
+    parts = parts_of(make_config("demo", [*NORMED, *overrides]), world)
     return replace(parts, normalize=InFloat64(parts.config.preprocessing))
 
 

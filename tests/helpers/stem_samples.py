@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.inputs.mixup import MixInputs, mix_arrays
+from train.inputs.mixup import MixInputs
 
 # Shapes: N samples, H and W rows and columns.
 
@@ -25,7 +25,7 @@ MIX = MixParams(
 
 def mix_on_device(plan: MixParams, device: str | torch.device = "cpu") -> MixInputs:
     """Return a plan as tensors on a device."""
-    return MixInputs(**{name: torch.from_numpy(a).to(device) for name, a in mix_arrays(plan).items()})
+    return MixInputs(**{name: torch.from_numpy(a).to(device) for name, a in vars(plan).items()})
 
 
 def uint8_images(num: int, side: int) -> Tensor:

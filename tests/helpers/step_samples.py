@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,25 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from train.checkpoints.load import Checkpoint
 from train.config.load import make_config
+from train.config.schema import RunConfig
 from train.distributed.world import World
 from train.setup import make_step_parts
 from train.step import StepParts
 
+CLASSES = "abcdefghij"
 SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
 
 
 def small_trainer(world: World, *overrides: str, checkpoint: Checkpoint | None = None) -> StepParts:
-    config = make_config("tiny-imagenet", [*SMALL, *overrides])
-    classes = tuple("abcdefghij")
-    return make_step_parts(
-        config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, checkpoint
-    )
+    return parts_of(make_config("tiny-imagenet", [*SMALL, *overrides]), world, checkpoint=checkpoint)
+
+
+def parts_of(
+    config: RunConfig, world: World, *, classes: Sequence[str] = CLASSES, checkpoint: Checkpoint | None = None
+) -> StepParts:
+    """The parts of a run whose data has these classes and no images."""
+    data = Dataset(Path(), "train", (), np.zeros(0, np.int64), tuple(classes))
+    return make_step_parts(config, data, world, checkpoint)
 
 
 def small_batch(*, last: bool = True, **augmentation: Any) -> Batch:

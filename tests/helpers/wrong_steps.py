@@ -108,6 +108,6 @@ def candidate(kind: type[Fast]) -> Candidate:
     return Candidate(kind.__name__, kind)
 
 
-def read_seconds(step: object, **_: object) -> float:
+def read_seconds(step: object, *_: object) -> float:
     """The seconds that a step says it takes; 2 for the plain one."""
     return step.seconds if isinstance(step, Fast) else 2.0

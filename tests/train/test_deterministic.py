@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +15,16 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import mix_params_at
 from data_pipeline.transforms.trivial import trivial_params_at
 from scripts.soak.compare import compare_runs
+from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.ranks import TINY, link_subset, read_rows
+from tests.helpers.recorder import run_every_time
 from tests.helpers.step_samples import small_batch, small_trainer
 from tests.helpers.warm_ranks import run_ranks, train_warm
 from train.distributed.world import open_world
-from train.graphs.capture import Capture, CudaCapture, Eager
+from train.graphs.capture import Capture, CudaCapture
 from train.graphs.fused_forward import make_fused_step
 from train.graphs.verdict import read_record
+from train.kernels.interface import triton_kernels
 from train.step import train_step
 
 pytestmark = pytest.mark.slow
@@ -86,8 +87,8 @@ def test_fused_steps_repeat_their_bits(device: Literal["cpu", "cuda"], name: str
         with open_world(device, deterministic=True) as world:
             parts = small_trainer(world, "model.hidden_units=64", f"model.name={name}")
             on_gpu = device == "cuda"
-            capture: Callable[[], Capture] = partial(CudaCapture, world.device) if on_gpu else Eager
-            fast = make_fused_step(parts, capture, "triton" if on_gpu else "plain")
+            capture: Capture = CudaCapture(world.device) if on_gpu else run_every_time
+            fast = make_fused_step(parts, capture, triton_kernels() if on_gpu else PLAIN)
             for step in range(6):
                 fast([batch_of(32)], RATE, step)
             assert parts.guard.read().total == 0

@@ -61,35 +61,33 @@ def prepare_lrn(
         log.info("LRN is not compiled: this run is too short to gain by it (lrn=fused does it anyway)")
 
 
-def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World) -> bool:
+def fuse_lrn(network: AlexNet, crop_px: int, precision: Precision, world: World) -> None:
     """Compile the LRN of a network, forward and backward; if that fails on any rank, no rank uses it.
 
     The first rank of a machine compiles first, and the others find its kernels in the cache on disk.
-
-    Returns:
-        Whether it is compiled now.
     """
     layers = lrn_layers(network)
     if not layers:
-        return False
+        return
     drop_toolkit_note()
-    started, failure = time.monotonic(), ""
+    started = time.monotonic()
     if world.is_main:
         log.info("compiling LRN, once for this machine: it can take half a minute")
-    for turn in (True, False):
-        if (world.local_rank == 0) is turn:
-            failure = _try_lrn(network, crop_px, precision)
-        world.barrier()
+    with world.first_of_machine("LRN is compiled"):
+        failure = _try_lrn(network, crop_px, precision)
     failed = world.any(bool(failure))
     for layer in layers:
         layer.fused = not failed
-    if failure:
-        log.warning(f"LRN runs without a compiler, several times slower: {failure}")
-    elif failed and world.is_main:
-        log.warning("LRN runs without a compiler, several times slower: compiling failed on another rank")
+    if failed:
+        _warn_of_failure("LRN runs without a compiler, several times slower", failure, world)
     elif world.is_main:
         log.info(f"LRN compiled in {time.monotonic() - started:.0f} s; the kernels are kept for the next run")
-    return not failed
+
+
+def _warn_of_failure(outcome: str, failure: str, world: World) -> None:
+    """Log on each rank where compiling failed why it did; on rank 0 in any case."""
+    if failure or world.is_main:
+        log.warning(f"{outcome}: {failure or 'compiling failed on another rank'}")
 
 
 def drop_toolkit_note() -> None:
@@ -189,8 +187,7 @@ def maybe_compile(
     if not faster:
         undo_compile_step(parallel.module)
     if failed:
-        if failure or world.is_main:
-            log.warning(f"the network is not compiled: {failure or 'compiling failed on another rank'}")
+        _warn_of_failure("the network is not compiled", failure, world)
     elif world.is_main and not timed:
         log.info(f"the network is compiled ({compile_s:.0f} s), and not timed: deterministic=true")
     elif world.is_main:

@@ -3,7 +3,7 @@
 Convolutions run without their bias, and what stands between them is one block (`train.kernels.fused_block`).
 Nothing is copied: the network's parameters get the gradients, its running statistics are updated, and its
 state, checkpoints and evaluation are what they were. What has no block runs as the module that it is, and
-`why_not_fused` says so.
+`Stage.why_not_fused` says so.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from train.kernels.block import BlockSpec, NormTensors
+from train.kernels.block import BlockSpec
 from train.kernels.fused_block import fused_block
-from train.kernels.implementation import Implementation
+from train.kernels.interface import Kernels
 from train.models.alexnet import AlexNet
 from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
@@ -97,10 +97,10 @@ def spec_of(rest: list[nn.Module]) -> BlockSpec | None:
                 lrn_beta=lrn.beta,
                 lrn_k=lrn.k,
             )
-        case [BatchNorm() as norm, nn.ReLU()] if norm.momentum is not None:
-            return replace(pooling, norm="bn", eps=norm.eps, momentum=norm.momentum)
-        case [nn.ReLU(), BatchNorm() as norm] if norm.momentum is not None:
-            return replace(pooling, norm="bn_after_relu", eps=norm.eps, momentum=norm.momentum)
+        case [BatchNorm(), nn.ReLU()]:
+            return replace(pooling, norm="bn")
+        case [nn.ReLU(), BatchNorm()]:
+            return replace(pooling, norm="bn_after_relu")
     return None
 
 
@@ -112,31 +112,20 @@ class FusedNetwork:
 
     Args:
         network: stays what it is; layers that are replaced later are not seen.
-        implementation: of the blocks: `triton` on a GPU, or `plain`.
-        weight_of: what is read for a weight or bias of a convolution or linear layer.
+        kernels: of the blocks.
+        weight_of: what is read for a weight or bias of a convolution or linear layer; None for itself.
     Shape:
         normalised float images (N, 3, crop_px, crop_px) -> logits (N, num_classes).
     """
 
-    def __init__(
-        self,
-        network: AlexNet,
-        implementation: Implementation,
-        weight_of: WeightOf = lambda parameter: parameter,
-    ) -> None:
-        self.network, self.implementation, self.weight_of = network, implementation, weight_of
+    def __init__(self, network: AlexNet, kernels: Kernels, weight_of: WeightOf | None = None) -> None:
+        self.network, self.kernels = network, kernels
+        self.weight_of: WeightOf = weight_of or (lambda parameter: parameter)
         self.stages = stages_of(network.features)
 
-    def why_not_fused(self) -> list[str]:
-        """Return a line for each convolution that no block follows now, with the reason; for the log."""
-        reasons = [(stage.name, stage.why_not_fused()) for stage in self.stages]
-        return [f"{name}: {reason}" for name, reason in reasons if reason is not None]
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits of normalised images."""
         return self.forward_from(self.convolve(self.stages[0], images_NCHW))
-
-    __call__ = forward
 
     def forward_from(self, map_NCHW: Tensor) -> Tensor:
         """Compute the logits from what the first convolution gives, without its bias."""
@@ -159,8 +148,7 @@ class FusedNetwork:
         bias_C = stage.conv.bias
         if stage.why_not_fused() is None:
             assert stage.spec is not None
-            tensors = None if stage.norm is None else _tensors_of(stage.norm)
-            return fused_block(map_NCHW, stage.spec, bias_C, tensors, self.implementation)
+            return fused_block(map_NCHW, stage.spec, bias_C, stage.norm, self.kernels)
         if bias_C is not None:
             map_NCHW = map_NCHW + self.weight_of(bias_C).to(map_NCHW.dtype)[:, None, None]
         for module in stage.rest:
@@ -183,9 +171,3 @@ class FusedNetwork:
             else:
                 hidden_ND = module(hidden_ND)
         return hidden_ND
-
-
-def _tensors_of(norm: BatchNorm) -> NormTensors:
-    assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    return NormTensors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)

@@ -7,46 +7,27 @@ beside, then the capture, with gradients in the graph's own memory).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 Work = Callable[[], None]
 """Reads and writes tensors whose memory stays where it is, and looks at no value on the host."""
+Capture = Callable[[Work], Work]
+"""A way to do work many times: returns what does the work once at each call, if only by running it."""
 
 WARM_UP = 3
-"""Runs before a capture: libraries choose kernels, make handles and load code when they are first used."""
-
-
-class Capture(Protocol):
-    """A way to do work many times."""
-
-    def capture(self, work: Work) -> Work:
-        """Return what does the work once at each call; it may run `work` itself in some of them."""
-
-
-class Eager:
-    """Runs the work every time."""
-
-    def capture(self, work: Work) -> Work:
-        """Return the work."""
-        return work
+"""Calls in which a work is run as it is, for its effects, before the one that captures it: libraries choose
+kernels, make handles and load code when they are first used."""
 
 
 class CudaCapture:
-    """CUDA graphs, all with one pool of memory: they are replayed one after another.
+    """A `Capture` by CUDA graphs, all with one pool of memory: they are replayed one after another."""
 
-    Args:
-        device: the GPU.
-        warm_up: calls in which the work is run as it is, for its effects, before the one that captures it.
-    """
-
-    def __init__(self, device: torch.device, warm_up: int = WARM_UP) -> None:
-        self.warm_up = warm_up
+    def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Work) -> Work:
+    def __call__(self, work: Work) -> Work:
         """Return the work, which becomes a graph in the call after the warm-up."""
         return _Graph(self, work)
 
@@ -60,10 +41,10 @@ class _Graph:
 
     def __call__(self) -> None:
         self._calls += 1
-        if self._calls <= self._owner.warm_up:
+        if self._calls <= WARM_UP:
             self._run_beside()
             return
-        if self._calls == self._owner.warm_up + 1:
+        if self._calls == WARM_UP + 1:
             # Other threads, a decoder's or NCCL's, may do what a capture does not allow in this one.
             with torch.cuda.graph(
                 self._graph,

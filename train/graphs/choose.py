@@ -32,7 +32,7 @@ from train.graphs.verdict import (
     task_of,
 )
 from train.inputs.pass_inputs import images_on_device
-from train.kernels.implementation import Implementation
+from train.kernels.interface import Kernels, triton_kernels
 from train.step import StepFn, StepParts
 
 log = logging.getLogger("train")
@@ -118,16 +118,19 @@ def open_step(
 
 def candidates_of(parts: StepParts) -> list[Candidate]:
     """List the fast steps that a configuration can take, the most promising first."""
-    return list_candidates(parts, partial(CudaCapture, parts.world.device), "triton")
+    return list_candidates(parts, partial(CudaCapture, parts.world.device), triton_kernels)
 
 
 def list_candidates(
-    parts: StepParts, make_capture: Callable[[], Capture], implementation: Implementation
+    parts: StepParts, make_capture: Callable[[], Capture], load_kernels: Callable[[], Kernels]
 ) -> list[Candidate]:
-    """List the fast steps for a way of capturing and an implementation of the kernels."""
-    fused = partial(make_fused_step, make_capture=make_capture, implementation=implementation)
+    """List the fast steps for a way of capturing and a form of the kernels."""
+
+    def make_fused(parts: StepParts) -> StepFn:
+        return make_fused_step(parts, make_capture(), load_kernels())
+
     return [
-        Candidate("graph and fused kernels", fused, why_modules(parts)),
+        Candidate("graph and fused kernels", make_fused, why_modules(parts)),
         Candidate("graph", lambda parts: FastStep(parts, make_capture())),
     ]
 

@@ -21,9 +21,9 @@ from train.config.schema import RunConfig
 from train.distributed.world import World
 from train.graphs.capture import Capture, Work
 from train.health.metrics import AccuracyMeter
-from train.inputs.packed import StaticArrays, layout_of
+from train.inputs.packed import Arrays, StaticArrays, layout_of
 from train.inputs.pass_inputs import PassInputs, arrays_of, images_on_device, inputs_of
-from train.inputs.values import Arrays, StepValues, values_of
+from train.inputs.values import StepValues, values_of
 from train.models.batch_norm import ghost_sums_of
 from train.models.dropout import masks_of
 from train.models.parts import set_training
@@ -62,18 +62,6 @@ def plain_forward(parts: StepParts, inputs: PassInputs) -> Tensor:
     return logits_NC
 
 
-class _StaticPass:
-    """The input tensors for one shape of micro-batch."""
-
-    def __init__(self, images_NHWC: Tensor, arrays: Arrays) -> None:
-        self._arrays = StaticArrays(arrays, images_NHWC.device)
-        self.inputs = inputs_of(torch.empty_like(images_NHWC), self._arrays.tensors)
-
-    def write(self, images_NHWC: Tensor, arrays: Arrays) -> None:
-        self.inputs.images.copy_(images_NHWC)
-        self._arrays.write(arrays)
-
-
 class FastStep:
     """One optimiser step, in the place of `train.step.train_step` with these parts.
 
@@ -110,7 +98,7 @@ class FastStep:
         self._ghosts = ghost_sums_of(network)
         self._values: StepValues | None = None
         self._static_values: StaticArrays | None = None
-        self._passes: dict[Any, _StaticPass] = {}
+        self._passes: dict[Any, tuple[StaticArrays, PassInputs]] = {}  # by shape
         self._replays: dict[Any, Work] = {}
         self._gradients: dict[Any, Sequence[Tensor]] = {}  # of captured wholes
         self._sum: Tensor | None = None
@@ -122,16 +110,16 @@ class FastStep:
             self.before()
         self._write_values(start_values(self.parts, learning_rate, step))
         if self.parts.world.world_size == 1 and len(batches) == 1:
-            key, static = self._write_inputs(batches[0])
-            self._run(("whole", key), partial(self._whole, key, static))
+            key, inputs = self._write_inputs(batches[0])
+            self._run(("whole", key), partial(self._whole, key, inputs))
             self._show_gradients(self._gradients[key])
             return self._meter.copied()
         if self._sum is None:
             self._sum, self._summed = make_sum(self._parameters)
         for number, batch in enumerate(batches):
-            key, static = self._write_inputs(batch)
+            key, inputs = self._write_inputs(batch)
             kind = "first" if number == 0 else "later"
-            self._run((kind, key), partial(self._pass, static, is_first=number == 0))
+            self._run((kind, key), partial(self._pass, inputs, is_first=number == 0))
         self._sum_over_ranks(step)
         self._run("end", self._end)
         self._show_gradients(self._summed)
@@ -139,7 +127,7 @@ class FastStep:
 
     def _run(self, name: Any, work: Work) -> None:
         if name not in self._replays:
-            self._replays[name] = self.capture.capture(work)
+            self._replays[name] = self.capture(work)
         self._replays[name]()
 
     def _write_values(self, arrays: Arrays) -> None:
@@ -148,16 +136,18 @@ class FastStep:
             self._values = values_of(self._static_values.tensors)
         self._static_values.write(arrays)
 
-    def _write_inputs(self, batch: Batch) -> tuple[Any, _StaticPass]:
+    def _write_inputs(self, batch: Batch) -> tuple[Any, PassInputs]:
         """Write a micro-batch to the tensors for its shape; also return what the shape is known by."""
         images_NHWC = images_on_device(batch.images, self.parts.world.device)
         arrays = arrays_of(batch, images_NHWC.shape[1])
         key = (images_NHWC.shape, layout_of(arrays))
         if key not in self._passes:
-            self._passes[key] = _StaticPass(images_NHWC, arrays)
-        static = self._passes[key]
-        static.write(images_NHWC, arrays)
-        return key, static
+            static = StaticArrays(arrays, images_NHWC.device)
+            self._passes[key] = static, inputs_of(torch.empty_like(images_NHWC), static.tensors)
+        static, inputs = self._passes[key]
+        inputs.images.copy_(images_NHWC)
+        static.write(arrays)
+        return key, inputs
 
     def _show_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Let `.grad` be the gradients of this step, which a step of another kind may have replaced."""
@@ -175,17 +165,17 @@ class FastStep:
 
     # What follows is captured.
 
-    def _whole(self, key: Any, static: _StaticPass) -> None:
+    def _whole(self, key: Any, inputs: PassInputs) -> None:
         """The one pass of a step on one rank, and its end."""
         self._start()
-        gradients = self._gradients[key] = self._differentiate(static.inputs)
+        gradients = self._gradients[key] = self._differentiate(inputs)
         self._update(gradients, ghost_sums_of(self.parts.network))
 
-    def _pass(self, static: _StaticPass, *, is_first: bool) -> None:
+    def _pass(self, inputs: PassInputs, *, is_first: bool) -> None:
         """One of several passes, or one of several ranks: gradients are added up in `_sum`."""
         if is_first:
             self._start()
-        gradients = self._differentiate(static.inputs)
+        gradients = self._differentiate(inputs)
         (torch._foreach_copy_ if is_first else torch._foreach_add_)(self._summed, gradients)
         if self._ghosts is not None:
             sums = ghost_sums_of(self.parts.network)
@@ -226,12 +216,7 @@ class FastStep:
 
 def make_sum(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Make one tensor for all parameters' gradients, float32, and its views in their memory formats."""
-    starts, end = [], 0
-    for parameter in parameters:
-        starts.append(end)
-        end += -(-parameter.numel() // PART) * PART
-    whole = torch.zeros(end, device=parameters[0].device)
-    return whole, [
-        whole.as_strided(parameter.shape, parameter.stride(), start)
-        for start, parameter in zip(starts, parameters, strict=True)
-    ]
+    sizes = [-(-parameter.numel() // PART) * PART for parameter in parameters]
+    whole = torch.zeros(sum(sizes), device=parameters[0].device)
+    parts = zip(torch.split(whole, sizes), parameters, strict=True)
+    return whole, [part.as_strided(parameter.shape, parameter.stride()) for part, parameter in parts]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 
 from data_pipeline.loading.batches import Batch
-from train.graphs.held import Held
 from train.graphs.prover import WARM_UP, Prover
 from train.graphs.trial import (
     Candidate,
     DeviceLostError,
+    Held,
     IncomparableError,
     put_back,
     release,
-    time_steps,
     why_failed,
 )
 from train.graphs.verdict import PLAIN, Record, Verdict, save_verdict
@@ -48,11 +46,11 @@ class Question:
     machine: dict[str, str]
     task: dict[str, str]
 
-    def record(self, chosen: str, why: str, verdicts: Sequence[Verdict], plain_s: float | None) -> Record:
-        """Put an answer together."""
+    def record(self, chosen: Verdict | None, plain_s: float | None, verdicts: Sequence[Verdict]) -> Record:
+        """Put an answer together: for the step of a verdict, or for the plain one."""
         return Record(
-            chosen=chosen,
-            why=why,
+            chosen=PLAIN if chosen is None else chosen.name,
+            why=why_of(chosen, plain_s, verdicts),
             machine=self.machine,
             task=self.task,
             plain_s=plain_s,
@@ -71,36 +69,36 @@ def prove(question: Question) -> tuple[Record, StepFn | None]:
         DeviceLostError: a candidate has left the device unusable; the answer that is kept is against it.
     """
     parts, world = question.parts, question.parts.world
-    timed = not parts.config.deterministic
     if world.is_main:
         log.info("comparing the fast step with the plain one, once for this machine: it can take a minute")
     try:
         prover = Prover(parts, question.batches, question.rate, question.step)
     except IncomparableError as error:
-        return question.record(PLAIN, str(error), (), None), None
-    timer = partial(time_steps, batches=question.batches, at=question.step, world=world) if timed else None
-    plain_s = prover.time(prover.plain, timer) if timer is not None else None
+        return Record(chosen=PLAIN, why=str(error), machine=question.machine, task=question.task), None
+    timed = not parts.config.deterministic
+    plain_s = prover.time(prover.plain) if timed else None
     verdicts: list[Verdict] = []
-    best: tuple[Verdict, StepFn] | None = None
+    best: Verdict | None = None
+    chosen: StepFn | None = None
     for candidate in question.candidates:
         try:
-            own, fast = prover.judge(candidate, timer)
+            own, fast = prover.judge(candidate)
         except DeviceLostError as error:
             verdicts.append(Verdict(name=candidate.name, against=error.failure))
-            save_verdict(question.record(PLAIN, why_of(None, plain_s, verdicts), verdicts, plain_s))
+            save_verdict(question.record(None, plain_s, verdicts))
             raise
+        if fast is not None and timed:
+            own = msgspec.structs.replace(own, seconds=prover.time(fast))
         verdict = join_verdicts(world.gather_objects(own))
         verdicts.append(verdict)
-        if fast is not None and is_better(verdict, best[0] if best else None, plain_s):
-            best = verdict, fast
+        if is_better(verdict, best, plain_s):
+            best, chosen = verdict, fast
         del fast
         release(parts)
-    chosen = best[0] if best is not None else None
-    why = why_of(chosen, plain_s, verdicts)
-    answer = question.record(chosen.name if chosen is not None else PLAIN, why, verdicts, plain_s)
+    answer = question.record(best, plain_s, verdicts)
     if world.is_main:
         save_verdict(answer)
-    return answer, best[1] if best is not None else None
+    return answer, chosen
 
 
 def start_again(question: Question, known: Record) -> tuple[Record, StepFn | None]:
@@ -127,7 +125,7 @@ def start_again(question: Question, known: Record) -> tuple[Record, StepFn | Non
         failure = why_failed(error)
     verdict = Verdict(name=candidate.name, against=failure)
     against = f"{candidate.name} was right and faster, and now {failure}"
-    refusal = question.record(PLAIN, against, (verdict,), known.plain_s)
+    refusal = msgspec.structs.replace(known, chosen=PLAIN, why=against, verdicts=(verdict,))
     try:
         put_back(held, candidate.name, failure)
     except DeviceLostError:

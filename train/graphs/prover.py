@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,16 @@ from torch import Tensor
 
 from data_pipeline.loading.batches import Batch
 from train.graphs.agreement import EXACT, NARROW, NONE, NUDGE, RESOLUTION, Gap, gap_between, worst_of
-from train.graphs.held import Held, state_of
-from train.graphs.trial import Candidate, IncomparableError, Timer, put_back, release, why_failed
+from train.graphs.trial import (
+    Candidate,
+    Held,
+    IncomparableError,
+    put_back,
+    release,
+    state_of,
+    time_steps,
+    why_failed,
+)
 from train.graphs.verdict import Verdict
 from train.models.parts import head_of
 from train.optim.precision import Precision
@@ -34,19 +42,6 @@ STARTS = 3
 choose otherwise from everywhere."""
 HALVINGS = 24
 """Most steps until float16's loss scale, which halves with each, lets the gradient be finite."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What a step with a NaN leaves.
-
-    Attributes:
-        changed: the names of what it changed.
-        counted: how guard, loss scale and counts stand.
-    """
-
-    changed: list[str]
-    counted: list[Any]
 
 
 class Prover:
@@ -71,12 +66,12 @@ class Prover:
             self._wanted: dict[int, dict[str, Tensor]] = {}
             self._usual = self._gaps(partial(train_step, self._exact), 1, to=0)  # in float32
             self._usual_narrow = {} if self._exact is parts else self._gaps(self.plain)
-            self._skipped = self._after_nan(self.plain)
-            assert not self._skipped.changed, "the plain step skips a step whose gradient is not finite"
+            changed, self._counted = self._after_nan(self.plain)
+            assert not changed, "the plain step skips a step whose gradient is not finite"
         finally:
             self.held.restore()
 
-    def judge(self, candidate: Candidate, timer: Timer | None) -> tuple[Verdict, StepFn | None]:
+    def judge(self, candidate: Candidate) -> tuple[Verdict, StepFn | None]:
         """Build a fast step and compare it; also return it, if it may run.
 
         Every rank must call this.
@@ -85,7 +80,7 @@ class Prover:
             DeviceLostError: its failure has left the device unusable.
         """
         fast: StepFn | None = None
-        against, seconds, lasting = None, None, True
+        against, lasting = None, True
         try:
             if self._exact is not self.parts:
                 against = self._objection(candidate.make(self._exact), in_float32=True)
@@ -97,16 +92,17 @@ class Prover:
         except Exception as error:  # a new kernel on a card that nobody has seen can fail in any way
             against, lasting = why_failed(error), not isinstance(error, torch.OutOfMemoryError)
         put_back(self.held, candidate.name, against)
-        if self.parts.world.any(against is not None) or fast is None:
-            return Verdict(name=candidate.name, against=against, notes=candidate.notes, lasting=lasting), None
-        if timer is not None:
-            seconds = self.time(fast, timer)
-        return Verdict(name=candidate.name, seconds=seconds, notes=candidate.notes), fast
+        if self.parts.world.any(against is not None):
+            fast = None
+        return Verdict(name=candidate.name, against=against, notes=candidate.notes, lasting=lasting), fast
 
-    def time(self, step: StepFn, timer: Timer) -> float:
-        """Time a step, and bring the run's state back."""
+    def time(self, step: StepFn) -> float:
+        """Return the seconds of a step on the slowest rank, and bring the run's state back.
+
+        Every rank must call this.
+        """
         self._restart()
-        seconds = timer(step)
+        seconds = time_steps(step, self.batches, self.step, self.parts.world)
         self.held.restore()
         return seconds
 
@@ -132,10 +128,10 @@ class Prover:
 
     def _objection_after_nan(self, fast: StepFn) -> str | None:
         """Return what a fast step does otherwise than the plain one where it meets a NaN; None if nothing."""
-        after = self._after_nan(fast)
-        if after.changed:
-            return f"a step whose gradient is not finite changes the {after.changed[0]}"
-        if after != self._skipped:
+        changed, counted = self._after_nan(fast)
+        if changed:
+            return f"a step whose gradient is not finite changes the {changed[0]}"
+        if counted != self._counted:
             return "it counts a step whose gradient is not finite otherwise than the plain one"
         return None
 
@@ -202,8 +198,12 @@ class Prover:
             for name, tensor, slack in self._outcome(step, start)
         }
 
-    def _after_nan(self, step: StepFn) -> Skipped:
-        """Let a step meet a NaN, in a bias of the last layer."""
+    def _after_nan(self, step: StepFn) -> tuple[list[str], list[Any]]:
+        """Let a step meet a NaN, in a bias of the last layer.
+
+        Returns:
+            The names of what it changed; how guard, loss scale and counts stand then.
+        """
         self._restart()
         name, head = head_of(self.parts.network)
         with torch.no_grad():
@@ -216,7 +216,7 @@ class Prover:
         changed = [name for name in self.held.changed() if not name.startswith("guard")]
         guard = [tensor.tolist() for tensor in self.parts.guard.state_dict().values()]
         counts = [*meter.integers.tolist(), meter.loss_sum.item()]
-        return Skipped(changed, [guard, self.parts.scaler.state_dict(), counts])
+        return changed, [guard, self.parts.scaler.state_dict(), counts]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from data_pipeline.common.errors import CorruptFileError
-from data_pipeline.common.files import read_small, user_cache, write_atomic
+from data_pipeline.common.files import read_small, user_cache, write_json
 from data_pipeline.common.text import printable
 from train.compile.choose import lrn_layers
 from train.distributed.ddp import pass_sizes
@@ -184,7 +184,7 @@ def save_verdict(record: Record) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+        write_json(path, record)
     except OSError as error:
         log.warning(f"which step is right and faster cannot be kept for the next run: {error}")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.transforms.crop import CropParams
+from train.inputs.mixup import tensor_to_device
 
 _ONE = 1 << 22  # a weight of 1
 _CHUNK_BYTES = 1 << 26
@@ -41,10 +42,7 @@ def crop_cached(pixels_MHWC: Tensor, indices_B: npt.NDArray[np.int64], crops: Cr
     assert len(indices_B) == len(crops) and indices_B.min() >= 0 and indices_B.max() < len(pixels_MHWC)
     device, side = pixels_MHWC.device, crops.crop_px
     packed_KS, num_rows_first = _pack(indices_B, crops)
-    host_KS = torch.from_numpy(packed_KS)
-    if device.type == "cuda":
-        host_KS = host_KS.pin_memory()
-    numbers_KS = host_KS.to(device, non_blocking=True)
+    numbers_KS = tensor_to_device(packed_KS, device)
     num_samples = numbers_KS.shape[1]
     images_SCCx3 = torch.empty((num_samples, side, side, 3), dtype=torch.uint8, device=device)
     step = _chunk_size(pixels_MHWC.shape, side)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-
-from data_pipeline.transforms.mix import MixParams
 
 # Shapes: N samples, V views, C classes, H and W rows and columns.
 
 
 @dataclass(frozen=True, eq=False)
 class MixInputs:
-    """`MixParams` on the device, field by field.
+    """`MixParams` on the device, by the same names.
 
     Attributes:
         partners: (N) int64.
@@ -32,17 +28,6 @@ class MixInputs:
     weights: Tensor
     boxes: Tensor
     label_weights: Tensor
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The fields' names."""
-        return tuple(field.name for field in fields(cls))
-
-
-def mix_arrays(plan: MixParams) -> dict[str, npt.NDArray[Any]]:
-    """Return a plan's arrays by the names of `MixInputs`."""
-    arrays = (plan.partners, plan.weights, plan.boxes, plan.label_weights)
-    return dict(zip(MixInputs.names(), arrays, strict=True))
 
 
 def mix_inputs(inputs_NCHW: Tensor, plan: MixInputs) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,16 @@ from train.inputs.mixup import tensor_to_device
 ALIGNMENT = 16
 """Bytes: every array begins at a multiple of this."""
 
+Arrays = dict[str, npt.NDArray[Any]]
+
 
 @dataclass(frozen=True)
 class Field:
-    """Where an array lies: first byte, type, shape."""
+    """Where an array lies, from one byte up to another, and its type and shape."""
 
     name: str
     start: int
+    stop: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -31,46 +33,41 @@ Layout = tuple[Field, ...]
 """Equal for arrays of equal names, types and shapes; hashable."""
 
 
-def layout_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Layout:
+def layout_of(arrays: Arrays) -> Layout:
     """Lay arrays out one after another.
 
     >>> [field.start for field in layout_of({"a": np.zeros(3, np.int32), "b": np.zeros(2, bool)})]
     [0, 16]
     """
-    fields, end = [], 0
+    fields: list[Field] = []
     for name, array in arrays.items():
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        fields.append(Field(name, start, torch.from_numpy(array).dtype, array.shape))
-        end = start + array.nbytes
+        start = -(-fields[-1].stop // ALIGNMENT) * ALIGNMENT if fields else 0
+        stop = start + array.nbytes
+        fields.append(Field(name, start, stop, torch.from_numpy(array).dtype, array.shape))
     return tuple(fields)
 
 
-def pack(arrays: Mapping[str, npt.NDArray[Any]], layout: Layout) -> Tensor:
+def pack(arrays: Arrays, layout: Layout) -> Tensor:
     """Return the arrays as bytes on the host, uint8 (size,).
 
     Args:
         layout: `layout_of` these arrays.
     """
-    last = layout[-1]
-    size = last.start + arrays[last.name].nbytes
-    packed = np.zeros(max(1, size), dtype=np.uint8)
+    packed = np.zeros(layout[-1].stop, dtype=np.uint8)
     for field in layout:
         array = np.ascontiguousarray(arrays[field.name])
-        packed[field.start : field.start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        packed[field.start : field.stop] = array.reshape(-1).view(np.uint8)
     return torch.from_numpy(packed)
 
 
 def unpack(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Return the arrays as views of the bytes of `pack`, which may be on a device by now."""
-    tensors = {}
-    for field in layout:
-        size = field.dtype.itemsize * int(np.prod(field.shape, dtype=np.int64))
-        own = packed[field.start : field.start + size]
-        tensors[field.name] = own.view(field.dtype).view(field.shape)
-    return tensors
+    return {
+        field.name: packed[field.start : field.stop].view(field.dtype).view(field.shape) for field in layout
+    }
 
 
-def place(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+def place(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
     """Return arrays as tensors on a device, by one copy, without waiting for it."""
     layout = layout_of(arrays)
     return unpack(tensor_to_device(pack(arrays, layout), device), layout)
@@ -85,12 +82,12 @@ class StaticArrays:
         tensors: by name; nothing is in them before the first `write`.
     """
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> None:
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
         self._layout = layout_of(arrays)
         self._packed = torch.empty_like(pack(arrays, self._layout), device=device)
         self.tensors = unpack(self._packed, self._layout)
 
-    def write(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def write(self, arrays: Arrays) -> None:
         """Write arrays over those of before, by one copy, without waiting for it."""
         packed = pack(arrays, self._layout)
         on_host = self._packed.device == packed.device

@@ -5,11 +5,10 @@ Shapes: N samples of a micro-batch, H and W rows and columns, K numbers of an op
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.utils.dlpack
 from torch import Tensor
@@ -18,8 +17,8 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
 from train.inputs.borrowed import lender_of
 from train.inputs.cached_crops import crop_cached
-from train.inputs.mixup import MixInputs, mix_arrays, tensor_to_device
-from train.inputs.packed import place
+from train.inputs.mixup import MixInputs, tensor_to_device
+from train.inputs.packed import Arrays, place
 from train.inputs.trivial import pack_trivial
 
 
@@ -46,13 +45,13 @@ class PassInputs:
     mix: MixInputs | None = None
 
 
-def arrays_of(batch: Batch, side: int) -> dict[str, npt.NDArray[Any]]:
+def arrays_of(batch: Batch, side: int) -> Arrays:
     """Return all of a batch but its images, by the names that `inputs_of` reads.
 
     Args:
         side: of the images, in pixels.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {
+    arrays: Arrays = {
         "labels": batch.labels,
         "valid": batch.valid,
         "rows": batch.positions.astype(np.int32),
@@ -62,7 +61,7 @@ def arrays_of(batch: Batch, side: int) -> dict[str, npt.NDArray[Any]]:
     if batch.erase is not None:
         arrays["erase"] = batch.erase
     if batch.mix is not None:
-        arrays |= mix_arrays(batch.mix)
+        arrays |= vars(batch.mix)
     return arrays
 
 
@@ -72,8 +71,8 @@ def inputs_of(images_NHWC: Tensor, tensors: dict[str, Tensor]) -> PassInputs:
     Args:
         tensors: the arrays of `arrays_of`, on the device of the images.
     """
-    own, mixing = dict(tensors), MixInputs.names()
-    mix = {name: own.pop(name) for name in mixing if name in own}
+    own = dict(tensors)
+    mix = {field.name: own.pop(field.name) for field in fields(MixInputs) if field.name in own}
     return PassInputs(images_NHWC, **own, mix=MixInputs(**mix) if mix else None)
 
 

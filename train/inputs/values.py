@@ -8,16 +8,9 @@ Shapes: L dropout layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
-
-from train.inputs.packed import place
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,26 +30,6 @@ class StepValues:
     keys: Tensor
 
 
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-def value_arrays(
-    step: int, rates: Sequence[float], average_share: float, keys_L2: npt.NDArray[np.int32]
-) -> Arrays:
-    """Return a step's numbers by the names that `values_of` reads; see `StepValues`."""
-    return {
-        "step": np.array(step, dtype=np.int64),
-        "rates": np.array(rates, dtype=np.float32),
-        "average_share": np.array(average_share, dtype=np.float32),
-        "keys": keys_L2,
-    }
-
-
 def values_of(tensors: dict[str, Tensor]) -> StepValues:
-    """Put a step's values together from the arrays of `value_arrays`, on the device."""
+    """Put a step's values together from the arrays of `train.step.start_values`, on the device."""
     return StepValues(tensors["step"], tensors["rates"].unbind(), tensors["average_share"], tensors["keys"])
-
-
-def make_values(arrays: Arrays, device: torch.device) -> StepValues:
-    """Move a step's numbers to a device, in one copy, without waiting for it."""
-    return values_of(place(arrays, device))

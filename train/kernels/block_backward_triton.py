@@ -1,6 +1,6 @@
 """A block's backward pass by Triton: each pixel gathers from the up to four windows that may have chosen it.
 
-`block.py` has the plain form, `fused_block.py` the traffic. Nothing is added by atomics: gradients of
+`fused_block.py` has the traffic. Nothing is added by atomics: gradients of
 parameters are sums of a part of the rows in each program, and then of the parts, in an order that follows
 from the shapes alone.
 """
@@ -11,15 +11,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
+from train.kernels.block import BlockSpec, Gradients, Saved, divide, empty_map
 from train.kernels.block_forward_triton import (
     MERGED,
-    TILE,
     bias_row,
     biased,
-    channel_block,
-    count_parts,
     lrn_scale,
     norm_rows,
     relu,
@@ -195,17 +193,15 @@ def add_parts(parts_PL: Tensor) -> Tensor:
 
 
 def norm_sums(
-    spec: BlockSpec, saved: Saved, grad_NCYX: Tensor, bias_C: Tensor | None, norm: NormTensors
+    spec: BlockSpec, saved: Saved, grad_NCYX: Tensor, bias_C: Tensor | None, norm: _BatchNorm
 ) -> Tensor:
     """Return the gradients of a norm's bias and weight: (2, C), in two launches."""
     values = saved.peaks_NCYX if spec.pool else saved.x_NCHW
     channels = grad_NCYX.shape[1]
-    num_rows, size = grad_NCYX.numel() // channels, channel_block(channels)
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = count_parts(num_rows, rows, num_blocks)
-    parts_PL = norm.weight_C.new_empty(num_parts, 2 * channels)
-    norm_sums_kernel[(num_parts, num_blocks)](
-        values, grad_NCYX, saved.index_NCYX, bias_C, saved.mean_C, saved.rstd_C, norm.weight_C, norm.bias_C,
+    grid, num_rows, rows, size = divide(grad_NCYX)
+    parts_PL = norm.weight.new_empty(grid[0], 2 * channels)
+    norm_sums_kernel[grid](
+        values, grad_NCYX, saved.index_NCYX, bias_C, saved.mean_C, saved.rstd_C, norm.weight, norm.bias,
         parts_PL, num_rows, channels, NORM=spec.norm, ROWS=rows, CHANNELS=size,
     )  # fmt: skip
     return add_parts(parts_PL).view(2, channels)
@@ -216,28 +212,30 @@ def backward(
     saved: Saved,
     grad_NCYX: Tensor,
     bias_C: Tensor | None,
-    norm: NormTensors | None,
+    norm: _BatchNorm | None,
     sides: torch.Size,
 ) -> Gradients:
-    """Compute what `block.backward` computes: one launch for x, one for a bias, two for a norm."""
-    images, channels, *out_sides = grad_NCYX.shape
+    """Compute the gradients of a block from that of its output.
+
+    One launch for x, one for a bias, two for a norm.
+
+    Args:
+        saved: of the forward pass.
+        grad_NCYX: of the output, in its type.
+        bias_C, norm: as they were in the forward pass.
+        sides: (H, W) of the input.
+    """
+    channels, *out_sides = grad_NCYX.shape[1:]
     sums_2C = None if norm is None else norm_sums(spec, saved, grad_NCYX, bias_C, norm)
-    num_rows, size = images * sides.numel(), channel_block(channels, whole_row=spec.norm == "lrn")
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = count_parts(num_rows, rows, num_blocks)
-    dx_NCHW = torch.empty(
-        (images, channels, *sides),
-        dtype=grad_NCYX.dtype,
-        device=grad_NCYX.device,
-        memory_format=torch.channels_last,
-    )
-    parts_PC = None if bias_C is None else bias_C.new_empty(num_parts, channels)
-    scratch = (
-        grad_NCYX.new_empty(num_parts * rows * size, dtype=torch.float32) if spec.norm == "lrn" else None
-    )
-    input_gradient_kernel[(num_parts, num_blocks)](
+    dx_NCHW = empty_map(grad_NCYX, sides, grad_NCYX.dtype)
+    grid, num_rows, rows, size = divide(dx_NCHW, whole_row=spec.norm == "lrn")
+    parts_PC = None if bias_C is None else bias_C.new_empty(grid[0], channels)
+    scratch = None
+    if spec.norm == "lrn":
+        scratch = grad_NCYX.new_empty(grid[0] * rows * size, dtype=torch.float32)
+    input_gradient_kernel[grid](
         saved.x_NCHW, grad_NCYX, saved.index_NCYX, saved.out_NCHW, bias_C, saved.mean_C, saved.rstd_C,
-        None if norm is None else norm.weight_C, None if norm is None else norm.bias_C, sums_2C, dx_NCHW,
+        None if norm is None else norm.weight, None if norm is None else norm.bias, sums_2C, dx_NCHW,
         parts_PC, scratch, num_rows, channels, *sides, *out_sides,
         NORM=spec.norm, POOL=spec.pool, PADDING=spec.pool_padding, FACTOR=spec.lrn_alpha / spec.lrn_size,
         BETA=spec.lrn_beta, K=spec.lrn_k, REACH=spec.lrn_size // 2, ROWS=rows, CHANNELS=size,

@@ -1,8 +1,7 @@
 """A block's forward pass by Triton: statistics of batch normalisation, then everything else in one kernel.
 
-`block.py` has the plain form, `fused_block.py` the traffic. A map is read as rows of C channels, one for each
-pixel (channels_last). Sums are in float32, in an order that follows from the shapes alone, so that the same
-input gives the same bits.
+`fused_block.py` has the traffic. A map is read as rows of C channels, one for each
+pixel (channels_last). Sums are in float32, in an order that follows from the shapes alone: so bits repeat.
 """
 
 from __future__ import annotations
@@ -11,35 +10,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels.block import BlockSpec, NormTensors, Saved
+from train.kernels.block import BlockSpec, Saved, divide, empty_map
 
 # Shapes: N samples, C channels, H and W rows and columns of a convolution's output, Y and X of the block's,
 # P parts that are added up by programs of their own; in kernels R rows.
 
-TILE = 1024
-"""Elements that a program holds at once: eight of each thread."""
-MOST_PROGRAMS = 2048
-"""Of kernels that go over the map in parts: some for each multiprocessor of the largest cards."""
 MERGED = 64
 """Parts that are merged at once."""
-
-
-def channel_block(channels: int, whole_row: bool = False) -> int:
-    """Return how many channels a program takes: a power of two up to 128, or all of them.
-
-    >>> channel_block(64), channel_block(96), channel_block(192), channel_block(384), channel_block(96, True)
-    (64, 32, 64, 128, 128)
-    """
-    if whole_row:
-        return 1 << (channels - 1).bit_length()
-    divisor = channels & -channels
-    return min(divisor, 128) if divisor >= 32 else min(1 << (channels - 1).bit_length(), 128)
-
-
-def count_parts(num_rows: int, rows: int, num_blocks: int) -> int:
-    """Return into how many parts the rows of a map are divided: at most `MOST_PROGRAMS` over all blocks."""
-    return min(-(-num_rows // rows), max(1, MOST_PROGRAMS // num_blocks))
 
 
 @triton.jit
@@ -239,46 +218,53 @@ def merge_kernel(
 
 
 def statistics(
-    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
     """Return mean and 1 / standard deviation of each channel, and count them in: two launches."""
     channels = x_NCHW.shape[1]
-    num_rows, size = x_NCHW.numel() // channels, channel_block(channels)
-    num_blocks, rows = triton.cdiv(channels, size), max(1, TILE // size)
-    num_parts = count_parts(num_rows, rows, num_blocks)
-    parts_2PC = norm.weight_C.new_empty(2, num_parts, channels)
-    counts_P = norm.weight_C.new_empty(num_parts)
-    statistics_kernel[(num_parts, num_blocks)](
+    grid, num_rows, rows, size = divide(x_NCHW)
+    parts_2PC = norm.weight.new_empty(2, grid[0], channels)
+    counts_P = norm.weight.new_empty(grid[0])
+    statistics_kernel[grid](
         x_NCHW, bias_C, parts_2PC[0], parts_2PC[1], counts_P, num_rows, channels,
         RELU=spec.norm == "bn_after_relu", ROWS=rows, CHANNELS=size,
     )  # fmt: skip
-    mean_C, rstd_C = torch.empty_like(norm.weight_C), torch.empty_like(norm.weight_C)
+    mean_C, rstd_C = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
     merge_kernel[(triton.cdiv(channels, 32),)](
         parts_2PC[0], parts_2PC[1], counts_P, mean_C, rstd_C,
-        norm.running_mean_C, norm.running_variance_C, norm.num_batches, num_parts, channels,
-        EPS=spec.eps, MOMENTUM=spec.momentum, PARTS=MERGED, CHANNELS=32,
+        norm.running_mean, norm.running_var, norm.num_batches_tracked, grid[0], channels,
+        EPS=norm.eps, MOMENTUM=norm.momentum, PARTS=MERGED, CHANNELS=32,
     )  # fmt: skip
     return mean_C, rstd_C
 
 
 def forward(
-    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: NormTensors | None
+    spec: BlockSpec, x_NCHW: Tensor, bias_C: Tensor | None, norm: _BatchNorm | None
 ) -> tuple[Tensor, Saved]:
-    """Compute what `block.forward` computes: one launch, and two before it with batch normalisation."""
-    images, channels, height, width = x_NCHW.shape
+    """Compute a block's output, and what its backward pass needs; update the running statistics.
+
+    One launch, and two before it with batch normalisation.
+
+    Args:
+        x_NCHW: the convolution's output without its bias, at least one sample, channels_last.
+        bias_C: the convolution's bias, if it has one.
+        norm: where the spec has batch normalisation.
+    Returns:
+        (N, C, Y, X) in the input's type, channels_last; the saved tensors.
+    """
+    channels, height, width = x_NCHW.shape[1:]
     out_sides = spec.out_sides(height, width)
     mean_C = rstd_C = index_NCYX = peaks_NCYX = None
     if norm is not None:
         mean_C, rstd_C = statistics(spec, x_NCHW, bias_C, norm)
-    out_NCYX = _empty_map(x_NCHW, out_sides, x_NCHW.dtype)
+    out_NCYX = empty_map(x_NCHW, out_sides, x_NCHW.dtype)
     if spec.pool:
-        index_NCYX = _empty_map(x_NCHW, out_sides, torch.uint8)
+        index_NCYX = empty_map(x_NCHW, out_sides, torch.uint8)
         peaks_NCYX = None if norm is None else torch.empty_like(out_NCYX)
-    size, num_outputs = channel_block(channels), images * out_sides[0] * out_sides[1]
-    rows = max(1, TILE // size)
-    block_kernel[(triton.cdiv(num_outputs, rows), triton.cdiv(channels, size))](
+    (_, num_blocks), num_outputs, rows, size = divide(out_NCYX)
+    block_kernel[(triton.cdiv(num_outputs, rows), num_blocks)](
         x_NCHW, bias_C, mean_C, rstd_C,
-        None if norm is None else norm.weight_C, None if norm is None else norm.bias_C,
+        None if norm is None else norm.weight, None if norm is None else norm.bias,
         out_NCYX, index_NCYX, peaks_NCYX, num_outputs, channels, height, width, *out_sides,
         NORM=spec.norm, POOL=spec.pool, PADDING=spec.pool_padding, FACTOR=spec.lrn_alpha / spec.lrn_size,
         BETA=spec.lrn_beta, K=spec.lrn_k, REACH=spec.lrn_size // 2, ROWS=rows, CHANNELS=size,
@@ -286,9 +272,3 @@ def forward(
     if spec.norm == "none":
         return out_NCYX, Saved(index_NCYX=index_NCYX) if spec.pool else Saved(out_NCHW=out_NCYX)
     return out_NCYX, Saved(x_NCHW, None, index_NCYX, peaks_NCYX, mean_C, rstd_C)
-
-
-def _empty_map(x_NCHW: Tensor, sides: tuple[int, int], kind: torch.dtype) -> Tensor:
-    return torch.empty(
-        (*x_NCHW.shape[:2], *sides), dtype=kind, device=x_NCHW.device, memory_format=torch.channels_last
-    )

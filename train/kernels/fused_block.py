@@ -1,4 +1,4 @@
-"""A block between two convolutions as one step of autograd, by Triton's kernels or in the plain form.
+"""A block between two convolutions as one step of autograd.
 
 The passes over memory that remain, as bytes for each element x of the convolution's output, in a type of two
 bytes. y is the block's output, d marks gradients; a pooled map has a quarter of the elements, and a byte of
@@ -23,20 +23,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.kernels import block
-from train.kernels.block import BlockSpec, Gradients, NormTensors, Saved
-from train.kernels.implementation import Implementation
+from train.kernels.block import BlockSpec, Saved
+from train.kernels.interface import Kernels
 
 # Shapes: N samples, C channels, H and W rows and columns of the input, Y and X of the output.
 
 
 def fused_block(
-    x_NCHW: Tensor,
-    spec: BlockSpec,
-    bias_C: Tensor | None,
-    norm: NormTensors | None = None,
-    implementation: Implementation = "plain",
+    x_NCHW: Tensor, spec: BlockSpec, bias_C: Tensor | None, norm: _BatchNorm | None, kernels: Kernels
 ) -> Tensor:
     """Apply a block in training mode, and count a batch normalisation's statistics in.
 
@@ -44,7 +40,6 @@ def fused_block(
         x_NCHW: a convolution's output without its bias, float; other formats than channels_last are copied.
         bias_C: the convolution's bias, float32; None where it has none.
         norm: where the spec has batch normalisation.
-        implementation: `triton` on a GPU (or interpreted), `plain` anywhere.
     Returns:
         (N, C, Y, X) in the input's type, channels_last.
     Raises:
@@ -56,39 +51,9 @@ def fused_block(
             raise ValueError(
                 f"expected more than 1 value per channel when training, got input size {x_NCHW.shape}"
             )
-    weight_C, norm_bias_C = (None, None) if norm is None else (norm.weight_C, norm.bias_C)
-    out_NCYX: Tensor = _Block.apply(x_NCHW, bias_C, weight_C, norm_bias_C, norm, spec, implementation)
+    weight_C, norm_bias_C = (None, None) if norm is None else (norm.weight, norm.bias)
+    out_NCYX: Tensor = _Block.apply(x_NCHW, bias_C, weight_C, norm_bias_C, norm, spec, kernels)
     return out_NCYX
-
-
-def _forward(
-    implementation: Implementation,
-    spec: BlockSpec,
-    x_NCHW: Tensor,
-    bias_C: Tensor | None,
-    norm: NormTensors | None,
-) -> tuple[Tensor, Saved]:
-    if implementation == "plain":
-        return block.forward(spec, x_NCHW, bias_C, norm)
-    from train.kernels import block_forward_triton  # a machine without a GPU may have no Triton
-
-    return block_forward_triton.forward(spec, x_NCHW, bias_C, norm)
-
-
-def _backward(
-    implementation: Implementation,
-    spec: BlockSpec,
-    saved: Saved,
-    grad_NCYX: Tensor,
-    bias_C: Tensor | None,
-    norm: NormTensors | None,
-    sides: torch.Size,
-) -> Gradients:
-    if implementation == "plain":
-        return block.backward(spec, saved, grad_NCYX, bias_C, norm, sides)
-    from train.kernels import block_backward_triton
-
-    return block_backward_triton.backward(spec, saved, grad_NCYX, bias_C, norm, sides)
 
 
 class _Block(torch.autograd.Function):
@@ -99,15 +64,15 @@ class _Block(torch.autograd.Function):
         bias_C: Tensor | None,
         weight_C: Tensor | None,
         norm_bias_C: Tensor | None,
-        norm: NormTensors | None,
+        norm: _BatchNorm | None,
         spec: BlockSpec,
-        implementation: Implementation,
+        kernels: Kernels,
     ) -> Tensor:
         x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x_NCHW.device.type, enabled=False):  # types are chosen here
-            out_NCYX, saved = _forward(implementation, spec, x_NCHW, bias_C, norm)
+            out_NCYX, saved = kernels.block_forward(spec, x_NCHW, bias_C, norm)
         ctx.save_for_backward(*vars(saved).values(), bias_C, weight_C, norm_bias_C)
-        ctx.norm, ctx.spec, ctx.implementation, ctx.sides = norm, spec, implementation, x_NCHW.shape[2:]
+        ctx.norm, ctx.spec, ctx.kernels, ctx.sides = norm, spec, kernels, x_NCHW.shape[2:]
         return out_NCYX
 
     @staticmethod
@@ -115,7 +80,5 @@ class _Block(torch.autograd.Function):
         # behind the last block the classifier flattens, and its gradient is not channels_last
         grad_NCYX = grads[0].contiguous(memory_format=torch.channels_last)
         *tensors, bias_C, _, _ = ctx.saved_tensors
-        found = _backward(
-            ctx.implementation, ctx.spec, Saved(*tensors), grad_NCYX, bias_C, ctx.norm, ctx.sides
-        )
+        found = ctx.kernels.block_backward(ctx.spec, Saved(*tensors), grad_NCYX, bias_C, ctx.norm, ctx.sides)
         return found.x_NCHW, found.bias_C, found.norm_weight_C, found.norm_bias_C, None, None, None

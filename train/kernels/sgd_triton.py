@@ -1,6 +1,9 @@
-"""The kernel of `train.kernels.sgd.update_parameter`: one launch a parameter, one pass over its memory.
+"""One pass of SGD over a parameter, which also writes the weight in the type that the next pass reads.
 
-Importing this imports Triton, so it is imported where the kernel is launched.
+The float32 weight and velocity are updated in place, and the weight is rounded to the autocast type beside
+it, so that no other pass casts it. What changes from step to step is read from tensors on the device; where
+the step is skipped nothing is written. Each value is read and written once: of a parameter 16 bytes of weight
+and velocity, 4 of gradient, 2 of the copy.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels.sgd import SgdForm
+from train.kernels.interface import SgdForm
 
 BLOCK = 1024
 """Values that a program updates."""
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-"""Of a launch. A product and a sum are each rounded, as in the plain form, which it equals to the bit so."""
+"""Of a launch. A product and a sum are each rounded, as by torch, which it equals to the bit so."""
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def sgd_kernel(
     go = place < tl.where(tl.load(skip_ptr) == 0, size, 0)
     rate = tl.load(rate_ptr)
     weight = tl.load(weight_ptr + place, mask=go, other=0.0)
-    change = tl.load(gradient_ptr + place, mask=go, other=0.0).to(tl.float32) + weight_decay * weight
+    change = tl.load(gradient_ptr + place, mask=go, other=0.0) + weight_decay * weight
     if ratio_ptr is not None:
         change = change * tl.load(ratio_ptr)
     if LR_IN_VELOCITY:
@@ -58,18 +61,31 @@ def sgd_kernel(
         tl.store(half_ptr + place, weight.to(half_ptr.dtype.element_ty), mask=go)
 
 
-def launch_update(
+def update_parameter(
     weight: Tensor,
     velocity: Tensor | None,
     gradient: Tensor,
     rate: Tensor,
     skip: Tensor,
     form: SgdForm,
-    *,
-    ratio: Tensor | None,
-    half: Tensor | None,
+    ratio: Tensor | None = None,
+    half: Tensor | None = None,
 ) -> None:
-    """Update one parameter; see `train.kernels.sgd.update_parameter`."""
+    """Update a weight and its velocity in place, and the weight's copy in another type.
+
+    Args:
+        weight: float32, contiguous or channels_last, as the other tensors are, too.
+        velocity: float32; None where the momentum is 0.
+        gradient: float32.
+        rate: () float32, the learning rate.
+        skip: () float32, 1 where nothing may change, whatever the gradient is.
+        ratio: () float32, by which gradient and decay are multiplied: LARS's.
+        half: the weight's copy.
+    """
+    assert (velocity is None) == (form.momentum == 0)
+    assert weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    layouts = {(t.shape, t.stride()) for t in (weight, velocity, gradient, half) if t is not None}
+    assert len(layouts) == 1, "autograd gives a parameter's own layout"
     assert weight.numel() < 2**31 - BLOCK and weight.dtype == torch.float32
     sgd_kernel[(-(-weight.numel() // BLOCK),)](
         weight,

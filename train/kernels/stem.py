@@ -4,13 +4,12 @@ Tensor cores multiply by eights of channels, and images have three. A convolutio
 in steps of s pixels, so each block of s x s pixels can be one pixel of more channels: an 11 x 11 kernel of
 stride 4 on 3 channels is a 3 x 3 kernel of stride 1 on 48. It is the same sum in another order. Weights stay
 what they are in the network and its checkpoints; `s2d_weights` regroups them in each pass, differentiably.
+Images are regrouped by `train.kernels.stem_triton`; torch's `conv2d` of both is the convolution's output.
 
 A block's channels are its pixels, row by row, each with its three colours: channel (a * s + b) * 3 + c is
 colour c of the pixel in row a and column b of the block. So a row of a block is a run of bytes both in the
 image and in the block. Channels of zeros follow up to a multiple of 8, which libraries would otherwise add
 in a pass of their own: 12 become 16 and 27 become 32 (strides 2 and 3), 48 stay.
-
-`s2d_inputs` is plain torch, for any device and the reference, or the kernel of `train.kernels.stem_triton`.
 
 Legend: N samples; H and W rows and columns of the images; B blocks along a side; O channels of the
 convolution's output; I = 3, the colours; D channels of a block; K a side of the kernel, in blocks where it is
@@ -21,13 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad
-
-from train.inputs.erase import erase_inputs
-from train.inputs.mixup import MixInputs, mix_inputs
-from train.kernels.implementation import Implementation
+from torch.nn.functional import pad
 
 COLORS = 3
 EIGHT = 8
@@ -120,62 +114,3 @@ def s2d_weights(weights_OIKK: Tensor, stride: int) -> Tensor:
     weights_OKKD = split_OIKaKb.permute(0, 2, 4, 3, 5, 1).reshape(out_channels, blocks, blocks, -1)
     zeros = block_channels(stride) - weights_OKKD.shape[-1]
     return (pad(weights_OKKD, (0, zeros)) if zeros else weights_OKKD).permute(0, 3, 1, 2)
-
-
-def s2d_inputs(
-    images_NHWC: Tensor,
-    scale_I: Tensor,
-    shift_I: Tensor,
-    shape: BlockShape,
-    dtype: torch.dtype,
-    *,
-    erase_N4: Tensor | None = None,
-    mix: MixInputs | None = None,
-    implementation: Implementation = "plain",
-) -> Tensor:
-    """Normalise, erase, mix, pad and regroup images, in this order, in float32, and round once to `dtype`.
-
-    Args:
-        images_NHWC: uint8, (N, crop_px, crop_px, 3), contiguous.
-        scale_I, shift_I: float32, of `train.models.alexnet.Normalize`: pixel * scale + shift.
-        dtype: float32, or the autocast type.
-        erase_N4: int64, top, left, bottom, right of a box of zeros in each image before it is mixed.
-        mix: None where nothing is mixed.
-        implementation: `triton` takes one pass over memory, and a GPU.
-    Returns:
-        (N, D, B, B), channels_last.
-    """
-    if implementation == "triton":
-        from train.kernels.stem_triton import launch_inputs
-
-        return launch_inputs(images_NHWC, scale_I, shift_I, shape, dtype, erase_N4=erase_N4, mix=mix)
-    sums = torch.float64 if scale_I.dtype == torch.float64 else torch.float32
-    values_NIHW = (images_NHWC.to(sums) * scale_I + shift_I).permute(0, 3, 1, 2)
-    if erase_N4 is not None:
-        values_NIHW = erase_inputs(values_NIHW, erase_N4)
-    if mix is not None:
-        values_NIHW = mix_inputs(values_NIHW, mix)
-    return _regroup(values_NIHW.permute(0, 2, 3, 1), shape).to(dtype)
-
-
-def _regroup(values_NHWI: Tensor, shape: BlockShape) -> Tensor:
-    """Pad images and make blocks of their pixels: (N, H, W, 3) -> (N, D, B, B), channels_last."""
-    stride, blocks = shape.stride, shape.blocks
-    behind = blocks * stride - shape.padding - shape.crop_px  # below 0: pixels that no window reads
-    padded = pad(values_NHWI, (0, 0, shape.padding, behind, shape.padding, behind))
-    split_NBaBbI = padded.reshape(-1, blocks, stride, blocks, stride, COLORS)
-    values_NBBD = split_NBaBbI.permute(0, 1, 3, 2, 4, 5).reshape(-1, blocks, blocks, stride * stride * COLORS)
-    zeros = shape.channels - values_NBBD.shape[-1]
-    return pad(values_NBBD, (0, zeros)).permute(0, 3, 1, 2)
-
-
-def stem_conv(inputs_NDBB: Tensor, weights_ODKK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Convolve regrouped images with regrouped weights.
-
-    Args:
-        inputs_NDBB: of `s2d_inputs`.
-        weights_ODKK: of `s2d_weights`, in the type of the inputs, as the bias.
-    Returns:
-        (N, O, out_px, out_px): the output of the convolution that the weights are of.
-    """
-    return conv2d(inputs_NDBB, weights_ODKK, bias_O)

@@ -1,10 +1,7 @@
 """From uint8 images to the inputs of the regrouped first convolution, by one kernel.
 
-What `train.kernels.stem.s2d_inputs` computes, in one pass: each pixel is read once (a mixed one twice), each
-block written once, in the type that the convolution reads. For 1,024 crops of 224 pixels in bfloat16 that is
-154 MB read and 319 MB written.
-
-Importing this imports Triton, so it is imported where a kernel is launched.
+In one pass: each pixel is read once (a mixed one twice), each block written once, in the type that the
+convolution reads. For 1,024 crops of 224 pixels in bfloat16 that is 154 MB read and 319 MB written.
 
 Legend: N samples; H and W rows and columns of images; B blocks along a side; D channels of a block; I = 3.
 """
@@ -103,20 +100,29 @@ def input_kernel(
     tl.store(target, values.to(out_ptr.dtype.element_ty), mask=place < VALUES)
 
 
-def launch_inputs(
+def s2d_inputs(
     images_NHWC: Tensor,
     scale_I: Tensor,
     shift_I: Tensor,
     shape: BlockShape,
     dtype: torch.dtype,
-    *,
     erase_N4: Tensor | None = None,
     mix: MixInputs | None = None,
 ) -> Tensor:
-    """Compute `train.kernels.stem.s2d_inputs` by one launch; the same arguments and result.
+    """Normalise, erase, mix, pad and regroup images, in this order, in float32, and round once to `dtype`.
 
-    Without mixing the result is the same to the bit. Mixed values are within a unit in the last place of
-    float32 of the larger of the two that are mixed: torch's own lerp differs by that between its loops.
+    Without mixing the result is that of torch's operators to the bit. Mixed values are within a unit in the
+    last place of float32 of the larger of the two that are mixed: torch's own lerp differs by that between
+    its loops.
+
+    Args:
+        images_NHWC: uint8, (N, crop_px, crop_px, 3), contiguous.
+        scale_I, shift_I: float32, of `train.models.alexnet.Normalize`: pixel * scale + shift.
+        dtype: float32, or the autocast type.
+        erase_N4: int64, top, left, bottom, right of a box of zeros in each image before it is mixed.
+        mix: None where nothing is mixed.
+    Returns:
+        (N, D, B, B), channels_last.
     """
     side, count = shape.crop_px, len(images_NHWC)
     assert images_NHWC.shape[1:] == (side, side, 3) and images_NHWC.is_contiguous()

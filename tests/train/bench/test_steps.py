@@ -14,7 +14,7 @@ from train.bench.steps import OurSteps, TorchvisionSteps
 from train.bench.subjects import make_specs
 from train.config.schema import ModelConfig
 from train.distributed.world import World, open_world
-from train.graphs.held import Held
+from train.graphs.trial import Held
 from train.graphs.verdict import read_record, task_of
 from train.models.alexnet import make_model
 from train.models.batch_norm import BatchNorm
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A CPU that is said to have graphs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("train.graphs.prove.time_steps", read_seconds)
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     monkeypatch.setattr("train.graphs.choose.DEVICES", ("cpu",))
     with open_world("cpu") as one:
         yield one

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.triton import interpreted, needs_triton
 from train.compile.fused import FusedNetwork, stages_of
 from train.config.load import make_config
 from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
-from train.kernels import block
 from train.kernels.block import DEAD, Gradients, Saved
-from train.kernels.implementation import Implementation
+from train.kernels.interface import Kernels, triton_kernels
 from train.models import alexnet
 from train.models.alexnet import AlexNet, make_model
 from train.models.batch_norm import synchronize
@@ -77,12 +77,10 @@ def make_images(count: int = 6, crop_px: int = CROP_PX) -> Tensor:
     return images_NCHW.contiguous(memory_format=torch.channels_last)
 
 
-def run_both(
-    network: AlexNet, images_NCHW: Tensor, implementation: Implementation = "plain"
-) -> list[tuple[AlexNet, Tensor]]:
+def run_both(network: AlexNet, images_NCHW: Tensor, kernels: Kernels = PLAIN) -> list[tuple[AlexNet, Tensor]]:
     """Run the network and, on a copy, its fused form, forward and backward with the same masks."""
     other, results = deepcopy(network), []
-    for own, forward in ((network, network), (other, FusedNetwork(other, implementation))):
+    for own, forward in ((network, network), (other, FusedNetwork(other, kernels))):
         logits_NC = forward(images_NCHW)
         logits_NC.square().sum().backward()
         results.append((own, logits_NC.detach()))
@@ -118,7 +116,7 @@ def test_fused_network_is_the_network_in_float32(variant: str) -> None:
 
 def test_fused_network_under_autocast_has_its_type() -> None:
     network = make_small(name="bn", dropout=0.0)
-    fused, images_NCHW = FusedNetwork(deepcopy(network), "plain"), make_images()
+    fused, images_NCHW = FusedNetwork(deepcopy(network), PLAIN), make_images()
     with torch.autocast("cpu", torch.bfloat16):
         theirs_NC, ours_NC = network(images_NCHW), fused(images_NCHW)
         conv_NCHW = fused.convolve(fused.stages[0], images_NCHW)
@@ -135,43 +133,49 @@ def test_weights_are_read_where_the_caller_says() -> None:
         read.append(parameter)
         return parameter * 0
 
-    logits_NC = FusedNetwork(network, "plain", weight_of)(make_images())
+    logits_NC = FusedNetwork(network, PLAIN, weight_of)(make_images())
     assert logits_NC.abs().max() == 0  # also the last bias
     assert {id(p) for p in read} == {id(p) for p in network.parameters() if p.ndim > 1} | {
         id(layer.bias) for layer in network.classifier.children() if isinstance(layer, nn.Linear)
     }
 
 
+def reasons_of(fused: FusedNetwork) -> list[str]:
+    """Why modules run in place of blocks."""
+    reasons = [(stage.name, stage.why_not_fused()) for stage in fused.stages]
+    return [f"{name}: {reason}" for name, reason in reasons if reason is not None]
+
+
 def test_modules_run_where_no_block_does() -> None:
-    ghosts = FusedNetwork(make_small(**VARIANTS["ghosts"]), "plain")
-    assert ghosts.why_not_fused()[0] == "features.conv1: ghost batches have statistics of their own"
-    assert len(ghosts.why_not_fused()) == 5
+    ghosts = FusedNetwork(make_small(**VARIANTS["ghosts"]), PLAIN)
+    assert reasons_of(ghosts)[0] == "features.conv1: ghost batches have statistics of their own"
+    assert len(reasons_of(ghosts)) == 5
     network = make_small(name="bn")
-    fused = FusedNetwork(network, "plain")
-    assert fused.why_not_fused() == []
+    fused = FusedNetwork(network, PLAIN)
+    assert reasons_of(fused) == []
     set_training(network, "features")
-    assert fused.why_not_fused()[1] == "features.conv2: its batch normalisation is frozen"
+    assert reasons_of(fused)[1] == "features.conv2: its batch normalisation is frozen"
     network.features.requires_grad_(False)
     before = deepcopy(network.features.state_dict())
     assert_same(run_both(network, make_images()), 2e-5)
     assert all(torch.equal(value, before[name]) for name, value in network.features.state_dict().items())
     network = make_small(name="bn")
     synchronize(network, OneRank())
-    fused = FusedNetwork(network, "plain")
-    assert fused.why_not_fused()[2] == "features.conv3: its statistics are over all ranks"
+    fused = FusedNetwork(network, PLAIN)
+    assert reasons_of(fused)[2] == "features.conv3: its statistics are over all ranks"
     assert_same(run_both(network, make_images()), 1e-6)  # the same modules
     network.features.register_module("pool5", nn.AvgPool2d(2))
-    said = FusedNetwork(network, "plain").why_not_fused()[4]
+    said = reasons_of(FusedNetwork(network, PLAIN))[4]
     assert said == "features.conv5: no block stands for BatchNorm, ReLU, AvgPool2d"
 
 
-def train_both(network: AlexNet, num_steps: int = 50) -> list[list[float]]:
+def train_both(network: AlexNet, kernels: Kernels = PLAIN, num_steps: int = 50) -> list[list[float]]:
     """Train the network and its fused form at the recipe's rate, and return both lists of losses."""
     rate = make_config("tiny-imagenet").schedule.learning_rate
     images_NCHW, labels_N = make_images(32).to(next(network.parameters()).dtype), torch.arange(32) % 5
     other = deepcopy(network)
     losses: list[list[float]] = []
-    for own, forward in ((network, network), (other, FusedNetwork(other, "plain"))):
+    for own, forward in ((network, network), (other, FusedNetwork(other, kernels))):
         optimizer = torch.optim.SGD(own.parameters(), rate, momentum=0.9, weight_decay=5e-4)
         losses.append([])
         for step in range(num_steps):
@@ -204,8 +208,8 @@ def test_fifty_steps_of_training_have_the_same_losses(variant: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["bias", "pixel"])
-def test_wrong_gradient_shows_in_gradients_and_losses(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = block.backward
+def test_wrong_gradient_shows_in_gradients_and_losses(mistake: str) -> None:
+    right = PLAIN.block_backward
 
     def wrong(spec: Any, saved: Saved, *others: Any) -> Gradients:
         index = saved.index_NCYX
@@ -217,10 +221,10 @@ def test_wrong_gradient_shows_in_gradients_and_losses(mistake: str, monkeypatch:
             found = replace(found, bias_C=found.bias_C * 1.01)
         return found
 
-    monkeypatch.setattr(block, "backward", wrong)
+    kernels = replace(PLAIN, block_backward=wrong)
     with pytest.raises(AssertionError, match="features"):
-        assert_same(run_both(make_small(), make_images()), 2e-5)
-    assert largest_difference(train_both(make_small())) > 1e-3
+        assert_same(run_both(make_small(), make_images(), kernels), 2e-5)
+    assert largest_difference(train_both(make_small(), kernels)) > 1e-3
 
 
 @needs_triton
@@ -230,7 +234,7 @@ def test_fused_network_by_interpreted_kernels(variant: str, tolerance: float) ->
 
     network = make_small(32, **{**VARIANTS[variant], "stem_stride": 2, "pool_padding": 1})
     with interpreted(block_forward_triton, block_backward_triton):
-        results = run_both(network, make_images(2, 32), "triton")
+        results = run_both(network, make_images(2, 32), triton_kernels())
     assert_same(results, tolerance)
 
 
@@ -239,4 +243,4 @@ def test_fused_network_by_interpreted_kernels(variant: str, tolerance: float) ->
 def test_fused_network_on_a_gpu(variant: str) -> None:
     network = make_small(**VARIANTS[variant]).cuda()
     with exact_float32():
-        assert_same(run_both(network, make_images(16).cuda(), "triton"), 1e-4)
+        assert_same(run_both(network, make_images(16).cuda(), triton_kernels()), 1e-4)

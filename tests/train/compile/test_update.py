@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import conv2d
 
+from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.triton import interpreted, needs_triton
 from train.compile.update import update_weights
 from train.config.schema import OptimizerConfig
-from train.kernels.implementation import Implementation
-from train.kernels.stem import s2d_weights, stem_conv
+from train.kernels.interface import triton_kernels
+from train.kernels.stem import s2d_weights
 from train.optim.half_weights import HalfWeights
 from train.optim.sgd import apply_fused, make_optimizer, set_lr, start_momentum
 
@@ -39,8 +41,8 @@ def small_network() -> nn.Sequential:
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-def interpreter_of(implementation: Implementation, device: str) -> AbstractContextManager[None]:
-    if implementation == "plain" or device == "cuda":
+def interpreter_of(form: str, device: str) -> AbstractContextManager[None]:
+    if form == "plain" or device == "cuda":
         return nullcontext()
     from train.kernels import sgd_triton
 
@@ -48,7 +50,7 @@ def interpreter_of(implementation: Implementation, device: str) -> AbstractConte
 
 
 @pytest.mark.parametrize(
-    ("implementation", "device"),
+    ("form", "device"),
     [
         ("plain", "cpu"),
         pytest.param("triton", "cpu", marks=needs_triton),
@@ -56,7 +58,7 @@ def interpreter_of(implementation: Implementation, device: str) -> AbstractConte
     ],
 )
 @pytest.mark.parametrize("name", FORMS)
-def test_update_is_the_optimizers_step(name: str, implementation: Implementation, device: str) -> None:
+def test_update_is_the_optimizers_step(name: str, form: str, device: str) -> None:
     """Ten steps at changing rates, one skipped for a NaN; rates as numbers and as tensors."""
     config, random = OptimizerConfig(**FORMS[name]), torch.Generator().manual_seed(0)
     theirs, ours = small_network().to(device), small_network().to(device)
@@ -67,6 +69,7 @@ def test_update_is_the_optimizers_step(name: str, implementation: Implementation
         HalfWeights(ours, torch.float16, optimizers[1]),
         [p.detach().clone() for p in ours.parameters()],
     )
+    kernels = PLAIN if form == "plain" else triton_kernels()
     for step in range(STEPS):
         skip = torch.tensor(float(step == SKIPPED), device=device)
         for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -80,8 +83,8 @@ def test_update_is_the_optimizers_step(name: str, implementation: Implementation
             for group in optimizers[1].param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=device)
         apply_fused(optimizers[0], skip)
-        with interpreter_of(implementation, device):
-            update_weights(optimizers[1], skip, halves, implementation=implementation)
+        with interpreter_of(form, device):
+            update_weights(optimizers[1], skip, halves, kernels)
         for parameter in ours.parameters():
             half = halves.copy_of(parameter)
             assert half is None or torch.equal(half, parameter.half())
@@ -96,29 +99,7 @@ def test_update_is_the_optimizers_step(name: str, implementation: Implementation
             torch.testing.assert_close(velocities[1], velocities[0], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars"])
-def test_update_takes_half_gradients(name: str) -> None:
-    config = OptimizerConfig(**FORMS[name])
-    results = []
-    for kept_half in (False, True):
-        network = small_network()
-        optimizer = make_optimizer(network, config)
-        halves = HalfWeights(network, torch.bfloat16, optimizer)
-        start_momentum(optimizer)
-        halves.keep_half_gradients(kept_half)
-        for parameter in network.parameters():
-            gradient = torch.empty_like(parameter).copy_(parameter.detach() * 3).bfloat16()
-            in_half = kept_half and halves.copy_of(parameter) is not None
-            parameter.grad = gradient if in_half else gradient.float()
-        set_lr(optimizer, 0.1)
-        update_weights(optimizer, torch.tensor(0.0), halves)
-        results.append([p.detach() for p in network.parameters()])
-    for whole, half in zip(*results, strict=True):
-        assert torch.equal(whole, half)
-
-
-@pytest.mark.parametrize("kept_half", [False, True])
-def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
+def test_gradients_of_a_regrouped_stem_have_its_layout() -> None:
     """In the order of the memory, as the pass wants them, though they come through a permutation."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 11, stride=4, padding=2).to(memory_format=torch.channels_last)
@@ -126,17 +107,16 @@ def test_gradients_of_a_regrouped_stem_have_its_layout(kept_half: bool) -> None:
     start_momentum(optimizer)
     set_lr(optimizer, 0.1)
     halves = HalfWeights(conv, torch.bfloat16, optimizer)
-    halves.keep_half_gradients(kept_half)
     inputs, bias = torch.randn(2, 48, 9, 9).bfloat16(), conv.bias
     assert bias is not None
     before, skip = conv.weight.detach().clone(), torch.tensor(0.0)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
-        maps = stem_conv(inputs, s2d_weights(halves.half_of(conv.weight), 4), halves.half_of(bias))
+        maps = conv2d(inputs, s2d_weights(halves.half_of(conv.weight), 4), halves.half_of(bias))
         torch.autograd.backward(maps.float().square().mean())
         assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride()
-        assert conv.weight.grad.dtype == (torch.bfloat16 if kept_half else torch.float32)
-        update_weights(optimizer, skip, halves)
+        assert conv.weight.grad.dtype == torch.float32
+        update_weights(optimizer, skip, halves, PLAIN)
     assert (conv.weight - before).abs().max() > 1e-4 and halves.refresh() == 0
 
 
@@ -149,6 +129,6 @@ def test_update_leaves_what_has_no_gradient() -> None:
     last = network[3]
     assert isinstance(last, nn.Linear)
     last.weight.grad = torch.ones_like(last.weight)
-    update_weights(optimizer, torch.tensor(0.0))
+    update_weights(optimizer, torch.tensor(0.0), None, PLAIN)
     same = [torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True)]
     assert same == [True, True, True, True, False, True]

@@ -19,7 +19,7 @@ from tests.helpers.wrong_steps import Fast, Raises, Slow, WrongGradient, candida
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.graphs.choose import WORTH_IMAGES, Course, join_machines, open_step, tell_changes, why_plain
-from train.graphs.held import Held
+from train.graphs.trial import Held
 from train.graphs.verdict import Record, read_record
 from train.step import StepFn, StepParts, train_step
 
@@ -34,7 +34,7 @@ SLOW_LINE = "the plain step runs: the plain step takes 2e+03 ms; Slow is right, 
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A CPU that is said to have graphs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("train.graphs.prove.time_steps", read_seconds)
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     monkeypatch.setattr("train.graphs.choose.DEVICES", ("cpu",))
     before = torch.get_num_threads()
     with open_world("cpu") as one:

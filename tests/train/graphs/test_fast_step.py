@@ -25,13 +25,14 @@ from tests.helpers.fast_steps import (
     state_of,
     take_steps,
 )
-from tests.helpers.recorder import HostValueError, Recorder
+from tests.helpers.plain_kernels import PLAIN
+from tests.helpers.recorder import HostValueError, Recorder, run_every_time
 from tests.helpers.warm_ranks import run_ranks
 from train.compile.fused import FusedNetwork
 from train.compile.update import update_weights
 from train.config.load import make_config
 from train.distributed.world import World, open_world
-from train.graphs.capture import CudaCapture, Eager
+from train.graphs.capture import CudaCapture
 from train.graphs.fast_step import FastStep, why_not
 from train.health.nonfinite import Guard
 from train.optim.half_weights import HalfWeights
@@ -121,7 +122,7 @@ def test_own_pass_of_the_optimiser_is_captured_as_torchs_is(world: World, form: 
     sets = ("model.name=bn", f"optimizer.momentum_form={form}", "model.dropout=0.2")
     plain, own = (make_parts(world, *sets) for _ in range(2))
     halves = HalfWeights(own.network, torch.bfloat16, own.optimizer)
-    apply = partial(update_weights, halves=halves)
+    apply = partial(update_weights, halves=halves, kernels=PLAIN)
     fast = FastStep(own, Recorder(), apply=apply, before=halves.refresh)
     take_steps(plain, [partial(train_step, plain)], 12)
     take_steps(own, [fast, fast, partial(train_step, own)], 12)
@@ -137,7 +138,7 @@ def test_fused_network_is_captured_as_its_own_layers_are(world: World, name: str
     """Sums are in another order; nothing of a step may be left in what is captured."""
     sets = (f"model.name={name}", "model.dropout=0.2")
     plain, fused = (make_parts(world, *sets) for _ in range(2))
-    network = FusedNetwork(fused.network, "plain")
+    network = FusedNetwork(fused.network, PLAIN)
     recorder = Recorder()
     fast = FastStep(fused, recorder, lambda inputs: network(training_inputs(inputs, fused.normalize)))
     take_steps(plain, [partial(train_step, plain)], 12)
@@ -170,8 +171,8 @@ def test_runs_with_work_inside_of_the_passes_keep_the_plain_step() -> None:
             assert (found is None) is (expected is None) and (found or "").startswith(expected or "")
 
 
-def test_eager_work_runs_every_time(world: World) -> None:
-    assert compare(world, (), Eager(), num_steps=BAD_STEP + 2) == ([], [])
+def test_work_that_runs_every_time_gives_the_plain_steps_bits(world: World) -> None:
+    assert compare(world, (), run_every_time, num_steps=BAD_STEP + 2) == ([], [])
 
 
 @pytest.mark.gpu

@@ -13,13 +13,15 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.mix import mix_params_at
 from data_pipeline.transforms.trivial import trivial_params_at
-from tests.helpers.recorder import Recorder
+from tests.helpers.plain_kernels import PLAIN
+from tests.helpers.recorder import Recorder, run_every_time
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
-from train.graphs.capture import CudaCapture, Eager
+from train.graphs.capture import CudaCapture
 from train.graphs.choose import list_candidates
 from train.graphs.fused_forward import why_modules
 from train.graphs.prover import Prover
+from train.kernels.interface import triton_kernels
 from train.models import alexnet
 from train.step import train_step
 
@@ -82,8 +84,8 @@ def test_both_candidates_are_right(network: str, precision: str, world: World) -
     for step in range(2):
         train_step(parts, batches, 1e-3, step)
     prover = Prover(parts, batches, rate=1e-3, step=2)
-    for candidate in list_candidates(parts, Recorder, "plain"):
-        verdict, _ = prover.judge(candidate, None)
+    for candidate in list_candidates(parts, Recorder, lambda: PLAIN):
+        verdict, _ = prover.judge(candidate)
         assert verdict.against is None, candidate.name
 
 
@@ -106,14 +108,14 @@ def test_candidates_are_right_on_a_gpu(network: str, precision: str) -> None:
         more = (f"precision={precision}", "global_batch=32", "device=cuda", "model.stem_stride=2")
         parts = small_trainer(world, f"model.name={network}", *SMALL, *more)
         prover = Prover(parts, [batch_of(32)], rate=1e-3, step=0)
-        for candidate in list_candidates(parts, lambda: CudaCapture(world.device), "triton"):
-            verdict, _ = prover.judge(candidate, None)
+        for candidate in list_candidates(parts, lambda: CudaCapture(world.device), triton_kernels):
+            verdict, _ = prover.judge(candidate)
             assert verdict.against is None, candidate.name
 
 
 def test_work_that_is_not_captured_is_right_too(world: World) -> None:
     parts = small_trainer(world, *SMALL, "model.stem_stride=2", "global_batch=8", "precision=fp32")
     prover = Prover(parts, [batch_of(8)], rate=1e-3, step=0)
-    candidate, _ = list_candidates(parts, Eager, "plain")
+    candidate, _ = list_candidates(parts, lambda: run_every_time, lambda: PLAIN)
     assert candidate.name == "graph and fused kernels"
-    assert prover.judge(candidate, None)[0].against is None
+    assert prover.judge(candidate)[0].against is None

@@ -12,9 +12,8 @@ import torch
 from tests.helpers.step_samples import small_batch, small_trainer
 from tests.helpers.wrong_steps import Fast, IgnoresNaN, Raises, Slow, WrongGradient, candidate, read_seconds
 from train.distributed.world import World, open_world
-from train.graphs.held import Held
 from train.graphs.prove import Question, is_better, join_verdicts, prove, start_again
-from train.graphs.trial import Candidate, DeviceLostError
+from train.graphs.trial import Candidate, DeviceLostError, Held
 from train.graphs.verdict import Record, Verdict, load_verdict, machine_of, task_of
 from train.step import StepParts, train_step
 
@@ -32,7 +31,7 @@ class Faster(Fast):
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("train.graphs.prove.time_steps", read_seconds)
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     before = torch.get_num_threads()
     with open_world("cpu") as one:
         torch.set_num_threads(1)

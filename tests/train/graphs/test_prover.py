@@ -24,9 +24,8 @@ from tests.helpers.wrong_steps import (
     read_seconds,
 )
 from train.distributed.world import World, open_world
-from train.graphs.held import Held, state_of
 from train.graphs.prover import Prover
-from train.graphs.trial import Candidate, DeviceLostError, IncomparableError, time_steps
+from train.graphs.trial import Candidate, DeviceLostError, Held, IncomparableError, state_of, time_steps
 from train.health.metrics import AccuracyMeter
 from train.step import StepParts, train_step
 
@@ -61,13 +60,13 @@ def prover(world: World, request: pytest.FixtureRequest) -> Prover:
     return prover_of(trained(world, f"precision={request.param}"))
 
 
-def test_step_that_is_right_passes_and_is_timed(prover: Prover) -> None:
+def test_step_that_is_right_passes_and_is_timed(prover: Prover, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.graphs.prover.time_steps", read_seconds)
     before = {name: tensor.clone() for name, tensor in state_of(prover.parts).items()}
-    verdict, step = prover.judge(candidate(Fast), read_seconds)
-    assert (verdict.name, verdict.against, verdict.seconds, verdict.lasting) == ("Fast", None, 0.5, True)
-    assert isinstance(step, Fast) and step.parts is prover.parts
+    verdict, step = prover.judge(candidate(Fast))
+    assert (verdict.name, verdict.against, verdict.lasting) == ("Fast", None, True)
+    assert isinstance(step, Fast) and step.parts is prover.parts and prover.time(step) == 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(prover.parts).items())
-    assert prover.judge(candidate(Fast), None)[0].seconds is None
 
 
 WRONG: dict[type[Fast], str] = {
@@ -82,10 +81,10 @@ WRONG: dict[type[Fast], str] = {
 def test_steps_that_are_wrong_do_not_pass(prover: Prover) -> None:
     held = Held(prover.parts)
     for wrong, against in WRONG.items():
-        verdict, step = prover.judge(candidate(wrong), read_seconds)
+        verdict, step = prover.judge(candidate(wrong))
         assert verdict.against is not None
         assert verdict.against.startswith(against)
-        assert (step, verdict.seconds, verdict.lasting) == (None, None, True)
+        assert (step, verdict.lasting) == (None, True)
         assert held.changed() == []
 
 
@@ -100,7 +99,7 @@ def test_steps_that_fail_are_a_reason(prover: Prover, monkeypatch: pytest.Monkey
     held = Held(prover.parts)
     for error, (against, lasting) in FAILURES.items():
         monkeypatch.setattr(Raises, "error", error)
-        verdict, step = prover.judge(candidate(Raises), read_seconds)
+        verdict, step = prover.judge(candidate(Raises))
         assert (verdict.against, step, verdict.lasting) == (against, None, lasting)
         assert held.changed() == []
     counts = train_step(prover.parts, [small_batch()], 0.0, 2)  # the plain step still works
@@ -119,17 +118,17 @@ def test_step_in_float32_is_gone_before_the_other_is_made(world: World) -> None:
         made.append(weakref.ref(step))
         return cast(Fast, step)
 
-    verdict, _ = prover_of(trained(world, "precision=bf16")).judge(Candidate("x", make), None)
+    verdict, _ = prover_of(trained(world, "precision=bf16")).judge(Candidate("x", make))
     assert verdict.against is None and living == [[], [False]]
 
 
 def test_loss_scale_is_found_and_comes_back(world: World) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     parts = replace(trained(world, "precision=fp32"), scaler=scaler)
-    verdict, _ = prover_of(parts).judge(candidate(Fast), None)
+    verdict, _ = prover_of(parts).judge(candidate(Fast))
     assert verdict.against is None
     assert scaler.get_scale() == 2.0**127 and parts.guard.read().total == 0
-    verdict, _ = prover_of(parts).judge(candidate(Raises), None)
+    verdict, _ = prover_of(parts).judge(candidate(Raises))
     assert verdict.against == "it failed with RuntimeError: out of registers"
     train_step(parts, [small_batch()], 0.0, 2)  # `unscale_` is not one too many
     assert scaler.get_scale() == 2.0**126
@@ -163,7 +162,7 @@ def test_device_that_does_nothing_any_more_ends_the_run(
 
     with monkeypatch.context() as patched, pytest.raises(DeviceLostError) as caught:
         patched.setattr(Held, "restore", lose)
-        prover.judge(Candidate("new", make), None)
+        prover.judge(Candidate("new", make))
     assert "the step `new` has left the device unusable: it failed with RuntimeError: out" in str(
         caught.value
     )

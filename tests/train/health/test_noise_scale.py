@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from tests.helpers.ranks import TINY, link_subset, read_rows
+from tests.helpers.step_samples import parts_of
 from tests.helpers.warm_ranks import train_warm
 from train.config.load import make_config
 from train.distributed.world import World, open_world
@@ -22,7 +22,6 @@ from train.inputs.pass_inputs import to_device
 from train.main import train
 from train.runs.folder import MetricsRow
 from train.runs.metrics_log import NoiseAverages
-from train.setup import make_step_parts
 from train.step import StepParts, train_step
 
 NOISY = (
@@ -114,9 +113,7 @@ def test_train_step_against_gradients_sample_by_sample(world: World) -> None:
     config = make_config("demo", [*NOISY, "global_batch=12", "micro_batch=5"])
     batches = noise_batches([5, 5, 2])
     batches[1].valid[4] = False
-    parts = make_step_parts(
-        config, Dataset(Path(), "train", (), np.zeros(0, np.int64), tuple("0123456789")), world, None
-    )
+    parts = parts_of(config, world)
     sums, whole, count = 0.0, torch.zeros(()), 0
     for batch in batches:
         gradients = list(gradients_of_samples(parts, batch))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.block_samples import SPECS, Sample, make_grad, make_sample, recorded_launches
+from tests.helpers.plain_kernels import block_backward, block_forward
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
 from train.kernels import block
 from train.kernels.block import BlockSpec, Gradients
@@ -18,11 +19,11 @@ def both_gradients(spec: BlockSpec, sample: Sample) -> tuple[Gradients, Gradient
     from train.kernels import block_backward_triton, block_forward_triton
 
     with torch.no_grad():
-        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
-        known = spec, saved, make_grad(out_NCYX), sample.bias_C, sample.tensors, sample.x_NCHW.shape[2:]
+        out_NCYX, saved = block_forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
+        known = spec, saved, make_grad(out_NCYX), sample.bias_C, sample.norm, sample.x_NCHW.shape[2:]
         with interpreted(block_forward_triton, block_backward_triton):
             found = block_backward_triton.backward(*known)
-        return found, block.backward(*known)
+        return found, block_backward(*known)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -52,10 +53,10 @@ def test_backward_kernels_round_to_bfloat16(name: str) -> None:
 
 
 def test_parts_are_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.kernels import block_backward_triton, block_forward_triton
+    from train.kernels import block_backward_triton
 
-    monkeypatch.setattr(block_backward_triton, "TILE", 64)  # two rows of 32 channels
-    monkeypatch.setattr(block_forward_triton, "MOST_PROGRAMS", 5)
+    monkeypatch.setattr(block, "TILE", 64)  # two rows of 32 channels
+    monkeypatch.setattr(block, "MOST_PROGRAMS", 5)
     monkeypatch.setattr(block_backward_triton, "MERGED", 2)
     sample = make_sample(SPECS["bn_after_relu_pool"], (3, 32, 4, 3))
     found, plain = both_gradients(SPECS["bn_after_relu_pool"], sample)
@@ -74,10 +75,10 @@ def test_backward_kernels_spill_nothing(name: str, capability: int) -> None:
     spec = SPECS[name]
     sample = make_sample(spec, (2, 96, 9, 9), torch.bfloat16)
     with torch.no_grad():
-        out_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        out_NCYX, saved = block_forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
     with recorded_launches(block_backward_triton) as launches:
         block_backward_triton.backward(
-            spec, saved, make_grad(out_NCYX), sample.bias_C, sample.tensors, sample.x_NCHW.shape[2:]
+            spec, saved, make_grad(out_NCYX), sample.bias_C, sample.norm, sample.x_NCHW.shape[2:]
         )
     assert len(launches) == (sample.bias_C is not None) + 1 + 2 * spec.has_batch_norm
     for launch in launches:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.block_samples import SPECS, make_sample, recorded_launches
+from tests.helpers.plain_kernels import block_forward
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
 from train.kernels import block
 from train.kernels.block import DEAD
@@ -23,8 +24,8 @@ def test_forward_kernels_save_what_the_plain_form_saves(name: str) -> None:
     sample = make_sample(spec)
     other = deepcopy(sample)
     with torch.no_grad(), interpreted(block_forward_triton):
-        out_NCYX, saved = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.tensors)
-        plain_NCYX, plain = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        out_NCYX, saved = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.norm)
+        plain_NCYX, plain = block_forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
     assert out_NCYX.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out_NCYX, plain_NCYX, rtol=1e-5, atol=1e-5)
     for key, expected in vars(plain).items():
@@ -51,8 +52,8 @@ def test_forward_kernels_round_to_bfloat16(name: str) -> None:
     sample = make_sample(spec, (2, 32, 5, 6), torch.bfloat16)
     other = deepcopy(sample)
     with torch.no_grad(), interpreted(block_forward_triton):
-        out_NCYX, _ = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.tensors)
-        plain_NCYX, _ = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        out_NCYX, _ = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.norm)
+        plain_NCYX, _ = block_forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
     assert out_NCYX.dtype == torch.bfloat16
     torch.testing.assert_close(out_NCYX, plain_NCYX, rtol=2**-7, atol=1e-6)
 
@@ -66,7 +67,7 @@ def test_forward_kernel_keeps_what_is_not_a_number() -> None:
         sample.x_NCHW[0, 2, 3, 4] = torch.nan
         with interpreted(block_forward_triton):
             out_NCYX, _ = block_forward_triton.forward(spec, sample.x_NCHW, sample.bias_C, None)
-        plain_NCYX, _ = block.forward(spec, sample.x_NCHW, sample.bias_C, None)
+        plain_NCYX, _ = block_forward(spec, sample.x_NCHW, sample.bias_C, None)
         assert 0 < int(out_NCYX.isnan().sum()) < out_NCYX.numel()
         torch.testing.assert_close(out_NCYX, plain_NCYX, equal_nan=True)
 
@@ -74,17 +75,17 @@ def test_forward_kernel_keeps_what_is_not_a_number() -> None:
 def test_statistics_are_those_of_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.kernels import block_forward_triton
 
-    monkeypatch.setattr(block_forward_triton, "TILE", 64)  # two rows of 32 channels
-    monkeypatch.setattr(block_forward_triton, "MOST_PROGRAMS", 5)
+    monkeypatch.setattr(block, "TILE", 64)  # two rows of 32 channels
+    monkeypatch.setattr(block, "MOST_PROGRAMS", 5)
     monkeypatch.setattr(block_forward_triton, "MERGED", 2)
     spec = SPECS["bn"]
     sample = make_sample(spec, (3, 32, 3, 3))
     sample.x_NCHW.add_(1000)  # a difference of squares would lose the variance
     other = deepcopy(sample)
-    assert sample.tensors is not None and other.tensors is not None
+    assert sample.norm is not None and other.norm is not None
     with torch.no_grad(), interpreted(block_forward_triton):
-        found = block_forward_triton.statistics(spec, other.x_NCHW, None, other.tensors)
-        _, plain = block.forward(spec, sample.x_NCHW.double(), None, sample.tensors)
+        found = block_forward_triton.statistics(spec, other.x_NCHW, None, other.norm)
+        _, plain = block_forward(spec, sample.x_NCHW.double(), None, sample.norm)
     assert plain.mean_C is not None and plain.rstd_C is not None
     torch.testing.assert_close(found[0].double(), plain.mean_C, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1].double(), plain.rstd_C, rtol=1e-4, atol=0)
@@ -99,7 +100,7 @@ def test_forward_kernels_spill_nothing(name: str, capability: int) -> None:
     spec = SPECS[name]
     sample = make_sample(spec, (2, 96, 9, 9), torch.bfloat16)
     with recorded_launches(block_forward_triton) as launches:
-        block_forward_triton.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        block_forward_triton.forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
     assert len(launches) == (3 if spec.has_batch_norm else 1)
     for launch in launches:
         resources = compile_for(launch.kernel, launch.signature, launch.constexprs, capability=capability)

@@ -8,22 +8,20 @@ import pytest
 import torch
 
 from tests.helpers.block_samples import SPECS, Sample, make_grad, make_modules, make_sample
-from train.kernels import block
+from tests.helpers.plain_kernels import PLAIN, block_backward, block_forward
 from train.kernels.block import BlockSpec
 from train.kernels.fused_block import fused_block
-from train.kernels.implementation import Implementation
+from train.kernels.interface import Kernels, triton_kernels
 
 
-def run_block(
-    spec: BlockSpec, sample: Sample, implementation: Implementation = "plain"
-) -> list[torch.Tensor]:
+def run_block(spec: BlockSpec, sample: Sample, kernels: Kernels = PLAIN) -> list[torch.Tensor]:
     """Return output and gradients, and the running statistics."""
     leaves = [t.clone().requires_grad_() for t in (sample.x_NCHW, sample.bias_C) if t is not None]
     norm = deepcopy(sample)
     if norm.norm is not None:
         leaves += [norm.norm.weight, norm.norm.bias]
     bias_C = None if sample.bias_C is None else leaves[1]
-    out_NCYX = fused_block(leaves[0], spec, bias_C, norm.tensors, implementation)
+    out_NCYX = fused_block(leaves[0], spec, bias_C, norm.norm, kernels)
     torch.autograd.backward(out_NCYX, make_grad(out_NCYX))
     found = [leaf.grad for leaf in leaves if leaf.grad is not None]
     assert len(found) == len(leaves)
@@ -49,7 +47,7 @@ def test_other_memory_formats_are_copied() -> None:
 
 def test_block_keeps_no_map_that_it_does_not_read() -> None:
     sample = make_sample(SPECS["relu_pool"], (2, 6, 9, 9))
-    out_NCYX = fused_block(sample.x_NCHW.requires_grad_(), SPECS["relu_pool"], sample.bias_C)
+    out_NCYX = fused_block(sample.x_NCHW.requires_grad_(), SPECS["relu_pool"], sample.bias_C, None, PLAIN)
     assert out_NCYX.grad_fn is not None
     kept = [t for t in out_NCYX.grad_fn.saved_tensors if t is not None]  # type: ignore[attr-defined]
     assert [(tensor.dtype, tensor.numel()) for tensor in kept] == [
@@ -64,7 +62,7 @@ def test_single_value_has_no_variance() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         make_modules(spec, sample.norm)(sample.x_NCHW)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fused_block(sample.x_NCHW, spec, None, sample.tensors)
+        fused_block(sample.x_NCHW, spec, None, sample.norm, PLAIN)
 
 
 # Not all of `SPECS`: every one is compiled on its first call.
@@ -74,10 +72,10 @@ def test_single_value_has_no_variance() -> None:
 )
 def test_kernels_are_the_plain_form_on_a_gpu(name: str) -> None:
     sample = make_sample(SPECS[name], (4, 96, 13, 14), device="cuda")
-    both = (run_block(SPECS[name], sample, kind) for kind in ("triton", "plain"))
+    both = (run_block(SPECS[name], sample, kind) for kind in (triton_kernels(), PLAIN))
     for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    first, again = (run_block(SPECS[name], sample, "triton") for _ in range(2))
+    first, again = (run_block(SPECS[name], sample, triton_kernels()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -100,11 +98,11 @@ def test_kernels_round_as_the_plain_form_on_a_gpu(name: str, kind: torch.dtype) 
     sample = make_sample(spec, (4, 192, 13, 14), kind, "cuda")
     other, rounding = deepcopy(sample), 2**-7 if kind == torch.bfloat16 else 2**-10
     with torch.no_grad():
-        out_NCYX, _ = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.tensors)
-        plain_NCYX, saved = block.forward(spec, sample.x_NCHW, sample.bias_C, sample.tensors)
+        out_NCYX, _ = block_forward_triton.forward(spec, other.x_NCHW, other.bias_C, other.norm)
+        plain_NCYX, saved = block_forward(spec, sample.x_NCHW, sample.bias_C, sample.norm)
         torch.testing.assert_close(out_NCYX, plain_NCYX, rtol=rounding, atol=1e-5)
-        known = spec, saved, make_grad(plain_NCYX), sample.bias_C, sample.tensors, sample.x_NCHW.shape[2:]
-        ours, theirs = block_backward_triton.backward(*known), block.backward(*known)
+        known = spec, saved, make_grad(plain_NCYX), sample.bias_C, sample.norm, sample.x_NCHW.shape[2:]
+        ours, theirs = block_backward_triton.backward(*known), block_backward(*known)
     torch.testing.assert_close(ours.x_NCHW, theirs.x_NCHW, rtol=rounding, atol=1e-5)
     for key in ("bias_C", "norm_weight_C", "norm_bias_C"):
         torch.testing.assert_close(getattr(ours, key), getattr(theirs, key), rtol=1e-4, atol=1e-3)

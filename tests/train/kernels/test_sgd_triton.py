@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
+from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
-from train.kernels.implementation import Implementation
-from train.kernels.sgd import SgdForm, update_parameter
+from train.kernels.interface import Kernels, SgdForm, triton_kernels
 
 pytestmark = needs_triton
 FORMS = {
@@ -23,9 +21,8 @@ STEPS, SKIPPED = 10, 4
 
 
 def run(
-    implementation: Implementation,
+    kernels: Kernels,
     form: SgdForm,
-    gradient_type: torch.dtype,
     half_type: torch.dtype | None,
     ratio: float | None,
     device: str = "cpu",
@@ -37,8 +34,7 @@ def run(
     velocity = torch.zeros_like(weight) if form.momentum else None
     half = None if half_type is None else weight.to(half_type)
     for step in range(STEPS):
-        gradient = torch.randn(weight.shape, generator=random).to(device, gradient_type)
-        gradient = gradient.to(memory_format=torch.channels_last)
+        gradient = torch.randn(weight.shape, generator=random).to(device, memory_format=torch.channels_last)
         if step == SKIPPED:
             gradient.fill_(torch.nan)
         rate, skip = (
@@ -46,38 +42,21 @@ def run(
             torch.tensor(float(step == SKIPPED)).to(device),
         )
         ratios = None if ratio is None else torch.tensor(ratio).to(device)
-        update_parameter(
-            weight,
-            velocity,
-            gradient,
-            rate,
-            skip,
-            form,
-            ratio=ratios,
-            half=half,
-            implementation=implementation,
-        )
+        kernels.update_parameter(weight, velocity, gradient, rate, skip, form, ratios, half)
     results = {"weight": weight, "velocity": velocity, "half": half}
     return {name: tensor for name, tensor in results.items() if tensor is not None}
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(
-    ("gradient_type", "half_type", "ratio"),
-    [
-        (torch.float32, torch.float16, None),
-        (torch.bfloat16, torch.bfloat16, 0.3),
-        (torch.float16, None, None),
-    ],
-)
+@pytest.mark.parametrize(("half_type", "ratio"), [(torch.float16, None), (torch.bfloat16, 0.3), (None, None)])
 def test_update_kernel_is_the_plain_form_to_the_bit(
-    name: str, gradient_type: torch.dtype, half_type: torch.dtype | None, ratio: float | None
+    name: str, half_type: torch.dtype | None, ratio: float | None
 ) -> None:
     from train.kernels import sgd_triton
 
-    plain = run("plain", FORMS[name], gradient_type, half_type, ratio)
+    plain = run(PLAIN, FORMS[name], half_type, ratio)
     with interpreted(sgd_triton):
-        ours = run("triton", FORMS[name], gradient_type, half_type, ratio)
+        ours = run(triton_kernels(), FORMS[name], half_type, ratio)
     assert ours.keys() == plain.keys() and ours["weight"].isfinite().all()
     for key, tensor in plain.items():
         if tensor.dtype == torch.bfloat16:  # the interpreter cuts off
@@ -92,18 +71,21 @@ def test_update_kernel_counts_as_a_change_of_its_tensors() -> None:
     weight, half = torch.zeros(4), torch.zeros(4).half()
     before = weight._version, half._version
     with interpreted(sgd_triton):
-        update_parameter(
-            weight,
-            None,
-            torch.ones(4),
-            torch.tensor(0.5),
-            torch.tensor(0.0),
-            SgdForm(0.0),
-            half=half,
-            implementation="triton",
-        )
+        rate, skip = torch.tensor(0.5), torch.tensor(0.0)
+        sgd_triton.update_parameter(weight, None, torch.ones(4), rate, skip, SgdForm(0.0), half=half)
     assert weight.tolist() == half.tolist() == [-0.5] * 4
     assert weight._version > before[0] and half._version > before[1]
+
+
+def test_gradient_of_another_layout_is_refused() -> None:
+    from train.kernels import sgd_triton
+
+    weight = torch.zeros(4, 3, 5, 5)
+    gradient = torch.ones_like(weight).to(memory_format=torch.channels_last)
+    with pytest.raises(AssertionError, match="own layout"):
+        sgd_triton.update_parameter(
+            weight, None, gradient, torch.tensor(1.0), torch.tensor(0.0), SgdForm(0.0)
+        )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -111,8 +93,8 @@ def test_update_kernel_counts_as_a_change_of_its_tensors() -> None:
 def test_update_kernel_compiles_without_spills(name: str, kind: str, capability: int) -> None:
     from train.kernels import sgd_triton
 
-    pointers: dict[str, Any] = dict.fromkeys(("weight_ptr", "velocity_ptr", "rate_ptr", "skip_ptr"), "*fp32")
-    pointers |= {"gradient_ptr": f"*{kind}", "half_ptr": f"*{kind}", "ratio_ptr": "*fp32"}
+    read = ("weight", "velocity", "gradient", "rate", "ratio", "skip")
+    pointers = {**dict.fromkeys((f"{name}_ptr" for name in read), "*fp32"), "half_ptr": f"*{kind}"}
     numbers = {"size": "i32:16", "momentum": "fp32", "weight_decay": "fp32"}
     constants = {
         "NESTEROV": FORMS[name].nesterov,
@@ -132,8 +114,7 @@ def test_update_kernel_compiles_without_spills(name: str, kind: str, capability:
 def test_update_kernel_on_a_gpu_is_the_plain_form_to_the_bit(name: str) -> None:
     for ratio in (None, 0.3):
         results = [
-            run(kind, FORMS[name], torch.bfloat16, torch.bfloat16, ratio, "cuda", 4099)
-            for kind in ("plain", "triton")
+            run(kind, FORMS[name], torch.bfloat16, ratio, "cuda", 4099) for kind in (PLAIN, triton_kernels())
         ]
         for key, tensor in results[0].items():
             assert torch.equal(results[1][key], tensor), (key, ratio)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from tests.helpers.plain_kernels import s2d_inputs
 from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, mix_on_device, uint8_images
 from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
 from train.inputs.erase import erase_inputs
 from train.inputs.mixup import mix_inputs
-from train.kernels.stem import s2d_inputs, s2d_shape, s2d_weights, stem_conv, why_plain
+from train.kernels.stem import s2d_shape, s2d_weights, why_plain
 from train.models.alexnet import NETWORKS, Normalize, make_features
 
 # Shapes: N samples, H and W rows and columns of pixels; D channels, B blocks along a side; O output channels.
@@ -43,7 +44,7 @@ def convolve(images_NHWC: Tensor, kernel: int, stride: int, padding: int) -> tup
             shape = s2d_shape(images_NHWC.shape[1], kernel, stride, padding)
             inputs = s2d_inputs(images_NHWC, scale, shift, shape, torch.float64)
             assert inputs.shape[1:] == (shape.channels, shape.blocks, shape.blocks)
-            output = stem_conv(inputs, s2d_weights(leaves[0], stride), leaves[1])
+            output = conv2d(inputs, s2d_weights(leaves[0], stride), leaves[1])
             assert output.shape[2:] == (shape.out_px, shape.out_px)
         else:
             inputs = (images_NHWC.double() * scale + shift).permute(0, 3, 1, 2)
@@ -134,7 +135,7 @@ def test_regrouped_convolution_on_a_gpu_is_torchs(dtype: torch.dtype, units: int
             leaf = weights.to(dtype, memory_format=torch.channels_last).requires_grad_()
             if regrouped:
                 blocks = s2d_inputs(images, ones / 128, -ones, shape, dtype)
-                output = stem_conv(blocks, s2d_weights(leaf, 4))
+                output = conv2d(blocks, s2d_weights(leaf, 4))
             else:
                 inputs = (images.float() / 128 - 1).to(dtype).permute(0, 3, 1, 2)
                 output = conv2d(inputs, leaf, stride=4, padding=2)
@@ -166,8 +167,9 @@ import sys
 sys.modules["triton"] = None
 import torch
 from train.compile.update import update_weights
-from train.kernels.sgd import SgdForm, update_parameter
-from train.kernels.stem import s2d_inputs, s2d_shape
+from tests.helpers.plain_kernels import s2d_inputs, update_parameter
+from train.kernels.interface import SgdForm
+from train.kernels.stem import s2d_shape
 images, ones = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(3)
 weight, number = torch.ones(2), torch.tensor(0.5)
 update_parameter(weight, None, weight.clone(), number, number * 0, SgdForm(0.0))

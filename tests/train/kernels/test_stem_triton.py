@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.plain_kernels import s2d_inputs
 from tests.helpers.stem_samples import ERASED, MIX, PREPROCESSING, mix_on_device, uint8_images
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
-from train.kernels.stem import BlockShape, s2d_inputs, s2d_shape
+from train.kernels.interface import triton_kernels
+from train.kernels.stem import BlockShape, s2d_shape
 from train.models.alexnet import Normalize
 
 pytestmark = needs_triton
@@ -27,12 +28,10 @@ def both(
 ) -> tuple[Tensor, Tensor]:
     """The plain form's inputs and the kernel's."""
     images, normalize = uint8_images(4, shape.crop_px).to(device), Normalize(PREPROCESSING).to(device)
-    plan: dict[str, Any] = {
-        "erase_N4": torch.from_numpy(ERASED).to(device) if erased else None,
-        "mix": mix_on_device(MIX, device) if mixed else None,
-    }
-    arguments = images, normalize.scale, normalize.shift, shape, dtype
-    return s2d_inputs(*arguments, **plan), s2d_inputs(*arguments, **plan, implementation="triton")
+    erase_N4 = torch.from_numpy(ERASED).to(device) if erased else None
+    mix = mix_on_device(MIX, device) if mixed else None
+    arguments = images, normalize.scale, normalize.shift, shape, dtype, erase_N4, mix
+    return s2d_inputs(*arguments), triton_kernels().s2d_inputs(*arguments)
 
 
 def check_both(plain: Tensor, ours: Tensor, mixed: bool) -> None:
@@ -73,7 +72,7 @@ def test_input_kernel_would_show_a_wrong_mix() -> None:
     plain = s2d_inputs(*arguments, mix=mix_on_device(MIX))
     wrong = replace(mix_on_device(MIX), partners=torch.arange(4))
     with interpreted(stem_triton), pytest.raises(AssertionError, match="Mismatched elements"):
-        check_both(plain, stem_triton.launch_inputs(*arguments, mix=wrong), True)
+        check_both(plain, stem_triton.s2d_inputs(*arguments, mix=wrong), True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.datasets.dataset import Dataset
 from tests.helpers.bvlc import bvlc_file
 from tests.helpers.checkpoint_samples import CLASSES, save_small_network
 from tests.helpers.http_server import serving
 from tests.helpers.published import CROP_PX, publish_small
 from tests.helpers.ranks import TINY
-from tests.helpers.step_samples import small_batch, small_trainer
+from tests.helpers.step_samples import parts_of, small_batch, small_trainer
 from train.checkpoints.format import InitRecord, Snapshot
 from train.checkpoints.load import load_checkpoint
 from train.checkpoints.write import save_checkpoint
@@ -29,7 +28,6 @@ from train.distributed.world import World, open_world
 from train.models.alexnet import make_model
 from train.pretrained.begin import describe_init
 from train.pretrained.published import TORCHVISION_FILE, imagenet_classes
-from train.setup import make_step_parts
 from train.step import train_step
 from train.weights import export_weights
 
@@ -50,7 +48,7 @@ def begin(
 ) -> tuple[InitRecord | None, dict[str, Tensor]]:
     """The record and the weights of a network that begins with a source; with None, by the seed."""
     config = make_config("demo", [*TINY, *overrides], init=None if source is None else str(source))
-    parts = make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
+    parts = parts_of(config, world, classes=classes)
     return parts.init, parts.network.state_dict()
 
 

