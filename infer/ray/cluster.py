@@ -53,7 +53,7 @@ def ray_cluster(options: PredictOptions) -> Iterator[Any]:
     if options.address is None and "RAY_AUTH_MODE" not in os.environ:
         # By default Ray would write a token into the home folder; this one ends with the cluster.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    if options.address is None:  # what is left of a cluster whose command was killed waits a minute by default
+    if options.address is None:  # processes of a cluster whose command was killed wait a minute by default
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
