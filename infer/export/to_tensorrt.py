@@ -20,7 +20,7 @@ from data_pipeline.common.files import write_atomic
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, Engine, Precision, PrecisionCheck
 from infer.bundle.write import measure_files
-from infer.export.engine_options import EngineOptions, choose_builder, profile_batches
+from infer.export.options import EngineOptions, choose_builder, profile_batches
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
 from infer.runtime.tensorrt import make_logger

@@ -20,7 +20,7 @@ from alexnet import main
 from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle, load_bundle
 from infer.bundle.manifest import read_manifest
-from infer.export.engine_options import EngineOptions
+from infer.export.options import EngineOptions
 from infer.export.to_tensorrt import _Build, build_engine
 from infer.runtime.base import Outputs
 from infer.runtime.choose import probe_machine, why_no_engine

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle
-from infer.export.engine_options import choose_builder, profile_batches
+from infer.export.options import choose_builder, profile_batches
 from infer.export.to_tensorrt import BuildError, build_engine
 from infer.runtime.cuda import Gpu, GpuScan
 

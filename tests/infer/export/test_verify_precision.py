@@ -17,8 +17,8 @@ from data_pipeline.common.errors import GateError, UserError
 from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle, load_bundle
 from infer.export.compare import measure_agreement
-from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
 from infer.export.gate import check_limits, torch_runner
+from infer.export.options import EngineOptions, choose_builder, parse_formats
 from infer.export.to_onnx import export_onnx
 from infer.export.to_tensorrt import build_engine, check_plan_size
 from infer.export.verify_precision import check_precision
