@@ -16,10 +16,11 @@ from data_pipeline.common.files import check_writable
 from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.load import Bundle, find_bundle, is_bundle, load_bundle
 from infer.bundle.schema import ENGINE_NAME, FeatureLayer, Format, Precision
-from infer.export.onnx_options import DEFAULT_OPSET, OnnxOptions
 from infer.export.options import (
     DEFAULT_MAX_BATCH,
+    DEFAULT_OPSET,
     EngineOptions,
+    OnnxOptions,
     check_max_batch,
     choose_builder,
     parse_formats,

@@ -41,8 +41,13 @@ from infer.bundle.write import copy_files, measure_files, staging_folder, write_
 from infer.export.compare import sample_evenly
 from infer.export.cpu_form import has_shared_weights
 from infer.export.gate import run_gate
-from infer.export.onnx_options import OnnxOptions
-from infer.export.options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
+from infer.export.options import (
+    DEFAULT_MAX_BATCH,
+    EngineOptions,
+    OnnxOptions,
+    check_max_batch,
+    profile_batches,
+)
 from infer.export.quantize import quantize_for_cpu, quantize_for_tensorrt
 from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu, export_onnx
 from infer.export.to_tensorrt import add_engine

@@ -20,12 +20,14 @@ from data_pipeline.common.text import printable
 from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, FeatureLayer, Precision
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
 from infer.export.equalize import equalize_ranges
-from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
+from infer.export.options import DEFAULT_OPSET
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 
+EXPORTER_MIN_OPSET = 18
+"""The lowest that torch's exporter writes; below, ONNX's version converter takes over."""
 MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less some room for the graph
 Calibration = Sequence[NDArray[np.uint8]]
 # Warnings that the libraries raise for one another; nobody who exports can act on them.
