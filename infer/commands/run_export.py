@@ -106,7 +106,7 @@ def _from_torchvision(options: ExportOptions) -> Exported:
         )
     _check_options(options)
     check_writable(RUNS, "the run of these weights is made there: start it in another folder")
-    from infer.export.photographs import photograph_windows
+    from infer.export.gate import photograph_windows
     from train.pretrained.published import fetch_torchvision
     from train.weights import import_weights
 

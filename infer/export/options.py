@@ -1,4 +1,4 @@
-"""Options for writing ONNX files and building engines, and the choice of the TensorRT library. Loads neither."""
+"""Options for writing ONNX files and engines, and the choice of the TensorRT library. Loads neither."""
 
 from __future__ import annotations
 
