@@ -40,6 +40,7 @@ from infer.bundle.schema import (
 from infer.bundle.write import copy_files, measure_files, staging_folder, write_bundle
 from infer.export.compare import sample_evenly
 from infer.export.cpu_form import has_shared_weights
+from infer.export.equalize import equalize_ranges
 from infer.export.gate import run_gate
 from infer.export.options import (
     DEFAULT_MAX_BATCH,
@@ -49,7 +50,7 @@ from infer.export.options import (
     profile_batches,
 )
 from infer.export.quantize import quantize_for_cpu, quantize_for_tensorrt
-from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu, export_onnx
+from infer.export.to_onnx import ContractModel, export_for_cpu, export_for_int8_cpu, export_onnx
 from infer.export.to_tensorrt import add_engine
 from infer.export.verify_precision import check_precision
 from infer.predict.decode import open_decoder, valid_images
@@ -176,13 +177,14 @@ class _Export:
         checkpoint, precision = self.checkpoint, self.precision
         opset, layer = self.onnx_options.opset, self.onnx_options.features
         path, cpu_path = folder / ONNX_NAME, folder / CPU_NAME
+        model = ContractModel(checkpoint, half=precision == "fp16", features=layer)
         calibration = None
         if precision == "int8":
-            calibration = self._write_int8(path, cpu_path)
+            calibration = self._write_int8(model, path, cpu_path)
         else:
-            export_onnx(checkpoint, path, precision=precision, opset=opset, features=layer)
+            export_onnx(model, path, opset=opset)
             weights = None if self.onnx_options.one_file else path
-            export_for_cpu(checkpoint, cpu_path, weights, precision=precision, opset=opset, features=layer)
+            export_for_cpu(model, cpu_path, weights, opset=opset)
         cpu = None
         if cpu_path.exists():
             reads = ONNX_NAME if has_shared_weights(cpu_path) else ""
@@ -210,17 +212,17 @@ class _Export:
             cpu=cpu,
         )
 
-    def _write_int8(self, path: Path, cpu_path: Path) -> Calibration:
+    def _write_int8(self, model: ContractModel, path: Path, cpu_path: Path) -> Calibration:
         """Write the model and its form for a CPU in int8, with the ranges of training images."""
+        source, opset = path.with_name("float32.onnx"), self.onnx_options.opset
         images = load_split(self.checkpoint, self.calibrate, "train", "--calibrate")
         sample = sample_evenly(images, CALIBRATION_IMAGES)
         log.info("int8: calibrating on %d training images of %s", len(sample), printable(images.root))
         batches = _decode(sample, self.checkpoint.preprocessing)
-        source = path.with_name("float32.onnx")
-        opset, layer = self.onnx_options.opset, self.onnx_options.features
-        export_onnx(self.checkpoint, source, opset=opset, features=layer, calibration=batches)
+        equalize_ranges(model.network, model.normalize, batches, model.features)
+        export_onnx(model, source, opset=opset)
         quantize_for_tensorrt(source, path, batches)
-        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset, layer, batches)
+        lrn_betas = export_for_int8_cpu(model, source, opset=opset)
         quantize_for_cpu(source, cpu_path, batches, lrn_betas)
         source.unlink()
         return Calibration(

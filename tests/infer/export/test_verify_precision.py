@@ -19,7 +19,7 @@ from infer.bundle.load import Bundle, load_bundle
 from infer.export.compare import measure_agreement
 from infer.export.gate import check_limits, torch_runner
 from infer.export.options import EngineOptions, choose_builder, parse_formats
-from infer.export.to_onnx import export_onnx
+from infer.export.to_onnx import ContractModel, export_onnx
 from infer.export.to_tensorrt import build_engine, check_plan_size
 from infer.export.verify_precision import check_precision
 from infer.runtime.cuda import Gpu, GpuScan
@@ -67,7 +67,7 @@ def test_int8_is_calibrated_gated_and_built_for_the_named_gpus(base: Path, tmp_p
 def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base))
     path = tmp_path / "model.onnx"
-    export_onnx(checkpoint, path, precision="fp16")
+    export_onnx(ContractModel(checkpoint, half=True), path)
     check = check_precision(path, "fp16")
     assert check.computed_in == {
         "Conv": {"float16": 5}, "Gemm": {"float16": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
