@@ -78,9 +78,8 @@ def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> No
     (found,) = session.run(None, {"images": images})
     difference = np.abs(found - torch_runner(checkpoint)(images).probabilities).max()
     assert found.dtype == np.float32 and 1e-7 < difference < 1e-2
-    engine = build_engine(
-        path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4, precision="fp16"
-    )
+    manifest = tiny_manifest(precision="fp16")
+    engine = build_engine(path, tmp_path / "e", manifest, 4, EngineOptions())
     if engine.library == "tensorrt_rtx":
         assert engine.gpus[0] == "sm75"
     check_plan_size(tmp_path / "e", check, "fp16")
@@ -106,10 +105,8 @@ def test_engine_gpus_that_cannot_be_built_for_are_refused(bundle: Bundle, tmp_pa
         choose_builder({"tensorrt": "11"}, one_gpu, ("sm120",))
 
     def build(*gpus: str) -> tuple[str, ...]:
-        return build_engine(
-            bundle.onnx_path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4,
-            precision="fp32", options=EngineOptions(gpus=gpus),
-        ).gpus  # fmt: skip
+        options = EngineOptions(gpus=gpus)
+        return build_engine(bundle.onnx_path, tmp_path / "e", tiny_manifest(), 4, options).gpus
 
     assert build("sm89", "sm120") == ("sm89", "sm120")
     with pytest.raises(UserError, match=r"--gpu sm90: tensorrt_rtx .* builds for sm80, .* in fp32"):
