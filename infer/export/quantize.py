@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,11 @@ def quantize_for_cpu(
 
 
 def _quantize(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], **options: Any) -> None:
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches: Iterator[NDArray[np.uint8]] = iter(batches)
+    feeds = ({INPUT_NAME: images_NHWC} for images_NHWC in batches)
 
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            images_NHWC = next(self._batches, None)
-            return None if images_NHWC is None else {INPUT_NAME: images_NHWC}
+            return next(feeds, None)
 
     root_logger = logging.getLogger()
     level = root_logger.level
