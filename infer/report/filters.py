@@ -92,12 +92,9 @@ def onnx_filters(path: Path) -> NDArray[np.float32]:
     stored: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
     name = next((node.input[1] for node in graph.node if node.op_type == "Conv"), "")
-    maker, scale = makers.get(name), None
+    maker, scale_K = makers.get(name), np.ones(1)
     if maker is not None and maker.op_type == "DequantizeLinear":
-        scale = onnx.numpy_helper.to_array(stored[maker.input[1]]).astype(np.float32)
-        name = maker.input[0]
+        name, scale_K = maker.input[0], onnx.numpy_helper.to_array(stored[maker.input[1]])
     weights_K3HW = onnx.numpy_helper.to_array(stored[name]).astype(np.float32)
-    if scale is not None:
-        weights_K3HW = weights_K3HW * scale.reshape(-1, 1, 1, 1)
-    filters_KHW3: NDArray[np.float32] = weights_K3HW.transpose(0, 2, 3, 1)
-    return filters_KHW3
+    filters_K3HW = weights_K3HW * scale_K.astype(np.float32).reshape(-1, 1, 1, 1)
+    return np.transpose(filters_K3HW, (0, 2, 3, 1))
