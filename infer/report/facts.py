@@ -86,22 +86,22 @@ def make_configuration(source: Source) -> str:
     if changes:
         rows = [(change.step, "; ".join(change.what)) for change in changes]
         body += f"<h3>Changed while it ran</h3>{table(('after step', 'what'), rows)}"
-    whole = "\n".join(f"{where} = {without_folders(value)}" for where, value in config.items())
-    lines = "\n".join(text(line) for line in whole.split("\n"))
+    lines = "\n".join(text(f"{where} = {without_folders(value)}") for where, value in config.items())
     return f"{body}<details><summary>All {len(config)} keys</summary><pre>{lines}</pre></details>"
 
 
 def _base_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The configuration to compare with, and what it is: the recipe's own, else the defaults of all keys."""
     recipe = str(config.get("recipe"))
-    defaults = msgspec.to_builtins(RunConfig())
-    if recipe not in recipe_names():
-        return f"the defaults of all keys (recipe {recipe} does not ship with alexnet)", dict(flat(defaults))
-    try:
-        values = msgspec.to_builtins(make_config(recipe))
-    except UserError as error:
-        return f"the defaults of all keys (recipe {recipe} cannot be read: {error})", dict(flat(defaults))
-    return f"recipe {recipe}, as it ships with this version", dict(flat(values))
+    why = "does not ship with alexnet"
+    if recipe in recipe_names():
+        try:
+            values = msgspec.to_builtins(make_config(recipe))
+            return f"recipe {recipe}, as it ships with this version", dict(flat(values))
+        except UserError as error:
+            why = f"cannot be read: {error}"
+    defaults = dict(flat(msgspec.to_builtins(RunConfig())))
+    return f"the defaults of all keys (recipe {recipe} {why})", defaults
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
