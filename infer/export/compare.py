@@ -166,7 +166,7 @@ def measure_agreement(
     difference_NC = np.abs(expected_NC.astype(np.float64) - found_NC)
     return Agreement(
         top1_agreement=_share(same_N | tied_N),
-        top5_agreement=_share(among_NK.all(axis=1)),
+        top5_agreement=_share(np.logical_and.reduce(among_NK, axis=1)),
         num_ties=int(tied_N.sum()),
         max_probability_difference=float(difference_NC.max()),
         mean_probability_difference=float(difference_NC.mean()),

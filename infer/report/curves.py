@@ -75,7 +75,7 @@ def epochs_at(rows: Sequence[MetricsRow], val: Sequence[MetricsRow]) -> list[flo
     """The place of each row in epochs, by the steps at which the epochs ended; in steps where none has."""
     steps = np.array([row.step for row in rows], dtype=np.float64)
     if not val:
-        return steps.tolist()
+        return [float(step) for step in steps]
     ends = {row.step: row.epoch for row in val}
     known_steps, known_epochs = [0.0, *ends.keys()], [0.0, *ends.values()]
     places = np.interp(steps, known_steps, known_epochs)
@@ -83,7 +83,7 @@ def epochs_at(rows: Sequence[MetricsRow], val: Sequence[MetricsRow]) -> list[flo
     per_epoch = known_steps[-1] / known_epochs[-1] if known_epochs[-1] else 1.0
     behind = steps > known_steps[-1]
     places[behind] = known_epochs[-1] + (steps[behind] - known_steps[-1]) / per_epoch
-    return places.tolist()
+    return [float(place) for place in places]
 
 
 def thinned(values: Sequence[float]) -> list[float]:
