@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import check_writable, read_head, write_atomic, writing_to
-from data_pipeline.common.outputs import check_output
-from data_pipeline.common.text import printable
+from data_pipeline.common.files import write_atomic, writing_to
+from data_pipeline.common.outputs import check_page
 from infer.report.classes import make_classes, make_confusion
 from infer.report.curves import make_curves
 from infer.report.facts import make_configuration, make_provenance, make_speed, make_summary
@@ -17,7 +16,6 @@ from infer.report.pictures import make_mistakes, make_neighbours, make_predictio
 from infer.report.source import Source, find_source
 
 NAME = "report.html"
-ELSEWHERE = "name another file with --output"
 HEADINGS = {
     "summary": "Summary",
     "curves": "Curves",
@@ -52,29 +50,11 @@ def write_report(path: Path | None, output: Path | None, data: Path | None) -> P
     """
     source = find_source(path)
     target = output or (source.run or Path()) / NAME
-    check_target(target)
+    check_page(target, "--output", GENERATOR, "a report", suffixes=(".html", ".htm"))
     page = make_page(source, data)
-    with writing_to(target, ELSEWHERE):
+    with writing_to(target, "name another file with --output"):
         write_atomic(target, page.encode("utf-8", "backslashreplace"))
     return target
-
-
-def check_target(path: Path) -> None:
-    """Refuse a file that will not be written, before the work. An earlier report is replaced.
-
-    Raises:
-        UserError: another suffix, no such folder, one that cannot be written to, or a file that is no report.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {printable(path)}: the name must end in .html")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {printable(path)}: there is no folder {printable(path.parent)}")
-    check_output(path, "--output", _is_report, "a report")
-    check_writable(path.parent, ELSEWHERE, path)
-
-
-def _is_report(path: Path) -> bool:
-    return GENERATOR.encode() in read_head(path, 4096)
 
 
 def make_page(source: Source, data: Path | None) -> str:
