@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -13,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.common.text import printable, visible
+from infer.predict.gallery import data_address, page_head, thumbnail
 
 GENERATOR = '<meta name="generator" content="alexnet report">'
 """By which a report is known that may be replaced."""
@@ -80,17 +78,14 @@ def picture(pixels_HWC: NDArray[np.uint8], alt: str) -> str:
         pixels_HWC: a square of uint8 RGB.
         alt: plain text for those who do not see it.
     """
-    image = Image.fromarray(pixels_HWC)
-    if image.width > MAX_PICTURE_PX:
-        image = image.resize((MAX_PICTURE_PX, MAX_PICTURE_PX), Image.Resampling.BILINEAR)
-    return f'<img alt="{text(alt)}" src="{_data_uri(image, "JPEG", quality=JPEG_QUALITY)}">'
+    return f'<img alt="{text(alt)}" src="{thumbnail(pixels_HWC, MAX_PICTURE_PX, JPEG_QUALITY)}">'
 
 
 def drawing(pixels_HWC: NDArray[np.uint8], alt: str) -> str:
     """An image of the page with its exact pixels, as PNG, in its own size where there is room."""
     image = Image.fromarray(pixels_HWC)
-    uri = _data_uri(image, "PNG", optimize=True)
-    return f'<img class="drawing" alt="{text(alt)}" width="{image.width}" src="{uri}">'
+    address = data_address(image, "PNG", optimize=True)
+    return f'<img class="drawing" alt="{text(alt)}" width="{image.width}" src="{address}">'
 
 
 def svg(content: str, alt: str, width: int, height: int, *, font_px: int) -> str:
@@ -99,12 +94,6 @@ def svg(content: str, alt: str, width: int, height: int, *, font_px: int) -> str
         f'<svg role="img" aria-label="{text(alt)}" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-size="{font_px}" fill="#1a1a1a">{content}</svg>'
     )
-
-
-def _data_uri(image: Image.Image, kind: str, **options: int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def bar_row(label: str, share: float, shown: str, *, color: str = BLUE, marked: bool = False) -> str:
@@ -133,18 +122,13 @@ def render_page(title: str, headings: Mapping[str, str], bodies: Mapping[str, st
         headings: of the sections in their order, by the section's address behind `#`; plain text.
         bodies: of the sections; HTML.
     """
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'sha256-{digest}'"
     contents = "".join(f'<li><a href="#{key}">{text(heading)}</a></li>' for key, heading in headings.items())
     parts = "".join(
         f'<section id="{key}"><h2>{text(heading)}</h2>\n{bodies[key]}</section>\n'
         for key, heading in headings.items()
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{text(title)}</h1>\n"
+        f"{page_head(text(title), GENERATOR, _STYLE, _SCRIPT)}\n"
         f'<nav aria-label="Contents"><ol>{contents}</ol></nav>\n<main>\n{parts}</main>'
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
