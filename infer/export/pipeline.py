@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import platform
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import installed_version
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
@@ -255,8 +254,5 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), **tensorrt_versions()}
-    for name in _LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    libraries = {name: version for name in _LIBRARIES if (version := installed_version(name))}
+    return {"python": platform.python_version(), **tensorrt_versions(), **libraries}

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import installed_version
 from infer.bundle.describe import gate_lines
 from infer.bundle.manifest import Manifest
 from infer.report.curves import NO_ROWS
@@ -149,17 +150,9 @@ def make_provenance(source: Source) -> str:
         rows.append(("SHA-256 of its checkpoint", made.sha256))
         versions = ", ".join(f"{library} {version}" for library, version in manifest.versions.items())
         rows.append(("made with", versions or "not recorded"))
-    rows.append(("this report", f"alexnet {_version()}"))
+    version = installed_version("alexnet") or "of unknown version (not installed)"
+    rows.append(("this report", f"alexnet {version}"))
     return facts(rows)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("alexnet")
-    except PackageNotFoundError:
-        return "of unknown version (not installed)"
 
 
 def make_speed(source: Source) -> str:
