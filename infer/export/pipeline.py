@@ -191,7 +191,7 @@ class _Export:
             cpu = CpuModel(file=CPU_NAME, reads=reads, precision_check=check)
         outputs = [probability_output(len(checkpoint.classes))]
         if layer is not None:
-            outputs.append(feature_output(layer, count_features(checkpoint.make_model(), layer)))
+            outputs.append(feature_output(layer, count_features(model.network, layer)))
         return Manifest(
             schema_version=SCHEMA_VERSION,
             created=now_utc(),
