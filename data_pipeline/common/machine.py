@@ -1,4 +1,4 @@
-"""The cores, the memory and the memory allocator of this process."""
+"""The cores, the memory and the memory allocator of this process, and what is installed for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from pathlib import Path
 def usable_cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a package that is installed, by the name under which it is published; else None."""
+    from importlib import metadata  # takes longer to import than most commands need
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def bytes_available(root: Path = Path("/")) -> int | None:

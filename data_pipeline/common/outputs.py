@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import check_writable, read_head
 from data_pipeline.common.text import printable
 
 Name = str | os.PathLike[str]
@@ -79,6 +80,27 @@ def check_output(
     if status.st_size:
         raise UserError(f"{where} exists and is not {ours}: name another file")
     return False
+
+
+def check_page(
+    path: Path, option: str, generator: str, ours: str, suffixes: Collection[str] = (".html",)
+) -> None:
+    """Refuse an HTML page that will not be written, before the work. An earlier page of its kind is replaced.
+
+    Args:
+        path, option, ours: as in `check_output`.
+        generator: the element in the head of pages of this kind, by which they are known.
+        suffixes: that the name may end in.
+    Raises:
+        UserError: another suffix, no such folder, one that cannot be written to, or a file of another kind.
+    """
+    where = f"{option} {printable(path)}"
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{where}: the name must end in .html")
+    if not path.parent.is_dir():
+        raise UserError(f"{where}: there is no folder {printable(path.parent)}")
+    check_output(path, option, lambda path: generator.encode() in read_head(path, 4096), ours)
+    check_writable(path.parent, f"name another file with {option}", path)
 
 
 def refuse_input(path: Path, option: str, inputs: Iterable[Name]) -> None:

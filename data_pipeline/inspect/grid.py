@@ -11,9 +11,9 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from data_pipeline.common.errors import ImageError, SaveError, UserError
-from data_pipeline.common.files import check_writable, read_head, write_atomic
-from data_pipeline.common.outputs import check_output
+from data_pipeline.common.errors import ImageError, SaveError
+from data_pipeline.common.files import write_atomic
+from data_pipeline.common.outputs import check_page
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.header import read_header
@@ -39,16 +39,7 @@ def check_grid_path(path: Path) -> None:
     Raises:
         UserError: another suffix, no such folder or one that cannot be written to, or a file that is no grid.
     """
-    if path.suffix.lower() != ".html":
-        raise UserError(f"--grid {printable(path)}: the name must end in .html")
-    if not path.parent.is_dir():
-        raise UserError(f"--grid {printable(path)}: there is no folder {printable(path.parent)}")
-    check_output(path, "--grid", _is_grid, "a page that --grid wrote")
-    check_writable(path.parent, "name another file with --grid", path)
-
-
-def _is_grid(path: Path) -> bool:
-    return _GENERATOR.encode() in read_head(path, 4096)
+    check_page(path, "--grid", _GENERATOR, "a page that --grid wrote")
 
 
 def write_grid(info: Info, dataset: Dataset, path: Path) -> None:

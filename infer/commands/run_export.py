@@ -16,14 +16,15 @@ from data_pipeline.common.files import check_writable
 from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.load import Bundle, find_bundle, is_bundle, load_bundle
 from infer.bundle.schema import ENGINE_NAME, FeatureLayer, Format, Precision
-from infer.export.engine_options import (
+from infer.export.options import (
     DEFAULT_MAX_BATCH,
+    DEFAULT_OPSET,
     EngineOptions,
+    OnnxOptions,
     check_max_batch,
     choose_builder,
     parse_formats,
 )
-from infer.export.onnx_options import DEFAULT_OPSET, OnnxOptions
 from infer.export.triton import check_engine, check_repository, write_repository
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
@@ -105,7 +106,7 @@ def _from_torchvision(options: ExportOptions) -> Exported:
         )
     _check_options(options)
     check_writable(RUNS, "the run of these weights is made there: start it in another folder")
-    from infer.export.photographs import photograph_windows
+    from infer.export.gate import photograph_windows
     from train.pretrained.published import fetch_torchvision
     from train.weights import import_weights
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import platform
 from collections.abc import Callable
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.machine import installed_version, usable_cores
 from infer.runtime.choose import Machine, engine_libraries, probe_machine, tensorrt_versions, why_no_library
 
 NOT_INSTALLED = "not installed"
@@ -28,7 +27,7 @@ def examine() -> dict[str, Any]:
             "version": platform.python_version(),
             "platform": platform.platform(),
             "cpu_cores": usable_cores(),
-            "alexnet": _version("alexnet"),
+            "alexnet": installed_version("alexnet") or NOT_INSTALLED,
         },
         "torch": _library("torch", _torch_builds),
         "gpus": _gpus(torch),
@@ -52,13 +51,6 @@ def _import(name: str) -> ModuleType | str:
         return NOT_INSTALLED if root == name.split(".")[0] else f"broken: {error}"
     except Exception as error:  # a broken shared library may raise anything; the report is for that
         return f"broken: {str(error).splitlines()[0][:200]}"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return NOT_INSTALLED
 
 
 def _library(

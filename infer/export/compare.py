@@ -25,7 +25,6 @@ MAX_IMAGES = 1000
 MAX_GATE_BATCH = 32
 TOP_K = 5
 
-Probabilities = NDArray[np.float32]
 Runner = Callable[[NDArray[np.uint8]], Outputs]
 
 
@@ -67,9 +66,8 @@ def compare(
     """
     sample = sample_evenly(dataset, MAX_IMAGES)
     labels: list[NDArray[np.int64]] = []
-    expected: list[Probabilities] = []
-    found: dict[str, list[Probabilities]] = {name: [] for name in candidates}
-    features = {name: FeatureDifference() for name in candidates}
+    expected: list[Outputs] = []
+    found: dict[str, list[Outputs]] = {name: [] for name in candidates}
     num_failed = 0
     preprocessing, size = manifest.preprocessing, min(manifest.max_batch, MAX_GATE_BATCH)
     with open_decoder(preprocessing, size) as decoder, show_progress("gate", len(sample)) as progress:
@@ -80,56 +78,52 @@ def compare(
                 continue
             images_NHWC = valid_images(batch)
             labels.append(batch.labels[batch.valid])
-            right = reference(images_NHWC)
-            expected.append(right.probabilities)
+            expected.append(reference(images_NHWC))
             for name, run in candidates.items():
-                outputs = run(images_NHWC)
-                found[name].append(outputs.probabilities)
-                features[name].add(right.features, outputs.features)
+                found[name].append(run(images_NHWC))
     if not labels:
         raise UserError(
             f"none of the {num_failed} validation images in {printable(dataset.root)} could be read"
         )
-    expected_NC = np.concatenate(expected)
+    right = _joined(expected)
     labels_N, limits = np.concatenate(labels) if dataset.classes else None, LIMITS[manifest.precision]
+    agreements = {}
+    for name, outputs in found.items():
+        given = _joined(outputs)
+        agreements[name] = replace(
+            measure_agreement(right.probabilities, given.probabilities, labels_N, limits),
+            max_feature_difference=feature_difference(right.features, given.features),
+        )
     return Comparison(
-        num_images=len(expected_NC),
+        num_images=len(right.probabilities),
         num_failed=num_failed,
         num_available=len(dataset),
-        reference_accuracy=None if labels_N is None else _share(expected_NC.argmax(1) == labels_N),
-        agreements={
-            name: replace(
-                measure_agreement(expected_NC, np.concatenate(batches), labels_N, limits),
-                max_feature_difference=features[name].share(),
-            )
-            for name, batches in found.items()
-        },
+        reference_accuracy=None if labels_N is None else _share(right.probabilities.argmax(1) == labels_N),
+        agreements=agreements,
     )
 
 
-class FeatureDifference:
-    """The largest difference of any feature, and the largest feature of the reference."""
+def _joined(batches: list[Outputs]) -> Outputs:
+    features = [batch.features for batch in batches if batch.features is not None]
+    probabilities_NC = np.concatenate([batch.probabilities for batch in batches])
+    return Outputs(probabilities_NC, np.concatenate(features) if features else None)
 
-    def __init__(self) -> None:
-        self._difference = self._largest = 0.0
-        self._any = False
 
-    def add(self, expected_ND: NDArray[np.float32] | None, found_ND: NDArray[np.float32] | None) -> None:
-        if expected_ND is None or found_ND is None:
-            return
-        if not (np.isfinite(expected_ND).all() and np.isfinite(found_ND).all()):
-            raise GateError("gate: features that are not finite; nothing was shipped")
-        self._any = True
-        self._difference = max(self._difference, float(np.abs(expected_ND - found_ND).max()))
-        self._largest = max(self._largest, float(np.abs(expected_ND).max()))
+def feature_difference(
+    expected_ND: NDArray[np.float32] | None, found_ND: NDArray[np.float32] | None
+) -> float | None:
+    """The largest difference of any feature as a share of the reference's largest one; None without features.
 
-    def share(self) -> float | None:
-        """The difference as a share of the largest feature; None of models without features."""
-        if not self._any:
-            return None
-        if not self._largest:
-            raise GateError("gate: every feature of the checkpoint is 0 on every image; nothing was shipped")
-        return self._difference / self._largest
+    Raises:
+        GateError: a feature that is not a number, or a reference whose features are all 0.
+    """
+    if expected_ND is None or found_ND is None:
+        return None
+    if not (np.isfinite(expected_ND).all() and np.isfinite(found_ND).all()):
+        raise GateError("gate: features that are not finite; nothing was shipped")
+    if not (largest := float(np.abs(expected_ND).max())):
+        raise GateError("gate: every feature of the checkpoint is 0 on every image; nothing was shipped")
+    return float(np.abs(expected_ND - found_ND).max()) / largest
 
 
 def sample_evenly(dataset: Dataset, limit: int) -> Dataset:
@@ -141,7 +135,10 @@ def sample_evenly(dataset: Dataset, limit: int) -> Dataset:
 
 
 def measure_agreement(
-    expected_NC: Probabilities, found_NC: Probabilities, labels_N: NDArray[np.int64] | None, limits: Limits
+    expected_NC: NDArray[np.float32],
+    found_NC: NDArray[np.float32],
+    labels_N: NDArray[np.int64] | None,
+    limits: Limits,
 ) -> Agreement:
     """Compare the probabilities of a candidate with the reference's.
 

@@ -12,14 +12,12 @@ Source: Nagel et al. 2019, "Data-free quantization through weight equalization a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from train.models.alexnet import AlexNet, FeatureLayer
 from train.models.batch_norm import BatchNorm
@@ -52,18 +50,26 @@ def equalize_ranges(
     if not places:
         return 0
     network.eval()
-    with _largest_outputs([norm for _, norm, _ in places]) as largest:
-        for images_NHWC in batches:
-            network(normalize(torch.from_numpy(images_NHWC)))
+    largest = {norm: torch.zeros(norm.num_features, dtype=torch.float64) for _, norm, _ in places}
+
+    def keep_largest(norm: BatchNorm, inputs: object, output: Tensor) -> None:
+        largest[norm] = torch.maximum(largest[norm], output.transpose(0, 1).flatten(1).abs().amax(1))
+
+    hooks = [norm.register_forward_hook(keep_largest) for norm in largest]
+    for images_NHWC in batches:
+        network(normalize(torch.from_numpy(images_NHWC)))
+    for hook in hooks:
+        hook.remove()
     kept = None if features is None else NORM_OF[features]
-    for number, ((before, norm, behind), values_C) in enumerate(zip(places, largest, strict=True), 1):
+    for number, (before, norm, behind) in enumerate(places, 1):
         # (O, C, ...), or of a group's channels (G, O / G, C / G, ...)
         groups = behind.groups if isinstance(behind, nn.Conv2d) else 1
         shape = (groups, len(behind.weight) // groups, norm.num_features // groups, -1)
         weights = behind.weight.double().contiguous().view(shape)
-        share_C = torch.ones_like(values_C)
-        if number != kept:
-            share_C = _shares(values_C, weights.abs().amax((1, 3)).flatten())
+        # What each channel is divided by, so that its values and the weights that read it have one range.
+        values_C, weights_C = largest[norm], weights.abs().amax((1, 3)).flatten()
+        alive_C = (values_C > 0) & (weights_C > 0) & (number != kept)
+        share_C = torch.where(alive_C, (values_C / weights_C).sqrt(), 1.0)
         _divide(before, norm, share_C)
         behind.weight.copy_((weights * share_C.view(groups, 1, -1, 1)).view_as(behind.weight))
     return len(places)
@@ -77,31 +83,6 @@ def _places(network: AlexNet) -> Iterator[tuple[Layer, BatchNorm, Layer]]:
             layer, behind = modules[number - 2], modules[number + 1 :]
             assert isinstance(layer, Layer)
             yield layer, norm, next(module for module in behind if isinstance(module, Layer))
-
-
-@contextmanager
-def _largest_outputs(norms: Sequence[BatchNorm]) -> Iterator[list[Tensor]]:
-    """Gives the largest absolute output of each channel of each norm, (C) float64, in all passes inside."""
-    largest = [torch.zeros(norm.num_features, dtype=torch.float64) for norm in norms]
-
-    def watch(norm: BatchNorm, total_C: Tensor) -> RemovableHandle:
-        def keep_largest(module: nn.Module, inputs: object, output: Tensor) -> None:
-            total_C.copy_(torch.maximum(total_C, output.transpose(0, 1).flatten(1).abs().amax(1)))
-
-        return norm.register_forward_hook(keep_largest)
-
-    handles = [watch(norm, total) for norm, total in zip(norms, largest, strict=True)]
-    try:
-        yield largest
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _shares(values_C: Tensor, weights_C: Tensor) -> Tensor:
-    """What each channel is divided by, so that its values and the weights that read it have one range."""
-    alive_C = (values_C > 0) & (weights_C > 0)
-    return torch.where(alive_C, (values_C / weights_C).sqrt(), 1.0)
 
 
 def _divide(before: Layer, norm: BatchNorm, share_C: Tensor) -> None:

@@ -1,16 +1,21 @@
-"""The gate: ship an export only if it agrees with its checkpoint on real validation images."""
+"""The gate: ship an export only if it agrees with its checkpoint on real images."""
 
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack, closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from PIL import Image
 
-from data_pipeline.common.errors import GateError
+from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from infer.bundle.describe import gate_lines
@@ -26,6 +31,11 @@ from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+SIDES_PX = (128, 192, 256, 320)
+WINDOWS = 8
+"""Of each side and photograph."""
 
 
 def run_gate(
@@ -128,3 +138,36 @@ def torch_runner(checkpoint: Checkpoint, features: FeatureLayer | None = None) -
         return Outputs(torch.softmax(logits_NC, dim=1).numpy(), features_ND.numpy())
 
     return run
+
+
+@contextmanager
+def photograph_windows() -> Iterator[Dataset]:
+    """Give images where there is no data set: windows of the two photographs that scikit-learn ships.
+
+    They are 64 PNG files in a temporary folder, a dataset without labels. The gate's report names the folder,
+    which says what they are.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    try:
+        folder = resources.files("sklearn.datasets") / "images"
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the gate's photographs come with scikit-learn, which is not installed: pip install "
+            "'alexnet[train]', or name ImageNet with --data"
+        ) from error
+    with tempfile.TemporaryDirectory() as temporary:
+        root, paths = Path(temporary) / f"{' and '.join(PHOTOGRAPHS)} of scikit-learn", []
+        (root / "windows").mkdir(parents=True)
+        for name in PHOTOGRAPHS:
+            with resources.as_file(folder / name) as path, Image.open(path) as opened:
+                photo = opened.convert("RGB")
+            for side in SIDES_PX:
+                for number in range(WINDOWS):
+                    left = number * (photo.width - side) // (WINDOWS - 1)
+                    top = number % 2 * (photo.height - side)
+                    paths.append(f"{Path(name).stem}-{side}-{number}.png")
+                    window = photo.crop((left, top, left + side, top + side))
+                    window.save(root / "windows" / paths[-1], compress_level=1)
+        yield Dataset(root, "windows", paths, np.zeros(len(paths), np.int64), classes=())

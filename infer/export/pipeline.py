@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import platform
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import installed_version
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
@@ -40,11 +39,17 @@ from infer.bundle.schema import (
 from infer.bundle.write import copy_files, measure_files, staging_folder, write_bundle
 from infer.export.compare import sample_evenly
 from infer.export.cpu_form import has_shared_weights
-from infer.export.engine_options import DEFAULT_MAX_BATCH, EngineOptions, check_max_batch, profile_batches
+from infer.export.equalize import equalize_ranges
 from infer.export.gate import run_gate
-from infer.export.onnx_options import OnnxOptions
+from infer.export.options import (
+    DEFAULT_MAX_BATCH,
+    EngineOptions,
+    OnnxOptions,
+    check_max_batch,
+    profile_batches,
+)
 from infer.export.quantize import quantize_for_cpu, quantize_for_tensorrt
-from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu, export_onnx
+from infer.export.to_onnx import ContractModel, export_for_cpu, export_for_int8_cpu, export_onnx
 from infer.export.to_tensorrt import add_engine
 from infer.export.verify_precision import check_precision
 from infer.predict.decode import open_decoder, valid_images
@@ -171,13 +176,14 @@ class _Export:
         checkpoint, precision = self.checkpoint, self.precision
         opset, layer = self.onnx_options.opset, self.onnx_options.features
         path, cpu_path = folder / ONNX_NAME, folder / CPU_NAME
+        model = ContractModel(checkpoint, half=precision == "fp16", features=layer)
         calibration = None
         if precision == "int8":
-            calibration = self._write_int8(path, cpu_path)
+            calibration = self._write_int8(model, path, cpu_path)
         else:
-            export_onnx(checkpoint, path, precision=precision, opset=opset, features=layer)
+            export_onnx(model, path, opset=opset)
             weights = None if self.onnx_options.one_file else path
-            export_for_cpu(checkpoint, cpu_path, weights, precision=precision, opset=opset, features=layer)
+            export_for_cpu(model, cpu_path, weights, opset=opset)
         cpu = None
         if cpu_path.exists():
             reads = ONNX_NAME if has_shared_weights(cpu_path) else ""
@@ -185,7 +191,7 @@ class _Export:
             cpu = CpuModel(file=CPU_NAME, reads=reads, precision_check=check)
         outputs = [probability_output(len(checkpoint.classes))]
         if layer is not None:
-            outputs.append(feature_output(layer, count_features(checkpoint.make_model(), layer)))
+            outputs.append(feature_output(layer, count_features(model.network, layer)))
         return Manifest(
             schema_version=SCHEMA_VERSION,
             created=now_utc(),
@@ -205,17 +211,17 @@ class _Export:
             cpu=cpu,
         )
 
-    def _write_int8(self, path: Path, cpu_path: Path) -> Calibration:
+    def _write_int8(self, model: ContractModel, path: Path, cpu_path: Path) -> Calibration:
         """Write the model and its form for a CPU in int8, with the ranges of training images."""
+        source, opset = path.with_name("float32.onnx"), self.onnx_options.opset
         images = load_split(self.checkpoint, self.calibrate, "train", "--calibrate")
         sample = sample_evenly(images, CALIBRATION_IMAGES)
         log.info("int8: calibrating on %d training images of %s", len(sample), printable(images.root))
         batches = _decode(sample, self.checkpoint.preprocessing)
-        source = path.with_name("float32.onnx")
-        opset, layer = self.onnx_options.opset, self.onnx_options.features
-        export_onnx(self.checkpoint, source, opset=opset, features=layer, calibration=batches)
+        equalize_ranges(model.network, model.normalize, batches, model.features)
+        export_onnx(model, source, opset=opset)
         quantize_for_tensorrt(source, path, batches)
-        lrn_betas = export_for_int8_cpu(self.checkpoint, source, opset, layer, batches)
+        lrn_betas = export_for_int8_cpu(model, source, opset=opset)
         quantize_for_cpu(source, cpu_path, batches, lrn_betas)
         source.unlink()
         return Calibration(
@@ -248,8 +254,5 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), **tensorrt_versions()}
-    for name in _LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    libraries = {name: version for name in _LIBRARIES if (version := installed_version(name))}
+    return {"python": platform.python_version(), **tensorrt_versions(), **libraries}

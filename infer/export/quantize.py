@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def quantize_for_tensorrt(source: Path, target: Path, batches: Iterable[NDArray[
 def quantize_for_cpu(
     source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], lrn_betas: Sequence[float]
 ) -> None:
-    """Write a model quantised to int8 as ONNX Runtime's CPU provider computes it fastest.
+    """Write a model quantised to int8 as ONNX Runtime's CPU provider computes it fastest; logits in float32.
 
     Args:
         source: a float32 model as `infer.export.to_onnx.export_for_int8_cpu` writes it.
@@ -83,17 +83,16 @@ def quantize_for_cpu(
     model = onnx.load(target)
     _take_pixels(model.graph)
     _take_integers(model.graph, lrn_betas)
+    _keep_logits(model.graph)
     _save(model, target, source)
 
 
 def _quantize(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], **options: Any) -> None:
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches: Iterator[NDArray[np.uint8]] = iter(batches)
+    feeds = ({INPUT_NAME: images_NHWC} for images_NHWC in batches)
 
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            images_NHWC = next(self._batches, None)
-            return None if images_NHWC is None else {INPUT_NAME: images_NHWC}
+            return next(feeds, None)
 
     root_logger = logging.getLogger()
     level = root_logger.level
@@ -117,8 +116,7 @@ def _quantize(source: Path, target: Path, batches: Iterable[NDArray[np.uint8]], 
 
 
 def _save(model: onnx.ModelProto, target: Path, source: Path) -> None:
-    """Write a quantised model, with its logits in float32 and the names and metadata of its source."""
-    _keep_logits(model.graph)
+    """Write a quantised model with the names and metadata of its source."""
     strip_notes(model)
     declare_least(model)
     before = onnx.load(source, load_external_data=False)
@@ -135,8 +133,6 @@ def _keep_logits(graph: Any) -> None:
     made_by = {name: node for node in graph.node for name in node.output}
     (softmax,) = (node for node in graph.node if node.op_type == "Softmax")
     dequantize = made_by[softmax.input[0]]
-    if dequantize.op_type != "DequantizeLinear":
-        return
     quantize = made_by[dequantize.input[0]]
     softmax.input[0] = quantize.input[0]
     graph.node.remove(dequantize)

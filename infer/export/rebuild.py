@@ -29,7 +29,7 @@ from infer.bundle.manifest import now_utc, read_manifest
 from infer.bundle.schema import ENGINE_NAME, ONNX_NAME
 from infer.bundle.write import copy_beside, copy_files, staging_folder, write_bundle
 from infer.export.compare import compare
-from infer.export.engine_options import EngineOptions, check_max_batch
+from infer.export.options import EngineOptions, check_max_batch
 from infer.export.to_tensorrt import add_engine
 from infer.runtime.choose import probe_machine, tensorrt_versions, why_no_engine
 from infer.runtime.onnx import OnnxBackend

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, FeatureLayer, Precision
+from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME, FeatureLayer
 from infer.export.cpu_form import fold_normalization, share_weights, use_banded_lrn
-from infer.export.equalize import equalize_ranges
-from infer.export.onnx_options import DEFAULT_OPSET, EXPORTER_MIN_OPSET
+from infer.export.options import DEFAULT_OPSET
 from train.checkpoints.load import Checkpoint
 from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 
+EXPORTER_MIN_OPSET = 18
+"""The lowest that torch's exporter writes; below, ONNX's version converter takes over."""
 MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less some room for the graph
-Calibration = Sequence[NDArray[np.uint8]]
 # Warnings that the libraries raise for one another; nobody who exports can act on them.
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
@@ -39,28 +36,19 @@ class ContractModel(nn.Module):
         checkpoint: the source of the weights and the preprocessing.
         half: whether the network computes in float16; normalisation, LRN and softmax stay in float32.
         features: a layer whose features are a second output, in float32.
-        calibration: decoded images (n, crop, crop, 3), where the network is to be quantised: its ranges are
-            equalised for that, see `equalize_ranges`.
     Shape:
         uint8 RGB (N, crop, crop, 3) -> float32 (N, classes), each row adding up to 1; with `features`, and
         float32 (N, D).
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        half: bool = False,
-        features: FeatureLayer | None = None,
-        calibration: Calibration | None = None,
+        self, checkpoint: Checkpoint, *, half: bool = False, features: FeatureLayer | None = None
     ) -> None:
         super().__init__()
+        self.checkpoint, self.features = checkpoint, features
         self.normalize: nn.Module = Normalize(checkpoint.preprocessing)
         self.dtype = torch.float16 if half else torch.float32
         self.network = checkpoint.make_model().to(self.dtype)
-        if calibration is not None:
-            equalize_ranges(self.network, self.normalize, calibration, features)
-        self.features = features
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         inputs_NCHW = self.normalize(images).to(self.dtype)
@@ -70,81 +58,53 @@ class ContractModel(nn.Module):
         return torch.softmax(logits_NC.float(), dim=1), features_ND.float()
 
 
-def export_onnx(
-    checkpoint: Checkpoint,
-    path: Path,
-    *,
-    precision: Precision = "fp32",
-    opset: int = DEFAULT_OPSET,
-    features: FeatureLayer | None = None,
-    calibration: Calibration | None = None,
+def export_for_cpu(
+    model: ContractModel, path: Path, weights: Path | None, *, opset: int = DEFAULT_OPSET
 ) -> None:
-    """Write a checkpoint as one ONNX file, weights included.
+    """Write a model in the form for ONNX Runtime's CPU provider, if it has one of its own.
+
+    Args:
+        model: its LRN layers are replaced.
+        path: where to write; nothing is written for a network without LRN, which needs no other form.
+        weights: the file of `export_onnx`, in the same folder: the large weights are read from there. None
+            writes them again, so that the file needs no other.
+        opset: as in `export_onnx`.
+    """
+    if use_banded_lrn(model.network):
+        export_onnx(model, path, opset=opset)
+        if weights is not None:
+            share_weights(path, weights)
+
+
+def export_for_int8_cpu(model: ContractModel, path: Path, *, opset: int = DEFAULT_OPSET) -> list[float]:
+    """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
+
+    Args:
+        model: its LRN layers and its normalisation are replaced.
+        path, opset: as in `export_onnx`.
+    Returns:
+        The exponent beta of each LRN.
+    """
+    betas = use_banded_lrn(model.network, channels_last=True)
+    model.normalize = fold_normalization(model.network, model.checkpoint.preprocessing)
+    export_onnx(model, path, opset=opset)
+    return betas
+
+
+def export_onnx(model: ContractModel, path: Path, *, opset: int = DEFAULT_OPSET) -> None:
+    """Write a model as one ONNX file, weights included.
 
     LRN is written as ONNX's own operator, which TensorRT maps to its LRN layer. The file's metadata carries
     the class labels, the preprocessing and the checkpoint's hash; nothing in it names this machine.
 
     Args:
-        checkpoint: a verified checkpoint.
+        model: of a verified checkpoint, in fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
         path: where to write; its folder exists.
-        precision: fp32 or fp16; int8 starts from fp32, see `infer.export.quantize`.
-        opset, features: as in `infer.export.onnx_options.OnnxOptions`; the file has the lowest IR version
-            with the opset.
-        calibration: as in `ContractModel`.
+        opset: as in `infer.export.options.OnnxOptions`; the file has the lowest IR version with the opset.
     Raises:
         UserError: a model too large for one file.
     """
-    half = precision == "fp16"
-    model = ContractModel(checkpoint, half=half, features=features, calibration=calibration)
-    _write(model, checkpoint, path, opset)
-
-
-def export_for_cpu(
-    checkpoint: Checkpoint,
-    path: Path,
-    weights: Path | None,
-    *,
-    precision: Precision,
-    opset: int = DEFAULT_OPSET,
-    features: FeatureLayer | None = None,
-) -> None:
-    """Write a checkpoint in the form for ONNX Runtime's CPU provider, if it has one of its own.
-
-    Args:
-        checkpoint, precision, opset, features: as in `export_onnx`.
-        path: where to write; nothing is written for a network without LRN, which needs no other form.
-        weights: the file of `export_onnx`, in the same folder: the large weights are read from there. None
-            writes them again, so that the file needs no other.
-    """
-    model = ContractModel(checkpoint, half=precision == "fp16", features=features)
-    if use_banded_lrn(model.network):
-        _write(model, checkpoint, path, opset)
-        if weights is not None:
-            share_weights(path, weights)
-
-
-def export_for_int8_cpu(
-    checkpoint: Checkpoint,
-    path: Path,
-    opset: int = DEFAULT_OPSET,
-    features: FeatureLayer | None = None,
-    calibration: Calibration | None = None,
-) -> list[float]:
-    """Write the float32 model that `infer.export.quantize.quantize_for_cpu` starts from.
-
-    Args:
-        checkpoint, path, opset, features, calibration: as in `export_onnx`.
-    Returns:
-        The exponent beta of each LRN.
-    """
-    model = ContractModel(checkpoint, features=features, calibration=calibration)
-    betas = use_banded_lrn(model.network, channels_last=True)
-    model.normalize = fold_normalization(model.network, checkpoint.preprocessing)
-    _write(model, checkpoint, path, opset)
-    return betas
-
-
-def _write(model: ContractModel, checkpoint: Checkpoint, path: Path, opset: int) -> None:
+    checkpoint = model.checkpoint
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > MAX_ONNX_BYTES:
         raise UserError(f"the weights take {size_bytes / 2**30:.1f} GiB, and an ONNX file holds at most 2")

@@ -20,7 +20,7 @@ from data_pipeline.common.files import write_atomic
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, Engine, Precision, PrecisionCheck
 from infer.bundle.write import measure_files
-from infer.export.engine_options import EngineOptions, choose_builder, profile_batches
+from infer.export.options import EngineOptions, choose_builder, profile_batches
 from infer.runtime.choose import tensorrt_versions
 from infer.runtime.cuda import scan_gpus
 from infer.runtime.tensorrt import make_logger
@@ -58,17 +58,9 @@ def add_engine(folder: Path, manifest: Manifest, max_batch: int, options: Engine
         GateError: see `check_plan_size`.
     """
     path = folder / ENGINE_NAME
-    engine = build_engine(
-        folder / ONNX_NAME,
-        path,
-        checkpoint_sha256=manifest.checkpoint.sha256,
-        crop_px=manifest.preprocessing.crop_px,
-        max_batch=max_batch,
-        precision=manifest.precision,
-        options=options,
-    )
+    engine = build_engine(folder / ONNX_NAME, path, manifest, max_batch, options)
     check_plan_size(path, manifest.precision_check, manifest.precision)
-    files = {**manifest.files, **measure_files(folder, (ENGINE_NAME,))}
+    files = manifest.files | measure_files(folder, (ENGINE_NAME,))
     return replace(
         manifest,
         format="trt",
@@ -81,14 +73,7 @@ def add_engine(folder: Path, manifest: Manifest, max_batch: int, options: Engine
 
 
 def build_engine(
-    onnx_path: Path,
-    engine_path: Path,
-    *,
-    checkpoint_sha256: str,
-    crop_px: int,
-    max_batch: int,
-    precision: Precision,
-    options: EngineOptions | None = None,
+    onnx_path: Path, engine_path: Path, manifest: Manifest, max_batch: int, options: EngineOptions
 ) -> Engine:
     """Build an engine and write it.
 
@@ -96,12 +81,11 @@ def build_engine(
     such, without TF32.
 
     Args:
-        onnx_path: the model, with the input that the bundle describes.
+        onnx_path: the model.
         engine_path: where the plan goes.
-        checkpoint_sha256: stored in the plan as a part of the network's name, and compared when it is loaded.
-        crop_px: side of the images, in pixels.
+        manifest: describes the model. The checkpoint's hash is stored in the plan as a part of the network's
+            name, and compared when it is loaded.
         max_batch: largest batch that the engine takes.
-        precision: of the ONNX file.
         options: see `EngineOptions`.
     Returns:
         The engine's description, for the manifest.
@@ -109,7 +93,6 @@ def build_engine(
         UserError: no TensorRT can build here, or not with these options.
         BuildError: the library refused the model; with its messages.
     """
-    options = options or EngineOptions()
     scan = scan_gpus()
     chosen = choose_builder(tensorrt_versions(), scan, options.gpus)
     ahead_of_time = chosen.library == "tensorrt_rtx"
@@ -119,10 +102,10 @@ def build_engine(
             "while it builds; what it compiles on a GPU is kept in the user's cache"
         )
     started = time.monotonic()
-    build = _Build(importlib.import_module(chosen.library), precision)
-    build.parse(onnx_path, f"alexnet {checkpoint_sha256}")
+    build = _Build(importlib.import_module(chosen.library), manifest.precision)
+    build.parse(onnx_path, f"alexnet {manifest.checkpoint.sha256}")
     batches = profile_batches(max_batch, options.tuned_batch)
-    build.set_batches(batches, crop_px)
+    build.set_batches(batches, manifest.preprocessing.crop_px)
     gpus = build.set_gpus(chosen.gpus) if ahead_of_time else chosen.gpus
     plan = build.run(options)
     engine_path.write_bytes(plan)

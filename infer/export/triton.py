@@ -17,7 +17,7 @@ from data_pipeline.common.files import check_writable, fsync_path, writing_to
 from data_pipeline.common.text import visible
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import Manifest
-from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, OUTPUT_NAME, Format, Precision
+from infer.bundle.schema import ENGINE_NAME, INPUT_NAME, ONNX_NAME, OUTPUT_NAME, Format, Precision, TensorSpec
 from infer.bundle.write import copy_files, staging_folder, sync_files
 
 LABELS_NAME, CONFIG_NAME = "labels.txt", "config.pbtxt"
@@ -117,11 +117,7 @@ def config_text(manifest: Manifest, format: Format) -> str:
     _, file, backend, platform = _KINDS[format]
     (images,), (probabilities, *features) = manifest.inputs, manifest.outputs
     assert (images.name, probabilities.name) == (INPUT_NAME, OUTPUT_NAME)
-    more = "".join(
-        f',\n  {{\n    name: "{one.name}"\n    data_type: {_TYPES[one.dtype]}\n'
-        f"    dims: [ {_dims(one.shape)} ]\n  }}"
-        for one in features
-    )
+    outputs = ",\n".join([_tensor(probabilities, labels=LABELS_NAME), *map(_tensor, features)])
     engine = manifest.engine
     parameters = {"checkpoint_sha256": manifest.checkpoint.sha256, "precision": manifest.precision}
     batching, instances = "dynamic_batching { }", ""
@@ -144,28 +140,23 @@ backend: "{backend}"
 default_model_filename: "{file}"
 max_batch_size: {max_batch}
 input [
-  {{
-    name: "{images.name}"
-    data_type: {_TYPES[images.dtype]}
-    format: FORMAT_NHWC
-    dims: [ {_dims(images.shape)} ]
-  }}
+{_tensor(images, format="FORMAT_NHWC")}
 ]
 output [
-  {{
-    name: "{probabilities.name}"
-    data_type: {_TYPES[probabilities.dtype]}
-    dims: [ {_dims(probabilities.shape)} ]
-    label_filename: "{LABELS_NAME}"
-  }}{more}
+{outputs}
 ]
 {batching}
 {instances}{rows}"""
 
 
-def _dims(shape: tuple[int | str, ...]) -> str:
-    """The dimensions without the batch."""
-    return ", ".join(str(size) for size in shape[1:])
+def _tensor(spec: TensorSpec, *, format: str = "", labels: str = "") -> str:
+    """An input or output, whose dimensions are without the batch."""
+    dims = ", ".join(map(str, spec.shape[1:]))
+    lines = [f'name: "{spec.name}"', f"data_type: {_TYPES[spec.dtype]}"]
+    lines += [f"format: {format}"] if format else []
+    lines += [f"dims: [ {dims} ]"]
+    lines += [f'label_filename: "{labels}"'] if labels else []
+    return "\n".join(["  {", *(f"    {line}" for line in lines), "  }"])
 
 
 def _quoted(text: str) -> str:

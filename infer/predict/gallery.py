@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from infer.bundle.load import Bundle
 from infer.predict.rows import OkRow, Prediction, PredictionWithPixels
 from infer.predict.table import RowCounter
 from infer.predict.writers import name_unwritable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GENERATOR = '<meta name="generator" content="alexnet predict --html">'
 """By which a gallery is known that may be replaced."""
@@ -154,7 +157,7 @@ class Gallery:
                 f'<i style="width:{p.probability:.1%}"></i><span>{p.probability:.1%}</span></div>'
                 for p in row.predictions
             )
-            picture = f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(pixels)}">'
+            picture = f'<img alt="" src="{thumbnail(pixels, THUMBNAIL_PX, THUMBNAIL_QUALITY)}">'
             probability, kind = (f"{best.probability:.6f}" if best else "0"), ""
             what = bars or "no class reaches the least probability"
             if row.truth:
@@ -181,17 +184,12 @@ def open_gallery(path: Path, bundle: Bundle, counter: RowCounter) -> Iterator[Ga
     Raises:
         UserError: it cannot be written.
     """
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'sha256-{digest}'"
     title = escape(visible(f"Predictions of {bundle.manifest.checkpoint.model}, {bundle.manifest.precision}"))
     with name_unwritable(path):
         page = path.open("w", encoding="utf-8", errors="backslashreplace")
     with page:
         page.write(
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-            f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p>Each picture is what the model saw.</p>"
+            f"{page_head(title, GENERATOR, _STYLE, _SCRIPT)}<p>Each picture is what the model saw.</p>"
             '<form><input type="search" name="find" placeholder="path or class" aria-label="path or class">'
             '<label><input type="checkbox" name="errors"> errors only<span id="count"></span></label>'
             '<label>best class below <input type="number" name="below" min="0" max="100"> %</label>'
@@ -209,6 +207,25 @@ def open_gallery(path: Path, bundle: Bundle, counter: RowCounter) -> Iterator[Ga
             page.write(f"</tbody></table><p>{summary}</p><script>{_SCRIPT}</script></body></html>\n")
 
 
+def page_head(title: str, generator: str, style: str, script: str) -> str:
+    """The beginning of a page that names no other file and no address, up to its heading.
+
+    Args:
+        title: HTML.
+        generator: the element by which pages of this kind are known.
+        style: the style sheet.
+        script: the one that the page may run; it stands at the end.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'sha256-{digest}'"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{generator}'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
+        f"<style>{style}</style></head><body><h1>{title}</h1>"
+    )
+
+
 def _names(prediction: Prediction) -> str:
     """The label of a class and, where it has another, its name in the data."""
     label = escape(visible(prediction.label))
@@ -216,12 +233,18 @@ def _names(prediction: Prediction) -> str:
     return label if name is None else f"{label} <small>{escape(visible(name))}</small>"
 
 
-def _thumbnail(pixels_HWC: NDArray[np.uint8]) -> str:
+def thumbnail(pixels_HWC: NDArray[np.uint8], side_px: int, quality: int) -> str:
+    """A square of pixels as a JPEG of at most `side_px`, as the address of an image in a page."""
     from PIL import Image
 
     image = Image.fromarray(pixels_HWC)
-    if image.width > THUMBNAIL_PX:
-        image = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR)
+    if image.width > side_px:
+        image = image.resize((side_px, side_px), Image.Resampling.BILINEAR)
+    return data_address(image, "JPEG", quality=quality)
+
+
+def data_address(image: Image.Image, kind: str, **options: int) -> str:
+    """An encoded image as an address that holds all of it."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
-    return base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from infer.report.page import text
+from infer.report.page import svg, text
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 70, 12, 46, 44
@@ -48,35 +48,25 @@ def ticks_between(low: float, high: float, most: int = 6) -> list[float]:
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    from_zero: bool = True,
-    log: bool = False,
-) -> str:
+def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str, log: bool = False) -> str:
     """Draw lines over one axis.
 
     Args:
         title: plain text, as are the labels.
-        lines: at least one point of one of them is finite.
+        lines: at least one point of each is finite.
         x_label, y_label: what the axes count, with units.
-        from_zero: whether the y axis begins at 0.
-        log: whether it is logarithmic; all values are then above 0.
+        log: whether the y axis is logarithmic, and all values above 0; else it begins at 0.
     """
     points = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
-    assert points, title
     scale = math.log10 if log else float
     xs, ys = [x for x, _ in points], [scale(y) for _, y in points]
     x_low, x_high = min(0.0, *xs), max(xs) or 1.0
     y_low, y_high = min(ys), max(ys)
-    if from_zero and not log:
+    if not log:
         y_low = min(0.0, y_low)
     room = (y_high - y_low or abs(y_high) or 1.0) * 0.05
     y_high += room
-    y_low -= 0 if from_zero and not log else room
+    y_low -= room if log else 0
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low)
@@ -92,24 +82,18 @@ def line_chart(
         f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="middle">{text(x_label)}</text>',
         f'<text transform="translate(14,{up}) rotate(-90)" text-anchor="middle">{text(y_label)}</text>',
     ]
+    ends = []
     for number, line in enumerate(lines):
-        parts += _draw(
-            line, [place(x, y) if math.isfinite(y) else None for x, y in zip(line.xs, line.ys, strict=True)]
-        )
-        left = LEFT + 150 * number
-        dash = ' stroke-dasharray="5 3"' if line.dashed else ""
-        parts.append(
-            f'<path d="M{left} 32h22" stroke="{line.color}" stroke-width="2"{dash}/>'
-            f'<text x="{left + 27}" y="36">{text(line.name)}</text>'
-        )
-    last = "; ".join(f"{line.name} ends at {_last(line):.4g}" for line in lines if math.isfinite(_last(line)))
-    return (
-        f'<svg role="img" aria-label="{text(f"{title}: {last}")}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}" font-size="12" fill="#1a1a1a">{"".join(parts)}</svg>'
-    )
+        line_points = list(zip(line.xs, line.ys, strict=True))
+        places = [place(x, y) if math.isfinite(y) else None for x, y in line_points]
+        parts += _draw(line, places, LEFT + 150 * number)
+        last = next(y for y in reversed(line.ys) if math.isfinite(y))
+        ends.append(f"{line.name} ends at {last:.4g}")
+    return svg("".join(parts), f"{title}: {'; '.join(ends)}", WIDTH, HEIGHT, font_px=12)
 
 
-def _draw(line: Line, places: Sequence[tuple[float, float] | None]) -> list[str]:
+def _draw(line: Line, places: Sequence[tuple[float, float] | None], legend_x: int) -> list[str]:
+    """A line, with dots if it has few points, and its entry in the legend."""
     path, pen_is_up = "", True
     for at in places:
         if at is not None:
@@ -121,11 +105,11 @@ def _draw(line: Line, places: Sequence[tuple[float, float] | None]) -> list[str]
         drawn += [
             f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="2.5" fill="{line.color}"/>' for at in places if at
         ]
-    return drawn
-
-
-def _last(line: Line) -> float:
-    return next((y for y in reversed(line.ys) if math.isfinite(y)), math.nan)
+    return [
+        *drawn,
+        f'<path d="M{legend_x} 32h22" stroke="{line.color}" stroke-width="2"{dash}/>',
+        f'<text x="{legend_x + 27}" y="36">{text(line.name)}</text>',
+    ]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from data_pipeline.common.class_report import Averages, ClassReport, ClassRow
 from infer.report.heat_map import MAX_LABELLED, MAX_NUMBERED, draw_heat_map, similar_first
-from infer.report.page import BLUE, Section, bar_row, figure, note, percent, table
+from infer.report.page import BLUE, bar_row, figure, note, percent, table
 from infer.report.source import Source, short_labels
 
 NO_COUNTS = (
@@ -18,12 +18,11 @@ MANY = 30
 """From how many classes on bars are small."""
 
 
-def make_classes(source: Source) -> Section:
+def make_classes(source: Source) -> str:
     """Draw a bar for each class, sorted, with all figures in a table."""
-    key, title = "classes", "Classes"
     report = source.report
     if report is None:
-        return Section(key, title, note(_why_not_counted(source)))
+        return note(_why_not_counted(source))
     known = sorted((row for row in report.classes if row.top1 is not None), key=lambda row: -(row.top1 or 0))
     short = _short(report)
     bars = "".join(
@@ -43,23 +42,20 @@ def make_classes(source: Source) -> Section:
         ("macro average", "each class weighs the same", None, *_shares(report.macro)),
         ("micro average", "each image weighs the same", None, *_shares(report.micro)),
     ]
-    return Section(
-        key,
-        title,
+    return (
         figure(f'<div class="bars">{bars}</div>', caption, kind=fine)
         + table(head, means)
         + f"<details><summary>All figures of the {len(rows)} classes</summary>"
         + table(head, rows, sortable=True)
-        + "</details>",
+        + "</details>"
     )
 
 
-def make_confusion(source: Source) -> Section:
+def make_confusion(source: Source) -> str:
     """Draw which classes are taken for which, and list the most frequent pairs."""
-    key, title = "confusion", "Which class is taken for which"
     report, counts = source.report, source.counts
     if report is None:
-        return Section(key, title, note(_why_not_counted(source)))
+        return note(_why_not_counted(source))
     named = _short(report)
     labels = list(named.values())
     parts = []
@@ -91,7 +87,7 @@ def make_confusion(source: Source) -> Section:
         parts.append(f"<h3>The most frequent confusions</h3>{table(head, rows, sortable=True)}")
     else:
         parts.append("<p>No image was taken for another class.</p>")
-    return Section(key, title, "".join(parts))
+    return "".join(parts)
 
 
 def _why_not_counted(source: Source) -> str:

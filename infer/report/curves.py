@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from infer.report.chart import Line, line_chart
-from infer.report.page import BLUE, GREEN, ORANGE, Section, figure, note
+from infer.report.page import BLUE, GREEN, ORANGE, figure, note
 from train.runs.folder import MetricsRow
 
+NO_ROWS = "There are no rows of training here: metrics.jsonl is gone, or empty."
 MAX_POINTS = 400
 """Most points of a line; of more, neighbours are averaged."""
 LOG_BELOW, LOG_SHARE = 1 / 50, 0.25
@@ -18,49 +19,41 @@ LOG_BELOW, LOG_SHARE = 1 / 50, 0.25
 drops by ten, but not for the last steps of a cosine."""
 
 
-def make_curves(rows: Sequence[MetricsRow]) -> Section:
+def make_curves(rows: Sequence[MetricsRow]) -> str:
     """Draw what `metrics.jsonl` holds.
 
     Args:
         rows: in order; none for an export without its run.
     """
-    key, title = "curves", "Curves"
     train = [row for row in rows if row.split == "train"]
     val = [row for row in rows if row.split == "val"]
     if not rows:
-        return Section(
-            key, title, note("There are no rows of training here: metrics.jsonl is gone, or empty.")
-        )
+        return note(NO_ROWS)
 
     def line(
-        name: str,
-        of: Sequence[MetricsRow],
-        value: Callable[[MetricsRow], float | None],
-        color: str,
-        dashed: bool = False,
+        name: str, of: Sequence[MetricsRow], field: str, color: str, *, scale: float = 1, dashed: bool = False
     ) -> Line:
-        found = [value(row) for row in of]
-        xs, ys = thinned(epochs_at(of, val), [math.nan if y is None else y for y in found])
-        return Line(name, xs, ys, color, dashed)
+        values = scale * np.array([getattr(row, field) for row in of], dtype=np.float64)  # None is NaN
+        return Line(name, thinned(epochs_at(of, val)), thinned(values.tolist()), color, dashed)
 
     rates = [row.lr for row in train or val if row.lr > 0]
     log = sum(rate < LOG_BELOW * max(rates) for rate in rates) > LOG_SHARE * len(rates)
     rated = [row for row in train or val if row.lr > 0 or not log]
     panels = [
         ("Loss", "nats per image", False, [
-            line("training", train, lambda row: row.loss, ORANGE, True),
-            line("validation", val, lambda row: row.loss, BLUE),
+            line("training", train, "loss", ORANGE, dashed=True),
+            line("validation", val, "loss", BLUE),
         ], "Cross-entropy. Training images are augmented and seen under dropout, and smoothed labels count, "
          "so that the two need not meet."),
         ("Accuracy", "% of images", False, [
-            line("top-1", val, lambda row: _points(row.top1), BLUE),
-            line("top-5", val, lambda row: _points(row.top5), GREEN),
+            line("top-1", val, "top1", BLUE, scale=100),
+            line("top-5", val, "top5", GREEN, scale=100),
         ], "Validation images whose class is the most probable one, or among the five most probable."),
-        ("Learning rate", "rate", log, [line("rate", rated, lambda row: row.lr, BLUE)],
+        ("Learning rate", "rate", log, [line("rate", rated, "lr", BLUE)],
          f"Of the last step of each row{', on a logarithmic axis' if log else ''}."),
         ("Speed", "images per second", False, [
-            line("training", train, lambda row: row.images_per_s, ORANGE, True),
-            line("validation", val, lambda row: row.images_per_s, BLUE),
+            line("training", train, "images_per_s", ORANGE, dashed=True),
+            line("validation", val, "images_per_s", BLUE),
         ], "Over all ranks, with decoding."),
     ]  # fmt: skip
     x_label = "epoch" if val else "optimiser step"
@@ -75,11 +68,7 @@ def make_curves(rows: Sequence[MetricsRow]) -> Section:
     num_rows = f"{len(train)} rows of training and {len(val)} of validation"
     averaged = max(len(train), len(val)) > MAX_POINTS
     means = f"; lines of more than {MAX_POINTS} points show the means of neighbours" if averaged else ""
-    return Section(key, title, f'<p>{num_rows}{means}.</p><div class="charts">{"".join(charts)}</div>')
-
-
-def _points(share: float | None) -> float | None:
-    return None if share is None else 100 * share
+    return f'<p>{num_rows}{means}.</p><div class="charts">{"".join(charts)}</div>'
 
 
 def epochs_at(rows: Sequence[MetricsRow], val: Sequence[MetricsRow]) -> list[float]:
@@ -97,13 +86,7 @@ def epochs_at(rows: Sequence[MetricsRow], val: Sequence[MetricsRow]) -> list[flo
     return [float(place) for place in places]
 
 
-def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most `MAX_POINTS` points: means of equally many neighbours; NaN where one of them is."""
-    size = -(-len(xs) // MAX_POINTS)
-    if size <= 1:
-        return list(xs), list(ys)
-    starts = range(0, len(xs), size)
-    return (
-        [float(np.mean(xs[start : start + size])) for start in starts],
-        [float(np.mean(ys[start : start + size])) for start in starts],
-    )
+def thinned(values: Sequence[float]) -> list[float]:
+    """At most `MAX_POINTS` values: means of equally many neighbours; NaN where one of them is."""
+    size = max(1, -(-len(values) // MAX_POINTS))
+    return [float(np.mean(values[start : start + size])) for start in range(0, len(values), size)]

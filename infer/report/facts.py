@@ -9,15 +9,17 @@ from typing import Any
 import msgspec
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import installed_version
 from infer.bundle.describe import gate_lines
 from infer.bundle.manifest import Manifest
-from infer.report.page import Section, facts, note, percent, table, text
+from infer.report.curves import NO_ROWS
+from infer.report.page import facts, note, percent, table, text
 from infer.report.source import Source
 from train.config.load import make_config, recipe_names
 from train.config.schema import RunConfig
 
 
-def make_summary(source: Source) -> Section:
+def make_summary(source: Source) -> str:
     """Say in a few rows what was trained on what, and how good it is."""
     manifest, checkpoint, model = source.named_manifest, source.checkpoint, source.config.get("model", {})
     rows: list[tuple[str, object]] = []
@@ -50,7 +52,7 @@ def make_summary(source: Source) -> Section:
         rows.append(("validation, by the export", f"{found} (epoch {manifest.checkpoint.epoch})"))
     if source.damaged:
         rows += [(f"export {name}", f"cannot be read: {why}") for name, why in source.damaged.items()]
-    return Section("summary", "Summary", facts(rows))
+    return facts(rows)
 
 
 def _result(top1: float | None, top5: float | None, samples: int, epoch: int) -> str:
@@ -67,11 +69,10 @@ def _data_words(source: Source) -> str:
     return f"{name}: {counts}"
 
 
-def make_configuration(source: Source) -> Section:
+def make_configuration(source: Source) -> str:
     """Show where the configuration differs from the recipe's, and all of it."""
-    key, title = "configuration", "Configuration"
     if not source.config:
-        return Section(key, title, note("This export does not lie in its run, which has the configuration."))
+        return note("This export does not lie in its run, which has the configuration.")
     config = dict(flat(source.config))
     name, base = _base_of(source.config)
     changed = [
@@ -86,23 +87,22 @@ def make_configuration(source: Source) -> Section:
     if changes:
         rows = [(change.step, "; ".join(change.what)) for change in changes]
         body += f"<h3>Changed while it ran</h3>{table(('after step', 'what'), rows)}"
-    whole = "\n".join(f"{where} = {without_folders(value)}" for where, value in config.items())
-    lines = "\n".join(text(line) for line in whole.split("\n"))
-    body += f"<details><summary>All {len(config)} keys</summary><pre>{lines}</pre></details>"
-    return Section(key, title, body)
+    lines = "\n".join(text(f"{where} = {without_folders(value)}") for where, value in config.items())
+    return f"{body}<details><summary>All {len(config)} keys</summary><pre>{lines}</pre></details>"
 
 
 def _base_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The configuration to compare with, and what it is: the recipe's own, else the defaults of all keys."""
     recipe = str(config.get("recipe"))
-    defaults = msgspec.to_builtins(RunConfig())
-    if recipe not in recipe_names():
-        return f"the defaults of all keys (recipe {recipe} does not ship with alexnet)", dict(flat(defaults))
-    try:
-        values = msgspec.to_builtins(make_config(recipe))
-    except UserError as error:
-        return f"the defaults of all keys (recipe {recipe} cannot be read: {error})", dict(flat(defaults))
-    return f"recipe {recipe}, as it ships with this version", dict(flat(values))
+    why = "does not ship with alexnet"
+    if recipe in recipe_names():
+        try:
+            values = msgspec.to_builtins(make_config(recipe))
+            return f"recipe {recipe}, as it ships with this version", dict(flat(values))
+        except UserError as error:
+            why = f"cannot be read: {error}"
+    defaults = dict(flat(msgspec.to_builtins(RunConfig())))
+    return f"the defaults of all keys (recipe {recipe} {why})", defaults
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -130,7 +130,7 @@ def without_folders(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def make_provenance(source: Source) -> Section:
+def make_provenance(source: Source) -> str:
     """Say which files these are, by their hashes, and which programs made them."""
     rows: list[tuple[str, object]] = [("run" if source.run is not None else "export", source.name)]
     if (found := source.checkpoint) is not None:
@@ -150,20 +150,12 @@ def make_provenance(source: Source) -> Section:
         rows.append(("SHA-256 of its checkpoint", made.sha256))
         versions = ", ".join(f"{library} {version}" for library, version in manifest.versions.items())
         rows.append(("made with", versions or "not recorded"))
-    rows.append(("this report", f"alexnet {_version()}"))
-    return Section("provenance", "Provenance", facts(rows))
+    version = installed_version("alexnet") or "of unknown version (not installed)"
+    rows.append(("this report", f"alexnet {version}"))
+    return facts(rows)
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("alexnet")
-    except PackageNotFoundError:
-        return "of unknown version (not installed)"
-
-
-def make_speed(source: Source) -> Section:
+def make_speed(source: Source) -> str:
     """Say how fast the run was, and how far its exports agree with it."""
     rows: list[tuple[str, object]] = []
     for split, words in (("train", "training"), ("val", "validation")):
@@ -175,13 +167,11 @@ def make_speed(source: Source) -> Section:
         hours, seconds = divmod(round(source.rows[-1].time - source.rows[0].time), 3600)
         spent = f"{hours} h {seconds // 60} min" if hours else f"{seconds // 60} min {seconds % 60} s"
         rows.append(("from the first row to the last", f"{spent}, with any time that the run was stopped"))
-    body = (
-        facts(rows) if rows else note("There are no rows of training here: metrics.jsonl is gone, or empty.")
-    )
+    body = facts(rows) if rows else note(NO_ROWS)
     exports = "".join(_describe_export(name, manifest) for name, manifest in source.manifests.items())
     if not exports:
         exports = note("There is no export: `alexnet export` makes one.")
-    return Section("speed", "Speed and exports", f"{body}<h3>Exports</h3>{exports}")
+    return f"{body}<h3>Exports</h3>{exports}"
 
 
 def _describe_export(name: str, manifest: Manifest) -> str:

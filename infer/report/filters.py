@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.common.errors import CorruptFileError
 from infer.bundle.load import load_bundle
 from infer.bundle.schema import ONNX_NAME
-from infer.report.page import Section, drawing, figure, note
+from infer.report.page import drawing, figure, note
 from infer.report.source import Source
 
 if TYPE_CHECKING:
@@ -25,9 +25,8 @@ CELL_PX = 44
 COLUMNS = 16
 
 
-def make_filters(source: Source) -> Section:
+def make_filters(source: Source) -> str:
     """Draw the filters of the checkpoint, or of the export where there is no checkpoint."""
-    key, title = "filters", "Filters of the first convolution"
     if source.checkpoint is not None:
         weights = source.checkpoint.weights
         first = next(tensor for name, tensor in weights.items() if tensor.ndim == 4)
@@ -36,16 +35,15 @@ def make_filters(source: Source) -> Section:
         try:
             filters_KHW3 = onnx_filters(load_bundle(source.export).onnx_path)
         except ModuleNotFoundError as error:
-            return Section(key, title, note(f"{error.name} is not installed here, which reads {ONNX_NAME}."))
+            return note(f"{error.name} is not installed here, which reads {ONNX_NAME}.")
         except LookupError:
-            return Section(key, title, note(f"The first convolution of {ONNX_NAME} stores no weights."))
+            return note(f"The first convolution of {ONNX_NAME} stores no weights.")
         except CorruptFileError:
-            return Section(key, title, note(f"The export {source.export.name} is not what was exported."))
+            return note(f"The export {source.export.name} is not what was exported.")
         origin = f"{ONNX_NAME} of export {source.export.name}"
     else:
-        return Section(key, title, note(f"Not shown: {source.no_checkpoint}."))
+        return note(f"Not shown: {source.no_checkpoint}.")
     count, height, width, _ = filters_KHW3.shape
-    grid = filter_grid(filters_KHW3)
     caption = (
         f"The {count} filters of {height} × {width} × 3 weights that the first convolution learned, from "
         f"{origin}, as in figure 3 of Krizhevsky et al. 2012. Red, green and blue are the weights for these "
@@ -53,7 +51,7 @@ def make_filters(source: Source) -> Section:
         "brightness: shapes can be compared, strengths cannot. Grey is a weight of about the middle."
     )
     alt = f"{count} small squares of colour, one for each filter"
-    return Section(key, title, figure(drawing(grid, alt, grid.shape[1]), caption))
+    return figure(drawing(filter_grid(filters_KHW3), alt), caption)
 
 
 def filter_grid(filters_KHW3: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -94,12 +92,9 @@ def onnx_filters(path: Path) -> NDArray[np.float32]:
     stored: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
     name = next((node.input[1] for node in graph.node if node.op_type == "Conv"), "")
-    maker, scale = makers.get(name), None
+    maker, scale_K = makers.get(name), np.ones(1)
     if maker is not None and maker.op_type == "DequantizeLinear":
-        scale = onnx.numpy_helper.to_array(stored[maker.input[1]]).astype(np.float32)
-        name = maker.input[0]
+        name, scale_K = maker.input[0], onnx.numpy_helper.to_array(stored[maker.input[1]])
     weights_K3HW = onnx.numpy_helper.to_array(stored[name]).astype(np.float32)
-    if scale is not None:
-        weights_K3HW = weights_K3HW * scale.reshape(-1, 1, 1, 1)
-    filters_KHW3: NDArray[np.float32] = weights_K3HW.transpose(0, 2, 3, 1)
-    return filters_KHW3
+    filters_K3HW = weights_K3HW * scale_K.astype(np.float32).reshape(-1, 1, 1, 1)
+    return np.transpose(filters_K3HW, (0, 2, 3, 1))

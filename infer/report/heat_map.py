@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from infer.report.page import text
+from infer.report.page import svg, text
 
 MAX_NUMBERED = 30
 """Up to so many classes each cell has its count."""
@@ -96,14 +96,12 @@ def draw_heat_map(confusion: NDArray[np.int64], labels: list[str]) -> str:
         "true class</text>",
     ]
     right = f"{np.trace(confusion):,} of {confusion.sum():,} images on the diagonal"
-    alt = f"confusion matrix of {size} classes; {right}"
     high, wide = side + LEGEND_PX, max(side + 8, margin + 380)
-    return (
-        f'<svg role="img" aria-label="{text(alt)}" viewBox="0 0 {wide} {high}" width="{wide}" '
-        f'height="{high}" font-size="{font}" fill="#1a1a1a">'
+    content = (
         f'<g transform="translate({margin},{margin})">{"".join(parts)}</g>'
-        f'<g transform="translate({margin},{side + 8})" font-size="11">{_legend()}</g></svg>'
+        f'<g transform="translate({margin},{side + 8})" font-size="11">{_legend()}</g>'
     )
+    return svg(content, f"confusion matrix of {size} classes; {right}", wide, high, font_px=font)
 
 
 def _cells(chosen: NDArray[np.bool_], cell: int, color: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.backend import make_backend
 from data_pipeline.loader import Loader
 from data_pipeline.transforms.sampler import permutation_at
+from infer.predict.decode import open_decoder, valid_images
+from infer.predict.rows import rank_classes
+from infer.report.source import short_labels
 from train.checkpoints.load import Checkpoint
-from train.distributed.world import cpu_share
 from train.models.alexnet import AlexNet, Normalize
 
 MAX_IMAGES = 2000
@@ -31,9 +33,11 @@ BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What was seen of each image that could be read, in the order of the split.
+    """What a checkpoint makes of each image that could be read, in the order of the split.
 
     Attributes:
+        model, normalize, loader: of the checkpoint, with which images are read and looked at again.
+        class_labels: names of the classes for people, in the order of the logits.
         dataset: the images that were looked at.
         places: (N) int64, where each image is in `dataset`.
         labels: (N) int64, its true class.
@@ -43,6 +47,10 @@ class Look:
         num_available: images of the split.
     """
 
+    model: AlexNet
+    normalize: Normalize
+    loader: Loader
+    class_labels: Sequence[str]
     dataset: Dataset
     places: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -51,54 +59,28 @@ class Look:
     num_failed: int
     num_available: int
 
+    def name(self, number: int) -> str:
+        """The file of one image, relative to the data folder."""
+        return self.dataset.name_at(int(self.places[number]))
 
-class Looker:
-    """A checkpoint's network, and a loader of its images.
+    def truth(self, number: int) -> str:
+        """The name of its class."""
+        return self.class_labels[int(self.labels[number])]
 
-    Args:
-        checkpoint: whose evaluated weights are used.
-        loader: with the checkpoint's preprocessing.
-    """
+    @cached_property
+    def found(self) -> NDArray[np.intp]:
+        """The most probable class of each image."""
+        return rank_classes(self.probabilities, 1)[:, 0]
 
-    def __init__(self, checkpoint: Checkpoint, loader: Loader) -> None:
-        self._model, self._normalize = checkpoint.make_model(), Normalize(checkpoint.preprocessing)
-        self._loader = loader
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which images' most probable class is the true one."""
+        right: NDArray[np.bool_] = self.found == self.labels
+        return right
 
-    def look(self, split: Dataset) -> Look:
-        """Look at up to `MAX_IMAGES` of a split."""
-        chosen = np.sort(permutation_at(0, 0, len(split))[:MAX_IMAGES])
-        dataset = split.take(chosen)
-        places: list[NDArray[np.int64]] = []
-        labels: list[NDArray[np.int64]] = []
-        probabilities: list[NDArray[np.float32]] = []
-        hidden: list[NDArray[np.float32]] = []
-        num_failed = 0
-        batches = self._loader.eval(dataset, micro_batch=BATCH)
-        with torch.inference_mode(), closing(batches), show_progress("images", len(dataset)) as progress:
-            for batch in batches:
-                images_NHWC = torch.from_numpy(np.from_dlpack(batch.images)[batch.valid])
-                logits_NC, hidden_ND = self._model.forward_features(self._normalize(images_NHWC), "fc7")
-                places.append(batch.indices[batch.valid])
-                labels.append(batch.labels[batch.valid])
-                probabilities.append(logits_NC.softmax(dim=1).numpy())
-                hidden.append(hidden_ND.numpy())
-                num_failed += len(batch.failures)
-                progress.advance(len(batch))
-        return Look(
-            dataset=dataset,
-            places=np.concatenate(places),
-            labels=np.concatenate(labels),
-            probabilities=np.concatenate(probabilities),
-            hidden=np.concatenate(hidden),
-            num_failed=num_failed,
-            num_available=len(split),
-        )
-
-    def pixels(self, look: Look, numbers: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
+    def pixels(self, numbers: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
         """Read some images again, as the model saw them.
 
-        Args:
-            numbers: which of the look's images.
         Returns:
             (H, W, 3) uint8 by number, of those that can still be read.
         """
@@ -106,33 +88,51 @@ class Looker:
         if not unique:
             return {}
         found: dict[int, NDArray[np.uint8]] = {}
-        batches = self._loader.eval(look.dataset.take(look.places[unique]), micro_batch=BATCH)
+        batches = self.loader.eval(self.dataset.take(self.places[unique]), micro_batch=BATCH)
         with closing(batches):
             for batch in batches:
-                images_NHWC = np.from_dlpack(batch.images)
-                for row in np.flatnonzero(batch.valid):
-                    found[unique[int(batch.indices[row])]] = images_NHWC[row].copy()
+                read = [unique[index] for index in batch.indices[batch.valid]]
+                found.update(zip(read, valid_images(batch).copy(), strict=True))
         return found
 
     def activation_map(self, pixels_HWC: NDArray[np.uint8], class_id: int) -> NDArray[np.float32]:
         """See `grad_cam`, for one image."""
-        images_NCHW = self._normalize(torch.from_numpy(pixels_HWC)[None])
-        return grad_cam(self._model, images_NCHW, class_id)
+        images_NCHW = self.normalize(torch.from_numpy(pixels_HWC)[None])
+        return grad_cam(self.model, images_NCHW, class_id)
 
 
 @contextmanager
-def open_looker(checkpoint: Checkpoint) -> Iterator[Looker]:
-    """A looker with its decoder, which is closed at the end."""
-    backend = make_backend(
-        "auto",
-        device="cpu",
-        device_id=0,
-        preprocessing=checkpoint.preprocessing,
-        max_batch=BATCH,
-        num_threads=cpu_share(1),
-    )
-    with closing(backend):
-        yield Looker(checkpoint, Loader(backend, checkpoint.preprocessing))
+def open_look(checkpoint: Checkpoint, split: Dataset) -> Iterator[Look]:
+    """Look at up to `MAX_IMAGES` of a split, which can be read again until the end."""
+    preprocessing = checkpoint.preprocessing
+    model, normalize = checkpoint.make_model(), Normalize(preprocessing)
+    dataset = split.take(np.sort(permutation_at(0, 0, len(split))[:MAX_IMAGES]))
+    seen, num_failed = [], 0
+    with open_decoder(preprocessing, BATCH) as decoder:
+        loader = Loader(decoder, preprocessing)
+        batches = loader.eval(dataset, micro_batch=BATCH)
+        with torch.inference_mode(), closing(batches), show_progress("images", len(dataset)) as progress:
+            for batch in batches:
+                inputs_NCHW = normalize(torch.from_numpy(valid_images(batch)))
+                logits_NC, hidden_ND = model.forward_features(inputs_NCHW, "fc7")
+                indices_N, labels_N = batch.indices[batch.valid], batch.labels[batch.valid]
+                seen.append((indices_N, labels_N, logits_NC.softmax(dim=1).numpy(), hidden_ND.numpy()))
+                num_failed += len(batch.failures)
+                progress.advance(len(batch))
+        places, labels, probabilities, hidden = map(np.concatenate, zip(*seen, strict=True))
+        yield Look(
+            model=model,
+            normalize=normalize,
+            loader=loader,
+            class_labels=short_labels(checkpoint.classes, checkpoint.class_labels),
+            dataset=dataset,
+            places=places,
+            labels=labels,
+            probabilities=probabilities,
+            hidden=hidden,
+            num_failed=num_failed,
+            num_available=len(split),
+        )
 
 
 def grad_cam(model: AlexNet, images_NCHW: Tensor, class_id: int) -> NDArray[np.float32]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -14,28 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.common.text import printable, visible
+from infer.predict.gallery import data_address, page_head, thumbnail
 
 GENERATOR = '<meta name="generator" content="alexnet report">'
 """By which a report is known that may be replaced."""
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 """Distinct for the colour-blind, too. Source: Okabe and Ito 2008, "Color Universal Design"."""
 JPEG_QUALITY = 85
 MAX_PICTURE_PX = 160
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Attributes:
-        key: its address in the page, behind `#`.
-        title: its heading; plain text.
-        body: HTML.
-    """
-
-    key: str
-    title: str
-    body: str
 
 
 def text(value: object) -> str:
@@ -96,23 +78,22 @@ def picture(pixels_HWC: NDArray[np.uint8], alt: str) -> str:
         pixels_HWC: a square of uint8 RGB.
         alt: plain text for those who do not see it.
     """
+    return f'<img alt="{text(alt)}" src="{thumbnail(pixels_HWC, MAX_PICTURE_PX, JPEG_QUALITY)}">'
+
+
+def drawing(pixels_HWC: NDArray[np.uint8], alt: str) -> str:
+    """An image of the page with its exact pixels, as PNG, in its own size where there is room."""
     image = Image.fromarray(pixels_HWC)
-    if image.width > MAX_PICTURE_PX:
-        image = image.resize((MAX_PICTURE_PX, MAX_PICTURE_PX), Image.Resampling.BILINEAR)
-    return f'<img alt="{text(alt)}" src="{_data_uri(image, "JPEG", quality=JPEG_QUALITY)}">'
+    address = data_address(image, "PNG", optimize=True)
+    return f'<img class="drawing" alt="{text(alt)}" width="{image.width}" src="{address}">'
 
 
-def drawing(pixels_HWC: NDArray[np.uint8], alt: str, width_px: int) -> str:
-    """An image of the page with its exact pixels, as PNG, shown `width_px` wide where there is room."""
-    image = Image.fromarray(pixels_HWC)
-    uri = _data_uri(image, "PNG", optimize=True)
-    return f'<img class="drawing" alt="{text(alt)}" width="{width_px}" src="{uri}">'
-
-
-def _data_uri(image: Image.Image, kind: str, **options: int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def svg(content: str, alt: str, width: int, height: int, *, font_px: int) -> str:
+    """A drawing of the page by its shapes; `alt` is plain text for those who do not see it."""
+    return (
+        f'<svg role="img" aria-label="{text(alt)}" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-size="{font_px}" fill="#1a1a1a">{content}</svg>'
+    )
 
 
 def bar_row(label: str, share: float, shown: str, *, color: str = BLUE, marked: bool = False) -> str:
@@ -133,19 +114,21 @@ def bar_row(label: str, share: float, shown: str, *, color: str = BLUE, marked: 
     )
 
 
-def render_page(title: str, sections: Sequence[Section]) -> str:
-    """The whole page. It names no other file and no address, and is complete without its script."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'sha256-{digest}'"
-    contents = "".join(f'<li><a href="#{part.key}">{text(part.title)}</a></li>' for part in sections)
+def render_page(title: str, headings: Mapping[str, str], bodies: Mapping[str, str]) -> str:
+    """The whole page. It names no other file and no address, and is complete without its script.
+
+    Args:
+        title: plain text.
+        headings: of the sections in their order, by the section's address behind `#`; plain text.
+        bodies: of the sections; HTML.
+    """
+    contents = "".join(f'<li><a href="#{key}">{text(heading)}</a></li>' for key, heading in headings.items())
     parts = "".join(
-        f'<section id="{part.key}"><h2>{text(part.title)}</h2>\n{part.body}</section>\n' for part in sections
+        f'<section id="{key}"><h2>{text(heading)}</h2>\n{bodies[key]}</section>\n'
+        for key, heading in headings.items()
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{text(title)}</h1>\n"
+        f"{page_head(text(title), GENERATOR, _STYLE, _SCRIPT)}\n"
         f'<nav aria-label="Contents"><ol>{contents}</ol></nav>\n<main>\n{parts}</main>'
         f"<script>{_SCRIPT}</script></body></html>\n"
     )

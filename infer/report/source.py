@@ -79,13 +79,10 @@ class Source:
     @property
     def labels(self) -> dict[str, str]:
         """The names of the classes for people, by those that the data has."""
-        if self.checkpoint is not None:
-            pairs = zip(self.checkpoint.classes, self.checkpoint.class_labels, strict=True)
-        elif (manifest := self.named_manifest) is not None:
-            pairs = zip(manifest.classes, manifest.class_labels, strict=True)
-        else:
-            pairs = zip((), (), strict=True)
-        labels = {printable(name): printable(label) for name, label in pairs}
+        labels, model = {}, self.checkpoint or self.named_manifest
+        if model is not None:
+            pairs = zip(model.classes, model.class_labels, strict=True)
+            labels = {printable(name): printable(label) for name, label in pairs}
         if self.report is not None:
             labels |= {row.name: row.label for row in self.report.classes if row.name != row.label}
         return labels

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import check_writable, read_head, write_atomic, writing_to
-from data_pipeline.common.outputs import check_output
-from data_pipeline.common.text import printable
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.files import write_atomic, writing_to
+from data_pipeline.common.outputs import check_page
 from infer.report.classes import make_classes, make_confusion
 from infer.report.curves import make_curves
 from infer.report.facts import make_configuration, make_provenance, make_speed, make_summary
 from infer.report.filters import make_filters
-from infer.report.images import make_picture_sections
-from infer.report.page import GENERATOR, render_page
+from infer.report.page import GENERATOR, note, render_page, table
+from infer.report.pictures import make_mistakes, make_neighbours, make_predictions
 from infer.report.source import Source, find_source
 
 NAME = "report.html"
-ELSEWHERE = "name another file with --output"
+HEADINGS = {
+    "summary": "Summary",
+    "curves": "Curves",
+    "filters": "Filters of the first convolution",
+    "predictions": "Pictures and what was predicted",
+    "neighbours": "Nearest neighbours in the last hidden layer",
+    "classes": "Classes",
+    "confusion": "Which class is taken for which",
+    "mistakes": "The most confident mistakes",
+    "configuration": "Configuration",
+    "provenance": "Provenance",
+    "speed": "Speed and exports",
+}
+"""Of the sections in their order, by the keys that are their addresses in the page."""
+PICTURES = {"predictions": make_predictions, "neighbours": make_neighbours, "mistakes": make_mistakes}
+"""The sections that need validation images, by their keys."""
 
 
 def write_report(path: Path | None, output: Path | None, data: Path | None) -> Path:
@@ -36,45 +50,68 @@ def write_report(path: Path | None, output: Path | None, data: Path | None) -> P
     """
     source = find_source(path)
     target = output or (source.run or Path()) / NAME
-    check_target(target)
+    check_page(target, "--output", GENERATOR, "a report", suffixes=(".html", ".htm"))
     page = make_page(source, data)
-    with writing_to(target, ELSEWHERE):
+    with writing_to(target, "name another file with --output"):
         write_atomic(target, page.encode("utf-8", "backslashreplace"))
     return target
 
 
-def check_target(path: Path) -> None:
-    """Refuse a file that will not be written, before the work. An earlier report is replaced.
-
-    Raises:
-        UserError: another suffix, no such folder, one that cannot be written to, or a file that is no report.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {printable(path)}: the name must end in .html")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {printable(path)}: there is no folder {printable(path.parent)}")
-    check_output(path, "--output", _is_report, "a report")
-    check_writable(path.parent, ELSEWHERE, path)
-
-
-def _is_report(path: Path) -> bool:
-    return GENERATOR.encode() in read_head(path, 4096)
-
-
 def make_page(source: Source, data: Path | None) -> str:
     """Make the page, each part as far as its files are there."""
-    pictures = make_picture_sections(source, data)
-    sections = [
-        make_summary(source),
-        make_curves(source.rows),
-        make_filters(source),
-        pictures["predictions"],
-        pictures["neighbours"],
-        make_classes(source),
-        make_confusion(source),
-        pictures["mistakes"],
-        make_configuration(source),
-        make_provenance(source),
-        make_speed(source),
-    ]
-    return render_page(f"AlexNet report: {source.name}", sections)
+    bodies = make_pictures(source, data) | {
+        "summary": make_summary(source),
+        "curves": make_curves(source.rows),
+        "filters": make_filters(source),
+        "classes": make_classes(source),
+        "confusion": make_confusion(source),
+        "configuration": make_configuration(source),
+        "provenance": make_provenance(source),
+        "speed": make_speed(source),
+    }
+    return render_page(f"AlexNet report: {source.name}", HEADINGS, bodies)
+
+
+def make_pictures(source: Source, data: Path | None) -> dict[str, str]:
+    """Make the sections, or say in each why its pictures are not there.
+
+    Args:
+        data: see `write_report`.
+    Raises:
+        UserError: the data that was named is not there, has other classes, or has no checkpoint to go with.
+    """
+    if source.checkpoint is None:
+        if data is not None:
+            raise UserError(f"--data is for pictures, and they need a checkpoint: {source.no_checkpoint}")
+        return _without(source, f"Not shown: {source.no_checkpoint}.")
+    from infer.report.look import open_look
+    from train.evaluate import load_split
+
+    try:
+        split = load_split(source.checkpoint, data, "val")
+    except (UserError, CorruptFileError) as error:
+        if data is not None:
+            raise
+        root = str(source.checkpoint.config.data.root or "")
+        why = str(error).replace(str(source.run), source.name)
+        if root.startswith("/"):
+            why = why.replace(root, f"…/{Path(root).name}")
+        return _without(source, f"Not shown: {why}.")
+    with open_look(source.checkpoint, split) as look:
+        if not len(look.labels):
+            return _without(source, f"Not shown: none of {look.num_failed} validation images could be read.")
+        return {name: make(look) for name, make in PICTURES.items()}
+
+
+def _without(source: Source, why: str) -> dict[str, str]:
+    """The sections without images; of the mistakes, those that were recorded are listed."""
+    bodies = dict.fromkeys(PICTURES, note(why))
+    if source.report is not None and source.report.mistakes:
+        labels = source.labels
+        rows = [
+            (found.path, labels.get(found.truth, found.truth), labels.get(found.predicted, found.predicted),
+             f"{found.probability:.1%}")
+            for found in source.report.mistakes
+        ]  # fmt: skip
+        bodies["mistakes"] += table(("image", "is", "taken for", "probability"), rows)
+    return bodies

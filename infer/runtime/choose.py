@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import installed_version
 from infer.bundle.load import Bundle
 from infer.runtime.base import InferenceBackend
 from infer.runtime.cuda import GpuScan, scan_gpus
@@ -84,19 +85,11 @@ def probe_machine() -> Machine:
 
 def tensorrt_versions() -> dict[str, str]:
     """Versions of the TensorRT libraries that can be imported here, without importing them."""
-    from importlib import metadata
-
-    versions = {}
-    for library, distributions in _DISTRIBUTIONS.items():
-        if importlib.util.find_spec(library) is None:
-            continue
-        for distribution in distributions:
-            try:
-                versions[library] = metadata.version(distribution)
-                break
-            except metadata.PackageNotFoundError:
-                versions[library] = "unknown"
-    return versions
+    return {
+        library: next(filter(None, map(installed_version, distributions)), "unknown")
+        for library, distributions in _DISTRIBUTIONS.items()
+        if importlib.util.find_spec(library) is not None
+    }
 
 
 def why_no_engine(bundle: Bundle, machine: Machine) -> str | None:

@@ -26,7 +26,7 @@ from infer.bundle.schema import (
     image_input,
     probability_output,
 )
-from infer.export.onnx_options import OnnxOptions
+from infer.export.options import OnnxOptions
 from infer.export.pipeline import export_models
 from infer.predict.inputs import find_inputs
 from train.checkpoints.format import Snapshot

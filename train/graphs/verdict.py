@@ -11,7 +11,6 @@ import logging
 import platform
 import re
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ import torch
 
 from data_pipeline.common.errors import CorruptFileError
 from data_pipeline.common.files import read_small, user_cache, write_json
+from data_pipeline.common.machine import installed_version
 from data_pipeline.common.text import printable
 from train.compile.choose import lrn_layers
 from train.distributed.ddp import pass_sizes
@@ -91,8 +91,8 @@ def machine_of(device: torch.device) -> dict[str, str]:
         "driver": driver_version(),
         "torch": str(torch.__version__),
         "cudnn": str(cudnn.version()) if on_gpu else "none",
-        "triton": _version_of("triton"),
-        "alexnet": _version_of("alexnet"),
+        "triton": installed_version("triton") or "none",
+        "alexnet": installed_version("alexnet") or "none",
         "source": source_hash(),
     }
 
@@ -113,13 +113,6 @@ def processor_name(path: Path = PROCESSORS) -> str:
     except OSError:
         found = None
     return f"CPU {found[1] if found else platform.machine()}"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 @lru_cache(maxsize=1)

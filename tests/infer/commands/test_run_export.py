@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models import AlexNet_Weights
 
 from alexnet import main
-from infer.export.photographs import photograph_windows
+from infer.export.gate import photograph_windows
 from tests.helpers.http_server import serving
 from tests.helpers.published import CROP_PX, publish_small
 from train.config.schema import RunConfig

@@ -14,7 +14,7 @@ from infer.bundle.load import Bundle
 from infer.bundle.schema import CPU_NAME, INPUT_NAME, ONNX_NAME
 from infer.export.cpu_form import BandedLrn, has_shared_weights
 from infer.export.quantize import quantize_for_cpu
-from infer.export.to_onnx import export_for_cpu, export_for_int8_cpu
+from infer.export.to_onnx import ContractModel, export_for_cpu, export_for_int8_cpu
 from infer.export.verify_precision import check_precision
 from tests.helpers.infer_samples import checkpoint_folder
 from train.checkpoints.load import load_checkpoint
@@ -61,7 +61,7 @@ def test_cpu_form_shares_the_weights_of_the_model(bundle: Bundle) -> None:
 @pytest.mark.slow
 def test_one_file_has_all_weights_and_loads_from_bytes(bundle: Bundle, base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base))
-    export_for_cpu(checkpoint, tmp_path / CPU_NAME, None, precision="fp32")
+    export_for_cpu(ContractModel(checkpoint), tmp_path / CPU_NAME, None)
     assert [path.name for path in tmp_path.iterdir()] == [CPU_NAME]
     assert not has_shared_weights(tmp_path / CPU_NAME)
     whole, shared = probabilities((tmp_path / CPU_NAME).read_bytes()), probabilities(bundle.cpu_path)
@@ -71,7 +71,7 @@ def test_one_file_has_all_weights_and_loads_from_bytes(bundle: Bundle, base: Pat
 @pytest.mark.slow
 def test_cpu_form_is_not_made_without_lrn(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base, "owt"))
-    export_for_cpu(checkpoint, tmp_path / CPU_NAME, tmp_path / ONNX_NAME, precision="fp32")
+    export_for_cpu(ContractModel(checkpoint), tmp_path / CPU_NAME, tmp_path / ONNX_NAME)
     assert not (tmp_path / CPU_NAME).exists()
 
 
@@ -81,7 +81,7 @@ def for_int8(
 ) -> tuple[Path, list[float]]:
     """The float32 model that int8 for a CPU starts from, and the exponents of its LRN layers."""
     path = tmp_path_factory.mktemp("for-int8") / "float32.onnx"
-    return path, export_for_int8_cpu(load_checkpoint(checkpoint_folder(base)), path)
+    return path, export_for_int8_cpu(ContractModel(load_checkpoint(checkpoint_folder(base))), path)
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_padding_of_int8_form_survives_opset_17(
 ) -> None:
     """ONNX's converter has no way back for `Pad`."""
     path = tmp_path / "float32.onnx"
-    export_for_int8_cpu(load_checkpoint(checkpoint_folder(base)), path, 17)
+    export_for_int8_cpu(ContractModel(load_checkpoint(checkpoint_folder(base))), path, opset=17)
     model = onnx.load(path)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)] and model.ir_version == 8
     assert [node.domain for node in model.graph.node if node.op_type == "Pad"] == [""]

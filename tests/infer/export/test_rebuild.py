@@ -20,13 +20,13 @@ from alexnet import main
 from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle, load_bundle
 from infer.bundle.manifest import read_manifest
-from infer.export.engine_options import EngineOptions
+from infer.export.options import EngineOptions
 from infer.export.to_tensorrt import _Build, build_engine
 from infer.runtime.base import Outputs
 from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.cuda import scan_gpus
 from infer.runtime.onnx import OnnxBackend
-from tests.helpers.infer_samples import data_folder, edit_manifest
+from tests.helpers.infer_samples import data_folder, edit_manifest, tiny_manifest
 
 NO_GPU_HERE = pytest.mark.skipif(bool(scan_gpus().gpus), reason="this machine has a GPU")
 
@@ -256,8 +256,6 @@ def test_timing_cache_is_written_and_read(bundle: Bundle, tmp_path: Path) -> Non
     pytest.importorskip("tensorrt")
     cache = tmp_path / "timings"
     for _ in range(2):
-        build_engine(
-            bundle.onnx_path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4,
-            precision="fp32", options=EngineOptions(timing_cache=cache),
-        )  # fmt: skip
+        options = EngineOptions(timing_cache=cache)
+        build_engine(bundle.onnx_path, tmp_path / "e", tiny_manifest(), 4, options)
         assert cache.stat().st_size > 100

@@ -16,7 +16,7 @@ import torch
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.load import Bundle
 from infer.export.gate import torch_runner
-from infer.export.to_onnx import export_onnx
+from infer.export.to_onnx import ContractModel, export_onnx
 from tests.helpers.infer_samples import (
     CLASSES,
     checkpoint_folder,
@@ -85,7 +85,7 @@ def test_other_networks_export_and_agree(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, num_lrn: int
 ) -> None:
     other = load_checkpoint(checkpoint_folder(base, name))
-    export_onnx(other, tmp_path / "model.onnx")
+    export_onnx(ContractModel(other), tmp_path / "model.onnx")
     assert capfd.readouterr() == ("", "")  # the exporter's chatter
     operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
     assert operators.count("LRN") == num_lrn
@@ -103,7 +103,7 @@ def test_lower_opsets_say_so_and_compute_the_same(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], opset: int, name: str, ir_version: int
 ) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base, name))
-    export_onnx(checkpoint, tmp_path / "model.onnx", opset=opset)
+    export_onnx(ContractModel(checkpoint), tmp_path / "model.onnx", opset=opset)
     assert capfd.readouterr() == ("", "")
     model = onnx.load(tmp_path / "model.onnx")
     assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
@@ -129,6 +129,6 @@ def test_exporter_reports_real_warnings(
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.onnx, "export", warn)
-    export_onnx(load_checkpoint(checkpoint_folder(base, "owt")), tmp_path / "m.onnx")
+    export_onnx(ContractModel(load_checkpoint(checkpoint_folder(base, "owt"))), tmp_path / "m.onnx")
     messages = [r.getMessage() for r in caplog.records if r.name == "infer"]
     assert messages == ["ONNX export: this may be wrong"]

@@ -10,9 +10,10 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle
-from infer.export.engine_options import choose_builder, profile_batches
+from infer.export.options import EngineOptions, choose_builder, profile_batches
 from infer.export.to_tensorrt import BuildError, build_engine
 from infer.runtime.cuda import Gpu, GpuScan
+from tests.helpers.infer_samples import tiny_manifest
 
 NO_GPU = GpuScan((), "no NVIDIA driver")
 
@@ -25,14 +26,7 @@ def test_engine_build_logs_the_gpus_it_does_not_cover(
     featured: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "infer"):
-        engine = build_engine(
-            featured.onnx_path,
-            tmp_path / "e",
-            checkpoint_sha256="0" * 64,
-            crop_px=56,
-            max_batch=4,
-            precision="fp32",
-        )
+        engine = build_engine(featured.onnx_path, tmp_path / "e", tiny_manifest(), 4, EngineOptions())
     assert b"fc7" in (tmp_path / "e").read_bytes(), "its second output"
     assert engine.version in caplog.messages[0] and "loads on" in caplog.messages[0]
     if engine.library == "tensorrt_rtx":
@@ -50,9 +44,7 @@ def test_unparsable_model_is_one_clear_tensorrt_error(tmp_path: Path) -> None:
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "m")
     with pytest.raises(BuildError, match=r"cannot parse the model: .*UInt8") as raised:
-        build_engine(
-            tmp_path / "m", tmp_path / "e", checkpoint_sha256="0", crop_px=8, max_batch=2, precision="fp32"
-        )
+        build_engine(tmp_path / "m", tmp_path / "e", tiny_manifest(), 2, EngineOptions())
     assert "\n" not in str(raised.value) and not (tmp_path / "e").exists()
 
 

@@ -17,9 +17,9 @@ from data_pipeline.common.errors import GateError, UserError
 from infer.bundle.gate_report import LIMITS
 from infer.bundle.load import Bundle, load_bundle
 from infer.export.compare import measure_agreement
-from infer.export.engine_options import EngineOptions, choose_builder, parse_formats
 from infer.export.gate import check_limits, torch_runner
-from infer.export.to_onnx import export_onnx
+from infer.export.options import EngineOptions, choose_builder, parse_formats
+from infer.export.to_onnx import ContractModel, export_onnx
 from infer.export.to_tensorrt import build_engine, check_plan_size
 from infer.export.verify_precision import check_precision
 from infer.runtime.cuda import Gpu, GpuScan
@@ -67,7 +67,7 @@ def test_int8_is_calibrated_gated_and_built_for_the_named_gpus(base: Path, tmp_p
 def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(base))
     path = tmp_path / "model.onnx"
-    export_onnx(checkpoint, path, precision="fp16")
+    export_onnx(ContractModel(checkpoint, half=True), path)
     check = check_precision(path, "fp16")
     assert check.computed_in == {
         "Conv": {"float16": 5}, "Gemm": {"float16": 3}, "LRN": {"float": 2}, "Softmax": {"float": 1},
@@ -78,9 +78,8 @@ def test_fp16_keeps_lrn_and_softmax_in_float32(base: Path, tmp_path: Path) -> No
     (found,) = session.run(None, {"images": images})
     difference = np.abs(found - torch_runner(checkpoint)(images).probabilities).max()
     assert found.dtype == np.float32 and 1e-7 < difference < 1e-2
-    engine = build_engine(
-        path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4, precision="fp16"
-    )
+    manifest = tiny_manifest(precision="fp16")
+    engine = build_engine(path, tmp_path / "e", manifest, 4, EngineOptions())
     if engine.library == "tensorrt_rtx":
         assert engine.gpus[0] == "sm75"
     check_plan_size(tmp_path / "e", check, "fp16")
@@ -106,10 +105,8 @@ def test_engine_gpus_that_cannot_be_built_for_are_refused(bundle: Bundle, tmp_pa
         choose_builder({"tensorrt": "11"}, one_gpu, ("sm120",))
 
     def build(*gpus: str) -> tuple[str, ...]:
-        return build_engine(
-            bundle.onnx_path, tmp_path / "e", checkpoint_sha256="0" * 64, crop_px=56, max_batch=4,
-            precision="fp32", options=EngineOptions(gpus=gpus),
-        ).gpus  # fmt: skip
+        options = EngineOptions(gpus=gpus)
+        return build_engine(bundle.onnx_path, tmp_path / "e", tiny_manifest(), 4, options).gpus
 
     assert build("sm89", "sm120") == ("sm89", "sm120")
     with pytest.raises(UserError, match=r"--gpu sm90: tensorrt_rtx .* builds for sm80, .* in fp32"):

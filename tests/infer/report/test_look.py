@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from infer.report.look import grad_cam
-from infer.report.mistakes import overlay
-from infer.report.pictures import nearest
+from infer.report.pictures import nearest, overlay
 from train.config.load import make_config
 from train.models.alexnet import make_model
 

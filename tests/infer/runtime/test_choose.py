@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import infer.export.engine_options
+import infer.export.options
 import infer.predict.rows
 import infer.predict.table
 from data_pipeline.common.errors import CorruptFileError, UserError
@@ -251,7 +251,7 @@ def test_engine_is_compared_with_its_manifest(bundle: Bundle) -> None:
 
 
 def test_runtime_docstring_examples_run() -> None:
-    for module in (infer.export.engine_options, infer.predict.rows, infer.predict.table):
+    for module in (infer.export.options, infer.predict.rows, infer.predict.table):
         result = doctest.testmod(module)
         assert result.failed == 0 and result.attempted > 0, module
 

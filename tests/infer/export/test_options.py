@@ -17,7 +17,7 @@ from alexnet import main
 from infer.bundle.describe import describe_export
 from infer.bundle.load import Bundle
 from infer.export.gate import torch_runner
-from infer.export.onnx_options import OnnxOptions
+from infer.export.options import OnnxOptions
 from tests.helpers.environments import clean_environ, make_environment
 from tests.helpers.infer_samples import checkpoint_folder, export_model
 from train.checkpoints.load import load_checkpoint

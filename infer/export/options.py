@@ -1,4 +1,4 @@
-"""Options for building an engine, and the choice of the TensorRT library. Loads neither library."""
+"""Options for writing ONNX files and engines, and the choice of the TensorRT library. Loads neither."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from data_pipeline.common.errors import UserError
-from infer.bundle.schema import Format
+from infer.bundle.schema import FeatureLayer, Format
 from infer.runtime.cuda import GpuScan
 
 # The engine is tuned for this batch, which is also prediction's default.
@@ -15,6 +15,29 @@ TUNED_BATCH = 32
 MAX_BUILDER_LEVEL = 5
 DEFAULT_MAX_BATCH = 64
 MAX_MAX_BATCH = 4096
+DEFAULT_OPSET = 20
+MIN_OPSET, MAX_OPSET = 17, 20
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Options for writing the ONNX files of an export.
+
+    Attributes:
+        opset: version of ONNX's operators; older runtimes need a lower one: see `infer.bundle.onnx_versions`.
+        features: a layer whose features are a second output; None for probabilities alone.
+        one_file: whether each file holds all its weights, so that it loads alone, from memory, too.
+    Raises:
+        UserError: an opset that cannot be written.
+    """
+
+    opset: int = DEFAULT_OPSET
+    one_file: bool = False
+    features: FeatureLayer | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise UserError(f"--opset {self.opset}: a number from {MIN_OPSET} to {MAX_OPSET}")
 
 
 @dataclass(frozen=True)
