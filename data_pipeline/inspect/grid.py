@@ -13,12 +13,12 @@ from PIL import Image
 
 from data_pipeline.common.errors import ImageError, SaveError
 from data_pipeline.common.files import write_atomic
-from data_pipeline.common.outputs import check_page
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import decode_one
 from data_pipeline.inspect.stats import Info
+from data_pipeline.results.outputs import check_page
 from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import permutation_at

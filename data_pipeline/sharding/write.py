@@ -15,12 +15,12 @@ import numpy as np
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import check_writable, fsync_path, sha256_of, write_atomic
-from data_pipeline.common.outputs import is_same_place
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.look import Look, look_at
+from data_pipeline.results.outputs import is_same_place
 from data_pipeline.sharding.plan import (
     Int,
     check_folder,

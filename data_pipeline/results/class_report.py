@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.files import check_writable, read_head, write_atomic, writing_to
-from data_pipeline.common.outputs import check_output
+from data_pipeline.results.outputs import check_output
 
 Int = npt.NDArray[np.int64]
 
