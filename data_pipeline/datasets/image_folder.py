@@ -15,7 +15,7 @@ from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import composed, printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.watch import Watch
+from data_pipeline.datasets.index_cache import Watch
 
 LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
 

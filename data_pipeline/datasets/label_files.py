@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import composed, printable, text_lines, visible
-from data_pipeline.datasets.watch import Watch
+from data_pipeline.datasets.index_cache import Watch
 
 SYNSET_IDS = "wnids.txt"
 CLASS_NAMES = ("words.txt", "synset_words.txt", "LOC_synset_mapping.txt")

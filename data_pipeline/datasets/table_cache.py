@@ -24,9 +24,9 @@ from data_pipeline.common.image_kind import Kind
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.index_cache import signature_of
 from data_pipeline.datasets.kept_files import keep_file, kept_files
 from data_pipeline.datasets.sample_table import ROW_BYTES, SampleTable
-from data_pipeline.datasets.watch import signature_of
 
 log = logging.getLogger("data_pipeline")
 

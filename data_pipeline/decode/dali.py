@@ -26,11 +26,10 @@ from data_pipeline.common.errors import ImageError
 from data_pipeline.common.machine import share_memory_arenas
 from data_pipeline.decode.dali_graph import Graph, GraphSpec, Place
 from data_pipeline.decode.dali_queue import GraphQueue
-from data_pipeline.decode.feed import Feed, FilePaths
+from data_pipeline.decode.feed import Feed, FilePaths, black_pixel, cut_as_bmp
 from data_pipeline.decode.look import is_for_pillow
 from data_pipeline.decode.pillow import Decoded, blank_images, parallel_for
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.decode.stand_in import black_pixel, cut_as_bmp
 from data_pipeline.transforms.crop import CropParams
 
 log = logging.getLogger("data_pipeline")

@@ -21,9 +21,16 @@ import numpy.typing as npt
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.feed import Bytes, Feed, FilePaths
+from data_pipeline.decode.feed import (
+    MAX_MEMORY_PATH,
+    Bytes,
+    Feed,
+    FilePaths,
+    MemoryFile,
+    black_pixel,
+    cut_as_bmp,
+)
 from data_pipeline.decode.look import is_for_pillow
-from data_pipeline.decode.stand_in import MAX_MEMORY_PATH, MemoryFile, black_pixel, cut_as_bmp
 from data_pipeline.loading.readers import EncodedImage, Reader, Samples
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.sampler import Int
