@@ -52,19 +52,11 @@ def find_exclude_list(root: Path, quarantine: Path | bool, *, missing_ok: bool =
     path = root / QUARANTINE if quarantine is True else quarantine
     if not path.is_file() and (path.exists() or path.is_symlink()):
         raise UserError(f"the quarantine list {printable(path)} is not a regular file: remove it")
-    places = [path] if quarantine is not True else [path, user_list(root)]
+    places = [path] if quarantine is not True else [path, user_place(root, QUARANTINE)]
     found = [place for place in places if place is not None and place.is_file()]
     if not found and quarantine is not True and not missing_ok:
         raise UserError(f"no quarantine list {printable(path)}")
     return max(found, key=lambda place: place.stat().st_mtime_ns, default=None)
-
-
-def user_list(root: Path) -> Path | None:
-    """Where the list of a data folder is kept that cannot be written to; None if this user has no cache."""
-    try:
-        return user_place(root, QUARANTINE)
-    except OSError:
-        return None
 
 
 def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | None, str]:
@@ -77,7 +69,7 @@ def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | No
     Raises:
         SaveError: it cannot be written anywhere.
     """
-    own, other = root / QUARANTINE, user_list(root)
+    own, other = root / QUARANTINE, user_place(root, QUARANTINE)
     try:
         _put(own, reasons)
         if other is not None:

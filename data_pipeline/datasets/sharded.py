@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -99,8 +99,7 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     ).take(order)
 
 
-@dataclass(frozen=True, eq=False)
-class _Columns:
+class _Columns(NamedTuple):
     """One index as arrays.
 
     Attributes:
@@ -118,39 +117,26 @@ class _Columns:
 
 def _columns(shard: Path, index: ShardIndex, num_classes: int, ours: bool) -> _Columns:
     """Check that every entry of an index lies inside the shard and the classes, and is a possible look."""
+    looks = [index.kinds, index.heights, index.widths, index.orientations, index.direct]
+    try:
+        numbers = _numbers(index, num_classes)
+        table = SampleTable.from_columns(index.sizes, *looks) if ours else None
+    except (ValueError, OverflowError) as error:
+        raise CorruptFileError(
+            f"{printable(index_path(shard))} is damaged: {error}; write the shards again"
+        ) from error
+    return _Columns(numbers, PackedStrings.pack(index.names), PackedStrings.pack(index.members), table)
+
+
+def _numbers(index: ShardIndex, num_classes: int) -> Int:
+    """(4, N) numbers, offsets, sizes and labels, if each entry lies inside the shard and the classes."""
     columns = [index.numbers, index.offsets, index.sizes, index.labels]
-    count = len(index.numbers)
-    fits = {len(c) for c in columns} == {count} and len(index.names) == len(index.members) == count
-    if fits:
-        try:
-            numbers = np.array(columns, dtype=np.int64)
-        except OverflowError as error:
-            raise CorruptFileError(f"{printable(index_path(shard))} is damaged: {error}") from error
+    if {len(index.names), len(index.members), *map(len, columns)} == {len(index.numbers)}:
+        numbers = np.array(columns, dtype=np.int64)
         _, offsets, sizes, labels = numbers
         # compared without adding, which could overflow
         begins = (offsets >= BLOCK) & (offsets <= index.size_bytes)
         ends = (sizes >= 0) & (sizes <= index.size_bytes - offsets)
-        fits = bool((begins & ends & (labels >= 0) & (labels < num_classes)).all())
-    if not fits:
-        raise CorruptFileError(
-            f"{printable(index_path(shard))} is damaged: an entry lies outside the shard or the classes; "
-            "write the shards again"
-        )
-    table = _table(shard, index) if ours else None
-    return _Columns(numbers, PackedStrings.pack(index.names), PackedStrings.pack(index.members), table)
-
-
-def _table(shard: Path, index: ShardIndex) -> SampleTable:
-    try:
-        return SampleTable.from_columns(
-            lengths=index.sizes,
-            heights=index.heights,
-            widths=index.widths,
-            kinds=index.kinds,
-            orientations=index.orientations,
-            direct=index.direct,
-        )
-    except ValueError as error:
-        raise CorruptFileError(
-            f"{printable(index_path(shard))} is damaged: {error}; write the shards again"
-        ) from error
+        if (begins & ends & (labels >= 0) & (labels < num_classes)).all():
+            return numbers
+    raise ValueError("an entry lies outside the shard or the classes")

@@ -150,15 +150,7 @@ def _look_at_chunk(chunk: Chunk) -> tuple[Int, SampleTable]:
             data = b""
         lengths.append(len(data))
         looks.append(look_at(data))
-    kinds, heights, widths, orientations, direct = np.array(looks, dtype=np.int64).T
-    return chunk.places, SampleTable.from_columns(
-        lengths=lengths,
-        heights=heights,
-        widths=widths,
-        kinds=kinds,
-        orientations=orientations,
-        direct=direct,
-    )
+    return chunk.places, SampleTable.from_columns(lengths, *np.array(looks, dtype=np.int64).T)
 
 
 def _places_of(names: Iterable[str], among: Iterable[str]) -> Int | None:
