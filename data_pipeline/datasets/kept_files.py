@@ -59,7 +59,7 @@ def keep_file(root: Path, name: str, content: bytes, what: str, num_images: int)
 
 
 def user_place(root: Path, name: str) -> Path | None:
-    """Where the user's cache keeps a file of a data folder; None for a user without a home, so without one."""
+    """Where the user's cache keeps a file of a data folder; None for a user without a cache, or a home."""
     identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
     with suppress(OSError):
         return user_cache() / identity / name
