@@ -103,25 +103,15 @@ def _read_object(url: str, part: Path, limit: int, stall_s: float, progress: Pro
         UserError: there is no such file, or it may not be read.
     """
     files, name = open_filesystem(url)
-    position, held = size_of(part), memoryview(b"")
+    position = size_of(part)
     try:
         total = int(files.info(name)["size"])
         if position > total:
             part.unlink()
             raise BrokenOffError("what is there is shorter than the part that was kept")
-
-        def read(count: int) -> bytes:
-            nonlocal position, held
-            if not held and position < total:
-                held = memoryview(
-                    files.cat_file(name, start=position, end=min(position + _READ_BYTES, total))
-                )
-                position += len(held)
-            piece, held = held[:count], held[count:]
-            return bytes(piece)
-
-        with part.open("ab", buffering=0) as file:
-            copy_chunks(read, file, limit - position, progress)
+        with files.open(name, block_size=_READ_BYTES) as source, part.open("ab", buffering=0) as file:
+            source.seek(position)
+            copy_chunks(source.read, file, limit - position, progress)
         if size_of(part) < min(total, limit + 1):
             raise BrokenOffError(f"it ended early, at {size_of(part)} of {total} bytes")
     except (BrokenOffError, UserError, SaveError):

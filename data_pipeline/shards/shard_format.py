@@ -182,16 +182,6 @@ def _load(path: Path, kind: type[T]) -> T:
             raise CorruptFileError(f"{printable(path)} is too large to be an index")
         text = path.read_bytes()
         content = json.loads(text)
-        if (
-            kind is ShardIndex
-            and isinstance(content, dict)
-            and "offsets" in content
-            and "heights" not in content
-        ):
-            raise CorruptFileError(
-                f"{printable(path)} is of an earlier version, which did not keep the sizes of images: "
-                "write the shards again"
-            )
         found = msgspec.convert(content, type=kind)
         sealed, _, seal = text.rpartition(_SEAL)
         ours = content.get("format") == FORMAT  # another format is refused as such

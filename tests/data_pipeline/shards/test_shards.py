@@ -128,10 +128,6 @@ CRAFTED: dict[str, tuple[Edit, str]] = {
     "an unknown kind": (lambda index: index["kinds"].__setitem__(0, 99), "is damaged: a kind is not within"),
     "neither direct nor not": (lambda index: index["direct"].__setitem__(0, 2), "what DALI may read is not"),
     "too few looks": (lambda index: index["direct"].pop(), "is damaged: .* inhomogeneous"),
-    "of an earlier version": (
-        lambda index: [index.pop(name) for name in ("heights", "widths", "kinds", "orientations", "direct")],
-        "is of an earlier version, which did not keep the sizes of images: write the shards again$",
-    ),
     "of another set": (lambda index: index.__setitem__("plan", "x"), "is of another set of shards"),
 }
 
