@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import ImageError, SaveError, UserError
+from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.passed_over import PassedOver
@@ -31,8 +31,7 @@ from data_pipeline.datasets.exclude_list import (
     write_exclude_list,
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.header import read_header
-from data_pipeline.decode.pillow import decode_rgb
+from data_pipeline.decode.pillow import decode_checked
 from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
 
@@ -138,20 +137,6 @@ def verify(
     )
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Decode an image as training would.
-
-    Raises:
-        ImageError: the reason why training cannot use it.
-    """
-    height, width = read_header(data, max_pixels)
-    image = decode_rgb(data)
-    if (image.height, image.width) != (height, width):
-        raise ImageError(
-            f"its header and its pixels disagree about the size ({image.width} x {image.height})"
-        )
-
-
 @dataclass(frozen=True)
 class _Found:
     """The result of one task: the bad images of a chunk by place in the split, or a hashed shard."""
@@ -170,7 +155,8 @@ def _run(task: _Task) -> _Found:
 
 
 def _check_chunk(chunk: Chunk) -> _Found:
-    return _Found(num_samples=len(chunk.places), bad=chunk.examine(check_image))
+    bad = chunk.examine(lambda _, data: decode_checked(data, MAX_PIXELS))
+    return _Found(num_samples=len(chunk.places), bad=bad)
 
 
 def _check_shard(root: Path, name: str, sha256: str) -> _Found:

@@ -21,11 +21,9 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import ImageError, WorkerError
 from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.header import read_header
-from data_pipeline.decode.pillow import blank_images, decode_rgb
+from data_pipeline.decode.pillow import blank_images, decode_checked
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.pixel_store import PixelStore
-from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.loading.scan import MANY, MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.sampler import Int
@@ -198,18 +196,13 @@ def await_cache(dataset: Dataset, store: PixelStore) -> DecodedCache:
 def _decode_chunk(size: tuple[int, int], max_pixels: int, chunk: Chunk) -> tuple[Int, Pixels, dict[int, str]]:
     """Decode some images: their places, (n, H, W, 3) pixels, and the reason of each that failed."""
     pixels: Pixels = np.zeros((len(chunk.places), *size, 3), np.uint8)
-    failures = {}
-    for i, place in enumerate(chunk.places.tolist()):
-        try:
-            data = chunk.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels)
-            height, width = read_header(data, max_pixels)  # it may have changed since it was looked at
-            if (height, width) != size:
-                raise ImageError(f"{width} x {height} pixels, where all others have {size[1]} x {size[0]}")
-            image = np.asarray(decode_rgb(data))
-            if image.shape[:2] != size:
-                height, width = image.shape[:2]
-                raise ImageError(f"its header and its pixels disagree about the size ({width} x {height})")
-            pixels[i] = image
-        except ImageError as error:
-            failures[place] = str(error)
-    return chunk.places, pixels, failures
+
+    def decode(i: int, data: bytes) -> None:
+        image = decode_checked(data, max_pixels)
+        if (image.height, image.width) != size:  # it may have changed since it was looked at
+            raise ImageError(
+                f"{image.width} x {image.height} pixels, where all others have {size[1]} x {size[0]}"
+            )
+        pixels[i] = np.asarray(image)
+
+    return chunk.places, pixels, chunk.examine(decode, max_pixels)

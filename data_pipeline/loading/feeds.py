@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +38,8 @@ from data_pipeline.transforms.sampler import Int
 log = logging.getLogger("data_pipeline")
 
 _NOTHING = np.empty(0, np.uint8)
-
-
-class CropFn(Protocol):
-    """The crops for the upright sizes, (N, 2), of a batch's N images."""
-
-    def __call__(self, heights_widths: Int, /) -> CropParams: ...
+CropFn = Callable[[Int], CropParams]
+"""The crops for the upright sizes, (N, 2), of a batch's N images."""
 
 
 class Made(NamedTuple):

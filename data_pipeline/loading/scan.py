@@ -45,8 +45,8 @@ class Chunk:
     places: Int
     samples: Dataset
 
-    def examine(self, look: Callable[[bytes], object]) -> dict[int, str]:
-        """Call a function with each encoded image; either may fail with an `ImageError`.
+    def examine(self, look: Callable[[int, bytes], object], max_pixels: int = MAX_PIXELS) -> dict[int, str]:
+        """Call a function with the number and the bytes of each image; either may fail with an `ImageError`.
 
         Returns:
             The reason of each failure, by the sample's place in the split.
@@ -54,7 +54,7 @@ class Chunk:
         failures = {}
         for i, place in enumerate(self.places.tolist()):
             try:
-                look(self.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS))
+                look(i, self.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels))
             except ImageError as error:
                 failures[place] = str(error)
         return failures
