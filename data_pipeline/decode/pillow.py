@@ -26,8 +26,8 @@ import numpy.typing as npt
 from PIL import Image, ImageChops
 
 from data_pipeline.common.errors import ImageError
-from data_pipeline.common.image_kind import KIND_NAMES, kind_of
-from data_pipeline.decode.header import TURNS, open_image, orientation_of, read_header, reason_of
+from data_pipeline.common.image_kind import kind_of
+from data_pipeline.decode.header import TURNS, open_image, orientation_of, read_header, reader_errors
 from data_pipeline.transforms.crop import CropParams
 
 _DIRECT_CROP_PIXELS = 1 << 26
@@ -100,13 +100,9 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     """
     image = open_image(encoded)
     turn = TURNS.get(orientation_of(image))
-    try:
+    with reader_errors(kind_of(encoded)):
         image.load()
         rgb = _to_rgb(image)
-    except ImageError:
-        raise
-    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise ImageError(reason_of(KIND_NAMES[kind_of(encoded)], error)) from error
     return rgb.transpose(turn) if turn is not None else rgb
 
 
