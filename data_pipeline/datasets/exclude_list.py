@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.errors import SaveError, UserError, raising
 from data_pipeline.common.files import write_atomic
 from data_pipeline.common.text import composed, printable, without_mark
 from data_pipeline.datasets.dataset import Dataset
@@ -91,10 +91,8 @@ def _put(path: Path, reasons: Mapping[str, str]) -> None:
     if reasons:
         write_exclude_list(path, reasons)
         return
-    try:
+    with raising(SaveError, f"{printable(path)} could not be removed"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise SaveError(f"{printable(path)} could not be removed: {error.strerror or error}") from error
 
 
 def read_exclude_list(path: Path) -> dict[str, str]:
@@ -104,23 +102,18 @@ def read_exclude_list(path: Path) -> dict[str, str]:
         UserError: not such a list; the message names the line.
     """
     reasons: dict[str, str] = {}
-    try:
-        with path.open("rb") as file:
-            if (size_bytes := path.stat().st_size) > MAX_LIST_BYTES:
-                raise UserError(
-                    f"{printable(path)} has {size_bytes} bytes, which no quarantine list has "
-                    f"(limit {MAX_LIST_BYTES}): remove it, and write it again with alexnet data verify"
-                )
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                if number == 1:
-                    line = without_mark(line, path)
-                if line.strip():
-                    name, reason = _parse(line, f"{printable(path)} line {number}")
-                    reasons[name] = reason
-    except OSError as error:
-        raise UserError(
-            f"cannot read the quarantine list {printable(path)}: {error.strerror or error}"
-        ) from error
+    with raising(UserError, f"cannot read the quarantine list {printable(path)}"), path.open("rb") as file:
+        if (size_bytes := path.stat().st_size) > MAX_LIST_BYTES:
+            raise UserError(
+                f"{printable(path)} has {size_bytes} bytes, which no quarantine list has "
+                f"(limit {MAX_LIST_BYTES}): remove it, and write it again with alexnet data verify"
+            )
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if number == 1:
+                line = without_mark(line, path)
+            if line.strip():
+                name, reason = _parse(line, f"{printable(path)} line {number}")
+                reasons[name] = reason
     return reasons
 
 
@@ -144,12 +137,8 @@ def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:
         SaveError: the folder cannot be written to.
     """
     rows = [json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in reasons.items()]
-    try:
+    with raising(SaveError, f"the quarantine list {printable(path)} could not be written"):
         write_atomic(path, "".join(rows).encode("ascii"))
-    except OSError as error:
-        raise SaveError(
-            f"the quarantine list {printable(path)} could not be written: {error.strerror or error}"
-        ) from error
 
 
 def names_of(dataset: Dataset) -> Iterator[str]:

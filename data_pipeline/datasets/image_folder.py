@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, raising
 from data_pipeline.common.files import IMAGE_SUFFIXES, LOOKED_FOR, read_head
 from data_pipeline.common.image_kind import is_image_head
 from data_pipeline.common.packed_strings import PackedStrings
@@ -127,15 +127,10 @@ def list_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     Raises:
         UserError: it cannot be listed.
     """
-    try:
-        with os.scandir(folder) as entries:
-            visible = [
-                entry
-                for entry in entries
-                if not entry.name.startswith(".") and entry.name.lower() not in JUNK
-            ]
-    except OSError as error:
-        raise UserError(f"cannot list {printable(folder)}: {error.strerror or error}") from error
+    with raising(UserError, f"cannot list {printable(folder)}"), os.scandir(folder) as entries:
+        visible = [
+            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in JUNK
+        ]
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))
 
 

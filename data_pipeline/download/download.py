@@ -8,7 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.download.catalog import CATALOG, Archive
@@ -72,16 +72,15 @@ def _unpack(name: str, archive: Archive, packed: Path, target: Path) -> None:
     """Unpack the archive beside the target, check it, move it in place, and delete it."""
     unpacked = target.parent / f".{target.name}-unpacking"
     try:
-        shutil.rmtree(unpacked, ignore_errors=True)
-        unpack(packed, unpacked, max_bytes=archive.max_bytes, max_files=archive.max_files)
-        folder, counts = _arrange(name, archive, unpacked)
-        folder.chmod(0o755)
-        folder.rename(target)  # replaces an empty folder, never a full one
+        with raising(SaveError, f"{printable(target)} could not be written"):
+            shutil.rmtree(unpacked, ignore_errors=True)
+            unpack(packed, unpacked, max_bytes=archive.max_bytes, max_files=archive.max_files)
+            folder, counts = _arrange(name, archive, unpacked)
+            folder.chmod(0o755)
+            folder.rename(target)  # replaces an empty folder, never a full one
         log.info(
             "%s: %d training and %d validation images", printable(target), counts["train"], counts["val"]
         )
-    except OSError as error:
-        raise SaveError(f"{printable(target)} could not be written: {error.strerror or error}") from error
     except CorruptFileError:
         packed.unlink(missing_ok=True)
         raise

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipeline.common.console import Progress, show_progress
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.files import check_writable, fsync_path, hash_of
 from data_pipeline.common.text import printable
 
@@ -191,10 +191,8 @@ def copy_chunks(read: Callable[[int], bytes], file: Any, limit: int, progress: P
     room = limit + 1
     while room > 0 and (chunk := read(min(CHUNK_BYTES, room))):
         before = file.tell()
-        try:
+        with raising(SaveError, f"{printable(file.name)} could not be written"):
             file.write(chunk)
-        except OSError as error:
-            raise SaveError(f"{printable(file.name)} could not be written: {error.strerror}") from error
         room -= len(chunk)
         progress.advance(file.tell() // _MB - before // _MB)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.files import check_writable, fsync_path, sha256_of, write_atomic
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
@@ -144,13 +144,10 @@ def write_shards(
         for dataset, own in zip(datasets, sizes, strict=True)
         for number, samples in enumerate(deal_samples(np.ceil(own * scale).astype(np.int64), shard_bytes))
     ]
-    try:
+    with raising(SaveError, f"the shards in {printable(out)} could not be written"):
         check_folder(out, splits, {shard.path: int(shard.samples[0]) for shard in plan}, settings.plan)
         written = _write_all(plan, settings, workers)
         _write_manifest(out, datasets, plan, written, settings)
-    except OSError as error:
-        reason = error.strerror or error
-        raise SaveError(f"the shards in {printable(out)} could not be written: {reason}") from error
     return ShardReport(
         num_samples=sum(len(dataset) for dataset in datasets),
         num_shards=len(plan),

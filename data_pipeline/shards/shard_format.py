@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError, raising
 from data_pipeline.common.files import IMAGE_SUFFIXES, read_head
 from data_pipeline.common.image_kind import HEAD_BYTES, is_image_head
 from data_pipeline.common.text import printable
@@ -152,10 +152,8 @@ def read_index(shard: Path, plan: str) -> ShardIndex:
     """
     path = index_path(shard)
     index = load_index(path)
-    try:
+    with raising(CorruptFileError, f"cannot read shard {printable(shard)}"):
         size_bytes = shard.stat().st_size
-    except OSError as error:
-        raise CorruptFileError(f"cannot read shard {printable(shard)}: {error.strerror}") from error
     if index.format != FORMAT or index.plan != plan:
         raise CorruptFileError(f"{printable(path)} is of another set of shards: write the shards again")
     if index.size_bytes != size_bytes:
@@ -177,10 +175,11 @@ def encode_index(value: ShardManifest | ShardIndex | dict[str, Any]) -> bytes:
 
 def _load(path: Path, kind: type[T]) -> T:
     """Read a JSON file. By Python's parser, since names that are not UTF-8 are lone surrogates in JSON."""
-    try:
+    with raising(CorruptFileError, f"cannot read {printable(path)}"):
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CorruptFileError(f"{printable(path)} is too large to be an index")
         text = path.read_bytes()
+    try:
         content = json.loads(text)
         found = msgspec.convert(content, type=kind)
         sealed, _, seal = text.rpartition(_SEAL)
@@ -190,8 +189,6 @@ def _load(path: Path, kind: type[T]) -> T:
                 f"{printable(path)} is not what was written, by its own hash: write the shards again"
             )
         return found
-    except OSError as error:
-        raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise CorruptFileError(f"{printable(path)} is damaged: {error}; write the shards again") from error
 
