@@ -71,7 +71,11 @@ def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | No
     """
     own, other = root / QUARANTINE, user_place(root, QUARANTINE)
     try:
-        _put(own, reasons)
+        if reasons:
+            write_exclude_list(own, reasons)
+        else:
+            with raising(SaveError, f"{printable(own)} could not be removed"):
+                own.unlink(missing_ok=True)
         if other is not None:
             other.unlink(missing_ok=True)
         return (own if reasons else None), ""
@@ -85,14 +89,6 @@ def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | No
     except (SaveError, OSError) as error:
         raise SaveError(f"{reason}; nor in the user's cache: {error}") from error
     return (other if reasons else None), reason
-
-
-def _put(path: Path, reasons: Mapping[str, str]) -> None:
-    if reasons:
-        write_exclude_list(path, reasons)
-        return
-    with raising(SaveError, f"{printable(path)} could not be removed"):
-        path.unlink(missing_ok=True)
 
 
 def read_exclude_list(path: Path) -> dict[str, str]:

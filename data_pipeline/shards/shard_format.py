@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +93,27 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
     kinds: list[int]
     orientations: list[int]
     direct: list[int]
+
+
+_COLUMNS = (
+    "numbers", "names", "members", "offsets", "sizes", "labels", "kinds", "heights", "widths", "orientations",
+    "direct",
+)  # fmt: skip
+"""Of an index: of the shard, and from the kinds on, of a look at each image."""
+
+
+def make_index(
+    rows: Iterable[tuple[int | str, ...]], *, size_bytes: int, plan: str = "", sha256: str = ""
+) -> ShardIndex:
+    """Make the index of a shard; see `ShardIndex`.
+
+    Args:
+        rows: for each sample a value of each column; without those of a look where nobody has looked yet.
+        size_bytes, plan, sha256: as in the index.
+    """
+    columns = dict.fromkeys(_COLUMNS, ()) | dict(zip(_COLUMNS, zip(*rows, strict=True), strict=False))
+    lists: dict[str, Any] = {name: list(column) for name, column in columns.items()}
+    return ShardIndex(format=FORMAT, plan=plan, size_bytes=size_bytes, sha256=sha256, **lists)
 
 
 def shard_files(folder: Path, name: str = "*") -> list[Path]:

@@ -10,7 +10,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import IMAGE_SUFFIXES
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import names_in, printable
-from data_pipeline.shards.shard_format import FORMAT, ShardIndex, takes_member, walk_tar, why_no_tar
+from data_pipeline.shards.shard_format import ShardIndex, make_index, takes_member, walk_tar, why_no_tar
 
 CLASSES = "classes.txt"
 """Names of the classes, one a line, in the order of their numbers; without it the numbers are the names."""
@@ -78,24 +78,11 @@ def _index_shard(shard: Path, first: int, passed_over: PassedOver) -> ShardIndex
             f"{printable(without)} in shard {printable(shard)} has no class: expected a member with the same "
             "name and the suffix .cls that holds its number"
         )
-    found = [(*image, labels[key]) for key, image in images.items()]
-    return ShardIndex(
-        format=FORMAT,
-        plan="",
-        size_bytes=shard.stat().st_size,
-        sha256="",
-        numbers=list(range(first, first + len(found))),
-        names=[f"{shard.name}/{name}" for name, _, _, _ in found],
-        members=[name for name, _, _, _ in found],
-        offsets=[offset for _, offset, _, _ in found],
-        sizes=[size for _, _, size, _ in found],
-        labels=[label for _, _, _, label in found],
-        heights=[],  # nobody has looked at the images yet
-        widths=[],
-        kinds=[],
-        orientations=[],
-        direct=[],
+    rows = (
+        (number, f"{shard.name}/{name}", name, offset, size, labels[key])
+        for number, (key, (name, offset, size)) in enumerate(images.items(), first)
     )
+    return make_index(rows, size_bytes=shard.stat().st_size)
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
