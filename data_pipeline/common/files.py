@@ -220,7 +220,15 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     try:
         descriptor = _open_unblocked(path)  # costs half of what a file object does
         try:
-            data = _read_whole(descriptor, max_bytes)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not a regular file")
+            if status.st_size > max_bytes:
+                raise ImageError(f"file of {status.st_size} bytes is above the limit of {max_bytes}")
+            data = os.read(descriptor, status.st_size)
+            # a signal, or a network file system, may cut a read short
+            while len(data) < status.st_size and (piece := os.read(descriptor, status.st_size - len(data))):
+                data += piece
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, which no file system has
@@ -233,19 +241,6 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 def _open_unblocked(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     """Open a file to read it, without waiting for the writer of a pipe."""
     return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-
-
-def _read_whole(descriptor: int, max_bytes: int) -> bytes:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError("not a regular file")
-    if status.st_size > max_bytes:
-        raise ImageError(f"file of {status.st_size} bytes is above the limit of {max_bytes}")
-    data = os.read(descriptor, status.st_size)
-    # a signal, or a network file system, may cut a read short
-    while len(data) < status.st_size and (piece := os.read(descriptor, status.st_size - len(data))):
-        data += piece
-    return data
 
 
 def read_head(path: str | os.PathLike[str], size_bytes: int = HEAD_BYTES) -> bytes:

@@ -40,12 +40,11 @@ class FilePaths:
     def replace(self, index: int, path: str, length: int) -> None:
         """Put another file in the place of one; `paths` and `lengths` are changed.
 
-        Raises:
-            ValueError: a path longer than the others.
+        Args:
+            path: no longer than the others, as that of any `MemoryFile`.
         """
         encoded = np.frombuffer(os.fsencode(path), np.uint8)
-        if len(encoded) >= self.paths.shape[1]:
-            raise ValueError(f"{path} does not fit into {self.paths.shape[1]} bytes")
+        assert len(encoded) < self.paths.shape[1]
         self.paths[index] = 0
         self.paths[index, : len(encoded)] = encoded
         self.lengths[index] = length

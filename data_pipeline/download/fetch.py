@@ -67,11 +67,8 @@ def fetch(
     Args:
         url: http or https, also after redirects.
         path: the file to write; nothing is fetched if it is there and verified.
-        size_bytes: its size, where that is known.
-        md5: its checksum in hexadecimal, or "".
-        sha256: its checksum in hexadecimal, or "".
-        stall_s: see `STALL_S`.
-        attempts: see `ATTEMPTS`.
+        size_bytes, md5, sha256: its size, and its checksums in hexadecimal, where they are known.
+        stall_s, attempts: see `STALL_S` and `ATTEMPTS`.
         pause_s: wait before the second attempt; doubled before each one after it.
         advice: what to do about a server that refuses, for messages.
         max_bytes: the most that a file of unknown size may have.
@@ -84,8 +81,12 @@ def fetch(
     """
     if connection is None and urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} is no http or https address")
-    if path.is_file() and _keep(path, _difference(path, size_bytes, md5, sha256)):
-        return
+    if path.is_file():
+        if (wrong := _difference(path, size_bytes, md5, sha256)) is None:
+            log.info("%s is there already, and verified", printable(path))
+            return
+        log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
+        path.unlink()
     part = path.with_name(f"{path.name}.part")
     check_writable(path.parent, "name another folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,16 +105,6 @@ def fetch(
         )
     fsync_path(part)
     part.replace(path)
-
-
-def _keep(path: Path, wrong: str | None) -> bool:
-    """Log that a file is there already, and remove it if something is wrong with it; returns if it stays."""
-    if wrong is None:
-        log.info("%s is there already, and verified", printable(path))
-        return True
-    log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
-    path.unlink()
-    return False
 
 
 def _fetch_all(

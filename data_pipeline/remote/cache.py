@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import place_in_cache, write_atomic
+from data_pipeline.common.files import write_atomic
 from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
@@ -26,15 +26,6 @@ log = logging.getLogger("data_pipeline")
 DEFAULT_GB = 200.0
 _SIZE, _REMOVING = "size_bytes", ".removing-"
 _held: dict[Path, int] = {}  # descriptors of the locks that this process keeps
-
-
-def cache_root() -> Path:
-    """The folder of the cache.
-
-    Raises:
-        UserError: this user has no place for one.
-    """
-    return place_in_cache("shards", "shards")
 
 
 def hold(root: Path, id: str) -> None:

@@ -25,7 +25,7 @@ MAX_HANDLES = 64
 _NO_IMAGE = np.frombuffer(b"", dtype=np.uint8)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ShardReader:
     """The samples of a split in its tar shards.
 
@@ -37,7 +37,6 @@ class ShardReader:
         offsets: (N) where its image begins, in bytes.
         sizes: (N) the image's bytes.
         members: (N) the image's name in the tar.
-        checked: the samples whose header `views` has compared.
     """
 
     shards: tuple[str, ...]
@@ -47,7 +46,9 @@ class ShardReader:
     offsets: Int
     sizes: Int
     members: PackedStrings
-    checked: _Checked = field(init=False, default_factory=lambda: _Checked())
+    # the samples whose header `views` has compared, and how often the shards had been written to by then
+    _checked: npt.NDArray[np.bool_] = field(init=False, default_factory=lambda: np.empty(0, np.bool_))
+    _num_changes: int = field(init=False, default=-1)
 
     def read(self, index: int, max_bytes: int) -> bytes:
         """The bytes of one sample, if the tar header before them is that of the member the index names."""
@@ -88,7 +89,9 @@ class ShardReader:
             inside = content is not None and begin >= BLOCK and end <= content.size
             views.append(content[begin:end] if content is not None and inside else _NO_IMAGE)
         there = (np.fromiter(map(len, views), np.int64, len(views)) == sizes) & (sizes > 0)
-        checked = self.checked.since(self.mapped.num_changes, len(self.sizes))
+        if (num_changes := self.mapped.num_changes) != self._num_changes:
+            self._checked, self._num_changes = np.zeros(len(self.sizes), np.bool_), num_changes
+        checked = self._checked
         valid: npt.NDArray[np.bool_] = there & checked[indices]
         unsure = np.flatnonzero(there & ~valid)
         if len(unsure):
@@ -131,20 +134,6 @@ class ShardReader:
 def _header(content: Bytes | None, begin: int) -> Bytes:
     assert content is not None  # since its image is there
     return content[begin - BLOCK : begin]
-
-
-class _Checked:
-    """Which samples were found to be what the index says, since the shards were last written to."""
-
-    def __init__(self) -> None:
-        self._num_changes = 0
-        self._samples = np.empty(0, np.bool_)
-
-    def since(self, num_changes: int, count: int) -> npt.NDArray[np.bool_]:
-        """(count) bool, to read and to write."""
-        if num_changes != self._num_changes or len(self._samples) != count:
-            self._num_changes, self._samples = num_changes, np.zeros(count, np.bool_)
-        return self._samples
 
 
 class Handles:
