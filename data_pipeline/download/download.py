@@ -13,7 +13,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.download.catalog import CATALOG, Archive
 from data_pipeline.download.cifar import write_cifar
-from data_pipeline.download.fetch import STALL_S, fetch
+from data_pipeline.download.fetch import fetch
 from data_pipeline.download.unpack import unpack
 
 log = logging.getLogger("data_pipeline")
@@ -21,14 +21,7 @@ log = logging.getLogger("data_pipeline")
 MARKER = "download.json"
 
 
-def download(
-    name: str,
-    target: Path | None = None,
-    *,
-    mirror: str | None = None,
-    stall_s: float = STALL_S,
-    pause_s: float = 1.0,
-) -> Path:
+def download(name: str, target: Path | None = None, *, mirror: str | None = None) -> Path:
     """Download a dataset of the catalog into a folder, which appears whole or not at all.
 
     The archive is kept beside it until it is unpacked, so that an interrupted download resumes.
@@ -37,8 +30,6 @@ def download(
         name: see `data_pipeline.download.catalog`.
         target: the folder to make; None for `data/<name>`. Nothing is done if the dataset is there.
         mirror: address of a folder that holds the same file; its content is verified all the same.
-        stall_s: see `data_pipeline.download.fetch`.
-        pause_s: see `data_pipeline.download.fetch`.
     Returns:
         The folder.
     Raises:
@@ -60,10 +51,7 @@ def download(
     url = archive.url if mirror is None else f"{mirror.rstrip('/')}/{archive.file_name}"
     packed = target.parent / archive.file_name
     log.info("%s from %s", name, url)
-    fetch(
-        url, packed, size_bytes=archive.size_bytes, md5=archive.md5, sha256=archive.sha256,
-        stall_s=stall_s, pause_s=pause_s,
-    )  # fmt: skip
+    fetch(url, packed, size_bytes=archive.size_bytes, md5=archive.md5, sha256=archive.sha256)
     _unpack(name, archive, packed, target)
     return target
 

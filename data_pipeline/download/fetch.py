@@ -29,6 +29,9 @@ STALL_S = 30.0
 ATTEMPTS = 5
 """Connections in a row that may bring nothing new."""
 
+PAUSE_S = 1.0
+"""Wait before the second attempt; doubled before each one after it."""
+
 ADVICE = "use another --mirror"
 """What to do about a server that refuses, for messages."""
 
@@ -40,9 +43,9 @@ class BrokenOffError(Exception):
     """A connection that ended early; the next one may resume."""
 
 
-Connection = Callable[[str, Path, int, float, Progress, str], None]
-"""Appends what is missing to a part: address, part, the most bytes that it may have, seconds without a byte,
-progress in MB, advice. Raises as `fetch` does, and `BrokenOffError`."""
+Connection = Callable[[str, Path, int, Progress, str], None]
+"""Appends what is missing to a part: address, part, the most bytes that it may have, progress in MB, advice.
+Raises as `fetch` does, and `BrokenOffError`."""
 
 
 def fetch(
@@ -52,9 +55,6 @@ def fetch(
     size_bytes: int | None = None,
     md5: str = "",
     sha256: str = "",
-    stall_s: float = STALL_S,
-    attempts: int = ATTEMPTS,
-    pause_s: float = 1.0,
     advice: str = ADVICE,
     max_bytes: int = _LARGEST_BYTES,
     progress: Progress | None = None,
@@ -68,8 +68,6 @@ def fetch(
         url: http or https, also after redirects.
         path: the file to write; nothing is fetched if it is there and verified.
         size_bytes, md5, sha256: its size, and its checksums in hexadecimal, where they are known.
-        stall_s, attempts: see `STALL_S` and `ATTEMPTS`.
-        pause_s: wait before the second attempt; doubled before each one after it.
         advice: what to do about a server that refuses, for messages.
         max_bytes: the most that a file of unknown size may have.
         progress: receives the megabytes, where others show it; None to show it here.
@@ -93,8 +91,8 @@ def fetch(
     title, total = f"download {url.rsplit('/', 1)[-1]}, MB", size_bytes and -(-size_bytes // _MB)
     limit = max_bytes if size_bytes is None else size_bytes
     with show_progress(title, total) if progress is None else nullcontext(progress) as shown:
-        connect = partial(connection or _fetch_once, url, part, limit, stall_s, shown, advice)
-        _fetch_all(url, part, size_bytes, attempts, pause_s, advice, connect)
+        connect = partial(connection or _fetch_once, url, part, limit, shown, advice)
+        _fetch_all(url, part, size_bytes, advice, connect)
     wrong = _difference(part, size_bytes, md5, sha256)
     if size_bytes is None and size_of(part) > max_bytes:
         wrong = f"has more than {max_bytes} bytes"
@@ -108,13 +106,7 @@ def fetch(
 
 
 def _fetch_all(
-    url: str,
-    part: Path,
-    size_bytes: int | None,
-    attempts: int,
-    pause_s: float,
-    advice: str,
-    connect: Callable[[], None],
+    url: str, part: Path, size_bytes: int | None, advice: str, connect: Callable[[], None]
 ) -> None:
     failed, best = 0, size_of(part)
     while size_bytes is None or size_of(part) < size_bytes:
@@ -126,17 +118,17 @@ def _fetch_all(
         except BrokenOffError as error:
             got = size_of(part)
             failed, best = (1, got) if got > best else (failed + 1, best)
-            if failed >= attempts:
+            if failed >= ATTEMPTS:
                 stays = f"what there is stays in {printable(part)}: run the same command to go on, or "
                 raise UserError(
                     f"{url} could not be fetched: {error}, {failed} times in a row; "
                     f"{stays if got else ''}{advice}"
                 ) from error
             log.warning("%s after %d bytes: trying again", error, got)
-            time.sleep(pause_s * 2 ** (failed - 1))
+            time.sleep(PAUSE_S * 2 ** (failed - 1))
 
 
-def _fetch_once(url: str, part: Path, limit: int, stall_s: float, progress: Progress, advice: str) -> None:
+def _fetch_once(url: str, part: Path, limit: int, progress: Progress, advice: str) -> None:
     """Fetch over one connection, from the end of the part to the end of the file.
 
     Raises:
@@ -149,7 +141,7 @@ def _fetch_once(url: str, part: Path, limit: int, stall_s: float, progress: Prog
         request.add_header("Range", f"bytes={start}-")
     opener = urllib.request.build_opener(_SameKindRedirects(advice))
     try:
-        with opener.open(request, timeout=stall_s) as response:
+        with opener.open(request, timeout=STALL_S) as response:
             total = _total_bytes(response, start)
             if start and response.status != 206:
                 log.info("the server cannot resume: starting anew")
@@ -173,7 +165,7 @@ def _fetch_once(url: str, part: Path, limit: int, stall_s: float, progress: Prog
         reason = getattr(error, "reason", error)
         stalled = isinstance(reason, TimeoutError)
         raise BrokenOffError(
-            f"no byte for {stall_s:g} s" if stalled else f"no connection ({reason})"
+            f"no byte for {STALL_S:g} s" if stalled else f"no connection ({reason})"
         ) from error
 
 

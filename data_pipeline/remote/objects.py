@@ -95,7 +95,7 @@ def read_small_object(url: str, max_bytes: int) -> bytes | None:
         raise UserError(f"{url} cannot be read: {_words(error)}") from error
 
 
-def _read_object(url: str, part: Path, limit: int, stall_s: float, progress: Progress, advice: str) -> None:
+def _read_object(url: str, part: Path, limit: int, progress: Progress, advice: str) -> None:
     """Fetch through fsspec, range after range, from the end of the part. It has time limits of its own.
 
     Raises:
