@@ -108,12 +108,12 @@ def read_exclude_list(path: Path) -> dict[str, str]:
             if number == 1:
                 line = without_mark(line, path)
             if line.strip():
-                name, reason = _parse(line, f"{printable(path)} line {number}")
-                reasons[name] = reason
+                row = _parse(line, f"{printable(path)} line {number}")
+                reasons[row.path] = row.reason
     return reasons
 
 
-def _parse(line: bytes, where: str) -> tuple[str, str]:
+def _parse(line: bytes, where: str) -> _Row:
     if len(line) == MAX_LINE_BYTES:
         raise UserError(f"{where} is too long for a path and a reason: mend or remove the list")
     try:
@@ -123,7 +123,7 @@ def _parse(line: bytes, where: str) -> tuple[str, str]:
         raise UserError(
             f'{where} is not {{"path": ..., "reason": ...}}, two texts: mend or remove the list'
         ) from error
-    return row.path, row.reason
+    return row
 
 
 def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:

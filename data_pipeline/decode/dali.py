@@ -80,7 +80,7 @@ class DaliBackend:
         self._lock = threading.Lock()  # of the slow way, whose graphs one thread at a time may run
         self._fast: dict[GraphSpec, Graph] = {}  # of DALI's thread alone
         self._graphs: dict[GraphSpec, Graph] = {}
-        self._queue = GraphQueue(self._fast_graph, DEPTH)
+        self._queue = GraphQueue(self._fast_graph)
         self._slowed, self._unexplained = False, 0
         self._logged = False
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")

@@ -84,13 +84,13 @@ class DecodedCache:
         Returns:
             As `Batch.images`, or `CachedCrops` where the pixels lie on a device.
         """
-        for place in np.flatnonzero(~self.valid[indices]).tolist():
+        for place in self.failures(indices):
             crops.set_blank(place)
         if self.store is None:
             return CachedCrops(self.pixels, indices, crops)
         assert resizer is not None
         images = blank_images(crops)
-        resizer.crop_batch(images, self.pixels, indices, crops, 0, len(indices))
+        resizer.crop_batch(images, self.pixels, indices, crops)
         return images
 
     def failures(self, indices: Int) -> dict[int, str]:

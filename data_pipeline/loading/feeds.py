@@ -81,19 +81,13 @@ class FeedMaker:
         """
         files, sizes, direct = _known(samples, indices, self._reader.max_pixels)
         unknown = np.flatnonzero(~direct)
-        read = self._read(samples, indices, unknown)
-        for place, image in read.items():
-            sizes[place] = image.height_width
+        read = self._read(samples, indices, unknown, sizes)
         crops = crop_fn(sizes)
         cut = {p for p in read if samples.table is not None or is_for_pillow(read[p].data or b"")}
         large = self.too_large(sizes, cut, max_batch_bytes)
-        if more := self._read(samples, indices, [place for place in large if place not in read]):
+        if more := self._read(samples, indices, [place for place in large if place not in read], sizes):
             read |= more
-            for place, image in more.items():  # it may have changed since the table was made
-                sizes[place] = image.height_width
             crops = crop_fn(sizes)
-        if not read:
-            return Made(Feed(files, sizes, crops), {})
         made = self._replace(files, sizes, crops, read, cut | set(large))
         return made._replace(by_pillow=not cut <= set(made.failures))
 
@@ -136,11 +130,16 @@ class FeedMaker:
         except ImageError as error:
             return EncodedImage(None, reason=str(error))
 
-    def _read(self, samples: Samples, indices: Int, places: Iterable[int]) -> dict[int, EncodedImage]:
+    def _read(
+        self, samples: Samples, indices: Int, places: Iterable[int], sizes: Int
+    ) -> dict[int, EncodedImage]:
+        """Read the images at some places, and note their sizes, which may be others than the table's."""
         wanted = [int(place) for place in places]
         if not wanted:
             return {}
-        return dict(zip(wanted, self._reader.fetch(samples, indices[wanted].tolist()), strict=True))
+        read = dict(zip(wanted, self._reader.fetch(samples, indices[wanted].tolist()), strict=True))
+        sizes[wanted] = [image.height_width for image in read.values()]
+        return read
 
     def _replace(
         self,

@@ -127,19 +127,6 @@ def shard_files(folder: Path, name: str = "*") -> list[Path]:
     return sorted((path for path in found if not path.name.startswith(".")), key=os.fsencode)
 
 
-def refuse_compressed(folder: Path, name: str = "*") -> None:
-    """Refuse a folder with compressed tar files, whose samples could not be read at any place.
-
-    Args: as `shard_files`.
-    Raises:
-        UserError: naming the first, and what to do.
-    """
-    found = [path for suffix in COMPRESSED_SUFFIXES for path in folder.glob(f"{name}{suffix}")]
-    if found:
-        others = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise UserError(f"compressed: {printable(min(found, key=os.fsencode))}{others}: {UNPACK}")
-
-
 def read_manifest(root: Path) -> ShardManifest | None:
     """`dataset.json` of a data folder; None where there is none."""
     path = root / MANIFEST
