@@ -28,7 +28,7 @@ from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import names_in, printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.sample_table import SampleTable
-from data_pipeline.shards.mapped_shards import MappedShards
+from data_pipeline.shards.mapped_shards import ShardFiles
 from data_pipeline.shards.shard_format import (
     BLOCK,
     MANIFEST,
@@ -41,7 +41,7 @@ from data_pipeline.shards.shard_format import (
     walk_tar,
     why_no_tar,
 )
-from data_pipeline.shards.shard_reader import Handles, ShardReader
+from data_pipeline.shards.shard_reader import ShardReader
 
 Int = npt.NDArray[np.int64]
 
@@ -94,8 +94,7 @@ def open_shards(root: Path, split: str, shards: list[Path]) -> Dataset:
     shard_of = np.repeat(np.arange(len(shards)), [part.numbers.shape[1] for part in parts])
     reader = ShardReader(
         shards=tuple(os.path.relpath(shard, root) for shard in shards),
-        handles=Handles(tuple(shards)),
-        mapped=MappedShards(tuple(shards)),
+        files=ShardFiles(tuple(shards)),
         shard_of=shard_of,
         offsets=offsets,
         sizes=sizes,

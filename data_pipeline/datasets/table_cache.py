@@ -104,8 +104,7 @@ def name_hashes(names: PackedStrings) -> npt.NDArray[np.uint64]:
     for first in range(0, len(names), _HASHED):
         places = np.arange(first, min(first + _HASHED, len(names)))
         rows = names.padded(places)
-        words = np.zeros((len(rows), -(-rows.shape[1] // 8) * 8), np.uint8)
-        words[:, : rows.shape[1]] = rows
+        words = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
         for column in words.view("<u8").T:
             mixed = (hashes[places] ^ column) * np.uint64(0xBF58476D1CE4E5B9)
             changed = column != 0  # what fills a name up depends on its neighbours

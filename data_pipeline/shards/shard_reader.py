@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import weakref
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +10,13 @@ import numpy.typing as npt
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.image_kind import name_bytes
 from data_pipeline.common.packed_strings import PackedStrings
-from data_pipeline.shards.mapped_shards import MappedShards
+from data_pipeline.shards.mapped_shards import ShardFiles
 from data_pipeline.shards.shard_format import BLOCK
 from data_pipeline.shards.tar_header import header_fits, headers_fit
 
 Int = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
-MAX_HANDLES = 64
 _NO_IMAGE = np.frombuffer(b"", dtype=np.uint8)
 
 
@@ -31,8 +26,7 @@ class ShardReader:
 
     Attributes:
         shards: the tar files, relative to the data folder.
-        handles: the same files, opened as they are needed.
-        mapped: the same files, mapped into memory as they are needed.
+        files: the same, opened or mapped into memory as they are needed.
         shard_of: (N) which shard holds each sample.
         offsets: (N) where its image begins, in bytes.
         sizes: (N) the image's bytes.
@@ -40,8 +34,7 @@ class ShardReader:
     """
 
     shards: tuple[str, ...]
-    handles: Handles
-    mapped: MappedShards
+    files: ShardFiles
     shard_of: Int
     offsets: Int
     sizes: Int
@@ -56,7 +49,7 @@ class ShardReader:
         if size > max_bytes:
             raise ImageError(f"file of {size} bytes is above the limit of {max_bytes}")
         try:
-            data = self.handles.read(int(self.shard_of[index]), size + BLOCK, offset - BLOCK)
+            data = self.files.read(int(self.shard_of[index]), size + BLOCK, offset - BLOCK)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         if len(data) < size + BLOCK:
@@ -82,14 +75,14 @@ class ShardReader:
         """
         shard_of, sizes = self.shard_of[indices].tolist(), self.sizes[indices]
         begins = self.offsets[indices]
-        shards = {shard: self.mapped.bytes_of(shard) for shard in set(shard_of)}
+        shards = {shard: self.files.bytes_of(shard) for shard in set(shard_of)}
         views = []
         for shard, begin, end in zip(shard_of, begins.tolist(), (begins + sizes).tolist(), strict=True):
             content = shards[shard]
             inside = content is not None and begin >= BLOCK and end <= content.size
             views.append(content[begin:end] if content is not None and inside else _NO_IMAGE)
         there = (np.fromiter(map(len, views), np.int64, len(views)) == sizes) & (sizes > 0)
-        if (num_changes := self.mapped.num_changes) != self._num_changes:
+        if (num_changes := self.files.num_changes) != self._num_changes:
             self._checked, self._num_changes = np.zeros(len(self.sizes), np.bool_), num_changes
         checked = self._checked
         valid: npt.NDArray[np.bool_] = there & checked[indices]
@@ -108,13 +101,13 @@ class ShardReader:
         Args:
             indices: which samples; `views` of them come later.
         """
-        if not self.mapped.is_cold():
+        if not self.files.is_cold():
             return
         shard_of, offsets, sizes = self.shard_of[indices], self.offsets[indices], self.sizes[indices]
         order = np.argsort(shard_of, kind="stable")
         shards, firsts = np.unique(shard_of[order], return_index=True)
         for shard, places in zip(shards.tolist(), np.split(order, firsts[1:]), strict=True):
-            self.mapped.read_ahead(shard, offsets[places] - BLOCK, sizes[places] + BLOCK)
+            self.files.read_ahead(shard, offsets[places] - BLOCK, sizes[places] + BLOCK)
 
     def name_at(self, index: int) -> str:
         """Such as `train/shard-000000.tar/00000123.jpg`."""
@@ -134,27 +127,3 @@ class ShardReader:
 def _header(content: Bytes | None, begin: int) -> Bytes:
     assert content is not None  # since its image is there
     return content[begin - BLOCK : begin]
-
-
-class Handles:
-    """Open shards, at most `MAX_HANDLES` that are not being read. Reads do not move a common position."""
-
-    def __init__(self, shards: tuple[Path, ...]) -> None:
-        self._shards = shards
-        self._open = lru_cache(maxsize=MAX_HANDLES)(_OpenFile)
-
-    def __reduce__(self) -> tuple[type[Handles], tuple[tuple[Path, ...]]]:
-        """Another process opens the shards for itself."""
-        return Handles, (self._shards,)
-
-    def read(self, shard: int, size: int, offset: int) -> bytes:
-        file = self._open(self._shards[shard])  # kept by this name: another thread may evict it meanwhile
-        return os.pread(file.descriptor, size, offset)
-
-
-class _OpenFile:
-    """An open file, closed when nobody refers to it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self.descriptor)

@@ -68,12 +68,8 @@ def _octal(fields_NW: Bytes) -> Int:
 
 
 def _names_fit(headers_NB: Bytes, members: PackedStrings) -> npt.NDArray[np.bool_]:
-    lengths = np.diff(members.ends, prepend=0)
-    short = lengths < _NAME
-    if not short.all():
-        members = members.take(np.flatnonzero(short))
-    expected = np.zeros((len(lengths), _NAME), dtype=np.uint8)
-    expected[(np.arange(_NAME) < lengths[:, None]) & short[:, None]] = np.frombuffer(members.blob, np.uint8)
+    long = np.diff(members.ends, prepend=0) >= _NAME
+    expected = members.padded(np.arange(len(members)), min_width=_NAME)[:, :_NAME]
     fits: npt.NDArray[np.bool_] = (headers_NB[:, :_NAME] == expected).all(axis=1)
-    fits |= ~short | (headers_NB[:, _PREFIX] != 0)
+    fits |= long | (headers_NB[:, _PREFIX] != 0)
     return fits

@@ -18,7 +18,7 @@ from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.backend import make_backend
 from data_pipeline.loader import Loader
-from data_pipeline.shards import shard_reader
+from data_pipeline.shards import mapped_shards
 from data_pipeline.shards.shard_format import encode_index
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -205,7 +205,7 @@ def num_open_files() -> int:
 def test_shard_reader_shares_few_open_files_among_threads(
     shards: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_reader, "MAX_HANDLES", 2)
+    monkeypatch.setattr(mapped_shards, "MAX_OPEN", 2)
     dataset, want = open_dataset(shards, "train"), open_dataset(files, "train")
     before = num_open_files()
     chosen = [
