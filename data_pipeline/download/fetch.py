@@ -43,9 +43,13 @@ class BrokenOffError(Exception):
     """A connection that ended early; the next one may resume."""
 
 
-Connection = Callable[[str, Path, int, Progress, str], None]
-"""Appends what is missing to a part: address, part, the most bytes that it may have, progress in MB, advice.
-Raises as `fetch` does, and `BrokenOffError`."""
+class RefusedError(Exception):
+    """A connection that another one would not mend."""
+
+
+Connection = Callable[[str, Path, int, Progress], int | None]
+"""Appends what is missing to a part: address, part, the most bytes that it may have, progress in MB. Returns
+the size of the whole file as far as it is known; raises the two errors above."""
 
 
 def fetch(
@@ -91,8 +95,8 @@ def fetch(
     title, total = f"download {url.rsplit('/', 1)[-1]}, MB", size_bytes and -(-size_bytes // _MB)
     limit = max_bytes if size_bytes is None else size_bytes
     with show_progress(title, total) if progress is None else nullcontext(progress) as shown:
-        connect = partial(connection or _fetch_once, url, part, limit, shown, advice)
-        _fetch_all(url, part, size_bytes, advice, connect)
+        connect = partial(connection or _fetch_once, url, part, limit, shown)
+        _fetch_all(url, part, size_bytes, limit, advice, connect)
     wrong = _difference(part, size_bytes, md5, sha256)
     if size_bytes is None and size_of(part) > max_bytes:
         wrong = f"has more than {max_bytes} bytes"
@@ -106,15 +110,18 @@ def fetch(
 
 
 def _fetch_all(
-    url: str, part: Path, size_bytes: int | None, advice: str, connect: Callable[[], None]
+    url: str, part: Path, size_bytes: int | None, limit: int, advice: str, connect: Callable[[], int | None]
 ) -> None:
     failed, best = 0, size_of(part)
     while size_bytes is None or size_of(part) < size_bytes:
         try:
-            connect()
-            if size_bytes is not None and (got := size_of(part)) < size_bytes:
-                raise BrokenOffError(f"the connection ended early, at {got} of {size_bytes} bytes")
+            claimed = connect()
+            for whole in filter(None, (claimed, size_bytes)):
+                if (got := size_of(part)) < min(whole, limit + 1):
+                    raise BrokenOffError(f"the connection ended early, at {got} of {whole} bytes")
             return
+        except RefusedError as error:
+            raise UserError(f"{error}; {advice}") from error
         except BrokenOffError as error:
             got = size_of(part)
             failed, best = (1, got) if got > best else (failed + 1, best)
@@ -128,18 +135,13 @@ def _fetch_all(
             time.sleep(PAUSE_S * 2 ** (failed - 1))
 
 
-def _fetch_once(url: str, part: Path, limit: int, progress: Progress, advice: str) -> None:
-    """Fetch over one connection, from the end of the part to the end of the file.
-
-    Raises:
-        BrokenOffError: it ended early.
-        UserError: the server refuses.
-    """
+def _fetch_once(url: str, part: Path, limit: int, progress: Progress) -> int | None:
+    """Fetch over one connection, from the end of the part to the end of the file; see `Connection`."""
     start = size_of(part)
     request = urllib.request.Request(url, headers={"User-Agent": "alexnet", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    opener = urllib.request.build_opener(_SameKindRedirects(advice))
+    opener = urllib.request.build_opener(_SameKindRedirects)
     try:
         with opener.open(request, timeout=STALL_S) as response:
             total = _total_bytes(response, start)
@@ -148,9 +150,7 @@ def _fetch_once(url: str, part: Path, limit: int, progress: Progress, advice: st
                 start = 0
             with part.open("ab" if start else "wb", buffering=0) as file:
                 copy_chunks(response.read1, file, limit - start, progress)
-            got = size_of(part)
-            if total is not None and got < min(total, limit + 1):
-                raise BrokenOffError(f"the connection ended early, at {got} of {total} bytes")
+            return total
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # the part is longer than the file: another version of it
@@ -158,7 +158,7 @@ def _fetch_once(url: str, part: Path, limit: int, progress: Progress, advice: st
                 raise BrokenOffError("the server has a shorter file than the part that was kept") from error
             if error.code in (408, 429) or error.code >= 500:
                 raise BrokenOffError(f"the server answered {error.code} {error.reason}") from error
-            raise UserError(f"{url}: the server answered {error.code} {error.reason}; {advice}") from error
+            raise RefusedError(f"{url}: the server answered {error.code} {error.reason}") from error
     except http.client.IncompleteRead as error:
         raise BrokenOffError("the connection ended early") from error
     except (http.client.HTTPException, OSError) as error:  # urllib wraps what fails before the answer
@@ -194,13 +194,10 @@ def _total_bytes(response: Any, start: int) -> int | None:
 class _SameKindRedirects(urllib.request.HTTPRedirectHandler):
     """Redirects only to http and https, and never from https back to http."""
 
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
-
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if new not in ("http", "https") or (old == "https" and new == "http"):
-            raise UserError(f"{req.full_url} redirects to {newurl}, which is not as safe; {self.advice}")
+            raise RefusedError(f"{req.full_url} redirects to {newurl}, which is not as safe")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
