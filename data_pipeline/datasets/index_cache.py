@@ -44,7 +44,7 @@ def signature_of(path: str | os.PathLike[str]) -> Signature | None:
     """The signature of a file or folder; None where it does not exist."""
     try:
         status = os.stat(path)  # noqa: PTH116 - half the cost of Path.stat, for thousands of folders
-    except OSError:
+    except (OSError, ValueError):
         return None
     return Signature(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import struct
 import time
 from collections.abc import Iterator
@@ -167,13 +166,9 @@ def _is_current(dataset: Dataset, table: SampleTable, looked_ns: int) -> bool:
         return True
     places = np.unique(np.linspace(0, len(dataset) - 1, _COMPARED).astype(np.int64))
     for place, length in zip(places.tolist(), table.lengths[places].tolist(), strict=True):
-        try:
-            status = os.stat(f"{dataset.root}/{dataset.folder}/{dataset.paths[place]}")  # noqa: PTH116
-        except (OSError, ValueError):
-            if length:
-                return False
-            continue
+        found = signature_of(f"{dataset.root}/{dataset.folder}/{dataset.paths[place]}")
+        size_bytes, modified_ns = (0, 0) if found is None else (found.size_bytes, found.modified_ns)
         # a length of 0 may be that of a file which this user must not read
-        if status.st_mtime_ns >= looked_ns or (length and status.st_size != length):
+        if modified_ns >= looked_ns or (length and size_bytes != length):
             return False
     return True
