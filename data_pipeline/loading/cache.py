@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import ImageError, WorkerError
-from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.pillow import blank_images, decode_checked
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.pixel_store import PixelStore
-from data_pipeline.loading.scan import MANY, MAX_PIXELS, Chunk, make_chunks
+from data_pipeline.loading.scan import MAX_PIXELS, Chunk, scan_split
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.sampler import Int
 
@@ -150,22 +148,15 @@ def fill_cache(
     Raises:
         WorkerError: a worker was killed.
     """
-    many = len(dataset) >= MANY
-    lean = replace(dataset, classes=(), labels_text=(), table=None)
-    places = np.arange(len(dataset), dtype=np.int64)
-    chunks = make_chunks(lean, places, max(1, min(_CHUNK, _CHUNK_BYTES // store.pixels[0].nbytes)))
+    size = max(1, min(_CHUNK, _CHUNK_BYTES // store.pixels[0].nbytes))
     decode = partial(_decode_chunk, store.pixels.shape[1:3], max_pixels)
+    places = np.arange(len(dataset), dtype=np.int64)
     try:
-        with (
-            show_progress(f"decode images of {dataset.split}", len(dataset), shown=many) as progress,
-            closing(map_ahead(decode, chunks, workers if many else 1)) as results,
-        ):
+        with closing(scan_split(decode, dataset, places, size, workers, "decode images of")) as results:
             for part, pixels, failures in results:
-                store.pixels[part] = pixels
-                store.valid[part] = True
-                for place, reason in failures.items():
-                    store.mark_bad(place, reason)
-                progress.advance(len(part))
+                store.pixels[part], store.valid[part] = pixels, True
+                store.valid[list(failures)] = False
+                store.reasons |= failures
     except WorkerError as error:
         message = (
             f"a process that decodes the images of {dataset.split} was killed, for lack of memory perhaps: "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from data_pipeline.decode.look import look_at
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int
+
+Result = TypeVar("Result", bound=tuple[Any, ...])
 
 CHUNK = 64
 """Images that a worker takes at once."""
@@ -76,6 +79,32 @@ def make_chunks(dataset: Dataset, places: Int, size: int | None = None) -> Itera
         yield Chunk(chunk, dataset.take(chunk))
 
 
+def scan_split(
+    function: Callable[[Chunk], Result], dataset: Dataset, places: Int, size: int, workers: int, title: str
+) -> Generator[Result, None, None]:
+    """A function of each chunk of the samples at some places; if they are many, in processes, with progress.
+
+    Args:
+        function: gives the places of the chunk, and more.
+        dataset: the split.
+        places: (N) which of its samples.
+        size: samples of a chunk.
+        workers: processes, >= 1.
+        title: of the progress.
+    Raises:
+        WorkerError: a worker was killed.
+    """
+    many = len(places) >= MANY
+    lean = replace(dataset, classes=(), labels_text=(), table=None)  # no worker needs them with each chunk
+    with (
+        show_progress(f"{title} {dataset.split}", len(places), shown=many) as progress,
+        closing(map_ahead(function, make_chunks(lean, places, size), workers if many else 1)) as results,
+    ):
+        for result in results:
+            yield result
+            progress.advance(len(result[0]))
+
+
 def with_table(dataset: Dataset, workers: int, min_cached: int = MIN_CACHED) -> Dataset:
     """Give a dataset its sample table: its own, the kept one, or one made by looking at every image.
 
@@ -127,17 +156,10 @@ def look_at_all(dataset: Dataset, workers: int, known: tuple[SampleTable, Int] |
         wanted, kept = np.flatnonzero(rows < 0), np.flatnonzero(rows >= 0)
         places.append(kept)
         tables.append(table.take(rows[kept]))
-    many = len(wanted) >= MANY
-    lean = replace(dataset, classes=(), labels_text=())  # a worker does not need their names with each chunk
-    chunks = make_chunks(lean, wanted, _LOOK_CHUNK)
-    with (
-        show_progress(f"look at images of {dataset.split}", len(wanted), shown=many) as progress,
-        closing(map_ahead(_look_at_chunk, chunks, workers if many else 1)) as results,
-    ):
-        for part, table in results:
-            places.append(part)
-            tables.append(table)
-            progress.advance(len(part))
+    title = "look at images of"
+    for part, table in scan_split(_look_at_chunk, dataset, wanted, _LOOK_CHUNK, workers, title):
+        places.append(part)
+        tables.append(table)
     return SampleTable.join(tables).take(np.argsort(np.concatenate(places)))
 
 
