@@ -66,10 +66,6 @@ class FeedMaker:
         self._reader = reader
         self._num_cut, self._lock = 0, threading.Lock()
 
-    def knows(self, samples: Samples, indices: Int) -> bool:
-        """Whether the table has all that is needed, so that `make` reads no file."""
-        return samples.table is not None and bool(samples.table.direct[indices].all())
-
     def make(self, samples: Samples, indices: Int, crop_fn: CropFn, max_batch_bytes: int | None) -> Made:
         """Make the feed of a batch.
 

@@ -155,7 +155,8 @@ class _Decoder:
             bound = fast.max_batch_bytes
             return self._feeds.make(request.samples, request.indices, request.crop_fn, bound)
 
-        if not self._feeds.knows(request.samples, request.indices):
+        table = request.samples.table
+        if table is None or not table.direct[request.indices].all():
             make()  # here, since it waits for files
         images = fast.decode_fast(lambda: make().feed)
         if images is None:
