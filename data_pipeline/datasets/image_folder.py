@@ -42,13 +42,10 @@ def load_image_folder(
     Returns:
         The samples, sorted.
     Raises:
-        UserError: no such folder, no class folders, a class without images, or fewer than two classes.
+        UserError: no folder that can be listed, no class folders, a class without images, or fewer than two
+            classes.
     """
     folder = Path(root) / (folder_name or split)
-    if not Path(root).is_dir():
-        raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
-    if not folder.is_dir():
-        raise UserError(f"no folder {printable(split)!r} in {printable(root)}: {LAYOUT}")
     if watch is not None:
         watch.note(folder)
     entries = list_entries(folder)
