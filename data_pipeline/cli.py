@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.errors import EXIT_SOME_UNREADABLE, name_continuation
+from data_pipeline.common.errors import EXIT_SOME_UNREADABLE, SaveError, name_continuation
 
 PATH = click.Path(path_type=Path)
 
@@ -117,7 +117,6 @@ def verify(
     alexnet data verify tiny-imagenet-200
     alexnet data verify imagenet-shards --split val --json
     """
-    from data_pipeline.common.errors import SaveError
     from data_pipeline.inspect.report import verify_as_json, verify_as_text
     from data_pipeline.inspect.verify import verify as verify_folder
     from data_pipeline.remote.shards import local_root

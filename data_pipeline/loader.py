@@ -167,14 +167,9 @@ class Loader:
         """
         share = rank_slice(len(dataset), rank, world_size)
         chunk = self._checked(micro_batch, needed=share.stop - share.start)
-
-        def requests() -> Iterator[BatchRequest]:
-            for number, first in enumerate(range(share.start, share.stop, chunk)):
-                stop = min(first + chunk, share.stop)
-                labels = dataset.labels[first:stop].copy()
-                yield self._eval_request(dataset, labels, first, number, ten_crop)
-
-        return self._batches(requests())
+        labels = dataset.labels[share]
+        parts = ((dataset, labels[first : first + chunk].copy()) for first in range(0, len(labels), chunk))
+        return self._batches(self._eval_requests(parts, share.start, ten_crop))
 
     def predict(
         self, inputs: Iterable[Path | ImageSource], *, micro_batch: int, ten_crop: bool = False
@@ -186,31 +181,31 @@ class Loader:
         """
         chunk = self._checked(micro_batch, needed=micro_batch)
 
-        def requests() -> Iterator[BatchRequest]:
-            remaining, number = iter(inputs), 0
+        def parts() -> Iterator[tuple[Samples, Int]]:
+            remaining, first = iter(inputs), 0
             while items := tuple(islice(remaining, chunk)):
-                first = number * chunk
-                labels = np.full(len(items), -1, dtype=np.int64)
-                yield self._eval_request(_Inputs(items, first), labels, first, number, ten_crop)
-                number += 1
+                yield _Inputs(items, first), np.full(len(items), -1, dtype=np.int64)
+                first += len(items)
 
-        return self._batches(requests())
+        return self._batches(self._eval_requests(parts(), 0, ten_crop))
 
-    def _eval_request(
-        self, samples: Samples, labels: Int, first: int, number: int, ten_crop: bool
-    ) -> BatchRequest:
-        """The request for consecutive samples from `first` on, in batch `number`."""
-        indices = np.arange(first, first + len(labels), dtype=np.int64)
+    def _eval_requests(
+        self, parts: Iterable[tuple[Samples, Int]], first: int, ten_crop: bool
+    ) -> Iterator[BatchRequest]:
+        """A request for each part, samples and their labels; `first` is the index of the first sample."""
         crop_params = ten_crop_params if ten_crop else eval_crop_params
-        return BatchRequest(
-            samples=samples,
-            labels=labels,
-            indices=indices,
-            positions=indices,
-            step=number,
-            last=True,
-            crop_fn=partial(crop_params, preprocessing=self.preprocessing),
-        )
+        for number, (samples, labels) in enumerate(parts):
+            indices = np.arange(first, first + len(labels), dtype=np.int64)
+            first += len(labels)
+            yield BatchRequest(
+                samples=samples,
+                labels=labels,
+                indices=indices,
+                positions=indices,
+                step=number,
+                last=True,
+                crop_fn=partial(crop_params, preprocessing=self.preprocessing),
+            )
 
     def _batches(self, requests: Iterator[BatchRequest]) -> Generator[Batch, None, None]:
         return prefetch_batches(

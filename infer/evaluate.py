@@ -10,13 +10,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.common.class_report import (
-    ClassCounts,
-    ClassReport,
-    make_class_report,
-    name_mistakes,
-    rank_mistakes,
-)
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.passed_over import log_passed_over
@@ -25,6 +18,13 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.loader import Loader
 from data_pipeline.remote.shards import local_root
+from data_pipeline.results.class_report import (
+    ClassCounts,
+    ClassReport,
+    make_class_report,
+    name_mistakes,
+    rank_mistakes,
+)
 from infer.bundle.load import Bundle, data_of_run, open_bundle
 from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.common.class_report import ClassCounts, ClassReport, write_csv
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
@@ -21,6 +20,7 @@ from data_pipeline.decode.backend import make_backend
 from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.remote.shards import local_root
+from data_pipeline.results.class_report import ClassCounts, ClassReport, write_csv
 from train.checkpoints.load import Checkpoint
 from train.distributed.world import World, cpu_share, open_world
 from train.health.class_meter import ClassMeter

@@ -14,8 +14,8 @@ import torch
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import writing_to
-from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import names_in, printable
+from data_pipeline.results.outputs import check_output
 from train.checkpoints.format import InitRecord, Pointer, Progress, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
 from train.checkpoints.share import encode_weights

@@ -80,6 +80,25 @@ def name_continuation(how: str) -> Iterator[None]:
         raise StoppedError(f"stopped; {how}") from error
 
 
+@contextmanager
+def raising(kind: type[Exception], what: str) -> Iterator[None]:
+    """Turn an error of the system into one line of ours.
+
+    Args:
+        kind: the error to raise in its place.
+        what: could not be done; the system's reason follows.
+
+    >>> with raising(SaveError, "a.txt could not be written"):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    data_pipeline.common.errors.SaveError: a.txt could not be written: No space left on device
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from error
+
+
 class ImageError(Exception):
     """One file cannot be decoded. The message is the reason, without the file's name."""
 

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,49 +218,37 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         ImageError: missing, unreadable, not a regular file (a pipe would wait for ever), empty, or too large.
     """
     try:
-        # os.open costs half of what a file object does; a pipe without a writer must not block it
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = _open_unblocked(path)  # costs half of what a file object does
         try:
-            data = _read_whole(descriptor, max_bytes)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not a regular file")
+            if status.st_size > max_bytes:
+                raise ImageError(f"file of {status.st_size} bytes is above the limit of {max_bytes}")
+            data = os.read(descriptor, status.st_size)
+            # a signal, or a network file system, may cut a read short
+            while len(data) < status.st_size and (piece := os.read(descriptor, status.st_size - len(data))):
+                data += piece
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in the path, which no file system has
-        raise ImageError(f"cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, which no file system has
+        raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not data:
         raise ImageError("empty file")
     return name_bytes(data, os.fspath(path))
 
 
-def _read_whole(descriptor: int, max_bytes: int) -> bytes:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError("not a regular file")
-    if status.st_size > max_bytes:
-        raise ImageError(f"file of {status.st_size} bytes is above the limit of {max_bytes}")
-    data = os.read(descriptor, status.st_size)
-    if len(data) == status.st_size:
-        return data
-    pieces = [data]  # a signal, or a network file system, may cut a read short
-    while piece := os.read(descriptor, status.st_size - sum(map(len, pieces))):
-        pieces.append(piece)
-    return b"".join(pieces)
+def _open_unblocked(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a file to read it, without waiting for the writer of a pipe."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def read_head(path: str | os.PathLike[str], size_bytes: int = HEAD_BYTES) -> bytes:
     """The first bytes of a file, by which its kind is told; none if it cannot be read or is not regular."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return b""
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                return file.read(size_bytes)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError):
-        return b""
+    with suppress(OSError, ValueError), open(path, "rb", opener=_open_unblocked) as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file.read(size_bytes)
+    return b""
 
 
 IMAGE_SUFFIXES = frozenset(

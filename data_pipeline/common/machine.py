@@ -73,10 +73,8 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
 
 
 def _stat_at(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(key + " "):
-            return int(line.split()[1])
-    return 0
+    lines = path.read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
 
 
 _M_ARENA_MAX = -8  # malloc.h

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +83,7 @@ class PackedStrings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> PackedStrings: ...
-    def __getitem__(self, index: int | slice) -> str | PackedStrings:
-        if isinstance(index, slice):
-            return self.take(np.arange(len(self), dtype=np.int64)[index])
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # `take` is for several
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.errors import SaveError, UserError, raising
 from data_pipeline.common.files import write_atomic
 from data_pipeline.common.text import composed, printable, without_mark
 from data_pipeline.datasets.dataset import Dataset
@@ -52,19 +52,11 @@ def find_exclude_list(root: Path, quarantine: Path | bool, *, missing_ok: bool =
     path = root / QUARANTINE if quarantine is True else quarantine
     if not path.is_file() and (path.exists() or path.is_symlink()):
         raise UserError(f"the quarantine list {printable(path)} is not a regular file: remove it")
-    places = [path] if quarantine is not True else [path, user_list(root)]
+    places = [path] if quarantine is not True else [path, user_place(root, QUARANTINE)]
     found = [place for place in places if place is not None and place.is_file()]
     if not found and quarantine is not True and not missing_ok:
         raise UserError(f"no quarantine list {printable(path)}")
     return max(found, key=lambda place: place.stat().st_mtime_ns, default=None)
-
-
-def user_list(root: Path) -> Path | None:
-    """Where the list of a data folder is kept that cannot be written to; None if this user has no cache."""
-    try:
-        return user_place(root, QUARANTINE)
-    except OSError:
-        return None
 
 
 def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | None, str]:
@@ -77,9 +69,13 @@ def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | No
     Raises:
         SaveError: it cannot be written anywhere.
     """
-    own, other = root / QUARANTINE, user_list(root)
+    own, other = root / QUARANTINE, user_place(root, QUARANTINE)
     try:
-        _put(own, reasons)
+        if reasons:
+            write_exclude_list(own, reasons)
+        else:
+            with raising(SaveError, f"{printable(own)} could not be removed"):
+                own.unlink(missing_ok=True)
         if other is not None:
             other.unlink(missing_ok=True)
         return (own if reasons else None), ""
@@ -95,16 +91,6 @@ def save_exclude_list(root: Path, reasons: Mapping[str, str]) -> tuple[Path | No
     return (other if reasons else None), reason
 
 
-def _put(path: Path, reasons: Mapping[str, str]) -> None:
-    if reasons:
-        write_exclude_list(path, reasons)
-        return
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise SaveError(f"{printable(path)} could not be removed: {error.strerror or error}") from error
-
-
 def read_exclude_list(path: Path) -> dict[str, str]:
     """Read the reason for each path in a list. The paths are compared with the data's own, and never opened.
 
@@ -112,27 +98,22 @@ def read_exclude_list(path: Path) -> dict[str, str]:
         UserError: not such a list; the message names the line.
     """
     reasons: dict[str, str] = {}
-    try:
-        with path.open("rb") as file:
-            if (size_bytes := path.stat().st_size) > MAX_LIST_BYTES:
-                raise UserError(
-                    f"{printable(path)} has {size_bytes} bytes, which no quarantine list has "
-                    f"(limit {MAX_LIST_BYTES}): remove it, and write it again with alexnet data verify"
-                )
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                if number == 1:
-                    line = without_mark(line, path)
-                if line.strip():
-                    name, reason = _parse(line, f"{printable(path)} line {number}")
-                    reasons[name] = reason
-    except OSError as error:
-        raise UserError(
-            f"cannot read the quarantine list {printable(path)}: {error.strerror or error}"
-        ) from error
+    with raising(UserError, f"cannot read the quarantine list {printable(path)}"), path.open("rb") as file:
+        if (size_bytes := path.stat().st_size) > MAX_LIST_BYTES:
+            raise UserError(
+                f"{printable(path)} has {size_bytes} bytes, which no quarantine list has "
+                f"(limit {MAX_LIST_BYTES}): remove it, and write it again with alexnet data verify"
+            )
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if number == 1:
+                line = without_mark(line, path)
+            if line.strip():
+                row = _parse(line, f"{printable(path)} line {number}")
+                reasons[row.path] = row.reason
     return reasons
 
 
-def _parse(line: bytes, where: str) -> tuple[str, str]:
+def _parse(line: bytes, where: str) -> _Row:
     if len(line) == MAX_LINE_BYTES:
         raise UserError(f"{where} is too long for a path and a reason: mend or remove the list")
     try:
@@ -142,7 +123,7 @@ def _parse(line: bytes, where: str) -> tuple[str, str]:
         raise UserError(
             f'{where} is not {{"path": ..., "reason": ...}}, two texts: mend or remove the list'
         ) from error
-    return row.path, row.reason
+    return row
 
 
 def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:
@@ -152,12 +133,8 @@ def write_exclude_list(path: Path, reasons: Mapping[str, str]) -> None:
         SaveError: the folder cannot be written to.
     """
     rows = [json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in reasons.items()]
-    try:
+    with raising(SaveError, f"the quarantine list {printable(path)} could not be written"):
         write_atomic(path, "".join(rows).encode("ascii"))
-    except OSError as error:
-        raise SaveError(
-            f"the quarantine list {printable(path)} could not be written: {error.strerror or error}"
-        ) from error
 
 
 def names_of(dataset: Dataset) -> Iterator[str]:

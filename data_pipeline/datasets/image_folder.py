@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, raising
 from data_pipeline.common.files import IMAGE_SUFFIXES, LOOKED_FOR, read_head
 from data_pipeline.common.image_kind import is_image_head
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import composed, printable
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.datasets.watch import Watch
+from data_pipeline.datasets.index_cache import Watch
 
 LAYOUT = "expected <data>/train/<class>/*.jpg and <data>/val/<class>/*.jpg"
 
@@ -42,13 +42,10 @@ def load_image_folder(
     Returns:
         The samples, sorted.
     Raises:
-        UserError: no such folder, no class folders, a class without images, or fewer than two classes.
+        UserError: no folder that can be listed, no class folders, a class without images, or fewer than two
+            classes.
     """
     folder = Path(root) / (folder_name or split)
-    if not Path(root).is_dir():
-        raise UserError(f"no data folder {printable(root)}: {LAYOUT}")
-    if not folder.is_dir():
-        raise UserError(f"no folder {printable(split)!r} in {printable(root)}: {LAYOUT}")
     if watch is not None:
         watch.note(folder)
     entries = list_entries(folder)
@@ -127,15 +124,10 @@ def list_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     Raises:
         UserError: it cannot be listed.
     """
-    try:
-        with os.scandir(folder) as entries:
-            visible = [
-                entry
-                for entry in entries
-                if not entry.name.startswith(".") and entry.name.lower() not in JUNK
-            ]
-    except OSError as error:
-        raise UserError(f"cannot list {printable(folder)}: {error.strerror or error}") from error
+    with raising(UserError, f"cannot list {printable(folder)}"), os.scandir(folder) as entries:
+        visible = [
+            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in JUNK
+        ]
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))
 
 

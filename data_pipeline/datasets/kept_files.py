@@ -58,21 +58,18 @@ def keep_file(root: Path, name: str, content: bytes, what: str, num_images: int)
     log.info("the %s could not be kept: neither the data folder nor the user's cache can be written", what)
 
 
-def user_place(root: Path, name: str) -> Path:
-    """Where the user's cache keeps a file of a data folder.
-
-    Raises:
-        OSError: this user has no home folder, so no cache.
-    """
+def user_place(root: Path, name: str) -> Path | None:
+    """Where the user's cache keeps a file of a data folder; None for a user without a cache, or a home."""
     identity = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
-    return user_cache() / identity / name
-
-
-def _places(root: Path, name: str) -> list[Path]:
-    places = [Path(root) / CACHE_FOLDER / name]
     with suppress(OSError):
-        places.append(user_place(root, name))
-    return places
+        return user_cache() / identity / name
+    return None
+
+
+def _places(root: Path, name: str) -> Iterator[Path]:
+    yield Path(root) / CACHE_FOLDER / name
+    if (elsewhere := user_place(root, name)) is not None:
+        yield elsewhere
 
 
 def _replace(path: Path, content: bytes) -> None:

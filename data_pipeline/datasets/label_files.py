@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, raising
 from data_pipeline.common.text import composed, printable, text_lines, visible
-from data_pipeline.datasets.watch import Watch
+from data_pipeline.datasets.index_cache import Watch
 
 SYNSET_IDS = "wnids.txt"
 CLASS_NAMES = ("words.txt", "synset_words.txt", "LOC_synset_mapping.txt")
@@ -141,10 +141,8 @@ def _distinct(names: list[str], classes: Sequence[str]) -> tuple[str, ...]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, numbered from 1."""
-    try:
+    with raising(UserError, f"cannot read {printable(path)}"):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     for number, line in enumerate(text_lines(data, path), 1):
         if line.strip():
             yield number, line

@@ -33,7 +33,7 @@ from data_pipeline.datasets.image_folder import (
     list_entries,
     load_image_folder,
 )
-from data_pipeline.datasets.index_cache import load_index, save_index
+from data_pipeline.datasets.index_cache import Watch, load_index, save_index
 from data_pipeline.datasets.label_files import (
     LABEL_FILES,
     find_label_file,
@@ -50,7 +50,6 @@ from data_pipeline.datasets.splits import (
     split_named,
 )
 from data_pipeline.datasets.table_cache import load_table
-from data_pipeline.datasets.watch import Watch
 
 log = logging.getLogger("data_pipeline")
 

@@ -20,9 +20,9 @@ from data_pipeline.common.image_kind import Kind
 Int = npt.NDArray[np.int64]
 Column = Sequence[int] | Int
 
-_ROW = (("lengths", "<i8", ()), ("sizes", "<i4", (2,)), ("kinds", "u1", ()), ("orientations", "u1", ()),
-        ("direct", "u1", ()))  # fmt: skip
-ROW_BYTES = sum(np.dtype(kind).itemsize * (shape[0] if shape else 1) for _, kind, shape in _ROW)
+_ON_DISK = tuple(map(np.dtype, ("<i8", "(2,)<i4", "u1", "u1", "u1")))
+"""The types of the columns."""
+ROW_BYTES = sum(kind.itemsize for kind in _ON_DISK)
 """Bytes of a sample on disk: 19."""
 
 
@@ -50,7 +50,7 @@ class SampleTable:
     def __post_init__(self) -> None:
         for column in self._columns():
             column.setflags(write=False)
-        object.__setattr__(self, "direct", self.direct.copy())  # this process's own
+        object.__setattr__(self, "direct", self.direct.astype(np.bool_))  # this process's own
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,15 +58,14 @@ class SampleTable:
     @classmethod
     def from_columns(
         cls,
-        *,
         lengths: Column,
+        kinds: Column,
         heights: Column,
         widths: Column,
-        kinds: Column,
         orientations: Column,
         direct: Column,
     ) -> SampleTable:
-        """Make a table from columns of N integers each.
+        """Make a table from columns of N integers each, behind the lengths in the order of `Look`.
 
         Raises:
             ValueError: columns of different lengths, or a value that no look at a file gives.
@@ -75,16 +74,9 @@ class SampleTable:
             columns = np.array([lengths, heights, widths, kinds, orientations, direct], dtype=np.int64)
         except OverflowError as error:
             raise ValueError(str(error)) from error
-        if columns.ndim != 2:
-            raise ValueError("columns of numbers are expected")
-        _check(columns[0], columns[1:3].T, *columns[3:])
-        return cls(
-            lengths=columns[0].copy(),
-            sizes=columns[1:3].T.astype(np.int32),
-            kinds=columns[3].astype(np.uint8),
-            orientations=columns[4].astype(np.uint8),
-            direct=columns[5].astype(np.bool_),
-        )
+        parts = columns[0], columns[1:3].T, *columns[3:]
+        _check(*parts)
+        return cls(*(part.astype(kind.base) for part, kind in zip(parts, _ON_DISK, strict=True)))
 
     @classmethod
     def join(cls, parts: Sequence[SampleTable]) -> SampleTable:
@@ -102,8 +94,8 @@ class SampleTable:
 
     def pack(self) -> bytes:
         """The table as bytes, column by column, little-endian: `ROW_BYTES` a sample."""
-        columns = zip(_ROW, self._columns(), strict=True)
-        return b"".join(column.astype(kind, copy=False).tobytes() for (_, kind, _), column in columns)
+        columns = zip(_ON_DISK, self._columns(), strict=True)
+        return b"".join(column.astype(kind.base, copy=False).tobytes() for kind, column in columns)
 
     @classmethod
     def unpack(cls, content: bytes | memoryview) -> SampleTable:
@@ -117,14 +109,11 @@ class SampleTable:
             raise ValueError(f"{len(content)} bytes are no whole rows of {ROW_BYTES}")
         columns: list[npt.NDArray[Any]] = []
         start = 0
-        for _, kind, shape in _ROW:
-            number = count * (shape[0] if shape else 1)
-            column = np.frombuffer(content, dtype=kind, count=number, offset=start).reshape(count, *shape)
-            columns.append(column)
-            start += column.nbytes
+        for kind in _ON_DISK:
+            columns.append(np.frombuffer(content, kind, count, start))
+            start += columns[-1].nbytes
         _check(*columns)
-        lengths, sizes, kinds, orientations, direct = columns
-        return cls(lengths, sizes, kinds, orientations, direct.view(np.bool_))
+        return cls(*columns)
 
     def _columns(self) -> list[npt.NDArray[Any]]:
         return [getattr(self, field.name) for field in fields(self)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.image_folder import LAYOUT, is_folder, list_entries
-from data_pipeline.shards.shard_format import refuse_compressed, shard_files
+from data_pipeline.shards.shard_format import COMPRESSED_SUFFIXES, UNPACK, shard_files
 
 SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -52,15 +53,20 @@ def shards_of(root: Path, split: str, folder: str | None) -> list[Path]:
 
 
 def refuse_compressed_shards(root: Path, split: str, folder: str | None) -> None:
-    """Refuse a split some of whose shards are compressed; archives beside class folders are no shards.
+    """Refuse a split some of whose shards are compressed: their samples could not be read at any place.
+
+    Archives beside class folders are no shards.
 
     Raises:
-        UserError: naming the first.
+        UserError: naming the first, and what to do.
     """
-    if folder is None:
-        refuse_compressed(root, f"*{split}*")
-    elif not any(map(is_folder, list_entries(root / folder))):
-        refuse_compressed(root / folder)
+    where, name = (root, f"*{split}*") if folder is None else (root / folder, "*")
+    if folder is not None and any(map(is_folder, list_entries(where))):
+        return
+    found = [path for suffix in COMPRESSED_SUFFIXES for path in where.glob(f"{name}{suffix}")]
+    if found:
+        others = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(f"compressed: {printable(min(found, key=os.fsencode))}{others}: {UNPACK}")
 
 
 def no_split(root: Path, split: str) -> UserError:

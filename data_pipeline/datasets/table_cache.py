@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import struct
 import time
 from collections.abc import Iterator
@@ -24,9 +23,9 @@ from data_pipeline.common.image_kind import Kind
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.index_cache import signature_of
 from data_pipeline.datasets.kept_files import keep_file, kept_files
 from data_pipeline.datasets.sample_table import ROW_BYTES, SampleTable
-from data_pipeline.datasets.watch import signature_of
 
 log = logging.getLogger("data_pipeline")
 
@@ -104,8 +103,7 @@ def name_hashes(names: PackedStrings) -> npt.NDArray[np.uint64]:
     for first in range(0, len(names), _HASHED):
         places = np.arange(first, min(first + _HASHED, len(names)))
         rows = names.padded(places)
-        words = np.zeros((len(rows), -(-rows.shape[1] // 8) * 8), np.uint8)
-        words[:, : rows.shape[1]] = rows
+        words = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
         for column in words.view("<u8").T:
             mixed = (hashes[places] ^ column) * np.uint64(0xBF58476D1CE4E5B9)
             changed = column != 0  # what fills a name up depends on its neighbours
@@ -168,13 +166,9 @@ def _is_current(dataset: Dataset, table: SampleTable, looked_ns: int) -> bool:
         return True
     places = np.unique(np.linspace(0, len(dataset) - 1, _COMPARED).astype(np.int64))
     for place, length in zip(places.tolist(), table.lengths[places].tolist(), strict=True):
-        try:
-            status = os.stat(f"{dataset.root}/{dataset.folder}/{dataset.paths[place]}")  # noqa: PTH116
-        except (OSError, ValueError):
-            if length:
-                return False
-            continue
+        found = signature_of(f"{dataset.root}/{dataset.folder}/{dataset.paths[place]}")
+        size_bytes, modified_ns = (0, 0) if found is None else (found.size_bytes, found.modified_ns)
         # a length of 0 may be that of a file which this user must not read
-        if status.st_mtime_ns >= looked_ns or (length and status.st_size != length):
+        if modified_ns >= looked_ns or (length and size_bytes != length):
             return False
     return True

@@ -26,11 +26,10 @@ from data_pipeline.common.errors import ImageError
 from data_pipeline.common.machine import share_memory_arenas
 from data_pipeline.decode.dali_graph import Graph, GraphSpec, Place
 from data_pipeline.decode.dali_queue import GraphQueue
-from data_pipeline.decode.feed import Feed, FilePaths
+from data_pipeline.decode.feed import Feed, FilePaths, black_pixel, cut_as_bmp
 from data_pipeline.decode.look import is_for_pillow
 from data_pipeline.decode.pillow import Decoded, blank_images, parallel_for
 from data_pipeline.decode.resize import Resizer
-from data_pipeline.decode.stand_in import black_pixel, cut_as_bmp
 from data_pipeline.transforms.crop import CropParams
 
 log = logging.getLogger("data_pipeline")
@@ -81,7 +80,7 @@ class DaliBackend:
         self._lock = threading.Lock()  # of the slow way, whose graphs one thread at a time may run
         self._fast: dict[GraphSpec, Graph] = {}  # of DALI's thread alone
         self._graphs: dict[GraphSpec, Graph] = {}
-        self._queue = GraphQueue(self._fast_graph, DEPTH)
+        self._queue = GraphQueue(self._fast_graph)
         self._slowed, self._unexplained = False, 0
         self._logged = False
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")

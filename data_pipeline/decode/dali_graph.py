@@ -16,8 +16,7 @@ import nvidia.dali.tensors
 import nvidia.dali.types
 from PIL import Image
 
-from data_pipeline.decode.feed import Bytes, Feed, FilePaths
-from data_pipeline.decode.stand_in import MAX_MEMORY_PATH, MemoryFile
+from data_pipeline.decode.feed import MAX_MEMORY_PATH, Bytes, Feed, FilePaths, MemoryFile
 from data_pipeline.transforms.crop import CropParams
 
 dali: Any = nvidia.dali  # its stubs declare neither the types' names nor the pipeline's methods

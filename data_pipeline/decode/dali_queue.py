@@ -27,12 +27,11 @@ class GraphQueue:
     One thread does all of it, since threads that share this work wait for the interpreter in turns.
 
     Args:
-        graph_of: gives the graph of a feed; called in the thread.
-        depth: batches in flight at once, >= 1; no graph may take fewer.
+        graph_of: gives the graph of a feed, whose depth bounds the batches in flight; called in the thread.
     """
 
-    def __init__(self, graph_of: Callable[[Feed], Graph], depth: int) -> None:
-        self._graph_of, self._depth = graph_of, depth
+    def __init__(self, graph_of: Callable[[Feed], Graph]) -> None:
+        self._graph_of = graph_of
         self._plans: queue.SimpleQueue[tuple[Callable[[], Feed], Future[Output]] | None] = queue.SimpleQueue()
         # each with its feed, whose memory DALI reads
         self._in_flight: deque[tuple[Graph, Feed, Future[Output]]] = deque()
@@ -81,7 +80,7 @@ class GraphQueue:
                 future.set_exception(error)
                 continue
             self._in_flight.append((graph, feed, future))
-            if len(self._in_flight) >= min(self._depth, graph.spec.depth):
+            if len(self._in_flight) >= graph.spec.depth:
                 self._finish_oldest()
         while self._in_flight:
             self._finish_oldest()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 from PIL import Image, ImageFile
@@ -115,12 +116,8 @@ def open_image(encoded: bytes) -> ImageFile.ImageFile:
     if kind is Kind.UNREADABLE:
         known = ", ".join(KIND_NAMES[kind] for kind in image_readers())
         raise ImageError(f"not an image of a known format ({known})")
-    try:
+    with reader_errors(kind):
         return image_readers()[kind](io.BytesIO(encoded))
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(reason_of(KIND_NAMES[kind], error)) from error
 
 
 def orientation_of(image: ImageFile.ImageFile) -> int:
@@ -139,8 +136,14 @@ def orientation_of(image: ImageFile.ImageFile) -> int:
     return value if value in TURNS else 1
 
 
-def reason_of(format_name: str, error: Exception) -> str:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    short = "truncated" in text.lower() or "not enough image data" in text
-    what = "truncated" if short else "damaged"
-    return f"{what} {format_name}: {text}"
+@contextmanager
+def reader_errors(kind: Kind) -> Iterator[None]:
+    """Turn whatever Pillow's reader raises (OSError, SyntaxError, struct.error, ...) into an `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        short = "truncated" in text.lower() or "not enough image data" in text
+        raise ImageError(f"{'truncated' if short else 'damaged'} {KIND_NAMES[kind]}: {text}") from error

@@ -26,8 +26,8 @@ import numpy.typing as npt
 from PIL import Image, ImageChops
 
 from data_pipeline.common.errors import ImageError
-from data_pipeline.common.image_kind import KIND_NAMES, kind_of
-from data_pipeline.decode.header import TURNS, open_image, orientation_of, reason_of
+from data_pipeline.common.image_kind import kind_of
+from data_pipeline.decode.header import TURNS, open_image, orientation_of, read_header, reader_errors
 from data_pipeline.transforms.crop import CropParams
 
 _DIRECT_CROP_PIXELS = 1 << 26
@@ -100,14 +100,23 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     """
     image = open_image(encoded)
     turn = TURNS.get(orientation_of(image))
-    try:
+    with reader_errors(kind_of(encoded)):
         image.load()
         rgb = _to_rgb(image)
-    except ImageError:
-        raise
-    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise ImageError(reason_of(KIND_NAMES[kind_of(encoded)], error)) from error
     return rgb.transpose(turn) if turn is not None else rgb
+
+
+def decode_checked(encoded: bytes, max_pixels: int) -> Image.Image:
+    """Decode the whole image, as `decode_rgb`, if its header allows it and tells the truth.
+
+    Raises:
+        ImageError: why training cannot use the image.
+    """
+    height, width = read_header(encoded, max_pixels)
+    image = decode_rgb(encoded)
+    if (image.height, image.width) != (height, width):
+        raise _disagrees(image)
+    return image
 
 
 def decode_one(encoded: bytes, crops: CropParams, index: int) -> npt.NDArray[np.uint8]:
@@ -135,9 +144,7 @@ def decode_window(encoded: bytes, crops: CropParams, index: int) -> Image.Image:
     image = decode_rgb(encoded)
     y, x, h, w = (int(value) for value in crops.windows[index])
     if y + h > image.height or x + w > image.width:
-        raise ImageError(
-            f"its header and its pixels disagree about the size ({image.width} x {image.height})"
-        )
+        raise _disagrees(image)
     # cut first, then resize: pixels outside the window must not bleed in, as `resize(box=...)` would let them
     if (h, w) == (image.height, image.width):
         return image
@@ -145,6 +152,10 @@ def decode_window(encoded: bytes, crops: CropParams, index: int) -> Image.Image:
         return image.crop((x, y, x + w, y + h))
     # `crop` applies Pillow's own pixel limit, which is a global of the process
     return Image.fromarray(np.asarray(image)[y : y + h, x : x + w])
+
+
+def _disagrees(image: Image.Image) -> ImageError:
+    return ImageError(f"its header and its pixels disagree about the size ({image.width} x {image.height})")
 
 
 def resize_window(window: Image.Image, crops: CropParams, index: int) -> Image.Image:

@@ -48,33 +48,25 @@ class Resizer:
             return
         _call(self._compiled, images, window[None], _NO_INDICES, crops, index, index + 1)
 
-    def crop_batch(
-        self, images: Pixels, pixels: Pixels, indices: Int, crops: CropParams, first: int, stop: int
-    ) -> None:
-        """Write a share of a batch, from images that are decoded already.
+    def crop_batch(self, images: Pixels, pixels: Pixels, indices: Int, crops: CropParams) -> None:
+        """Write a batch, from images that are decoded already.
 
         Args:
-            images: (N, crop, crop, 3) or (N, V, crop, crop, 3), contiguous; those from `first` to `stop` are
-                written.
+            images: (N, crop, crop, 3) or (N, V, crop, crop, 3), contiguous.
             pixels: (M, height, width, 3) RGB, contiguous; may be read-only.
             indices: (N) the image in `pixels` that each is of.
-            crops: N crops of images of that size.
-            first: 0-based.
-            stop: one behind the last.
+            crops: N crops of images of that size, N at least 1.
         """
-        assert len(images) == len(indices) == len(crops) and 0 <= first <= stop <= len(crops)
-        picked, windows = indices[first:stop], crops.windows[first:stop]
-        if stop == first:
-            return
-        assert picked.min() >= 0 and picked.max() < len(pixels) and windows.min() >= 0
+        windows = crops.windows
+        assert len(images) == len(indices) == len(crops)
+        assert indices.min() >= 0 and indices.max() < len(pixels) and windows.min() >= 0
         assert ((windows[:, :2] + windows[:, 2:]).max(axis=0) <= pixels.shape[1:3]).all()
         if self._compiled is None or _shrinks_too_much(pixels.shape[1:3], crops):
-            for i in range(first, stop):
-                y, x, height, width = crops.windows[i].tolist()
+            for i, (y, x, height, width) in enumerate(windows.tolist()):
                 window = Image.fromarray(pixels[indices[i], y : y + height, x : x + width])
                 images[i] = finish_crop(window, crops, i)
             return
-        _call(self._compiled, images, pixels, indices, crops, first, stop)
+        _call(self._compiled, images, pixels, indices, crops, 0, len(crops))
 
 
 def _shrinks_too_much(size: tuple[int, ...], crops: CropParams) -> bool:

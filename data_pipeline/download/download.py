@@ -8,12 +8,12 @@ import logging
 import shutil
 from pathlib import Path
 
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.download.catalog import CATALOG, Archive
 from data_pipeline.download.cifar import write_cifar
-from data_pipeline.download.fetch import STALL_S, fetch
+from data_pipeline.download.fetch import fetch
 from data_pipeline.download.unpack import unpack
 
 log = logging.getLogger("data_pipeline")
@@ -21,14 +21,7 @@ log = logging.getLogger("data_pipeline")
 MARKER = "download.json"
 
 
-def download(
-    name: str,
-    target: Path | None = None,
-    *,
-    mirror: str | None = None,
-    stall_s: float = STALL_S,
-    pause_s: float = 1.0,
-) -> Path:
+def download(name: str, target: Path | None = None, *, mirror: str | None = None) -> Path:
     """Download a dataset of the catalog into a folder, which appears whole or not at all.
 
     The archive is kept beside it until it is unpacked, so that an interrupted download resumes.
@@ -37,8 +30,6 @@ def download(
         name: see `data_pipeline.download.catalog`.
         target: the folder to make; None for `data/<name>`. Nothing is done if the dataset is there.
         mirror: address of a folder that holds the same file; its content is verified all the same.
-        stall_s: see `data_pipeline.download.fetch`.
-        pause_s: see `data_pipeline.download.fetch`.
     Returns:
         The folder.
     Raises:
@@ -60,10 +51,7 @@ def download(
     url = archive.url if mirror is None else f"{mirror.rstrip('/')}/{archive.file_name}"
     packed = target.parent / archive.file_name
     log.info("%s from %s", name, url)
-    fetch(
-        url, packed, size_bytes=archive.size_bytes, md5=archive.md5, sha256=archive.sha256,
-        stall_s=stall_s, pause_s=pause_s,
-    )  # fmt: skip
+    fetch(url, packed, size_bytes=archive.size_bytes, md5=archive.md5, sha256=archive.sha256)
     _unpack(name, archive, packed, target)
     return target
 
@@ -72,16 +60,15 @@ def _unpack(name: str, archive: Archive, packed: Path, target: Path) -> None:
     """Unpack the archive beside the target, check it, move it in place, and delete it."""
     unpacked = target.parent / f".{target.name}-unpacking"
     try:
-        shutil.rmtree(unpacked, ignore_errors=True)
-        unpack(packed, unpacked, max_bytes=archive.max_bytes, max_files=archive.max_files)
-        folder, counts = _arrange(name, archive, unpacked)
-        folder.chmod(0o755)
-        folder.rename(target)  # replaces an empty folder, never a full one
+        with raising(SaveError, f"{printable(target)} could not be written"):
+            shutil.rmtree(unpacked, ignore_errors=True)
+            unpack(packed, unpacked, max_bytes=archive.max_bytes, max_files=archive.max_files)
+            folder, counts = _arrange(name, archive, unpacked)
+            folder.chmod(0o755)
+            folder.rename(target)  # replaces an empty folder, never a full one
         log.info(
             "%s: %d training and %d validation images", printable(target), counts["train"], counts["val"]
         )
-    except OSError as error:
-        raise SaveError(f"{printable(target)} could not be written: {error.strerror or error}") from error
     except CorruptFileError:
         packed.unlink(missing_ok=True)
         raise

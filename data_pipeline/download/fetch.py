@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipeline.common.console import Progress, show_progress
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.files import check_writable, fsync_path, hash_of
 from data_pipeline.common.text import printable
 
@@ -29,6 +29,9 @@ STALL_S = 30.0
 ATTEMPTS = 5
 """Connections in a row that may bring nothing new."""
 
+PAUSE_S = 1.0
+"""Wait before the second attempt; doubled before each one after it."""
+
 ADVICE = "use another --mirror"
 """What to do about a server that refuses, for messages."""
 
@@ -40,9 +43,13 @@ class BrokenOffError(Exception):
     """A connection that ended early; the next one may resume."""
 
 
-Connection = Callable[[str, Path, int, float, Progress, str], None]
-"""Appends what is missing to a part: address, part, the most bytes that it may have, seconds without a byte,
-progress in MB, advice. Raises as `fetch` does, and `BrokenOffError`."""
+class RefusedError(Exception):
+    """A connection that another one would not mend."""
+
+
+Connection = Callable[[str, Path, int, Progress], int | None]
+"""Appends what is missing to a part: address, part, the most bytes that it may have, progress in MB. Returns
+the size of the whole file as far as it is known; raises the two errors above."""
 
 
 def fetch(
@@ -52,9 +59,6 @@ def fetch(
     size_bytes: int | None = None,
     md5: str = "",
     sha256: str = "",
-    stall_s: float = STALL_S,
-    attempts: int = ATTEMPTS,
-    pause_s: float = 1.0,
     advice: str = ADVICE,
     max_bytes: int = _LARGEST_BYTES,
     progress: Progress | None = None,
@@ -67,12 +71,7 @@ def fetch(
     Args:
         url: http or https, also after redirects.
         path: the file to write; nothing is fetched if it is there and verified.
-        size_bytes: its size, where that is known.
-        md5: its checksum in hexadecimal, or "".
-        sha256: its checksum in hexadecimal, or "".
-        stall_s: see `STALL_S`.
-        attempts: see `ATTEMPTS`.
-        pause_s: wait before the second attempt; doubled before each one after it.
+        size_bytes, md5, sha256: its size, and its checksums in hexadecimal, where they are known.
         advice: what to do about a server that refuses, for messages.
         max_bytes: the most that a file of unknown size may have.
         progress: receives the megabytes, where others show it; None to show it here.
@@ -84,16 +83,20 @@ def fetch(
     """
     if connection is None and urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} is no http or https address")
-    if path.is_file() and _keep(path, _difference(path, size_bytes, md5, sha256)):
-        return
+    if path.is_file():
+        if (wrong := _difference(path, size_bytes, md5, sha256)) is None:
+            log.info("%s is there already, and verified", printable(path))
+            return
+        log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
+        path.unlink()
     part = path.with_name(f"{path.name}.part")
     check_writable(path.parent, "name another folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     title, total = f"download {url.rsplit('/', 1)[-1]}, MB", size_bytes and -(-size_bytes // _MB)
     limit = max_bytes if size_bytes is None else size_bytes
     with show_progress(title, total) if progress is None else nullcontext(progress) as shown:
-        connect = partial(connection or _fetch_once, url, part, limit, stall_s, shown, advice)
-        _fetch_all(url, part, size_bytes, attempts, pause_s, advice, connect)
+        connect = partial(connection or _fetch_once, url, part, limit, shown)
+        _fetch_all(url, part, size_bytes, limit, advice, connect)
     wrong = _difference(part, size_bytes, md5, sha256)
     if size_bytes is None and size_of(part) > max_bytes:
         wrong = f"has more than {max_bytes} bytes"
@@ -106,68 +109,48 @@ def fetch(
     part.replace(path)
 
 
-def _keep(path: Path, wrong: str | None) -> bool:
-    """Log that a file is there already, and remove it if something is wrong with it; returns if it stays."""
-    if wrong is None:
-        log.info("%s is there already, and verified", printable(path))
-        return True
-    log.warning("%s is there already and %s: fetching it again", printable(path), wrong)
-    path.unlink()
-    return False
-
-
 def _fetch_all(
-    url: str,
-    part: Path,
-    size_bytes: int | None,
-    attempts: int,
-    pause_s: float,
-    advice: str,
-    connect: Callable[[], None],
+    url: str, part: Path, size_bytes: int | None, limit: int, advice: str, connect: Callable[[], int | None]
 ) -> None:
     failed, best = 0, size_of(part)
     while size_bytes is None or size_of(part) < size_bytes:
         try:
-            connect()
-            if size_bytes is not None and (got := size_of(part)) < size_bytes:
-                raise BrokenOffError(f"the connection ended early, at {got} of {size_bytes} bytes")
+            claimed = connect()
+            for whole in filter(None, (claimed, size_bytes)):
+                if (got := size_of(part)) < min(whole, limit + 1):
+                    raise BrokenOffError(f"the connection ended early, at {got} of {whole} bytes")
             return
+        except RefusedError as error:
+            raise UserError(f"{error}; {advice}") from error
         except BrokenOffError as error:
             got = size_of(part)
             failed, best = (1, got) if got > best else (failed + 1, best)
-            if failed >= attempts:
+            if failed >= ATTEMPTS:
                 stays = f"what there is stays in {printable(part)}: run the same command to go on, or "
                 raise UserError(
                     f"{url} could not be fetched: {error}, {failed} times in a row; "
                     f"{stays if got else ''}{advice}"
                 ) from error
             log.warning("%s after %d bytes: trying again", error, got)
-            time.sleep(pause_s * 2 ** (failed - 1))
+            time.sleep(PAUSE_S * 2 ** (failed - 1))
 
 
-def _fetch_once(url: str, part: Path, limit: int, stall_s: float, progress: Progress, advice: str) -> None:
-    """Fetch over one connection, from the end of the part to the end of the file.
-
-    Raises:
-        BrokenOffError: it ended early.
-        UserError: the server refuses.
-    """
+def _fetch_once(url: str, part: Path, limit: int, progress: Progress) -> int | None:
+    """Fetch over one connection, from the end of the part to the end of the file; see `Connection`."""
     start = size_of(part)
     request = urllib.request.Request(url, headers={"User-Agent": "alexnet", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    opener = urllib.request.build_opener(_SameKindRedirects(advice))
+    opener = urllib.request.build_opener(_SameKindRedirects)
     try:
-        with opener.open(request, timeout=stall_s) as response:
+        with opener.open(request, timeout=STALL_S) as response:
             total = _total_bytes(response, start)
             if start and response.status != 206:
                 log.info("the server cannot resume: starting anew")
                 start = 0
             with part.open("ab" if start else "wb", buffering=0) as file:
                 copy_chunks(response.read1, file, limit - start, progress)
-            got = size_of(part)
-            if total is not None and got < min(total, limit + 1):
-                raise BrokenOffError(f"the connection ended early, at {got} of {total} bytes")
+            return total
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # the part is longer than the file: another version of it
@@ -175,14 +158,14 @@ def _fetch_once(url: str, part: Path, limit: int, stall_s: float, progress: Prog
                 raise BrokenOffError("the server has a shorter file than the part that was kept") from error
             if error.code in (408, 429) or error.code >= 500:
                 raise BrokenOffError(f"the server answered {error.code} {error.reason}") from error
-            raise UserError(f"{url}: the server answered {error.code} {error.reason}; {advice}") from error
+            raise RefusedError(f"{url}: the server answered {error.code} {error.reason}") from error
     except http.client.IncompleteRead as error:
         raise BrokenOffError("the connection ended early") from error
     except (http.client.HTTPException, OSError) as error:  # urllib wraps what fails before the answer
         reason = getattr(error, "reason", error)
         stalled = isinstance(reason, TimeoutError)
         raise BrokenOffError(
-            f"no byte for {stall_s:g} s" if stalled else f"no connection ({reason})"
+            f"no byte for {STALL_S:g} s" if stalled else f"no connection ({reason})"
         ) from error
 
 
@@ -191,10 +174,8 @@ def copy_chunks(read: Callable[[int], bytes], file: Any, limit: int, progress: P
     room = limit + 1
     while room > 0 and (chunk := read(min(CHUNK_BYTES, room))):
         before = file.tell()
-        try:
+        with raising(SaveError, f"{printable(file.name)} could not be written"):
             file.write(chunk)
-        except OSError as error:
-            raise SaveError(f"{printable(file.name)} could not be written: {error.strerror}") from error
         room -= len(chunk)
         progress.advance(file.tell() // _MB - before // _MB)
 
@@ -213,13 +194,10 @@ def _total_bytes(response: Any, start: int) -> int | None:
 class _SameKindRedirects(urllib.request.HTTPRedirectHandler):
     """Redirects only to http and https, and never from https back to http."""
 
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
-
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if new not in ("http", "https") or (old == "https" and new == "http"):
-            raise UserError(f"{req.full_url} redirects to {newurl}, which is not as safe; {self.advice}")
+            raise RefusedError(f"{req.full_url} redirects to {newurl}, which is not as safe")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -11,14 +11,14 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from data_pipeline.common.errors import ImageError, SaveError
+from data_pipeline.common.errors import ImageError, SaveError, raising
 from data_pipeline.common.files import write_atomic
-from data_pipeline.common.outputs import check_page
 from data_pipeline.common.text import printable, visible
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import decode_one
 from data_pipeline.inspect.stats import Info
+from data_pipeline.results.outputs import check_page
 from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import permutation_at
@@ -83,10 +83,8 @@ def write_grid(info: Info, dataset: Dataset, path: Path) -> None:
         parts += [_cell(dataset, place) for place in by_class[found.id][:per_class].tolist()]
         parts.append("</div></section>\n")
     parts.append("</main></body></html>\n")
-    try:
+    with raising(SaveError, f"{printable(path)} could not be written"):
         write_atomic(path, "".join(parts).encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise SaveError(f"{printable(path)} could not be written: {error.strerror or error}") from error
 
 
 def _title(info: Info, split: str, num_shown: int) -> str:

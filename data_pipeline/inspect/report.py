@@ -126,6 +126,8 @@ def recipe_lines(pixels: PixelStatistics) -> list[str]:
 
 
 def _split_rows(split: SplitInfo) -> dict[str, str]:
+    from rich.filesize import decimal
+
     most = split.per_class
     common = ", ".join(f"{w} x {h} ({n})" for w, h, n in split.common_sizes[:3])
     examined = f"{split.num_examined}{' (a sample)' if split.sampled else ''}"
@@ -134,7 +136,7 @@ def _split_rows(split: SplitInfo) -> dict[str, str]:
         "in quarantine": str(split.num_quarantined),
         "images of a class": f"{most.min} to {most.max}, mean {most.mean:.1f}",
         "classes without images": str(split.num_empty_classes),
-        "size": _size(split.size_bytes),
+        "size": decimal(split.size_bytes),
         "examined": examined,
         "unreadable": str(split.num_unreadable),
         "formats": ", ".join(f"{name} {count}" for name, count in split.formats.items()) or "none",
@@ -150,13 +152,6 @@ def _spread(spread: Spread | None) -> str:
     if spread.min == spread.max:
         return f"{spread.min}"
     return f"{spread.min} to {spread.max}, median {spread.median}, 90% in {spread.p5}..{spread.p95}"
-
-
-def _size(size_bytes: int) -> str:
-    for unit, divisor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size_bytes >= divisor:
-            return f"{size_bytes / divisor:.1f} {unit}"
-    return f"{size_bytes} bytes"
 
 
 def _extreme_classes(classes: tuple[ClassInfo, ...], split: str) -> str:

@@ -170,7 +170,7 @@ class _Found:
     pixels: PixelSums = field(default_factory=PixelSums)
     unreadable: dict[int, str] = field(default_factory=dict)
 
-    def add(self, data: bytes, *, decode: bool) -> None:
+    def add(self, _: int, data: bytes, *, decode: bool) -> None:
         size = read_header(data, MAX_PIXELS)
         if decode:
             self.pixels.add(np.asarray(decode_rgb(data)))

@@ -7,16 +7,16 @@ dataset is one that both read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import ImageError, SaveError, UserError
+from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import sha256_of
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.passed_over import PassedOver
@@ -31,8 +31,7 @@ from data_pipeline.datasets.exclude_list import (
     write_exclude_list,
 )
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.header import read_header
-from data_pipeline.decode.pillow import decode_rgb
+from data_pipeline.decode.pillow import decode_checked
 from data_pipeline.loading.scan import MAX_PIXELS, Chunk, make_chunks
 from data_pipeline.shards.shard_format import read_manifest
 
@@ -138,77 +137,55 @@ def verify(
     )
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Decode an image as training would.
+class _StoredShard(NamedTuple):
+    """A shard, relative to the data folder, and the hash with which it was written."""
 
-    Raises:
-        ImageError: the reason why training cannot use it.
-    """
-    height, width = read_header(data, max_pixels)
-    image = decode_rgb(data)
-    if (image.height, image.width) != (height, width):
-        raise ImageError(
-            f"its header and its pixels disagree about the size ({image.width} x {image.height})"
-        )
+    root: Path
+    name: str
+    sha256: str
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The result of one task: the bad images of a chunk by place in the split, or a hashed shard."""
+class _Found(NamedTuple):
+    """Of a chunk, its bad images, by place in the split; of a shard, its name if it is damaged."""
 
-    num_samples: int = 0
-    bad: dict[int, str] = field(default_factory=dict)
-    num_hashed: int = 0
+    num_samples: int
+    bad: dict[int, str]
     damaged: tuple[str, ...] = ()
 
 
-_Task = Callable[[], _Found]
+def _check(task: Chunk | _StoredShard) -> _Found:
+    if isinstance(task, Chunk):
+        return _Found(len(task.places), task.examine(lambda _, data: decode_checked(data, MAX_PIXELS)))
+    with suppress(OSError):
+        if sha256_of(task.root / task.name) == task.sha256:
+            return _Found(0, {})
+    return _Found(0, {}, (task.name,))
 
 
-def _run(task: _Task) -> _Found:
-    return task()
-
-
-def _check_chunk(chunk: Chunk) -> _Found:
-    return _Found(num_samples=len(chunk.places), bad=chunk.examine(check_image))
-
-
-def _check_shard(root: Path, name: str, sha256: str) -> _Found:
-    try:
-        damaged = sha256_of(root / name) != sha256
-    except OSError:
-        damaged = True
-    return _Found(num_hashed=1, damaged=(name,) if damaged else ())
-
-
-def _tasks(dataset: Dataset) -> Iterator[_Task]:
+def _tasks(dataset: Dataset, hashes: Mapping[str, str]) -> Iterator[Chunk | _StoredShard]:
     """All chunks of a split; each shard is hashed just before its images are read, while it is cached."""
     if (reader := dataset.reader) is None:
-        for chunk in make_chunks(dataset, np.arange(len(dataset), dtype=np.int64)):
-            yield partial(_check_chunk, chunk)
+        yield from make_chunks(dataset, np.arange(len(dataset), dtype=np.int64))
         return
-    manifest = read_manifest(dataset.root)
-    entries = [] if manifest is None else manifest.splits[dataset.split]
-    hashes = {entry.name: entry.sha256 for entry in entries}
     for number, name in enumerate(reader.shards):
         if (sha256 := hashes.get(Path(name).name)) is not None:
-            yield partial(_check_shard, dataset.root, name, sha256)
-        for chunk in make_chunks(dataset, np.flatnonzero(reader.shard_of == number)):
-            yield partial(_check_chunk, chunk)
+            yield _StoredShard(dataset.root, name, sha256)
+        yield from make_chunks(dataset, np.flatnonzero(reader.shard_of == number))
 
 
 def _verify_split(dataset: Dataset, workers: int) -> SplitReport:
     bad: dict[int, str] = {}
     damaged: list[str] = []
-    num_hashed = 0
+    manifest = None if dataset.reader is None else read_manifest(dataset.root)
+    entries = [] if manifest is None else manifest.splits[dataset.split]
+    hashes = {entry.name: entry.sha256 for entry in entries}
     with (
         show_progress(f"verify {dataset.split}", len(dataset)) as progress,
-        closing(map_ahead(_run, _tasks(dataset), workers)) as results,
+        closing(map_ahead(_check, _tasks(dataset, hashes), workers)) as results,
     ):
         for found in results:
             bad |= found.bad
             damaged += found.damaged
-            num_hashed += found.num_hashed
             progress.advance(found.num_samples, f"{len(bad)} cannot be decoded" if bad else "")
     for name in damaged:
         log.warning(
@@ -219,7 +196,7 @@ def _verify_split(dataset: Dataset, workers: int) -> SplitReport:
         split=dataset.split,
         num_samples=len(dataset),
         bad=tuple((dataset.name_at(place), bad[place]) for place in sorted(bad)),
-        num_shards_hashed=num_hashed,
+        num_shards_hashed=len(hashes),
         damaged_shards=tuple(damaged),
         passed_over=dataset.passed_over,
     )

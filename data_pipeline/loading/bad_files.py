@@ -30,8 +30,7 @@ class FaultLog:
     """
 
     def __init__(self) -> None:
-        self.reasons: dict[str, str] = {}
-        self._excluded: dict[os.PathLike[str], str] = {}
+        self._reasons: dict[os.PathLike[str], str] = {}
 
     def add(self, failure: Failure, path: os.PathLike[str]) -> None:
         """Record a failure, log it if it is the file's first, and exclude the file.
@@ -40,14 +39,13 @@ class FaultLog:
             failure: what was left out, and why.
             path: the file to exclude, by its path rather than its printed name, which two files may share.
         """
-        self._excluded.setdefault(path, failure.reason)
-        if failure.path not in self.reasons:
-            self.reasons[failure.path] = failure.reason
+        if path not in self._reasons:
+            self._reasons[path] = failure.reason
             log.warning("left out %s: %s", failure.path, failure.reason)
 
     def reason_for(self, path: os.PathLike[str]) -> str | None:
         """The reason why a file is excluded; None for a file that may be read."""
-        return self._excluded.get(path)
+        return self._reasons.get(path)
 
     def __len__(self) -> int:
-        return len(self.reasons)
+        return len(self._reasons)

@@ -17,16 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import ImageError, WorkerError
-from data_pipeline.common.workers import map_ahead
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.header import read_header
-from data_pipeline.decode.pillow import blank_images, decode_rgb
+from data_pipeline.decode.pillow import blank_images, decode_checked
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.pixel_store import PixelStore
-from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
-from data_pipeline.loading.scan import MANY, MAX_PIXELS, Chunk, make_chunks
+from data_pipeline.loading.scan import MAX_PIXELS, Chunk, scan_split
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.sampler import Int
 
@@ -86,13 +82,13 @@ class DecodedCache:
         Returns:
             As `Batch.images`, or `CachedCrops` where the pixels lie on a device.
         """
-        for place in np.flatnonzero(~self.valid[indices]).tolist():
+        for place in self.failures(indices):
             crops.set_blank(place)
         if self.store is None:
             return CachedCrops(self.pixels, indices, crops)
         assert resizer is not None
         images = blank_images(crops)
-        resizer.crop_batch(images, self.pixels, indices, crops, 0, len(indices))
+        resizer.crop_batch(images, self.pixels, indices, crops)
         return images
 
     def failures(self, indices: Int) -> dict[int, str]:
@@ -152,22 +148,15 @@ def fill_cache(
     Raises:
         WorkerError: a worker was killed.
     """
-    many = len(dataset) >= MANY
-    lean = replace(dataset, classes=(), labels_text=(), table=None)
-    places = np.arange(len(dataset), dtype=np.int64)
-    chunks = make_chunks(lean, places, max(1, min(_CHUNK, _CHUNK_BYTES // store.pixels[0].nbytes)))
+    size = max(1, min(_CHUNK, _CHUNK_BYTES // store.pixels[0].nbytes))
     decode = partial(_decode_chunk, store.pixels.shape[1:3], max_pixels)
+    places = np.arange(len(dataset), dtype=np.int64)
     try:
-        with (
-            show_progress(f"decode images of {dataset.split}", len(dataset), shown=many) as progress,
-            closing(map_ahead(decode, chunks, workers if many else 1)) as results,
-        ):
+        with closing(scan_split(decode, dataset, places, size, workers, "decode images of")) as results:
             for part, pixels, failures in results:
-                store.pixels[part] = pixels
-                store.valid[part] = True
-                for place, reason in failures.items():
-                    store.mark_bad(place, reason)
-                progress.advance(len(part))
+                store.pixels[part], store.valid[part] = pixels, True
+                store.valid[list(failures)] = False
+                store.reasons |= failures
     except WorkerError as error:
         message = (
             f"a process that decodes the images of {dataset.split} was killed, for lack of memory perhaps: "
@@ -198,18 +187,13 @@ def await_cache(dataset: Dataset, store: PixelStore) -> DecodedCache:
 def _decode_chunk(size: tuple[int, int], max_pixels: int, chunk: Chunk) -> tuple[Int, Pixels, dict[int, str]]:
     """Decode some images: their places, (n, H, W, 3) pixels, and the reason of each that failed."""
     pixels: Pixels = np.zeros((len(chunk.places), *size, 3), np.uint8)
-    failures = {}
-    for i, place in enumerate(chunk.places.tolist()):
-        try:
-            data = chunk.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels)
-            height, width = read_header(data, max_pixels)  # it may have changed since it was looked at
-            if (height, width) != size:
-                raise ImageError(f"{width} x {height} pixels, where all others have {size[1]} x {size[0]}")
-            image = np.asarray(decode_rgb(data))
-            if image.shape[:2] != size:
-                height, width = image.shape[:2]
-                raise ImageError(f"its header and its pixels disagree about the size ({width} x {height})")
-            pixels[i] = image
-        except ImageError as error:
-            failures[place] = str(error)
-    return chunk.places, pixels, failures
+
+    def decode(i: int, data: bytes) -> None:
+        image = decode_checked(data, max_pixels)
+        if (image.height, image.width) != size:  # it may have changed since it was looked at
+            raise ImageError(
+                f"{image.width} x {image.height} pixels, where all others have {size[1]} x {size[0]}"
+            )
+        pixels[i] = np.asarray(image)
+
+    return chunk.places, pixels, chunk.examine(decode, max_pixels)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,16 @@ import numpy.typing as npt
 from data_pipeline.common.errors import ImageError
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.decode.feed import Bytes, Feed, FilePaths
+from data_pipeline.decode.feed import (
+    MAX_MEMORY_PATH,
+    Bytes,
+    Feed,
+    FilePaths,
+    MemoryFile,
+    black_pixel,
+    cut_as_bmp,
+)
 from data_pipeline.decode.look import is_for_pillow
-from data_pipeline.decode.stand_in import MAX_MEMORY_PATH, MemoryFile, black_pixel, cut_as_bmp
 from data_pipeline.loading.readers import EncodedImage, Reader, Samples
 from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.sampler import Int
@@ -31,12 +38,8 @@ from data_pipeline.transforms.sampler import Int
 log = logging.getLogger("data_pipeline")
 
 _NOTHING = np.empty(0, np.uint8)
-
-
-class CropFn(Protocol):
-    """The crops for the upright sizes, (N, 2), of a batch's N images."""
-
-    def __call__(self, heights_widths: Int, /) -> CropParams: ...
+CropFn = Callable[[Int], CropParams]
+"""The crops for the upright sizes, (N, 2), of a batch's N images."""
 
 
 class Made(NamedTuple):
@@ -63,10 +66,6 @@ class FeedMaker:
         self._reader = reader
         self._num_cut, self._lock = 0, threading.Lock()
 
-    def knows(self, samples: Samples, indices: Int) -> bool:
-        """Whether the table has all that is needed, so that `make` reads no file."""
-        return samples.table is not None and bool(samples.table.direct[indices].all())
-
     def make(self, samples: Samples, indices: Int, crop_fn: CropFn, max_batch_bytes: int | None) -> Made:
         """Make the feed of a batch.
 
@@ -78,19 +77,13 @@ class FeedMaker:
         """
         files, sizes, direct = _known(samples, indices, self._reader.max_pixels)
         unknown = np.flatnonzero(~direct)
-        read = self._read(samples, indices, unknown)
-        for place, image in read.items():
-            sizes[place] = image.height_width
+        read = self._read(samples, indices, unknown, sizes)
         crops = crop_fn(sizes)
         cut = {p for p in read if samples.table is not None or is_for_pillow(read[p].data or b"")}
         large = self.too_large(sizes, cut, max_batch_bytes)
-        if more := self._read(samples, indices, [place for place in large if place not in read]):
+        if more := self._read(samples, indices, [place for place in large if place not in read], sizes):
             read |= more
-            for place, image in more.items():  # it may have changed since the table was made
-                sizes[place] = image.height_width
             crops = crop_fn(sizes)
-        if not read:
-            return Made(Feed(files, sizes, crops), {})
         made = self._replace(files, sizes, crops, read, cut | set(large))
         return made._replace(by_pillow=not cut <= set(made.failures))
 
@@ -133,11 +126,16 @@ class FeedMaker:
         except ImageError as error:
             return EncodedImage(None, reason=str(error))
 
-    def _read(self, samples: Samples, indices: Int, places: Iterable[int]) -> dict[int, EncodedImage]:
+    def _read(
+        self, samples: Samples, indices: Int, places: Iterable[int], sizes: Int
+    ) -> dict[int, EncodedImage]:
+        """Read the images at some places, and note their sizes, which may be others than the table's."""
         wanted = [int(place) for place in places]
         if not wanted:
             return {}
-        return dict(zip(wanted, self._reader.fetch(samples, indices[wanted].tolist()), strict=True))
+        read = dict(zip(wanted, self._reader.fetch(samples, indices[wanted].tolist()), strict=True))
+        sizes[wanted] = [image.height_width for image in read.values()]
+        return read
 
     def _replace(
         self,

@@ -121,17 +121,6 @@ class PixelStore:
             os.close(descriptor)
             raise
 
-    def mark_bad(self, index: int, reason: str) -> None:
-        """Note that a sample cannot be decoded; its pixels become zeros.
-
-        Args:
-            index: which of the N.
-            reason: one line.
-        """
-        self.pixels[index] = 0
-        self.valid[index] = False
-        self.reasons[index] = reason
-
     def complete(self) -> None:
         """Tell the other processes that all is written."""
         self._end(_COMPLETE, msgspec.json.encode(self.reasons))

@@ -14,11 +14,11 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 
 from data_pipeline.decode.backend import FeedBackend, ImageBackend
-from data_pipeline.decode.feed import Feed
 from data_pipeline.decode.resize import Resizer
 from data_pipeline.loading.bad_files import FaultLog
 from data_pipeline.loading.batches import Batch, BatchRequest, make_batch
@@ -144,28 +144,26 @@ class _Decoder:
         self._feeds = FeedMaker(reader)
 
     def decode(self, request: BatchRequest) -> Batch:
-        for cache in self._caches:
-            if cache.dataset is request.samples:
-                return self._from_cache(request, cache)
+        for decoded in self._caches:
+            if decoded.dataset is request.samples:
+                return self._from_cache(request, decoded)
         if (fast := self._fast) is None:
             return self._slowly(request)
-        made: list[Made] = []
 
-        def plan() -> Feed:
+        @cache
+        def make() -> Made:
             bound = fast.max_batch_bytes
-            made.append(self._feeds.make(request.samples, request.indices, request.crop_fn, bound))
-            return made[0].feed
+            return self._feeds.make(request.samples, request.indices, request.crop_fn, bound)
 
-        if not self._feeds.knows(request.samples, request.indices):
-            feed = plan()  # here, since it waits for files
-            images = fast.decode_fast(lambda: feed)
-        else:
-            images = fast.decode_fast(plan)
+        table = request.samples.table
+        if table is None or not table.direct[request.indices].all():
+            make()  # here, since it waits for files
+        images = fast.decode_fast(lambda: make().feed)
         if images is None:
             return self._slowly(request)
-        if made[0].by_pillow:
+        if make().by_pillow:
             fast.log_pillow()
-        return make_batch(request, images, made[0].failures)
+        return make_batch(request, images, make().failures)
 
     def close(self) -> None:
         self._feeds.close()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from data_pipeline.decode.look import look_at
 from data_pipeline.loading.readers import MAX_BYTES_PER_PIXEL
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int
+
+Result = TypeVar("Result", bound=tuple[Any, ...])
 
 CHUNK = 64
 """Images that a worker takes at once."""
@@ -45,8 +48,8 @@ class Chunk:
     places: Int
     samples: Dataset
 
-    def examine(self, look: Callable[[bytes], object]) -> dict[int, str]:
-        """Call a function with each encoded image; either may fail with an `ImageError`.
+    def examine(self, look: Callable[[int, bytes], object], max_pixels: int = MAX_PIXELS) -> dict[int, str]:
+        """Call a function with the number and the bytes of each image; either may fail with an `ImageError`.
 
         Returns:
             The reason of each failure, by the sample's place in the split.
@@ -54,7 +57,7 @@ class Chunk:
         failures = {}
         for i, place in enumerate(self.places.tolist()):
             try:
-                look(self.samples.read(i, MAX_BYTES_PER_PIXEL * MAX_PIXELS))
+                look(i, self.samples.read(i, MAX_BYTES_PER_PIXEL * max_pixels))
             except ImageError as error:
                 failures[place] = str(error)
         return failures
@@ -74,6 +77,32 @@ def make_chunks(dataset: Dataset, places: Int, size: int | None = None) -> Itera
     for first in range(0, len(places), size):
         chunk = places[first : first + size]
         yield Chunk(chunk, dataset.take(chunk))
+
+
+def scan_split(
+    function: Callable[[Chunk], Result], dataset: Dataset, places: Int, size: int, workers: int, title: str
+) -> Generator[Result, None, None]:
+    """A function of each chunk of the samples at some places; if they are many, in processes, with progress.
+
+    Args:
+        function: gives the places of the chunk, and more.
+        dataset: the split.
+        places: (N) which of its samples.
+        size: samples of a chunk.
+        workers: processes, >= 1.
+        title: of the progress.
+    Raises:
+        WorkerError: a worker was killed.
+    """
+    many = len(places) >= MANY
+    lean = replace(dataset, classes=(), labels_text=(), table=None)  # no worker needs them with each chunk
+    with (
+        show_progress(f"{title} {dataset.split}", len(places), shown=many) as progress,
+        closing(map_ahead(function, make_chunks(lean, places, size), workers if many else 1)) as results,
+    ):
+        for result in results:
+            yield result
+            progress.advance(len(result[0]))
 
 
 def with_table(dataset: Dataset, workers: int, min_cached: int = MIN_CACHED) -> Dataset:
@@ -127,17 +156,10 @@ def look_at_all(dataset: Dataset, workers: int, known: tuple[SampleTable, Int] |
         wanted, kept = np.flatnonzero(rows < 0), np.flatnonzero(rows >= 0)
         places.append(kept)
         tables.append(table.take(rows[kept]))
-    many = len(wanted) >= MANY
-    lean = replace(dataset, classes=(), labels_text=())  # a worker does not need their names with each chunk
-    chunks = make_chunks(lean, wanted, _LOOK_CHUNK)
-    with (
-        show_progress(f"look at images of {dataset.split}", len(wanted), shown=many) as progress,
-        closing(map_ahead(_look_at_chunk, chunks, workers if many else 1)) as results,
-    ):
-        for part, table in results:
-            places.append(part)
-            tables.append(table)
-            progress.advance(len(part))
+    title = "look at images of"
+    for part, table in scan_split(_look_at_chunk, dataset, wanted, _LOOK_CHUNK, workers, title):
+        places.append(part)
+        tables.append(table)
     return SampleTable.join(tables).take(np.argsort(np.concatenate(places)))
 
 
@@ -150,15 +172,7 @@ def _look_at_chunk(chunk: Chunk) -> tuple[Int, SampleTable]:
             data = b""
         lengths.append(len(data))
         looks.append(look_at(data))
-    kinds, heights, widths, orientations, direct = np.array(looks, dtype=np.int64).T
-    return chunk.places, SampleTable.from_columns(
-        lengths=lengths,
-        heights=heights,
-        widths=widths,
-        kinds=kinds,
-        orientations=orientations,
-        direct=direct,
-    )
+    return chunk.places, SampleTable.from_columns(lengths, *np.array(looks, dtype=np.int64).T)
 
 
 def _places_of(names: Iterable[str], among: Iterable[str]) -> Int | None:

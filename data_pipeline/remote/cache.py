@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import place_in_cache, write_atomic
+from data_pipeline.common.files import write_atomic
 from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
@@ -28,23 +28,13 @@ _SIZE, _REMOVING = "size_bytes", ".removing-"
 _held: dict[Path, int] = {}  # descriptors of the locks that this process keeps
 
 
-def cache_root() -> Path:
-    """The folder of the cache.
-
-    Raises:
-        UserError: this user has no place for one.
-    """
-    return place_in_cache("shards", "shards")
-
-
 def hold(root: Path, id: str) -> None:
     """Keep a set of shards from being removed until this process ends."""
     path = _lock_path(root, f"{id}.use")
-    if path in _held:
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    _lock(descriptor, fcntl.LOCK_SH, path)
-    _held[path] = descriptor
+    if path not in _held:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        _lock(descriptor, fcntl.LOCK_SH, path)
+        _held[path] = descriptor
 
 
 @contextmanager
@@ -57,15 +47,12 @@ def alone(root: Path, name: str, waiting: str = "") -> Iterator[None]:
         waiting: a line for the log where another process is there already.
     """
     path = _lock_path(root, name)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        if not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
+    with path.open("ab") as file:
+        if not _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, path):
             if waiting:
                 log.info("%s", waiting)
-            _lock(descriptor, fcntl.LOCK_EX, path)
+            _lock(file.fileno(), fcntl.LOCK_EX, path)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def reserve(root: Path, id: str, needed_bytes: int, missing_bytes: int, limit_bytes: int, what: str) -> None:
@@ -109,15 +96,12 @@ def _make_room(root: Path, id: str, room_bytes: int, size: str) -> None:
         if sum(others.values()) <= room_bytes:
             return
         path = _lock_path(root, f"{folder.name}.use")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path):  # nobody uses it
+        with path.open("ab") as file:
+            if _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, path):  # nobody uses it
                 log.info("%s makes room in the cache of shards", printable(folder))
                 gone = folder.rename(root / f"{_REMOVING}{folder.name}")
                 shutil.rmtree(gone, ignore_errors=True)
                 del others[folder]
-        finally:
-            os.close(descriptor)
     if sum(others.values()) > room_bytes:
         raise UserError(
             f"{size}, and running processes use {sum(others.values()) / 1e9:.3g} GB of the cache of shards "

@@ -7,14 +7,14 @@ from typing import Any
 
 from data_pipeline.common.console import Progress
 from data_pipeline.common.errors import SaveError, UserError
-from data_pipeline.download.fetch import CHUNK_BYTES, BrokenOffError, Connection, copy_chunks, fetch, size_of
+from data_pipeline.download.fetch import BrokenOffError, RefusedError, copy_chunks, fetch, size_of
 from data_pipeline.remote.address import is_http
 
 ADVICE = "look whether it is the address of shards that `alexnet data shard` wrote, and may be read from here"
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 """What fsspec needs for each kind of address."""
 _PROTOCOLS = {"s3": "s3", "gs": "gcs"}
-_READ_BYTES = 32 * CHUNK_BYTES
+_READ_BYTES = 1 << 23
 
 
 def fetch_object(
@@ -37,10 +37,9 @@ def fetch_object(
     Raises:
         UserError, CorruptFileError, SaveError: as `data_pipeline.download.fetch.fetch`.
     """
-    connection: Connection | None = None if is_http(url) else _read_object
     fetch(
         url, path, size_bytes=size_bytes, sha256=sha256, max_bytes=max_bytes, progress=progress,
-        advice=ADVICE, connection=connection,
+        advice=ADVICE, connection=None if is_http(url) else _read_object,
     )  # fmt: skip
 
 
@@ -95,39 +94,23 @@ def read_small_object(url: str, max_bytes: int) -> bytes | None:
         raise UserError(f"{url} cannot be read: {_words(error)}") from error
 
 
-def _read_object(url: str, part: Path, limit: int, stall_s: float, progress: Progress, advice: str) -> None:
-    """Fetch through fsspec, range after range, from the end of the part. It has time limits of its own.
-
-    Raises:
-        BrokenOffError: it ended early.
-        UserError: there is no such file, or it may not be read.
-    """
+def _read_object(url: str, part: Path, limit: int, progress: Progress) -> int:
+    """Fetch through fsspec, from the end of the part; see `Connection`. It has time limits of its own."""
     files, name = open_filesystem(url)
-    position, held = size_of(part), memoryview(b"")
+    position = size_of(part)
     try:
         total = int(files.info(name)["size"])
         if position > total:
             part.unlink()
             raise BrokenOffError("what is there is shorter than the part that was kept")
-
-        def read(count: int) -> bytes:
-            nonlocal position, held
-            if not held and position < total:
-                held = memoryview(
-                    files.cat_file(name, start=position, end=min(position + _READ_BYTES, total))
-                )
-                position += len(held)
-            piece, held = held[:count], held[count:]
-            return bytes(piece)
-
-        with part.open("ab", buffering=0) as file:
-            copy_chunks(read, file, limit - position, progress)
-        if size_of(part) < min(total, limit + 1):
-            raise BrokenOffError(f"it ended early, at {size_of(part)} of {total} bytes")
+        with files.open(name, block_size=_READ_BYTES) as source, part.open("ab", buffering=0) as file:
+            source.seek(position)
+            copy_chunks(source.read, file, limit - position, progress)
+        return total
     except (BrokenOffError, UserError, SaveError):
         raise
     except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{url} is not there, or may not be read ({_words(error)}); {advice}") from error
+        raise RefusedError(f"{url} is not there, or may not be read ({_words(error)})") from error
     except Exception as error:  # each of fsspec's file systems has errors of its own
         raise BrokenOffError(f"it cannot be read ({_words(error)})") from error
 

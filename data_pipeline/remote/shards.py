@@ -16,12 +16,12 @@ from pathlib import Path
 
 from data_pipeline.common.console import Progress, show_progress
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import check_writable, write_atomic
+from data_pipeline.common.files import check_writable, place_in_cache, write_atomic
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.splits import SPLITS
 from data_pipeline.download.fetch import size_of
 from data_pipeline.remote.address import name_of, remote_url
-from data_pipeline.remote.cache import DEFAULT_GB, alone, cache_root, hold, reserve
+from data_pipeline.remote.cache import DEFAULT_GB, alone, hold, reserve
 from data_pipeline.remote.objects import fetch_object
 from data_pipeline.shards.shard_format import (
     MANIFEST,
@@ -78,7 +78,7 @@ def local_root(
     """
     if (url := remote_url(root)) is None:
         return Path(root)
-    cache = cache_root()
+    cache = place_in_cache("shards", "shards")
     check_writable(cache, "set XDG_CACHE_HOME to a folder for shards")
     cache.mkdir(parents=True, exist_ok=True)
     manifest, text = _fetch_manifest(url, cache)

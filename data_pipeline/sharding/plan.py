@@ -52,10 +52,8 @@ def content_of(dataset: Dataset, number: int, resize_px: int | None, quality: in
             return b"", extension or "jpg", resize_px is not None
         raise UserError(f"{printable(path)} {error}: restore it, or remove it") from error
     if not extension:
-        kind = kind_of(data)
-        extension = _OF_KIND.get(
-            kind, kind.name.lower() if kind else "jpg"
-        )  # damaged since it was listed: any
+        kind = kind_of(data)  # of a file that was damaged since it was listed, any
+        extension = _OF_KIND.get(kind, kind.name.lower())
     if resize_px is None:
         return data, extension, False
     smaller = resized(data, resize_px, quality)

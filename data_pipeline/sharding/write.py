@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.common.console import show_progress
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.files import check_writable, fsync_path, sha256_of, write_atomic
-from data_pipeline.common.outputs import is_same_place
 from data_pipeline.common.passed_over import log_passed_over
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, splits_of
-from data_pipeline.decode.look import Look, look_at
+from data_pipeline.decode.look import look_at
+from data_pipeline.results.outputs import is_same_place
 from data_pipeline.sharding.plan import (
     Int,
     check_folder,
@@ -36,10 +36,10 @@ from data_pipeline.shards.shard_format import (
     FORMAT,
     MANIFEST,
     ShardEntry,
-    ShardIndex,
     ShardManifest,
     encode_index,
     index_path,
+    make_index,
     read_index,
 )
 
@@ -144,13 +144,10 @@ def write_shards(
         for dataset, own in zip(datasets, sizes, strict=True)
         for number, samples in enumerate(deal_samples(np.ceil(own * scale).astype(np.int64), shard_bytes))
     ]
-    try:
+    with raising(SaveError, f"the shards in {printable(out)} could not be written"):
         check_folder(out, splits, {shard.path: int(shard.samples[0]) for shard in plan}, settings.plan)
         written = _write_all(plan, settings, workers)
         _write_manifest(out, datasets, plan, written, settings)
-    except OSError as error:
-        reason = error.strerror or error
-        raise SaveError(f"the shards in {printable(out)} could not be written: {reason}") from error
     return ShardReport(
         num_samples=sum(len(dataset) for dataset in datasets),
         num_shards=len(plan),
@@ -200,48 +197,28 @@ def _write_shard(shard: _Shard, settings: _Settings) -> _Written:
     """Write one shard and then its index, each whole or absent; a shard with an index is finished."""
     if (finished := _finished(shard, settings.plan)) is not None:
         return _Written(finished, reused=True)
-    dataset, path, numbers = shard.dataset, shard.path, shard.samples.tolist()
+    dataset, path = shard.dataset, shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
     # a file for each process: two that write the same shards do not mix them up
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    members: list[str] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    looks: list[Look] = []
+    rows: list[tuple[int | str, ...]] = []
     num_unchanged = 0
     with temporary.open("wb") as file:
-        for number in numbers:
+        for number in shard.samples.tolist():
             data, extension, unchanged = content_of(dataset, number, settings.resize_px, settings.quality)
             num_unchanged += unchanged
-            members.append(f"{number:08d}.{extension}")
-            offsets.append(file.tell() + BLOCK)
-            sizes.append(len(data))
-            looks.append(look_at(data))
-            file.write(member_bytes(members[-1], data))
-            file.write(member_bytes(f"{number:08d}.cls", str(int(dataset.labels[number])).encode()))
+            member, label = f"{number:08d}.{extension}", int(dataset.labels[number])
+            place = (member, file.tell() + BLOCK, len(data))
+            rows.append((number, dataset.paths[number], *place, label, *map(int, look_at(data))))
+            file.write(member_bytes(member, data))
+            file.write(member_bytes(f"{number:08d}.cls", str(label).encode()))
         file.write(bytes(2 * BLOCK))
         size_bytes = file.tell()
     fsync_path(temporary)
-    index = ShardIndex(
-        format=FORMAT,
-        plan=settings.plan,
-        size_bytes=size_bytes,
-        sha256=sha256_of(temporary),
-        numbers=numbers,
-        names=[dataset.paths[number] for number in numbers],
-        members=members,
-        offsets=offsets,
-        sizes=sizes,
-        labels=dataset.labels[shard.samples].tolist(),
-        heights=[look.height for look in looks],
-        widths=[look.width for look in looks],
-        kinds=[int(look.kind) for look in looks],
-        orientations=[look.orientation for look in looks],
-        direct=[int(look.direct) for look in looks],
-    )
+    index = make_index(rows, size_bytes=size_bytes, plan=settings.plan, sha256=sha256_of(temporary))
     temporary.replace(path)
     write_atomic(index_path(path), encode_index(index))
-    return _Written(ShardEntry(path.name, len(numbers), size_bytes, index.sha256), num_unchanged)
+    return _Written(ShardEntry(path.name, len(rows), size_bytes, index.sha256), num_unchanged)
 
 
 def _finished(shard: _Shard, plan: str) -> ShardEntry | None:

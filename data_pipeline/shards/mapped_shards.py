@@ -1,4 +1,4 @@
-"""Tar shards mapped into memory, for readers that copy nothing."""
+"""Tar shards: mapped into memory, for readers that copy nothing, or read in pieces through few open files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from data_pipeline.common.text import printable
 
 log = logging.getLogger("data_pipeline")
 
+MAX_OPEN = 64
 _ADVISED_CALLS = 64
 Bytes = npt.NDArray[np.uint8]
 Int = npt.NDArray[np.int64]
@@ -27,10 +28,11 @@ Int = npt.NDArray[np.int64]
 _FAILED = ctypes.c_void_p(-1).value
 
 
-class MappedShards:
-    """Maps each shard when it is first needed, and holds no open file. Any thread may use it.
+class ShardFiles:
+    """The shards of a split, each opened or mapped when it is first needed. Any thread may use it.
 
-    A shard that cannot be mapped, or whose file has another size than it had then, is not used again, and one
+    At most `MAX_OPEN` files are open that are not being read; a mapping needs none. A shard that cannot be
+    mapped, or whose file has another size than it had then, is not used again, and one
     log line says so: to touch what lay behind the new end would kill the process.
 
     Attributes:
@@ -43,11 +45,17 @@ class MappedShards:
         self._mapped: dict[int, Bytes | None] = {}
         self._modified_ns: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._open = lru_cache(maxsize=MAX_OPEN)(_OpenFile)
         self._advised_calls, self._waits = _ADVISED_CALLS, 0
 
-    def __reduce__(self) -> tuple[type[MappedShards], tuple[tuple[Path, ...]]]:
-        """Another process maps the shards for itself."""
-        return MappedShards, (self._shards,)
+    def __reduce__(self) -> tuple[type[ShardFiles], tuple[tuple[Path, ...]]]:
+        """Another process opens and maps the shards for itself."""
+        return ShardFiles, (self._shards,)
+
+    def read(self, shard: int, size: int, offset: int) -> bytes:
+        """Read a piece of a shard. Reads do not move a common position."""
+        file = self._open(self._shards[shard])  # kept by this name: another thread may evict it meanwhile
+        return os.pread(file.descriptor, size, offset)
 
     def bytes_of(self, shard: int) -> Bytes | None:
         """All bytes of a shard, read-only, if its file has them now; None if they cannot be used."""
@@ -105,6 +113,14 @@ class MappedShards:
     def _give_up(self, shard: int, reason: str) -> None:
         self._mapped[shard] = None
         log.info("shard %s %s: its images are read one by one", printable(self._shards[shard]), reason)
+
+
+class _OpenFile:
+    """An open file, closed when nobody refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class _Mapping:

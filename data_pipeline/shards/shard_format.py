@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError, raising
 from data_pipeline.common.files import IMAGE_SUFFIXES, read_head
 from data_pipeline.common.image_kind import HEAD_BYTES, is_image_head
 from data_pipeline.common.text import printable
@@ -95,6 +95,27 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
     direct: list[int]
 
 
+_COLUMNS = (
+    "numbers", "names", "members", "offsets", "sizes", "labels", "kinds", "heights", "widths", "orientations",
+    "direct",
+)  # fmt: skip
+"""Of an index: of the shard, and from the kinds on, of a look at each image."""
+
+
+def make_index(
+    rows: Iterable[tuple[int | str, ...]], *, size_bytes: int, plan: str = "", sha256: str = ""
+) -> ShardIndex:
+    """Make the index of a shard; see `ShardIndex`.
+
+    Args:
+        rows: for each sample a value of each column; without those of a look where nobody has looked yet.
+        size_bytes, plan, sha256: as in the index.
+    """
+    columns = dict.fromkeys(_COLUMNS, ()) | dict(zip(_COLUMNS, zip(*rows, strict=True), strict=False))
+    lists: dict[str, Any] = {name: list(column) for name, column in columns.items()}
+    return ShardIndex(format=FORMAT, plan=plan, size_bytes=size_bytes, sha256=sha256, **lists)
+
+
 def shard_files(folder: Path, name: str = "*") -> list[Path]:
     """The tar files in a folder, in byte order.
 
@@ -104,19 +125,6 @@ def shard_files(folder: Path, name: str = "*") -> list[Path]:
     """
     found = folder.glob(f"{name}.tar") if folder.is_dir() else ()
     return sorted((path for path in found if not path.name.startswith(".")), key=os.fsencode)
-
-
-def refuse_compressed(folder: Path, name: str = "*") -> None:
-    """Refuse a folder with compressed tar files, whose samples could not be read at any place.
-
-    Args: as `shard_files`.
-    Raises:
-        UserError: naming the first, and what to do.
-    """
-    found = [path for suffix in COMPRESSED_SUFFIXES for path in folder.glob(f"{name}{suffix}")]
-    if found:
-        others = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise UserError(f"compressed: {printable(min(found, key=os.fsencode))}{others}: {UNPACK}")
 
 
 def read_manifest(root: Path) -> ShardManifest | None:
@@ -152,10 +160,8 @@ def read_index(shard: Path, plan: str) -> ShardIndex:
     """
     path = index_path(shard)
     index = load_index(path)
-    try:
+    with raising(CorruptFileError, f"cannot read shard {printable(shard)}"):
         size_bytes = shard.stat().st_size
-    except OSError as error:
-        raise CorruptFileError(f"cannot read shard {printable(shard)}: {error.strerror}") from error
     if index.format != FORMAT or index.plan != plan:
         raise CorruptFileError(f"{printable(path)} is of another set of shards: write the shards again")
     if index.size_bytes != size_bytes:
@@ -177,21 +183,12 @@ def encode_index(value: ShardManifest | ShardIndex | dict[str, Any]) -> bytes:
 
 def _load(path: Path, kind: type[T]) -> T:
     """Read a JSON file. By Python's parser, since names that are not UTF-8 are lone surrogates in JSON."""
-    try:
+    with raising(CorruptFileError, f"cannot read {printable(path)}"):
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CorruptFileError(f"{printable(path)} is too large to be an index")
         text = path.read_bytes()
+    try:
         content = json.loads(text)
-        if (
-            kind is ShardIndex
-            and isinstance(content, dict)
-            and "offsets" in content
-            and "heights" not in content
-        ):
-            raise CorruptFileError(
-                f"{printable(path)} is of an earlier version, which did not keep the sizes of images: "
-                "write the shards again"
-            )
         found = msgspec.convert(content, type=kind)
         sealed, _, seal = text.rpartition(_SEAL)
         ours = content.get("format") == FORMAT  # another format is refused as such
@@ -200,8 +197,6 @@ def _load(path: Path, kind: type[T]) -> T:
                 f"{printable(path)} is not what was written, by its own hash: write the shards again"
             )
         return found
-    except OSError as error:
-        raise CorruptFileError(f"cannot read {printable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise CorruptFileError(f"{printable(path)} is damaged: {error}; write the shards again") from error
 

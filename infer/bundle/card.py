@@ -13,7 +13,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from data_pipeline.common.card import (
+from data_pipeline.common.errors import CorruptFileError
+from data_pipeline.common.files import read_small
+from data_pipeline.common.text import visible
+from data_pipeline.results.card import (
     CARD_NAME,
     WEIGHTS_NAME,
     code,
@@ -21,9 +24,6 @@ from data_pipeline.common.card import (
     licence_section,
     named_accuracies,
 )
-from data_pipeline.common.errors import CorruptFileError
-from data_pipeline.common.files import read_small
-from data_pipeline.common.text import visible
 from data_pipeline.transforms.preprocessing import describe_preprocessing
 from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
 from infer.bundle.manifest import Manifest

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import sha256_of
+from data_pipeline.results.card import CARD_NAME, WEIGHTS_NAME
 from infer.bundle.manifest import Manifest, read_manifest
 from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
 

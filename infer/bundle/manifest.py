@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.sealed import SEAL, take_seal
+from data_pipeline.results.sealed import SEAL, take_seal
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.gate_report import GateReport, Rebuild
 from infer.bundle.schema import (

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of, writing_to
-from data_pipeline.common.sealed import encode_sealed
+from data_pipeline.results.card import CARD_NAME, WEIGHTS_NAME
+from data_pipeline.results.sealed import encode_sealed
 from infer.bundle.load import FILE_NAMES, Bundle, file_problem, load_bundle, names_beside
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import MANIFEST_NAME, FileEntry

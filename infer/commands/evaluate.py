@@ -34,7 +34,7 @@ def evaluate(
     """
     import msgspec
 
-    from data_pipeline.common.class_report import check_csv_folder, describe_report, write_csv
+    from data_pipeline.results.class_report import check_csv_folder, describe_report, write_csv
     from infer.bundle.load import is_bundle
 
     if csv is not None:

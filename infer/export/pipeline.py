@@ -13,12 +13,12 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from data_pipeline.common.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import installed_version
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import Loader
+from data_pipeline.results.card import CARD_NAME, WEIGHTS_NAME
 from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.card import bundle_card
 from infer.bundle.load import Bundle

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from data_pipeline.common.card import CARD_NAME
 from data_pipeline.common.errors import CorruptFileError, GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.remote.shards import local_root
+from data_pipeline.results.card import CARD_NAME
 from infer.bundle.card import renew_card
 from infer.bundle.describe import rebuild_lines
 from infer.bundle.gate_report import LIMITS, Rebuild

@@ -10,8 +10,8 @@ import msgspec
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import read_head
-from data_pipeline.common.outputs import check_output, is_same_place
 from data_pipeline.common.text import printable
+from data_pipeline.results.outputs import check_output, is_same_place
 from infer.predict.feature_files import feature_files, is_features
 from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import Inputs

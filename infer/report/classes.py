@@ -5,7 +5,7 @@ Shapes: C classes.
 
 from __future__ import annotations
 
-from data_pipeline.common.class_report import Averages, ClassReport, ClassRow
+from data_pipeline.results.class_report import Averages, ClassReport, ClassRow
 from infer.report.heat_map import MAX_LABELLED, MAX_NUMBERED, draw_heat_map, similar_first
 from infer.report.page import BLUE, bar_row, figure, note, percent, table
 from infer.report.source import Source, short_labels

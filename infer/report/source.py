@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from data_pipeline.common.class_report import (
+from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.text import printable
+from data_pipeline.results.class_report import (
     CSV_HEADS,
     ClassCounts,
     ClassReport,
     Mistake,
     make_class_report,
 )
-from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.text import printable
 from infer.bundle.load import exports_of, is_bundle, load_bundle
 from infer.bundle.manifest import Manifest, read_manifest
 from train.runs.folder import MetricsRow, RunFolder

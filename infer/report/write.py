@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import write_atomic, writing_to
-from data_pipeline.common.outputs import check_page
+from data_pipeline.results.outputs import check_page
 from infer.report.classes import make_classes, make_confusion
 from infer.report.curves import make_curves
 from infer.report.facts import make_configuration, make_provenance, make_speed, make_summary

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from data_pipeline.common.files import sha256_of
-from data_pipeline.common.sealed import SEAL, seal_of
+from data_pipeline.results.sealed import SEAL, seal_of
 from tests.helpers.ranks import TINY
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import MANIFEST, STATE, Pointer, Snapshot

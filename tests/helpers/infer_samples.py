@@ -11,8 +11,8 @@ import msgspec
 import torch
 
 from data_pipeline.common.files import sha256_of
-from data_pipeline.common.sealed import SEAL, encode_sealed, seal_of
 from data_pipeline.datasets.demo import write_demo
+from data_pipeline.results.sealed import SEAL, encode_sealed, seal_of
 from infer.bundle.gate_report import LIMITS, Agreement, GateReport
 from infer.bundle.load import Bundle, load_bundle
 from infer.bundle.manifest import SCHEMA_VERSION, Manifest

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import torch
 
-from data_pipeline.common.class_report import ClassCounts, Mistake, make_class_report, write_csv
 from data_pipeline.datasets.open import open_dataset
+from data_pipeline.results.class_report import ClassCounts, Mistake, make_class_report, write_csv
 from tests.helpers.images import photo
 from train.checkpoints.format import Pointer, Snapshot, write_pointer
 from train.checkpoints.write import save_checkpoint

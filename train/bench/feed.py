@@ -34,7 +34,7 @@ class FeedOnly:
         self.max_batch = max_batch
         place = Place("cpu", 0, max_batch, num_threads)
         graph = Graph(GraphSpec(paths, "none", crop_px=None, depth=DEPTH), place)
-        self._queue = GraphQueue(lambda _: graph, DEPTH)
+        self._queue = GraphQueue(lambda _: graph)
 
     def decode_fast(self, plan: Callable[[], Feed]) -> object:
         """Read a batch."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import read_small, write_atomic, write_json
-from data_pipeline.common.sealed import SEAL, encode_sealed, take_seal
 from data_pipeline.datasets.dataset import Contents
+from data_pipeline.results.sealed import SEAL, encode_sealed, take_seal
 from train.checkpoints.safe_load import check_tensors
 from train.config.schema import RunConfig
 from train.health.flat_loss import FlatLoss

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from data_pipeline.common.class_report import (
+from data_pipeline.results.class_report import (
     NUM_MISTAKES,
     ClassCounts,
     ClassReport,

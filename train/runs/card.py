@@ -7,7 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.common.card import (
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.files import write_atomic
+from data_pipeline.common.text import printable
+from data_pipeline.results.card import (
     CARD_NAME,
     WEIGHTS_NAME,
     code,
@@ -17,9 +20,6 @@ from data_pipeline.common.card import (
     named_accuracies,
     table,
 )
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
-from data_pipeline.common.files import write_atomic
-from data_pipeline.common.text import printable
 from data_pipeline.transforms.preprocessing import describe_preprocessing
 from train.checkpoints.format import Pointer, read_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint

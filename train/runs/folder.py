@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.common.class_report import ClassReport
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json, writing_to
+from data_pipeline.results.class_report import ClassReport
 from train.config.schema import RunConfig
 
 

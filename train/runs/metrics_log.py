@@ -16,8 +16,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from data_pipeline.common.class_report import ClassReport
 from data_pipeline.common.files import RetryingAppendFile
+from data_pipeline.results.class_report import ClassReport
 from train.health.metrics import Metrics
 from train.health.noise_scale import NoiseEstimate, smooth_noise
 from train.runs.folder import MetricsRow, RunFolder

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import check_writable, read_head
-from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import printable
+from data_pipeline.results.outputs import check_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

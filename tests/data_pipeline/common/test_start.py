@@ -76,9 +76,11 @@ def test_packages_below_are_ours_too(foreign: Path) -> None:
 
 
 def test_processes_of_ours_start_in_a_foreign_folder(foreign_first: Path) -> None:
-    command = own_command("data_pipeline.inspect.verify:_run")
+    command = own_command("data_pipeline.inspect.verify:_check")
     done = subprocess.run(command, cwd=foreign_first, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "TypeError: _run() missing 1 required positional argument: 'task'"
+    assert (
+        done.stderr.splitlines()[-1] == "TypeError: _check() missing 1 required positional argument: 'task'"
+    )
     assert sorted(map_ahead(abs, [-1, -2, -3], 2)) == [1, 2, 3]
     assert run_alone(os.getppid) == os.getpid()
 

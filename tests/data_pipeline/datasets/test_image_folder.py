@@ -13,6 +13,7 @@ from data_pipeline.common.files import read_file
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import check_same_classes
 from data_pipeline.datasets.image_folder import load_image_folder
+from data_pipeline.datasets.open import open_dataset
 from data_pipeline.loading.bad_files import Failure, FaultLog
 from tests.helpers.images import encode, photo, write_folder
 
@@ -43,9 +44,9 @@ def test_samples_are_sorted_by_class_and_name_in_bytes(tmp_path: Path) -> None:
 
 def test_wrong_layout_is_refused_with_its_fault(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no data folder .*nowhere: expected <data>/train/<class>"):
-        load_image_folder(tmp_path / "nowhere", "train")
+        open_dataset(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="no folder 'train' in"):
-        load_image_folder(tmp_path, "train")
+        open_dataset(tmp_path, "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="it holds no class folders"):
         load_image_folder(tmp_path, "train")

@@ -100,7 +100,7 @@ def test_index_cache_that_is_damaged_or_crafted_is_not_used(
         assert index_cache.load_index(tmp_path, "train") is None
     from dataclasses import replace
 
-    from data_pipeline.datasets.watch import Watch
+    from data_pipeline.datasets.index_cache import Watch
 
     watch = Watch(tmp_path)
     watch.note(tmp_path / "train")

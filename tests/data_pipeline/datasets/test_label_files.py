@@ -8,8 +8,8 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets import label_files
+from data_pipeline.datasets.index_cache import Watch
 from data_pipeline.datasets.label_files import read_class_names
-from data_pipeline.datasets.watch import Watch
 
 # Lines of Tiny ImageNet's words.txt, and two of ImageNet's LOC_synset_mapping.txt, as they are distributed.
 TINY = """\

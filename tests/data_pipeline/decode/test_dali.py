@@ -12,9 +12,9 @@ import pytest
 from data_pipeline.decode import dali as dali_module
 from data_pipeline.decode.backend import ImageBackend
 from data_pipeline.decode.dali import DaliBackend
+from data_pipeline.decode.feed import cut_as_bmp
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import PillowBackend
-from data_pipeline.decode.stand_in import cut_as_bmp
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing

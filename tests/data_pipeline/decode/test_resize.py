@@ -121,18 +121,8 @@ def test_batch_crops_are_pillows(kind: str, size: tuple[int, int], resize_px: in
     resizer = Resizer()
     assert resizer._compiled is not None
     images = blank_images(crops)
-    for first, stop in ((0, 7), (7, 7), (7, count)):
-        resizer.crop_batch(images, pixels, indices, crops, first, stop)
+    resizer.crop_batch(images, pixels, indices, crops)
     assert np.array_equal(images, crops_by_pillow(pixels, indices, crops))
-
-
-def test_batch_crops_write_their_share_alone() -> None:
-    pixels = np.full((1, 40, 50, 3), 200, np.uint8)
-    for kind in ("random_resized", "ten_crop"):
-        crops = crops_of(kind, (40, 50), 6, Preprocessing(resize_px=20, crop_px=17))
-        images = blank_images(crops)
-        Resizer().crop_batch(images, pixels, np.zeros(6, np.int64), crops, 2, 4)
-        assert (images[2:4] == 200).all() and not images[:2].any() and not images[4:].any()
 
 
 def test_batch_crops_refuse_places_outside_the_pixels() -> None:
@@ -141,7 +131,7 @@ def test_batch_crops_refuse_places_outside_the_pixels() -> None:
     outside = replace(crops, windows=crops.windows + np.array([0, 1, 0, 0]))
     for indices, refused in (((0, 1, 2), crops), ((0, -1, 1), crops), ((0, 1, 1), outside)):
         with pytest.raises(AssertionError):
-            Resizer().crop_batch(blank_images(crops), pixels, np.array(indices), refused, 0, 3)
+            Resizer().crop_batch(blank_images(crops), pixels, np.array(indices), refused)
 
 
 @pytest.mark.parametrize("reason", ["no compiler", "shrinks 5000 times"])
@@ -160,7 +150,7 @@ def test_batch_crops_fall_back_to_pillow(reason: str, monkeypatch: pytest.Monkey
     )
     images = blank_images(crops)
     indices = np.zeros(2, np.int64)
-    resizer.crop_batch(images, pixels, indices, crops, 0, 2)
+    resizer.crop_batch(images, pixels, indices, crops)
     assert np.array_equal(images, crops_by_pillow(pixels, indices, crops))
 
 

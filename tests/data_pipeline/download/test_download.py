@@ -41,7 +41,9 @@ def offer(
     made = Archive(url, CATALOG[name].folder, sha256=sha256, size_bytes=len(content), **options)
     monkeypatch.setitem(CATALOG, name, made)
     mirror = f"http://127.0.0.1:{server.server_port}/mirror/"
-    return lambda target: download(name, target, mirror=mirror, stall_s=0.3, pause_s=0.01)
+    monkeypatch.setattr("data_pipeline.download.fetch.STALL_S", 0.3)
+    monkeypatch.setattr("data_pipeline.download.fetch.PAUSE_S", 0.01)
+    return lambda target: download(name, target, mirror=mirror)
 
 
 def packed(folder: Path, arcname: str) -> bytes:

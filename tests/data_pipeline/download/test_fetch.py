@@ -19,13 +19,17 @@ def server() -> Iterator[Server]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No long waits."""
+    for name, value in (("STALL_S", 0.3), ("PAUSE_S", 0.01), ("ATTEMPTS", 3)):
+        monkeypatch.setattr(f"data_pipeline.download.fetch.{name}", value)
+
+
 def get(server: Server, path: Path, **options: Any) -> None:
     known: dict[str, Any] = {
         "size_bytes": len(CONTENT),
         "sha256": SHA256,
-        "stall_s": 0.3,
-        "pause_s": 0.01,
-        "attempts": 3,
     }
     fetch(f"http://127.0.0.1:{server.server_port}/data.bin", path, **(known | options))
 
@@ -60,8 +64,8 @@ def test_fetch_resumes_an_interrupted_download(
 ) -> None:
     path, part = tmp_path / "data.bin", tmp_path / "data.bin.part"
     server.mode = "always stalls"
-    with pytest.raises(UserError, match=r"no byte for 0.3 s, 2 times in a row.*data.bin.part: run the same"):
-        get(server, path, attempts=2)
+    with pytest.raises(UserError, match=r"no byte for 0.3 s, 3 times in a row.*data.bin.part: run the same"):
+        get(server, path)
     kept = part.read_bytes()
     assert CONTENT[:1000] == kept and not path.exists()
     assert any("no byte for 0.3 s after 1000 bytes: trying again" in line for line in caplog.messages)
@@ -104,8 +108,8 @@ def test_other_than_the_published_file_is_not_kept(
 
 
 def test_fetch_refuses_other_schemes_and_reports_no_server(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no connection \(.*refused.*\), 2 times in a row"):
-        fetch("http://127.0.0.1:9/data.bin", tmp_path / "data.bin", attempts=2, pause_s=0)
+    with pytest.raises(UserError, match=r"no connection \(.*refused.*\), 3 times in a row"):
+        fetch("http://127.0.0.1:9/data.bin", tmp_path / "data.bin")
     for url in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data.bin"):
         with pytest.raises(UserError, match="is no http or https address"):
             fetch(url, tmp_path / "data.bin")

@@ -16,7 +16,8 @@ from alexnet import main
 from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.datasets.exclude_list import QUARANTINE, read_exclude_list
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.inspect.verify import check_image, verify
+from data_pipeline.decode.pillow import decode_checked
+from data_pipeline.inspect.verify import verify
 from data_pipeline.sharding.write import write_shards
 from tests.helpers.images import broken, encode, huge_png, kinds, photo, write_folder
 
@@ -110,18 +111,18 @@ def test_verify_finds_the_same_with_any_number_of_workers(folder: Path) -> None:
         verify(folder, workers=0)
 
 
-def test_check_image_agrees_with_the_reference_decoder() -> None:
+def test_checked_decoder_agrees_with_the_reference_decoder() -> None:
     for data in kinds(60, 80).values():
-        check_image(data, 100_000_000)
+        decode_checked(data, 100_000_000)
     reasons = {}
     for kind, data in broken(60, 80).items():
         with pytest.raises(ImageError) as raised:
-            check_image(data, 100_000_000)
+            decode_checked(data, 100_000_000)
         reasons[kind] = str(raised.value)
     assert reasons["jpeg, 20 bytes short"].startswith("truncated JPEG")
     assert reasons["empty"] == "empty file"
     with pytest.raises(ImageError, match="60 x 50 pixels are above the limit of 2999"):
-        check_image(encode(photo(50, 60), "PNG"), 2999)
+        decode_checked(encode(photo(50, 60), "PNG"), 2999)
 
 
 def test_verify_reads_tiny_imagenet_in_its_own_layout(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_only_images_of_one_size_are_kept(tmp_path: Path) -> None:
 def test_processes_decode_what_one_does(
     dataset: Dataset, cache: DecodedCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_module, "MANY", 1)
+    monkeypatch.setattr("data_pipeline.loading.scan.MANY", 1)
     monkeypatch.setattr(cache_module, "_CHUNK_BYTES", 20 * 40 * 52 * 3)  # four chunks
     with closing(fill_cache(dataset, create_store(dataset), 2)) as other:
         assert np.array_equal(other.pixels, cache.pixels) and np.array_equal(other.valid, cache.valid)
@@ -222,7 +222,7 @@ def die(size: tuple[int, int], max_pixels: int, chunk: Chunk) -> None:
 
 def test_killed_worker_ends_every_rank_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_images(tmp_path)
-    monkeypatch.setattr(cache_module, "MANY", 1)
+    monkeypatch.setattr("data_pipeline.loading.scan.MANY", 1)
     monkeypatch.setattr(cache_module, "_CHUNK", 20)
     monkeypatch.setattr(cache_module, "_decode_chunk", die)
     message = (

@@ -34,7 +34,7 @@ def own(pipe: Connection) -> None:
     store.pixels[:], store.valid[:] = expected_pixels(), True
     if how == "complete":
         store.pixels[7] = 1
-        store.mark_bad(7, "truncated JPEG: µ")
+        store.pixels[7], store.valid[7], store.reasons[7] = 0, False, "truncated JPEG: µ"
         store.complete()
     elif how == "fail":
         store.fail("train/3.jpg is gone")

@@ -18,7 +18,7 @@ from data_pipeline.common.errors import CorruptFileError, ImageError, UserError
 from data_pipeline.datasets.open import open_dataset, splits_of
 from data_pipeline.decode.backend import make_backend
 from data_pipeline.loader import Loader
-from data_pipeline.shards import shard_reader
+from data_pipeline.shards import mapped_shards
 from data_pipeline.shards.shard_format import encode_index
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -128,10 +128,6 @@ CRAFTED: dict[str, tuple[Edit, str]] = {
     "an unknown kind": (lambda index: index["kinds"].__setitem__(0, 99), "is damaged: a kind is not within"),
     "neither direct nor not": (lambda index: index["direct"].__setitem__(0, 2), "what DALI may read is not"),
     "too few looks": (lambda index: index["direct"].pop(), "is damaged: .* inhomogeneous"),
-    "of an earlier version": (
-        lambda index: [index.pop(name) for name in ("heights", "widths", "kinds", "orientations", "direct")],
-        "is of an earlier version, which did not keep the sizes of images: write the shards again$",
-    ),
     "of another set": (lambda index: index.__setitem__("plan", "x"), "is of another set of shards"),
 }
 
@@ -209,7 +205,7 @@ def num_open_files() -> int:
 def test_shard_reader_shares_few_open_files_among_threads(
     shards: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_reader, "MAX_HANDLES", 2)
+    monkeypatch.setattr(mapped_shards, "MAX_OPEN", 2)
     dataset, want = open_dataset(shards, "train"), open_dataset(files, "train")
     before = num_open_files()
     chosen = [

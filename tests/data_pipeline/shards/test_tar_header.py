@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.packed_strings import PackedStrings
-from data_pipeline.shards.tar_header import header_fits, headers_fit
+from data_pipeline.shards.shard_reader import header_fits, headers_fit
 
 NAMES = ["00000001.jpg", "a/b.png", "caf\udce9.jpg", "x" * 99, "y" * 100, "d/" * 60 + "z.jpg", "", "v" * 98]
 

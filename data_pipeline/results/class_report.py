@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import astuple
 
 from data_pipeline.common.files import check_writable, read_head, write_atomic, writing_to
-from data_pipeline.common.outputs import check_output
+from data_pipeline.results.outputs import check_output
 
 Int = npt.NDArray[np.int64]
 
@@ -201,25 +202,19 @@ def _frequent_confusions(confusion: Int, names: Sequence[str]) -> tuple[Confusio
     )
 
 
-def classes_csv(report: ClassReport) -> str:
-    """The classes as CSV: a row each, then the macro and the micro average; no value is an empty field."""
-    fields = ClassRow.__struct_fields__
-    rows: list[list[object]] = [[getattr(row, field) for field in fields] for row in report.classes]
+def _class_rows(report: ClassReport) -> Iterator[Sequence[object]]:
+    """The classes, a row each, then the macro and the micro average; no value is an empty field."""
+    yield ClassRow.__struct_fields__
+    yield from map(astuple, report.classes)
     for name, averages in (("(macro)", report.macro), ("(micro)", report.micro)):
-        rows.append([name, name, None, None, averages.top1, averages.top5, averages.precision, averages.f1])
-    return _csv([list(fields), *rows])
+        yield name, name, None, None, *astuple(averages)
 
 
-def confusion_csv(counts: ClassCounts, names: Sequence[str]) -> str:
-    """The C × C counts as CSV: a row for each true class, a column for each predicted one."""
-    rows = [[name, *map(int, row)] for name, row in zip(names, counts.confusion, strict=True)]
-    return _csv([["truth \\ predicted", *names], *rows])
-
-
-def mistakes_csv(report: ClassReport) -> str:
-    """The mistakes as CSV, the surest first."""
-    fields = Mistake.__struct_fields__
-    return _csv([list(fields), *([getattr(row, field) for field in fields] for row in report.mistakes)])
+def _confusion_rows(counts: ClassCounts, names: Sequence[str]) -> Iterator[Sequence[object]]:
+    """The C × C counts: a row for each true class, a column for each predicted one."""
+    yield "truth \\ predicted", *names
+    for name, row in zip(names, counts.confusion.tolist(), strict=True):
+        yield name, *row
 
 
 def check_csv_folder(folder: Path, option: str) -> None:
@@ -241,11 +236,13 @@ def write_csv(folder: Path, counts: ClassCounts, report: ClassReport) -> None:
     Raises:
         SaveError, UserError: one cannot be written.
     """
-    names = [row.name for row in report.classes]
-    texts = (classes_csv(report), confusion_csv(counts, names), mistakes_csv(report))
-    for name, text in zip(CSV_HEADS, texts, strict=True):
+    confusion = _confusion_rows(counts, [row.name for row in report.classes])
+    mistakes = [Mistake.__struct_fields__, *map(astuple, report.mistakes)]
+    for name, rows in zip(CSV_HEADS, (_class_rows(report), confusion, mistakes), strict=True):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
         with writing_to(folder / name, "name another folder"):
-            write_atomic(folder / name, text.encode())
+            write_atomic(folder / name, text.getvalue().encode())
 
 
 def describe_report(report: ClassReport) -> list[str]:
@@ -271,12 +268,6 @@ def _shown(name: str, label: str) -> str:
 
 def _begins(path: Path, head: str) -> bool:
     return read_head(path, len(head)) == head.encode()
-
-
-def _csv(rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.outputs import check_output, identity_at, is_same_place
+from data_pipeline.results.outputs import check_output, identity_at, is_same_place
 
 
 def is_ours(path: Path) -> bool:

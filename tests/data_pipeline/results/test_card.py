@@ -6,7 +6,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from data_pipeline.common.card import code, codes, front_matter, table
+from data_pipeline.results.card import code, codes, front_matter, table
 
 HOSTILE = [
     "a`b", "``", "`", "a|b", "<script>alert(1)</script>", "[x](javascript:1)", "![x](http://x)", "# h",

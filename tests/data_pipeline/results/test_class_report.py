@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from data_pipeline.common.class_report import (
+from data_pipeline.common.errors import UserError
+from data_pipeline.results.class_report import (
     NUM_MISTAKES,
     ClassCounts,
     Mistake,
@@ -19,7 +20,6 @@ from data_pipeline.common.class_report import (
     rank_mistakes,
     write_csv,
 )
-from data_pipeline.common.errors import UserError
 
 NAMES = ("n01", "n02", "n03")
 COUNTS = ClassCounts(np.array([[6, 2, 0], [1, 1, 0], [0, 0, 0]]), np.array([8, 2, 0]))
