@@ -22,6 +22,7 @@ from train.checkpoints.share import encode_weights
 from train.checkpoints.write import save_checkpoint
 from train.optim.sgd import make_optimizer
 from train.pretrained.readers import read_file
+from train.runs.card import count_parameters
 from train.runs.folder import create_run
 
 _ADVICE = "what can come in is torchvision's `alexnet`, BVLC's as .onnx, or .safetensors as written here"
@@ -136,7 +137,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": checkpoint.config.recipe,
         "model": checkpoint.config.model.description,
         "weights": checkpoint.weights_name,
-        "parameters": sum(tensor.numel() for tensor in checkpoint.model_state.values()),
+        "parameters": count_parameters(checkpoint),
         "classes": len(checkpoint.classes),
         "crop_px": checkpoint.preprocessing.crop_px,
         "metrics": checkpoint.metrics,
