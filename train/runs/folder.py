@@ -13,6 +13,7 @@ import msgspec
 from data_pipeline.common.class_report import ClassReport
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json, writing_to
+from train.config.load import to_json
 from train.config.schema import RunConfig
 
 
@@ -85,14 +86,8 @@ class RunFolder:
             SaveError: it cannot be written.
         """
         path = self.path / "config.json"
-        try:
-            if (
-                not path.exists()
-                or msgspec.json.format(msgspec.json.encode(config)) != path.read_bytes()[:-1]
-            ):
-                write_json(path, config)
-        except OSError as error:
-            raise SaveError(f"{path} could not be written: {error.strerror}") from error
+        if not path.exists() or path.read_bytes() != to_json(config).encode() + b"\n":
+            save_json(path, config)
 
     @cached_property
     def _rows_file(self) -> RetryingAppendFile:
@@ -120,6 +115,18 @@ class RunFolder:
         else:
             write_atomic(self.metrics, kept)
         return len(lines) - kept.count(b"\n")
+
+
+def save_json(path: Path, value: msgspec.Struct) -> None:
+    """Write a small file of a run, whole or not at all.
+
+    Raises:
+        SaveError: the disk is full, or cannot be written to.
+    """
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise SaveError(f"{path} could not be written: {error.strerror}") from error
 
 
 def _decode_row(line: bytes) -> MetricsRow | None:
