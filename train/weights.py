@@ -100,8 +100,7 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
         raise UserError(f"{path} has {num_classes} classes, and {len(classes)} names were given")
     # How the weights were trained, of which nothing is repeated here.
     config = msgspec.structs.replace(source.config, init_from=None, freeze="none", head_rate=1.0)
-    crop_px = config.preprocessing.crop_px
-    model = make_model_with(config.model, weights, num_classes, crop_px, path, advice=_ADVICE)
+    model = make_model_with(config, weights, num_classes, path, _ADVICE)
     record = InitRecord(source=source.description, sha256=source.sha256, loaded=tuple(sorted(weights)))
     optimizer, folder = make_optimizer(model, config.optimizer), create_run(out, config)
     saved = save_checkpoint(

@@ -26,6 +26,8 @@ FORMAT = 1
 STATE, MANIFEST = "state.pt", "manifest.json"
 COMPONENTS = ("model", "average", "optimizer", "scaler", "guard", "row")
 """Components of a run whose `state_dict` is in a checkpoint; empty for those that the run does not have."""
+FIELDS = ("step", "epoch", "samples_seen", "config", "classes", "labels_text", "data", "progress")
+"""Fields of a `Snapshot` that are in a checkpoint as plain values."""
 Weights = Literal["last", "average"]
 
 
