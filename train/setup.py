@@ -279,7 +279,7 @@ def open_run_folder(
     folder.write_config(config)
     log.info(f"run folder: {folder.path}")
     best = rewind(folder, step) if start.run is not None else None
-    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, world.device, folder.sync_rows)
+    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, folder.sync_rows)
     return folder, stack.enter_context(closing(writer))
 
 

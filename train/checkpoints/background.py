@@ -28,21 +28,14 @@ class AsyncCheckpointWriter:
         folder: the run's `checkpoints/`.
         config: whose `keep_checkpoints` and `keep_every` decide which checkpoints stay.
         best: the checkpoint with the best validation top-1 so far.
-        device: from which snapshots are copied.
         before_write: called on the thread before each checkpoint; it may raise `SaveError`. It brings the
             rows so far to the disk, since a run that resumes from the checkpoint does not write them again.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: RunConfig,
-        best: Pointer | None,
-        device: torch.device,
-        before_write: Callable[[], None],
+        self, folder: Path, config: RunConfig, best: Pointer | None, before_write: Callable[[], None]
     ) -> None:
-        self.folder, self.config, self.best = folder, config, best
-        self.device, self.before_write = device, before_write
+        self.folder, self.config, self.best, self.before_write = folder, config, best, before_write
         self.staging = PinnedStaging()
         self.failure: str | None = None
         """Error of the last failed write, None after a successful one. Up to date only after `wait()`."""
@@ -77,9 +70,9 @@ class AsyncCheckpointWriter:
         """
         assert self._in_flight is None
         copied = None
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(self.device))
+            copied.record()
         self._in_flight = snapshot.step, self._thread.submit(self._write, snapshot, copied)
 
     def close(self) -> None:
