@@ -32,7 +32,7 @@ from train.optim.precision import Precision, choose_precision
 
 log = logging.getLogger("train")
 
-# Shapes: N samples of one batch, H and W rows and columns, C classes.
+# Shapes: N samples of one batch, H and W rows and columns, C classes, K of them.
 
 EVAL_BATCH = 256
 """Most images that one rank evaluates at once; with ten crops each image is ten."""
@@ -84,9 +84,11 @@ def evaluate(
             logits_NC = network.forward(normalize(images_NHWC.flatten(0, len(views)))).float()
         if views:
             logits_NC = average_views(logits_NC, views[0])
-        meter.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
+        losses_N = cross_entropy(logits_NC, labels_N, reduction="none")
+        ranked_NK = meter.add(logits_NC, losses_N, labels_N, valid_N)
         if classes is not None:
-            classes.add(logits_NC, labels_N, valid_N, tensor_to_device(batch.indices, world.device))
+            indices_N = tensor_to_device(batch.indices, world.device)
+            classes.add(logits_NC, ranked_NK, labels_N, valid_N, indices_N)
     if stop is not None and world.any(stopped):
         raise EvaluationStoppedError("the evaluation was broken off")
     metrics = meter.reduce(world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from data_pipeline.common.class_report import (
     name_mistakes,
 )
 from train.distributed.world import World
-from train.health.metrics import TOP_K
 
-# Shapes: N samples of one batch, C classes, M mistakes.
+# Shapes: N samples of one batch, C classes, K of them, M mistakes.
 
 
 class ClassMeter:
@@ -34,19 +34,20 @@ class ClassMeter:
         self._probabilities_M = torch.zeros(0, dtype=torch.float32, device=device)
         self._mistakes_M3 = torch.zeros(0, 3, dtype=torch.int64, device=device)
 
-    def add(self, logits_NC: Tensor, labels_N: Tensor, valid_N: Tensor, indices_N: Tensor) -> None:
+    def add(
+        self, logits_NC: Tensor, ranked_NK: Tensor, labels_N: Tensor, valid_N: Tensor, indices_N: Tensor
+    ) -> None:
         """Count one batch.
 
         Args:
             logits_NC: scores, any float type.
+            ranked_NK: see `train.health.metrics.AccuracyMeter.add`.
             labels_N: true classes, int64.
             valid_N: False for a sample whose file could not be read; it is not counted.
             indices_N: places of the samples in the split, int64.
         """
-        num_classes, counted_N = logits_NC.shape[1], valid_N.long()
-        ranked_NK = logits_NC.topk(min(TOP_K, num_classes), dim=1).indices
-        found_N = ranked_NK[:, 0]
-        self.confusion_CC.view(-1).index_add_(0, labels_N * num_classes + found_N, counted_N)
+        counted_N, found_N = valid_N.long(), ranked_NK[:, 0]
+        self.confusion_CC.view(-1).index_add_(0, labels_N * logits_NC.shape[1] + found_N, counted_N)
         hits_N = (ranked_NK == labels_N[:, None]).any(dim=1)
         self.top5_C.index_add_(0, labels_N, counted_N * hits_N)
         # A right answer stands behind every wrong one, so that no number of mistakes need be known here.
@@ -70,12 +71,7 @@ class ClassMeter:
         confusion_CC, top5_C = self.confusion_CC.clone(), self.top5_C.clone()
         world.all_reduce(confusion_CC, top5_C)
         counts = ClassCounts(confusion_CC.cpu().numpy(), top5_C.cpu().numpy())
-        own = [
-            (probability, *mistake)
-            for probability, mistake in zip(
-                self._probabilities_M.tolist(), self._mistakes_M3.tolist(), strict=True
-            )
-            if probability >= 0
-        ]
-        gathered = [mistake for share in world.gather_objects(own) for mistake in share]
+        pairs = zip(self._probabilities_M.tolist(), self._mistakes_M3.tolist(), strict=True)
+        own = [(probability, *mistake) for probability, mistake in pairs if probability >= 0]
+        gathered = chain.from_iterable(world.gather_objects(own))
         return counts, make_class_report(counts, names, labels, name_mistakes(gathered, names, path_at))

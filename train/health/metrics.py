@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train.distributed.world import World
 
-# Shapes: N samples, C classes.
+# Shapes: N samples, C classes, K of them.
 
 TOP_K = 5
 
@@ -33,7 +33,7 @@ class AccuracyMeter:
         self.integers = torch.zeros(4, dtype=torch.int64, device=device)  # samples, top1, top5, failed
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, logits_NC: Tensor, losses_N: Tensor, labels_N: Tensor, valid_N: Tensor) -> None:
+    def add(self, logits_NC: Tensor, losses_N: Tensor, labels_N: Tensor, valid_N: Tensor) -> Tensor:
         """Count one batch.
 
         Args:
@@ -41,6 +41,8 @@ class AccuracyMeter:
             losses_N: loss of each sample.
             labels_N: true classes, int64.
             valid_N: False for a sample whose file could not be read; it counts only as failed.
+        Returns:
+            (N, K) int64, the `TOP_K` most probable classes of each sample, the most probable first.
         """
         ranked_NK = logits_NC.topk(min(TOP_K, logits_NC.shape[1]), dim=1).indices
         hits_NK = (ranked_NK == labels_N[:, None]) & valid_N[:, None]
@@ -49,6 +51,7 @@ class AccuracyMeter:
             [num_valid, hits_NK[:, 0].sum(), hits_NK.sum(), valid_N.numel() - num_valid]
         )
         self.loss_sum += (losses_N.double() * valid_N).sum()
+        return ranked_NK
 
     def clear_if(self, skip: Tensor) -> None:
         """Set the counts to 0 where `skip`, a number on the device, is 1; the loss need not be finite."""
