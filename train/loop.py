@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 
 import msgspec
 
@@ -18,7 +18,8 @@ from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, w
 from train.graphs.choose import open_step
 from train.health.class_meter import ClassMeter
 from train.health.metrics import Metrics
-from train.optim.schedule import base_lr_for, lr_at, plateau_drops
+from train.optim.schedule import plateau_drops
+from train.runs.changes import rate_at
 from train.runs.ending import LAST_EPOCH, why_over
 from train.state import RunState, take_snapshot
 
@@ -94,20 +95,12 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
     config, world = run.config, run.parts.world
     epoch = run.position // run.steps_per_epoch + 1
     last_step = run.step + epoch * run.steps_per_epoch - run.position
-    base_lr, drops = base_lr_for(config.schedule, config.global_batch), count_drops(run)
     if run.row.num_steps == 0:
         run.row.reset()  # the row's time begins now, and not when the run was built
     title = f"epoch {epoch}/{config.epochs}"
     with show_progress(title, last_step - run.step, shown=world.is_main) as progress:
         while run.step < last_step and run.ended is None:
-            lr = lr_at(
-                run.position,
-                config.schedule,
-                steps_per_epoch=run.steps_per_epoch,
-                total_steps=config.epochs * run.steps_per_epoch,
-                base_lr=base_lr,
-                drops=drops,
-            )
+            lr = rate_at(run.step, config, run.progress, len(run.train_set))
             run.row.add(run.train_step(next(steps), lr, run.step))
             run.step += 1
             # The same on all ranks. After the epoch's last step, saving and polling wait for the evaluation.
@@ -197,9 +190,7 @@ def evaluate_epoch(run: RunState) -> Metrics:
         UserError: no validation image could be read.
     """
     config, parts, started = run.config, run.parts, time.monotonic()
-    weights: AbstractContextManager[None] = nullcontext()
-    if parts.ema is not None:
-        weights = parts.ema.swapped_in(parts.network)
+    weights = nullcontext() if parts.ema is None else parts.ema.swapped_in(parts.network)
     batches = run.loader.eval(
         run.val_set,
         micro_batch=eval_micro_batch(config.ten_crop),
