@@ -120,8 +120,8 @@ class World:
             finally:
                 if slow_work:
                     self.set_flag(slow_work)
-        while slow_work and not (self.is_main or self.flag_is_set(slow_work)):  # a collective would time out
-            time.sleep(POLL_S)
+        elif slow_work:
+            self._wait_for_flag(slow_work)
         with self.named_collective("a broadcast of rank 0's decision"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
@@ -138,8 +138,8 @@ class World:
         """
         topic = f"{work} on the machine of rank {self.rank - self.local_rank}"
         try:
-            while self.local_rank and not self.flag_is_set(topic):  # no collective: that would time out
-                time.sleep(POLL_S)
+            if self.local_rank:
+                self._wait_for_flag(topic)
             yield
         finally:
             if not self.local_rank:
@@ -148,8 +148,12 @@ class World:
     def wait_for_machines(self, work: str) -> None:
         """Wait, however long it takes, until `first_of_machine` did its work on every machine."""
         for leader in range(0, self.world_size, self.local_world_size):
-            while not self.flag_is_set(f"{work} on the machine of rank {leader}"):
-                time.sleep(POLL_S)
+            self._wait_for_flag(f"{work} on the machine of rank {leader}")
+
+    def _wait_for_flag(self, topic: str) -> None:
+        """Wait until any rank has set the flag, however long it takes: a collective would time out."""
+        while not self.flag_is_set(topic):
+            time.sleep(POLL_S)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks, on all of them."""
