@@ -17,14 +17,9 @@ from train.models.alexnet import AlexNet
 from train.models.batch_norm import synchronize
 
 
-def rank_batch_size(config: RunConfig, world: World) -> int:
-    """Return the samples of a step on the rank that has most."""
-    return -(-config.global_batch // world.world_size)
-
-
 def micro_batch_size(config: RunConfig, world: World) -> int:
     """Return the most samples that a rank takes through the network at once."""
-    rank_batch = rank_batch_size(config, world)
+    rank_batch = -(-config.global_batch // world.world_size)
     return min(config.micro_batch or rank_batch, rank_batch)
 
 
