@@ -75,9 +75,7 @@ def build_run(
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     data = contents_on_ranks(world, (train_set, val_set))
-    start = Start(run=None, checkpoint=None)
-    if out is not None:
-        start = world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
+    start = find_start(config, out, resume, world)
     checkpoint, progress = open_checkpoint(start, config, data, train_set, allow_changed_schedule)
     step, offset = checkpoint.step if checkpoint is not None else 0, progress.step_offset
     parts = make_step_parts(config, train_set, world, checkpoint)
@@ -113,19 +111,26 @@ def build_run(
     )
 
 
+def find_start(config: RunConfig, out: Path | None, resume: str, world: World) -> Start:
+    """Choose where to begin, the same on all ranks."""
+    if out is None:
+        return Start(run=None, checkpoint=None)
+    return world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
+
+
 def open_checkpoint(
-    start: Start,
-    config: RunConfig,
-    data: dict[str, Contents],
-    train_set: Dataset,
-    allow_changed_schedule: bool,
+    start: Start, config: RunConfig, data: dict[str, Contents], train_set: Dataset, allowed: bool
 ) -> tuple[Checkpoint | None, Progress]:
-    """Load the checkpoint to resume from, and its history, once it was compared with the run of now."""
+    """Load the checkpoint to resume from, and its history, once it was compared with the run of now.
+
+    Args:
+        allowed: see `train.runs.changes.apply_changes`.
+    """
     if start.checkpoint is None:
         return None, Progress()
     checkpoint = load_checkpoint(start.checkpoint)
     check_same_data(checkpoint, data, train_set.root)
-    return checkpoint, apply_changes(config, checkpoint, len(train_set), allowed=allow_changed_schedule)
+    return checkpoint, apply_changes(config, checkpoint, len(train_set), allowed=allowed)
 
 
 def make_step_parts(
