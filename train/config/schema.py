@@ -15,16 +15,7 @@ from data_pipeline.remote.cache import DEFAULT_GB
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config.schedule import ScheduleConfig
-from train.config.values import (
-    AboveOne,
-    AboveZero,
-    BelowOne,
-    Count,
-    Fraction,
-    NotNegative,
-    Positive,
-    Table,
-)
+from train.config.values import AboveOne, AboveZero, BelowOne, Count, Fraction, NotNegative, Positive, Table
 
 Init = Literal["he", "paper", "caffe", "torch"]
 Norm = Literal["lrn", "bn", "bn_after_relu", "none"]

@@ -87,6 +87,15 @@ class World:
             dist.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
+    def own_share(self, ranks_R: Tensor) -> Tensor:
+        """Return this rank's tensor of those that so many ranks gathered, which add up over the ranks.
+
+        On another number of ranks than gathered them, rank 0 has their sum, and the others zeros.
+        """
+        if len(ranks_R) == self.world_size:
+            return ranks_R[self.rank]
+        return ranks_R.sum(0) if self.is_main else torch.zeros_like(ranks_R[0])
+
     def set_flag(self, topic: str) -> None:
         """Set a flag that every rank can read without a collective; see `flag_is_set`."""
         try:

@@ -8,6 +8,7 @@ import msgspec
 
 from data_pipeline.common.errors import UserError
 from train.checkpoints.format import InitRecord
+from train.checkpoints.load import Checkpoint
 from train.config.schema import RunConfig
 from train.distributed.world import World
 from train.health.nonfinite import all_finite
@@ -17,7 +18,6 @@ from train.pretrained.readers import Source, read_source
 
 log = logging.getLogger("train")
 
-OWN_DOWNLOAD = "fetch it by other means, and name the file with --init"
 TRAINING_ONLY = ("dropout", "init")
 """Keys of `ModelConfig` that do not change what given weights compute."""
 
@@ -42,8 +42,7 @@ def begin_with_weights(
         return None
 
     def on_main() -> InitRecord:
-        source = read_source(name, advice=OWN_DOWNLOAD)
-        record = take_over(network, config, classes, source)
+        record = take_over(network, config, classes, read_source(name))
         log.info(describe_init(record))
         return record
 
@@ -52,7 +51,9 @@ def begin_with_weights(
     return record
 
 
-def take_over(network: AlexNet, config: RunConfig, classes: tuple[str, ...], source: Source) -> InitRecord:
+def take_over(
+    network: AlexNet, config: RunConfig, classes: tuple[str, ...], source: Source | Checkpoint
+) -> InitRecord:
     """Copy a source's weights into a network; where the head is of other classes, the network keeps its own.
 
     Args:

@@ -23,7 +23,7 @@ from data_pipeline.common.text import printable
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.foreign import find_weights
 from train.checkpoints.format import MANIFEST, STATE
-from train.checkpoints.load import find_checkpoint, load_checkpoint
+from train.checkpoints.load import Checkpoint, find_checkpoint, load_checkpoint
 from train.checkpoints.safe_load import Skipped, check_tensors, load_skipping
 from train.config.load import decode_config
 from train.config.schema import RunConfig
@@ -31,6 +31,7 @@ from train.pretrained.published import WORD, fetch_torchvision, published_classe
 
 log = logging.getLogger("train")
 
+OWN_DOWNLOAD = "fetch it by other means, and name the file with --init"
 TORCHVISION = RunConfig(
     recipe=WORD, model=msgspec.structs.replace(RunConfig().model, name="owt", init="paper")
 )
@@ -64,19 +65,18 @@ class Source:
     labels_text: tuple[str, ...] = ()
 
 
-def read_source(name: str, *, advice: str) -> Source:
+def read_source(name: str) -> Source | Checkpoint:
     """Read the weights that a name stands for.
 
     Args:
         name: a checkpoint or a run of ours (its best checkpoint), a file as `read_file` takes it, or
             `torchvision`, whose published weights are fetched.
-        advice: what to do about a server that refuses, for the message.
     Raises:
         UserError: nothing of that name, another kind of file, or no download.
         CorruptFileError: a file that is damaged, or is not what its suffix claims.
     """
     if name == WORD:
-        return read_file(fetch_torchvision(advice=advice))
+        return read_file(fetch_torchvision(advice=OWN_DOWNLOAD))
     path = Path(name)
     if path.is_file() and path.name not in (STATE, MANIFEST):
         return read_file(path)
@@ -84,15 +84,7 @@ def read_source(name: str, *, advice: str) -> Source:
         folder = find_checkpoint(path)
     except UserError as error:
         raise UserError(f"{error}; name a run, a checkpoint, a file of weights, or {WORD}") from error
-    checkpoint = load_checkpoint(folder)
-    return Source(
-        description=checkpoint.description,
-        sha256=checkpoint.sha256,
-        config=checkpoint.config,
-        weights=checkpoint.weights,
-        classes=checkpoint.classes,
-        labels_text=checkpoint.labels_text,
-    )
+    return load_checkpoint(folder)
 
 
 def read_file(path: Path) -> Source:
