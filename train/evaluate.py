@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,6 +21,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.remote.shards import local_root
 from train.checkpoints.load import Checkpoint
+from train.config.schema import Device
 from train.distributed.world import World, cpu_share, open_world
 from train.health.class_meter import ClassMeter
 from train.health.metrics import AccuracyMeter, Metrics
@@ -122,11 +122,7 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str, option: st
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    ten_crop: bool = False,
+    checkpoint: Checkpoint, dataset: Dataset, *, device: Device = "auto", ten_crop: bool = False
 ) -> tuple[Metrics, ClassCounts, ClassReport]:
     """Compute loss, top-1 and top-5 of a checkpoint over a split, and of each class, in float32.
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.common.card import InitRecord
 from data_pipeline.loading.batches import Batch
-from train.checkpoints.format import InitRecord
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from data_pipeline.common.card import InitRecord
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import writing_to
 from data_pipeline.common.outputs import check_output
 from data_pipeline.common.text import names_in, printable
-from train.checkpoints.format import InitRecord, Pointer, Progress, Snapshot, write_pointer
+from train.checkpoints.format import Pointer, Progress, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
 from train.checkpoints.share import encode_weights
 from train.checkpoints.write import save_checkpoint

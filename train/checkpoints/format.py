@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from torch import Tensor
 
+from data_pipeline.common.card import InitRecord
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import read_small, write_atomic, write_json
 from data_pipeline.common.sealed import SEAL, encode_sealed, take_seal
@@ -65,26 +66,6 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     what: tuple[str, ...]
-
-
-class InitRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The weights from elsewhere that a run began with; tensors by name.
-
-    Attributes:
-        source: what they were.
-        sha256: of the file, or of the checkpoint's state.
-        loaded: tensors that were taken over.
-        made_anew: tensors that the source has not for these classes, with their initial values.
-        unused: tensors of the source that were not taken over.
-        differences: what else is not as it was in the source, a text for each.
-    """
-
-    source: str
-    sha256: str
-    loaded: tuple[str, ...]
-    made_anew: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from data_pipeline.common.errors import RankLostError, UserError
+from train.config.schema import Device
 from train.distributed.numerics import exact_float32, repeated_bits
 
 log = logging.getLogger("train")
@@ -226,7 +227,7 @@ def cpu_share(local_world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+def choose_device(wanted: Device) -> Literal["cpu", "cuda"]:
     """Resolve `auto`: CUDA where there is a GPU.
 
     Raises:
@@ -263,7 +264,7 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
 @contextmanager
 def open_world(
-    wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S, *, deterministic: bool = False
+    wanted: Device, timeout_s: float = TIMEOUT_S, *, deterministic: bool = False
 ) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it on every path.
 

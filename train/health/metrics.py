@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import dataclass
 
@@ -83,8 +84,5 @@ class AccuracyMeter:
         integers, loss_sum = self.integers.clone(), self.loss_sum.clone()
         world.all_reduce(integers, loss_sum)
         num_samples, top1, top5, failed = integers.tolist()
-        if num_samples == 0:
-            return Metrics(float("nan"), float("nan"), float("nan"), 0, failed)
-        return Metrics(
-            loss_sum.item() / num_samples, top1 / num_samples, top5 / num_samples, num_samples, failed
-        )
+        size = num_samples or math.nan
+        return Metrics(loss_sum.item() / size, top1 / size, top5 / size, num_samples, failed)

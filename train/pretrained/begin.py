@@ -6,8 +6,8 @@ import logging
 
 import msgspec
 
+from data_pipeline.common.card import InitRecord
 from data_pipeline.common.errors import UserError
-from train.checkpoints.format import InitRecord
 from train.checkpoints.load import Checkpoint
 from train.config.schema import RunConfig
 from train.distributed.world import World
