@@ -58,13 +58,8 @@ def look_for_end(run: RunState, seconds: float) -> str | None:
 
     `seconds` of training are by this rank's clock.
     """
-    config, world = run.config, run.parts.world
-    return why_over(
-        config,
-        epochs=run.position / run.steps_per_epoch,
-        val_errors=run.progress.val_errors,
-        seconds=world.max(seconds)[0] if config.max_hours else None,
-    )
+    slowest = run.parts.world.max(seconds)[0] if run.config.max_hours else None
+    return why_over(run.config, run.position / run.steps_per_epoch, run.progress.val_errors, slowest)
 
 
 def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterator[list[Batch]]:
@@ -272,12 +267,6 @@ def finish_saving(run: RunState, otherwise: str) -> None:
     Raises:
         SaveError: the last one could not be written; `otherwise` begins the message.
     """
-
-    def on_main() -> str | None:
-        assert run.writer is not None
-        run.writer.wait()
-        return run.writer.failure
-
-    failure = run.parts.world.broadcast_object(on_main)
+    failure = run.parts.world.broadcast_object(lambda: run.writer.wait() if run.writer is not None else None)
     if failure is not None:
         raise SaveError(f"{otherwise}: {failure}")

@@ -93,10 +93,8 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     if not layers:
         raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
     num_classes = len(weights[max(layers)])  # fc6, fc7, fc8; or 1, 4, 6
-    labels_text: tuple[str, ...] = ()
-    if classes is None and source.classes is not None:
-        classes, labels_text = source.classes, source.labels_text
-    classes = classes or tuple(map(str, range(num_classes)))
+    labels_text = source.labels_text if classes is None else ()
+    classes = classes or source.classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise UserError(f"{path} has {num_classes} classes, and {len(classes)} names were given")
     # How the weights were trained, of which nothing is repeated here.

@@ -43,14 +43,16 @@ class AsyncCheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: tuple[int, Future[None]] | None = None
 
-    def wait(self, waiting: str | None = None) -> None:
+    def wait(self, waiting: str | None = None) -> str | None:
         """Return when no checkpoint is being written, and the staging memory may be overwritten.
 
         Args:
             waiting: what has to wait, for the log; None to wait silently.
+        Returns:
+            The error of the last write; None if it succeeded.
         """
         if self._in_flight is None:
-            return
+            return self.failure
         step, writing = self._in_flight
         started, late = time.monotonic(), not writing.done()
         if late and waiting is not None:
@@ -61,6 +63,7 @@ class AsyncCheckpointWriter:
             self._in_flight = None
         if late and waiting is not None:
             log.warning(f"training was held up for {time.monotonic() - started:.1f} s by the disk")
+        return self.failure
 
     def start(self, snapshot: Snapshot) -> None:
         """Write a snapshot in the background. Call `wait` before taking it: nothing may be in flight.

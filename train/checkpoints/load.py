@@ -190,15 +190,13 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
     if not path.is_file():
         raise CorruptFileError(f"checkpoint {path} is no regular file")
+    damage = ""
     if size_bytes != manifest.size_bytes:
-        raise CorruptFileError(
-            f"checkpoint {path} is damaged: it has {size_bytes} of {manifest.size_bytes} bytes; "
-            "use an earlier one"
-        )
-    if sha256_of(path) != manifest.sha256:
-        raise CorruptFileError(
-            f"checkpoint {path} is damaged: its hash is not the one in its manifest; use an earlier one"
-        )
+        damage = f"it has {size_bytes} of {manifest.size_bytes} bytes"
+    elif sha256_of(path) != manifest.sha256:
+        damage = "its hash is not the one in its manifest"
+    if damage:
+        raise CorruptFileError(f"checkpoint {path} is damaged: {damage}; use an earlier one")
     return manifest
 
 

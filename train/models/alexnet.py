@@ -174,10 +174,9 @@ def make_features(config: ModelConfig) -> nn.Sequential:
             groups=(config.groups or network.groups) if number in GROUPED else 1,
             bias=norm != "bn",  # the norm that follows has its own
         )
-        relu = nn.ReLU(inplace=True)
         if norm == "bn":
             layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
-        layers[f"relu{number}"] = relu
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
         if norm == "bn_after_relu":
             layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
         elif norm == "lrn" and number in LRN_AT:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -44,21 +42,17 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     report: ClassReport | msgspec.UnsetType = msgspec.UNSET
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside `runs/<recipe>-<utc time>/`, and the rows in it."""
+    """Paths inside `runs/<recipe>-<utc time>/`, and the rows in it.
 
-    path: Path
+    Attributes:
+        metrics: one JSON row per event.
+        checkpoints: step folders and the pointers `best.json` and `last.json`.
+    """
 
-    @property
-    def metrics(self) -> Path:
-        """One JSON row per event."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Step folders and the pointers `best.json` and `last.json`."""
-        return self.path / "checkpoints"
+    def __init__(self, path: Path) -> None:
+        self.path, self.metrics, self.checkpoints = path, path / "metrics.jsonl", path / "checkpoints"
+        self._rows_file = RetryingAppendFile(self.metrics)
 
     def append(self, row: MetricsRow) -> OSError | None:
         """Add a row to `metrics.jsonl`.
@@ -88,10 +82,6 @@ class RunFolder:
         path = self.path / "config.json"
         if not path.exists() or path.read_bytes() != to_json(config).encode() + b"\n":
             save_json(path, config)
-
-    @cached_property
-    def _rows_file(self) -> RetryingAppendFile:
-        return RetryingAppendFile(self.metrics)
 
     def rows(self) -> list[MetricsRow]:
         """Return the rows so far, in order, without half a line at the end."""
