@@ -23,8 +23,7 @@ from data_pipeline.remote.shards import local_root
 from train.checkpoints.load import Checkpoint
 from train.config.schema import Device
 from train.distributed.world import World, cpu_share, open_world
-from train.health.class_meter import ClassMeter
-from train.health.metrics import AccuracyMeter, Metrics
+from train.health.metrics import AccuracyMeter, ClassMeter, Metrics
 from train.inputs.mixup import average_views, tensor_to_device
 from train.inputs.pass_inputs import to_device
 from train.models.alexnet import AlexNet, Normalize

@@ -16,8 +16,7 @@ from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, write_class_report
 from train.graphs.choose import open_step
-from train.health.class_meter import ClassMeter
-from train.health.metrics import Metrics
+from train.health.metrics import ClassMeter, Metrics
 from train.optim.schedule import plateau_drops
 from train.runs.changes import rate_at
 from train.runs.ending import LAST_EPOCH, why_over
