@@ -130,7 +130,9 @@ def write_row(run: RunState, lr: float) -> str:
     skipped, run.skipped = stats.total - run.skipped, stats.total
     images_per_s = (metrics.num_samples + metrics.num_failed) / row.seconds
     noise = parts.noise.read() if parts.noise is not None else None
-    run.metrics_log.write("train", run.step, metrics, lr, images_per_s, skipped, noise)
+    run.metrics_log.write(
+        "train", run.step, metrics, noise, lr=lr, images_per_s=images_per_s, skipped=skipped
+    )
     flat_loss = run.abort.check_flat_loss(run.progress.flat_loss, run.step, metrics)
     run.progress = msgspec.structs.replace(run.progress, flat_loss=flat_loss)
     row.reset()
@@ -212,12 +214,12 @@ def evaluate_epoch(run: RunState) -> Metrics:
     if run.ends_epoch:
         errors = (*run.progress.val_errors, 1 - metrics.top1)
         run.progress = msgspec.structs.replace(run.progress, val_errors=errors)
-    run.ended, report = run.ended or look_for_end(run, run.seconds), None
+    run.ended = run.ended or look_for_end(run, run.seconds)
+    fields = {"lr": parts.optimizer.param_groups[0]["lr"], "images_per_s": images_per_s}
     if classes is not None and run.ended is not None:
         folder = run.folder.path if run.folder is not None else None
-        report = write_class_report(classes, parts.world, run.val_set, folder)
-    lr = parts.optimizer.param_groups[0]["lr"]
-    run.metrics_log.write("val", run.step, metrics, lr, images_per_s, report=report)
+        fields["report"] = write_class_report(classes, parts.world, run.val_set, folder)
+    run.metrics_log.write("val", run.step, metrics, **fields)
     return metrics
 
 
