@@ -110,7 +110,6 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
             samples_seen=0,
             config=config,
             classes=classes,
-            metrics={},
             states={"model": model.state_dict(), "optimizer": optimizer.state_dict()},
             progress=Progress(init=record),
             labels_text=labels_text,

@@ -109,8 +109,8 @@ class Snapshot:
     samples_seen: int
     config: RunConfig
     classes: tuple[str, ...]
-    metrics: dict[str, float]
     states: dict[str, dict[str, Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     labels_text: tuple[str, ...] = ()
     data: dict[str, Contents] = field(default_factory=dict)

@@ -44,9 +44,7 @@ def steps_to_keep(
     ascending = sorted(steps)
     keep = set(ascending[-keep_last:]) | {step for step in ascending if step == best}
     if keep_every is not None:
-        first_of: dict[int, int] = {}
-        for step in ascending:
-            first_of.setdefault(step // keep_every, step)
+        first_of = {step // keep_every: step for step in reversed(ascending)}
         keep |= {step for multiple, step in first_of.items() if multiple > 0}
     return keep
 

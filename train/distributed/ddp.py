@@ -57,16 +57,12 @@ def check_norm_batch(config: RunConfig, world: World) -> None:
     common = gcd(*sizes)
     fitting = [number for number in range(2, common + 1) if common % number == 0]
     whole = ghost_batch * world.world_size
-    advice = (
-        f"set it to {max((n for n in fitting if n <= ghost_batch), default=fitting[0])}"
-        if fitting
-        else f"set global_batch to {-(-config.global_batch // whole) * whole}"
-        + (
-            f" and micro_batch to {-(-micro_batch // ghost_batch) * ghost_batch}"
-            if config.micro_batch
-            else ""
-        )
-    )
+    if fitting:
+        advice = f"set it to {max((n for n in fitting if n <= ghost_batch), default=fitting[0])}"
+    else:
+        advice = f"set global_batch to {-(-config.global_batch // whole) * whole}"
+        if config.micro_batch:
+            advice += f" and micro_batch to {-(-micro_batch // ghost_batch) * ghost_batch}"
     raise UserError(
         f"norm_batch {ghost_batch} does not divide the samples that each of {world.world_size} rank(s) takes "
         f"at once ({', '.join(map(str, sizes))}): {advice}"

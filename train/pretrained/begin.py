@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
-
 from data_pipeline.common.card import InitRecord
 from data_pipeline.common.errors import UserError
 from train.checkpoints.load import Checkpoint
-from train.config.schema import RunConfig
+from train.config.schema import ModelConfig, RunConfig
 from train.distributed.world import World
 from train.health.nonfinite import all_finite
 from train.models.alexnet import AlexNet
@@ -18,8 +16,11 @@ from train.pretrained.readers import Source, read_source
 
 log = logging.getLogger("train")
 
-TRAINING_ONLY = ("dropout", "init")
-"""Keys of `ModelConfig` that do not change what given weights compute."""
+COMPUTED_WITH = {
+    "model": [key for key in ModelConfig.__struct_fields__ if key not in ("dropout", "init")],
+    "preprocessing": ["crop_px", "mean", "std"],
+}
+"""Keys, by their tables, that change what given weights compute."""
 
 
 def begin_with_weights(
@@ -124,17 +125,12 @@ def _why_anew(theirs: tuple[str, ...] | None, ours: tuple[str, ...], num_theirs:
 
 def _differing_keys(config: RunConfig, source: RunConfig) -> dict[str, tuple[object, object]]:
     """The keys that decide what given weights compute, and whose values differ: here, there."""
-    ours, theirs = msgspec.to_builtins(config.model), msgspec.to_builtins(source.model)
-    differing = {
-        f"model.{key}": (value, theirs[key])
-        for key, value in ours.items()
-        if key not in TRAINING_ONLY and value != theirs[key]
+    pairs = {
+        f"{table}.{key}": (getattr(getattr(config, table), key), getattr(getattr(source, table), key))
+        for table, keys in COMPUTED_WITH.items()
+        for key in keys
     }
-    here, there = config.preprocessing, source.preprocessing
-    for key in ("crop_px", "mean", "std"):
-        if (one := getattr(here, key)) != (other := getattr(there, key)):
-            differing[f"preprocessing.{key}"] = (one, other)
-    return differing
+    return {key: (here, there) for key, (here, there) in pairs.items() if here != there}
 
 
 def _advice(config: RunConfig, source: RunConfig) -> str:
