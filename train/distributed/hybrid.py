@@ -40,31 +40,18 @@ from train.models.dropout import Dropout, masks_of
 from train.optim.precision import Precision
 
 
-def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, group_size: int = 1) -> list[int]:
-    """Return how many samples each rank brings to each pass of a step through the sharded layers.
-
-    The sizes are the same on all ranks. A rank has as many passes as micro-batches
-    (`data_pipeline.loader.Loader.train`), and their number and size may differ between ranks. A rank with
-    fewer joins the first passes with no samples of its own, so that all share the last pass, in which DDP
-    reduces the gradients.
-
-    Args:
-        micro_batch: most samples that a rank takes at once.
-        group_size: so many consecutive samples are never separated.
-
-    >>> micro_batch_sizes(25, 2, micro_batch=5)
-    [5, 5, 3]
-    >>> micro_batch_sizes(25, 2, micro_batch=4)
-    [4, 4, 4, 4]
-    """
-    by_rank = samples_of_passes(global_batch, world_size, micro_batch, group_size)
-    return [max(sizes) for sizes in zip(*by_rank, strict=True)]
-
-
 def samples_of_passes(
     global_batch: int, world_size: int, micro_batch: int, group_size: int = 1
 ) -> list[list[int]]:
     """Return the samples of each rank in each pass of a step; 0 in a pass for which it has none left.
+
+    A rank has as many passes as micro-batches (`data_pipeline.loader.Loader.train`), and their number and
+    size may differ between ranks. A rank with fewer joins the first passes with no samples of its own, so
+    that all share the last pass, in which DDP reduces the gradients.
+
+    Args:
+        micro_batch: most samples that a rank takes at once.
+        group_size: so many consecutive samples are never separated.
 
     >>> samples_of_passes(25, 2, micro_batch=5)
     [[5, 5, 2], [5, 5, 3]]
@@ -81,15 +68,27 @@ def samples_of_passes(
     return [[0] * (most - len(sizes)) + sizes for sizes in by_rank]
 
 
+def wrap_in_ddp(module: nn.Module, world: World, **options: Any) -> DistributedDataParallel:
+    """Wrap a module that is the same on all ranks. So are its buffers: see `train.models.batch_norm`."""
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **options,
+    )
+    wrapped.broadcast_buffers = False
+    return wrapped
+
+
 class HybridParallel(nn.Module):
     """An AlexNet over several ranks, in the place of DistributedDataParallel.
 
     Every rank must call every method, and run as many forward passes in a step as it has micro-batches, of
-    the sizes that `micro_batch_sizes` was given.
+    the sizes that were planned.
 
     Args:
         network: the whole network, the same on all ranks; its fully connected layers are replaced by shards.
-        sizes: see `micro_batch_sizes`.
+        sizes: the most samples that any rank brings to each pass of a step through the split layers.
     """
 
     def __init__(self, network: AlexNet, world: World, sizes: list[int]) -> None:
@@ -103,14 +102,9 @@ class HybridParallel(nn.Module):
         for (name, whole), kind in zip(linears, kinds, strict=True):
             network.classifier.register_module(name, kind(whole, self.plan))
         self._masks_gathered = self._split_dropout()
-        self.trunk = DistributedDataParallel(
-            nn.Sequential(network.features, network.avgpool, nn.Flatten()),  # (N, 3, H, W) -> (N, F)
-            device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            # about a layer: the later layers' gradients travel while the earlier ones' are computed
-            bucket_cap_mb=2,
-        )
-        self.trunk.broadcast_buffers = False  # they are the same on all ranks: see `train.models.batch_norm`
+        trunk = nn.Sequential(network.features, network.avgpool, nn.Flatten())  # (N, 3, H, W) -> (N, F)
+        # A bucket is about a layer: the later layers' gradients travel while the earlier ones' are computed.
+        self.trunk = wrap_in_ddp(trunk, world, bucket_cap_mb=2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits (N, C) of this rank's images."""
