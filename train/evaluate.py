@@ -149,21 +149,14 @@ def evaluate_checkpoint(
             metrics = evaluate(
                 model, normalize, batches, precision, world, num_samples=len(dataset), classes=classes
             )
-            return metrics, *report_classes(classes, world, dataset)
-
-
-def report_classes(classes: ClassMeter, world: World, dataset: Dataset) -> tuple[ClassCounts, ClassReport]:
-    """Sum the counts of all ranks, and report them under the names of a split's classes and files."""
-    names = tuple(map(printable, dataset.classes))
-    labels = tuple(map(printable, dataset.class_labels))
-    return classes.reduce(world, names, labels, lambda index: printable(dataset.name_at(index)))
+            return metrics, *classes.reduce(world, dataset)
 
 
 def write_class_report(
     classes: ClassMeter, world: World, dataset: Dataset, folder: Path | None
 ) -> ClassReport:
-    """Report as `report_classes`, and write the tables to a run's folder, on the rank that has one."""
-    counts, report = report_classes(classes, world, dataset)
+    """Report on the classes, and write the tables to a run's folder, on the rank that has one."""
+    counts, report = classes.reduce(world, dataset)
     if folder is not None:
         try:
             write_csv(folder, counts, report)

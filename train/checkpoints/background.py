@@ -104,12 +104,7 @@ class AsyncCheckpointWriter:
             if self.best is not None:
                 write_pointer(self.folder, "best", self.best)
             write_pointer(self.folder, "last", last)
-            prune_checkpoints(
-                self.folder,
-                keep_last=self.config.keep_checkpoints,
-                keep_every=self.config.keep_every,
-                best=self.best.step if self.best is not None else None,
-            )
+            prune_checkpoints(self.folder, self.config, self.best.step if self.best is not None else None)
         except OSError as error:
             log.error(
                 f"checkpoint {last.step} is written, but {error.filename} could not be changed or "

@@ -6,7 +6,6 @@ For a whole split and, in the last evaluation of a run, for each pair of classes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +20,8 @@ from data_pipeline.common.class_report import (
     make_class_report,
     name_mistakes,
 )
+from data_pipeline.common.text import printable
+from data_pipeline.datasets.dataset import Dataset
 from train.distributed.world import World
 
 # Shapes: N samples of one batch, C classes, K of them, M mistakes.
@@ -139,19 +140,17 @@ class ClassMeter:
         best = probabilities.topk(min(2 * NUM_MISTAKES, len(probabilities))).indices
         self._probabilities_M, self._mistakes_M3 = probabilities[best], mistakes[best]
 
-    def reduce(
-        self, world: World, names: tuple[str, ...], labels: tuple[str, ...], path_at: Callable[[int], str]
-    ) -> tuple[ClassCounts, ClassReport]:
-        """Sum over the ranks and report. Waits for the device; every rank must call it.
+    def reduce(self, world: World, dataset: Dataset) -> tuple[ClassCounts, ClassReport]:
+        """Sum over the ranks, and report under the names of a split's classes and files.
 
-        Args:
-            names, labels: of the C classes.
-            path_at: the file at a place in the split, for people.
+        Waits for the device; every rank must call it.
         """
+        names, labels = (tuple(map(printable, texts)) for texts in (dataset.classes, dataset.class_labels))
         confusion_CC, top5_C = self.confusion_CC.clone(), self.top5_C.clone()
         world.all_reduce(confusion_CC, top5_C)
         counts = ClassCounts(confusion_CC.cpu().numpy(), top5_C.cpu().numpy())
         pairs = zip(self._probabilities_M.tolist(), self._mistakes_M3.tolist(), strict=True)
         own = [(probability, *mistake) for probability, mistake in pairs if probability >= 0]
         gathered = chain.from_iterable(world.gather_objects(own))
-        return counts, make_class_report(counts, names, labels, name_mistakes(gathered, names, path_at))
+        mistakes = name_mistakes(gathered, names, lambda index: printable(dataset.name_at(index)))
+        return counts, make_class_report(counts, names, labels, mistakes)

@@ -44,7 +44,7 @@ CAFFE = RunConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Source:
     """The weights of a network, before they are compared with any.
 
@@ -61,8 +61,12 @@ class Source:
     sha256: str
     config: RunConfig
     weights: dict[str, Tensor]
-    classes: tuple[str, ...] | None = None
-    labels_text: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None
+    labels_text: tuple[str, ...]
+
+
+Content = tuple[RunConfig, dict[str, Tensor], tuple[str, ...] | None, tuple[str, ...]]
+"""What a file holds: the last four of a `Source`."""
 
 
 def read_source(name: str) -> Source | Checkpoint:
@@ -97,17 +101,21 @@ def read_file(path: Path) -> Source:
         UserError: another kind of file, or another network's weights.
         CorruptFileError: a file that cannot be read as what its suffix claims.
     """
-    readers: dict[str, Callable[[Path], Source]] = {".safetensors": _read_safetensors, ".onnx": _read_bvlc}
+    readers: dict[str, Callable[[Path], Content]] = {".safetensors": _read_safetensors, ".onnx": _read_bvlc}
     readers |= dict.fromkeys((".pth", ".pt", ".pth.tar", ".pt.tar", ".ckpt"), _read_torch)
     suffix = next((suffix for suffix in readers if path.name.lower().endswith(suffix)), None)
     if suffix is None:
         raise UserError(f"{path}: weights come in as {', '.join(readers)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    return readers[suffix](path)
+    config, weights, classes, labels_text = readers[suffix](path)
+    sha256 = sha256_of(path)
+    if classes is None:
+        classes, labels_text = published_classes(sha256)
+    return Source(printable(path), sha256, config, weights, classes, labels_text)
 
 
-def _read_safetensors(path: Path) -> Source:
+def _read_safetensors(path: Path) -> Content:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
@@ -126,13 +134,10 @@ def _read_safetensors(path: Path) -> Source:
             raise ValueError(f"{len(labels_text)} labels for {len(classes)} classes")
     except (ValueError, RecursionError, UserError) as error:
         raise CorruptFileError(f"{path} has metadata that cannot be read: {error}") from error
-    return Source(
-        description=printable(path), sha256=sha256_of(path), config=config, weights=weights, classes=classes,
-        labels_text=labels_text,
-    )  # fmt: skip
+    return config, weights, classes, labels_text
 
 
-def _read_torch(path: Path) -> Source:
+def _read_torch(path: Path) -> Content:
     if path.name == STATE and (path.parent / MANIFEST).exists():
         raise UserError(f"{path} is a checkpoint of ours already: use it as it is, or take weights out: --to")
     content = load_skipping(path)
@@ -147,16 +152,10 @@ def _read_torch(path: Path) -> Source:
         raise UserError(f"{path} is not a state dict of tensors: {error}") from error
     if found.wrapping:
         log.info("%s: wrapped weights: %s", path, found.wrapping)
-    sha256 = sha256_of(path)
-    # A state dict has no class names; of the published file they are known.
-    classes, labels_text = published_classes(sha256)
-    return Source(
-        description=printable(path), sha256=sha256, config=TORCHVISION, weights=weights, classes=classes,
-        labels_text=labels_text,
-    )  # fmt: skip
+    return TORCHVISION, weights, None, ()
 
 
-def _read_bvlc(path: Path) -> Source:
+def _read_bvlc(path: Path) -> Content:
     """Read BVLC's weights under our names, the first convolution's channels reordered from BGR to RGB."""
     import onnx
     import onnx.numpy_helper
@@ -178,4 +177,4 @@ def _read_bvlc(path: Path) -> Source:
                 raise UserError(f"{path} does not hold the values of {source!r} itself")
             weights[f"{name}.{part}"] = torch.from_numpy(onnx.numpy_helper.to_array(values[source]).copy())
     weights["features.conv1.weight"] = weights["features.conv1.weight"].flip(1)
-    return Source(description=printable(path), sha256=sha256_of(path), config=CAFFE, weights=weights)
+    return CAFFE, weights, None, ()

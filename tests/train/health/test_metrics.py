@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from data_pipeline.datasets.dataset import Dataset
 from train.distributed.world import open_world
 from train.health.metrics import AccuracyMeter, ClassMeter
 
@@ -40,8 +43,9 @@ def test_counts_do_not_depend_on_how_the_split_is_shared(num_shares: int) -> Non
         for start in range(0, len(part), 7):
             batch = part[start : start + 7]
             meter.add(logits_NC[batch], ranked_NK[batch], labels_N[batch], valid_N[batch], batch)
+    split = Dataset(Path(), "val", [f"{index}.jpg" for index in range(60)], labels_N.numpy(), NAMES)
     with open_world("cpu") as world:
-        counts, report = meter.reduce(world, NAMES, NAMES, lambda index: f"{index}.jpg")
+        counts, report = meter.reduce(world, split)
     expected = np.zeros((8, 8), dtype=np.int64)
     found_N = logits_NC.argmax(dim=1)
     for truth, found in zip(labels_N[valid_N].tolist(), found_N[valid_N].tolist(), strict=True):
@@ -52,7 +56,7 @@ def test_counts_do_not_depend_on_how_the_split_is_shared(num_shares: int) -> Non
     sure_N = logits_NC.softmax(dim=1).amax(dim=1)
     wrong = [i for i in range(60) if valid_N[i] and found_N[i] != labels_N[i]]
     surest = sorted(wrong, key=lambda i: (-round(float(sure_N[i]), 4), i))[:20]
-    assert [mistake.path for mistake in report.mistakes] == [f"{i}.jpg" for i in surest]
+    assert [mistake.path for mistake in report.mistakes] == [f"val/{i}.jpg" for i in surest]
     first = report.mistakes[0]
     assert (first.truth, first.predicted) == (NAMES[labels_N[surest[0]]], NAMES[found_N[surest[0]]])
     assert first.probability == round(float(sure_N[surest[0]]), 4)
