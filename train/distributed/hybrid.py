@@ -96,12 +96,7 @@ class HybridParallel(nn.Module):
         self.network, self.world, self.sizes = network, world, sizes
         self.plan = MicroBatchPlan(world)
         self._next_sizes: Iterator[int] = iter(())
-        kinds = (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
-        layers = network.classifier.named_children()
-        linears = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
-        for (name, whole), kind in zip(linears, kinds, strict=True):
-            network.classifier.register_module(name, kind(whole, self.plan))
-        self._masks_gathered = self._split_dropout()
+        self._masks_gathered = self._split_layers()
         trunk = nn.Sequential(network.features, network.avgpool, nn.Flatten())  # (N, 3, H, W) -> (N, F)
         # A bucket is about a layer: the later layers' gradients travel while the earlier ones' are computed.
         self.trunk = wrap_in_ddp(trunk, world, bucket_cap_mb=2)
@@ -113,16 +108,22 @@ class HybridParallel(nn.Module):
         logits_NC: Tensor = self.network.classifier(features_NF)
         return logits_NC
 
-    def _split_dropout(self) -> bool:
-        """Tell each dropout layer behind a split one which units it has; return whether any drops some."""
-        units, found = 0, False
-        for layer in self.network.classifier.children():
-            if isinstance(layer, ParallelLinear):
+    def _split_layers(self) -> bool:
+        """Replace the fully connected layers by shards, and tell each dropout behind one which units it has.
+
+        Returns:
+            Whether such a dropout drops any.
+        """
+        kinds = iter((FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear))
+        units, drops = 0, False
+        for name, layer in list(self.network.classifier.named_children()):
+            if isinstance(layer, nn.Linear):
+                self.network.classifier.register_module(name, next(kinds)(layer, self.plan))
                 units = layer.out_features
             elif isinstance(layer, Dropout) and units:
                 layer.first_unit, _ = shard_bounds(units, self.world.rank, self.world.world_size)
-                found = found or layer.p > 0
-        return found
+                drops = drops or layer.p > 0
+        return drops
 
     def _start_pass(self, features_NF: Tensor) -> None:
         """Begin a pass through the split layers: how many samples each rank brings, and the rows of all."""
