@@ -30,7 +30,7 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
 from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
-from train.models.parts import freeze_parts, head_of
+from train.models.parts import head_of
 from train.optim.class_weights import class_weights_of, describe_balance, describe_weights
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
@@ -154,7 +154,8 @@ def make_step_parts(
         if not checkpoint.states["optimizer"]:
             raise UserError(f"{checkpoint.folder} holds weights alone: there is nothing to go on with")
     init = begin_with_weights(network, config, train_set.classes, world) if checkpoint is None else None
-    freeze_parts(network, config.freeze)
+    if config.freeze == "features":  # they get no gradient, decay or momentum
+        network.features.requires_grad_(False)
     parallel = make_parallel(network, config, world)  # first: it may shard the parameters
     parts = StepParts(
         network=network,

@@ -73,7 +73,7 @@ class AsyncCheckpointWriter:
         """
         assert self._in_flight is None
         copied = None
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         self._in_flight = snapshot.step, self._thread.submit(self._write, snapshot, copied)

@@ -76,7 +76,7 @@ def find_weights(content: Any) -> FoundWeights:
     Of several, the first one that is no moving average is taken, and the others are named.
 
     Args:
-        content: as `train.checkpoints.safe_load.load_skipping` returns it.
+        content: as `train.checkpoints.safe_load.load_plain` returns it, with foreign objects skipped.
     Returns:
         The weights under torchvision's names; where nothing looks like a network of ours, the mapping with
         the most tensors as it is, so that what is wrong with it can be said.

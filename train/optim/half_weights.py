@@ -54,15 +54,13 @@ class HalfWeights:
         return self._copies.get(parameter)
 
     @torch.no_grad()
-    def refresh(self, everything: bool = False) -> int:
+    def refresh(self) -> int:
         """Write the copies of parameters that changed since their copies were written.
 
-        Args:
-            everything: write all, for changes that torch does not count, as those through `.data`.
         Returns:
             How many were written.
         """
-        stale = [p for p, version in self._versions.items() if everything or p._version != version]
+        stale = [p for p, version in self._versions.items() if p._version != version]
         if stale:
             torch._foreach_copy_([self._copies[p] for p in stale], stale)
         for parameter in stale:

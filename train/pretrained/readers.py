@@ -24,7 +24,7 @@ from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.foreign import find_weights
 from train.checkpoints.format import MANIFEST, STATE
 from train.checkpoints.load import Checkpoint, find_checkpoint, load_checkpoint
-from train.checkpoints.safe_load import Skipped, check_tensors, load_skipping
+from train.checkpoints.safe_load import Skipped, check_tensors, load_plain
 from train.config.load import decode_config
 from train.config.schema import RunConfig
 from train.pretrained.published import WORD, fetch_torchvision, published_classes
@@ -140,7 +140,7 @@ def _read_safetensors(path: Path) -> Content:
 def _read_torch(path: Path) -> Content:
     if path.name == STATE and (path.parent / MANIFEST).exists():
         raise UserError(f"{path} is a checkpoint of ours already: use it as it is, or take weights out: --to")
-    content = load_skipping(path)
+    content = load_plain(path, skipping=True)
     try:
         found = find_weights(content)
         for name, value in found.weights.items():

@@ -58,6 +58,8 @@ class MetricsLog:
         """
         if self._folder is None:
             return
+        if self._noise is not None and split == "train":
+            fields |= self._noise.fields(noise)
         row = MetricsRow(
             split=split,
             epoch=-((self._step_offset - step) // self._steps_per_epoch),
@@ -69,7 +71,6 @@ class MetricsLog:
             top5=_finite(metrics.top5),
             time=time.time(),
             **fields,
-            **(self._noise.fields(noise) if self._noise is not None and split == "train" else {}),
         )
         scalars = {
             f"{split}/{name}": value

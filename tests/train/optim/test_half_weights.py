@@ -110,16 +110,6 @@ def test_copies_follow_a_run_that_is_resumed() -> None:
         assert not find_stale(network, halves)
 
 
-def test_copies_are_refreshed_by_force_where_nothing_counts() -> None:
-    network = small_network()
-    halves, _ = small_halves(network, torch.float16)
-    for parameter in network.parameters():
-        parameter.data.mul_(2).add_(1)
-    assert halves.refresh() == 0 and len(find_stale(network, halves)) == 4
-    assert halves.refresh(everything=True) == 4
-    assert not find_stale(network, halves)
-
-
 def test_norms_have_no_copy_and_copies_keep_the_layout() -> None:
     network = small_network()
     halves, _ = small_halves(network)
