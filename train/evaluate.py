@@ -104,13 +104,11 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str, option: st
     Raises:
         UserError: no such folder, or other classes than the checkpoint's.
     """
-    recorded, cache_gb = checkpoint.config.data.root, checkpoint.config.data.remote_cache_gb
-    if data is not None:
-        dataset = open_dataset(local_root(data, [split], cache_gb=cache_gb), split)
-    elif recorded is not None:
-        dataset = open_recorded(local_root(recorded, [split], cache_gb=cache_gb), split, option)
-    else:
+    trained_on = checkpoint.config.data
+    if (place := data or trained_on.root) is None:
         raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with {option} DIR")
+    root = local_root(place, [split], cache_gb=trained_on.remote_cache_gb)
+    dataset = open_recorded(root, split, option) if data is None else open_dataset(root, split)
     log_passed_over(dataset.split, dataset.passed_over)
     if dataset.classes != checkpoint.classes:
         raise UserError(

@@ -99,9 +99,9 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
             run.step += 1
             # The same on all ranks. After the epoch's last step, saving and polling wait for the evaluation.
             inside = run.step < last_step
-            saves = inside and _is_due(run.step, config.checkpoint_every)
+            saves = inside and config.checkpoint_every is not None and run.step % config.checkpoint_every == 0
             # Each checkpoint has a row of its own step.
-            has_row = not inside or saves or _is_due(run.step, config.log_every)
+            has_row = not inside or saves or run.step % config.log_every == 0
             note = write_row(run, lr) if has_row else ""
             if saves:
                 save(run, None)
@@ -111,10 +111,6 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
                 if run.ended is not None and not has_row:
                     note = write_row(run, lr)
             progress.advance(1, note)
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
 
 
 def write_row(run: RunState, lr: float) -> str:

@@ -75,7 +75,7 @@ def build_run(
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     data = contents_on_ranks(world, (train_set, val_set))
-    start = find_start(config, out, resume, world)
+    start = world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
     checkpoint, progress = open_checkpoint(start, config, data, train_set, allow_changed_schedule)
     step, offset = checkpoint.step if checkpoint is not None else 0, progress.step_offset
     parts = make_step_parts(config, train_set, world, checkpoint)
@@ -109,13 +109,6 @@ def build_run(
         skipped=int(saved_row.get("skipped", parts.guard.read().total)),
         evaluated=checkpoint is not None and "top1" in checkpoint.metrics,
     )
-
-
-def find_start(config: RunConfig, out: Path | None, resume: str, world: World) -> Start:
-    """Choose where to begin, the same on all ranks."""
-    if out is None:
-        return Start(run=None, checkpoint=None)
-    return world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
 
 
 def open_checkpoint(

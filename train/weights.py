@@ -125,10 +125,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(folder)
     return {
         "folder": str(folder),
-        "sha256": checkpoint.sha256,
-        "step": checkpoint.step,
-        "epoch": checkpoint.epoch,
-        "samples_seen": checkpoint.samples_seen,
+        **{name: getattr(checkpoint, name) for name in ("sha256", "step", "epoch", "samples_seen")},
         "changes": msgspec.to_builtins(checkpoint.progress.changes),
         "init": msgspec.to_builtins(checkpoint.progress.init),
         "recipe": checkpoint.config.recipe,

@@ -65,16 +65,18 @@ class Start:
     checkpoint: Path | None
 
 
-def choose_start(out: Path, resume: str, config: RunConfig, launch: Launch | None) -> Start:
+def choose_start(out: Path | None, resume: str, config: RunConfig, launch: Launch | None) -> Start:
     """Choose where to begin: restarted ranks resume their own run, whatever `resume` is.
 
     Args:
-        out, resume, config: see `find_resumable`.
+        out, resume, config: see `find_resumable`; `out` is None for steps that leave no files.
         launch: None outside torchrun.
     Raises:
         InterruptedRunError, DivergedError: the error that ended this launch's run; it is not tried again.
         UserError, CorruptFileError: from `find_resumable` and `find_newest_intact`.
     """
+    if out is None:
+        return Start(None, None)
     run = find_own_run(out, config, launch) if launch is not None else None
     if run is None:
         checkpoint = find_resumable(out, resume, config)
