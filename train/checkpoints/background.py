@@ -53,14 +53,11 @@ class AsyncCheckpointWriter:
         """
         if self._in_flight is None:
             return self.failure
-        step, writing = self._in_flight
+        (step, writing), self._in_flight = self._in_flight, None
         started, late = time.monotonic(), not writing.done()
         if late and waiting is not None:
             log.warning(f"{waiting} waits: the checkpoint of step {step} is still being written")
-        try:
-            writing.result()
-        finally:
-            self._in_flight = None
+        writing.result()
         if late and waiting is not None:
             log.warning(f"training was held up for {time.monotonic() - started:.1f} s by the disk")
         return self.failure

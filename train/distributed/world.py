@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -205,15 +205,13 @@ class World:
     def _lost_ranks(self, patience_s: float) -> list[int]:
         """Return the ranks that do not report, within a short time, that they wait as this one does."""
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
+        with suppress(RuntimeError):  # the store is gone with the launcher: no rank can report
             store = PrefixStore("waiting", dist.distributed_c10d._get_default_store())
             store.set(str(self.rank), "")
             end = time.monotonic() + patience_s
             while missing and time.monotonic() < end:
                 missing = [rank for rank in missing if not store.check([str(rank)])]
                 time.sleep(0.1)
-        except RuntimeError:  # the store is gone with the launcher: no rank can report
-            pass
         return missing
 
 
