@@ -95,7 +95,8 @@ class World:
         """
         if len(ranks_R) == self.world_size:
             return ranks_R[self.rank]
-        return ranks_R.sum(0) if self.is_main else torch.zeros_like(ranks_R[0])
+        total = ranks_R.sum(0)
+        return total if self.is_main else torch.zeros_like(total)
 
     def set_flag(self, topic: str) -> None:
         """Set a flag that every rank can read without a collective; see `flag_is_set`."""
