@@ -136,18 +136,14 @@ def write_row(run: RunState, lr: float) -> str:
     return note + (f", {run.skipped} step(s) skipped" if run.skipped else "")
 
 
-def count_drops(run: RunState) -> int:
-    """Count how often the plateau schedule has lowered the learning rate; the same on all ranks."""
-    return plateau_drops(run.progress.val_errors, run.config.schedule)
-
-
 def finish_epoch(run: RunState) -> Metrics:
     """Evaluate and save after the last step of an epoch, or of the run; stop there if asked to and not over.
 
     Raises:
         InterruptedRunError: a signal asked to stop; a resumed run evaluates first, if this one could not.
     """
-    config, drops = run.config, count_drops(run)
+    config = run.config
+    drops = plateau_drops(run.progress.val_errors, config.schedule)
     try:
         metrics = evaluate_epoch(run)
     except EvaluationStoppedError:
@@ -161,7 +157,7 @@ def finish_epoch(run: RunState) -> Metrics:
         )
         if run.ended not in (None, LAST_EPOCH):
             log.info(run.ended)
-        elif count_drops(run) > drops:
+        elif plateau_drops(run.progress.val_errors, config.schedule) > drops:
             log.info(
                 f"no better top-1 for {config.schedule.patience} epoch(s): the learning rate is "
                 f"multiplied by {config.schedule.factor:g} (drop {drops + 1} of {config.schedule.max_drops})"

@@ -217,22 +217,22 @@ def whole_network(parallel: Parallel) -> AlexNet:
 
 def gather_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Unshard tensors that have the names of the network's own, on every rank; all must call this."""
-    if not isinstance(parallel, HybridParallel):
-        return dict(tensors)
-    specs = parallel.shard_specs()
-    return {
-        name: gather_shards(tensor, *specs[name], parallel.world) if name in specs else tensor
-        for name, tensor in tensors.items()
-    }
+    return _change_shards(parallel, tensors, gather_shards)
 
 
 def shard_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return this rank's shards of tensors from `gather_tensors`, gathered in whichever mode."""
+    return _change_shards(parallel, tensors, lambda whole, dim, _, world: shard(whole, dim, world))
+
+
+def _change_shards(
+    parallel: Parallel, tensors: Mapping[str, Tensor], change: Callable[[Tensor, int, int, World], Tensor]
+) -> dict[str, Tensor]:
     if not isinstance(parallel, HybridParallel):
         return dict(tensors)
-    specs = parallel.shard_specs()
+    specs, world = parallel.shard_specs(), parallel.world
     return {
-        name: shard(tensor, specs[name][0], parallel.world) if name in specs else tensor
+        name: change(tensor, *specs[name], world) if name in specs else tensor
         for name, tensor in tensors.items()
     }
 
