@@ -107,7 +107,7 @@ def evaluate_bundle(
 
 
 class _ClassCounter:
-    """Counts for each pair of C classes, as `train.health.class_meter.ClassMeter` does on a device."""
+    """Counts for each pair of C classes, as `train.health.metrics.ClassMeter` does on a device."""
 
     def __init__(self, num_classes: int) -> None:
         zeros = np.zeros((num_classes, num_classes), dtype=np.int64)

@@ -134,9 +134,7 @@ def open_caches(
     problem: UserError | None = None
     if world.local_rank == 0:
         try:
-            place = choose_cache(
-                config.data.cache, world.device, datasets, epochs_left, deterministic=config.deterministic
-            )
+            place = choose_cache(config, world.device, datasets, epochs_left)
             if place != "none":
                 stores = [stack.enter_context(closing(create_store(dataset))) for dataset in datasets]
         except UserError as error:
@@ -172,24 +170,20 @@ def open_caches(
 
 
 def choose_cache(
-    wanted: Literal["none", "ram", "gpu", "auto"],
-    device: torch.device,
-    datasets: Sequence[Dataset],
-    epochs_left: int,
-    *,
-    deterministic: bool = False,
+    config: RunConfig, device: torch.device, datasets: Sequence[Dataset], epochs_left: int
 ) -> Literal["none", "ram", "gpu"]:
     """Choose where the decoded pixels of all splits are kept.
 
-    Args:
-        deterministic: whether the choice may depend neither on free memory nor on where a run goes on, where
-            kept pixels are not the decoder's to the bit: on a GPU.
+    With `deterministic` the choice may depend neither on free memory nor on where a run goes on, where kept
+    pixels are not the decoder's to the bit: on a GPU.
+
     Raises:
         UserError: the place that is named cannot hold them, or their images differ in size.
     """
+    wanted = config.data.cache
     if wanted == "none" or (wanted == "auto" and epochs_left < MIN_EPOCHS):
         return "none"
-    if wanted == "auto" and deterministic and device.type == "cuda":
+    if wanted == "auto" and config.deterministic and device.type == "cuda":
         log.info("images are decoded in each epoch (deterministic=true): data.cache=gpu keeps them")
         return "none"
     sizes = [bytes_needed(dataset) for dataset in datasets]

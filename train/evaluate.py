@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,9 +21,9 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.remote.shards import local_root
 from data_pipeline.results.class_report import ClassCounts, ClassReport, write_csv
 from train.checkpoints.load import Checkpoint
+from train.config.schema import Device
 from train.distributed.world import World, cpu_share, open_world
-from train.health.class_meter import ClassMeter
-from train.health.metrics import AccuracyMeter, Metrics
+from train.health.metrics import AccuracyMeter, ClassMeter, Metrics
 from train.inputs.mixup import average_views, tensor_to_device
 from train.inputs.pass_inputs import to_device
 from train.models.alexnet import AlexNet, Normalize
@@ -32,7 +31,7 @@ from train.optim.precision import Precision, choose_precision
 
 log = logging.getLogger("train")
 
-# Shapes: N samples of one batch, H and W rows and columns, C classes.
+# Shapes: N samples of one batch, H and W rows and columns, C classes, K of them.
 
 EVAL_BATCH = 256
 """Most images that one rank evaluates at once; with ten crops each image is ten."""
@@ -84,9 +83,11 @@ def evaluate(
             logits_NC = network.forward(normalize(images_NHWC.flatten(0, len(views)))).float()
         if views:
             logits_NC = average_views(logits_NC, views[0])
-        meter.add(logits_NC, cross_entropy(logits_NC, labels_N, reduction="none"), labels_N, valid_N)
+        losses_N = cross_entropy(logits_NC, labels_N, reduction="none")
+        ranked_NK = meter.add(logits_NC, losses_N, labels_N, valid_N)
         if classes is not None:
-            classes.add(logits_NC, labels_N, valid_N, tensor_to_device(batch.indices, world.device))
+            indices_N = tensor_to_device(batch.indices, world.device)
+            classes.add(logits_NC, ranked_NK, labels_N, valid_N, indices_N)
     if stop is not None and world.any(stopped):
         raise EvaluationStoppedError("the evaluation was broken off")
     metrics = meter.reduce(world)
@@ -103,13 +104,11 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str, option: st
     Raises:
         UserError: no such folder, or other classes than the checkpoint's.
     """
-    recorded, cache_gb = checkpoint.config.data.root, checkpoint.config.data.remote_cache_gb
-    if data is not None:
-        dataset = open_dataset(local_root(data, [split], cache_gb=cache_gb), split)
-    elif recorded is not None:
-        dataset = open_recorded(local_root(recorded, [split], cache_gb=cache_gb), split, option)
-    else:
+    trained_on = checkpoint.config.data
+    if (place := data or trained_on.root) is None:
         raise UserError(f"{checkpoint.folder} does not say what it was trained on: name it with {option} DIR")
+    root = local_root(place, [split], cache_gb=trained_on.remote_cache_gb)
+    dataset = open_recorded(root, split, option) if data is None else open_dataset(root, split)
     log_passed_over(dataset.split, dataset.passed_over)
     if dataset.classes != checkpoint.classes:
         raise UserError(
@@ -120,11 +119,7 @@ def load_split(checkpoint: Checkpoint, data: Path | None, split: str, option: st
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    ten_crop: bool = False,
+    checkpoint: Checkpoint, dataset: Dataset, *, device: Device = "auto", ten_crop: bool = False
 ) -> tuple[Metrics, ClassCounts, ClassReport]:
     """Compute loss, top-1 and top-5 of a checkpoint over a split, and of each class, in float32.
 
@@ -152,21 +147,14 @@ def evaluate_checkpoint(
             metrics = evaluate(
                 model, normalize, batches, precision, world, num_samples=len(dataset), classes=classes
             )
-            return metrics, *report_classes(classes, world, dataset)
-
-
-def report_classes(classes: ClassMeter, world: World, dataset: Dataset) -> tuple[ClassCounts, ClassReport]:
-    """Sum the counts of all ranks, and report them under the names of a split's classes and files."""
-    names = tuple(map(printable, dataset.classes))
-    labels = tuple(map(printable, dataset.class_labels))
-    return classes.reduce(world, names, labels, lambda index: printable(dataset.name_at(index)))
+            return metrics, *classes.reduce(world, dataset)
 
 
 def write_class_report(
     classes: ClassMeter, world: World, dataset: Dataset, folder: Path | None
 ) -> ClassReport:
-    """Report as `report_classes`, and write the tables to a run's folder, on the rank that has one."""
-    counts, report = report_classes(classes, world, dataset)
+    """Report on the classes, and write the tables to a run's folder, on the rank that has one."""
+    counts, report = classes.reduce(world, dataset)
     if folder is not None:
         try:
             write_csv(folder, counts, report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 
 import msgspec
 
@@ -16,9 +16,9 @@ from train.distributed.ddp import micro_batch_size
 from train.distributed.hybrid import whole_network
 from train.evaluate import EvaluationStoppedError, eval_micro_batch, evaluate, write_class_report
 from train.graphs.choose import open_step
-from train.health.class_meter import ClassMeter
-from train.health.metrics import Metrics
-from train.optim.schedule import base_lr_for, lr_at, plateau_drops
+from train.health.metrics import ClassMeter, Metrics
+from train.optim.schedule import plateau_drops
+from train.runs.changes import rate_at
 from train.runs.ending import LAST_EPOCH, why_over
 from train.state import RunState, take_snapshot
 
@@ -57,13 +57,8 @@ def look_for_end(run: RunState, seconds: float) -> str | None:
 
     `seconds` of training are by this rank's clock.
     """
-    config, world = run.config, run.parts.world
-    return why_over(
-        config,
-        epochs=run.position / run.steps_per_epoch,
-        val_errors=run.progress.val_errors,
-        seconds=world.max(seconds)[0] if config.max_hours else None,
-    )
+    slowest = run.parts.world.max(seconds)[0] if run.config.max_hours else None
+    return why_over(run.config, run.position / run.steps_per_epoch, run.progress.val_errors, slowest)
 
 
 def open_steps(run: RunState, stack: ExitStack, num_steps: int | None) -> Iterator[list[Batch]]:
@@ -94,27 +89,19 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
     config, world = run.config, run.parts.world
     epoch = run.position // run.steps_per_epoch + 1
     last_step = run.step + epoch * run.steps_per_epoch - run.position
-    base_lr, drops = base_lr_for(config.schedule, config.global_batch), count_drops(run)
     if run.row.num_steps == 0:
         run.row.reset()  # the row's time begins now, and not when the run was built
     title = f"epoch {epoch}/{config.epochs}"
     with show_progress(title, last_step - run.step, shown=world.is_main) as progress:
         while run.step < last_step and run.ended is None:
-            lr = lr_at(
-                run.position,
-                config.schedule,
-                steps_per_epoch=run.steps_per_epoch,
-                total_steps=config.epochs * run.steps_per_epoch,
-                base_lr=base_lr,
-                drops=drops,
-            )
+            lr = rate_at(run.step, config, run.progress, len(run.train_set))
             run.row.add(run.train_step(next(steps), lr, run.step))
             run.step += 1
             # The same on all ranks. After the epoch's last step, saving and polling wait for the evaluation.
             inside = run.step < last_step
-            saves = inside and _is_due(run.step, config.checkpoint_every)
+            saves = inside and config.checkpoint_every is not None and run.step % config.checkpoint_every == 0
             # Each checkpoint has a row of its own step.
-            has_row = not inside or saves or _is_due(run.step, config.log_every)
+            has_row = not inside or saves or run.step % config.log_every == 0
             note = write_row(run, lr) if has_row else ""
             if saves:
                 save(run, None)
@@ -124,10 +111,6 @@ def train_epoch(run: RunState, steps: Iterator[list[Batch]]) -> None:
                 if run.ended is not None and not has_row:
                     note = write_row(run, lr)
             progress.advance(1, note)
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
 
 
 def write_row(run: RunState, lr: float) -> str:
@@ -143,17 +126,14 @@ def write_row(run: RunState, lr: float) -> str:
     skipped, run.skipped = stats.total - run.skipped, stats.total
     images_per_s = (metrics.num_samples + metrics.num_failed) / row.seconds
     noise = parts.noise.read() if parts.noise is not None else None
-    run.metrics_log.write("train", run.step, metrics, lr, images_per_s, skipped, noise)
+    run.metrics_log.write(
+        "train", run.step, metrics, noise, lr=lr, images_per_s=images_per_s, skipped=skipped
+    )
     flat_loss = run.abort.check_flat_loss(run.progress.flat_loss, run.step, metrics)
     run.progress = msgspec.structs.replace(run.progress, flat_loss=flat_loss)
     row.reset()
     note = f"loss {metrics.loss:.4f}, top-1 {metrics.top1:.1%}, {images_per_s:.0f} images/s"
     return note + (f", {run.skipped} step(s) skipped" if run.skipped else "")
-
-
-def count_drops(run: RunState) -> int:
-    """Count how often the plateau schedule has lowered the learning rate; the same on all ranks."""
-    return plateau_drops(run.progress.val_errors, run.config.schedule)
 
 
 def finish_epoch(run: RunState) -> Metrics:
@@ -162,7 +142,8 @@ def finish_epoch(run: RunState) -> Metrics:
     Raises:
         InterruptedRunError: a signal asked to stop; a resumed run evaluates first, if this one could not.
     """
-    config, drops = run.config, count_drops(run)
+    config = run.config
+    drops = plateau_drops(run.progress.val_errors, config.schedule)
     try:
         metrics = evaluate_epoch(run)
     except EvaluationStoppedError:
@@ -176,7 +157,7 @@ def finish_epoch(run: RunState) -> Metrics:
         )
         if run.ended not in (None, LAST_EPOCH):
             log.info(run.ended)
-        elif count_drops(run) > drops:
+        elif plateau_drops(run.progress.val_errors, config.schedule) > drops:
             log.info(
                 f"no better top-1 for {config.schedule.patience} epoch(s): the learning rate is "
                 f"multiplied by {config.schedule.factor:g} (drop {drops + 1} of {config.schedule.max_drops})"
@@ -197,9 +178,7 @@ def evaluate_epoch(run: RunState) -> Metrics:
         UserError: no validation image could be read.
     """
     config, parts, started = run.config, run.parts, time.monotonic()
-    weights: AbstractContextManager[None] = nullcontext()
-    if parts.ema is not None:
-        weights = parts.ema.swapped_in(parts.network)
+    weights = nullcontext() if parts.ema is None else parts.ema.swapped_in(parts.network)
     batches = run.loader.eval(
         run.val_set,
         micro_batch=eval_micro_batch(config.ten_crop),
@@ -227,12 +206,12 @@ def evaluate_epoch(run: RunState) -> Metrics:
     if run.ends_epoch:
         errors = (*run.progress.val_errors, 1 - metrics.top1)
         run.progress = msgspec.structs.replace(run.progress, val_errors=errors)
-    run.ended, report = run.ended or look_for_end(run, run.seconds), None
+    run.ended = run.ended or look_for_end(run, run.seconds)
+    fields = {"lr": parts.optimizer.param_groups[0]["lr"], "images_per_s": images_per_s}
     if classes is not None and run.ended is not None:
         folder = run.folder.path if run.folder is not None else None
-        report = write_class_report(classes, parts.world, run.val_set, folder)
-    lr = parts.optimizer.param_groups[0]["lr"]
-    run.metrics_log.write("val", run.step, metrics, lr, images_per_s, report=report)
+        fields["report"] = write_class_report(classes, parts.world, run.val_set, folder)
+    run.metrics_log.write("val", run.step, metrics, **fields)
     return metrics
 
 
@@ -281,12 +260,6 @@ def finish_saving(run: RunState, otherwise: str) -> None:
     Raises:
         SaveError: the last one could not be written; `otherwise` begins the message.
     """
-
-    def on_main() -> str | None:
-        assert run.writer is not None
-        run.writer.wait()
-        return run.writer.failure
-
-    failure = run.parts.world.broadcast_object(on_main)
+    failure = run.parts.world.broadcast_object(lambda: run.writer.wait() if run.writer is not None else None)
     if failure is not None:
         raise SaveError(f"{otherwise}: {failure}")

@@ -45,8 +45,6 @@ MAIN_RANK_FIRST_S = 5.0
 exits, and torchrun ends the others within this time. An error of one rank alone is logged after it. No
 collective can replace the wait: after an error the ranks need not be at the same one."""
 
-DEMO_NOTE = ", the embedded handwritten digits"
-
 
 def train(config: RunConfig, out: Path, resume: str, *, allow_changed_schedule: bool = False) -> str | None:
     """Train as configured, on the ranks that torchrun started (outside torchrun: one).
@@ -110,17 +108,7 @@ def summarize(run: RunState, metrics: Metrics | None, seconds: float) -> dict[st
 
 
 @click.command(params=OPTIONS, context_settings={"help_option_names": ["-h", "--help"]})
-def main(
-    recipe: str,
-    data: Path | None,
-    out: Path,
-    init: str | None,
-    resume: str,
-    allow_changed_schedule: bool,
-    overrides: tuple[str, ...],
-    print_config: bool,
-    debug: bool,
-) -> None:
+def main(recipe: str, overrides: tuple[str, ...], print_config: bool, debug: bool, **options: Any) -> None:
     """Train AlexNet on the ranks that torchrun starts.
 
     With no options: recipe `demo`, on handwritten digits that are written to data/demo-digits.
@@ -135,14 +123,13 @@ def main(
     @record  # torchrun's own report then has the traceback of an unexpected error
     def run() -> str | None:
         try:
-            config = make_config(recipe, overrides, data, init)
+            config = make_config(recipe, overrides, options.pop("data"), options.pop("init"))
             if print_config:
                 return to_json(config) if env_rank() == 0 else None
-            log.info(
-                f"recipe {config.recipe}{' (the default)' if recipe == DEFAULT_RECIPE else ''}, "
-                f"data {config.data.root}{DEMO_NOTE if config.data.root == str(DEMO_ROOT) else ''}"
-            )
-            return train(config, out, resume, allow_changed_schedule=allow_changed_schedule)
+            default = " (the default)" if recipe == DEFAULT_RECIPE else ""
+            demo = ", the embedded handwritten digits" if config.data.root == str(DEMO_ROOT) else ""
+            log.info(f"recipe {config.recipe}{default}, data {config.data.root}{demo}")
+            return train(config, **options)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and silence_broken_streams():
                 sys.exit(EXIT_BROKEN_PIPE)

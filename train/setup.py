@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,7 @@ from train.checkpoints.load import Checkpoint, load_checkpoint, load_weights
 from train.compile.choose import maybe_compile, prepare_lrn
 from train.config.schema import RunConfig
 from train.data import contents_on_ranks, open_data, open_loader
-from train.distributed.ddp import (
-    describe_parallel,
-    make_parallel,
-    micro_batch_size,
-    pass_sizes,
-    rank_batch_size,
-)
+from train.distributed.ddp import describe_parallel, make_parallel, micro_batch_size, pass_sizes
 from train.distributed.hybrid import map_optimizer_state, shard_tensors
 from train.distributed.torchrun import env_launch
 from train.distributed.world import World, cpu_share
@@ -37,7 +30,7 @@ from train.health.noise_scale import NoiseMeter
 from train.health.nonfinite import Guard
 from train.health.signals import Interrupt
 from train.models.alexnet import AlexNet, Normalize, make_model
-from train.models.parts import freeze_parts, head_of
+from train.models.parts import head_of
 from train.optim.class_weights import class_weights_of, describe_balance, describe_weights
 from train.optim.ema import ModelEma
 from train.optim.precision import choose_precision
@@ -77,23 +70,23 @@ def build_run(
     Raises:
         UserError, CorruptFileError: from the parts, each with what is wrong, where, and what to do.
     """
-    set_threads(config, world)
+    if world.device.type == "cpu":
+        torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
     train_set, val_set = open_data(config, world)
     num_steps = steps_per_epoch(len(train_set), config.global_batch)
     data = contents_on_ranks(world, (train_set, val_set))
-    start, checkpoint = open_checkpoint(config, out, resume, world)
-    step = checkpoint.step if checkpoint is not None else 0
-    progress = earlier_progress(config, checkpoint, data, train_set, allow_changed_schedule)
-    position = step - progress.step_offset
+    start = world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
+    checkpoint, progress = open_checkpoint(start, config, data, train_set, allow_changed_schedule)
+    step, offset = checkpoint.step if checkpoint is not None else 0, progress.step_offset
     parts = make_step_parts(config, train_set, world, checkpoint)
-    epochs_left = max(0, config.epochs - position // num_steps) if out is not None else 0
+    epochs_left = max(0, config.epochs - (step - offset) // num_steps) if out is not None else 0
     loader = open_loader(config, world, (train_set, val_set), epochs_left, stack)
-    log_hardware(config, parts, loader, num_images=config.epochs * len(train_set))
-    folder, writer = open_run_folder(config, train_set, out, start, step, world, stack)
-    compile_network(config, parts, len(train_set), folder)
+    num_images = config.epochs * len(train_set)
+    log_hardware(parts, loader, num_images)
+    folder, writer = open_run_folder(parts, train_set, out, start, step, stack)
+    compile_network(parts, num_images, folder)
     row, saved_row = RunningMetrics(world, parts.noise), checkpoint.states["row"] if checkpoint else {}
     row.load_state_dict(saved_row)
-    offset = progress.step_offset
     interrupt = interrupt or stack.enter_context(closing(Interrupt()))
     interrupt.listen()
     return RunState(
@@ -118,34 +111,19 @@ def build_run(
     )
 
 
-def set_threads(config: RunConfig, world: World) -> None:
-    """Give a rank on a CPU its compute threads."""
-    if world.device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or cpu_share(world.local_world_size))
-
-
 def open_checkpoint(
-    config: RunConfig, out: Path | None, resume: str, world: World
-) -> tuple[Start, Checkpoint | None]:
-    """Load the checkpoint to resume from, the same on all ranks; None to begin at step 0."""
-    if out is None:
-        return Start(run=None, checkpoint=None), None
-    start = world.broadcast_object(lambda: choose_start(out, resume, config, env_launch()))
-    return start, load_checkpoint(start.checkpoint) if start.checkpoint is not None else None
+    start: Start, config: RunConfig, data: dict[str, Contents], train_set: Dataset, allowed: bool
+) -> tuple[Checkpoint | None, Progress]:
+    """Load the checkpoint to resume from, and its history, once it was compared with the run of now.
 
-
-def earlier_progress(
-    config: RunConfig,
-    checkpoint: Checkpoint | None,
-    data: dict[str, Contents],
-    train_set: Dataset,
-    allow_changed_schedule: bool,
-) -> Progress:
-    """Return a checkpoint's history, once its data and configuration were compared with those of now."""
-    if checkpoint is None:
-        return Progress()
+    Args:
+        allowed: see `train.runs.changes.apply_changes`.
+    """
+    if start.checkpoint is None:
+        return None, Progress()
+    checkpoint = load_checkpoint(start.checkpoint)
     check_same_data(checkpoint, data, train_set.root)
-    return apply_changes(config, checkpoint, len(train_set), allowed=allow_changed_schedule)
+    return checkpoint, apply_changes(config, checkpoint, len(train_set), allowed=allowed)
 
 
 def make_step_parts(
@@ -169,7 +147,8 @@ def make_step_parts(
         if not checkpoint.states["optimizer"]:
             raise UserError(f"{checkpoint.folder} holds weights alone: there is nothing to go on with")
     init = begin_with_weights(network, config, train_set.classes, world) if checkpoint is None else None
-    freeze_parts(network, config.freeze)
+    if config.freeze == "features":  # they get no gradient, decay or momentum
+        network.features.requires_grad_(False)
     parallel = make_parallel(network, config, world)  # first: it may shard the parameters
     parts = StepParts(
         network=network,
@@ -221,13 +200,13 @@ def restore_parts(parts: StepParts, checkpoint: Checkpoint) -> None:
         parts.ema.load(shard_tensors(parallel, checkpoint.average_state))
 
 
-def log_hardware(config: RunConfig, parts: StepParts, loader: Loader, *, num_images: int) -> None:
+def log_hardware(parts: StepParts, loader: Loader, num_images: int) -> None:
     """Log, on rank 0, what computes, decodes and reads, how a batch is split, and which step runs and why.
 
     Args:
         num_images: how many images the whole run trains on.
     """
-    world, backend = parts.world, loader.backend
+    config, world, backend = parts.config, parts.world, loader.backend
     if not world.is_main:
         return
     micro_batch, why = micro_batch_size(config, world), why_plain(config, world, num_images)
@@ -235,8 +214,7 @@ def log_hardware(config: RunConfig, parts: StepParts, loader: Loader, *, num_ima
     log.info(
         f"{world.world_size} rank(s) on {world.device_name}, {parts.precision.name} "
         f"({parts.precision.reason}), {backend.name} decoding on the {backend.device}; "
-        f"batch {config.global_batch} in {math.ceil(rank_batch_size(config, world) / micro_batch)} pass(es) "
-        f"of up to {micro_batch} a rank; {step}"
+        f"batch {config.global_batch} in {parts.num_passes} pass(es) of up to {micro_batch} a rank; {step}"
     )
     if config.parallel != "ddp" or config.compress != "none":
         log.info(describe_parallel(config, world))
@@ -258,20 +236,15 @@ def log_training(config: RunConfig, train_set: Dataset) -> None:
 
 
 def open_run_folder(
-    config: RunConfig,
-    train_set: Dataset,
-    out: Path | None,
-    start: Start,
-    step: int,
-    world: World,
-    stack: ExitStack,
+    parts: StepParts, train_set: Dataset, out: Path | None, start: Start, step: int, stack: ExitStack
 ) -> tuple[RunFolder | None, AsyncCheckpointWriter | None]:
     """Make the run's folder, or bring an earlier run's back to a step, and start the checkpoint writer.
 
     Returns:
         Both on rank 0; on the others, and where `out` is None, neither.
     """
-    if out is None or not world.is_main:
+    config = parts.config
+    if out is None or not parts.world.is_main:
         return None, None
     log_training(config, train_set)
     folder = RunFolder(start.run) if start.run is not None else create_run(out, config)
@@ -279,18 +252,18 @@ def open_run_folder(
     folder.write_config(config)
     log.info(f"run folder: {folder.path}")
     best = rewind(folder, step) if start.run is not None else None
-    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, world.device, folder.sync_rows)
+    writer = AsyncCheckpointWriter(folder.checkpoints, config, best, folder.sync_rows)
     return folder, stack.enter_context(closing(writer))
 
 
-def compile_network(config: RunConfig, parts: StepParts, num_images: int, folder: RunFolder | None) -> None:
-    """Compile LRN, and the network as a whole, where that is configured and pays."""
-    crop_px = config.preprocessing.crop_px
+def compile_network(parts: StepParts, num_images: int, folder: RunFolder | None) -> None:
+    """Compile LRN, and the network as a whole, where that is configured and pays; see `log_hardware`."""
+    config, crop_px = parts.config, parts.config.preprocessing.crop_px
     prepare_lrn(
         parts.network,
         config.lrn,
         crop_px=crop_px,
-        num_images=config.epochs * num_images,
+        num_images=num_images,
         precision=parts.precision,
         world=parts.world,
     )

@@ -122,9 +122,7 @@ def take_snapshot(run: RunState, metrics: Metrics | None) -> Snapshot | None:
     }
     if run.writer is None:
         return None
-    figures = {}
-    if metrics is not None:
-        figures = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
+    figures = {} if metrics is None else {name: getattr(metrics, name) for name in ("loss", "top1", "top5")}
     return Snapshot(
         step=run.step,
         epoch=run.position // run.steps_per_epoch,

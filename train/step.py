@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.batches import Batch
-from train.checkpoints.format import InitRecord
+from data_pipeline.results.card import InitRecord
 from train.config.schema import RunConfig
 from train.distributed.hybrid import HybridParallel, Parallel
 from train.distributed.world import World

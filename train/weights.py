@@ -15,13 +15,15 @@ import torch
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import writing_to
 from data_pipeline.common.text import names_in, printable
+from data_pipeline.results.card import InitRecord
 from data_pipeline.results.outputs import check_output
-from train.checkpoints.format import InitRecord, Pointer, Progress, Snapshot, write_pointer
+from train.checkpoints.format import Pointer, Progress, Snapshot, write_pointer
 from train.checkpoints.load import Checkpoint, load_checkpoint, make_model_with
 from train.checkpoints.share import encode_weights
 from train.checkpoints.write import save_checkpoint
 from train.optim.sgd import make_optimizer
 from train.pretrained.readers import read_file
+from train.runs.card import count_parameters
 from train.runs.folder import create_run
 
 _ADVICE = "what can come in is torchvision's `alexnet`, BVLC's as .onnx, or .safetensors as written here"
@@ -91,16 +93,13 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
     if not layers:
         raise UserError(f"{path} holds no fully connected layer, so it is none of our networks")
     num_classes = len(weights[max(layers)])  # fc6, fc7, fc8; or 1, 4, 6
-    labels_text: tuple[str, ...] = ()
-    if classes is None and source.classes is not None:
-        classes, labels_text = source.classes, source.labels_text
-    classes = classes or tuple(map(str, range(num_classes)))
+    labels_text = source.labels_text if classes is None else ()
+    classes = classes or source.classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise UserError(f"{path} has {num_classes} classes, and {len(classes)} names were given")
     # How the weights were trained, of which nothing is repeated here.
     config = msgspec.structs.replace(source.config, init_from=None, freeze="none", head_rate=1.0)
-    crop_px = config.preprocessing.crop_px
-    model = make_model_with(config.model, weights, num_classes, crop_px, path, advice=_ADVICE)
+    model = make_model_with(config, weights, num_classes, path, _ADVICE)
     record = InitRecord(source=source.description, sha256=source.sha256, loaded=tuple(sorted(weights)))
     optimizer, folder = make_optimizer(model, config.optimizer), create_run(out, config)
     saved = save_checkpoint(
@@ -111,7 +110,6 @@ def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None
             samples_seen=0,
             config=config,
             classes=classes,
-            metrics={},
             states={"model": model.state_dict(), "optimizer": optimizer.state_dict()},
             progress=Progress(init=record),
             labels_text=labels_text,
@@ -127,16 +125,13 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(folder)
     return {
         "folder": str(folder),
-        "sha256": checkpoint.sha256,
-        "step": checkpoint.step,
-        "epoch": checkpoint.epoch,
-        "samples_seen": checkpoint.samples_seen,
+        **{name: getattr(checkpoint, name) for name in ("sha256", "step", "epoch", "samples_seen")},
         "changes": msgspec.to_builtins(checkpoint.progress.changes),
         "init": msgspec.to_builtins(checkpoint.progress.init),
         "recipe": checkpoint.config.recipe,
         "model": checkpoint.config.model.description,
         "weights": checkpoint.weights_name,
-        "parameters": sum(tensor.numel() for tensor in checkpoint.model_state.values()),
+        "parameters": count_parameters(checkpoint),
         "classes": len(checkpoint.classes),
         "crop_px": checkpoint.preprocessing.crop_px,
         "metrics": checkpoint.metrics,

@@ -1,10 +1,16 @@
-"""Parts that the model cards of runs and bundles share: Markdown that no name breaks, YAML, the licence."""
+"""What checkpoints and bundles say alike: the weights that a run began with, and parts of their model cards.
+
+In a card are Markdown that no name breaks, YAML, the licence.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
+
+import msgspec
 
 from data_pipeline.common.text import printable, visible
 
@@ -12,6 +18,26 @@ CARD_NAME = "README.md"
 WEIGHTS_NAME = "model.safetensors"
 MAX_NAMES = 20
 """So many classes are named in a card; the others are counted."""
+
+
+class InitRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The weights from elsewhere that a run began with; tensors by name.
+
+    Attributes:
+        source: what they were.
+        sha256: of the file, or of the checkpoint's state.
+        loaded: tensors that were taken over.
+        made_anew: tensors that the source has not for these classes, with their initial values.
+        unused: tensors of the source that were not taken over.
+        differences: what else is not as it was in the source, a text for each.
+    """
+
+    source: str
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    loaded: tuple[str, ...]
+    made_anew: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 def code(text: str, *, in_table: bool = False) -> str:

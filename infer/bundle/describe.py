@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from msgspec.structs import astuple
 
+from data_pipeline.results.card import InitRecord
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
 from infer.bundle.load import Bundle, names_beside
 from infer.bundle.onnx_versions import runtime_words
@@ -16,7 +17,6 @@ from infer.bundle.schema import (
     Calibration,
     CpuModel,
     Engine,
-    InitRecord,
     PrecisionCheck,
 )
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
+from data_pipeline.results.card import InitRecord
+
 MANIFEST_NAME = "bundle.json"
 ONNX_NAME = "model.onnx"
 CPU_NAME = "model.cpu.onnx"
@@ -37,25 +39,6 @@ class FileEntry(Strict, frozen=True):
 
     sha256: Sha256
     size_bytes: Count
-
-
-class InitRecord(Strict, frozen=True):
-    """The weights from elsewhere that the run began with, as its checkpoints record them; tensors by name.
-
-    Attributes:
-        source: what they were.
-        sha256: of the file, or of the checkpoint's state.
-        loaded, made_anew, unused: tensors taken over, those with initial values, and those of the source
-            that were not taken over.
-        differences: what else is not as it was in the source, a text for each.
-    """
-
-    source: str
-    sha256: Sha256
-    loaded: tuple[str, ...]
-    made_anew: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
 
 
 class Origin(Strict, frozen=True):

@@ -8,7 +8,6 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -29,7 +28,6 @@ from infer.bundle.schema import (
     Calibration,
     CpuModel,
     Format,
-    InitRecord,
     Origin,
     Precision,
     feature_output,
@@ -249,7 +247,7 @@ def make_origin(checkpoint: Checkpoint) -> Origin:
         model=checkpoint.config.model.description,
         weights=checkpoint.weights_name,
         metrics={name: value for name, value in checkpoint.metrics.items() if math.isfinite(value)},
-        init=msgspec.convert(msgspec.to_builtins(checkpoint.progress.init), InitRecord | None),
+        init=checkpoint.progress.init,
     )
 
 

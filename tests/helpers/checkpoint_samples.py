@@ -39,9 +39,9 @@ def small_snapshot(step: int, value: float = 1.0, top1: float | None = None) -> 
     )
 
 
-def make_writer(folder: RunFolder, best: Pointer | None = None, device: str = "cpu") -> AsyncCheckpointWriter:
+def make_writer(folder: RunFolder, best: Pointer | None = None) -> AsyncCheckpointWriter:
     """The writer of a run, which keeps the newest checkpoint and the best."""
-    return AsyncCheckpointWriter(folder.checkpoints, CONFIG, best, torch.device(device), folder.sync_rows)
+    return AsyncCheckpointWriter(folder.checkpoints, CONFIG, best, folder.sync_rows)
 
 
 def row(step: int) -> MetricsRow:

@@ -79,10 +79,12 @@ def test_place_is_chosen_by_free_memory_and_epochs(
 ) -> None:
     monkeypatch.setattr("train.data.bytes_available", lambda: free_ram)
     monkeypatch.setattr("train.data.gpu_bytes_available", lambda _: free_gpu)
-    assert choose_cache(wanted, device, datasets, epochs_left) == place
+    config = RunConfig(data=DataConfig(cache=wanted))
+    assert choose_cache(config, device, datasets, epochs_left) == place
     # Bits that must repeat depend on no free memory: a GPU's decoder and what is kept differ.
     fixed = "none" if (wanted, device) == ("auto", GPU) else place
-    assert choose_cache(wanted, device, datasets, epochs_left, deterministic=True) == fixed
+    config = RunConfig(data=DataConfig(cache=wanted), deterministic=True)
+    assert choose_cache(config, device, datasets, epochs_left) == fixed
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_place_by_name_that_cannot_be_is_one_line(
     monkeypatch.setattr("train.data.bytes_available", lambda: free_ram * GB)
     monkeypatch.setattr("train.data.gpu_bytes_available", lambda _: free_gpu and free_gpu * GB)
     with pytest.raises(UserError) as caught:
-        choose_cache(wanted, device, datasets, 90)
+        choose_cache(RunConfig(data=DataConfig(cache=wanted)), device, datasets, 90)
     assert str(caught.value).startswith("data.cache ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 

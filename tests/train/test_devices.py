@@ -25,7 +25,7 @@ from train.checkpoints.format import Snapshot
 from train.checkpoints.load import Checkpoint, load_checkpoint
 from train.checkpoints.write import save_checkpoint
 from train.compile.choose import compile_step
-from train.distributed.hybrid import HybridParallel, micro_batch_sizes
+from train.distributed.hybrid import HybridParallel
 from train.distributed.world import World, open_world
 from train.evaluate import evaluate
 from train.health.nonfinite import SkipStats
@@ -160,7 +160,7 @@ def test_hybrid_parallelism_on_one_rank_trains_as_ddp(world: World, monkeypatch:
     want = losses_of(small_trainer(world, *SMALL, "precision=fp32"))
 
     def split(network: Any, config: Any, world: World) -> HybridParallel:
-        return HybridParallel(network, world, micro_batch_sizes(4, 1, 4, 1))
+        return HybridParallel(network, world, [4])
 
     monkeypatch.setattr(train.setup, "make_parallel", split)  # one rank alone would take DDP
     parts = small_trainer(world, *SMALL, "precision=fp32")

@@ -21,9 +21,12 @@ from alexnet import main
 from data_pipeline.common.errors import CorruptFileError, UserError
 from tests.helpers.bvlc import bvlc_file
 from tests.helpers.checkpoint_samples import Evil, save_small_network
+from tests.helpers.ranks import TINY
 from train.checkpoints.load import find_checkpoint, load_checkpoint
-from train.models.alexnet import Normalize
-from train.weights import export_weights, import_weights, read_names
+from train.checkpoints.write import save_checkpoint
+from train.config.load import make_config
+from train.models.alexnet import Normalize, make_model
+from train.weights import export_weights, import_weights, inspect_checkpoint, read_names
 
 
 def test_weights_round_trip_through_safetensors(tmp_path: Path) -> None:
@@ -180,6 +183,16 @@ def test_checkpoint_commands_inspect_verify_and_convert(tmp_path: Path) -> None:
     code, said = invoke("verify", run)
     assert code == 1
     assert "error: 1 of 1 checkpoints are damaged" in said
+
+
+def test_inspected_parameters_have_no_running_statistics(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save_small_network(tmp_path / "checkpoints")[0])
+    normed = make_config("demo", [*TINY, "model.name=bn"])
+    network = make_model(normed.model, num_classes=10, crop_px=22)
+    saved = replace(checkpoint, config=normed, states={"model": network.state_dict()})
+    found = inspect_checkpoint(save_checkpoint(tmp_path / "checkpoints", saved))
+    assert found["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    assert found["parameters"] < sum(tensor.numel() for tensor in network.state_dict().values())
 
 
 def test_class_names_are_read_as_editors_write_them(tmp_path: Path) -> None:

@@ -28,21 +28,14 @@ class AsyncCheckpointWriter:
         folder: the run's `checkpoints/`.
         config: whose `keep_checkpoints` and `keep_every` decide which checkpoints stay.
         best: the checkpoint with the best validation top-1 so far.
-        device: from which snapshots are copied.
         before_write: called on the thread before each checkpoint; it may raise `SaveError`. It brings the
             rows so far to the disk, since a run that resumes from the checkpoint does not write them again.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: RunConfig,
-        best: Pointer | None,
-        device: torch.device,
-        before_write: Callable[[], None],
+        self, folder: Path, config: RunConfig, best: Pointer | None, before_write: Callable[[], None]
     ) -> None:
-        self.folder, self.config, self.best = folder, config, best
-        self.device, self.before_write = device, before_write
+        self.folder, self.config, self.best, self.before_write = folder, config, best, before_write
         self.staging = PinnedStaging()
         self.failure: str | None = None
         """Error of the last failed write, None after a successful one. Up to date only after `wait()`."""
@@ -50,24 +43,24 @@ class AsyncCheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: tuple[int, Future[None]] | None = None
 
-    def wait(self, waiting: str | None = None) -> None:
+    def wait(self, waiting: str | None = None) -> str | None:
         """Return when no checkpoint is being written, and the staging memory may be overwritten.
 
         Args:
             waiting: what has to wait, for the log; None to wait silently.
+        Returns:
+            The error of the last write; None if it succeeded.
         """
         if self._in_flight is None:
-            return
-        step, writing = self._in_flight
+            return self.failure
+        (step, writing), self._in_flight = self._in_flight, None
         started, late = time.monotonic(), not writing.done()
         if late and waiting is not None:
             log.warning(f"{waiting} waits: the checkpoint of step {step} is still being written")
-        try:
-            writing.result()
-        finally:
-            self._in_flight = None
+        writing.result()
         if late and waiting is not None:
             log.warning(f"training was held up for {time.monotonic() - started:.1f} s by the disk")
+        return self.failure
 
     def start(self, snapshot: Snapshot) -> None:
         """Write a snapshot in the background. Call `wait` before taking it: nothing may be in flight.
@@ -77,9 +70,9 @@ class AsyncCheckpointWriter:
         """
         assert self._in_flight is None
         copied = None
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(self.device))
+            copied.record()
         self._in_flight = snapshot.step, self._thread.submit(self._write, snapshot, copied)
 
     def close(self) -> None:
@@ -108,12 +101,7 @@ class AsyncCheckpointWriter:
             if self.best is not None:
                 write_pointer(self.folder, "best", self.best)
             write_pointer(self.folder, "last", last)
-            prune_checkpoints(
-                self.folder,
-                keep_last=self.config.keep_checkpoints,
-                keep_every=self.config.keep_every,
-                best=self.best.step if self.best is not None else None,
-            )
+            prune_checkpoints(self.folder, self.config, self.best.step if self.best is not None else None)
         except OSError as error:
             log.error(
                 f"checkpoint {last.step} is written, but {error.filename} could not be changed or "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -47,15 +47,15 @@ class FoundWeights:
     wrapping: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Network:
     """The weights of one network: where they lie, their prefix, and what was taken out of their names."""
 
     entry: str
     prefix: str
-    wrappers: frozenset[str]
-    weights: dict[str, Any]
-    num_others: int
+    wrappers: set[str] = field(default_factory=set)
+    weights: dict[str, Any] = field(default_factory=dict)
+    num_others: int = 0
 
     @property
     def words(self) -> list[str]:
@@ -76,7 +76,7 @@ def find_weights(content: Any) -> FoundWeights:
     Of several, the first one that is no moving average is taken, and the others are named.
 
     Args:
-        content: as `train.checkpoints.safe_load.load_skipping` returns it.
+        content: as `train.checkpoints.safe_load.load_plain` returns it, with foreign objects skipped.
     Returns:
         The weights under torchvision's names; where nothing looks like a network of ours, the mapping with
         the most tensors as it is, so that what is wrong with it can be said.
@@ -120,8 +120,7 @@ def _mappings(content: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 def _networks(entry: str, mapping: dict[Any, Any]) -> list[_Network]:
     """The networks whose weights lie in one mapping: a prefix with all `PARTS` under it is one."""
-    groups: dict[str, dict[str, Any]] = {}
-    wrappers: dict[str, set[str]] = {}
+    found: dict[str, _Network] = {}
     for key, value in dict.items(mapping):
         if not isinstance(key, str) or not isinstance(value, (Tensor, Skipped)):
             continue
@@ -129,28 +128,21 @@ def _networks(entry: str, mapping: dict[Any, Any]) -> list[_Network]:
         start = next((place for place, word in enumerate(words) if word in PARTS), None)
         if start is None:
             continue
-        prefix, inner = words[:start], words[start:]
-        kept = ".".join(word for word in prefix if word not in WRAPPERS)
-        name = ".".join(word for word in inner if word not in WRAPPERS)
-        group = groups.setdefault(kept, {})
-        if name in group:
+        prefix = "".join(f"{word}." for word in words[:start] if word not in WRAPPERS)
+        name = ".".join(word for word in words[start:] if word not in WRAPPERS)
+        network = found.setdefault(prefix, _Network(entry, prefix))
+        if name in network.weights:
             raise ValueError(f"it has {_quoted(name)} twice, bare and wrapped")
-        group[name] = value
-        wrappers.setdefault(kept, set()).update(
+        network.weights[name] = value
+        network.wrappers.update(
             f"{before}.{word}." if before in PARTS else f"{word}."
             for before, word in pairwise(["", *words])
             if word in WRAPPERS
         )
-    whole = {
-        prefix: group
-        for prefix, group in groups.items()
-        if {name.partition(".")[0] for name in group} == set(PARTS)
-    }
-    num_left = len(mapping) - sum(map(len, whole.values()))
-    return [
-        _Network(entry, f"{prefix}." if prefix else "", frozenset(wrappers[prefix]), group, num_left)
-        for prefix, group in whole.items()
-    ]
+    whole = [one for one in found.values() if {name.partition(".")[0] for name in one.weights} == set(PARTS)]
+    for network in whole:
+        network.num_others = len(mapping) - sum(len(one.weights) for one in whole)
+    return whole
 
 
 def _skipped_names(content: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.files import read_small, write_atomic, write_json
 from data_pipeline.datasets.dataset import Contents
+from data_pipeline.results.card import InitRecord
 from data_pipeline.results.sealed import SEAL, encode_sealed, take_seal
 from train.checkpoints.safe_load import check_tensors
 from train.config.schema import RunConfig
@@ -26,6 +27,8 @@ FORMAT = 1
 STATE, MANIFEST = "state.pt", "manifest.json"
 COMPONENTS = ("model", "average", "optimizer", "scaler", "guard", "row")
 """Components of a run whose `state_dict` is in a checkpoint; empty for those that the run does not have."""
+FIELDS = ("step", "epoch", "samples_seen", "config", "classes", "labels_text", "data", "progress")
+"""Fields of a `Snapshot` that are in a checkpoint as plain values."""
 Weights = Literal["last", "average"]
 
 
@@ -63,26 +66,6 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     what: tuple[str, ...]
-
-
-class InitRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The weights from elsewhere that a run began with; tensors by name.
-
-    Attributes:
-        source: what they were.
-        sha256: of the file, or of the checkpoint's state.
-        loaded: tensors that were taken over.
-        made_anew: tensors that the source has not for these classes, with their initial values.
-        unused: tensors of the source that were not taken over.
-        differences: what else is not as it was in the source, a text for each.
-    """
-
-    source: str
-    sha256: str
-    loaded: tuple[str, ...]
-    made_anew: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,8 +109,8 @@ class Snapshot:
     samples_seen: int
     config: RunConfig
     classes: tuple[str, ...]
-    metrics: dict[str, float]
     states: dict[str, dict[str, Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     labels_text: tuple[str, ...] = ()
     data: dict[str, Contents] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from data_pipeline.common.files import sha256_of
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.format import (
     COMPONENTS,
+    FIELDS,
     MANIFEST,
     STATE,
     CheckpointPayload,
@@ -29,7 +30,7 @@ from train.checkpoints.format import (
 from train.checkpoints.retention import saved_steps, step_folder
 from train.checkpoints.safe_load import load_plain
 from train.config.load import decode_config
-from train.config.schema import ModelConfig
+from train.config.schema import RunConfig
 from train.models.alexnet import AlexNet, count_hidden_weights, make_model
 
 log = logging.getLogger("train")
@@ -96,19 +97,11 @@ class Checkpoint(Snapshot):
         Raises:
             UserError: weights that do not fit the configuration saved with them.
         """
-        crop_px = self.preprocessing.crop_px
-        model = make_model_with(self.config.model, self.weights, len(self.classes), crop_px, self.folder)
-        return model.eval()
+        return make_model_with(self.config, self.weights, len(self.classes), self.folder).eval()
 
 
 def make_model_with(
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    num_classes: int,
-    crop_px: int,
-    source: Path,
-    *,
-    advice: str = RECIPE_ADVICE,
+    config: RunConfig, weights: dict[str, Tensor], num_classes: int, source: Path, advice: str = RECIPE_ADVICE
 ) -> AlexNet:
     """Build the network of a configuration and load weights into it.
 
@@ -120,20 +113,21 @@ def make_model_with(
     Raises:
         UserError: weights that do not fit the configuration, with how they differ.
     """
-    wanted = count_hidden_weights(config, num_classes=num_classes, crop_px=crop_px)
+    sizes = {"num_classes": num_classes, "crop_px": config.preprocessing.crop_px}
+    wanted = count_hidden_weights(config.model, **sizes)
     found = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
     if wanted != found:
         raise UserError(
             f"{source} holds another model's weights (its fully connected layers have {found} weights, those "
             f"of its configuration {wanted}); {advice}"
         )
-    model = make_model(config, num_classes=num_classes, crop_px=crop_px)
-    load_weights(model, weights, source, advice=advice)
+    model = make_model(config.model, **sizes)
+    load_weights(model, weights, source, advice)
     return model
 
 
 def load_weights(
-    model: torch.nn.Module, state: dict[str, Tensor], source: Path, *, advice: str = RECIPE_ADVICE
+    model: torch.nn.Module, state: dict[str, Tensor], source: Path, advice: str = RECIPE_ADVICE
 ) -> None:
     """Load weights strictly.
 
@@ -167,19 +161,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         payload = msgspec.convert(state, CheckpointPayload)
         if payload.step != manifest.step:
             raise ValueError(f"it is of step {payload.step}, its manifest of step {manifest.step}")
+        fields = {name: getattr(payload, name) for name in FIELDS}
+        fields["config"] = decode_config(payload.config)
+        states = {name: state[name] for name in COMPONENTS}
         return Checkpoint(
-            folder=folder,
-            sha256=manifest.sha256,
-            step=payload.step,
-            epoch=payload.epoch,
-            samples_seen=payload.samples_seen,
-            config=decode_config(payload.config),
-            classes=payload.classes,
-            metrics=manifest.metrics,
-            states={name: state[name] for name in COMPONENTS},
-            progress=payload.progress,
-            labels_text=payload.labels_text,
-            data=payload.data,
+            folder=folder, sha256=manifest.sha256, metrics=manifest.metrics, states=states, **fields
         )
     except UserError as error:
         raise UserError(f"checkpoint {folder}: {error}") from error
@@ -204,15 +190,13 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
     if not path.is_file():
         raise CorruptFileError(f"checkpoint {path} is no regular file")
+    damage = ""
     if size_bytes != manifest.size_bytes:
-        raise CorruptFileError(
-            f"checkpoint {path} is damaged: it has {size_bytes} of {manifest.size_bytes} bytes; "
-            "use an earlier one"
-        )
-    if sha256_of(path) != manifest.sha256:
-        raise CorruptFileError(
-            f"checkpoint {path} is damaged: its hash is not the one in its manifest; use an earlier one"
-        )
+        damage = f"it has {size_bytes} of {manifest.size_bytes} bytes"
+    elif sha256_of(path) != manifest.sha256:
+        damage = "its hash is not the one in its manifest"
+    if damage:
+        raise CorruptFileError(f"checkpoint {path} is damaged: {damage}; use an earlier one")
     return manifest
 
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from train.config.schema import RunConfig
+
 WRITING = ".writing-"
 """Prefix of a checkpoint that is not finished."""
 REMOVING = ".removing-"
@@ -44,21 +46,22 @@ def steps_to_keep(
     ascending = sorted(steps)
     keep = set(ascending[-keep_last:]) | {step for step in ascending if step == best}
     if keep_every is not None:
-        first_of: dict[int, int] = {}
-        for step in ascending:
-            first_of.setdefault(step // keep_every, step)
+        first_of = {step // keep_every: step for step in reversed(ascending)}
         keep |= {step for multiple, step in first_of.items() if multiple > 0}
     return keep
 
 
-def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None, best: int | None) -> None:
+def prune_checkpoints(folder: Path, config: RunConfig, best: int | None) -> None:
     """Remove checkpoints that need not stay, and superseded ones. Call it when a newer one is on the disk.
 
+    Args:
+        config: of the run, which says how many stay.
+        best: see `steps_to_keep`.
     Raises:
         OSError: something cannot be removed.
     """
     saved = saved_steps(folder)
-    keep = steps_to_keep(saved, keep_last=keep_last, keep_every=keep_every, best=best)
+    keep = steps_to_keep(saved, keep_last=config.keep_checkpoints, keep_every=config.keep_every, best=best)
     for step, path in saved.items():
         if step not in keep:
             path.rename(folder / f"{REMOVING}{path.name}")  # a kill must not leave half a checkpoint

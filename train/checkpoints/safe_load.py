@@ -66,28 +66,16 @@ class _SkippedList:
         return []
 
 
-def load_plain(path: Path) -> Any:
+def load_plain(path: Path, *, skipping: bool = False) -> Any:
     """Load the tensors and plain values of a file that `torch.save` wrote, without executing anything in it.
 
+    Args:
+        skipping: put a `Skipped` in place of each object of a foreign class, which is never imported. So a
+            state dict can be read that lies beside the arguments of its trainer.
     Raises:
-        CorruptFileError: it holds anything else, is damaged, or would be larger in memory than on the disk.
+        CorruptFileError: it holds anything else, is damaged, or would be larger in memory than on the disk;
+            where objects are skipped, if it names functions that run code, as attacks do.
     """
-    return _load(path, skipping=False)
-
-
-def load_skipping(path: Path) -> Any:
-    """Load as `load_plain` does, with a `Skipped` in place of each object of a foreign class.
-
-    So a state dict can be read that lies beside the arguments of its trainer. The classes are never imported.
-
-    Raises:
-        CorruptFileError: it is damaged, would be larger in memory than on the disk, or names functions that
-            run code, as attacks do.
-    """
-    return _load(path, skipping=True)
-
-
-def _load(path: Path, *, skipping: bool) -> Any:
     try:
         is_archive = zipfile.is_zipfile(path)
         if is_archive:

@@ -13,7 +13,7 @@ from torch.utils.serialization import config as serialization
 
 from data_pipeline.common.errors import SaveError
 from data_pipeline.common.files import fsync_path
-from train.checkpoints.format import COMPONENTS, FORMAT, STATE, Manifest, Snapshot, write_manifest
+from train.checkpoints.format import COMPONENTS, FIELDS, FORMAT, STATE, Manifest, Snapshot, write_manifest
 from train.checkpoints.retention import REPLACED, WRITING, step_folder
 
 
@@ -53,14 +53,7 @@ def _write_state(path: Path, snapshot: Snapshot) -> Manifest:
     payload = {
         "format": FORMAT,
         **{name: snapshot.states.get(name, {}) for name in COMPONENTS},
-        "progress": msgspec.to_builtins(snapshot.progress),
-        "step": snapshot.step,
-        "epoch": snapshot.epoch,
-        "samples_seen": snapshot.samples_seen,
-        "config": msgspec.to_builtins(snapshot.config),
-        "classes": list(snapshot.classes),
-        "labels_text": list(snapshot.labels_text),
-        "data": msgspec.to_builtins(snapshot.data),
+        **{name: msgspec.to_builtins(getattr(snapshot, name)) for name in FIELDS},
     }
     with path.open("wb") as file:
         hashing = _HashingFile(file)

@@ -15,17 +15,9 @@ from data_pipeline.remote.cache import DEFAULT_GB
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.config.schedule import ScheduleConfig
-from train.config.values import (
-    AboveOne,
-    AboveZero,
-    BelowOne,
-    Count,
-    Fraction,
-    NotNegative,
-    Positive,
-    Table,
-)
+from train.config.values import AboveOne, AboveZero, BelowOne, Count, Fraction, NotNegative, Positive, Table
 
+Device = Literal["auto", "cpu", "cuda"]
 Init = Literal["he", "paper", "caffe", "torch"]
 Norm = Literal["lrn", "bn", "bn_after_relu", "none"]
 Groups = Literal[1, 2]
@@ -224,7 +216,7 @@ class RunConfig(Table, frozen=True):
     global_batch: Positive = 128
     micro_batch: Positive | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     cpu_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
     parallel: Literal["ddp", "hybrid"] = "ddp"

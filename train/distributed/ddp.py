@@ -6,37 +6,33 @@ from math import gcd
 
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.transforms.mix import PAIR_SIZE
 from train.config.schema import RunConfig
-from train.distributed.hybrid import HybridParallel, Parallel, micro_batch_sizes, samples_of_passes
+from train.distributed.hybrid import HybridParallel, Parallel, samples_of_passes, wrap_in_ddp
 from train.distributed.world import World
 from train.models.alexnet import AlexNet
 from train.models.batch_norm import synchronize
 
 
-def rank_batch_size(config: RunConfig, world: World) -> int:
-    """Return the samples of a step on the rank that has most."""
-    return -(-config.global_batch // world.world_size)
-
-
 def micro_batch_size(config: RunConfig, world: World) -> int:
     """Return the most samples that a rank takes through the network at once."""
-    rank_batch = rank_batch_size(config, world)
+    rank_batch = -(-config.global_batch // world.world_size)
     return min(config.micro_batch or rank_batch, rank_batch)
 
 
 def pass_sizes(config: RunConfig, world: World) -> list[int]:
-    """Return the most samples that any rank brings to each pass of a step, see `micro_batch_sizes`."""
-    return micro_batch_sizes(
-        config.global_batch, world.world_size, micro_batch_size(config, world), _group_size(config)
+    """Return the most samples that any rank brings to each pass of a step, the same on all ranks."""
+    return [max(sizes) for sizes in zip(*passes_of(config, world), strict=True)]
+
+
+def passes_of(config: RunConfig, world: World) -> list[list[int]]:
+    """Return the samples of each rank in each pass of a step, see `samples_of_passes`."""
+    group_size = PAIR_SIZE if config.augment.mixes else 1
+    return samples_of_passes(
+        config.global_batch, world.world_size, micro_batch_size(config, world), group_size
     )
-
-
-def _group_size(config: RunConfig) -> int:
-    return PAIR_SIZE if config.augment.mixes else 1
 
 
 def check_norm_batch(config: RunConfig, world: World) -> None:
@@ -47,7 +43,7 @@ def check_norm_batch(config: RunConfig, world: World) -> None:
             would do; or a pass of one sample, whose hidden units have no variance.
     """
     micro_batch, ghost_batch = micro_batch_size(config, world), config.model.norm_batch
-    by_rank = samples_of_passes(config.global_batch, world.world_size, micro_batch, _group_size(config))
+    by_rank = passes_of(config, world)
     if ghost_batch is None:
         smallest = min(map(sum, zip(*by_rank, strict=True)))
         if config.model.hidden_norm and smallest < 2:
@@ -62,16 +58,12 @@ def check_norm_batch(config: RunConfig, world: World) -> None:
     common = gcd(*sizes)
     fitting = [number for number in range(2, common + 1) if common % number == 0]
     whole = ghost_batch * world.world_size
-    advice = (
-        f"set it to {max((n for n in fitting if n <= ghost_batch), default=fitting[0])}"
-        if fitting
-        else f"set global_batch to {-(-config.global_batch // whole) * whole}"
-        + (
-            f" and micro_batch to {-(-micro_batch // ghost_batch) * ghost_batch}"
-            if config.micro_batch
-            else ""
-        )
-    )
+    if fitting:
+        advice = f"set it to {max((n for n in fitting if n <= ghost_batch), default=fitting[0])}"
+    else:
+        advice = f"set global_batch to {-(-config.global_batch // whole) * whole}"
+        if config.micro_batch:
+            advice += f" and micro_batch to {-(-micro_batch // ghost_batch) * ghost_batch}"
     raise UserError(
         f"norm_batch {ghost_batch} does not divide the samples that each of {world.world_size} rank(s) takes "
         f"at once ({', '.join(map(str, sizes))}): {advice}"
@@ -99,15 +91,9 @@ def make_parallel(network: AlexNet, config: RunConfig, world: World) -> Parallel
                 "ranks: use parallel=ddp"
             )
         return HybridParallel(network, world, pass_sizes(config, world))
-    parallel = DistributedDataParallel(
-        network,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        # A static graph wants the first backward pass to be one that reduces gradients; accumulating over
-        # micro-batches puts passes without a reduction (`no_sync`) before it.
-        static_graph=config.micro_batch is None,
-    )
-    parallel.broadcast_buffers = False  # they are the same on all ranks: see `train.models.batch_norm`
+    # A static graph wants the first backward pass to be one that reduces gradients; accumulating over
+    # micro-batches puts passes without a reduction (`no_sync`) before it.
+    parallel = wrap_in_ddp(network, world, static_graph=config.micro_batch is None)
     if config.compress == "bf16" and world.world_size > 1:
         parallel.register_comm_hook(dist.group.WORLD, default_hooks.bf16_compress_hook)
     return parallel

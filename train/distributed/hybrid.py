@@ -40,31 +40,18 @@ from train.models.dropout import Dropout, masks_of
 from train.optim.precision import Precision
 
 
-def micro_batch_sizes(global_batch: int, world_size: int, micro_batch: int, group_size: int = 1) -> list[int]:
-    """Return how many samples each rank brings to each pass of a step through the sharded layers.
-
-    The sizes are the same on all ranks. A rank has as many passes as micro-batches
-    (`data_pipeline.loader.Loader.train`), and their number and size may differ between ranks. A rank with
-    fewer joins the first passes with no samples of its own, so that all share the last pass, in which DDP
-    reduces the gradients.
-
-    Args:
-        micro_batch: most samples that a rank takes at once.
-        group_size: so many consecutive samples are never separated.
-
-    >>> micro_batch_sizes(25, 2, micro_batch=5)
-    [5, 5, 3]
-    >>> micro_batch_sizes(25, 2, micro_batch=4)
-    [4, 4, 4, 4]
-    """
-    by_rank = samples_of_passes(global_batch, world_size, micro_batch, group_size)
-    return [max(sizes) for sizes in zip(*by_rank, strict=True)]
-
-
 def samples_of_passes(
     global_batch: int, world_size: int, micro_batch: int, group_size: int = 1
 ) -> list[list[int]]:
     """Return the samples of each rank in each pass of a step; 0 in a pass for which it has none left.
+
+    A rank has as many passes as micro-batches (`data_pipeline.loader.Loader.train`), and their number and
+    size may differ between ranks. A rank with fewer joins the first passes with no samples of its own, so
+    that all share the last pass, in which DDP reduces the gradients.
+
+    Args:
+        micro_batch: most samples that a rank takes at once.
+        group_size: so many consecutive samples are never separated.
 
     >>> samples_of_passes(25, 2, micro_batch=5)
     [[5, 5, 2], [5, 5, 3]]
@@ -81,15 +68,27 @@ def samples_of_passes(
     return [[0] * (most - len(sizes)) + sizes for sizes in by_rank]
 
 
+def wrap_in_ddp(module: nn.Module, world: World, **options: Any) -> DistributedDataParallel:
+    """Wrap a module that is the same on all ranks. So are its buffers: see `train.models.batch_norm`."""
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **options,
+    )
+    wrapped.broadcast_buffers = False
+    return wrapped
+
+
 class HybridParallel(nn.Module):
     """An AlexNet over several ranks, in the place of DistributedDataParallel.
 
     Every rank must call every method, and run as many forward passes in a step as it has micro-batches, of
-    the sizes that `micro_batch_sizes` was given.
+    the sizes that were planned.
 
     Args:
         network: the whole network, the same on all ranks; its fully connected layers are replaced by shards.
-        sizes: see `micro_batch_sizes`.
+        sizes: the most samples that any rank brings to each pass of a step through the split layers.
     """
 
     def __init__(self, network: AlexNet, world: World, sizes: list[int]) -> None:
@@ -97,20 +96,10 @@ class HybridParallel(nn.Module):
         self.network, self.world, self.sizes = network, world, sizes
         self.plan = MicroBatchPlan(world)
         self._next_sizes: Iterator[int] = iter(())
-        kinds = (FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
-        layers = network.classifier.named_children()
-        linears = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
-        for (name, whole), kind in zip(linears, kinds, strict=True):
-            network.classifier.register_module(name, kind(whole, self.plan))
-        self._masks_gathered = self._split_dropout()
-        self.trunk = DistributedDataParallel(
-            nn.Sequential(network.features, network.avgpool, nn.Flatten()),  # (N, 3, H, W) -> (N, F)
-            device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            # about a layer: the later layers' gradients travel while the earlier ones' are computed
-            bucket_cap_mb=2,
-        )
-        self.trunk.broadcast_buffers = False  # they are the same on all ranks: see `train.models.batch_norm`
+        self._masks_gathered = self._split_layers()
+        trunk = nn.Sequential(network.features, network.avgpool, nn.Flatten())  # (N, 3, H, W) -> (N, F)
+        # A bucket is about a layer: the later layers' gradients travel while the earlier ones' are computed.
+        self.trunk = wrap_in_ddp(trunk, world, bucket_cap_mb=2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Compute the logits (N, C) of this rank's images."""
@@ -119,16 +108,22 @@ class HybridParallel(nn.Module):
         logits_NC: Tensor = self.network.classifier(features_NF)
         return logits_NC
 
-    def _split_dropout(self) -> bool:
-        """Tell each dropout layer behind a split one which units it has; return whether any drops some."""
-        units, found = 0, False
-        for layer in self.network.classifier.children():
-            if isinstance(layer, ParallelLinear):
+    def _split_layers(self) -> bool:
+        """Replace the fully connected layers by shards, and tell each dropout behind one which units it has.
+
+        Returns:
+            Whether such a dropout drops any.
+        """
+        kinds = iter((FirstColumnParallelLinear, ColumnParallelLinear, RowParallelLinear))
+        units, drops = 0, False
+        for name, layer in list(self.network.classifier.named_children()):
+            if isinstance(layer, nn.Linear):
+                self.network.classifier.register_module(name, next(kinds)(layer, self.plan))
                 units = layer.out_features
             elif isinstance(layer, Dropout) and units:
                 layer.first_unit, _ = shard_bounds(units, self.world.rank, self.world.world_size)
-                found = found or layer.p > 0
-        return found
+                drops = drops or layer.p > 0
+        return drops
 
     def _start_pass(self, features_NF: Tensor) -> None:
         """Begin a pass through the split layers: how many samples each rank brings, and the rows of all."""
@@ -222,22 +217,22 @@ def whole_network(parallel: Parallel) -> AlexNet:
 
 def gather_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Unshard tensors that have the names of the network's own, on every rank; all must call this."""
-    if not isinstance(parallel, HybridParallel):
-        return dict(tensors)
-    specs = parallel.shard_specs()
-    return {
-        name: gather_shards(tensor, *specs[name], parallel.world) if name in specs else tensor
-        for name, tensor in tensors.items()
-    }
+    return _change_shards(parallel, tensors, gather_shards)
 
 
 def shard_tensors(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return this rank's shards of tensors from `gather_tensors`, gathered in whichever mode."""
+    return _change_shards(parallel, tensors, lambda whole, dim, _, world: shard(whole, dim, world))
+
+
+def _change_shards(
+    parallel: Parallel, tensors: Mapping[str, Tensor], change: Callable[[Tensor, int, int, World], Tensor]
+) -> dict[str, Tensor]:
     if not isinstance(parallel, HybridParallel):
         return dict(tensors)
-    specs = parallel.shard_specs()
+    specs, world = parallel.shard_specs(), parallel.world
     return {
-        name: shard(tensor, specs[name][0], parallel.world) if name in specs else tensor
+        name: change(tensor, *specs[name], world) if name in specs else tensor
         for name, tensor in tensors.items()
     }
 

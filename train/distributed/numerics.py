@@ -48,34 +48,27 @@ def repeated_bits(wanted: bool) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     filled: Any = torch.utils.deterministic  # whose attributes are those of a class in its place
     before = cudnn.benchmark, cudnn.deterministic, filled.fill_uninitialized_memory
-    cudnn.benchmark = not wanted
-    if not wanted:
-        try:
-            yield
-        finally:
-            cudnn.benchmark = before[0]
-        return
     was_on = torch.are_deterministic_algorithms_enabled()
     warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(WORKSPACE)
-    if workspace not in WORKSPACES:
-        if workspace is not None:
-            log.warning(
-                f"{WORKSPACE} is {workspace}, with which cuBLAS does not repeat its bits: "
-                f"{WORKSPACES[0]} is used (deterministic=true)"
-            )
-        os.environ[WORKSPACE] = WORKSPACES[0]
-    cudnn.deterministic = True
-    filled.fill_uninitialized_memory = (
-        False  # a fill of each new tensor; nothing here reads what was not written
-    )
-    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark = not wanted
+    if wanted:
+        if workspace not in WORKSPACES:
+            if workspace is not None:
+                log.warning(
+                    f"{WORKSPACE} is {workspace}, with which cuBLAS does not repeat its bits: "
+                    f"{WORKSPACES[0]} is used (deterministic=true)"
+                )
+            os.environ[WORKSPACE] = WORKSPACES[0]
+        cudnn.deterministic = True
+        # a fill of each new tensor; nothing here reads what was not written
+        filled.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
         cudnn.benchmark, cudnn.deterministic, filled.fill_uninitialized_memory = before
-        if workspace is None:
-            del os.environ[WORKSPACE]
-        else:
+        os.environ.pop(WORKSPACE, None)
+        if workspace is not None:
             os.environ[WORKSPACE] = workspace

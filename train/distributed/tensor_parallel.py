@@ -155,19 +155,6 @@ class _SumToOwnRank(torch.autograd.Function):
         return _all_gather(grad_SC / ctx.world.world_size, ctx.world).flatten(0, 1), None
 
 
-class _AddBiasOnce(torch.autograd.Function):
-    """Adds a bias that every rank holds to one rank's term only; its gradient is the same on all."""
-
-    @staticmethod
-    def forward(ctx: Any, term_BC: Tensor, bias_C: Tensor, here: bool) -> Tensor:
-        return term_BC + bias_C if here else term_BC.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad_BC,) = grads
-        return grad_BC, grad_BC.sum(0), None
-
-
 class ParallelLinear(nn.Linear):
     """This rank's shard of a fully connected layer.
 
@@ -235,6 +222,7 @@ class RowParallelLinear(ParallelLinear):
         """Compute this rank's term of all logits, and sum the terms of all ranks."""
         term_BC = linear(input, self.weight)
         term_BC = term_BC.to(torch.promote_types(term_BC.dtype, torch.float32))
-        term_BC = _AddBiasOnce.apply(term_BC, self.bias, self.plan.world.rank == 0)
-        logits_SC: Tensor = _SumToOwnRank.apply(term_BC, self.plan.world)
+        # Every rank holds the bias; one adds it, the others add zeros that have its gradient.
+        bias_C = self.bias if self.plan.world.rank == 0 else self.bias - self.bias.detach()
+        logits_SC: Tensor = _SumToOwnRank.apply(term_BC + bias_C, self.plan.world)
         return logits_SC[: self.plan.own]

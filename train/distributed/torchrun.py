@@ -143,13 +143,13 @@ def run_torchrun(
 
 
 def training_arguments(
-    recipe: str, data: Path | None, out: Path, resume: str, allow_changed_schedule: bool,
-    overrides: Sequence[str], debug: bool, init: str | None = None,
-) -> list[str]:  # fmt: skip
-    """Format the options of `train.cli` as a command line."""
-    arguments = [f"--recipe={recipe}", f"--out={out}", f"--resume={resume}"]
-    arguments += [f"--data={data}"] if data is not None else []
-    arguments += [f"--init={init}"] if init is not None else []
+    overrides: Sequence[str], allow_changed_schedule: bool, debug: bool, **named: object
+) -> list[str]:
+    """Format the options of `train.cli` as a command line.
+
+    Args:
+        named: the options with a value; None for one that is not given.
+    """
+    arguments = [f"--{name}={value}" for name, value in named.items() if value is not None]
     arguments += [f"--set={override}" for override in overrides]
-    arguments += ["--allow-changed-schedule"] if allow_changed_schedule else []
-    return arguments + (["--debug"] if debug else [])
+    return arguments + ["--allow-changed-schedule"] * allow_changed_schedule + ["--debug"] * debug

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from data_pipeline.common.errors import RankLostError, UserError
+from train.config.schema import Device
 from train.distributed.numerics import exact_float32, repeated_bits
 
 log = logging.getLogger("train")
@@ -87,6 +88,16 @@ class World:
             dist.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
+    def own_share(self, ranks_R: Tensor) -> Tensor:
+        """Return this rank's tensor of those that so many ranks gathered, which add up over the ranks.
+
+        On another number of ranks than gathered them, rank 0 has their sum, and the others zeros.
+        """
+        if len(ranks_R) == self.world_size:
+            return ranks_R[self.rank]
+        total = ranks_R.sum(0)
+        return total if self.is_main else torch.zeros_like(total)
+
     def set_flag(self, topic: str) -> None:
         """Set a flag that every rank can read without a collective; see `flag_is_set`."""
         try:
@@ -120,8 +131,8 @@ class World:
             finally:
                 if slow_work:
                     self.set_flag(slow_work)
-        while slow_work and not (self.is_main or self.flag_is_set(slow_work)):  # a collective would time out
-            time.sleep(POLL_S)
+        elif slow_work:
+            self._wait_for_flag(slow_work)
         with self.named_collective("a broadcast of rank 0's decision"):
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
@@ -138,8 +149,8 @@ class World:
         """
         topic = f"{work} on the machine of rank {self.rank - self.local_rank}"
         try:
-            while self.local_rank and not self.flag_is_set(topic):  # no collective: that would time out
-                time.sleep(POLL_S)
+            if self.local_rank:
+                self._wait_for_flag(topic)
             yield
         finally:
             if not self.local_rank:
@@ -148,8 +159,12 @@ class World:
     def wait_for_machines(self, work: str) -> None:
         """Wait, however long it takes, until `first_of_machine` did its work on every machine."""
         for leader in range(0, self.world_size, self.local_world_size):
-            while not self.flag_is_set(f"{work} on the machine of rank {leader}"):
-                time.sleep(POLL_S)
+            self._wait_for_flag(f"{work} on the machine of rank {leader}")
+
+    def _wait_for_flag(self, topic: str) -> None:
+        """Wait until any rank has set the flag, however long it takes: a collective would time out."""
+        while not self.flag_is_set(topic):
+            time.sleep(POLL_S)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks, on all of them."""
@@ -191,15 +206,13 @@ class World:
     def _lost_ranks(self, patience_s: float) -> list[int]:
         """Return the ranks that do not report, within a short time, that they wait as this one does."""
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
+        with suppress(RuntimeError):  # the store is gone with the launcher: no rank can report
             store = PrefixStore("waiting", dist.distributed_c10d._get_default_store())
             store.set(str(self.rank), "")
             end = time.monotonic() + patience_s
             while missing and time.monotonic() < end:
                 missing = [rank for rank in missing if not store.check([str(rank)])]
                 time.sleep(0.1)
-        except RuntimeError:  # the store is gone with the launcher: no rank can report
-            pass
         return missing
 
 
@@ -213,7 +226,7 @@ def cpu_share(local_world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+def choose_device(wanted: Device) -> Literal["cpu", "cuda"]:
     """Resolve `auto`: CUDA where there is a GPU.
 
     Raises:
@@ -250,7 +263,7 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
 @contextmanager
 def open_world(
-    wanted: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S, *, deterministic: bool = False
+    wanted: Device, timeout_s: float = TIMEOUT_S, *, deterministic: bool = False
 ) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it on every path.
 

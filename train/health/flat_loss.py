@@ -6,8 +6,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.datasets.dataset import Dataset
 from train.config.schema import ModelConfig, RunConfig
 from train.health.metrics import Metrics
+from train.optim.class_weights import class_weights_of, counts_in_epoch
 
 BELOW, ABOVE = 0.995, 1.05
 """A mean loss between these multiples of the level is flat. A network that learns falls below the lower one;
@@ -44,9 +46,9 @@ class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
             level: the loss of guessing, from `flat_level`.
             grace: steps that the loss may be flat.
         """
-        samples, loss_sum = self.samples, self.loss_sum
-        if metrics.num_samples:
-            samples, loss_sum = samples + metrics.num_samples, loss_sum + metrics.loss * metrics.num_samples
+        samples, loss_sum = self.samples + metrics.num_samples, self.loss_sum
+        if metrics.num_samples:  # else the loss is NaN
+            loss_sum += metrics.loss * metrics.num_samples
         if step - self.window_start < grace / NUM_WINDOWS or samples == 0:
             return msgspec.structs.replace(self, samples=samples, loss_sum=loss_sum)
         flat = BELOW * level <= loss_sum / samples <= ABOVE * level
@@ -76,6 +78,12 @@ def flat_level(
     seen = shares_C[shares_C > 0]
     guess = seen if weights_C is None else seen / seen.sum()
     return float(-(seen * np.log(guess)).sum())
+
+
+def guess_loss(config: RunConfig, train_set: Dataset) -> float:
+    """Return `flat_level` for a run's training loss."""
+    weights_C = class_weights_of(config, train_set)
+    return flat_level(counts_in_epoch(config, train_set), config.label_smoothing, weights_C)
 
 
 def suggest_changes(model: ModelConfig) -> list[str]:

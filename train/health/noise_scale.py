@@ -158,9 +158,8 @@ class NoiseMeter:
         Args:
             ranks: `pending` of each, (world_size then, steps, 5).
         """
-        mine = ranks[min(self.world.rank, len(ranks) - 1)].clone()
-        if len(ranks) != self.world.world_size:  # parts add up over the ranks; the rest is the same on all
-            mine[:, :3] = ranks[:, :, :3].sum(0) if self.world.is_main else 0.0
+        mine = ranks[0].clone()
+        mine[:, :3] = self.world.own_share(ranks[:, :, :3])  # parts add up; the rest is the same on all ranks
         self._steps = list(mine.to(self.world.device))
 
     def read(self) -> NoiseEstimate | None:

@@ -28,7 +28,6 @@ class Interrupt:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._next_step = self._last_step = 0
         self._last_time = time.monotonic()
-        self._flag_is_set = False
 
     def listen(self) -> None:
         """Install handlers that remember a signal instead of ending the process; a second one is ignored."""
@@ -65,7 +64,6 @@ class Interrupt:
 
     def check_flag(self, world: World) -> bool:
         """Return whether this rank received a signal, or another one flagged that it did; no collective."""
-        if self.received is not None and not self._flag_is_set:
+        if self.received is not None:
             world.set_flag(FLAG)
-            self._flag_is_set = True
-        return self._flag_is_set or world.flag_is_set(FLAG)
+        return self.received is not None or world.flag_is_set(FLAG)

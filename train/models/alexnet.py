@@ -142,18 +142,14 @@ POOLED = (1, 2, 5)
 LRN_AT = (1, 2)
 """Convolutions that local response normalisation follows; batch normalisation follows all five."""
 
+WIDE = (96, 256, 384, 384, 256)
+"""Channels of the networks that follow the paper of 2012."""
+
 NETWORKS = {
-    "paper": Network(channels=(96, 256, 384, 384, 256), groups=2, norm="lrn"),
-    "caffe": Network(
-        channels=(96, 256, 384, 384, 256),
-        groups=2,
-        norm="lrn",
-        lrn_k=1.0,
-        stem_padding=0,
-        last_pool_ceil=True,
-    ),
+    "paper": Network(channels=WIDE, groups=2, norm="lrn"),
+    "caffe": Network(channels=WIDE, groups=2, norm="lrn", lrn_k=1.0, stem_padding=0, last_pool_ceil=True),
     "owt": Network(channels=(64, 192, 384, 256, 256), groups=1, norm="none", numbered=True),
-    "bn": Network(channels=(96, 256, 384, 384, 256), groups=2, norm="bn"),
+    "bn": Network(channels=WIDE, groups=2, norm="bn"),
 }
 
 
@@ -174,10 +170,9 @@ def make_features(config: ModelConfig) -> nn.Sequential:
             groups=(config.groups or network.groups) if number in GROUPED else 1,
             bias=norm != "bn",  # the norm that follows has its own
         )
-        relu = nn.ReLU(inplace=True)
         if norm == "bn":
             layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
-        layers[f"relu{number}"] = relu
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
         if norm == "bn_after_relu":
             layers[f"norm{number}"] = BatchNorm(channels, config.norm_batch)
         elif norm == "lrn" and number in LRN_AT:
@@ -192,7 +187,7 @@ def make_features(config: ModelConfig) -> nn.Sequential:
 def make_classifier(config: ModelConfig, num_features: int, num_classes: int) -> nn.Sequential:
     """Build the three fully connected layers, two of them hidden: (N, num_features) -> (N, num_classes)."""
     network = NETWORKS[config.name]
-    norm = config.norm or network.norm
+    norm = (config.norm or network.norm) if config.hidden_norm else "none"
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     in_features, width = num_features, config.hidden_units
     masks = Masks(num_layers=2)
@@ -200,12 +195,11 @@ def make_classifier(config: ModelConfig, num_features: int, num_classes: int) ->
         dropout = Dropout(config.dropout, number - 6, masks)
         if network.numbered:
             layers[f"drop{number}"] = dropout
-        bias = not (config.hidden_norm and norm == "bn")
-        layers[f"fc{number}"] = nn.Linear(in_features, width, bias=bias)
-        if config.hidden_norm and norm == "bn":
+        layers[f"fc{number}"] = nn.Linear(in_features, width, bias=norm != "bn")
+        if norm == "bn":
             layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
         layers[f"relu{number}"] = nn.ReLU(inplace=True)
-        if config.hidden_norm and norm == "bn_after_relu":
+        if norm == "bn_after_relu":
             layers[f"norm{number}"] = BatchNorm(width, config.norm_batch)
         if not network.numbered:
             layers[f"drop{number}"] = dropout

@@ -19,10 +19,6 @@ from torch.nn.functional import batch_norm
 class Ranks(Protocol):
     """The collectives that statistics over several ranks need; `train.distributed.world.World` has them."""
 
-    @property
-    def world_size(self) -> int:
-        """How many ranks there are."""
-
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, equal in shape: (K, ...)."""
 

@@ -8,8 +8,6 @@ from torch import nn
 
 from train.models.alexnet import AlexNet
 
-Freeze = Literal["none", "features"]
-
 
 def head_of(network: AlexNet) -> tuple[str, nn.Module]:
     """Return the layer that gives the logits, and its name in the network."""
@@ -18,13 +16,7 @@ def head_of(network: AlexNet) -> tuple[str, nn.Module]:
     return f"classifier.{name}", layer
 
 
-def freeze_parts(network: AlexNet, freeze: Freeze) -> None:
-    """Take the frozen part's parameters out of training: they get no gradient, decay or momentum."""
-    if freeze == "features":
-        network.features.requires_grad_(False)
-
-
-def set_training(network: AlexNet, freeze: Freeze) -> None:
+def set_training(network: AlexNet, freeze: Literal["none", "features"]) -> None:
     """Put a network into training mode, its frozen part into evaluation mode.
 
     So batch norms that are frozen use the running statistics that they came with, and do not change them.

@@ -41,7 +41,7 @@ class HalfWeights:
     def half_of(self, parameter: Tensor) -> Tensor:
         """Return a parameter's copy, through which gradients reach the parameter; itself if it has none.
 
-        The gradient arrives in float32, by a cast of autograd's, unless `keep_half_gradients` is on.
+        The gradient arrives in float32, by a cast of autograd's.
         """
         copy = self.copy_of(parameter)
         if copy is None:
@@ -54,15 +54,13 @@ class HalfWeights:
         return self._copies.get(parameter)
 
     @torch.no_grad()
-    def refresh(self, everything: bool = False) -> int:
+    def refresh(self) -> int:
         """Write the copies of parameters that changed since their copies were written.
 
-        Args:
-            everything: write all, for changes that torch does not count, as those through `.data`.
         Returns:
             How many were written.
         """
-        stale = [p for p, version in self._versions.items() if everything or p._version != version]
+        stale = [p for p, version in self._versions.items() if p._version != version]
         if stale:
             torch._foreach_copy_([self._copies[p] for p in stale], stale)
         for parameter in stale:
@@ -73,21 +71,6 @@ class HalfWeights:
         """Take note that a parameter's copy was written along with it."""
         if parameter in self._versions:
             self._versions[parameter] = parameter._version
-
-    def keep_half_gradients(self, on: bool) -> None:
-        """Let `.grad` of the parameters that have a copy be in its type, or in float32 as before.
-
-        No cast of a gradient is left then. It is for steps of one pass on one rank: passes and ranks are
-        summed in float32. The gradients are those that are cast otherwise, to the bit. Gradients of before
-        must be gone (`zero_grad`). The plain step must not see it on: autograd would round its gradients.
-
-        Raises:
-            ValueError: for float16, whose gradients torch's GradScaler does not unscale.
-        """
-        if on and self.dtype != torch.bfloat16:
-            raise ValueError(f"gradients are kept in bfloat16 alone, not in {self.dtype}")
-        for parameter in self._copies:
-            parameter.grad_dtype = self.dtype if on else parameter.dtype
 
 
 def _count_changes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -9,22 +9,15 @@ from train.config.schedule import ScheduleConfig
 
 
 def lr_at(
-    step: int,
-    schedule: ScheduleConfig,
-    *,
-    steps_per_epoch: int,
-    total_steps: int,
-    base_lr: float | None = None,
-    drops: int = 0,
+    step: int, schedule: ScheduleConfig, *, steps_per_epoch: int, total_steps: int, drops: int = 0
 ) -> float:
     """Learning rate for one optimiser step.
 
     Args:
         step: optimiser steps finished so far, 0-based.
-        schedule: base rate, warm-up and decay, in epochs.
+        schedule: rate after the warm-up, already scaled to the batch (`base_lr_for`), warm-up and decay.
         steps_per_epoch: optimiser steps in one pass over the data, at least 1.
         total_steps: optimiser steps of the whole run.
-        base_lr: the rate after the warm-up, from `base_lr_for`; None for `schedule.learning_rate`.
         drops: how often `plateau` has lowered the rate, from `plateau_drops`.
     Returns:
         The rate to use for the next step, above 0 (`cosine` and `poly` reach 0 only after the last one).
@@ -35,8 +28,7 @@ def lr_at(
     >>> [lr_at(s, schedule, steps_per_epoch=10, total_steps=30) for s in (0, 19, 20)]
     [0.1, 0.1, 0.05]
     """
-    base = schedule.learning_rate if base_lr is None else base_lr
-    warmup_steps = schedule.warmup_epochs * steps_per_epoch
+    base, warmup_steps = schedule.learning_rate, schedule.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         start = schedule.warmup_start
         return base * (start + (1 - start) * step / warmup_steps)

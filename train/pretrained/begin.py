@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
-
 from data_pipeline.common.errors import UserError
-from train.checkpoints.format import InitRecord
-from train.config.schema import RunConfig
+from data_pipeline.results.card import InitRecord
+from train.checkpoints.load import Checkpoint
+from train.config.schema import ModelConfig, RunConfig
 from train.distributed.world import World
 from train.health.nonfinite import all_finite
 from train.models.alexnet import AlexNet
@@ -17,9 +16,11 @@ from train.pretrained.readers import Source, read_source
 
 log = logging.getLogger("train")
 
-OWN_DOWNLOAD = "fetch it by other means, and name the file with --init"
-TRAINING_ONLY = ("dropout", "init")
-"""Keys of `ModelConfig` that do not change what given weights compute."""
+COMPUTED_WITH = {
+    "model": [key for key in ModelConfig.__struct_fields__ if key not in ("dropout", "init")],
+    "preprocessing": ["crop_px", "mean", "std"],
+}
+"""Keys, by their tables, that change what given weights compute."""
 
 
 def begin_with_weights(
@@ -42,8 +43,7 @@ def begin_with_weights(
         return None
 
     def on_main() -> InitRecord:
-        source = read_source(name, advice=OWN_DOWNLOAD)
-        record = take_over(network, config, classes, source)
+        record = take_over(network, config, classes, read_source(name))
         log.info(describe_init(record))
         return record
 
@@ -52,7 +52,9 @@ def begin_with_weights(
     return record
 
 
-def take_over(network: AlexNet, config: RunConfig, classes: tuple[str, ...], source: Source) -> InitRecord:
+def take_over(
+    network: AlexNet, config: RunConfig, classes: tuple[str, ...], source: Source | Checkpoint
+) -> InitRecord:
     """Copy a source's weights into a network; where the head is of other classes, the network keeps its own.
 
     Args:
@@ -123,17 +125,12 @@ def _why_anew(theirs: tuple[str, ...] | None, ours: tuple[str, ...], num_theirs:
 
 def _differing_keys(config: RunConfig, source: RunConfig) -> dict[str, tuple[object, object]]:
     """The keys that decide what given weights compute, and whose values differ: here, there."""
-    ours, theirs = msgspec.to_builtins(config.model), msgspec.to_builtins(source.model)
-    differing = {
-        f"model.{key}": (value, theirs[key])
-        for key, value in ours.items()
-        if key not in TRAINING_ONLY and value != theirs[key]
+    pairs = {
+        f"{table}.{key}": (getattr(getattr(config, table), key), getattr(getattr(source, table), key))
+        for table, keys in COMPUTED_WITH.items()
+        for key in keys
     }
-    here, there = config.preprocessing, source.preprocessing
-    for key in ("crop_px", "mean", "std"):
-        if (one := getattr(here, key)) != (other := getattr(there, key)):
-            differing[f"preprocessing.{key}"] = (one, other)
-    return differing
+    return {key: (here, there) for key, (here, there) in pairs.items() if here != there}
 
 
 def _advice(config: RunConfig, source: RunConfig) -> str:

@@ -23,14 +23,15 @@ from data_pipeline.common.text import printable
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.foreign import find_weights
 from train.checkpoints.format import MANIFEST, STATE
-from train.checkpoints.load import find_checkpoint, load_checkpoint
-from train.checkpoints.safe_load import Skipped, check_tensors, load_skipping
+from train.checkpoints.load import Checkpoint, find_checkpoint, load_checkpoint
+from train.checkpoints.safe_load import Skipped, check_tensors, load_plain
 from train.config.load import decode_config
 from train.config.schema import RunConfig
 from train.pretrained.published import WORD, fetch_torchvision, published_classes
 
 log = logging.getLogger("train")
 
+OWN_DOWNLOAD = "fetch it by other means, and name the file with --init"
 TORCHVISION = RunConfig(
     recipe=WORD, model=msgspec.structs.replace(RunConfig().model, name="owt", init="paper")
 )
@@ -43,7 +44,7 @@ CAFFE = RunConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Source:
     """The weights of a network, before they are compared with any.
 
@@ -60,23 +61,26 @@ class Source:
     sha256: str
     config: RunConfig
     weights: dict[str, Tensor]
-    classes: tuple[str, ...] | None = None
-    labels_text: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None
+    labels_text: tuple[str, ...]
 
 
-def read_source(name: str, *, advice: str) -> Source:
+Content = tuple[RunConfig, dict[str, Tensor], tuple[str, ...] | None, tuple[str, ...]]
+"""What a file holds: the last four of a `Source`."""
+
+
+def read_source(name: str) -> Source | Checkpoint:
     """Read the weights that a name stands for.
 
     Args:
         name: a checkpoint or a run of ours (its best checkpoint), a file as `read_file` takes it, or
             `torchvision`, whose published weights are fetched.
-        advice: what to do about a server that refuses, for the message.
     Raises:
         UserError: nothing of that name, another kind of file, or no download.
         CorruptFileError: a file that is damaged, or is not what its suffix claims.
     """
     if name == WORD:
-        return read_file(fetch_torchvision(advice=advice))
+        return read_file(fetch_torchvision(advice=OWN_DOWNLOAD))
     path = Path(name)
     if path.is_file() and path.name not in (STATE, MANIFEST):
         return read_file(path)
@@ -84,15 +88,7 @@ def read_source(name: str, *, advice: str) -> Source:
         folder = find_checkpoint(path)
     except UserError as error:
         raise UserError(f"{error}; name a run, a checkpoint, a file of weights, or {WORD}") from error
-    checkpoint = load_checkpoint(folder)
-    return Source(
-        description=checkpoint.description,
-        sha256=checkpoint.sha256,
-        config=checkpoint.config,
-        weights=checkpoint.weights,
-        classes=checkpoint.classes,
-        labels_text=checkpoint.labels_text,
-    )
+    return load_checkpoint(folder)
 
 
 def read_file(path: Path) -> Source:
@@ -105,17 +101,21 @@ def read_file(path: Path) -> Source:
         UserError: another kind of file, or another network's weights.
         CorruptFileError: a file that cannot be read as what its suffix claims.
     """
-    readers: dict[str, Callable[[Path], Source]] = {".safetensors": _read_safetensors, ".onnx": _read_bvlc}
+    readers: dict[str, Callable[[Path], Content]] = {".safetensors": _read_safetensors, ".onnx": _read_bvlc}
     readers |= dict.fromkeys((".pth", ".pt", ".pth.tar", ".pt.tar", ".ckpt"), _read_torch)
     suffix = next((suffix for suffix in readers if path.name.lower().endswith(suffix)), None)
     if suffix is None:
         raise UserError(f"{path}: weights come in as {', '.join(readers)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    return readers[suffix](path)
+    config, weights, classes, labels_text = readers[suffix](path)
+    sha256 = sha256_of(path)
+    if classes is None:
+        classes, labels_text = published_classes(sha256)
+    return Source(printable(path), sha256, config, weights, classes, labels_text)
 
 
-def _read_safetensors(path: Path) -> Source:
+def _read_safetensors(path: Path) -> Content:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
@@ -134,16 +134,13 @@ def _read_safetensors(path: Path) -> Source:
             raise ValueError(f"{len(labels_text)} labels for {len(classes)} classes")
     except (ValueError, RecursionError, UserError) as error:
         raise CorruptFileError(f"{path} has metadata that cannot be read: {error}") from error
-    return Source(
-        description=printable(path), sha256=sha256_of(path), config=config, weights=weights, classes=classes,
-        labels_text=labels_text,
-    )  # fmt: skip
+    return config, weights, classes, labels_text
 
 
-def _read_torch(path: Path) -> Source:
+def _read_torch(path: Path) -> Content:
     if path.name == STATE and (path.parent / MANIFEST).exists():
         raise UserError(f"{path} is a checkpoint of ours already: use it as it is, or take weights out: --to")
-    content = load_skipping(path)
+    content = load_plain(path, skipping=True)
     try:
         found = find_weights(content)
         for name, value in found.weights.items():
@@ -155,16 +152,10 @@ def _read_torch(path: Path) -> Source:
         raise UserError(f"{path} is not a state dict of tensors: {error}") from error
     if found.wrapping:
         log.info("%s: wrapped weights: %s", path, found.wrapping)
-    sha256 = sha256_of(path)
-    # A state dict has no class names; of the published file they are known.
-    classes, labels_text = published_classes(sha256)
-    return Source(
-        description=printable(path), sha256=sha256, config=TORCHVISION, weights=weights, classes=classes,
-        labels_text=labels_text,
-    )  # fmt: skip
+    return TORCHVISION, weights, None, ()
 
 
-def _read_bvlc(path: Path) -> Source:
+def _read_bvlc(path: Path) -> Content:
     """Read BVLC's weights under our names, the first convolution's channels reordered from BGR to RGB."""
     import onnx
     import onnx.numpy_helper
@@ -186,4 +177,4 @@ def _read_bvlc(path: Path) -> Source:
                 raise UserError(f"{path} does not hold the values of {source!r} itself")
             weights[f"{name}.{part}"] = torch.from_numpy(onnx.numpy_helper.to_array(values[source]).copy())
     weights["features.conv1.weight"] = weights["features.conv1.weight"].flip(1)
-    return Source(description=printable(path), sha256=sha256_of(path), config=CAFFE, weights=weights)
+    return CAFFE, weights, None, ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -17,10 +18,9 @@ from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.retention import saved_steps
 from train.config.schema import RunConfig
 from train.distributed.world import World
-from train.health.flat_loss import FlatLoss, describe_flat, flat_level
+from train.health.flat_loss import FlatLoss, describe_flat, guess_loss
 from train.health.metrics import Metrics
 from train.health.nonfinite import MIN_SCALE, SkipStats, all_finite
-from train.optim.class_weights import class_weights_of, counts_in_epoch
 from train.runs.folder import RunFolder
 
 log = logging.getLogger("train")
@@ -92,16 +92,18 @@ class AbortPolicy:
         Raises:
             DivergedError: the loss has stayed at ln(classes) for `flat_loss_grace` steps.
         """
-        config, num_classes = self.config, len(self.train_set.classes)
+        config = self.config
         if config.flat_loss_grace == 0:
             return flat
-        weights_C = class_weights_of(config, self.train_set)
-        level = flat_level(counts_in_epoch(config, self.train_set), config.label_smoothing, weights_C)
-        flat = flat.after(step, metrics, level, config.flat_loss_grace)
+        flat = flat.after(step, metrics, self._guess_loss, config.flat_loss_grace)
         if flat.num_steps >= config.flat_loss_grace:
-            reason = describe_flat(level, num_classes, flat.num_steps, config)
+            reason = describe_flat(self._guess_loss, len(self.train_set.classes), flat.num_steps, config)
             raise DivergedError(f"{reason}. {self._last_good()}".rstrip(". "))
         return flat
+
+    @cached_property
+    def _guess_loss(self) -> float:
+        return guess_loss(self.config, self.train_set)
 
     def check_weights(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, world: World, step: int

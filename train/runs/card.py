@@ -57,10 +57,9 @@ def share_best(run: Path, best: Pointer | None) -> None:
         checkpoint = load_checkpoint(step_folder(run / "checkpoints", best.step))
         write_atomic(run / WEIGHTS_NAME, encode_weights(checkpoint, without_places(checkpoint.config)))
         write_atomic(run / CARD_NAME, run_card(checkpoint).encode())
-    except OSError as error:
-        log.warning(f"{run}: {CARD_NAME} and {WEIGHTS_NAME} are not written: {error.strerror or error}")
-    except (CorruptFileError, SaveError, UserError) as error:
-        log.warning(f"{run}: {CARD_NAME} and {WEIGHTS_NAME} are not written: {error}")
+    except (OSError, CorruptFileError, SaveError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        log.warning(f"{run}: {CARD_NAME} and {WEIGHTS_NAME} are not written: {reason}")
 
 
 def run_card(checkpoint: Checkpoint) -> str:

@@ -87,12 +87,12 @@ def rate_at(step: int, config: RunConfig, progress: Progress, num_samples: int) 
     """Return the learning rate of the step after `step` steps; at the end of a run, that of one more."""
     num_steps = steps_per_epoch(num_samples, config.global_batch)
     total_steps = config.epochs * num_steps
+    base_lr = base_lr_for(config.schedule, config.global_batch)
     return lr_at(
         min(step - progress.step_offset, total_steps),
-        config.schedule,
+        msgspec.structs.replace(config.schedule, learning_rate=base_lr),
         steps_per_epoch=num_steps,
         total_steps=total_steps,
-        base_lr=base_lr_for(config.schedule, config.global_batch),
         drops=plateau_drops(progress.val_errors, config.schedule),
     )
 

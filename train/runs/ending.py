@@ -11,7 +11,7 @@ LAST_EPOCH = "its last epoch is over"
 
 
 def why_over(
-    config: RunConfig, *, epochs: float, val_errors: Sequence[float], seconds: float | None
+    config: RunConfig, epochs: float, val_errors: Sequence[float], seconds: float | None
 ) -> str | None:
     """Return why no step is to follow, or None where the run goes on; the same on all ranks.
 

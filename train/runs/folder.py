@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -13,6 +11,7 @@ import msgspec
 from data_pipeline.common.errors import SaveError, UserError
 from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json, writing_to
 from data_pipeline.results.class_report import ClassReport
+from train.config.load import to_json
 from train.config.schema import RunConfig
 
 
@@ -43,21 +42,17 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     report: ClassReport | msgspec.UnsetType = msgspec.UNSET
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside `runs/<recipe>-<utc time>/`, and the rows in it."""
+    """Paths inside `runs/<recipe>-<utc time>/`, and the rows in it.
 
-    path: Path
+    Attributes:
+        metrics: one JSON row per event.
+        checkpoints: step folders and the pointers `best.json` and `last.json`.
+    """
 
-    @property
-    def metrics(self) -> Path:
-        """One JSON row per event."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Step folders and the pointers `best.json` and `last.json`."""
-        return self.path / "checkpoints"
+    def __init__(self, path: Path) -> None:
+        self.path, self.metrics, self.checkpoints = path, path / "metrics.jsonl", path / "checkpoints"
+        self._rows_file = RetryingAppendFile(self.metrics)
 
     def append(self, row: MetricsRow) -> OSError | None:
         """Add a row to `metrics.jsonl`.
@@ -85,18 +80,8 @@ class RunFolder:
             SaveError: it cannot be written.
         """
         path = self.path / "config.json"
-        try:
-            if (
-                not path.exists()
-                or msgspec.json.format(msgspec.json.encode(config)) != path.read_bytes()[:-1]
-            ):
-                write_json(path, config)
-        except OSError as error:
-            raise SaveError(f"{path} could not be written: {error.strerror}") from error
-
-    @cached_property
-    def _rows_file(self) -> RetryingAppendFile:
-        return RetryingAppendFile(self.metrics)
+        if not path.exists() or path.read_bytes() != to_json(config).encode() + b"\n":
+            save_json(path, config)
 
     def rows(self) -> list[MetricsRow]:
         """Return the rows so far, in order, without half a line at the end."""
@@ -120,6 +105,18 @@ class RunFolder:
         else:
             write_atomic(self.metrics, kept)
         return len(lines) - kept.count(b"\n")
+
+
+def save_json(path: Path, value: msgspec.Struct) -> None:
+    """Write a small file of a run, whole or not at all.
+
+    Raises:
+        SaveError: the disk is full, or cannot be written to.
+    """
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise SaveError(f"{path} could not be written: {error.strerror}") from error
 
 
 def _decode_row(line: bytes) -> MetricsRow | None:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -17,7 +18,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_pipeline.common.files import RetryingAppendFile
-from data_pipeline.results.class_report import ClassReport
 from train.health.metrics import Metrics
 from train.health.noise_scale import NoiseEstimate, smooth_noise
 from train.runs.folder import MetricsRow, RunFolder
@@ -47,41 +47,30 @@ class MetricsLog:
             self._noise = NoiseAverages(folder.rows()) if noise else None
 
     def write(
-        self,
-        split: str,
-        step: int,
-        metrics: Metrics,
-        lr: float,
-        images_per_s: float,
-        skipped: int = 0,
-        noise: NoiseEstimate | None = None,
-        report: ClassReport | None = None,
+        self, split: str, step: int, metrics: Metrics, noise: NoiseEstimate | None = None, **fields: Any
     ) -> None:
         """Write one row.
 
         Args:
             step: optimiser steps finished.
-            skipped: how many of the row's steps were skipped.
             noise: estimate over the row's steps, if there is one.
-            report: of the classes, at the end of a run.
+            fields: the others of a `MetricsRow`.
         """
         if self._folder is None:
             return
+        if self._noise is not None and split == "train":
+            fields |= self._noise.fields(noise)
         row = MetricsRow(
             split=split,
             epoch=-((self._step_offset - step) // self._steps_per_epoch),
             step=step,
             samples=metrics.num_samples,
             failed=metrics.num_failed,
-            skipped=skipped,
             loss=_finite(metrics.loss),
             top1=_finite(metrics.top1),
             top5=_finite(metrics.top5),
-            lr=lr,
-            images_per_s=images_per_s,
             time=time.time(),
-            report=msgspec.UNSET if report is None else report,
-            **(self._noise.fields(noise) if self._noise is not None and split == "train" else {}),
+            **fields,
         )
         scalars = {
             f"{split}/{name}": value
@@ -113,19 +102,16 @@ class NoiseAverages:
                 continue
             if isinstance(row.grad_square, float) and isinstance(row.grad_trace, float):
                 steps = row.step - last_step - row.skipped
-                self._add(NoiseEstimate(square=row.grad_square, trace=row.grad_trace, num_steps=steps))
+                new = NoiseEstimate(square=row.grad_square, trace=row.grad_trace, num_steps=steps)
+                self._average = smooth_noise(self._average, new)
             last_step = row.step
 
     def fields(self, new: NoiseEstimate | None) -> dict[str, float | None]:
         """Return a row's fields for the steps since the last row; None without a finite estimate."""
         if new is None or not (math.isfinite(new.square) and math.isfinite(new.trace)):
             return dict.fromkeys(("grad_square", "grad_trace", "noise_scale"))
-        average = self._add(new)
-        return {"grad_square": new.square, "grad_trace": new.trace, "noise_scale": average.scale}
-
-    def _add(self, new: NoiseEstimate) -> NoiseEstimate:
         self._average = smooth_noise(self._average, new)
-        return self._average
+        return {"grad_square": new.square, "grad_trace": new.trace, "noise_scale": self._average.scale}
 
 
 class TensorBoardWriter:

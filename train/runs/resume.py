@@ -20,7 +20,7 @@ from data_pipeline.common.errors import (
     SaveError,
     UserError,
 )
-from data_pipeline.common.files import read_small, write_json
+from data_pipeline.common.files import read_small
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Contents
 from train.checkpoints.format import Pointer, read_manifest, write_pointer
@@ -30,7 +30,7 @@ from train.config.load import decode_config
 from train.config.schema import RunConfig
 from train.distributed.torchrun import Launch
 from train.runs.changes import check_fixed
-from train.runs.folder import RunFolder
+from train.runs.folder import RunFolder, save_json
 
 log = logging.getLogger("train")
 
@@ -65,16 +65,18 @@ class Start:
     checkpoint: Path | None
 
 
-def choose_start(out: Path, resume: str, config: RunConfig, launch: Launch | None) -> Start:
+def choose_start(out: Path | None, resume: str, config: RunConfig, launch: Launch | None) -> Start:
     """Choose where to begin: restarted ranks resume their own run, whatever `resume` is.
 
     Args:
-        out, resume, config: see `find_resumable`.
+        out, resume, config: see `find_resumable`; `out` is None for steps that leave no files.
         launch: None outside torchrun.
     Raises:
         InterruptedRunError, DivergedError: the error that ended this launch's run; it is not tried again.
         UserError, CorruptFileError: from `find_resumable` and `find_newest_intact`.
     """
+    if out is None:
+        return Start(None, None)
     run = find_own_run(out, config, launch) if launch is not None else None
     if run is None:
         checkpoint = find_resumable(out, resume, config)
@@ -111,30 +113,25 @@ def find_own_run(out: Path, config: RunConfig, launch: Launch) -> Path | None:
     return None
 
 
-def claim_run(folder: RunFolder, launch: Launch | None) -> None:
+def claim_run(folder: RunFolder, launch: Launch | None, ended: Ended | None = None) -> None:
     """Record that this launch works on the run.
 
+    Args:
+        ended: by which error it does not any more.
     Raises:
         SaveError: the disk is full, or cannot be written to.
     """
-    try:
-        _write_record(folder, launch, ended=None)
-    except OSError as error:
-        raise SaveError(f"{folder.path / FILE} could not be written: {error.strerror}") from error
+    if launch is not None:
+        record = LaunchRecord(run_id=launch.run_id, launcher=launch.launcher, ended=ended)
+        save_json(folder.path / FILE, record)
 
 
 def end_run(folder: RunFolder, launch: Launch | None, error: InterruptedRunError | DivergedError) -> None:
     """Record that the run ended, so that a restart of the ranks does not try again."""
     try:
-        _write_record(folder, launch, Ended(exit_code=error.exit_code, message=str(error)))
-    except OSError as failure:
-        log.error(f"{folder.path / FILE} could not be written ({failure.strerror}): a restart will try again")
-
-
-def _write_record(folder: RunFolder, launch: Launch | None, ended: Ended | None) -> None:
-    if launch is not None:
-        record = LaunchRecord(run_id=launch.run_id, launcher=launch.launcher, ended=ended)
-        write_json(folder.path / FILE, record)
+        claim_run(folder, launch, Ended(exit_code=error.exit_code, message=str(error)))
+    except SaveError as failure:
+        log.error(f"{failure}: a restart will try again")
 
 
 def find_resumable(out: Path, resume: str, config: RunConfig) -> Path | None:

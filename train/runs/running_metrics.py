@@ -9,8 +9,6 @@ from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
 from train.health.noise_scale import NoiseMeter
 
-# Shapes: R ranks.
-
 
 class RunningMetrics:
     """This rank's counts for the training row that is due next.
@@ -60,13 +58,8 @@ class RunningMetrics:
         """Resume counting: to the bit with as many ranks as before, else with all their counts on rank 0."""
         if not state:
             return
-        integers_R4, losses_R = state["integers"], state["loss_sums"]
-        if len(losses_R) == self.world.world_size:
-            self.counts.integers.copy_(integers_R4[self.world.rank])
-            self.counts.loss_sum.copy_(losses_R[self.world.rank])
-        elif self.world.is_main:
-            self.counts.integers.copy_(integers_R4.sum(0))
-            self.counts.loss_sum.copy_(losses_R.sum())
+        self.counts.integers.copy_(self.world.own_share(state["integers"]))
+        self.counts.loss_sum.copy_(self.world.own_share(state["loss_sums"]))
         if self.noise is not None and state["noise"] is not None:
             self.noise.load(state["noise"])
         self.num_steps = int(state["num_steps"])

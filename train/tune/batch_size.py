@@ -24,7 +24,7 @@ from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, w
 from train.config.schema import RunConfig
 from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
-from train.optim.schedule import base_lr_for, lr_at
+from train.runs.changes import rate_at
 from train.step import train_step
 from train.tune.steps import open_probe
 
@@ -193,12 +193,7 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
         window = max(1, num_steps // WINDOWS)
         losses: list[float] = []
         for number in range(1, num_steps + 1):
-            rate = lr_at(
-                run.step, config.schedule, steps_per_epoch=run.steps_per_epoch,
-                total_steps=run.total_steps,
-                base_lr=base_lr_for(config.schedule, config.global_batch),
-            )  # fmt: skip
-            losses.append(step(rate).loss)
+            losses.append(step(rate_at(run.step, config, run.progress, len(run.train_set))).loss)
             if number % window == 0 and (found := meter.read()) is not None:
                 sums = smooth_noise(sums, found)
                 loss = statistics.fmean(losses[-window:])

@@ -10,8 +10,7 @@ from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from train.bench.harness import Report, table_lines
 from train.config.schema import RunConfig
-from train.health.flat_loss import flat_level, suggest_changes
-from train.optim.class_weights import class_weights_of, counts_in_epoch
+from train.health.flat_loss import guess_loss, suggest_changes
 from train.optim.schedule import base_lr_for
 from train.tune.rate_range import advise_rate, rates_between, read_sweep, why_ended
 from train.tune.steps import open_probe
@@ -48,9 +47,7 @@ def bench_rates(
             seeded = msgspec.structs.replace(config, seed=config.seed + number)
             losses: list[float | None] = []
             with open_probe(seeded) as (run, step):
-                train_set = run.train_set
-                weights_C = class_weights_of(config, train_set)
-                level = flat_level(counts_in_epoch(config, train_set), config.label_smoothing, weights_C)
+                level = guess_loss(config, run.train_set)
                 device = run.parts.world.device_name
                 while len(losses) < num_steps and why_ended(losses, level) is None:
                     rate = rates[len(losses)]

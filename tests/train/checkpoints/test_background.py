@@ -67,7 +67,7 @@ def test_pointers_and_removals_wait_for_the_checkpoint(
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_snapshot_does_not_change_while_training_continues(tmp_path: Path, device: str) -> None:
-    writer = make_writer(create_run(tmp_path, CONFIG), device=device)
+    writer = make_writer(create_run(tmp_path, CONFIG))
     weight = torch.randn(4, 3, 11, 11, device=device).to(memory_format=torch.channels_last)
     moments: dict[str, Any] = {
         "state": {0: {"momentum_buffer": weight.clone()}},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import CorruptFileError
 from train.checkpoints.foreign import find_weights
-from train.checkpoints.safe_load import MAX_FOREIGN_NAMES, Skipped, load_plain, load_skipping
+from train.checkpoints.safe_load import MAX_FOREIGN_NAMES, Skipped, load_plain
 
 State = dict[str, Tensor]
 
@@ -107,7 +107,7 @@ def test_wrapped_weights_are_found_and_named(
     wrap: Callable[[State], Any], said: str, state: State, tmp_path: Path
 ) -> None:
     torch.save(wrap(state), tmp_path / "w.pth")
-    found = find_weights(load_skipping(tmp_path / "w.pth"))
+    found = find_weights(load_plain(tmp_path / "w.pth", skipping=True))
     assert found.wrapping == said
     assert found.weights.keys() == state.keys()
     assert all(torch.equal(found.weights[name], value) for name, value in state.items())
@@ -128,13 +128,13 @@ def test_moving_average_is_not_taken_for_the_weights(state: State) -> None:
 def test_file_of_torch_before_archives_is_unwrapped(state: State, tmp_path: Path) -> None:
     wrapped = {"state_dict": put(state, "module."), "optimizer": {"state": {0: {"x": torch.ones(9)}}}}
     torch.save(wrapped, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    found = find_weights(load_skipping(tmp_path / "old.pth.tar"))
+    found = find_weights(load_plain(tmp_path / "old.pth.tar", skipping=True))
     assert (list(found.weights), found.wrapping) == (list(state), 'in "state_dict"; names without "module."')
 
 
 def test_whole_model_is_named_as_what_cannot_be_loaded(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 3), tmp_path / "whole.pth")
-    content = load_skipping(tmp_path / "whole.pth")
+    content = load_plain(tmp_path / "whole.pth", skipping=True)
     assert isinstance(content, Skipped)
     with pytest.raises(
         ValueError, match=r"holds torch\.nn\.modules\.linear\.Linear as an object, .* save model\.state_dict"
@@ -165,21 +165,21 @@ def test_calls_of_an_attack_are_refused_beside_weights(
 ) -> None:
     torch.save({"model": state, "args": Call(function, str(tmp_path / "made"))}, tmp_path / "evil.pth")
     with pytest.raises(CorruptFileError, match="holds more than tensors and plain values"):
-        load_skipping(tmp_path / "evil.pth")
+        load_plain(tmp_path / "evil.pth", skipping=True)
     assert not (tmp_path / "made").exists()
 
 
 def test_skipping_is_bounded_and_leaves_plain_loading_strict(state: State, tmp_path: Path) -> None:
     path = tmp_path / "args.pth"
     torch.save({"model": state, "args": ARGS}, path)
-    assert isinstance(load_skipping(path)["args"], Skipped)
+    assert isinstance(load_plain(path, skipping=True)["args"], Skipped)
     with pytest.raises(CorruptFileError, match="more than tensors and plain values"):
         load_plain(path)  # nothing that was allowed for one file stays allowed
     many = [type(f"T{number}", (), {"__module__": __name__}) for number in range(MAX_FOREIGN_NAMES + 1)]
     globals().update({kind.__name__: kind for kind in many})
     torch.save(many, tmp_path / "many.pth")
     with pytest.raises(CorruptFileError, match=f"names {MAX_FOREIGN_NAMES + 1} classes that are not torch's"):
-        load_skipping(tmp_path / "many.pth")
+        load_plain(tmp_path / "many.pth", skipping=True)
 
 
 def test_damaged_wrappings_are_read_or_refused_in_one_line(state: State, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_damaged_wrappings_are_read_or_refused_in_one_line(state: State, tmp_pat
             for other, kept in entries.items():
                 archive.writestr(other, bytes(content) if other == name else kept)
         try:
-            find_weights(load_skipping(path))
+            find_weights(load_plain(path, skipping=True))
         except (CorruptFileError, ValueError) as error:
             assert len(str(error).splitlines()) == 1
             refused += 1

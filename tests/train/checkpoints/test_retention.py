@@ -12,12 +12,13 @@ from tests.helpers.checkpoint_samples import (
 )
 from train.checkpoints.load import load_checkpoint
 from train.checkpoints.retention import REPLACED, prune_checkpoints, restore_replaced, steps_to_keep
+from train.config.schema import RunConfig
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:08d}").mkdir()
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=None, best=1)
+    prune_checkpoints(tmp_path, RunConfig(keep_checkpoints=2), best=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]
 
 

@@ -15,11 +15,13 @@ from alexnet import main
 from data_pipeline.loading.batches import group_by_step
 from data_pipeline.transforms.sampler import steps_per_epoch
 from tests.helpers.ranks import link_subset
+from train.checkpoints.format import Progress
 from train.config.load import decode_config, make_config, recipe_names
 from train.config.schema import RunConfig
 from train.distributed.world import open_world
 from train.loop import evaluate_epoch
-from train.optim.schedule import base_lr_for, describe_lr, lr_at, plateau_drops
+from train.optim.schedule import base_lr_for, describe_lr, plateau_drops
+from train.runs.changes import rate_at
 from train.setup import build_run
 from train.step import train_step
 
@@ -39,12 +41,7 @@ def header(name: str) -> str:
 
 def rates(config: RunConfig, steps: list[int], num_images: int = NUM_IMAGENET) -> list[float]:
     """The rate of some steps, at the recipe's own batch."""
-    per_epoch = steps_per_epoch(num_images, config.global_batch)
-    base = base_lr_for(config.schedule, config.global_batch)
-    total = per_epoch * config.epochs
-    return [
-        lr_at(s, config.schedule, steps_per_epoch=per_epoch, total_steps=total, base_lr=base) for s in steps
-    ]
+    return [rate_at(step, config, Progress(), num_images) for step in steps]
 
 
 def test_recipes_are_these() -> None:

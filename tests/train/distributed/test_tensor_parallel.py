@@ -6,17 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.transforms.sampler import rank_slice
-from train.distributed.hybrid import micro_batch_sizes
+from train.distributed.hybrid import samples_of_passes
 from train.distributed.tensor_parallel import shard_bounds
 
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 20), st.sampled_from([1, 2]))
-def test_micro_batch_sizes_let_every_rank_join_every_pass(
+def test_passes_of_a_step_are_those_of_every_rank(
     global_batch: int, world_size: int, micro_batch: int, group_size: int
 ) -> None:
     if global_batch < world_size * group_size or micro_batch < group_size:
         return
-    rows = micro_batch_sizes(global_batch, world_size, micro_batch, group_size)
+    by_rank = samples_of_passes(global_batch, world_size, micro_batch, group_size)
+    rows = [max(sizes) for sizes in zip(*by_rank, strict=True)]
     chunk = micro_batch // group_size * group_size
     assert all(0 < n <= chunk for n in rows)
     for rank in range(world_size):

@@ -110,16 +110,6 @@ def test_copies_follow_a_run_that_is_resumed() -> None:
         assert not find_stale(network, halves)
 
 
-def test_copies_are_refreshed_by_force_where_nothing_counts() -> None:
-    network = small_network()
-    halves, _ = small_halves(network, torch.float16)
-    for parameter in network.parameters():
-        parameter.data.mul_(2).add_(1)
-    assert halves.refresh() == 0 and len(find_stale(network, halves)) == 4
-    assert halves.refresh(everything=True) == 4
-    assert not find_stale(network, halves)
-
-
 def test_norms_have_no_copy_and_copies_keep_the_layout() -> None:
     network = small_network()
     halves, _ = small_halves(network)
@@ -146,31 +136,18 @@ def forward(network: nn.Sequential, halves: HalfWeights | None, inputs: torch.Te
     return linear(hidden, halves.half_of(last.weight), halves.half_of(last.bias)).float()
 
 
-@pytest.mark.parametrize("kept_half", [False, True])
-def test_gradients_by_copies_are_autocasts_to_the_bit(kept_half: bool) -> None:
+def test_gradients_by_copies_are_autocasts_to_the_bit() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(6, 3, 4, 4).to(memory_format=torch.channels_last)
     gradients = []
     for taken in (False, True):
         network = small_network()
         halves = small_halves(network)[0] if taken else None
-        if halves is not None and kept_half:
-            halves.keep_half_gradients(True)
         torch.autograd.backward(forward(network, halves, inputs).square().sum())
         gradients.append([p.grad for p in network.parameters()])
-        if halves is not None and kept_half:
-            assert [p.grad is not None and p.grad.dtype == torch.bfloat16 for p in network.parameters()] == [
-                *(True, True),
-                *(False, False),  # of the norm
-                *(True, True),
-            ]
-            network.zero_grad(set_to_none=True)
-            halves.keep_half_gradients(False)
-            torch.autograd.backward(forward(network, halves, inputs).sum())
-            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
     for theirs, ours in zip(*gradients, strict=True):
         assert theirs is not None and ours is not None and theirs.abs().max() > 0
-        assert torch.equal(ours.float(), theirs)
+        assert torch.equal(ours, theirs)
 
 
 def test_gradients_by_copies_pass_through_ddp_unchanged() -> None:
@@ -198,8 +175,3 @@ class Taking(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return forward(self.network, self.halves, inputs)
-
-
-def test_half_gradients_of_float16_are_refused() -> None:
-    with pytest.raises(ValueError, match="in bfloat16 alone"):
-        small_halves(small_network(), torch.float16)[0].keep_half_gradients(True)

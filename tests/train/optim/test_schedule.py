@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +55,8 @@ def test_learning_rate_scales_with_the_batch(scaling: str, batch: int, expected:
     schedule = ScheduleConfig(learning_rate=2.0, scaling=scaling, reference_batch=512, kind="constant")  # type: ignore[arg-type]
     base = base_lr_for(schedule, batch)
     assert base == expected
-    assert lr_at(3, schedule, steps_per_epoch=10, total_steps=100, base_lr=base) == expected
+    scaled = msgspec.structs.replace(schedule, learning_rate=base)
+    assert lr_at(3, scaled, steps_per_epoch=10, total_steps=100) == expected
     said = describe_lr(schedule, batch)
     assert said.startswith(f"learning rate {expected:g}") and said.endswith(", constant")
     assert ("(2 for a batch of 512, scaled " in said) is (scaling != "none")

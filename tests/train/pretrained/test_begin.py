@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.results.card import InitRecord
 from tests.helpers.bvlc import bvlc_file
 from tests.helpers.checkpoint_samples import CLASSES, save_small_network
 from tests.helpers.http_server import serving
 from tests.helpers.published import CROP_PX, publish_small
 from tests.helpers.ranks import TINY
 from tests.helpers.step_samples import parts_of, small_batch, small_trainer
-from train.checkpoints.format import InitRecord, Snapshot
+from train.checkpoints.format import Snapshot
 from train.checkpoints.load import load_checkpoint
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config

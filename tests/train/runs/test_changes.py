@@ -135,9 +135,7 @@ def test_table_in_the_documentation_has_every_key() -> None:
 
 def test_the_ranks_get_the_flag() -> None:
     for allowed in (True, False):
-        arguments = training_arguments(
-            "demo", None, Path("runs"), "auto", allowed, (), debug=False, init="a b"
-        )
+        arguments = training_arguments((), allowed, debug=False, recipe="demo", init="a b", resume="auto")
         assert "--init=a b" in arguments
         assert ("--allow-changed-schedule" in arguments) is allowed
 
