@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,9 +34,6 @@ def small_disk(folder: Path) -> Iterator[str]:
         Nothing; or, where mounting is not allowed, the reason in one line. The folder serves either way.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if os.geteuid() != 0:
-        yield f"mounting a small file system needs root ({os.strerror(errno.EPERM)})"
-        return
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE_MB}m", "soak", str(folder)],
         capture_output=True,

@@ -19,11 +19,11 @@ from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soak.evidence import Evidence, read_evidence
 from scripts.soak.plan import SETTINGS, STEPS_PER_EPOCH
 from scripts.soak.rank import StepRecord
+from train.distributed.torchrun import SIGNALS
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MODULE = "scripts.soak.rank"
 MAX_RESTARTS = 2
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 @dataclass(frozen=True)
