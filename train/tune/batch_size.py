@@ -12,19 +12,19 @@ import logging
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import torch
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import bytes_available
 from train.bench.harness import Report, four_digits, run_alone, table_lines, time_calls
 from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, wait_for
 from train.config.schema import RunConfig
 from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
-from train.optim.schedule import base_lr_for, lr_at
+from train.runs.changes import rate_at
 from train.step import train_step
 from train.tune.steps import open_probe
 
@@ -163,15 +163,13 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
 def memory_limit_mb(device: str) -> float:
     """Return the memory there is: a GPU's; on a CPU what is free, or left by the control group.
 
-    Source: Linux, Documentation/admin-guide/cgroup-v2.rst, `memory.max`.
+    Raises:
+        UserError: this system does not say what is free.
     """
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / 1e6
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for base in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if (path := Path(base)).is_file() and (text := path.read_text().strip()).isdigit():
-            free = min(free, float(text))
+    if (free := bytes_available()) is None:
+        raise UserError("how much memory is free is not known here: say what a step may take with --limit-mb")
     return free / 1e6
 
 
@@ -193,11 +191,7 @@ def measure_noise(config: RunConfig, num_steps: int) -> tuple[list[NoiseRow], fl
         window = max(1, num_steps // WINDOWS)
         losses: list[float] = []
         for number in range(1, num_steps + 1):
-            rate = lr_at(
-                run.step, config.schedule, steps_per_epoch=run.steps_per_epoch,
-                total_steps=run.total_steps,
-                base_lr=base_lr_for(config.schedule, config.global_batch),
-            )  # fmt: skip
+            rate = rate_at(run.step, config, run.progress, len(run.train_set))
             losses.append(step(rate).loss)
             if number % window == 0 and (found := meter.read()) is not None:
                 sums = smooth_noise(sums, found)
