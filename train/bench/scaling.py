@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +33,6 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.start import own_command, own_script
 from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines, time_calls
-from train.bench.traffic import sent_bytes
 from train.bench.trainer import bench_config, make_noise_parts, noise_batch, wait_for
 from train.distributed.world import World, choose_device, cpu_share, open_world
 from train.optim.precision import choose_precision
@@ -42,6 +44,8 @@ ALONE = "alone"
 """The same steps on as many ranks at the same time, of which none sends anything."""
 WARM_UP = 3
 """Steps before those that count: DDP orders its buckets anew after the first."""
+TCP_INFO_BYTES_SENT = 200
+"""Offset of `tcpi_bytes_sent`, followed by `tcpi_bytes_retrans`, in `struct tcp_info` of linux/tcp.h."""
 COLUMNS = (
     ("link", "<12"), ("ranks  ", "<7"), ("mode", "<13"), ("images/s", ">9.1f"), ("step s", ">9.3f"),
     ("efficiency", ">12.0%"), ("vs one", ">8.4g"), ("sent MB", ">10.4g"), ("formula", ">9.4g"),
@@ -215,6 +219,36 @@ def bytes_sent_by(step: Callable[[], object], world: World) -> int | None:
     time.sleep(0.05)  # gloo's threads may still be sending
     (most,) = world.max(sent_bytes() - before)
     return int(most)
+
+
+def sent_bytes() -> int:
+    """Return the bytes written to all TCP connections that are open now: payload, without retransmissions.
+
+    gloo keeps its connections for as long as its group lives, so the difference of two calls is what was sent
+    in between, with a few hundred bytes for torchrun's store. NCCL's traffic through shared memory or
+    InfiniBand is not counted.
+
+    Raises:
+        OSError: a kernel from before Linux 5.5 does not count.
+    """
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own, or one that was closed meanwhile
+            if str(entry.readlink()).startswith("socket:"):
+                # A descriptor of its own: closing it leaves the connection open.
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    total += _sent(connection)
+    return total
+
+
+def _sent(connection: socket.socket) -> int:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+        return 0
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES_SENT + 16)
+    if len(info) < TCP_INFO_BYTES_SENT + 16:
+        raise OSError("this kernel does not count the bytes of a TCP connection; Linux 5.5 does")
+    sent, again = struct.unpack_from("=QQ", info, TCP_INFO_BYTES_SENT)
+    return int(sent - again)
 
 
 def formula_bytes(parts: StepParts, spec: ScalingSpec, mode: str, hidden_units: int) -> int:
