@@ -104,14 +104,9 @@ class BaselineCase:
         contract = loaded.preprocessing
         network = loaded.make_model().float().eval()
         self.network = network.to(memory_format=torch.contiguous_format).to(device)
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize(contract.resize_px),
-                transforms.CenterCrop(contract.crop_px),
-                transforms.ToTensor(),
-                transforms.Normalize(contract.mean, contract.std),
-            ]
-        )
+        steps = [transforms.Resize(contract.resize_px), transforms.CenterCrop(contract.crop_px)]
+        steps += [transforms.ToTensor(), transforms.Normalize(contract.mean, contract.std)]
+        self.transform = transforms.Compose(steps)
 
     def runs_on(self) -> dict[str, str]:
         """Return the provider, device and precision that compute."""
