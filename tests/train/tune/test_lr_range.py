@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from alexnet import main
 from tests.helpers.ranks import TINY, link_subset
-from train.tune.rate_range import Sweep, advise_rate, rates_between, read_sweep
+from train.tune.lr_range import Sweep, advise_rate, rates_between, read_sweep
 
 LEVEL = math.log(10)
 
