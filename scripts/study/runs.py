@@ -80,12 +80,7 @@ def _run_trainer(
 
 
 def train(
-    recipe: str,
-    data: Path | None,
-    setting: Setting,
-    seed: int,
-    overrides: Sequence[str],
-    source: Path | None = None,
+    recipe: str, data: Path | None, setting: Setting, seed: int, overrides: Sequence[str], source: Path | None
 ) -> Run:
     """Run the trainer itself.
 
