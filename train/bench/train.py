@@ -182,12 +182,7 @@ def make_phases(spec: StepSpec, measured: Measured) -> dict[str, dict[str, Any]]
             rates = [spec.batch / value for value in measured.seconds[spec, phase]]
             work = flops_of(spec, measured.crop_px)
             mfu = max(rates) * work / measured.gemm_gflops[spec.precision or "fp32"] / 1e9
-            rate = harness.rate(rates)
-            phases[phase] = {
-                "images_per_s": rate["images_per_s"],
-                "mfu": None if phase == "loader" else four_digits(mfu),
-                "rounds": rate["rounds"],
-            }
+            phases[phase] = harness.rate(rates) | {"mfu": None if phase == "loader" else four_digits(mfu)}
     return phases
 
 
@@ -264,13 +259,8 @@ def describe(report: Report) -> list[str]:
             mfu = "" if phase is None or phase["mfu"] is None else f" ({phase['mfu']:.2f})"
             cells.append(None if phase is None else f"{phase['images_per_s']:.1f}{mfu}")
         rows.append([*cells, *(rate[name] for name in FIGURES), rate["failure"] or ""])
-    columns = [
-        ("images/s (MFU)", "<34"),
-        ("by", "<24"),
-        *((phase, ">16") for phase in PHASES),
-        *FIGURES.values(),
-        ("", ""),
-    ]
+    columns = [("images/s (MFU)", "<34"), ("by", "<24"), *((phase, ">16") for phase in PHASES)]
+    columns += [*FIGURES.values(), ("", "")]
     return [
         f"{report['machine']}, images of {report['crop_px']} pixels",
         *(f"GEMM peak {name}: {value:.0f} GFLOP/s" for name, value in report["gemm_gflops"].items()),
