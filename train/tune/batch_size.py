@@ -120,29 +120,23 @@ def measure_sizes(
             sized = msgspec.structs.replace(
                 config, global_batch=size, micro_batch=None, log_noise_scale=False, compile=False
             )
-            fit = run_alone(measure_fit, sized, num_classes, steps)
-            if isinstance(fit, str):
-                return rows, f"{size}: {fit}"
-            step_s, memory_mb = fit
-            if memory_mb > limit_mb:
-                return rows, f"{size}, which takes {memory_mb:.0f} MB of {limit_mb:.0f}"
-            rows.append(
-                BatchRow(
-                    batch=size, images_per_s=four_digits(size / step_s), step_ms=four_digits(step_s * 1e3),
-                    memory_mb=round(memory_mb),
-                )
-            )  # fmt: skip
-            progress.advance(1, f"{size}: {size / step_s:.0f} images/s, {memory_mb:.0f} MB")
+            row: BatchRow | str = run_alone(measure_fit, sized, num_classes, steps)
+            if isinstance(row, str):
+                return rows, f"{size}: {row}"
+            if row.memory_mb > limit_mb:
+                return rows, f"{size}, which takes {row.memory_mb:.0f} MB of {limit_mb:.0f}"
+            rows.append(row)
+            progress.advance(1, f"{size}: {row.images_per_s:.0f} images/s, {row.memory_mb:.0f} MB")
     return rows, None
 
 
-def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float, float] | str:
+def measure_fit(config: RunConfig, num_classes: int, steps: int) -> BatchRow | str:
     """Train on a batch of noise, of the configuration's `global_batch`, in one pass.
 
     Args:
         steps: that are timed, after two that are not.
     Returns:
-        Median seconds of a step, and the peak of memory in MB; or why it does not fit.
+        The batch's row; or why it does not fit.
     """
     with open_world(config.device, config.timeout_s, deterministic=config.deterministic) as world:
         if world.device.type == "cpu":
@@ -152,7 +146,11 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
             step = partial(train_step, parts, [batch], 0.0, 0)
             seconds = time_calls(step, 2 + steps, partial(wait_for, world.device))
-            return statistics.median(seconds[2:]), peak_memory_mb(world.device)
+            step_s = statistics.median(seconds[2:])
+            return BatchRow(
+                batch=config.global_batch, images_per_s=four_digits(config.global_batch / step_s),
+                step_ms=four_digits(step_s * 1e3), memory_mb=round(peak_memory_mb(world.device)),
+            )  # fmt: skip
         except (MemoryError, RuntimeError) as error:
             no_memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
             if not no_memory and "allocate memory" not in str(error):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
@@ -62,13 +62,6 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
     edge: Literal["low", "high"] | None
 
 
-class RateAdvice(NamedTuple):
-    """The recommended rate, None where the sweeps give none, and the reason, a sentence."""
-
-    rate: float | None
-    why: str
-
-
 def bench_rates(
     config: RunConfig, *, low: float | None, high: float | None, num_steps: int, num_sweeps: int
 ) -> Report:
@@ -101,13 +94,13 @@ def bench_rates(
                 level = flat_level(counts_in_epoch(config, train_set), config.label_smoothing, weights_C)
                 device = run.parts.world.device_name
                 while len(losses) < num_steps and why_ended(losses, level) is None:
-                    rate = rates[len(losses)]
-                    loss = step(rate).loss
+                    tried = rates[len(losses)]
+                    loss = step(tried).loss
                     losses.append(loss if math.isfinite(loss) else None)
-                    progress.advance(1, f"seed {seeded.seed}, rate {rate:.2g}, loss {loss:.3f}")
+                    progress.advance(1, f"seed {seeded.seed}, rate {tried:.2g}, loss {loss:.3f}")
             progress.advance(num_steps - len(losses))
             sweeps.append(read_sweep(seeded.seed, rates[: len(losses)], losses, num_steps, level))
-    advice = advise_rate(sweeps, level, suggest_changes(config.model))
+    rate, why = advise_rate(sweeps, level, suggest_changes(config.model))
     recipe_rate = base_lr_for(config.schedule, config.global_batch)
     scale = recipe_rate / config.schedule.learning_rate
     return {
@@ -117,9 +110,9 @@ def bench_rates(
         "guess_loss": level,
         "recipe_rate": recipe_rate,
         "sweeps": sweeps,
-        "learning_rate": advice.rate,
-        "setting": f"schedule.learning_rate={advice.rate / scale:.3g}" if advice.rate is not None else None,
-        "why": advice.why,
+        "learning_rate": rate,
+        "setting": f"schedule.learning_rate={rate / scale:.3g}" if rate is not None else None,
+        "why": why,
     }
 
 
@@ -196,8 +189,8 @@ def read_sweep(
     )
 
 
-def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -> RateAdvice:
-    """Recommend a rate.
+def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -> tuple[float | None, str]:
+    """Recommend a rate, None where the sweeps give none, with the reason, a sentence.
 
     Args:
         level: the loss of guessing.
@@ -209,12 +202,12 @@ def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -
     if not rates:
         tries = ["more --steps", f"a lower --from than {lowest:.3g}", *changes]
         why = f"no rate brought the loss below {level:.4g}, which is what guessing costs: try "
-        return RateAdvice(None, why + ", or ".join(tries))
+        return None, why + ", or ".join(tries)
     edges = {sweep.edge for sweep in sweeps}
     if "high" in edges:
-        return RateAdvice(None, f"the loss was still low at the last rate, {highest:.3g}: try a higher --to")
+        return None, f"the loss was still low at the last rate, {highest:.3g}: try a higher --to"
     if "low" in edges:
-        return RateAdvice(None, f"the loss rose from {lowest:.3g} on: try a lower --from")
+        return None, f"the loss rose from {lowest:.3g} on: try a lower --from"
     largest = statistics.median(rates)
     over = f" (the median; {min(rates):.2g} to {max(rates):.2g} over {len(rates)} seeds)" if rates[1:] else ""
     why = (
@@ -223,7 +216,7 @@ def advise_rate(sweeps: Sequence[Sweep], level: float, changes: Sequence[str]) -
     )
     if flat:
         why += f". {flat} of {len(sweeps)} sweeps never left the loss of guessing, {level:.4g}: so may a run"
-    return RateAdvice(float(f"{largest / MARGIN:.2g}"), why)
+    return float(f"{largest / MARGIN:.2g}"), why
 
 
 def describe(report: Report) -> list[str]:
