@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
@@ -38,7 +39,8 @@ def make_subjects(folder: Path, shards: Path, small: Path, images: int, gpu: boo
     """The loaders to measure, by name and number of cores."""
     all_cores, large_batch = usable_cores(), min(LARGE_BATCH, images)
     cores = min(2, all_cores)
-    shared, of_small = partial(Subject, cores=cores), {"batch": SMALL_BATCH, "crop_px": SMALL_CROP_PX}
+    of_small: dict[str, Any] = {"batch": SMALL_BATCH, "crop_px": SMALL_CROP_PX}
+    shared = partial(Subject, cores=cores)
     subjects = [
         shared("dali", loaders.our_loader, folder),
         shared("shards", loaders.our_loader, shards),

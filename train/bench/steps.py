@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,10 @@ class OurSteps(StepCase):
             "fed", our_loader, self.folder, cpu_share(1), self.batch, self.crop_px,
             gpu=self.device.type == "cuda", decoder="auto",
         )  # fmt: skip
-        uses = {"loader": len, "end_to_end": lambda batch: counts.merge(self.step(batch))}
+        uses: dict[str, Callable[[Batch], object]] = {
+            "loader": len,
+            "end_to_end": lambda batch: counts.merge(self.step(batch)),
+        }
         found = {"fed_step": self.step_s(num_batches)}
         for phase, use in uses.items():
             with ExitStack() as stack:

@@ -149,7 +149,8 @@ def measure_batch(
                     measured.seconds[spec, phase].append(seconds)
         for spec, found in cases.ask("profile"):
             measured.figures[spec] |= found
-    measured.failures |= cases.failures
+    for spec, why in cases.failures.items():
+        measured.failures[spec] = why
     for key in [key for key, times in measured.seconds.items() if len(times) < num_rounds]:
         del measured.seconds[key]
 
