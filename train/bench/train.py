@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +116,12 @@ def measure_batch(
 ) -> None:  # fmt: skip
     """Measure the cases of one batch size, in turns: their steps, beside the loader, and what they launch."""
 
+    def open_case(stack: ExitStack, spec: StepSpec) -> Case:
+        return Case(
+            stack, open_steps, spec, measured.crop_px, folder, device, limit_s=LIMIT_S[device],
+            build_limit_s=build_limit_s(spec, device), build=False,
+        )  # fmt: skip
+
     def start(case: Case) -> dict[str, Any]:
         log.info(f"starting {case.name}")
         case.build()
@@ -124,15 +129,7 @@ def measure_batch(
         return choice
 
     with ExitStack() as stack:
-        open_case = partial(Case, stack, open_steps, limit_s=LIMIT_S[device], build=False)
-        cases = Turns(
-            {
-                spec: open_case(
-                    spec, measured.crop_px, folder, device, build_limit_s=build_limit_s(spec, device)
-                )
-                for spec in specs
-            }
-        )
+        cases = Turns({spec: open_case(stack, spec) for spec in specs})
         for spec, found in cases.each(start):
             measured.figures[spec] |= found
         for _ in harness.rounds(num_rounds):
