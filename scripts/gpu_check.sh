@@ -51,6 +51,10 @@ trained() {
 
 # Four epochs in one precision: too few for a fast step, which is not tried.
 train_in() { trained "precision-$1" --out "$out/runs" --set epochs=4 --set "precision=$1"; }
+train() { train_in bf16; }
+precision-fp32() { train_in fp32; }
+precision-fp16() { train_in fp16; }
+doctor() { alexnet doctor; }
 
 # So many epochs that fast steps are proved; three in a row that are no better end the run. Fails if a fast step is wrong or
 # cannot be captured, and not if the plain one is faster. Without Inductor, which would take half of the time.
@@ -68,11 +72,6 @@ newest_run() {
     echo "no run in $out/runs: --only train makes one"
 }
 
-train() { train_in bf16; }
-precision-fp32() { train_in fp32; }
-precision-fp16() { train_in fp16; }
-doctor() { alexnet doctor; }
-
 # One precision: the engine runs here and passes the gate, and the doctor loads and runs everything.
 exported() {
   local target="$out/export-$1"
@@ -81,7 +80,6 @@ exported() {
     alexnet doctor "$target/trt-$1" --json >"$target-doctor.json" || return 1
   python - "$target" <<'PYTHON'
 import json, sys
-
 made, doctor = (json.load(open(sys.argv[1] + end)) for end in (".json", "-doctor.json"))
 print("gate:", json.dumps(made["trt"]["report"]))
 print("here:", json.dumps(doctor["here"]), "predict would use", doctor["predict_would_use"])
@@ -96,7 +94,6 @@ bench_engine() {
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-
 from infer.bench.cases import BundleCase
 
 for format in ("trt", "onnx"):
@@ -109,8 +106,6 @@ for format in ("trt", "onnx"):
 PYTHON
 }
 
-engine() { exported fp16 && bench_engine fp16; }
-
 # The engine that is built again from the ONNX file agrees with it.
 export_and_rebuild() {
   exported "$1" && alexnet export "$out/export-$1/trt-$1" --format trt --data data/demo-digits --json >"$out/rebuilt.json" &&
@@ -118,6 +113,7 @@ export_and_rebuild() {
       "$out/rebuilt.json"
 }
 
+engine() { exported fp16 && bench_engine fp16; }
 export-fp32() { export_and_rebuild fp32; }
 export-fp16() { export_and_rebuild fp16 && bench_engine fp16; }
 export-int8() { export_and_rebuild int8 && bench_engine int8; }
@@ -131,36 +127,31 @@ gpu-tests() {
   [ "$code" -eq 0 ] && ! grep '^SKIPPED' "$out/gpu-tests.txt" | grep -vE 'tensorrt|engine|two GPUs|pip install'
 }
 
-all-tests() { python -m pytest; }
-demo() { make demo; }
-
 # One image of each class, predicted by all that there is: the CPU and the GPU, and the engine and Ray where they are.
 predict_by() {
   alexnet predict "$out/images" --model "$1" --format jsonl --output "$out/$2.jsonl" --overwrite "${@:3}"
 }
 
-compare_rows() {
-  python - "$out" "$@" <<'PYTHON'
-import json, pathlib, sys
+# compare FILE FILE: rows of predictions or of training; the best classes must agree, and numbers to a thousandth.
+compare() {
+  python - "$@" <<'PYTHON'
+import json, sys
+def read(name):
+    rows = [json.loads(line) for line in open(name)]
+    best = [row["predictions"][0] for row in rows if "predictions" in row]
+    losses = [row["loss"] for row in rows if row.get("split") == "train"]
+    return [row["class_id"] for row in best], [row["probability"] for row in best] or losses
 
-def rows(name):
-    return [json.loads(line)["predictions"] for line in pathlib.Path(sys.argv[1], f"{name}.jsonl").open()]
-
-worst = 0.0
-for name in sys.argv[2:]:
-    for found, expected in zip(rows(name), rows("cpu"), strict=True):
-        assert found[0]["class_id"] == expected[0]["class_id"], (name, found, expected)
-        worst = max(worst, abs(found[0]["probability"] - expected[0]["probability"]))
-print(f"largest difference of the best class's probability: {worst:.1e}")
-sys.exit(worst > 1e-3)
+(classes, one), (others, two) = map(read, sys.argv[1:])
+worst = max(abs(b / a - 1) for a, b in zip(one, two, strict=True))
+print(f"{len(one)} rows, largest relative difference {worst:.1e}")
+sys.exit("the best classes differ" if classes != others else worst > 1e-3)
 PYTHON
 }
 
 prepare_predictions() {
   bundle="$out/predictions/onnx-fp32"
-  if [ ! -e "$bundle" ]; then
-    alexnet export "$(newest_run)" --format onnx --precision fp32 --out "$bundle" || return 1
-  fi
+  [ -e "$bundle" ] || alexnet export "$(newest_run)" --format onnx --precision fp32 --out "$bundle" || return 1
   rm -rf "$out/images" && mkdir "$out/images"
   for class in data/demo-digits/val/*/; do
     cp "$(find "$class" -name '*.jpg' | sort | head -n 1)" "$out/images/$(basename "$class").jpg"
@@ -168,12 +159,12 @@ prepare_predictions() {
   predict_by "$bundle" cpu --device cpu
 }
 
-predictions() { prepare_predictions && predict_by "$bundle" cuda --device cuda && compare_rows cuda; }
+predictions() { prepare_predictions && predict_by "$bundle" cuda --device cuda && compare "$out"/{cpu,cuda}.jsonl; }
 
 ray() {
   prepare_predictions && rm -rf "$out/ray" &&
     alexnet predict "$out/images" --model "$bundle" --engine ray --device cuda --format jsonl --output "$out/ray" &&
-    cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" && compare_rows ray
+    cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" && compare "$out"/{cpu,ray}.jsonl
 }
 
 # The ratios of docs/training-speed.md, each group as it ends. Of torchvision's ways its plain bfloat16, compiled where the
@@ -209,6 +200,8 @@ feed() {
   [ "$code" -eq 0 ] && ! grep -iE 'nvjpeg|nvimagecodec|\[(warning|error)\]' "$out/feed.err"
 }
 
+demo() { make demo; }
+all-tests() { python -m pytest; }
 bench-train() { alexnet bench train --json --rounds 3 --images 512; }
 bench-infer() { alexnet bench infer --json --device cuda --precision fp32 --precision fp16 --batch 1 --batch 32 --rounds 3; }
 bench-batch() { alexnet bench batch --to 4096 --plot "$out/bench-batch.png"; }
@@ -222,19 +215,7 @@ two-gpus() {
       --set epochs=1 --set precision=fp32 --set model.dropout=0.0 --set log_every=1 \
       --set schedule.learning_rate=0.0005 --set schedule.kind=constant --set schedule.warmup_epochs=0 || return 1
   done
-  python - "$out" <<'PYTHON'
-import json, pathlib, sys
-
-def losses(n):
-    (file,) = pathlib.Path(sys.argv[1], f"ranks-{n}").glob("*/metrics.jsonl")
-    rows = map(json.loads, file.read_text().splitlines())
-    return [row["loss"] for row in rows if row["split"] == "train"]
-
-one, two = losses(1), losses(2)
-worst = max(abs(b / a - 1) for a, b in zip(one, two, strict=True))
-print(f"{len(one)} steps, largest relative difference {worst:.1e}")
-sys.exit(worst > 1e-3)
-PYTHON
+  compare "$out"/ranks-{1,2}/*/metrics.jsonl
 }
 
 # why_not NAME: what this machine lacks for a check; nothing if it lacks nothing.
@@ -252,26 +233,22 @@ check() {
   local limit=$(($1 < most ? $1 : most)) name=$2 started=$SECONDS code reason line
   reason=$(why_not "$name")
   if [ -n "$reason" ]; then
-    line="skipped $name ($reason)"
-  else
-    timeout --kill-after=5 "$limit" bash "$self" --run "$name" >"$out/$name.log" 2>&1
-    code=$?
-    line="ok      $name ($((SECONDS - started)) s)"
-    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
-      line="CUT OFF $name (after $limit s, see $out/$name.log)"
-    elif [ "$code" -ne 0 ]; then
-      line="FAILED  $name (exit code $code after $((SECONDS - started)) s, see $out/$name.log)"
-    fi
-    tail -n 12 "$out/$name.log"
+    echo "skipped $name ($reason)" | tee -a "$out/summary.txt"
+    return
   fi
+  timeout --kill-after=5 "$limit" bash "$self" --run "$name" >"$out/$name.log" 2>&1
+  code=$?
+  case $code in
+    0) line="ok      $name ($((SECONDS - started)) s)" ;;
+    124 | 137) line="CUT OFF $name (after $limit s, see $out/$name.log)" ;;
+    *) line="FAILED  $name (exit code $code after $((SECONDS - started)) s, see $out/$name.log)" ;;
+  esac
+  tail -n 12 "$out/$name.log"
   echo "$line" | tee -a "$out/summary.txt"
-  [ -z "$reason" ] && [ "$code" -ne 0 ] && failed=1
+  [ "$code" -eq 0 ] || failed=1
 }
 
-parts="quick rest"
-wanted=""
-action=run
-most=3600
+parts="quick rest" wanted="" action=run most=3600
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) parts=quick ;;
@@ -298,10 +275,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+[ -z "${INSTALLED:-}" ] || python() { python3 "$@"; }
 if [ "$action" = function ]; then
-  if [ -n "${INSTALLED:-}" ]; then
-    python() { python3 "$@"; }
-  fi
   "$wanted"
   exit
 fi
@@ -309,10 +284,7 @@ fi
 selected=$(while read -r part limit name; do
   [[ -n $name && " $parts " == *" $part "* && (-z $wanted || $wanted == "$name") ]] && echo "$part $limit $name"
 done <<<"$CHECKS")
-if [ "$action" = list ]; then
-  echo "$selected"
-  exit
-fi
+[ "$action" = list ] && echo "$selected" && exit
 
 if ! nvidia-smi -L; then
   echo "error: no NVIDIA GPU here (nvidia-smi finds none); there is nothing to check" >&2
@@ -321,8 +293,6 @@ fi
 if [ -z "${INSTALLED:-}" ]; then
   make install || exit 1
   export PATH="$PWD/.venv/bin:$PATH"
-else
-  python() { python3 "$@"; }
 fi
 mkdir -p "$out"
 failed=0

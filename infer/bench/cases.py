@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 from data_pipeline.common.machine import usable_cores
-from data_pipeline.decode.pillow import decode_rgb, finish_crop, parallel_for
+from data_pipeline.decode.header import read_header
+from data_pipeline.decode.pillow import decode_window, finish_crop, parallel_for
 from data_pipeline.transforms.crop import eval_crop_params
 from infer.predict.decode import run_valid, valid_images
 from infer.predict.rows import OkRow, names_of, top_k
@@ -56,20 +57,18 @@ class BundleCase:
         if phase == "one_batch":
             return lambda: self._predict(batch)
         if phase == "preprocess":
-            images = [decode_rgb(path.read_bytes()) for path in self.photos[:batch]]
-            sizes = np.array([(image.height, image.width) for image in images], np.int64)
-            crops = eval_crop_params(sizes, manifest.preprocessing)
-            cuts = [
-                image.crop((int(left), int(top), int(left + width), int(top + height)))
-                for image, (top, left, height, width) in zip(images, crops.windows, strict=True)
-            ]
+            files = [path.read_bytes() for path in self.photos[:batch]]
+            contract = manifest.preprocessing
+            sizes = np.array([read_header(file, contract.max_pixels) for file in files], np.int64)
+            crops = eval_crop_params(sizes, contract)
+            windows = [decode_window(file, crops, place) for place, file in enumerate(files)]
             threads = usable_cores()
             pool = ThreadPoolExecutor(threads)
 
-            def resize(place: int) -> None:
-                finish_crop(cuts[place], crops, place)
+            def finish(place: int) -> None:
+                finish_crop(windows[place], crops, place)
 
-            return lambda: parallel_for(resize, batch, pool, threads)
+            return lambda: parallel_for(finish, batch, pool, threads)
         with closing(predictor.decode(self.photos[:batch])) as batches:
             decoded = next(iter(batches))
         if phase == "copy":
@@ -105,14 +104,9 @@ class BaselineCase:
         contract = loaded.preprocessing
         network = loaded.make_model().float().eval()
         self.network = network.to(memory_format=torch.contiguous_format).to(device)
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize(contract.resize_px),
-                transforms.CenterCrop(contract.crop_px),
-                transforms.ToTensor(),
-                transforms.Normalize(contract.mean, contract.std),
-            ]
-        )
+        steps = [transforms.Resize(contract.resize_px), transforms.CenterCrop(contract.crop_px)]
+        steps += [transforms.ToTensor(), transforms.Normalize(contract.mean, contract.std)]
+        self.transform = transforms.Compose(steps)
 
     def runs_on(self) -> dict[str, str]:
         """Return the provider, device and precision that compute."""

@@ -15,12 +15,9 @@ import click
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of runs and faults."
 )
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("soak"),
-    show_default=True,
+    "--out", type=click.Path(path_type=Path), default=Path("soak"), show_default=True,
     help="New folder for logs, evidence and report.json.",
-)
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(minutes: float, seed: int, out: Path, as_json: bool) -> None:
     """Train the demo under random faults, and check that nothing was lost.

@@ -12,10 +12,9 @@ from pathlib import Path
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.demo import write_demo
 from scripts.soak.compare import compare_runs
-from scripts.soak.disk import small_disk
 from scripts.soak.evidence import Evidence, check_seen_once, last_whole_epoch
 from scripts.soak.faulty_run import FaultyRun, train_undisturbed
-from scripts.soak.launch import RunSpec
+from scripts.soak.launch import RunSpec, small_disk
 from scripts.soak.plan import KINDS, NUM_SAMPLES, READ_AHEAD_STEPS, STEPS_PER_EPOCH, make_plan, steps_of
 from scripts.soak.report import Report, RunReport
 

@@ -51,7 +51,7 @@ class FaultyRun:
             report.ranks.append(num_ranks)
             with Launch(self.spec, number, num_ranks) as launch:
                 self._watch(launch)
-                if launch.end() == 0:
+                if launch.ends_well():
                     self._close_hit(launch)
                     break
             self._log_before = launch.log_text()
@@ -131,6 +131,6 @@ def train_undisturbed(spec: RunSpec, corrupted: dict[int, tuple[int, bytes]]) ->
         while launch.running:
             corrupt_until(launch.progress()[1])
             time.sleep(0.02)
-        if launch.end() != 0:
+        if not launch.ends_well():
             raise RuntimeError(f"the undisturbed run failed: see {launch.log}")
     return time.monotonic() - started

@@ -16,8 +16,7 @@ import numpy as np
 
 from data_pipeline.common.errors import CorruptFileError
 from data_pipeline.common.files import write_atomic
-from scripts.soak.disk import filled
-from scripts.soak.launch import Launch, RunSpec, wait_until
+from scripts.soak.launch import Launch, RunSpec, filled, wait_until
 from scripts.soak.plan import READ_AHEAD_STEPS, Fault, corruptible, steps_of
 from scripts.soak.report import InjectedFault
 from train.checkpoints.format import MANIFEST, STATE

@@ -1,4 +1,4 @@
-"""One torchrun with its ranks: a process to watch, to kill and to wait for."""
+"""One torchrun with its ranks, to watch, to kill and to wait for, and the small disk that it writes to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from data_pipeline.datasets.image_folder import load_image_folder
 from scripts.soak.evidence import Evidence, read_evidence
 from scripts.soak.plan import SETTINGS, STEPS_PER_EPOCH
 from scripts.soak.rank import StepRecord
+from train.distributed.torchrun import SIGNALS
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MODULE = "scripts.soak.rank"
 MAX_RESTARTS = 2
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+DISK_MB = 256
+"""Room for the checkpoints, 18 MB each: two kept, the best one, one in writing, and some to spare."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,12 @@ class Launch(AbstractContextManager["Launch"]):
         self.process.wait()
         wait_until(lambda: not any(is_alive(rank) for rank in ranks), 30)
 
-    def end(self) -> int | None:
-        """Wait for torchrun. Returns its exit code, negative for a signal; None where it had to be killed."""
+    def ends_well(self) -> bool:
+        """Wait for torchrun; whether its exit code is 0. One that does not end is killed with the context."""
         try:
-            return self.process.wait(timeout=120)
+            return self.process.wait(timeout=120) == 0
         except subprocess.TimeoutExpired:
-            self.kill()
-            return None
+            return False
 
 
 def is_alive(pid: int) -> bool:
@@ -169,3 +170,40 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+@contextmanager
+def filled(disk: Path) -> Iterator[int]:
+    """Fill a file system to the last byte for as long as the context lasts. Yields the number of bytes."""
+    assert disk.is_mount(), "only a small disk of ours is filled"
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            block = bytes(size)
+            with suppress(OSError):
+                while True:
+                    file.write(block)
+    yield filler.stat().st_size
+    filler.unlink()
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[str]:
+    """Mount a small tmpfs on a folder for as long as the context lasts.
+
+    Yields:
+        Nothing; or, where mounting is not allowed, the reason in one line. The folder serves either way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "soak", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode != 0:
+        yield f"mounting a small file system failed: {mounted.stderr.strip()}"
+        return
+    try:
+        yield ""
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,13 +28,11 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
         step: optimiser steps finished with this one, counted from 1.
         indices: the samples that this rank put into it, as indices into the dataset.
         failed: those of them that could not be read, and had no weight.
-        time: when it was done, in seconds since 1970.
     """
 
     step: int
     indices: list[int]
     failed: list[int]
-    time: float
 
 
 def file_name(launch: int, restart: int, rank: int, world_size: int) -> str:
@@ -59,7 +56,6 @@ def install(folder: Path, launch: int) -> None:
             step=step + 1,
             indices=[int(i) for batch in batches for i in batch.indices],
             failed=[int(i) for batch in batches for i in batch.indices[~batch.valid]],
-            time=time.time(),
         )
         os.write(target, msgspec.json.encode(record) + b"\n")  # one call: a kill leaves a whole line or none
         return counts

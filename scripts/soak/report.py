@@ -8,6 +8,7 @@ from statistics import fmean
 
 import msgspec
 
+from data_pipeline.results.card import table
 from scripts.soak.plan import DESCRIPTIONS, Kind
 
 
@@ -104,7 +105,9 @@ def readable(report: Report) -> str:
         f"the number of ranks changed {report.world_size_changes} times",
         f"time lost to the faults: {report.lost_s:.0f} s, {report.steps_done_again} steps done again",
     ]
-    lines += ["", *_table(_fault_rows(report)), "", *_table(_run_rows(report)), ""]
+    for rows in (_fault_rows(report), _run_rows(report)):
+        lines += ["", table([*rows[0]], [[*map(str, row.values())] for row in rows])]
+    lines.append("")
     for number, run in enumerate(report.rounds, start=1):
         lines += [f"run {number}: {problem}" for problem in run.problems]
         for hit in run.hits:
@@ -112,12 +115,6 @@ def readable(report: Report) -> str:
             lines += [f"{where}: {problem}" for problem in hit.problems]
     lines.append("all good" if report.good else "NOT GOOD: see the lines above")
     return "\n".join(lines)
-
-
-def _table(rows: list[dict[str, object]]) -> list[str]:
-    """Format rows as lines of Markdown; their keys are the head."""
-    cells = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return [f"| {' | '.join(map(str, row))} |" for row in cells]
 
 
 def _fault_rows(report: Report) -> list[dict[str, object]]:

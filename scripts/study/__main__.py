@@ -61,9 +61,8 @@ def main(
     record = out / f"study-{name}.jsonl"
     sets = [f"epochs={epochs or study.epochs}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        images = data
-        if every > 1 and data is not None:
-            images = write_subset(data, Path(folder) / "chosen", every)
+        chosen = Path(folder) / "chosen"
+        images = write_subset(data, chosen, every) if data is not None and every > 1 else data
 
         def make_source() -> Path:
             assert data is not None
@@ -83,13 +82,9 @@ def main(
 
 
 def make_runs(
-    study: Study,
-    record: Path,
-    data: Path | None,
-    seeds: int,
-    sets: list[str],
+    study: Study, record: Path, data: Path | None, seeds: int, sets: list[str],
     make_source: Callable[[], Path],
-) -> list[Run]:
+) -> list[Run]:  # fmt: skip
     """Make the runs that a study's file does not have yet, add them to it, and return all.
 
     Args:

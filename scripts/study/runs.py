@@ -65,28 +65,22 @@ def train_source(recipe: str, data: Path, runs: Path, overrides: Sequence[str]) 
     Returns:
         The run.
     """
-    command = [*_trainer(1), "--recipe", recipe, "--data", str(data), "--out", str(runs), "--resume", "auto"]
-    subprocess.run(
-        [*command, *(f"--set={text}" for text in overrides)], cwd=ROOT, env=_environment(), check=True
-    )
+    arguments = ["--recipe", recipe, "--data", str(data), "--out", str(runs), "--resume", "auto"]
+    _run_trainer(1, arguments, overrides).check_returncode()
     return max(runs.iterdir())
 
 
-def _trainer(ranks: int) -> list[str]:
-    return [sys.executable, "-m", "alexnet", "train", "--nproc", str(ranks)]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+def _run_trainer(
+    ranks: int, arguments: Sequence[str], overrides: Sequence[str], capture_output: bool = False
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "alexnet", "train", "--nproc", str(ranks), *arguments]
+    command += [f"--set={text}" for text in overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=capture_output, text=True)
 
 
 def train(
-    recipe: str,
-    data: Path | None,
-    setting: Setting,
-    seed: int,
-    overrides: Sequence[str],
-    source: Path | None = None,
+    recipe: str, data: Path | None, setting: Setting, seed: int, overrides: Sequence[str], source: Path | None
 ) -> Run:
     """Run the trainer itself.
 
@@ -98,16 +92,12 @@ def train(
     Raises:
         RuntimeError: the run failed, and not because its loss was flat.
     """
-    command = [*_trainer(setting.ranks), "--resume", "none", "--recipe", recipe]
-    command += [] if data is None else ["--data", str(data)]
+    given = [] if data is None else ["--data", str(data)]
     own = [text.replace(SOURCE, json.dumps(str(source))) for text in setting.sets]
-    command += [f"--set={text}" for text in (f"seed={seed}", *overrides, *own)]
     with tempfile.TemporaryDirectory() as out:
         started = time.monotonic()
-        done = subprocess.run(
-            [*command, "--out", out], cwd=ROOT, env=_environment(),
-            capture_output=True, text=True,
-        )  # fmt: skip
+        arguments = ["--resume", "none", "--recipe", recipe, *given, "--out", out]
+        done = _run_trainer(setting.ranks, arguments, [f"seed={seed}", *overrides, *own], capture_output=True)
         ended = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "")
         if done.returncode != 0 and "ln(" not in ended:
             raise RuntimeError(f"{setting}, seed {seed}: {done.stderr[-2000:]}")

@@ -13,13 +13,15 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
 
 
 def describe_spread(values: Sequence[float]) -> str:
-    """Format fractions as percent: mean and range; a single one by itself.
+    """Format fractions as percent: mean and range; a single one by itself, and `-` for none.
 
     >>> describe_spread([0.99, 0.97, 0.98])
     '98.0% (97.0 to 99.0)'
     >>> describe_spread([0.5])
     '50.0%'
     """
+    if not values:
+        return "-"
     mean = f"{100 * statistics.mean(values):.1f}%"
     if len(values) == 1:
         return mean
@@ -34,35 +36,27 @@ def first_epoch_above(run: Run, top1: float) -> int | None:
 
 def make_table(study: Study, runs: Sequence[Run]) -> str:
     """Format the runs by setting as Markdown: means and ranges over the seeds."""
-    lines = [
-        "| question | setting | seeds | top-1 after the last epoch | top-5 | best top-1 | "
-        f"first epoch above {study.mark:.0%} | minutes a run | ended early |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["question", "setting", "seeds", "top-1 after the last epoch", "top-5", "best top-1"]
+    header += [f"first epoch above {study.mark:.0%}", "minutes a run", "ended early"]
+    rows = []
     for question, group in study.questions.items():
         for name, setting in group.items():
             mine = sorted((run for run in runs if run.setting == setting), key=lambda run: run.seed)
             whole = [run for run in mine if not run.ended]
             ended = [str(run.epochs[-1].epoch) for run in mine if run.ended]
-            seeds = ", ".join(str(run.seed) for run in mine)
-            top1, top5, best = (
-                describe_spread(values) if values else "-"
-                for values in (
-                    [run.epochs[-1].top1 for run in whole],
-                    [run.epochs[-1].top5 for run in whole],
-                    [max(epoch.top1 for epoch in run.epochs) for run in whole],
-                )
-            )
-            first = ", ".join(str(first_epoch_above(run, study.mark) or "never") for run in mine)
-            minutes = f"{statistics.mean(run.seconds for run in mine) / 60:.1f}" if mine else "-"
-            early = f"{len(ended)} of {len(mine)}, flat, in epoch {', '.join(ended)}" if ended else "none"
-            lines.append(
-                f"| {' | '.join([question, name, seeds, top1, top5, best, first, minutes, early])} |"
-            )
+            row = [question, name, ", ".join(str(run.seed) for run in mine)]
+            row.append(describe_spread([run.epochs[-1].top1 for run in whole]))
+            row.append(describe_spread([run.epochs[-1].top5 for run in whole]))
+            row.append(describe_spread([max(epoch.top1 for epoch in run.epochs) for run in whole]))
+            row.append(", ".join(str(first_epoch_above(run, study.mark) or "never") for run in mine))
+            row.append(f"{statistics.mean(run.seconds for run in mine) / 60:.1f}" if mine else "-")
+            row.append(f"{len(ended)} of {len(mine)}, flat, in epoch {', '.join(ended)}" if ended else "none")
+            rows.append(row)
     seconds = sum(run.seconds for run in runs)
     most = max((len(run.epochs) for run in runs), default=0)
-    lines += ["", f"{len(runs)} runs of {most} epochs at most, {seconds / 60:.0f} minutes together."]
-    return "\n".join(lines) + "\n"
+    end = f"{len(runs)} runs of {most} epochs at most, {seconds / 60:.0f} minutes together."
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:], "", end]) + "\n"
 
 
 def draw(study: Study, runs: Sequence[Run], path: Path) -> None:

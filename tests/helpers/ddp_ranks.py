@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH, batches_at, linear_layers, make
 from tests.helpers.norm_ranks import compare_norms
-from train.bench.traffic import sent_bytes
+from train.bench.scaling import sent_bytes
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.distributed.hybrid import gather_tensors

@@ -16,8 +16,8 @@ class FailingSteps:
         if self.network == "bn":
             raise MemoryError("CUDA out of memory.\n Tried to allocate 9 GiB")
 
-    def choice(self) -> None:
-        return None
+    def choice(self) -> dict[str, str]:
+        return {}
 
     def step_s(self, *_counts: int) -> float:
         if self.network == "paper":

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.sharding.write import write_shards
-from train.bench import harness
-from train.bench.harness import Case, Ratios, Report, log
+from train.bench import harness, loaders
+from train.bench.harness import Case, Ratios, Report, four_digits, log
 from train.bench.images import write_bench_images, write_small_images
 from train.bench.loaders import LoaderCase, Subject
 
@@ -23,6 +24,10 @@ MEMORY_EPOCHS = 20
 SHARD_BYTES = 50_000_000
 Key = tuple[str, int]
 """Name of a loader, and its number of cores."""
+COLUMNS = {
+    "name": ("loader", "<22"), "cores": ("cores", ">6"), "batch": ("batch", ">6"),
+    "images_per_s": ("images/s", ">10"), "cpu_us": ("CPU us/image", ">14"),
+}  # fmt: skip
 NOTES = (
     "overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding took",
     "feed_shards, feed_files: all but decoding; file_read: DALI reading the same files, and no more",
@@ -34,32 +39,32 @@ def make_subjects(folder: Path, shards: Path, small: Path, images: int, gpu: boo
     """The loaders to measure, by name and number of cores."""
     all_cores, large_batch = usable_cores(), min(LARGE_BATCH, images)
     cores = min(2, all_cores)
+    of_small: dict[str, Any] = {"batch": SMALL_BATCH, "crop_px": SMALL_CROP_PX}
+    shared = partial(Subject, cores=cores)
     subjects = [
-        Subject("dali", "ours", folder, cores),
-        Subject("shards", "ours", shards, cores),
-        Subject("torchvision", "torchvision", folder, cores),
-        Subject("dali_reader", "dali_reader", folder, cores),
-        Subject("pillow", "pillow", folder, cores),
-        Subject("feed_shards", "feed", shards, cores, large_batch, speed=60),
-        Subject("feed_files", "feed", folder, cores, large_batch, speed=20),
-        Subject("file_read", "file_read", folder, cores, large_batch, speed=20),
-        Subject("cached", "cached", small, cores, SMALL_BATCH, SMALL_CROP_PX, speed=100),
-        Subject("uncached", "ours", small, cores, SMALL_BATCH, SMALL_CROP_PX, speed=10),
+        shared("dali", loaders.our_loader, folder),
+        shared("shards", loaders.our_loader, shards),
+        shared("torchvision", loaders.torchvision_loader, folder),
+        shared("dali_reader", loaders.dali_reader, folder),
+        shared("pillow", loaders.our_loader, folder, decoder="pillow"),
+        shared("feed_shards", loaders.feed_loader, shards, batch=large_batch),
+        shared("feed_files", loaders.feed_loader, folder, batch=large_batch),
+        shared("file_read", loaders.file_read, folder, batch=large_batch),
+        shared("cached", loaders.cached_loader, small, **of_small),
+        shared("uncached", loaders.our_loader, small, **of_small),
+        Subject("dali", loaders.our_loader, folder, 1),
+        Subject("torchvision", loaders.torchvision_loader, folder, 1),
     ]
-    if cores > 1:
-        subjects += [Subject("dali", "ours", folder, 1), Subject("torchvision", "torchvision", folder, 1)]
     if gpu:
-        on_gpu = partial(Subject, cores=all_cores, batch=large_batch, gpu=True, speed=20)
+        on_gpu = partial(Subject, cores=all_cores, batch=large_batch, gpu=True)
         subjects += [
-            on_gpu("dali_gpu", "ours", folder),
-            on_gpu("dali_gpu_64", "ours", folder, batch=BATCH),
-            on_gpu("dali_gpu_deterministic", "ours", folder, deterministic=True),
-            on_gpu("dali_gpu_shards", "ours", shards),
-            on_gpu("dali_gpu_reader", "dali_reader", folder),
-            on_gpu(
-                "cached_gpu", "cached_on_device", small, batch=SMALL_BATCH, crop_px=SMALL_CROP_PX, speed=100
-            ),
-            Subject("torchvision", "torchvision", folder, all_cores),
+            on_gpu("dali_gpu", loaders.our_loader, folder),
+            on_gpu("dali_gpu_64", loaders.our_loader, folder, batch=BATCH),
+            on_gpu("dali_gpu_deterministic", loaders.our_loader, folder, deterministic=True),
+            on_gpu("dali_gpu_shards", loaders.our_loader, shards),
+            on_gpu("dali_gpu_reader", loaders.dali_reader, folder),
+            on_gpu("cached_gpu", partial(loaders.cached_loader, on_device=True), small, **of_small),
+            Subject("torchvision", loaders.torchvision_loader, folder, all_cores),
         ]
     return {(subject.name, subject.cores): subject for subject in subjects}
 
@@ -109,7 +114,7 @@ def bench_data(
                 "cores": n,
                 "batch": subjects[key].batch if (key := (name, n)) in subjects else BATCH,
                 **harness.rate(rates[name, n]),
-                "cpu_us": _median(busy_us[name, n]),
+                "cpu_us": four_digits(statistics.median(busy)) if (busy := busy_us[name, n]) else None,
             }
             for name, n in rates
         ],
@@ -167,25 +172,14 @@ def make_ratios(rates: dict[Key, list[float]], cores: int) -> tuple[Ratios, list
 def describe(report: Report) -> list[str]:
     """Return a line for each loader, the ratios, the memory and the notes."""
     memory = report["memory_mb"]
-    columns = (
-        ("loader", "<22"),
-        ("cores", ">6"),
-        ("batch", ">6"),
-        ("images/s", ">10"),
-        ("CPU us/image", ">14"),
-    )
-    rows = [[r["name"], r["cores"], r["batch"], r["images_per_s"], r["cpu_us"]] for r in report["rates"]]
+    rows = [[rate[name] for name in COLUMNS] for rate in report["rates"]]
     lines = [] if memory is None else [
         f"memory after epochs 2, 10, {len(memory)}: {memory[1]}, {memory[9]}, {memory[-1]} MB"
     ]  # fmt: skip
     return [
         f"{report['machine']}: {report['num_images']} JPEGs of {report['kilobytes']} kB on average",
-        *harness.table_lines(columns, rows),
+        *harness.table_lines([*COLUMNS.values()], rows),
         *harness.ratio_lines(report["ratios"]),
         *lines,
         *report["notes"],
     ]
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return harness.four_digits(statistics.median(values)) if values else None

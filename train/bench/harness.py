@@ -15,10 +15,10 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from subprocess import PIPE, Popen
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.start import own_command
@@ -26,6 +26,8 @@ from data_pipeline.common.start import own_command
 Report = dict[str, Any]
 """The object that `--json` prints."""
 Ratios = dict[str, float | None]
+K = TypeVar("K")
+T = TypeVar("T")
 log = logging.getLogger("train")
 
 
@@ -55,7 +57,7 @@ class Case:
         build_limit_s: float | None = None,
         build: bool = True,
     ) -> None:
-        self._name, self._limit_s, self._used_s = " ".join(map(str, arguments[:1])), limit_s, 0.0
+        self.name, self._limit_s, self._used_s = " ".join(map(str, arguments[:1])), limit_s, 0.0
         self._build_limit_s = build_limit_s
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
         command = own_command("train.bench.harness:serve")
@@ -81,26 +83,22 @@ class Case:
     def request(self, *method_and_arguments: object) -> Any:
         """Call a method of the case, by its name, in its process, and wait for what it returns."""
         started = time.perf_counter()
+        left_s = None if self._limit_s is None else max(0.0, self._limit_s - self._used_s)
         try:
             pickle.dump(method_and_arguments, self._requests)
             self._requests.flush()
-            self._wait_for_reply()
+            if not select.select([self._replies], [], [], left_s)[0]:
+                self._process.kill()
+                raise CaseError(f"{self.name}: cut off after {self._limit_s:g} s")
             self._used_s += time.perf_counter() - started
             reply = pickle.load(self._replies)
         except (EOFError, BrokenPipeError):
             code = self._process.wait()
-            raise CaseError(f"{self._name}: its process ended with code {code}") from None
+            raise CaseError(f"{self.name}: its process ended with code {code}") from None
         if isinstance(reply, CaseError):
             self._process.kill()  # what it holds on a device is free at once, whatever state that is in
-            raise CaseError(f"{self._name}: {reply}")
+            raise CaseError(f"{self.name}: {reply}")
         return reply
-
-    def _wait_for_reply(self) -> None:
-        """Wait until the reply begins, but no longer than the case may take; then its process ends."""
-        left_s = None if self._limit_s is None else max(0.0, self._limit_s - self._used_s)
-        if not select.select([self._replies], [], [], left_s)[0]:
-            self._process.kill()
-            raise CaseError(f"{self._name}: cut off after {self._limit_s:g} s")
 
 
 def serve() -> None:
@@ -128,6 +126,33 @@ def _answer(work: Callable[..., Any], *arguments: object) -> Any:
     except Exception as error:
         traceback.print_exc()
         return CaseError(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
+
+class Turns(Generic[K]):
+    """Cases that are measured in turns; one that fails is left out, and the others go on.
+
+    Attributes:
+        failures: why those that were left out failed.
+    """
+
+    def __init__(self, cases: Mapping[K, Case]) -> None:
+        self.failures: dict[K, str] = {}
+        self._cases = dict(cases)
+
+    def each(self, work: Callable[[Case], T], only: Container[K] | None = None) -> Iterator[tuple[K, T]]:
+        """Do some work with each case, or with some of them alone; yield its key and the result."""
+        for key, case in list(self._cases.items()):
+            if only is None or key in only:
+                try:
+                    yield key, work(case)
+                except CaseError as error:
+                    del self._cases[key]
+                    self.failures[key] = str(error).removeprefix(f"{key}: ")
+                    log.warning(str(error))
+
+    def ask(self, *request: object, only: Container[K] | None = None) -> Iterator[tuple[K, Any]]:
+        """Yield each case's key, and its reply to a request."""
+        return self.each(lambda case: case.request(*request), only)
 
 
 def _itself(_stack: ExitStack, function: Callable[..., object]) -> Callable[..., object]:

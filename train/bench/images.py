@@ -60,10 +60,9 @@ def write_bench_images(root: Path | None, count: int) -> Path:
     random = np.random.default_rng(0)
     fields = [_natural_field(random) for _ in range(_FIELDS)]
     for number in range(count):
-        target = root / "train" / f"class-{number % NUM_CLASSES}" / f"{number:05d}.jpg"
-        target.parent.mkdir(parents=True, exist_ok=True)
         image = _photograph(random, fields)
-        image.save(target, "JPEG", quality=int(random.integers(QUALITY[0], QUALITY[1] + 1)))
+        quality = int(random.integers(QUALITY[0], QUALITY[1] + 1))
+        image.save(_make_place(root, number), "JPEG", quality=quality)
     marker.write_text(note, encoding="utf-8")
     return root
 
@@ -79,13 +78,10 @@ def write_small_images(root: Path, source: Path, count: int) -> None:
     random = np.random.default_rng(0)
     photos = cycle(sorted(source.rglob("*.jpg")))
     for number in range(count):
-        target = root / "train" / f"class-{number % NUM_CLASSES}" / f"{number:05d}.jpg"
-        target.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(next(photos)) as image:
             x, y = (int(random.integers(0, side - 128)) for side in image.size)
-            image.resize((64, 64), Image.Resampling.BILINEAR, (x, y, x + 128, y + 128)).save(
-                target, quality=90
-            )
+            small = image.resize((64, 64), Image.Resampling.BILINEAR, (x, y, x + 128, y + 128))
+        small.save(_make_place(root, number), quality=90)
     (root / _MARKER).touch()
 
 
@@ -117,6 +113,13 @@ def link_bench_images(root: Path, names: Iterable[str], total: int, num_sources:
             if number % 10_000 == 0:
                 progress.advance(10_000)
     (root / "complete.txt").touch()
+
+
+def _make_place(root: Path, number: int) -> Path:
+    """Return where an image belongs, in its class's folder, which is made."""
+    target = root / "train" / f"class-{number % NUM_CLASSES}" / f"{number:05d}.jpg"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _natural_field(random: np.random.Generator) -> Float:

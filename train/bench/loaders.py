@@ -16,13 +16,13 @@ import numpy as np
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.decode.backend import make_backend
+from data_pipeline.decode.backend import ImageBackend, make_backend
 from data_pipeline.decode.dali import DEPTH
-from data_pipeline.decode.dali_graph import HARDWARE_LOAD
+from data_pipeline.decode.dali_graph import HARDWARE_LOAD, dali
 from data_pipeline.decode.pillow import PillowBackend
 from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
-from data_pipeline.loading.cache import create_store, fill_cache
+from data_pipeline.loading.cache import DecodedCache, create_store, fill_cache
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.preprocessing import Preprocessing
@@ -30,9 +30,9 @@ from train.bench import harness
 from train.bench.feed import FeedOnly, checksums
 
 SETTLE_S = 0.5
-Kind = Literal[
-    "ours", "pillow", "cached", "cached_on_device", "feed", "torchvision", "dali_reader", "file_read"
-]
+PREFETCH = 2
+ENDLESS = 1 << 40
+"""So many batches are never made."""
 MakeBatches = Callable[[int], Generator[int, None, None]]
 """Makes so many batches and yields the number of images in each."""
 
@@ -43,25 +43,30 @@ class Subject:
 
     Attributes:
         name: of the figure.
-        kind: which loader, a function of this file.
+        make: opens the loader, a function of this file.
         folder: the images, or their shards.
         cores: to which it is pinned.
         batch: images in a batch.
         crop_px: side of the crops.
         gpu: whether it decodes on the GPU.
         deterministic: whether the GPU decodes to the same bytes each time.
-        speed: about how many times as fast as the slowest; it gets so many times the images in a round.
+        decoder: of our loader.
     """
 
     name: str
-    kind: Kind
+    make: Callable[[Subject, ExitStack], MakeBatches]
     folder: Path
     cores: int
     batch: int = 64
     crop_px: int = 224
     gpu: bool = False
     deterministic: bool = False
-    speed: int = 1
+    decoder: Literal["auto", "dali", "pillow"] = "dali"
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The contract: training's crops do not depend on its resize."""
+        return Preprocessing(crop_px=self.crop_px, resize_px=self.crop_px)
 
 
 class LoaderCase:
@@ -69,7 +74,7 @@ class LoaderCase:
 
     def __init__(self, stack: ExitStack, subject: Subject) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: subject.cores])
-        self._batches: MakeBatches = _MAKERS[subject.kind](subject, stack)
+        self._batches = subject.make(subject, stack)
         self.measure(2, 0)
 
     def measure(self, num_batches: int, step_s: float) -> tuple[float, float]:
@@ -78,7 +83,7 @@ class LoaderCase:
         Returns:
             Images per second; microseconds of this process's processors for each image.
         """
-        figures = time_batches(self._batches, num_batches, step_s)
+        figures = time_batches(self._batches(num_batches + 1), num_batches, step_s)
         time.sleep(SETTLE_S)
         return figures
 
@@ -93,49 +98,51 @@ class LoaderCase:
         return memory
 
 
-def time_batches(make_batches: MakeBatches, num_batches: int, step_s: float) -> tuple[float, float]:
-    """Time batches, from the first one's arrival to that of the last.
+def time_batches(
+    batches: Generator[int, None, None], num_batches: int, step_s: float = 0.0, untimed: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:  # fmt: skip
+    """Time batches, from the arrival of the last that is not timed to that of the last; close the iterator.
 
     Args:
-        num_batches: that are counted; one more is made, the first.
+        num_batches: that are timed.
         step_s: for so long a device is busy after each batch.
+        untimed: how many come first.
+        clock: may wait until a device has finished its work.
     Returns:
         As `LoaderCase.measure`.
     """
-    images = 0
-    with closing(make_batches(num_batches + 1)) as batches:
-        next(batches)
-        started, busy = time.perf_counter(), time.process_time()
+    with closing(batches):
+        for _ in range(untimed):
+            next(batches)
+        images, started, busy = 0, clock(), time.process_time()
         for _ in range(num_batches):
             if step_s:
                 time.sleep(step_s)
             images += next(batches)
-        seconds, busy = time.perf_counter() - started, time.process_time() - busy
-        return images / seconds, 1e6 * busy / images
+        seconds, busy = clock() - started, time.process_time() - busy
+    return images / seconds, 1e6 * busy / images
 
 
-def our_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Open this project's loader on files or shards."""
-    preprocessing = Preprocessing(crop_px=subject.crop_px)
+def our_loader(subject: Subject, stack: ExitStack, finish: Callable[[Batch], object] = len) -> MakeBatches:
+    """Open this project's loader on files or shards; `finish` takes each batch."""
     backend = make_backend(
-        "pillow" if subject.kind == "pillow" else "dali", device="gpu" if subject.gpu else "cpu",
-        preprocessing=preprocessing, max_batch=subject.batch, num_threads=subject.cores,
-        deterministic=subject.deterministic,
+        subject.decoder, device="gpu" if subject.gpu else "cpu", preprocessing=subject.preprocessing,
+        max_batch=subject.batch, num_threads=subject.cores, deterministic=subject.deterministic,
     )  # fmt: skip
     stack.enter_context(closing(backend))
-    return _batches_of(Loader(backend, preprocessing), _open(subject), subject)
+    return _batches_of(subject, backend, _open(subject), finish)
 
 
-def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Open this project's loader on decoded pixels in memory, or on the device for `cached_on_device`."""
-    preprocessing = Preprocessing(crop_px=subject.crop_px)
+def cached_loader(subject: Subject, stack: ExitStack, on_device: bool = False) -> MakeBatches:
+    """Open this project's loader on decoded pixels in memory, or on the device."""
     backend = PillowBackend(num_threads=1, max_batch=subject.batch)  # decodes nothing here
     stack.enter_context(closing(backend))
     dataset = _open(subject)
     cache = fill_cache(dataset, create_store(dataset), subject.cores)
     stack.callback(cache.close)
-    if subject.kind == "cached":
-        return _batches_of(Loader(backend, preprocessing, caches=(cache,)), dataset, subject)
+    if not on_device:
+        return _batches_of(subject, backend, dataset, len, cache)
     import torch
 
     from train.bench.trainer import wait_for
@@ -148,8 +155,7 @@ def cached_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
         images_on_device(batch.images, device)
         wait_for(device)
 
-    loader = Loader(backend, preprocessing, caches=(place_on_device(cache, device),))
-    return _batches_of(loader, dataset, subject, crop)
+    return _batches_of(subject, backend, dataset, crop, place_on_device(cache, device))
 
 
 def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
@@ -164,42 +170,43 @@ def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     def compare(batch: Batch) -> None:
         assert np.array_equal(batch.images, expected[batch.indices])
 
-    return _batches_of(Loader(backend, Preprocessing(crop_px=subject.crop_px)), dataset, subject, compare)
+    return _batches_of(subject, backend, dataset, compare)
 
 
 def file_read(subject: Subject, stack: ExitStack) -> MakeBatches:
     """Let DALI read the same files in a random order, and do nothing else."""
-    import nvidia.dali
-
-    dali: Any = nvidia.dali
-    types, dataset = dali.types, _open(subject)
-    pipeline = dali.Pipeline(
-        batch_size=subject.batch, num_threads=subject.cores, device_id=None, prefetch_queue_depth=DEPTH
-    )
-    with pipeline:
-        names = dali.fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(dali.fn.io.file.read(names).shape())
-    pipeline.build()
+    fn, dataset, random = dali.fn, _open(subject), np.random.default_rng(0)
     prefix = f"{subject.folder}/train/".encode()
     paths = PackedStrings.pack(dataset.paths).padded(np.arange(len(dataset)), prefix)
-    random = np.random.default_rng(0)
 
-    def push() -> None:
-        pipeline.feed_input("paths", paths[random.integers(0, len(paths), subject.batch)])
+    def choose() -> Any:
+        return paths[random.integers(0, len(paths), subject.batch)]
 
-    for _ in range(DEPTH):
-        push()
-    pipeline.schedule_run()
+    def graph() -> list[Any]:
+        names = fn.external_source(choose, dtype=dali.types.UINT8, ndim=1, batch=True)
+        return [fn.io.file.read(names).shape()]
 
-    def batches(count: int) -> Generator[int, None, None]:
-        for _ in range(count):
-            pipeline.share_outputs()
-            pipeline.release_outputs()
-            push()
-            pipeline.schedule_run()
-            yield subject.batch
+    return _dali_batches(subject, graph, len)
 
-    return batches
+
+def dali_reader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+    fn, types = dali.fn, dali.types
+    mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": HARDWARE_LOAD} if subject.gpu else {}
+
+    def graph() -> list[Any]:
+        root = str(subject.folder / "train")
+        encoded, labels = fn.readers.file(file_root=root, random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
+        size = [subject.crop_px] * 2
+        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        return [fn.flip(images, horizontal=fn.random.coin_flip()), labels]
+
+    def copy(images: Any) -> object:
+        """Copy a batch, since it must outlive the next run, as every loader's does."""
+        return images.as_tensor() if subject.gpu else np.array(images.as_array())
+
+    return _dali_batches(subject, graph, copy)
 
 
 def torchvision_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
@@ -228,55 +235,15 @@ def torchvision_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     return batches
 
 
-def dali_reader(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Open DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
-    import nvidia.dali
-
-    dali: Any = nvidia.dali
-    fn, types = dali.fn, dali.types
-    pipeline = dali.Pipeline(
-        batch_size=subject.batch, num_threads=subject.cores, device_id=0 if subject.gpu else None, seed=1,
-        prefetch_queue_depth=DEPTH,
-    )  # fmt: skip
-    mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": HARDWARE_LOAD} if subject.gpu else {}
-    with pipeline:
-        root = str(subject.folder / "train")
-        encoded, labels = fn.readers.file(file_root=root, random_shuffle=True, name="reader")
-        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
-        size = [subject.crop_px] * 2
-        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()), labels)
-    pipeline.build()
-
-    def batches(count: int) -> Generator[int, None, None]:
-        for _ in range(count):
-            images, _labels = pipeline.run()
-            # Copied, since a batch must outlive the next run, as every loader's does.
-            yield len(images.as_tensor() if subject.gpu else np.array(images.as_array()))
-
-    return batches
-
-
-_MAKERS: dict[str, Callable[[Subject, ExitStack], MakeBatches]] = {
-    "ours": our_loader,
-    "pillow": our_loader,
-    "cached": cached_loader,
-    "cached_on_device": cached_loader,
-    "feed": feed_loader,
-    "file_read": file_read,
-    "torchvision": torchvision_loader,
-    "dali_reader": dali_reader,
-}
-
-
 def _open(subject: Subject) -> Dataset:
     return with_table(open_dataset(subject.folder, "train", quarantine=False), subject.cores)
 
 
 def _batches_of(
-    loader: Loader, dataset: Dataset, subject: Subject, finish: Callable[[Batch], object] = len
-) -> MakeBatches:
-    done = 0
+    subject: Subject, backend: ImageBackend, dataset: Dataset, finish: Callable[[Batch], object],
+    *caches: DecodedCache,
+) -> MakeBatches:  # fmt: skip
+    loader, done = Loader(backend, subject.preprocessing, PREFETCH, caches=caches), 0
 
     def batches(count: int) -> Generator[int, None, None]:
         nonlocal done
@@ -289,5 +256,24 @@ def _batches_of(
                 assert batch.valid.all()
                 finish(batch)
                 yield len(batch)
+
+    return batches
+
+
+def _dali_batches(
+    subject: Subject, graph: Callable[[], list[Any]], use: Callable[[Any], object]
+) -> MakeBatches:
+    pipeline = dali.Pipeline(
+        batch_size=subject.batch, num_threads=subject.cores, device_id=0 if subject.gpu else None, seed=1,
+        prefetch_queue_depth=DEPTH,
+    )  # fmt: skip
+    with pipeline:
+        pipeline.set_outputs(*graph())
+    pipeline.build()
+
+    def batches(count: int) -> Generator[int, None, None]:
+        for _ in range(count):
+            use(pipeline.run()[0])
+            yield subject.batch
 
     return batches

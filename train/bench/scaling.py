@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +33,6 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.start import own_command, own_script
 from train.bench.harness import Report, four_digits, log, machine_name, median_ratio, table_lines, time_calls
-from train.bench.traffic import sent_bytes
 from train.bench.trainer import bench_config, make_noise_parts, noise_batch, wait_for
 from train.distributed.world import World, choose_device, cpu_share, open_world
 from train.optim.precision import choose_precision
@@ -42,6 +44,8 @@ ALONE = "alone"
 """The same steps on as many ranks at the same time, of which none sends anything."""
 WARM_UP = 3
 """Steps before those that count: DDP orders its buckets anew after the first."""
+TCP_INFO_BYTES_SENT = 200
+"""Offset of `tcpi_bytes_sent`, followed by `tcpi_bytes_retrans`, in `struct tcp_info` of linux/tcp.h."""
 COLUMNS = (
     ("link", "<12"), ("ranks  ", "<7"), ("mode", "<13"), ("images/s", ">9.1f"), ("step s", ">9.3f"),
     ("efficiency", ">12.0%"), ("vs one", ">8.4g"), ("sent MB", ">10.4g"), ("formula", ">9.4g"),
@@ -72,20 +76,6 @@ class ScalingSpec(msgspec.Struct, frozen=True, kw_only=True):
     overrides: tuple[str, ...]
 
 
-class Figures(msgspec.Struct):
-    """Results of one mode, or of the steps without traffic.
-
-    Attributes:
-        step_s: one for each round, of the slowest rank.
-        sent: bytes in a step, of the rank that sends most, counted by the kernel; None on GPUs.
-        formula: bytes by docs/scaling.md.
-    """
-
-    step_s: list[float] = msgspec.field(default_factory=list)
-    sent: int | None = None
-    formula: int = 0
-
-
 def bench_scaling(
     *, ranks: Sequence[int], links: Sequence[str], modes: Sequence[str], device: Any, precision: Any,
     **options: Any,
@@ -109,7 +99,10 @@ def bench_scaling(
         for count in ranks:
             if link == "loopback" or count % 2 == 0:
                 log.info(f"{count} rank(s), {link}")
-                rows += make_rows(spec, link, count, run_ranks(spec, link, count), rows)
+                one = next((row["step_s"] for row in rows if row["ranks"] == 1), None)
+                for row in run_ranks(spec, link, count):
+                    versus = None if one is None else four_digits(one / row["step_s"])
+                    rows.append({"link": link, "ranks": count, **row, "vs_one_rank": versus})
     notes = ["efficiency: the same steps on the same ranks without traffic, over a step"]
     if kind == "cpu":
         cores = usable_cores()
@@ -120,8 +113,8 @@ def bench_scaling(
     return {"machine": machine_name(kind), **settings, "rows": rows, "notes": notes}
 
 
-def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> dict[str, Figures]:
-    """Start the ranks by torchrun, on one host or on two; return figures by mode and `alone`."""
+def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> list[dict[str, Any]]:
+    """Start the ranks by torchrun, on one host or on two; return what `measure` returns there."""
     script = [*own_script("train.bench.scaling:main"), msgspec.json.encode(spec).decode()]
     if link == "loopback":
         command = [*own_command("torch.distributed.run:main"), "--standalone", f"--nproc_per_node={ranks}"]
@@ -134,31 +127,7 @@ def run_ranks(spec: ScalingSpec, link: str, ranks: int) -> dict[str, Figures]:
     done = subprocess.run([*command, *script], stdout=subprocess.PIPE, env=environment)
     if done.returncode:
         raise UserError(f"{ranks} rank(s) over {link} failed: their message is above")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[str, Figures])
-
-
-def make_rows(
-    spec: ScalingSpec, link: str, ranks: int, found: dict[str, Figures], earlier: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return a row for each mode, compared with the first of the earlier rows that has one rank."""
-    one = next((row for row in earlier if row["ranks"] == 1), None)
-    rows = []
-    for mode in spec.modes:
-        figures, step_s = found[mode], statistics.median(found[mode].step_s)
-        rows.append(
-            {
-                "link": link,
-                "ranks": ranks,
-                "mode": mode,
-                "images_per_s": four_digits(ranks * spec.rank_batch / step_s),
-                "step_s": four_digits(step_s),
-                "efficiency": four_digits(median_ratio(found[ALONE].step_s, figures.step_s) or 0),
-                "vs_one_rank": None if one is None else four_digits(one["step_s"] / step_s),
-                "sent_mb": None if figures.sent is None else four_digits(figures.sent / 1e6),
-                "formula_mb": four_digits(figures.formula / 1e6),
-            }
-        )
-    return rows
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=list[dict[str, Any]])
 
 
 def describe(report: Report) -> list[str]:
@@ -168,9 +137,16 @@ def describe(report: Report) -> list[str]:
     return [head.format(**report), *table_lines(COLUMNS, rows), *report["notes"]]
 
 
-def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
-    """Measure each mode once a round, and after `ddp` its steps without traffic."""
-    found: defaultdict[str, Figures] = defaultdict(Figures)
+def measure(spec: ScalingSpec, world: World) -> list[dict[str, Any]]:
+    """Measure each mode once a round, and after `ddp` its steps without traffic.
+
+    Returns:
+        A row for each mode, with room for the comparison with one rank. `step_s` is the slowest rank's, the
+        median over the rounds; `sent_mb` that of the rank that sends most, counted by the kernel, None on
+        GPUs; `formula_mb` is by docs/scaling.md.
+    """
+    step_s: defaultdict[str, list[float]] = defaultdict(list)
+    sent: dict[str, tuple[int | None, int]] = {}
     batch = noise_batch(spec.rank_batch, spec.crop_px, spec.num_classes)
     # One network at a time: three of them, with gradients and momentum, would not fit into a small machine.
     for _ in range(spec.num_rounds):
@@ -183,16 +159,27 @@ def measure(spec: ScalingSpec, world: World) -> dict[str, Figures]:
             step = partial(train_step, parts, [batch], 0.0, 0)
             for _ in range(WARM_UP):
                 step()
-            found[mode].step_s.append(slowest_step_s(step, spec.steps, world))
-            found[mode].sent = bytes_sent_by(step, world)
-            found[mode].formula = formula_bytes(parts, spec, mode, config.model.hidden_units)
+            step_s[mode].append(slowest_step_s(step, spec.steps, world))
+            formula = formula_bytes(parts, spec, mode, config.model.hidden_units)
+            sent[mode] = bytes_sent_by(step, world), formula
             if mode == "ddp":
                 with parts.parallel.no_sync():
                     step()
-                    found[ALONE].step_s.append(slowest_step_s(step, spec.steps, world))
+                    step_s[ALONE].append(slowest_step_s(step, spec.steps, world))
             del parts, step
             gc.collect()
-    return found
+    return [
+        {
+            "mode": mode,
+            "images_per_s": four_digits(world.world_size * spec.rank_batch / statistics.median(step_s[mode])),
+            "step_s": four_digits(statistics.median(step_s[mode])),
+            "efficiency": four_digits(median_ratio(step_s[ALONE], step_s[mode]) or 0),
+            "vs_one_rank": None,
+            "sent_mb": None if counted is None else four_digits(counted / 1e6),
+            "formula_mb": four_digits(formula / 1e6),
+        }
+        for mode, (counted, formula) in sent.items()
+    ]
 
 
 def slowest_step_s(step: Callable[[], object], count: int, world: World) -> float:
@@ -215,6 +202,36 @@ def bytes_sent_by(step: Callable[[], object], world: World) -> int | None:
     time.sleep(0.05)  # gloo's threads may still be sending
     (most,) = world.max(sent_bytes() - before)
     return int(most)
+
+
+def sent_bytes() -> int:
+    """Return the bytes written to all TCP connections that are open now: payload, without retransmissions.
+
+    gloo keeps its connections for as long as its group lives, so the difference of two calls is what was sent
+    in between, with a few hundred bytes for torchrun's store. NCCL's traffic through shared memory or
+    InfiniBand is not counted.
+
+    Raises:
+        OSError: a kernel from before Linux 5.5 does not count.
+    """
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own, or one that was closed meanwhile
+            if str(entry.readlink()).startswith("socket:"):
+                # A descriptor of its own: closing it leaves the connection open.
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    total += _sent(connection)
+    return total
+
+
+def _sent(connection: socket.socket) -> int:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+        return 0
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES_SENT + 16)
+    if len(info) < TCP_INFO_BYTES_SENT + 16:
+        raise OSError("this kernel does not count the bytes of a TCP connection; Linux 5.5 does")
+    sent, again = struct.unpack_from("=QQ", info, TCP_INFO_BYTES_SENT)
+    return int(sent - again)
 
 
 def formula_bytes(parts: StepParts, spec: ScalingSpec, mode: str, hidden_units: int) -> int:

@@ -1,4 +1,4 @@
-"""The cases of `alexnet bench train`: a step on images on the device, and ours fed by the loader."""
+"""The cases of `alexnet bench train`: steps on the device's images, ours fed by the loader, LRN alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
@@ -15,24 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.common.machine import usable_cores
-from data_pipeline.datasets.open import open_dataset
-from data_pipeline.decode.backend import make_backend
-from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
-from data_pipeline.loading.scan import with_table
-from data_pipeline.transforms.augment import Augment
 from train.bench import trainer
+from train.bench.harness import time_calls
 from train.bench.subjects import StepSpec
-from train.bench.trainer import LEARNING_RATE, bench_config, noise_batch, wait_for
+from train.bench.trainer import LEARNING_RATE, NUM_CLASSES, bench_config, noise_batch, wait_for
 from train.compile.choose import compile_step, drop_toolkit_note, fuse_lrn
+from train.distributed.numerics import exact_float32
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter
 from train.models import alexnet
+from train.models.lrn import LocalResponseNorm
 from train.optim.precision import Precision
 
-NUM_CLASSES = 1000
-PREFETCH = 2
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+LRN_CHANNELS = 96
+"""Of the first LRN of `paper`."""
 WARM_STEPS = {"cpu": 1, "cuda": 5}
 """Before the first round: what is captured in graphs takes three until it is as fast as it will be."""
 
@@ -58,9 +58,9 @@ class StepCase:
             self.step()
         return (wait_for(self.device) - started) / count
 
-    def choice(self) -> dict[str, str | float] | None:
-        """Return which step of the trainer runs, why, and the seconds of choosing; None for others."""
-        return None
+    def choice(self) -> dict[str, str | float]:
+        """Return which step of the trainer runs, why, and the seconds of choosing; nothing for others."""
+        return {}
 
     def start_and_memory(self) -> dict[str, float]:
         """Return seconds from nothing to the end of the first step, and the peak of memory so far."""
@@ -78,7 +78,7 @@ class OurSteps(StepCase):
         super().__init__(world.device)
         keys = (f"fused={spec.fused}", f"deterministic={json.dumps(spec.deterministic)}")
         config = bench_config(spec.network, spec.batch, crop_px, str(spec.precision), world.device.type, keys)
-        self.preprocessing, self.folder, self.batch, self.done = config.preprocessing, folder, spec.batch, 0
+        self.crop_px, self.folder, self.batch, self.done = crop_px, folder, spec.batch, 0
         with patch.dict(vars(alexnet), STAND_INS[spec.norm]):
             parts = trainer.make_noise_parts(config, NUM_CLASSES, world)
         for name, layer in list(parts.network.features.named_children()):
@@ -89,40 +89,41 @@ class OurSteps(StepCase):
             compile_step(parts.network)
         sample = noise_batch(spec.batch, crop_px, NUM_CLASSES)
         self.sample = dataclasses.replace(sample, images=torch.from_numpy(sample.images).to(self.device))
-        self.parts, self.chosen = parts, trainer.make_step(parts, self.sample)
+        self.parts, started = parts, time.perf_counter()
+        self.run, self.record = trainer.make_step(parts, self.sample)
+        self.choice_s = time.perf_counter() - started  # with a proof, most of a cold start
 
     def choice(self) -> dict[str, str | float]:
         """Return which step runs, and why, as in a run's `step.json`, and the seconds of choosing it."""
-        record = self.chosen.record
-        return {"step": record.chosen, "why": record.why, "choice_s": self.chosen.seconds}
+        return {"step": self.record.chosen, "why": self.record.why, "choice_s": self.choice_s}
 
     def step(self, batch: Batch | None = None) -> AccuracyMeter:
         """Train one step, on a given batch or on noise."""
         self.done += 1
-        return self.chosen.run([self.sample if batch is None else batch], LEARNING_RATE, self.done)
+        return self.run([self.sample if batch is None else batch], LEARNING_RATE, self.done)
 
-    def fed_images_per_s(self, num_batches: int, train: bool) -> float:
-        """Measure the loader alone, or steps fed by it as in training; return images per second.
+    def fed_s(self, num_batches: int) -> dict[str, float]:
+        """Return seconds for a batch: of steps, of the loader, and of steps fed by it as in training."""
+        # DALI, which the figures of the steps are without
+        from train.bench.loaders import ENDLESS, PREFETCH, Subject, our_loader, time_batches
 
-        As many batches as are read ahead go first, untimed: then the queue is as full as it will stay.
-        """
-        dataset = with_table(open_dataset(self.folder, "train", quarantine=False), usable_cores())
-        with ExitStack() as stack:
-            backend = make_backend(
-                "auto", device="gpu" if self.device.type == "cuda" else "cpu",
-                preprocessing=self.preprocessing, max_batch=self.batch, num_threads=cpu_share(1),
-            )  # fmt: skip
-            stack.callback(backend.close)
-            loader = Loader(backend, self.preprocessing, prefetch=PREFETCH)
-            stream = loader.train(dataset, Augment(), seed=self.done, global_batch=self.batch)
-            stack.callback(stream.close)
-            counts, started = AccuracyMeter(self.device), 0.0
-            for number, batch in zip(range(PREFETCH + 1 + num_batches), stream, strict=False):
-                if train:
-                    counts.merge(self.step(batch))
-                if number == PREFETCH:
-                    started = wait_for(self.device)
-            return num_batches * self.batch / (wait_for(self.device) - started)
+        counts, clock = AccuracyMeter(self.device), partial(wait_for, self.device)
+        subject = Subject(
+            "fed", our_loader, self.folder, cpu_share(1), self.batch, self.crop_px,
+            gpu=self.device.type == "cuda", decoder="auto",
+        )  # fmt: skip
+        uses: dict[str, Callable[[Batch], object]] = {
+            "loader": len,
+            "end_to_end": lambda batch: counts.merge(self.step(batch)),
+        }
+        found = {"fed_step": self.step_s(num_batches)}
+        for phase, use in uses.items():
+            with ExitStack() as stack:
+                batches = our_loader(subject, stack, use)(ENDLESS)  # read ahead to the end, as in training
+                # As many batches as are read ahead go first: then the queue is as full as it will stay.
+                rate, _ = time_batches(batches, num_batches, untimed=PREFETCH + 1, clock=clock)
+                found[phase] = self.batch / rate
+        return found
 
 
 class TorchvisionSteps(StepCase):
@@ -207,3 +208,50 @@ STAND_INS: dict[str, dict[str, type[nn.Module]]] = {
     "none": {"LocalResponseNorm": nn.Identity, "BatchNorm": nn.Identity},
 }
 """Classes in the place of those of `train.models.alexnet`, while a network is built; no run has these."""
+
+
+class LrnCase:
+    """The first LRN of `paper`, in float32, both memory formats and three forms.
+
+    Args:
+        stack: restores torch's settings.
+        batch: images.
+        side: of their maps.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, stack: ExitStack, batch: int, side: int, device: Literal["cpu", "cuda"]) -> None:
+        if device == "cpu":
+            torch.set_num_threads(cpu_share(1))
+        stack.enter_context(exact_float32())
+        fused = LocalResponseNorm()
+        fused.fused = True
+        self.modules = {
+            "torch": nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0),
+            "eager": LocalResponseNorm(),
+            "fused": fused,
+        }
+        generator = torch.Generator(device=device).manual_seed(0)
+        x = torch.randn(batch, LRN_CHANNELS, side, side, device=device, generator=generator)
+        self.leaves = {
+            layout: x.contiguous(memory_format=memory_format).requires_grad_()
+            for layout, memory_format in LAYOUTS.items()
+        }
+        self.clock = partial(wait_for, x.device)
+        self.measure()  # compiles
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """The shorter of two times, forward and backward, in seconds by memory format and form."""
+        return {
+            layout: {
+                form: min(time_calls(partial(pass_both_ways, module, leaf), 2, self.clock))
+                for form, module in self.modules.items()
+            }
+            for layout, leaf in self.leaves.items()
+        }
+
+
+def pass_both_ways(module: nn.Module, leaf: Tensor) -> None:
+    """Run a module forward and backward."""
+    leaf.grad = None
+    torch.autograd.backward(module(leaf), leaf.detach())

@@ -1,12 +1,12 @@
-"""Training steps without images: a run's trainer on batches of noise, its memory and what it launches."""
+"""Training steps without images: a run's trainer on noise, its arithmetic, its memory, what it launches."""
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,19 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
+from train.bench.harness import time_calls
+from train.bench.subjects import StepSpec
 from train.config.load import make_config
 from train.config.schema import RunConfig
 from train.distributed.world import World
 from train.graphs.choose import WORTH_IMAGES, Course, open_step
 from train.graphs.verdict import FILE, Record, read_record
+from train.models.alexnet import make_model
 from train.setup import make_step_parts
 from train.step import StepFn, StepParts, train_step
 
+NUM_CLASSES = 1000
 LEARNING_RATE = 1e-3
+GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
+GEMM_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Mem(cpy|set))")  # calls that put work on a GPU
 
 
@@ -48,22 +55,7 @@ def make_noise_parts(config: RunConfig, num_classes: int, world: World) -> StepP
     return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
 
 
-@dataclass(frozen=True)
-class ChosenStep:
-    """The step by which a run trains.
-
-    Attributes:
-        run: takes one optimiser step.
-        record: which kind of step it is, and why.
-        seconds: that the choice took; with a proof, most of a cold start.
-    """
-
-    run: StepFn
-    record: Record
-    seconds: float
-
-
-def make_step(parts: StepParts, sample: Batch) -> ChosenStep:
+def make_step(parts: StepParts, sample: Batch) -> tuple[StepFn, Record]:
     """Choose the step by which a long run with these parts trains, as the run itself would.
 
     A proof is read from the user's cache and kept there, as in training: its key holds all that decides which
@@ -71,14 +63,15 @@ def make_step(parts: StepParts, sample: Batch) -> ChosenStep:
 
     Args:
         sample: a step's samples, which a fast step is proved on.
+    Returns:
+        What takes one optimiser step; which kind of step that is, and why.
     """
-    started = time.perf_counter()
     with TemporaryDirectory() as folder:
         course = Course(num_images=WORTH_IMAGES, rate=LEARNING_RATE, step=0, folder=Path(folder))
         step, _ = open_step(parts, partial(train_step, parts), course, iter([[sample]]))
         record = read_record(Path(folder) / FILE)
     assert record is not None
-    return ChosenStep(step, record, time.perf_counter() - started)
+    return step, record
 
 
 def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
@@ -130,3 +123,47 @@ def count_events(events: Iterable[Any], device: str, steps: int) -> dict[str, fl
         "kernel_ms": sum(event.self_device_time_total for event in ran) / steps / 1e3,
     }
     return found if device == "cuda" else {**dict.fromkeys(found), "operators": found["operators"]}
+
+
+def count_flops(model: nn.Module, crop_px: int) -> int:
+    """Count an image's forward and backward pass: two operations for each multiply-add.
+
+    Of convolutions and linear layers; the update of the weights is 1/100 of them. Counted on the meta device:
+    torch's own counter ignores a backward pass's groups.
+
+    Args:
+        model: any network of convolutions and linear layers, (N, 3, crop_px, crop_px) in; it keeps the hooks.
+    """
+    counted: list[int] = []
+
+    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        assert isinstance(module.weight, Tensor)
+        counted.append(2 * module.weight.numel() * math.prod(output.shape[2:]))
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    model(torch.empty(1, 3, crop_px, crop_px, device="meta"))
+    # Gradients of weights and of inputs; the first layer's input is the image, which needs none.
+    return 3 * sum(counted) - counted[0]
+
+
+def flops_of(spec: StepSpec, crop_px: int) -> int:
+    """Count a case's network; normalisations are not counted."""
+    with torch.device("meta"):
+        if spec.network == "torchvision":
+            from torchvision.models import alexnet
+
+            return count_flops(alexnet(num_classes=NUM_CLASSES), crop_px)
+        model = bench_config(spec.network, spec.batch, crop_px, "fp32", "cpu").model
+        return count_flops(make_model(model, num_classes=NUM_CLASSES, crop_px=crop_px), crop_px)
+
+
+def gemm_gflops(precision: str, device: str) -> float:
+    """Measure a few square matrix products; return the fastest, in 1e9 operations a second."""
+    fastest = 0.0
+    for side in GEMM_SIDES[device]:
+        a, b = (torch.randn(side, side, device=device).to(GEMM_TYPES[precision]) for _ in range(2))
+        _first, *others = time_calls(partial(torch.mm, a, b), 4, partial(wait_for, a.device))
+        fastest = max(fastest, 2 * side**3 / min(others))
+    return fastest / 1e9

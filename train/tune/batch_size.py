@@ -12,13 +12,13 @@ import logging
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import torch
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.machine import bytes_available
 from train.bench.harness import Report, four_digits, run_alone, table_lines, time_calls
 from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, wait_for
 from train.config.schema import RunConfig
@@ -120,29 +120,23 @@ def measure_sizes(
             sized = msgspec.structs.replace(
                 config, global_batch=size, micro_batch=None, log_noise_scale=False, compile=False
             )
-            fit = run_alone(measure_fit, sized, num_classes, steps)
-            if isinstance(fit, str):
-                return rows, f"{size}: {fit}"
-            step_s, memory_mb = fit
-            if memory_mb > limit_mb:
-                return rows, f"{size}, which takes {memory_mb:.0f} MB of {limit_mb:.0f}"
-            rows.append(
-                BatchRow(
-                    batch=size, images_per_s=four_digits(size / step_s), step_ms=four_digits(step_s * 1e3),
-                    memory_mb=round(memory_mb),
-                )
-            )  # fmt: skip
-            progress.advance(1, f"{size}: {size / step_s:.0f} images/s, {memory_mb:.0f} MB")
+            row: BatchRow | str = run_alone(measure_fit, sized, num_classes, steps)
+            if isinstance(row, str):
+                return rows, f"{size}: {row}"
+            if row.memory_mb > limit_mb:
+                return rows, f"{size}, which takes {row.memory_mb:.0f} MB of {limit_mb:.0f}"
+            rows.append(row)
+            progress.advance(1, f"{size}: {row.images_per_s:.0f} images/s, {row.memory_mb:.0f} MB")
     return rows, None
 
 
-def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float, float] | str:
+def measure_fit(config: RunConfig, num_classes: int, steps: int) -> BatchRow | str:
     """Train on a batch of noise, of the configuration's `global_batch`, in one pass.
 
     Args:
         steps: that are timed, after two that are not.
     Returns:
-        Median seconds of a step, and the peak of memory in MB; or why it does not fit.
+        The batch's row; or why it does not fit.
     """
     with open_world(config.device, config.timeout_s, deterministic=config.deterministic) as world:
         if world.device.type == "cpu":
@@ -152,7 +146,11 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
             step = partial(train_step, parts, [batch], 0.0, 0)
             seconds = time_calls(step, 2 + steps, partial(wait_for, world.device))
-            return statistics.median(seconds[2:]), peak_memory_mb(world.device)
+            step_s = statistics.median(seconds[2:])
+            return BatchRow(
+                batch=config.global_batch, images_per_s=four_digits(config.global_batch / step_s),
+                step_ms=four_digits(step_s * 1e3), memory_mb=round(peak_memory_mb(world.device)),
+            )  # fmt: skip
         except (MemoryError, RuntimeError) as error:
             no_memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
             if not no_memory and "allocate memory" not in str(error):
@@ -163,15 +161,13 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> tuple[float,
 def memory_limit_mb(device: str) -> float:
     """Return the memory there is: a GPU's; on a CPU what is free, or left by the control group.
 
-    Source: Linux, Documentation/admin-guide/cgroup-v2.rst, `memory.max`.
+    Raises:
+        UserError: this system does not say what is free.
     """
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / 1e6
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for base in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if (path := Path(base)).is_file() and (text := path.read_text().strip()).isdigit():
-            free = min(free, float(text))
+    if (free := bytes_available()) is None:
+        raise UserError("how much memory is free is not known here: say what a step may take with --limit-mb")
     return free / 1e6
 
 

@@ -28,17 +28,9 @@ def plot_option(default: str) -> Callable[..., Any]:
 
 
 def run_recipe(
-    bench: Callable[..., dict[str, Any]],
-    describe: Callable[..., list[str]],
-    draw: Callable[..., None],
-    *,
-    recipe: str,
-    root: Path | None,
-    overrides: tuple[str, ...],
-    plot: Path,
-    as_json: bool,
-    **options: Any,
-) -> None:
+    bench: Callable[..., dict[str, Any]], describe: Callable[..., list[str]], draw: Callable[..., None], *,
+    recipe: str, root: Path | None, overrides: tuple[str, ...], plot: Path, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Measure a recipe, draw the picture, and print the report."""
     from train.config.load import make_config
     from train.tune.plots import check_picture

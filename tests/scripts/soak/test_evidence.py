@@ -16,7 +16,7 @@ def write_attempt(
     """Evidence of one attempt: for each rank, its samples by step."""
     for rank, by_step in enumerate(shares):
         lines = [
-            msgspec.json.encode(StepRecord(step=s, indices=i, failed=[f for f in failed if f in i], time=0.0))
+            msgspec.json.encode(StepRecord(step=s, indices=i, failed=[f for f in failed if f in i]))
             for s, i in by_step.items()
         ]
         path = folder / file_name(launch, restart, rank, len(shares))

@@ -45,14 +45,14 @@ def test_our_step_is_the_one_that_is_proved(
 ) -> None:
     monkeypatch.setattr("train.graphs.choose.candidates_of", lambda _: [candidate(Fast)])
     case = ours(world, "owt")
-    assert isinstance(case.chosen.run, Fast)
+    assert isinstance(case.run, Fast)
     choice = case.choice()
     assert choice["step"] == "Fast" and "Fast is right, 500 ms" in str(choice["why"])
-    held, calls = Held(case.parts), case.chosen.run.calls
+    held, calls = Held(case.parts), case.run.calls
     case.step()
-    assert case.chosen.run.calls == calls + 1 and held.changed() != []
+    assert case.run.calls == calls + 1 and held.changed() != []
     (kept,) = (tmp_path / "cache" / "alexnet" / "steps").iterdir()
-    assert read_record(kept) == case.chosen.record, "kept for a run with the same key, as its own would be"
+    assert read_record(kept) == case.record, "kept for a run with the same key, as its own would be"
 
 
 def test_our_step_is_plain_where_the_fast_one_is_wrong_or_off(
@@ -84,7 +84,7 @@ def test_our_step_is_chosen_and_trains_on_a_gpu(
     (spec,) = make_specs([subject], [8], "bf16", "cuda")
     with open_world("cuda") as world:
         case = OurSteps(world, spec, 64, tmp_path)
-        assert [verdict.against for verdict in case.chosen.record.verdicts] == [None, None]
+        assert [verdict.against for verdict in case.record.verdicts] == [None, None]
         counts = case.step()
         assert counts.integers[0] == 8 and torch.isfinite(counts.loss_sum)
 

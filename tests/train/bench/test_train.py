@@ -6,8 +6,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ import pytest
 import train.bench.train
 from tests.helpers.failing_steps import FailingSteps
 from tests.helpers.ranks import run_command
-from train.bench.figures import Measured, make_ratios
-from train.bench.harness import CaseError, Report
+from train.bench import loaders
+from train.bench.harness import Case, CaseError, Report
 from train.bench.images import write_bench_images, write_small_images
-from train.bench.loaders import Kind, LoaderCase, Subject, time_batches
-from train.bench.subjects import make_specs
-from train.bench.train import LIMIT_S, bench_train, build_limit_s, choice_lines, describe, measure_steps
+from train.bench.loaders import LoaderCase, MakeBatches, Subject, time_batches
+from train.bench.subjects import StepSpec, make_specs
+from train.bench.train import (
+    LIMIT_S,
+    Measured,
+    bench_train,
+    build_limit_s,
+    choice_lines,
+    describe,
+    make_ratios,
+    measure_batch,
+)
 
 
 @pytest.mark.slow
@@ -69,12 +79,22 @@ def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cached", "cached_on_device", "feed", "file_read"])
-def test_fast_loaders_make_the_batches_they_are_asked_for(tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        loaders.cached_loader,
+        partial(loaders.cached_loader, on_device=True),
+        loaders.feed_loader,
+        loaders.file_read,
+    ],
+)
+def test_fast_loaders_make_the_batches_they_are_asked_for(
+    tmp_path: Path, make: Callable[..., MakeBatches]
+) -> None:
     """On the CPU, by the code that a GPU runs too: only the device is another."""
     photos = write_bench_images(tmp_path / "photos", 16)
     write_small_images(tmp_path / "small", photos, 40)
-    subject = Subject("any", kind, tmp_path / "small", 2, batch=8, crop_px=56)
+    subject = Subject("any", make, tmp_path / "small", 2, batch=8, crop_px=56)
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         case = LoaderCase(stack, subject)
@@ -89,31 +109,36 @@ def test_bench_round_is_timed_from_first_to_last_batch() -> None:
         for _ in range(count):
             yield 10
 
-    rate, busy_us = time_batches(batches, 4, 0.05)
+    rate, busy_us = time_batches(batches(5), 4, 0.05)
     assert 40 / 0.5 < rate <= 40 / 0.2
     assert 0 <= busy_us < 1e6 * 0.05 / 10  # it sleeps
 
 
 def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stub:
-        """Answers, until its time is over in the second round."""
+    class Stub(Case):
+        """Answers, until the time of `owt` is over in the second round."""
 
-        def __init__(self, num_rounds: int) -> None:
-            self.left = num_rounds
+        def __init__(
+            self, _stack: ExitStack, _make: object, spec: StepSpec, *_: object, **__: object
+        ) -> None:
+            self.name, self.left = str(spec), 1 if spec.subject == "owt" else 9
 
-        def request(self, method: str, *arguments: object) -> float:
-            self.left -= 1
+        def build(self) -> None:
+            pass
+
+        def request(self, *request: object) -> Any:
+            self.left -= request[0] == "step_s"
             if self.left < 0:
-                raise CaseError("owt fp32 batch 8: cut off after 60 s")
-            return 3.0
+                raise CaseError(f"{self.name}: cut off after 60 s")
+            return 3.0 if request[0] == "step_s" else {}
 
     monkeypatch.setattr(train.bench.train, "gemm_gflops", lambda *_: 1.0)
+    monkeypatch.setattr(train.bench.train, "Case", Stub)
     specs = make_specs(["owt", "torchvision_fp32"], [8], "fp32", "cpu")
     assert [spec.subject for spec in specs] == ["torchvision_fp32", "owt"]
-    measured, cases = Measured(crop_px=224), dict(zip(specs, map(Stub, (9, 1)), strict=True))
-    for _ in range(3):
-        measure_steps(measured, cases, "cpu")  # type: ignore[arg-type]
-    assert list(cases) == specs[:1] and measured.seconds == {(specs[0], "step"): [3.0, 3.0, 3.0]}
+    measured = Measured(crop_px=224)
+    measure_batch(measured, specs, set(), 3, Path(), "cpu")
+    assert measured.seconds == {(specs[0], "step"): [3.0, 3.0, 3.0]}
     assert measured.failures == {specs[1]: "cut off after 60 s"}
     ratios, _ = make_ratios(specs, measured)
     assert ratios["owt_mfu"] is None and ratios["owt_vs_torchvision_reference"] is None

@@ -12,7 +12,7 @@ from data_pipeline.common.errors import UserError
 from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH
 from tests.helpers.norm_ranks import check_norms
 from tests.helpers.warm_ranks import run_ranks
-from train.bench.traffic import sent_bytes
+from train.bench.scaling import sent_bytes
 from train.config.load import make_config
 from train.distributed.ddp import check_norm_batch, describe_parallel, make_parallel
 from train.distributed.world import World, open_world

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from alexnet import main
 from tests.helpers.ranks import TINY, link_subset
-from train.tune.rate_range import Sweep, advise_rate, rates_between, read_sweep
+from train.tune.lr_range import Sweep, advise_rate, rates_between, read_sweep
 
 LEVEL = math.log(10)
 
@@ -35,30 +35,28 @@ def test_lr_advice_is_half_of_the_largest_rate_that_works() -> None:
     assert found == pytest.approx([0.01, 0.02, 0.08], rel=0.15)
     for sweep, largest in zip(sweeps, found, strict=True):
         assert sweep.best_rate is not None and 0.25 < sweep.best_rate / largest < 1
-    advice = advise_rate(sweeps, LEVEL, [])
-    assert advice.rate == pytest.approx(found[1] / 2, rel=0.05)
-    assert f"{found[0]:.2g} to {found[2]:.2g} over 3 seeds" in advice.why
+    rate, why = advise_rate(sweeps, LEVEL, [])
+    assert rate == pytest.approx(found[1] / 2, rel=0.05)
+    assert f"{found[0]:.2g} to {found[2]:.2g} over 3 seeds" in why
 
 
 def test_lr_advice_is_none_where_no_rate_follows() -> None:
     guessing = sweep_of([LEVEL * 1.001] * 40)
     assert guessing.best_rate is None
-    advice = advise_rate([guessing], LEVEL, ["model.init=he in place of torch"])
-    assert advice.rate is None
-    assert (
-        "2.303" in advice.why and "more --steps" in advice.why and "init=he in place of torch" in advice.why
-    )
+    rate, why = advise_rate([guessing], LEVEL, ["model.init=he in place of torch"])
+    assert rate is None
+    assert "2.303" in why and "more --steps" in why and "init=he in place of torch" in why
 
     falling = sweep_of([2.0 - 0.01 * n for n in range(40)], high=0.1)
-    advice = advise_rate([falling], LEVEL, [])
-    assert advice.rate is None and "0.1: try a higher --to" in advice.why
+    rate, why = advise_rate([falling], LEVEL, [])
+    assert rate is None and "0.1: try a higher --to" in why
 
     rising = sweep_of([1.0 + 0.01 * n for n in range(40)])
-    advice = advise_rate([rising], LEVEL, [])
-    assert advice.rate is None and "0.0001 on: try a lower --from" in advice.why
+    rate, why = advise_rate([rising], LEVEL, [])
+    assert rate is None and "0.0001 on: try a lower --from" in why
 
-    advice = advise_rate([sweep_of(bowl(0.02)), guessing], LEVEL, [])
-    assert advice.rate is not None and "1 of 2 sweeps never left" in advice.why
+    rate, why = advise_rate([sweep_of(bowl(0.02)), guessing], LEVEL, [])
+    assert rate is not None and "1 of 2 sweeps never left" in why
 
 
 def test_lr_sweep_ends_where_the_loss_diverges() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.bench.figures import Measured, make_ratios, make_row
 from train.bench.subjects import SUBJECTS, make_specs
+from train.bench.train import Measured, make_ratios, make_row
 
 STEP_S = {
     "torchvision_fp32": 8.0, "torchvision_bf16": 4.0, "torchvision_graphs": 3.0, "owt": 1.0, "paper": 2.0,
@@ -78,7 +78,7 @@ def test_gain_of_the_fast_step_is_none_where_the_plain_one_runs() -> None:
     for spec in specs:
         if spec.subject == "owt":
             step = "plain" if spec.batch == 8 else "graph"
-            measured.choices[spec] = {"step": step, "why": "the fast one needs a GPU"}
+            measured.figures[spec] = {"step": step, "why": "the fast one needs a GPU"}
     ratios, notes = make_ratios(specs, measured)
     assert ratios["owt_fast_vs_plain"] is None and ratios["owt_fast_vs_plain_at_64"] == 2.5
     assert notes[0] == "owt_fast_vs_plain: owt runs by the plain step itself"
