@@ -81,7 +81,8 @@ def evaluate_bundle(
     ):
         loader = Loader(source, manifest.preprocessing)
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
-            probabilities_NC, labels_N = run_valid(backend, batch, size), batch.labels[batch.valid]
+            probabilities_NC, _ = run_valid(backend, batch, size)
+            labels_N = batch.labels[batch.valid]
             ranked_NK = rank_classes(probabilities_NC, TOP_K)
             hits_NK = ranked_NK == labels_N[:, None]
             classes.add(probabilities_NC, ranked_NK, labels_N, batch.indices[batch.valid])

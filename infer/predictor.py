@@ -35,7 +35,6 @@ from infer.predict.decode import (
     host_pixels,
     open_decoder,
     run_valid,
-    run_valid_outputs,
 )
 from infer.predict.rows import (
     DEFAULT_BATCH,
@@ -46,7 +45,6 @@ from infer.predict.rows import (
     check_top,
     names_of,
     rows_of,
-    with_features,
 )
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
@@ -151,21 +149,16 @@ class Predictor:
         names = names_of(self.bundle)
         with closing(self.decode(inputs)) as batches:
             for batch in batches:
-                features_ND = None
-                if self._features is None:
-                    probabilities_NC = run_valid(self.backend, batch, self._batch_size)
-                else:
-                    probabilities_NC, features_ND = run_valid_outputs(self.backend, batch, self._batch_size)
+                features = self._features is not None
+                outputs = run_valid(self.backend, batch, self._batch_size, features=features)
                 rows = rows_of(
                     batch,
-                    probabilities_NC,
+                    outputs,
                     names,
                     top=self.top,
                     min_probability=self._min_probability,
                     class_at=class_at,
                 )
-                if features_ND is not None:
-                    rows = with_features(rows, features_ND)
                 pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
                 for row, seen in zip(rows, pixels, strict=True):
                     yield PredictionWithPixels(row, seen if isinstance(row, OkRow) else None)

@@ -232,9 +232,9 @@ def _try(load: Callable[[], InferenceBackend], bundle: Bundle) -> str:
     crop_px = bundle.manifest.preprocessing.crop_px
     try:
         with closing(load()) as backend:
-            probabilities = backend.run(np.full((1, crop_px, crop_px, 3), 128, np.uint8))
-            if not abs(float(probabilities.sum()) - 1) < 1e-2:
-                return f"damaged: its probabilities add up to {float(probabilities.sum()):.3g}"
+            total = float(backend.run(np.full((1, crop_px, crop_px, 3), 128, np.uint8)).probabilities.sum())
+            if not abs(total - 1) < 1e-2:
+                return f"damaged: its probabilities add up to {total:.3g}"
             return f"ok: ran on {backend.device} with {backend.provider}"
     except CorruptFileError as error:
         return f"damaged: {error}"

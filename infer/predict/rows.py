@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle
+from infer.runtime.base import Outputs
 
 DEFAULT_BATCH = 32
 DEFAULT_TOP = 5
@@ -125,7 +126,7 @@ def check_top(bundle: Bundle, top: int | None) -> int:
 
 def rows_of(
     batch: Batch,
-    probabilities_NC: NDArray[np.float32],
+    outputs: Outputs,
     names: ClassNames,
     *,
     top: int,
@@ -138,14 +139,15 @@ def rows_of(
 
     Args:
         batch: decoded images.
-        probabilities_NC: of those that could be decoded.
+        outputs: for those that could be decoded; their rows have the features that are there.
         names: of the classes.
         top: most classes in a row.
         min_probability: classes below it are left out, which may leave none.
         class_at: gives the true class of a path, None where nobody knows it; None for rows without truth.
     """
+    probabilities_NC, features_ND = outputs
     predicted = zip(top_k(probabilities_NC, names, top), probabilities_NC, strict=True)
-    failures = iter(batch.failures)
+    features, failures = None if features_ND is None else iter(features_ND), iter(batch.failures)
     for path, valid in zip(batch.paths, batch.valid, strict=True):
         if valid:
             best, row_C = next(predicted)
@@ -154,24 +156,14 @@ def rows_of(
             truth: Truth | msgspec.UnsetType = msgspec.UNSET
             if place is not None:
                 truth = Truth(class_id=place, label=names.labels[place], rank=rank_of(row_C, place))
-            yield OkRow(path=printable(path), predictions=likely, truth=truth)
+            if features is None:
+                yield OkRow(path=printable(path), predictions=likely, truth=truth)
+            else:
+                yield FeatureRow(
+                    path=printable(path), predictions=likely, truth=truth, features=next(features)
+                )
         else:
             yield ErrorRow(path=printable(path), error=next(failures).reason)
-
-
-def with_features(rows: Iterable[Row], features_ND: NDArray[np.float32]) -> Iterator[Row]:
-    """Rows of a batch, those that are no errors with their features.
-
-    Args:
-        rows: in order.
-        features_ND: of those that are no errors, in order.
-    """
-    features = iter(features_ND)
-    for row in rows:
-        if isinstance(row, OkRow):
-            yield FeatureRow(**msgspec.structs.asdict(row), features=next(features))
-        else:
-            yield row
 
 
 def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> list[tuple[Prediction, ...]]:
