@@ -71,8 +71,7 @@ def evaluate_bundle(
             f"{printable(dataset.root)}/{dataset.split} has other classes than the model "
             f"({len(dataset.classes)} and {len(manifest.classes)}): name its data with --data"
         )
-    num_samples = num_top1 = num_top5 = num_failed = 0
-    loss_sum = 0.0
+    num_failed, loss_sum = 0, 0.0
     classes = _ClassCounter(len(manifest.classes))
     size = fit_batch(batch_size, backend.max_batch)
     with (
@@ -83,28 +82,25 @@ def evaluate_bundle(
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
             probabilities_NC, _ = run_valid(backend, batch, size)
             labels_N = batch.labels[batch.valid]
-            ranked_NK = rank_classes(probabilities_NC, TOP_K)
-            hits_NK = ranked_NK == labels_N[:, None]
-            classes.add(probabilities_NC, ranked_NK, labels_N, batch.indices[batch.valid])
+            classes.add(probabilities_NC, labels_N, batch.indices[batch.valid])
             true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
-            num_samples += len(labels_N)
-            num_top1 += int(hits_NK[:, :1].sum())
-            num_top5 += int(hits_NK.sum())
             # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
             loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
             num_failed += len(batch.failures)
             progress.advance(len(batch))
+    counts = classes.counts
+    num_samples = int(counts.confusion.sum())
     assert num_samples + num_failed == len(dataset), (num_samples, num_failed, len(dataset))
     if not num_samples:
         raise UserError(f"none of the {num_failed} images in {printable(dataset.root)} could be read")
     found = Evaluation(
-        top1=num_top1 / num_samples,
-        top5=num_top5 / num_samples,
+        top1=int(np.trace(counts.confusion)) / num_samples,
+        top5=int(counts.top5.sum()) / num_samples,
         loss=loss_sum / num_samples,
         num_samples=num_samples,
         num_failed=num_failed,
     )
-    return found, classes.counts, classes.report(dataset)
+    return found, counts, classes.report(dataset)
 
 
 class _ClassCounter:
@@ -116,12 +112,9 @@ class _ClassCounter:
         self._mistakes: list[tuple[float, int, int, int]] = []
 
     def add(
-        self,
-        probabilities_NC: NDArray[np.float32],
-        ranked_NK: NDArray[np.int64],
-        labels_N: NDArray[np.int64],
-        indices_N: NDArray[np.int64],
+        self, probabilities_NC: NDArray[np.float32], labels_N: NDArray[np.int64], indices_N: NDArray[np.int64]
     ) -> None:
+        ranked_NK = rank_classes(probabilities_NC, TOP_K)
         found_N = ranked_NK[:, 0]
         np.add.at(self.counts.confusion, (labels_N, found_N), 1)
         np.add.at(self.counts.top5, labels_N, (ranked_NK == labels_N[:, None]).any(axis=1))
