@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import ImageSource, Loader
@@ -36,6 +38,7 @@ from infer.predict.decode import (
     open_decoder,
     run_valid,
 )
+from infer.predict.inputs import Item, from_pixels
 from infer.predict.rows import (
     DEFAULT_BATCH,
     OkRow,
@@ -48,13 +51,7 @@ from infer.predict.rows import (
 )
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL.Image import Image
-
-    from infer.predict.inputs import Item
-
-    Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
+Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
 
 NUM_VIEWS, CENTRE_VIEW = 10, 4
 """Of the paper's ten crops; and which of them is the centre, not mirrored."""
@@ -218,10 +215,6 @@ def check_features(bundle: Bundle, layer: FeatureLayer) -> None:
 
 
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
-    from PIL.Image import Image
-
-    from infer.predict.pixels import from_pixels
-
     single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
     for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
         if isinstance(one, ImageSource):
