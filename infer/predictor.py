@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -116,9 +117,9 @@ class Predictor:
             bundle, backend=backend, device=device, threads=threads or 0, expected=num_views
         )
         self.load_s = time.perf_counter() - started
-        self._decoder_name = choose_decoder(decoder, self.backend, expected)
         self._open = ExitStack()
-        self._loader: Loader | None = None
+        self._open.callback(self.backend.close)
+        self._decoder_name = choose_decoder(decoder, self.backend, expected)
 
     def __call__(self, inputs: Input | Iterable[Input]) -> Iterator[Row]:
         """A row for each input, in order, as batches finish; memory does not grow with their number.
@@ -167,19 +168,15 @@ class Predictor:
 
     def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:
         """The inputs as a call decodes them for the model, batch by batch. Close it when done."""
-        if self._loader is None:  # kept until `close`: DALI's graphs take longer to build than an image
-            preprocessing = self.bundle.manifest.preprocessing
-            decoder = self._open.enter_context(
-                open_decoder(
-                    preprocessing,
-                    self._batch_size,
-                    self._decoder_name,
-                    decoding_device(self.backend, self._decoder_name),
-                    self._threads,
-                )
-            )
-            self._loader = Loader(decoder, preprocessing, faults=SilentFaultLog())
         return self._loader.predict(_items(inputs), micro_batch=self._batch_size, ten_crop=self._ten_crop)
+
+    @cached_property
+    def _loader(self) -> Loader:
+        """Kept from the first image on until `close`: DALI's graphs take longer to build than an image."""
+        preprocessing, name = self.bundle.manifest.preprocessing, self._decoder_name
+        device = decoding_device(self.backend, name)
+        decoder = open_decoder(preprocessing, self._batch_size, name, device, self._threads)
+        return Loader(self._open.enter_context(decoder), preprocessing, faults=SilentFaultLog())
 
     def _seen_pixels(self, batch: Batch) -> Iterable[NDArray[np.uint8]]:
         pixels = host_pixels(batch)
@@ -188,8 +185,6 @@ class Predictor:
     def close(self) -> None:
         """Free the decoder and the model; a second call does nothing."""
         self._open.close()
-        self._loader = None
-        self.backend.close()
 
     def __enter__(self) -> Predictor:
         return self
