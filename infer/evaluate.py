@@ -148,7 +148,7 @@ def evaluate_exported(
     root = local_root(data or data_of_run(bundle), [split])
     dataset = open_dataset(root, split) if data else open_recorded(root, split)
     log_passed_over(dataset.split, dataset.passed_over)
-    choice = choose_backend(bundle, device=device)
-    with closing(choice.backend):
-        log.info(f"runs on: {choice.sentence}")
-        return evaluate_bundle(bundle, choice.backend, dataset, ten_crop=ten_crop)
+    backend, runs_on = choose_backend(bundle, device=device)
+    with closing(backend):
+        log.info(f"runs on: {runs_on}")
+        return evaluate_bundle(bundle, backend, dataset, ten_crop=ten_crop)

@@ -17,16 +17,10 @@ from data_pipeline.decode.header import image_readers
 from infer.bundle.load import Bundle
 from infer.predict.feature_files import info_of, open_features
 from infer.predict.gallery import open_gallery
-from infer.predict.inputs import Inputs, Item, find_inputs
+from infer.predict.inputs import Inputs, find_inputs
 from infer.predict.options import PredictOptions, check_options, how_to_go_on
 from infer.predict.outputs import check_outputs
-from infer.predict.resume import (
-    RunIdentity,
-    check_saved_identity,
-    identity_of,
-    save_identity,
-    skip_completed,
-)
+from infer.predict.resume import check_saved_identity, identity_of, save_identity, skip_completed
 from infer.predict.rows import ErrorRow, RowShape, names_of
 from infer.predict.table import RowCounter, Summary, open_table
 from infer.predict.truth import Tally, open_truth
@@ -76,7 +70,10 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         items, kept, kept_errors = iter(inputs), 0, 0
         shape = predictor.row_shape._replace(truth=truth is not None)
         if options.resume:
-            kept, kept_errors = _skip_completed(options, format, shape, identity, items, tally)
+            assert options.output is not None and format != "table" and format != "features"
+            check_saved_identity(format, options.output, identity)
+            kept, kept_errors = skip_completed(format, options.output, shape, items, tally)
+            log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
         counter = RowCounter(predictor.backend, predictor.load_s, tally)
         writer = stack.enter_context(_open_writer(options, format, shape, predictor))
         if options.output is not None and format not in ("table", "features"):
@@ -128,22 +125,6 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
         inputs.stop()
         if ours:
             signal.signal(signal.SIGINT, before)
-
-
-def _skip_completed(
-    options: PredictOptions,
-    format: Format,
-    shape: RowShape,
-    identity: RunIdentity,
-    items: Iterator[Item],
-    tally: Tally | None,
-) -> tuple[int, int]:
-    """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
-    assert options.output is not None and format != "table" and format != "features"
-    check_saved_identity(format, options.output, identity)
-    kept, kept_errors = skip_completed(format, options.output, shape, items, tally)
-    log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
-    return kept, kept_errors
 
 
 def _open_writer(
