@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from data_pipeline.common.files import read_head
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import read_digest
 from infer.bundle.schema import FeatureLayer, Sha256
-from infer.predict.rows import ErrorRow, FeatureRow, Row
+from infer.predict.rows import CompletedRow, ErrorRow, FeatureRow, Row
 from infer.predict.writers import RowWriter, import_parquet, name_unwritable
 
 METADATA_KEY = b"alexnet_features"
@@ -49,14 +49,6 @@ class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layer: FeatureLayer
     num_features: Annotated[int, msgspec.Meta(ge=1)]
     ten_crop: bool = False
-
-
-class FeatureFileRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A row of a `.npy` file: its path, and the reason if it could not be read."""
-
-    path: str
-    status: Literal["ok", "error"]
-    error: str | None = None
 
 
 def info_of(bundle: Bundle, *, ten_crop: bool) -> FeatureInfo:
@@ -104,7 +96,7 @@ def is_features(path: Path) -> bool:
         return is_features(info_path(path))
     try:
         if path.name.endswith(".rows.jsonl"):
-            msgspec.json.decode(head.partition(b"\n")[0], type=FeatureFileRow)
+            msgspec.json.decode(head.partition(b"\n")[0], type=CompletedRow)
         else:
             msgspec.json.decode(head, type=FeatureInfo)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -197,8 +189,7 @@ class _NpyWriter:
 
     def write(self, row: Row) -> None:
         self._count += 1
-        error = row.error if isinstance(row, ErrorRow) else None
-        line = FeatureFileRow(path=row.path, status=row.status, error=error)
+        line = row if isinstance(row, ErrorRow) else {"path": row.path, "status": row.status}
         self._rows.write(msgspec.json.encode(line) + b"\n")
         if isinstance(row, FeatureRow):
             self._npy.write(row.features.astype("<f4", copy=False).tobytes())

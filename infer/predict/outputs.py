@@ -16,8 +16,7 @@ from infer.predict.feature_files import feature_files, is_features
 from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import Inputs
 from infer.predict.options import PredictOptions
-from infer.predict.resume import CompletedRow
-from infer.predict.rows import RowShape
+from infer.predict.rows import CompletedRow, RowShape
 from infer.predict.writers import Format, csv_columns, journal_of
 
 _CSV = ",".join(csv_columns(RowShape(1, named=False))[:4]).encode()

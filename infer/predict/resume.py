@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import BinaryIO
 
 import msgspec
 
@@ -19,7 +19,7 @@ from infer.bundle.load import Bundle
 from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
-from infer.predict.rows import RowShape, check_top
+from infer.predict.rows import CompletedRow, Rank, RowShape, check_top
 from infer.predict.truth import FOLDER, Tally
 from infer.predict.writers import (
     ROW_GROUP,
@@ -147,20 +147,6 @@ def save_identity(rows: Path, identity: RunIdentity) -> None:
 
 def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
-
-
-class Rank(msgspec.Struct, frozen=True):
-    """As much of a row's truth as counts for the accuracy."""
-
-    rank: Annotated[int, msgspec.Meta(ge=1)]
-
-
-class CompletedRow(msgspec.Struct, frozen=True):
-    """A row of an earlier run: its path as written, whether it is an error, and the rank of its truth."""
-
-    path: str
-    status: Literal["ok", "error"]
-    truth: Rank | None = None
 
 
 def skip_completed(

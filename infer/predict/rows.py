@@ -70,6 +70,20 @@ class ErrorRow(msgspec.Struct, frozen=True, kw_only=True):
 Row = OkRow | ErrorRow
 
 
+class Rank(msgspec.Struct, frozen=True):
+    """As much of a row's truth as counts for the accuracy."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class CompletedRow(msgspec.Struct, frozen=True):
+    """A row of an earlier run: its path as written, whether it is an error, and the rank of its truth."""
+
+    path: str
+    status: Literal["ok", "error"]
+    truth: Rank | None = None
+
+
 class ClassNames(NamedTuple):
     """The names of a model's classes, by class id.
 

@@ -18,8 +18,8 @@ import msgspec
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
 from data_pipeline.common.text import printable
-from infer.predict.resume import CompletedRow, manifest_file_sha256
-from infer.predict.rows import ErrorRow, Row, RowShape
+from infer.predict.resume import manifest_file_sha256
+from infer.predict.rows import CompletedRow, ErrorRow, Row, RowShape
 from infer.predict.table import RowCounter, Summary
 from infer.predict.writers import import_parquet, parquet_schema
 from infer.predictor import Predictor
