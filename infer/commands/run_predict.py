@@ -112,7 +112,7 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
     """Ends the inputs from stdin at Ctrl-C, or an error, before the threads that wait for them are joined."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        inputs.stop()
+        inputs.stopped.set()
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
@@ -122,7 +122,7 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
     try:
         yield
     finally:
-        inputs.stop()
+        inputs.stopped.set()
         if ours:
             signal.signal(signal.SIGINT, before)
 
