@@ -68,9 +68,9 @@ class TrueClasses:
             UserError: its folder is not named by a class.
         """
         if self._listed is None:
-            if (found := self.folder_class(path)) is None:
-                raise UserError(_unknown("folder", {class_folder(path)}, self._ids))
-            return found
+            folder = class_folder(path)
+            self.check_folders([folder])
+            return self._ids[composed(printable(folder))]
         text = os.path.abspath(path)  # noqa: PTH100 - no Path: that costs more than the look-up
         start = 0
         while (found := self._listed.get(text[start:])) is None:  # the longest end of the path that is listed
@@ -80,23 +80,13 @@ class TrueClasses:
         self._found.add(text[start:])
         return found
 
-    def folder_class(self, path: Path) -> int | None:
-        """Return the class that the folder of an input names; None if it names none."""
-        return self._ids.get(composed(printable(class_folder(path))))
-
-    def check_folders(self, inputs: Inputs) -> None:
-        """Refuse folders that no class names, of the inputs that are known before the prediction.
+    def check_folders(self, names: Iterable[str]) -> None:
+        """Refuse folders that no class names.
 
         Raises:
             UserError: naming the first few.
         """
-        files = (path for path in inputs.files() if not path.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES)))
-        parents = dict.fromkeys(os.path.dirname(path) for path in files)  # noqa: PTH120 - many, and few parents
-        unknown = dict.fromkeys(
-            class_folder(Path(parent, "_"))
-            for parent in parents
-            if self.folder_class(Path(parent, "_")) is None
-        )
+        unknown = dict.fromkeys(name for name in names if composed(printable(name)) not in self._ids)
         if unknown:
             raise UserError(_unknown("folder", unknown, self._ids))
 
@@ -118,7 +108,10 @@ def open_truth(option: str, bundle: Bundle, inputs: Inputs) -> TrueClasses:
     if option != FOLDER:
         return TrueClasses(bundle, read_truth(Path(option), class_ids(bundle)))
     truth = TrueClasses(bundle)
-    truth.check_folders(inputs)
+    # Those of the inputs that are known before the prediction.
+    files = (path for path in inputs.files() if not path.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES)))
+    parents = dict.fromkeys(os.path.dirname(path) for path in files)  # noqa: PTH120 - many, and few parents
+    truth.check_folders(class_folder(Path(parent, "_")) for parent in parents)
     return truth
 
 
