@@ -27,14 +27,7 @@ from infer.bundle.schema import (
     PrecisionCheck,
 )
 from infer.runtime.base import InferenceBackend
-from infer.runtime.choose import (
-    Machine,
-    decide,
-    probe_machine,
-    rebuild_advice,
-    why_no_cuda,
-    why_no_engine,
-)
+from infer.runtime.choose import Machine, decide, probe_machine, rebuild_advice, why_no_cuda, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 
 _ON_GPU = f"{ONNX_NAME} on the GPU"

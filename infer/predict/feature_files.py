@@ -22,7 +22,7 @@ from infer.bundle.load import Bundle
 from infer.bundle.manifest import read_digest
 from infer.bundle.schema import FeatureLayer, Sha256
 from infer.predict.rows import CompletedRow, ErrorRow, FeatureRow, Row
-from infer.predict.writers import RowWriter, import_parquet, name_unwritable
+from infer.predict.writers import RowWriter, import_parquet, name_unwritable, parquet_footer
 
 METADATA_KEY = b"alexnet_features"
 FEATURE_SUFFIXES = (".parquet", ".npy")
@@ -30,7 +30,7 @@ BLOCK_BYTES = 1 << 23
 """Features that are kept until they become a row group of Parquet, and that are read at a time."""
 
 _NPY = b"\x93NUMPY"
-_FOOTER_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 16
 
 
 class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,11 +87,9 @@ def feature_files(output: Path) -> tuple[Path, ...]:
 
 def is_features(path: Path) -> bool:
     """Whether a file is one that `open_features` wrote."""
-    head = read_head(path, _FOOTER_BYTES)
+    head = read_head(path, _HEAD_BYTES)
     if head.startswith(b"PAR1"):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _FOOTER_BYTES))
-            return METADATA_KEY in file.read()
+        return METADATA_KEY in parquet_footer(path)
     if head.startswith(_NPY):
         return is_features(info_path(path))
     try:
@@ -122,7 +120,7 @@ def open_features(output: Path, info: FeatureInfo) -> Iterator[RowWriter]:
                 streams = [stack.enter_context(file.open("wb")) for file in partial]
             writer: _ParquetWriter | _NpyWriter
             if len(streams) == 1:
-                writer = stack.enter_context(_ParquetWriter(streams[0], info))
+                writer = _ParquetWriter(info, streams[0], stack)
             else:
                 writer = _NpyWriter(info, *streams)
             yield writer
@@ -137,7 +135,7 @@ def open_features(output: Path, info: FeatureInfo) -> Iterator[RowWriter]:
 
 
 class _ParquetWriter:
-    def __init__(self, stream: BinaryIO, info: FeatureInfo) -> None:
+    def __init__(self, info: FeatureInfo, stream: BinaryIO, open_files: ExitStack) -> None:
         self._pa, pq = import_parquet()
         columns = [(name, self._pa.string()) for name in ("path", "status", "error")]
         self._schema = self._pa.schema(
@@ -145,15 +143,10 @@ class _ParquetWriter:
             metadata={METADATA_KEY: msgspec.json.encode(info)},
         )
         # Features hardly repeat: a dictionary of them would take longer, and no less room.
-        self._writer = pq.ParquetWriter(stream, self._schema, use_dictionary=["status"])
+        writer = pq.ParquetWriter(stream, self._schema, use_dictionary=["status"])
+        self._writer = open_files.enter_context(writer)
         self._rows: list[Row] = []
         self._most = block_rows(info.num_features)
-
-    def __enter__(self) -> _ParquetWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
 
     def write(self, row: Row) -> None:
         self._rows.append(row)

@@ -17,13 +17,13 @@ from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import Inputs
 from infer.predict.options import PredictOptions
 from infer.predict.rows import CompletedRow, RowShape
-from infer.predict.writers import Format, csv_columns, journal_of
+from infer.predict.writers import Format, csv_columns, journal_of, parquet_footer
 
 _CSV = ",".join(csv_columns(RowShape(1, named=False))[:4]).encode()
 _JSONL = b'{"path":"'
 _TABLE = re.compile(rb"(\x1b\[[\d;]*m)?image +#1[ \n]")  # coloured where the environment asks for it
 _PARQUET = b"PAR1"
-_PARQUET_FOOTER = _HEAD_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 16
 
 
 def check_outputs(options: PredictOptions, format: Format, inputs: Inputs) -> None:
@@ -85,7 +85,8 @@ def rows_format(path: Path) -> Format | None:
     head = read_head(path, _HEAD_BYTES)
     first, end, _ = head.partition(b"\n")
     if head.startswith(_PARQUET):
-        return "parquet" if _has_our_columns(path) else None
+        columns, footer = (b"path", b"status", b"error", b"predictions", b"class_id"), parquet_footer(path)
+        return "parquet" if all(name in footer for name in columns) else None
     if _TABLE.match(head):
         return "table"
     if not head:
@@ -107,14 +108,6 @@ _STARTS: dict[Format, bytes] = {"csv": _CSV, "jsonl": _JSONL}
 def _agree(one: bytes, other: bytes) -> bool:
     """Whether one begins with the other."""
     return one.startswith(other) or other.startswith(one)
-
-
-def _has_our_columns(path: Path) -> bool:
-    """Whether the end of a Parquet file, which names its columns, names those of rows."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _PARQUET_FOOTER))
-        footer = file.read()
-    return all(name in footer for name in (b"path", b"status", b"error", b"predictions", b"class_id"))
 
 
 def is_gallery(path: Path) -> bool:

@@ -22,6 +22,8 @@ SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "pa
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""
 
+FOOTER_BYTES = 1 << 16
+"""So much of the end of a Parquet file is looked at."""
 TRUTH_COLUMNS = ("truth_class_id", "truth_label", "truth_rank")
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -156,6 +158,13 @@ def import_parquet() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise UserError("Parquet needs pyarrow: pip install 'alexnet[parquet]'") from error
     return pyarrow, pyarrow.parquet
+
+
+def parquet_footer(path: Path) -> bytes:
+    """The end of a Parquet file, which names its columns and holds its metadata."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - FOOTER_BYTES))
+        return file.read()
 
 
 def parquet_schema(shape: RowShape) -> Any:
