@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -11,10 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import printable
-from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle
-from infer.runtime.base import Outputs
 
 DEFAULT_BATCH = 32
 DEFAULT_TOP = 5
@@ -136,48 +131,6 @@ def check_top(bundle: Bundle, top: int | None) -> int:
     if top is not None and not 1 <= top <= count:
         raise UserError(f"--top {top}: the model has {count} classes; use 1 to {count}")
     return top or min(DEFAULT_TOP, count)
-
-
-def rows_of(
-    batch: Batch,
-    outputs: Outputs,
-    names: ClassNames,
-    *,
-    top: int,
-    min_probability: float,
-    class_at: Callable[[Path], int | None] | None = None,
-) -> Iterator[Row]:
-    r"""A row for each image of a batch, in order.
-
-    A path that is not UTF-8 is shown with `\xNN` for its odd bytes, so that a row is always valid JSON.
-
-    Args:
-        batch: decoded images.
-        outputs: for those that could be decoded; their rows have the features that are there.
-        names: of the classes.
-        top: most classes in a row.
-        min_probability: classes below it are left out, which may leave none.
-        class_at: gives the true class of a path, None where nobody knows it; None for rows without truth.
-    """
-    probabilities_NC, features_ND = outputs
-    predicted = zip(top_k(probabilities_NC, names, top), probabilities_NC, strict=True)
-    features, failures = None if features_ND is None else iter(features_ND), iter(batch.failures)
-    for path, valid in zip(batch.paths, batch.valid, strict=True):
-        if valid:
-            best, row_C = next(predicted)
-            likely = tuple(p for p in best if p.probability >= min_probability)
-            place = None if class_at is None else class_at(path)
-            truth: Truth | msgspec.UnsetType = msgspec.UNSET
-            if place is not None:
-                truth = Truth(class_id=place, label=names.labels[place], rank=rank_of(row_C, place))
-            if features is None:
-                yield OkRow(path=printable(path), predictions=likely, truth=truth)
-            else:
-                yield FeatureRow(
-                    path=printable(path), predictions=likely, truth=truth, features=next(features)
-                )
-        else:
-            yield ErrorRow(path=printable(path), error=next(failures).reason)
 
 
 def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> list[tuple[Prediction, ...]]:
