@@ -23,7 +23,7 @@ from infer.predict.outputs import check_outputs
 from infer.predict.resume import check_saved_identity, identity_of, save_identity, skip_completed
 from infer.predict.rows import ErrorRow, RowShape, names_of
 from infer.predict.table import RowCounter, Summary, open_table
-from infer.predict.truth import Tally, open_truth
+from infer.predict.truth import Ranks, open_truth
 from infer.predict.writers import Format, RowWriter, open_output
 from infer.predictor import Predictor
 from infer.runtime.choose import probe_machine
@@ -66,15 +66,16 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         log.info(f"model: {predictor.bundle.folder}")
         log.info(f"runs on: {predictor.runs_on}")
         truth = None if options.truth is None else open_truth(options.truth, predictor.bundle, inputs)
-        identity, tally = identity_of(predictor.bundle, options), None if truth is None else Tally()
+        identity = identity_of(predictor.bundle, options)
+        ranks = None if truth is None else Ranks()
         items, kept, kept_errors = iter(inputs), 0, 0
         shape = predictor.row_shape._replace(truth=truth is not None)
         if options.resume:
             assert options.output is not None and format != "table" and format != "features"
             check_saved_identity(format, options.output, identity)
-            kept, kept_errors = skip_completed(format, options.output, shape, items, tally)
+            kept, kept_errors = skip_completed(format, options.output, shape, items, ranks)
             log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
-        counter = RowCounter(predictor.backend, predictor.load_s, tally)
+        counter = RowCounter(predictor.backend, predictor.load_s, ranks)
         writer = stack.enter_context(_open_writer(options, format, shape, predictor))
         if options.output is not None and format not in ("table", "features"):
             save_identity(options.output, identity)

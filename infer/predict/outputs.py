@@ -89,10 +89,12 @@ def rows_format(path: Path) -> Format | None:
         return "parquet" if all(name in footer for name in columns) else None
     if _TABLE.match(head):
         return "table"
-    if not head:
+    if head and not end:
+        starts: dict[Format, bytes] = {"csv": _CSV, "jsonl": _JSONL}
+        for kind, start in starts.items():
+            if first.startswith(start) or start.startswith(first):
+                return kind
         return None
-    if not end:
-        return next((kind for kind, start in _STARTS.items() if _agree(first, start)), None)
     if first.startswith(_CSV):
         return "csv"
     try:
@@ -100,14 +102,6 @@ def rows_format(path: Path) -> Format | None:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return "jsonl" if b'"predictions"' in first or b'"error"' in first else None
-
-
-_STARTS: dict[Format, bytes] = {"csv": _CSV, "jsonl": _JSONL}
-
-
-def _agree(one: bytes, other: bytes) -> bool:
-    """Whether one begins with the other."""
-    return one.startswith(other) or other.startswith(one)
 
 
 def is_gallery(path: Path) -> bool:

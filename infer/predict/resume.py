@@ -20,7 +20,7 @@ from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
 from infer.predict.rows import CompletedRow, Rank, RowShape, check_top
-from infer.predict.truth import FOLDER, Tally
+from infer.predict.truth import FOLDER, Ranks
 from infer.predict.writers import (
     ROW_GROUP,
     FileFormat,
@@ -150,7 +150,7 @@ def _identity_path(rows: Path) -> Path:
 
 
 def skip_completed(
-    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item], tally: Tally | None = None
+    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item], ranks: Ranks | None = None
 ) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
@@ -158,7 +158,7 @@ def skip_completed(
         format, output: the file of the earlier run.
         shape: of the rows.
         items: the inputs of this run.
-        tally: counts the rows' truths; None where they have none.
+        ranks: counts the places of the rows' true classes; None where they have none.
     Returns:
         How many rows there are, and how many of them are errors.
     Raises:
@@ -176,8 +176,8 @@ def skip_completed(
                 f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
                 f"is {path}: give the inputs that it was begun with, or another --output"
             )
-        if tally is not None and row.truth is not None:
-            tally.add(row.truth.rank)
+        if ranks is not None and row.truth is not None:
+            ranks[row.truth.rank] += 1
         rows, errors = rows + 1, errors + (row.status == "error")
     return rows, errors
 

@@ -6,7 +6,6 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
@@ -14,38 +13,20 @@ from data_pipeline.common.text import composed, printable, text_lines
 from data_pipeline.shards.shard_format import COMPRESSED_SUFFIXES
 from infer.bundle.load import Bundle
 from infer.predict.inputs import SHARD_SUFFIX, Inputs
-from infer.predict.rows import OkRow, Row
 
 FOLDER = "folder"
+Ranks = Counter[int]
+"""How many images have their true class at each place among all classes by probability, from 1 on."""
 NUM_SHOWN = 3
 """Most names in a message."""
 
 
-@dataclass
-class Tally:
-    """How many images with a truth there are, and how many have it as the first, or among the first five."""
-
-    images: int = 0
-    top1: int = 0
-    top5: int = 0
-
-    def add(self, rank: int) -> None:
-        """Count an image whose true class has this place, 1 or more, among all."""
-        self.images += 1
-        self.top1 += rank == 1
-        self.top5 += rank <= 5
-
-    def add_row(self, row: Row) -> None:
-        """Count a row, if its image was read and has a truth."""
-        if isinstance(row, OkRow) and row.truth:
-            self.add(row.truth.rank)
-
-    def sentence(self) -> str:
-        """For the end of the summary."""
-        if not self.images:
-            return "no image that could be read has a truth"
-        top1, top5 = self.top1 / self.images, self.top5 / self.images
-        return f"top-1 {top1:.2%}, top-5 {top5:.2%} of {self.images} images with a truth"
+def accuracy_words(ranks: Ranks) -> str:
+    """The accuracy, for the end of the summary."""
+    if not (images := ranks.total()):
+        return "no image that could be read has a truth"
+    top5 = sum(count for rank, count in ranks.items() if rank <= 5)
+    return f"top-1 {ranks[1] / images:.2%}, top-5 {top5 / images:.2%} of {images} images with a truth"
 
 
 class TrueClasses:
