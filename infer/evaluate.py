@@ -80,14 +80,16 @@ def evaluate_bundle(
     ):
         loader = Loader(source, manifest.preprocessing)
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
+            num_failed += len(batch.failures)
+            progress.advance(len(batch))
+            if not batch.valid.any():
+                continue
             probabilities_NC, _ = run_valid(backend, batch, size)
             labels_N = batch.labels[batch.valid]
             classes.add(probabilities_NC, labels_N, batch.indices[batch.valid])
             true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
             # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
             loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
-            num_failed += len(batch.failures)
-            progress.advance(len(batch))
     counts = classes.counts
     num_samples = int(counts.confusion.sum())
     assert num_samples + num_failed == len(dataset), (num_samples, num_failed, len(dataset))
