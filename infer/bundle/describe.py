@@ -97,13 +97,9 @@ def rebuild_lines(rebuild: Rebuild, limits: Limits) -> list[str]:
 
 def init_words(init: InitRecord) -> str:
     """`began with runs/…/step-00000005: 14 tensors loaded, 2 made anew, 2 left unused`."""
-    counts = [f"{len(init.loaded)} tensors loaded"]
-    counts += [
-        f"{len(names)} {what}"
-        for names, what in ((init.made_anew, "made anew"), (init.unused, "left unused"))
-        if names
-    ]
-    return f"began with {init.source}: {', '.join(counts)}"
+    anew = f", {len(init.made_anew)} made anew" if init.made_anew else ""
+    unused = f", {len(init.unused)} left unused" if init.unused else ""
+    return f"began with {init.source}: {len(init.loaded)} tensors loaded{anew}{unused}"
 
 
 def engine_words(engine: Engine) -> str:

@@ -166,6 +166,7 @@ class TableWriter:
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
             if place == 1 and self._name_cells:
                 header.append(GAP + set_cell_size(NAME_HEADING, self._name_cells))
+        self._width = header.cell_len  # of all columns but the truth
         if truth:
             header.append(f"{GAP}truth")
         _print(console, header)
@@ -183,18 +184,13 @@ class TableWriter:
                     name.truncate(self._name_cells, overflow="ellipsis", pad=True)
                     line.append(GAP + name.plain)
             if row.truth:
-                line.append(" " * self._empty_cells(len(row.predictions)))
+                line.append(" " * (self._width - line.cell_len))
                 label = self._text(visible(row.truth.label))
                 label.truncate(self._truth_cells, overflow="ellipsis")
                 line.append(GAP + label.plain, style="green" if row.truth.rank == 1 else "bold red")
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
-
-    def _empty_cells(self, num_predictions: int) -> int:
-        """Width of the columns between the last class of a row and its truth."""
-        name = self._name_cells + len(GAP) if self._name_cells and not num_predictions else 0
-        return max(0, self._shown - num_predictions) * (len(GAP) + self._class_cells) + name
 
 
 @contextmanager
