@@ -22,7 +22,7 @@ from infer.bundle.load import Bundle
 from infer.bundle.manifest import read_digest
 from infer.bundle.schema import FeatureLayer, Sha256
 from infer.predict.rows import CompletedRow, ErrorRow, FeatureRow, Row
-from infer.predict.writers import RowWriter, import_parquet, name_unwritable, parquet_footer
+from infer.predict.writers import RowWriter, import_parquet, journal_of, name_unwritable, parquet_footer
 
 METADATA_KEY = b"alexnet_features"
 FEATURE_SUFFIXES = (".parquet", ".npy")
@@ -74,14 +74,9 @@ def info_path(output: Path) -> Path:
     return output.with_name(output.name + ".json")
 
 
-def rows_path(output: Path) -> Path:
-    """The file beside a `.npy` file with the paths of its rows."""
-    return output.with_name(output.name + ".rows.jsonl")
-
-
 def feature_files(output: Path) -> tuple[Path, ...]:
     """The file of features, and those beside it."""
-    beside = (info_path(output), rows_path(output)) if output.suffix.lower() == ".npy" else ()
+    beside = (info_path(output), journal_of(output)) if output.suffix.lower() == ".npy" else ()
     return (output, *beside)
 
 

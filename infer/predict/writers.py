@@ -142,7 +142,7 @@ def name_unwritable(path: Path) -> Iterator[None]:
 
 
 def journal_of(output: Path) -> Path:
-    """The file that holds the rows of a Parquet file until all are there."""
+    """The file with the rows of a Parquet file until all are there, or with the paths of a `.npy` file's."""
     return output.with_name(output.name + ".rows.jsonl")
 
 

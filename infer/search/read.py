@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.predict.feature_files import METADATA_KEY, FeatureInfo, block_rows, info_path, rows_path
+from infer.predict.feature_files import METADATA_KEY, FeatureInfo, block_rows, info_path
 from infer.predict.rows import CompletedRow
-from infer.predict.writers import import_parquet
+from infer.predict.writers import import_parquet, journal_of
 
 # Shapes: N rows of a block, D features.
 
@@ -123,7 +123,7 @@ class NpyFeatures:
                 yield Block(first, block_ND)
 
     def paths_of(self, rows: Collection[int]) -> dict[int, str]:
-        path, found = rows_path(self._path), {}
+        path, found = journal_of(self._path), {}
         with _name_damage(path), path.open("rb") as lines:
             for number, line in enumerate(itertools.islice(lines, max(rows, default=-1) + 1)):
                 if number in rows:
