@@ -75,7 +75,7 @@ class ParquetFeatures:
         first = 0
         for batch in self._batches("features"):
             block_ND = np.full((len(batch), self.info.num_features), np.nan, np.float32)
-            column = batch.column("features").combine_chunks()
+            column = batch.column("features")
             there_N = column.is_valid().to_numpy(zero_copy_only=False)
             with _name_damage(self._path):
                 block_ND[there_N] = column.flatten().to_numpy().reshape(-1, self.info.num_features)
@@ -92,10 +92,9 @@ class ParquetFeatures:
         return found
 
     def _batches(self, column: str) -> Iterator[Any]:
+        size = block_rows(self.info.num_features)
         with _name_damage(self._path, *self._kinds), self._pq.ParquetFile(self._path) as file:
-            for number in range(file.num_row_groups):
-                # A row group has a few megabytes, as `open_features` writes them.
-                yield file.read_row_group(number, columns=[column], use_threads=False)
+            yield from file.iter_batches(size, columns=[column], use_threads=False)
 
 
 class NpyFeatures:
