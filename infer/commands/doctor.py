@@ -10,11 +10,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PATH = click.Path(path_type=Path)
-
 
 @click.command()
-@click.argument("bundle", type=PATH, required=False)
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(bundle: Path | None, as_json: bool) -> None:
     """What this machine has, and what training and prediction would use here.

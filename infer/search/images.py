@@ -23,8 +23,6 @@ from infer.search.read import open_feature_file
 
 log = logging.getLogger("infer")
 
-DEFAULT_TOP = 5
-
 
 class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
     """An image of a file of features: its row there, and its cosine similarity to the query."""
@@ -57,9 +55,7 @@ class SearchResult(msgspec.Struct, frozen=True, kw_only=True):
     queries: tuple[QueryResult, ...]
 
 
-def search_images(
-    paths: Sequence[str], features: Path, *, model: Path | None = None, top: int = DEFAULT_TOP
-) -> SearchResult:
+def search_images(paths: Sequence[str], features: Path, *, model: Path | None, top: int) -> SearchResult:
     """Find the images whose features are nearest to those of the queries, with the model that made the file.
 
     Args:
