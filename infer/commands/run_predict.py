@@ -18,8 +18,7 @@ from infer.bundle.load import Bundle
 from infer.predict.feature_files import info_of, open_features
 from infer.predict.gallery import open_gallery
 from infer.predict.inputs import Inputs, find_inputs
-from infer.predict.options import PredictOptions, check_options, how_to_go_on
-from infer.predict.outputs import check_outputs
+from infer.predict.options import PredictOptions, check_options, check_outputs, how_to_go_on
 from infer.predict.resume import check_saved_identity, identity_of, save_identity, skip_completed
 from infer.predict.rows import ErrorRow, RowShape, names_of
 from infer.predict.table import RowCounter, Summary, open_table
