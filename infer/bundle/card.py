@@ -25,7 +25,7 @@ from data_pipeline.common.errors import CorruptFileError
 from data_pipeline.common.files import read_small
 from data_pipeline.common.text import visible
 from data_pipeline.transforms.preprocessing import describe_preprocessing
-from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
+from infer.bundle.describe import gate_lines
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import CPU_NAME, ENGINE_NAME, INPUT_NAME, MANIFEST_NAME, ONNX_NAME, OUTPUT_NAME
 
@@ -81,14 +81,14 @@ def gate_section(manifest: Manifest) -> str:
     if rebuild is not None and rebuild.unknown is not None:  # an error's text, which may name places
         rebuild = replace(rebuild, unknown=f"it was not compared; {MANIFEST_NAME} says why")
     report = "\n".join(map(visible, gate_lines(manifest.report, rebuild)))
-    files = [f"- `{ONNX_NAME}`: {precision_words(manifest.precision_check)}"]
+    files = [f"- `{ONNX_NAME}`: {manifest.precision_check.words()}"]
     if manifest.cpu is not None:
-        files.append(f"- `{CPU_NAME}`: {cpu_words(manifest.cpu)}")
+        files.append(f"- `{CPU_NAME}`: {manifest.cpu.words()}")
     if manifest.engine is not None:
-        files.append(f"- `{ENGINE_NAME}`: {engine_words(manifest.engine)}")
+        files.append(f"- `{ENGINE_NAME}`: {manifest.engine.words()}")
     files.append(f"- `{WEIGHTS_NAME}`: the checkpoint's weights in float32, for other programs")
     if manifest.calibration is not None:
-        report = f"{visible(calibration_words(manifest.calibration))}\n{report}"
+        report = f"{visible(manifest.calibration.words())}\n{report}"
     return (
         f"{_BEGIN}\n## Files and gate\n\n"
         + "\n".join(files)

@@ -10,11 +10,10 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
+from infer.bundle.describe import gate_lines
 from infer.bundle.gate_report import LIMITS, GateReport, Rebuild
 from infer.bundle.load import Bundle, file_problem, find_bundle, names_beside
 from infer.bundle.manifest import Manifest, read_digest, read_manifest
-from infer.bundle.onnx_versions import runtime_words
 from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
@@ -161,10 +160,10 @@ def report_lines(report: BundleReport) -> list[str]:
         f"  {checkpoint.model}, recipe {checkpoint.recipe}, step {checkpoint.step}, epoch {checkpoint.epoch}"
         f"{f'; {metrics}' if metrics else ''}",
         f"  made with {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
-        f"  precision, read from {ONNX_NAME}: {precision_words(report.precision_check)}",
+        f"  precision, read from {ONNX_NAME}: {report.precision_check.words()}",
     ]
     if report.calibration is not None:
-        lines.append(f"  {calibration_words(report.calibration)}")
+        lines.append(f"  {report.calibration.words()}")
     lines += gate_lines(report.gate, report.rebuild)
     if not report.gate_limits_are_todays:
         lines.append("  (those were the limits of its version; this one has others)")
@@ -181,11 +180,11 @@ def _loads_on(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
     check, made_with = manifest.precision_check, manifest.versions.get("onnxruntime-gpu", "unknown")
     words = f"exported with ONNX Runtime {made_with}"
-    if needs := runtime_words(check):
+    if needs := check.runtime_words():
         words = f"{needs}, on CPU and GPUs; {words}"
     engine = manifest.engine
-    for_cpu = {CPU_NAME: cpu_words(manifest.cpu)} if manifest.cpu else {}
-    return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine_words(engine)} if engine else {})}
+    for_cpu = {CPU_NAME: manifest.cpu.words()} if manifest.cpu else {}
+    return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine.words()} if engine else {})}
 
 
 def _on_cpu(bundle: Bundle) -> str:
