@@ -21,15 +21,7 @@ from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
 from infer.predict.rows import CompletedRow, Rank, RowShape, check_top
 from infer.predict.truth import FOLDER, Ranks
-from infer.predict.writers import (
-    ROW_GROUP,
-    FileFormat,
-    csv_columns,
-    import_parquet,
-    journal_of,
-    parquet_schema,
-    safe_cell,
-)
+from infer.predict.writers import FileFormat, csv_columns, journal_of, restore_journal, safe_cell
 
 log = logging.getLogger("infer")
 
@@ -194,7 +186,7 @@ def completed_rows(format: FileFormat, output: Path, shape: RowShape) -> Iterato
     if format == "parquet":
         journal = journal_of(output)
         if not journal.exists() and output.exists():
-            _read_parquet(output, journal, shape)
+            restore_journal(output, shape)
         format, output = "jsonl", journal
     if not output.exists():
         return
@@ -245,19 +237,3 @@ def _parse(
     if not whole or (rank and not rank.isdecimal()):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
     return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error", Rank(int(rank)) if rank else None)
-
-
-def _read_parquet(output: Path, journal: Path, shape: RowShape) -> None:
-    """Turn a finished Parquet file back into its journal, to continue after its last row."""
-    pa, pq = import_parquet()
-    temporary = journal.with_name(f".{journal.name}.partial")
-    try:
-        with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
-            if not file.schema_arrow.equals(parquet_schema(shape)):
-                raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
-            for batch in file.iter_batches(ROW_GROUP):
-                for row in batch.to_pylist():
-                    lines.write(msgspec.json.encode({k: v for k, v in row.items() if v is not None}) + b"\n")
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptFileError(f"{printable(output)} is no whole Parquet file: {error}") from error
-    temporary.replace(journal)

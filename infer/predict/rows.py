@@ -143,10 +143,7 @@ def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> l
     return [
         tuple(
             Prediction(
-                class_id=int(c),
-                class_name=classes[c],
-                label=labels[c],
-                probability=min(float(row_C[c]), 1.0),
+                class_id=int(c), class_name=classes[c], label=labels[c], probability=min(float(row_C[c]), 1.0)
             )
             for c in ranked_K
         )

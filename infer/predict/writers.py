@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.text import printable
 from infer.predict.rows import ErrorRow, OkRow, Row, RowShape
 
@@ -191,3 +191,25 @@ def _write_parquet(journal: Path, output: Path, shape: RowShape) -> None:
         while rows := [msgspec.json.decode(line) for line in itertools.islice(lines, ROW_GROUP)]:
             writer.write_table(pa.Table.from_pylist(rows, schema))
     temporary.replace(output)
+
+
+def restore_journal(output: Path, shape: RowShape) -> None:
+    """Turn a finished Parquet file back into its journal, to continue after its last row.
+
+    Raises:
+        UserError: it has other columns.
+        CorruptFileError: it is no whole Parquet file.
+    """
+    pa, pq = import_parquet()
+    journal = journal_of(output)
+    temporary = journal.with_name(f".{journal.name}.partial")
+    try:
+        with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
+            if not file.schema_arrow.equals(parquet_schema(shape)):
+                raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
+            for batch in file.iter_batches(ROW_GROUP):
+                for row in batch.to_pylist():
+                    lines.write(msgspec.json.encode({k: v for k, v in row.items() if v is not None}) + b"\n")
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptFileError(f"{printable(output)} is no whole Parquet file: {error}") from error
+    temporary.replace(journal)

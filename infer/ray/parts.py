@@ -135,7 +135,7 @@ def completed_parts(plan: Plan) -> dict[int, int]:
         path = plan.part_path(number)
         try:
             if path.exists():
-                completed[number] = _count_errors(plan, number)
+                completed[number] = _count_errors(plan, number, path)
         except (ValueError, OSError, msgspec.DecodeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             log.warning(f"{printable(path)} is not whole and is predicted again: {reason}")
@@ -146,9 +146,8 @@ class _IndexedRow(CompletedRow, frozen=True, kw_only=True):
     index: int
 
 
-def _count_errors(plan: Plan, number: int) -> int:
+def _count_errors(plan: Plan, number: int, path: Path) -> int:
     """Number of error rows in a part; ValueError if its rows are not of its inputs, by index and path."""
-    path = plan.part_path(number)
     if plan.job.format == "jsonl":
         lines = path.read_bytes()
         if not lines.endswith(b"\n"):
