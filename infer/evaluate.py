@@ -26,7 +26,7 @@ from data_pipeline.datasets.open import open_dataset, open_recorded
 from data_pipeline.loader import Loader
 from data_pipeline.remote.shards import local_root
 from infer.bundle.load import Bundle, data_of_run, open_bundle
-from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
+from infer.predict.decode import fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
@@ -75,7 +75,7 @@ def evaluate_bundle(
     classes = _ClassCounter(len(manifest.classes))
     size = fit_batch(batch_size, backend.max_batch)
     with (
-        open_decoder(manifest.preprocessing, size, device=decoding_device(backend, "auto")) as source,
+        open_decoder(manifest.preprocessing, size, backend=backend) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
         loader = Loader(source, manifest.preprocessing)

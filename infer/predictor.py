@@ -35,7 +35,6 @@ from infer.predict.decode import (
     DecoderName,
     SilentFaultLog,
     choose_decoder,
-    decoding_device,
     fit_batch,
     host_pixels,
     open_decoder,
@@ -192,9 +191,8 @@ class Predictor:
     @cached_property
     def _loader(self) -> Loader:
         """Kept from the first image on until `close`: DALI's graphs take longer to build than an image."""
-        preprocessing, name = self.bundle.manifest.preprocessing, self._decoder_name
-        device = decoding_device(self.backend, name)
-        decoder = open_decoder(preprocessing, self._batch_size, name, device, self._threads)
+        preprocessing, size = self.bundle.manifest.preprocessing, self._batch_size
+        decoder = open_decoder(preprocessing, size, self._decoder_name, self.backend, self._threads)
         return Loader(self._open.enter_context(decoder), preprocessing, faults=SilentFaultLog())
 
     def _seen_pixels(self, batch: Batch) -> Iterable[NDArray[np.uint8]]:

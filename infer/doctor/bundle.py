@@ -178,13 +178,15 @@ def report_lines(report: BundleReport) -> list[str]:
 
 def _loads_on(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
-    check, made_with = manifest.precision_check, manifest.versions.get("onnxruntime-gpu", "unknown")
-    words = f"exported with ONNX Runtime {made_with}"
-    if needs := check.runtime_words():
+    words = f"exported with ONNX Runtime {manifest.versions.get('onnxruntime-gpu', 'unknown')}"
+    if needs := manifest.precision_check.runtime_words():
         words = f"{needs}, on CPU and GPUs; {words}"
-    engine = manifest.engine
-    for_cpu = {CPU_NAME: manifest.cpu.words()} if manifest.cpu else {}
-    return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine.words()} if engine else {})}
+    found = {ONNX_NAME: words}
+    if manifest.cpu is not None:
+        found[CPU_NAME] = manifest.cpu.words()
+    if manifest.engine is not None:
+        found[ENGINE_NAME] = manifest.engine.words()
+    return found
 
 
 def _on_cpu(bundle: Bundle) -> str:

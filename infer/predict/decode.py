@@ -53,7 +53,7 @@ def open_decoder(
     preprocessing: Preprocessing,
     max_batch: int,
     name: DecoderName = "auto",
-    device: Literal["cpu", "gpu"] = "cpu",
+    backend: InferenceBackend | None = None,
     threads: int | None = None,
 ) -> closing[ImageBackend]:
     """A decoder, as a context that closes it.
@@ -62,9 +62,10 @@ def open_decoder(
         preprocessing: the contract.
         max_batch: most images in one batch.
         name: which decoder.
-        device: "gpu" leaves the images in the first GPU's memory.
+        backend: the model, if images may stay in the memory of its GPU, see `decoding_device`.
         threads: decoding threads; None for one for each core that this process may use.
     """
+    device = "cpu" if backend is None else decoding_device(backend, name)
     num_threads = threads or usable_cores()
     return closing(
         make_backend(

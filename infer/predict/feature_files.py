@@ -113,11 +113,8 @@ def open_features(output: Path, info: FeatureInfo) -> Iterator[RowWriter]:
         with ExitStack() as stack:
             with name_unwritable(output):
                 streams = [stack.enter_context(file.open("wb")) for file in partial]
-            writer: _ParquetWriter | _NpyWriter
-            if len(streams) == 1:
-                writer = _ParquetWriter(info, streams[0], stack)
-            else:
-                writer = _NpyWriter(info, *streams)
+            is_npy = len(streams) > 1
+            writer = _NpyWriter(info, *streams) if is_npy else _ParquetWriter(info, streams[0], stack)
             yield writer
             writer.finish()
         if len(files) > 1:
