@@ -137,9 +137,8 @@ def read_truth(path: Path, ids: dict[str, int]) -> dict[str, int]:
     classes: dict[str, int] = {}
     unknown: dict[str, None] = {}
     for cells in _rows(reader, name):
-        if not cells or (
-            reader.line_num == 1 and [c.strip().lower() for c in cells[:2]] == ["path", "class"]
-        ):
+        is_header = reader.line_num == 1 and [cell.strip().lower() for cell in cells[:2]] == ["path", "class"]
+        if is_header or not cells:
             continue
         where = f"--truth {name} line {reader.line_num}"
         if len(cells) < 2 or not cells[0]:
