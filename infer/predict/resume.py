@@ -113,11 +113,8 @@ def check_saved_identity(format: FileFormat, rows: Path, now: RunIdentity) -> No
     try:
         begun = msgspec.json.decode(path.read_bytes(), type=RunIdentity)
     except FileNotFoundError:
-        log.warning(
-            "%s is not there: nobody knows whether the rows in %s are of this model",
-            printable(path),
-            printable(rows),
-        )
+        message = "%s is not there: nobody knows whether the rows in %s are of this model"
+        log.warning(message, printable(path), printable(rows))
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(
             f"{printable(path)} is damaged: {error}; remove it to go on without this check"
