@@ -26,7 +26,7 @@ from data_pipeline.results.class_report import (
     rank_mistakes,
 )
 from infer.bundle.load import Bundle, data_of_run, open_bundle
-from infer.predict.decode import decoding_device, fit_batch, open_decoder, run_valid
+from infer.predict.decode import fit_batch, open_decoder, run_valid
 from infer.predict.rows import DEFAULT_BATCH, rank_classes
 from infer.runtime.base import InferenceBackend
 from infer.runtime.choose import DeviceName, choose_backend
@@ -71,39 +71,38 @@ def evaluate_bundle(
             f"{printable(dataset.root)}/{dataset.split} has other classes than the model "
             f"({len(dataset.classes)} and {len(manifest.classes)}): name its data with --data"
         )
-    num_samples = num_top1 = num_top5 = num_failed = 0
-    loss_sum = 0.0
+    num_failed, loss_sum = 0, 0.0
     classes = _ClassCounter(len(manifest.classes))
     size = fit_batch(batch_size, backend.max_batch)
     with (
-        open_decoder(manifest.preprocessing, size, device=decoding_device(backend, "auto")) as source,
+        open_decoder(manifest.preprocessing, size, backend=backend) as source,
         show_progress("evaluate", len(dataset)) as progress,
     ):
         loader = Loader(source, manifest.preprocessing)
         for batch in loader.eval(dataset, micro_batch=size, ten_crop=ten_crop):
-            probabilities_NC, labels_N = run_valid(backend, batch, size), batch.labels[batch.valid]
-            ranked_NK = rank_classes(probabilities_NC, TOP_K)
-            hits_NK = ranked_NK == labels_N[:, None]
-            classes.add(probabilities_NC, ranked_NK, labels_N, batch.indices[batch.valid])
-            true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
-            num_samples += len(labels_N)
-            num_top1 += int(hits_NK[:, :1].sum())
-            num_top5 += int(hits_NK.sum())
-            # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
-            loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
             num_failed += len(batch.failures)
             progress.advance(len(batch))
+            if not batch.valid.any():
+                continue
+            probabilities_NC, _ = run_valid(backend, batch, size)
+            labels_N = batch.labels[batch.valid]
+            classes.add(probabilities_NC, labels_N, batch.indices[batch.valid])
+            true_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
+            # A probability that float32 rounds to 0 counts as the smallest that it can hold: a loss of 103.
+            loss_sum -= float(np.log(np.maximum(true_N, np.finfo(np.float32).smallest_subnormal)).sum())
+    counts = classes.counts
+    num_samples = int(counts.confusion.sum())
     assert num_samples + num_failed == len(dataset), (num_samples, num_failed, len(dataset))
     if not num_samples:
         raise UserError(f"none of the {num_failed} images in {printable(dataset.root)} could be read")
     found = Evaluation(
-        top1=num_top1 / num_samples,
-        top5=num_top5 / num_samples,
+        top1=int(np.trace(counts.confusion)) / num_samples,
+        top5=int(counts.top5.sum()) / num_samples,
         loss=loss_sum / num_samples,
         num_samples=num_samples,
         num_failed=num_failed,
     )
-    return found, classes.counts, classes.report(dataset)
+    return found, counts, classes.report(dataset)
 
 
 class _ClassCounter:
@@ -115,12 +114,9 @@ class _ClassCounter:
         self._mistakes: list[tuple[float, int, int, int]] = []
 
     def add(
-        self,
-        probabilities_NC: NDArray[np.float32],
-        ranked_NK: NDArray[np.int64],
-        labels_N: NDArray[np.int64],
-        indices_N: NDArray[np.int64],
+        self, probabilities_NC: NDArray[np.float32], labels_N: NDArray[np.int64], indices_N: NDArray[np.int64]
     ) -> None:
+        ranked_NK = rank_classes(probabilities_NC, TOP_K)
         found_N = ranked_NK[:, 0]
         np.add.at(self.counts.confusion, (labels_N, found_N), 1)
         np.add.at(self.counts.top5, labels_N, (ranked_NK == labels_N[:, None]).any(axis=1))
@@ -154,7 +150,7 @@ def evaluate_exported(
     root = local_root(data or data_of_run(bundle), [split])
     dataset = open_dataset(root, split) if data else open_recorded(root, split)
     log_passed_over(dataset.split, dataset.passed_over)
-    choice = choose_backend(bundle, device=device)
-    with closing(choice.backend):
-        log.info(f"runs on: {choice.sentence}")
-        return evaluate_bundle(bundle, choice.backend, dataset, ten_crop=ten_crop)
+    backend, runs_on = choose_backend(bundle, device=device)
+    with closing(backend):
+        log.info(f"runs on: {runs_on}")
+        return evaluate_bundle(bundle, backend, dataset, ten_crop=ten_crop)

@@ -16,12 +16,17 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
+from msgspec.structs import asdict, replace
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.text import printable
 from data_pipeline.loader import ImageSource, Loader
 from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle, open_bundle
@@ -30,33 +35,29 @@ from infer.predict.decode import (
     DecoderName,
     SilentFaultLog,
     choose_decoder,
-    decoding_device,
     fit_batch,
     host_pixels,
     open_decoder,
     run_valid,
-    run_valid_outputs,
 )
+from infer.predict.inputs import Item, from_pixels
 from infer.predict.rows import (
     DEFAULT_BATCH,
+    ErrorRow,
+    FeatureRow,
     OkRow,
     PredictionWithPixels,
     Row,
     RowShape,
+    Truth,
     check_top,
     names_of,
-    rows_of,
-    with_features,
+    rank_of,
+    top_k,
 )
 from infer.runtime.choose import BackendName, DeviceName, choose_backend
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL.Image import Image
-
-    from infer.predict.inputs import Item
-
-    Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
+Input = str | os.PathLike[str] | ImageSource | NDArray[np.uint8] | Image
 
 NUM_VIEWS, CENTRE_VIEW = 10, 4
 """Of the paper's ten crops; and which of them is the centre, not mirrored."""
@@ -109,21 +110,21 @@ class Predictor:
         if not 0 <= min_probability <= 1:
             raise UserError(f"--min-probability {min_probability}: 0 to 1")
         self.bundle = bundle
-        self.top = check_top(bundle, top)
+        self.top, self._names = check_top(bundle, top), names_of(bundle)
         if features is not None:
             check_features(bundle, features)
         self._batch_size = fit_batch(batch_size, bundle.manifest.max_batch)
         self._min_probability, self._ten_crop, self._threads = min_probability, ten_crop, threads
-        self._features = features
+        self._features = features is not None
         started = time.perf_counter()
         num_views = None if expected is None else expected * (NUM_VIEWS if ten_crop else 1)
         self.backend, self.runs_on = choose_backend(
             bundle, backend=backend, device=device, threads=threads or 0, expected=num_views
         )
         self.load_s = time.perf_counter() - started
-        self._decoder_name = choose_decoder(decoder, self.backend, expected)
         self._open = ExitStack()
-        self._loader: Loader | None = None
+        self._open.callback(self.backend.close)
+        self._decoder_name = choose_decoder(decoder, self.backend, expected)
 
     def __call__(self, inputs: Input | Iterable[Input]) -> Iterator[Row]:
         """A row for each input, in order, as batches finish; memory does not grow with their number.
@@ -148,48 +149,51 @@ class Predictor:
         Pixels are valid until the next row is asked for. Of ten crops they are the one in the centre. With
         `class_at`, which gives the true class of a path or None, rows have their truth.
         """
-        names = names_of(self.bundle)
         with closing(self.decode(inputs)) as batches:
             for batch in batches:
-                features_ND = None
-                if self._features is None:
-                    probabilities_NC = run_valid(self.backend, batch, self._batch_size)
-                else:
-                    probabilities_NC, features_ND = run_valid_outputs(self.backend, batch, self._batch_size)
-                rows = rows_of(
-                    batch,
-                    probabilities_NC,
-                    names,
-                    top=self.top,
-                    min_probability=self._min_probability,
-                    class_at=class_at,
-                )
-                if features_ND is not None:
-                    rows = with_features(rows, features_ND)
                 pixels = self._seen_pixels(batch) if keep_pixels else [None] * len(batch)
-                for row, seen in zip(rows, pixels, strict=True):
+                for row, seen in zip(self._rows_of(batch, class_at), pixels, strict=True):
                     yield PredictionWithPixels(row, seen if isinstance(row, OkRow) else None)
+
+    def _rows_of(self, batch: Batch, class_at: Callable[[Path], int | None] | None) -> Iterator[Row]:
+        r"""Run the model on a batch, and give a row for each of its images, in order.
+
+        A path that is not UTF-8 is shown with `\xNN` for its odd bytes, so that a row is always valid JSON.
+        """
+        outputs = run_valid(self.backend, batch, self._batch_size, features=self._features)
+        probabilities_NC, features_ND = outputs
+        predicted = zip(top_k(probabilities_NC, self._names, self.top), probabilities_NC, strict=True)
+        features, failures = None if features_ND is None else iter(features_ND), iter(batch.failures)
+        for path, valid in zip(batch.paths, batch.valid, strict=True):
+            if not valid:
+                yield ErrorRow(path=printable(path), error=next(failures).reason)
+                continue
+            best, row_C = next(predicted)
+            row = OkRow(
+                path=printable(path),
+                predictions=tuple(p for p in best if p.probability >= self._min_probability),
+            )
+            place = None if class_at is None else class_at(path)
+            if place is not None:
+                label = self._names.labels[place]
+                row = replace(row, truth=Truth(class_id=place, label=label, rank=rank_of(row_C, place)))
+            yield row if features is None else FeatureRow(**asdict(row), features=next(features))
 
     @property
     def row_shape(self) -> RowShape:
         """What the rows have in common."""
-        return RowShape(self.top, named=bool(names_of(self.bundle).in_data))
+        return RowShape(self.top, named=bool(self._names.in_data))
 
     def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:
         """The inputs as a call decodes them for the model, batch by batch. Close it when done."""
-        if self._loader is None:  # kept until `close`: DALI's graphs take longer to build than an image
-            preprocessing = self.bundle.manifest.preprocessing
-            decoder = self._open.enter_context(
-                open_decoder(
-                    preprocessing,
-                    self._batch_size,
-                    self._decoder_name,
-                    decoding_device(self.backend, self._decoder_name),
-                    self._threads,
-                )
-            )
-            self._loader = Loader(decoder, preprocessing, faults=SilentFaultLog())
         return self._loader.predict(_items(inputs), micro_batch=self._batch_size, ten_crop=self._ten_crop)
+
+    @cached_property
+    def _loader(self) -> Loader:
+        """Kept from the first image on until `close`: DALI's graphs take longer to build than an image."""
+        preprocessing, size = self.bundle.manifest.preprocessing, self._batch_size
+        decoder = open_decoder(preprocessing, size, self._decoder_name, self.backend, self._threads)
+        return Loader(self._open.enter_context(decoder), preprocessing, faults=SilentFaultLog())
 
     def _seen_pixels(self, batch: Batch) -> Iterable[NDArray[np.uint8]]:
         pixels = host_pixels(batch)
@@ -198,8 +202,6 @@ class Predictor:
     def close(self) -> None:
         """Free the decoder and the model; a second call does nothing."""
         self._open.close()
-        self._loader = None
-        self.backend.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -225,10 +227,6 @@ def check_features(bundle: Bundle, layer: FeatureLayer) -> None:
 
 
 def _items(inputs: Input | Iterable[Input]) -> Iterator[Item]:
-    from PIL.Image import Image
-
-    from infer.predict.pixels import from_pixels
-
     single = isinstance(inputs, (str, os.PathLike, ImageSource, np.ndarray, Image))
     for number, one in enumerate([inputs] if single else inputs):  # type: ignore[arg-type]
         if isinstance(one, ImageSource):

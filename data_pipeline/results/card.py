@@ -39,6 +39,12 @@ class InitRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     unused: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
+    def words(self) -> str:
+        """`began with runs/…/step-00000005: 14 tensors loaded, 2 made anew, 2 left unused`."""
+        anew = f", {len(self.made_anew)} made anew" if self.made_anew else ""
+        unused = f", {len(self.unused)} left unused" if self.unused else ""
+        return f"began with {self.source}: {len(self.loaded)} tensors loaded{anew}{unused}"
+
 
 def code(text: str, *, in_table: bool = False) -> str:
     r"""A name from a user as a code span, in which Markdown, HTML and links mean nothing.

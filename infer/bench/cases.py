@@ -75,7 +75,7 @@ class BundleCase:
             return lambda: valid_images(decoded)
         if phase == "model":
             return lambda: run_valid(predictor.backend, decoded, batch)
-        probabilities = run_valid(predictor.backend, decoded, batch)
+        probabilities, _ = run_valid(predictor.backend, decoded, batch)
         names = names_of(predictor.bundle)
         return lambda: top_k(probabilities, names, 5)
 

@@ -7,9 +7,9 @@ gate stands between two comments, so that an engine that is built later renews i
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 
 from msgspec.structs import replace
 
@@ -25,7 +25,7 @@ from data_pipeline.results.card import (
     named_accuracies,
 )
 from data_pipeline.transforms.preprocessing import describe_preprocessing
-from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
+from infer.bundle.describe import gate_lines
 from infer.bundle.manifest import Manifest
 from infer.bundle.schema import CPU_NAME, ENGINE_NAME, INPUT_NAME, MANIFEST_NAME, ONNX_NAME, OUTPUT_NAME
 
@@ -33,19 +33,19 @@ log = logging.getLogger("infer")
 
 _BEGIN, _END = "<!-- alexnet: files and gate -->", "<!-- alexnet: end -->"
 
-_LOAD = f"""\
+_LOAD = Template(f"""\
 import json, numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
 about = json.load(open("{MANIFEST_NAME}", encoding="utf-8"))
-image, side, crop = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"), SIDE, CROP
+image, side, crop = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"), $side, $crop
 image = image.resize([side * extent // min(image.size) for extent in image.size], Image.Resampling.BILINEAR)
 x, y = (round((extent - crop) / 2) for extent in image.size)
 images = np.asarray(image.crop((x, y, x + crop, y + crop)))[None]  # uint8 RGB, NHWC
-session = onnxruntime.InferenceSession("FILE", providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession("$file", providers=["CPUExecutionProvider"])
 probabilities = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})[0][0].tolist()
 print(*sorted(zip(probabilities, about["labels_text"] or about["classes"]), reverse=True)[:5], sep="\\n")
-"""
+""")
 
 
 def bundle_card(manifest: Manifest, data: str, training: Sequence[str]) -> str:
@@ -81,14 +81,14 @@ def gate_section(manifest: Manifest) -> str:
     if rebuild is not None and rebuild.unknown is not None:  # an error's text, which may name places
         rebuild = replace(rebuild, unknown=f"it was not compared; {MANIFEST_NAME} says why")
     report = "\n".join(map(visible, gate_lines(manifest.report, rebuild)))
-    files = [f"- `{ONNX_NAME}`: {precision_words(manifest.precision_check)}"]
+    files = [f"- `{ONNX_NAME}`: {manifest.precision_check.words()}"]
     if manifest.cpu is not None:
-        files.append(f"- `{CPU_NAME}`: {cpu_words(manifest.cpu)}")
+        files.append(f"- `{CPU_NAME}`: {manifest.cpu.words()}")
     if manifest.engine is not None:
-        files.append(f"- `{ENGINE_NAME}`: {engine_words(manifest.engine)}")
+        files.append(f"- `{ENGINE_NAME}`: {manifest.engine.words()}")
     files.append(f"- `{WEIGHTS_NAME}`: the checkpoint's weights in float32, for other programs")
     if manifest.calibration is not None:
-        report = f"{visible(calibration_words(manifest.calibration))}\n{report}"
+        report = f"{visible(manifest.calibration.words())}\n{report}"
     return (
         f"{_BEGIN}\n## Files and gate\n\n"
         + "\n".join(files)
@@ -122,12 +122,8 @@ def renew_card(path: Path, manifest: Manifest) -> None:
 
 def _use_text(manifest: Manifest) -> str:
     preprocessing, cpu = manifest.preprocessing, manifest.cpu
-    values = {
-        "SIDE": str(preprocessing.resize_px),
-        "CROP": str(preprocessing.crop_px),
-        "FILE": cpu.file if cpu else ONNX_NAME,
-    }
-    block = re.sub("SIDE|CROP|FILE", lambda found: values[found[0]], _LOAD)
+    file = cpu.file if cpu else ONNX_NAME
+    block = _LOAD.substitute(side=preprocessing.resize_px, crop=preprocessing.crop_px, file=file)
     needs = f" (`{cpu.file}` reads its weights from `{cpu.reads}`)" if cpu and cpu.reads else ""
     return (
         f"With plain ONNX Runtime, NumPy and Pillow, in this folder{needs}:\n\n```python\n{block}```\n\n"

@@ -6,19 +6,9 @@ from collections.abc import Mapping
 
 from msgspec.structs import astuple
 
-from data_pipeline.results.card import InitRecord
 from infer.bundle.gate_report import Agreement, GateReport, Limits, Rebuild
 from infer.bundle.load import Bundle, names_beside
-from infer.bundle.onnx_versions import runtime_words
-from infer.bundle.schema import (
-    CPU_NAME,
-    ENGINE_NAME,
-    ONNX_NAME,
-    Calibration,
-    CpuModel,
-    Engine,
-    PrecisionCheck,
-)
+from infer.bundle.schema import CPU_NAME, ENGINE_NAME, ONNX_NAME
 
 _COLUMNS = "    {:<14}  {:>8}  {:>8}  {:>4}  {:>8}  {:>8}  {:>8}"
 _HEADER = ("", "top-1", "top-5", "ties", "largest", "mean", "accuracy")
@@ -39,16 +29,16 @@ def describe_export(bundle: Bundle) -> list[str]:
     if manifest.feature_layer is not None:
         lines.append(f"  features: {manifest.num_features} of {manifest.feature_layer}, a second output")
     if manifest.engine is not None:
-        lines.append(f"  engine: {engine_words(manifest.engine)}")
+        lines.append(f"  engine: {manifest.engine.words()}")
     if manifest.checkpoint.init is not None:
-        lines.append(f"  {init_words(manifest.checkpoint.init)}")
-    lines.append(f"  precision, read from {ONNX_NAME}: {precision_words(manifest.precision_check)}")
-    if needs := runtime_words(manifest.precision_check):
+        lines.append(f"  {manifest.checkpoint.init.words()}")
+    lines.append(f"  precision, read from {ONNX_NAME}: {manifest.precision_check.words()}")
+    if needs := manifest.precision_check.runtime_words():
         lines.append(f"  needs {needs}")
     if manifest.cpu is not None:
-        lines.append(f"  {CPU_NAME}: {cpu_words(manifest.cpu)}")
+        lines.append(f"  {CPU_NAME}: {manifest.cpu.words()}")
     if manifest.calibration is not None:
-        lines.append(f"  {calibration_words(manifest.calibration)}")
+        lines.append(f"  {manifest.calibration.words()}")
     if manifest.report is not None:
         lines += [f"  {line}" for line in gate_lines(manifest.report, manifest.rebuild)]
     return lines
@@ -93,44 +83,6 @@ def rebuild_lines(rebuild: Rebuild, limits: Limits) -> list[str]:
         _row(ENGINE_NAME, rebuild.agreement),
         *_feature_line({ENGINE_NAME: rebuild.agreement}, limits),
     ]
-
-
-def init_words(init: InitRecord) -> str:
-    """`began with runs/…/step-00000005: 14 tensors loaded, 2 made anew, 2 left unused`."""
-    counts = [f"{len(init.loaded)} tensors loaded"]
-    counts += [
-        f"{len(names)} {what}"
-        for names, what in ((init.made_anew, "made anew"), (init.unused, "left unused"))
-        if names
-    ]
-    return f"began with {init.source}: {', '.join(counts)}"
-
-
-def engine_words(engine: Engine) -> str:
-    """`tensorrt 11.0, loads on GPUs of sm89; batches of 1 to 64, tuned for 32, builder level 3`."""
-    smallest, tuned, largest = engine.profile_batches
-    timed = f", timed on {engine.built_on}" if engine.built_on else ""
-    return (
-        f"{engine.library} {engine.version}, loads on GPUs of {', '.join(engine.gpus)}; "
-        f"batches of {smallest} to {largest}, tuned for {tuned}, builder level {engine.builder_level}{timed}"
-    )
-
-
-def precision_words(check: PrecisionCheck) -> str:
-    """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
-    kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in check.computed_in.items())
-    return f"{kinds}; {check.num_quantize} Q and {check.num_dequantize} DQ nodes"
-
-
-def cpu_words(cpu: CpuModel) -> str:
-    """`for ONNX Runtime on a CPU, reads its weights from model.onnx beside it; Conv float, …`."""
-    weights = f", reads its weights from {cpu.reads} beside it" if cpu.reads else ""
-    return f"for ONNX Runtime on a CPU{weights}; {precision_words(cpu.precision_check)}"
-
-
-def calibration_words(by: Calibration) -> str:
-    """`calibrated on 256 images of digits/train (minmax)`."""
-    return f"calibrated on {by.num_images} images of {by.data}/{by.split} ({by.method})"
 
 
 def limit_words(limits: Limits) -> str:

@@ -104,12 +104,10 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ValueError(f"precision {self.precision} and the calibration contradict each other")
         if self.engine is None and self.rebuild is not None:
             raise ValueError("an engine was built again, and there is none")
-        crop_px = self.preprocessing.crop_px
-        probabilities, features = self.outputs[:1], self.outputs[1:]
-        if self.inputs != (image_input(crop_px),) or probabilities != (
-            probability_output(len(self.classes)),
-        ):
+        images, probabilities = image_input(self.preprocessing.crop_px), probability_output(len(self.classes))
+        if self.inputs != (images,) or self.outputs[:1] != (probabilities,):
             raise ValueError("inputs or outputs do not fit the preprocessing and the classes")
+        features = self.outputs[1:]
         if len(features) > 1 or not all(map(is_feature_output, features)):
             raise ValueError("there are outputs besides the probabilities that are no layer's features")
         if not self.classes:

@@ -1,4 +1,7 @@
-"""Names, field types and parts of `bundle.json`; `gate_report` has the gate's, `manifest` the whole."""
+"""Names, field types and parts of `bundle.json`; `gate_report` has the gate's, `manifest` the whole.
+
+`words` of a part describes it for people, in a line.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,15 @@ Precision = Literal["fp32", "fp16", "int8"]
 FeatureLayer = Literal["fc7", "fc6", "pool5"]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+OPSET_SINCE = {17: "1.12", 18: "1.14", 19: "1.16", 20: "1.17", 21: "1.18"}
+IR_SINCE = {8: "1.12", 9: "1.15", 10: "1.18"}
+"""Which versions of ONNX Runtime load a file, by its opset and its IR version.
+
+IR 8 is older than 1.12, the first that has any opset of ours. Measured with wheels of ONNX Runtime 1.11 to
+1.17. Its docs/Versioning.md says the same, except that it claims opset 19 for 1.15, whose CPU provider has no
+`Cast` of opset 19.
+"""
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -77,6 +89,15 @@ class Engine(Strict, frozen=True):
     builder_level: int
     built_on: str = ""
 
+    def words(self) -> str:
+        """`tensorrt 11.0, loads on GPUs of sm89; batches of 1 to 64, tuned for 32, builder level 3`."""
+        smallest, tuned, largest = self.profile_batches
+        timed = f", timed on {self.built_on}" if self.built_on else ""
+        return (
+            f"{self.library} {self.version}, loads on GPUs of {', '.join(self.gpus)}; batches of {smallest} "
+            f"to {largest}, tuned for {tuned}, builder level {self.builder_level}{timed}"
+        )
+
 
 class Calibration(Strict, frozen=True):
     """The training images that the ranges of an int8 model come from."""
@@ -85,6 +106,10 @@ class Calibration(Strict, frozen=True):
     split: str
     num_images: Count
     method: Literal["minmax"]
+
+    def words(self) -> str:
+        """`calibrated on 256 images of digits/train (minmax)`."""
+        return f"calibrated on {self.num_images} images of {self.data}/{self.split} ({self.method})"
 
 
 class PrecisionCheck(Strict, frozen=True):
@@ -104,6 +129,18 @@ class PrecisionCheck(Strict, frozen=True):
     opset: int
     ir_version: int
 
+    def words(self) -> str:
+        """`Conv float16, Gemm float16, LRN float; 0 Q and 0 DQ nodes`."""
+        kinds = ", ".join(f"{name} {'/'.join(types)}" for name, types in self.computed_in.items())
+        return f"{kinds}; {self.num_quantize} Q and {self.num_dequantize} DQ nodes"
+
+    def runtime_words(self) -> str | None:
+        """`ONNX Runtime 1.17 or later (opset 20, IR 9)`; None for versions that are not ours."""
+        if self.opset not in OPSET_SINCE or self.ir_version not in IR_SINCE:
+            return None
+        since = max(OPSET_SINCE[self.opset], IR_SINCE[self.ir_version])
+        return f"ONNX Runtime {since} or later (opset {self.opset}, IR {self.ir_version})"
+
 
 class CpuModel(Strict, frozen=True):
     """The form of the model that ONNX Runtime's CPU provider runs, where it is not `model.onnx` itself.
@@ -118,6 +155,11 @@ class CpuModel(Strict, frozen=True):
     file: str
     reads: str
     precision_check: PrecisionCheck = msgspec.field(name="proof")
+
+    def words(self) -> str:
+        """`for ONNX Runtime on a CPU, reads its weights from model.onnx beside it; Conv float, …`."""
+        weights = f", reads its weights from {self.reads} beside it" if self.reads else ""
+        return f"for ONNX Runtime on a CPU{weights}; {self.precision_check.words()}"
 
 
 def image_input(crop_px: int) -> TensorSpec:

@@ -28,11 +28,10 @@ def staging_folder(target: Path) -> Iterator[Path]:
     check_replaceable(target)
     with writing_to(target, "name another folder for the export"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        prefix = f".{target.name}.building-"
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
 
 
 def check_replaceable(target: Path) -> None:

@@ -10,11 +10,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PATH = click.Path(path_type=Path)
-
 
 @click.command()
-@click.argument("bundle", type=PATH, required=False)
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(bundle: Path | None, as_json: bool) -> None:
     """What this machine has, and what training and prediction would use here.
@@ -28,34 +26,26 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     """
     import msgspec
 
-    if bundle is not None:
+    found: Any
+    if bundle is None:
+        from infer.doctor.machine import examine
+
+        found = examine()
+        lines = [line for name, values in found.items() for line in _section_lines(name, values)]
+    else:
         from infer.doctor.bundle import examine_bundle, report_lines
 
         found = examine_bundle(bundle)
-        if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(found)))
-        else:
-            click.echo("\n".join(report_lines(found)))
-        if not found.healthy:
-            click.echo("error: the bundle is damaged: export the checkpoint again", err=True)
-            raise click.exceptions.Exit(1)
-        return
-    from infer.doctor.machine import examine
-
-    report = examine()
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(report)))
-        return
-    for section, values in report.items():
-        _print_section(section, values)
+        lines = report_lines(found)
+    click.echo(msgspec.json.format(msgspec.json.encode(found)) if as_json else "\n".join(lines))
+    if bundle is not None and not found.healthy:
+        click.echo("error: the bundle is damaged: export the checkpoint again", err=True)
+        raise click.exceptions.Exit(1)
 
 
-def _print_section(name: str, values: Mapping[str, Any] | list[Any]) -> None:
+def _section_lines(name: str, values: Mapping[str, Any] | list[Any]) -> list[str]:
     if isinstance(values, list):
-        click.echo(f"{name}: {'none' if not values else ''}".rstrip())
-        for value in values:
-            click.echo(f"  {', '.join(f'{k} {v}' for k, v in value.items())}")
-        return
-    click.echo(f"{name}:")
-    for key, value in values.items():
-        click.echo(f"  {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        first = f"{name}: {'none' if not values else ''}".rstrip()
+        return [first, *(f"  {', '.join(f'{k} {v}' for k, v in value.items())}" for value in values)]
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
+    return [f"{name}:", *(f"  {key}: {value}" for key, value in shown.items())]

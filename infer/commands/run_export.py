@@ -85,13 +85,13 @@ def run_export(options: ExportOptions) -> Exported:
     Raises:
         UserError, CorruptFileError, BuildError, GateError: see `pipeline` and `rebuild`.
     """
-    source = options.source
-    if source == TORCHVISION:
+    if options.source == TORCHVISION:
         return _from_torchvision(options)
     if options.mirror is not None:
         raise UserError(f"--mirror is for `alexnet export {TORCHVISION}`, which fetches its weights")
-    of_bundle = source is not None and is_bundle(source)
-    return _from_bundle(options) if of_bundle else _from_checkpoint(options)
+    if options.source is not None and is_bundle(options.source):
+        return _from_bundle(options, find_bundle(options.source))
+    return _from_checkpoint(options)
 
 
 def _from_torchvision(options: ExportOptions) -> Exported:
@@ -120,8 +120,8 @@ def _check_options(options: ExportOptions) -> tuple[tuple[Format, ...], Precisio
     formats, precision = parse_formats(options.formats or "onnx"), options.precision or "fp32"
     check_max_batch(DEFAULT_MAX_BATCH if options.max_batch is None else options.max_batch)
     options.onnx()
-    if options.triton is not None:
-        _check_triton(options.triton, formats, precision, options.engine())
+    options.engine()
+    _check_triton(options, formats, precision, builds="trt" in formats)
     return formats, precision
 
 
@@ -148,9 +148,7 @@ def _from_checkpoint(options: ExportOptions, images: Dataset | None = None) -> E
     return Exported(bundles=bundles, triton=models)
 
 
-def _from_bundle(options: ExportOptions) -> Exported:
-    assert options.source is not None
-    folder = find_bundle(options.source)
+def _from_bundle(options: ExportOptions, folder: Path) -> Exported:
     wanted = None if options.formats is None else parse_formats(options.formats)
     engine = options.engine()
     building = wanted is not None and "trt" in wanted
@@ -175,10 +173,7 @@ def _from_bundle(options: ExportOptions) -> Exported:
                 "--triton DIR writes a model repository"
             )
     formats = wanted or (("onnx",) if manifest.engine is None else ("onnx", "trt"))
-    if options.triton is not None:
-        check_repository(options.triton, formats, manifest.precision)
-        if building:
-            _check_triton(options.triton, formats, manifest.precision, engine)
+    _check_triton(options, formats, manifest.precision, builds=building)
     if building:
         from infer.export.rebuild import rebuild_engine
 
@@ -192,9 +187,11 @@ def _from_bundle(options: ExportOptions) -> Exported:
 
 
 def _check_triton(
-    root: Path, formats: tuple[Format, ...], precision: Precision, engine: EngineOptions
+    options: ExportOptions, formats: tuple[Format, ...], precision: Precision, *, builds: bool
 ) -> None:
-    """Raise at once what would be raised after the export."""
-    check_repository(root, formats, precision)
-    if "trt" in formats:
-        check_engine(choose_builder(tensorrt_versions(), scan_gpus(), engine.gpus).library)
+    """Raise at once what `write_repository` would raise after the export; `builds` an engine or not."""
+    if options.triton is None:
+        return
+    check_repository(options.triton, formats, precision)
+    if builds:
+        check_engine(choose_builder(tensorrt_versions(), scan_gpus(), options.engine().gpus).library)

@@ -17,19 +17,12 @@ from data_pipeline.decode.header import image_readers
 from infer.bundle.load import Bundle
 from infer.predict.feature_files import info_of, open_features
 from infer.predict.gallery import open_gallery
-from infer.predict.inputs import Inputs, Item, find_inputs
-from infer.predict.options import PredictOptions, check_options, how_to_go_on
-from infer.predict.outputs import check_outputs
-from infer.predict.resume import (
-    RunIdentity,
-    check_saved_identity,
-    identity_of,
-    save_identity,
-    skip_completed,
-)
+from infer.predict.inputs import Inputs, find_inputs
+from infer.predict.options import PredictOptions, check_options, check_outputs, how_to_go_on
+from infer.predict.resume import check_saved_identity, identity_of, save_identity, skip_completed
 from infer.predict.rows import ErrorRow, RowShape, names_of
 from infer.predict.table import RowCounter, Summary, open_table
-from infer.predict.truth import Tally, open_truth
+from infer.predict.truth import Ranks, open_truth
 from infer.predict.writers import Format, RowWriter, open_output
 from infer.predictor import Predictor
 from infer.runtime.choose import probe_machine
@@ -72,12 +65,16 @@ def _predict_here(options: PredictOptions, format: Format, verified_bundle: Call
         log.info(f"model: {predictor.bundle.folder}")
         log.info(f"runs on: {predictor.runs_on}")
         truth = None if options.truth is None else open_truth(options.truth, predictor.bundle, inputs)
-        identity, tally = identity_of(predictor.bundle, options), None if truth is None else Tally()
+        identity = identity_of(predictor.bundle, options)
+        ranks = None if truth is None else Ranks()
         items, kept, kept_errors = iter(inputs), 0, 0
         shape = predictor.row_shape._replace(truth=truth is not None)
         if options.resume:
-            kept, kept_errors = _skip_completed(options, format, shape, identity, items, tally)
-        counter = RowCounter(predictor.backend, predictor.load_s, tally)
+            assert options.output is not None and format != "table" and format != "features"
+            check_saved_identity(format, options.output, identity)
+            kept, kept_errors = skip_completed(format, options.output, shape, items, ranks)
+            log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
+        counter = RowCounter(predictor.backend, predictor.load_s, ranks)
         writer = stack.enter_context(_open_writer(options, format, shape, predictor))
         if options.output is not None and format not in ("table", "features"):
             save_identity(options.output, identity)
@@ -115,7 +112,7 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
     """Ends the inputs from stdin at Ctrl-C, or an error, before the threads that wait for them are joined."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        inputs.stop()
+        inputs.stopped.set()
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
@@ -125,25 +122,9 @@ def _stop_on_interrupt(inputs: Inputs) -> Iterator[None]:
     try:
         yield
     finally:
-        inputs.stop()
+        inputs.stopped.set()
         if ours:
             signal.signal(signal.SIGINT, before)
-
-
-def _skip_completed(
-    options: PredictOptions,
-    format: Format,
-    shape: RowShape,
-    identity: RunIdentity,
-    items: Iterator[Item],
-    tally: Tally | None,
-) -> tuple[int, int]:
-    """Take the inputs that have a row from `items`; returns how many, and how many of the rows are errors."""
-    assert options.output is not None and format != "table" and format != "features"
-    check_saved_identity(format, options.output, identity)
-    kept, kept_errors = skip_completed(format, options.output, shape, items, tally)
-    log.info(f"--resume: {kept} rows are there already, {kept_errors} of them errors")
-    return kept, kept_errors
 
 
 def _open_writer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +10,10 @@ import msgspec
 import numpy as np
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from infer.bundle.describe import calibration_words, cpu_words, engine_words, gate_lines, precision_words
+from infer.bundle.describe import gate_lines
 from infer.bundle.gate_report import LIMITS, GateReport, Rebuild
 from infer.bundle.load import Bundle, file_problem, find_bundle, names_beside
 from infer.bundle.manifest import Manifest, read_digest, read_manifest
-from infer.bundle.onnx_versions import runtime_words
 from infer.bundle.schema import (
     CPU_NAME,
     ENGINE_NAME,
@@ -27,14 +25,7 @@ from infer.bundle.schema import (
     PrecisionCheck,
 )
 from infer.runtime.base import InferenceBackend
-from infer.runtime.choose import (
-    Machine,
-    decide,
-    probe_machine,
-    rebuild_advice,
-    why_no_cuda,
-    why_no_engine,
-)
+from infer.runtime.choose import Machine, decide, probe_machine, rebuild_advice, why_no_cuda, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 
 _ON_GPU = f"{ONNX_NAME} on the GPU"
@@ -145,10 +136,7 @@ def _examine_files(bundle: Bundle) -> list[FileStatus]:
 
 def _holds(plan: Path, sha256: str) -> bool:
     """Whether a plan holds a checkpoint's hash, which is the name of its network; needs no GPU."""
-    if not plan.stat().st_size:
-        return False
-    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(sha256.encode()) >= 0
+    return sha256.encode() in plan.read_bytes()
 
 
 def report_lines(report: BundleReport) -> list[str]:
@@ -172,10 +160,10 @@ def report_lines(report: BundleReport) -> list[str]:
         f"  {checkpoint.model}, recipe {checkpoint.recipe}, step {checkpoint.step}, epoch {checkpoint.epoch}"
         f"{f'; {metrics}' if metrics else ''}",
         f"  made with {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
-        f"  precision, read from {ONNX_NAME}: {precision_words(report.precision_check)}",
+        f"  precision, read from {ONNX_NAME}: {report.precision_check.words()}",
     ]
     if report.calibration is not None:
-        lines.append(f"  {calibration_words(report.calibration)}")
+        lines.append(f"  {report.calibration.words()}")
     lines += gate_lines(report.gate, report.rebuild)
     if not report.gate_limits_are_todays:
         lines.append("  (those were the limits of its version; this one has others)")
@@ -190,13 +178,15 @@ def report_lines(report: BundleReport) -> list[str]:
 
 def _loads_on(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
-    check, made_with = manifest.precision_check, manifest.versions.get("onnxruntime-gpu", "unknown")
-    words = f"exported with ONNX Runtime {made_with}"
-    if needs := runtime_words(check):
+    words = f"exported with ONNX Runtime {manifest.versions.get('onnxruntime-gpu', 'unknown')}"
+    if needs := manifest.precision_check.runtime_words():
         words = f"{needs}, on CPU and GPUs; {words}"
-    engine = manifest.engine
-    for_cpu = {CPU_NAME: cpu_words(manifest.cpu)} if manifest.cpu else {}
-    return {ONNX_NAME: words, **for_cpu, **({ENGINE_NAME: engine_words(engine)} if engine else {})}
+    found = {ONNX_NAME: words}
+    if manifest.cpu is not None:
+        found[CPU_NAME] = manifest.cpu.words()
+    if manifest.engine is not None:
+        found[ENGINE_NAME] = manifest.engine.words()
+    return found
 
 
 def _on_cpu(bundle: Bundle) -> str:
@@ -232,9 +222,9 @@ def _try(load: Callable[[], InferenceBackend], bundle: Bundle) -> str:
     crop_px = bundle.manifest.preprocessing.crop_px
     try:
         with closing(load()) as backend:
-            probabilities = backend.run(np.full((1, crop_px, crop_px, 3), 128, np.uint8))
-            if not abs(float(probabilities.sum()) - 1) < 1e-2:
-                return f"damaged: its probabilities add up to {float(probabilities.sum()):.3g}"
+            total = float(backend.run(np.full((1, crop_px, crop_px, 3), 128, np.uint8)).probabilities.sum())
+            if not abs(total - 1) < 1e-2:
+                return f"damaged: its probabilities add up to {total:.3g}"
             return f"ok: ran on {backend.device} with {backend.provider}"
     except CorruptFileError as error:
         return f"damaged: {error}"

@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def run_gate(
             candidates[ENGINE_NAME] = stack.enter_context(closing(load_for_gate(bundle)))
         elif earlier is not None:
             return replace(earlier, engine_not_run=engine_not_run)
-        runners = {name: candidate.run_outputs for name, candidate in candidates.items()}
+        runners = {name: partial(candidate.run, features=True) for name, candidate in candidates.items()}
         found = compare(torch_runner(checkpoint, manifest.feature_layer), runners, dataset, manifest)
     if earlier is not None:
         report = replace(earlier, engine=found.agreements[ENGINE_NAME])

@@ -24,7 +24,7 @@ class OnnxOptions:
     """Options for writing the ONNX files of an export.
 
     Attributes:
-        opset: version of ONNX's operators; older runtimes need a lower one: see `infer.bundle.onnx_versions`.
+        opset: version of ONNX's operators; older runtimes need a lower one: see `infer.bundle.schema`.
         features: a layer whose features are a second output; None for probabilities alone.
         one_file: whether each file holds all its weights, so that it loads alone, from memory, too.
     Raises:

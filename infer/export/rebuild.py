@@ -118,7 +118,8 @@ def _compare_with_onnx(draft: Bundle, source: Bundle, data: Path | None) -> Rebu
             if data is not None:
                 raise
             return rebuilt(unknown=f"it loads and runs here, and was compared on no images: {error}")
-        found = compare(onnx.run_outputs, {ENGINE_NAME: engine.run_outputs}, dataset, manifest)
+        by_onnx, by_engine = partial(onnx.run, features=True), partial(engine.run, features=True)
+        found = compare(by_onnx, {ENGINE_NAME: by_engine}, dataset, manifest)
     agreement = found.agreements[ENGINE_NAME]
     rebuild = rebuilt(
         data=printable(dataset.root.resolve().name),

@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeVar
+from contextlib import closing
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from infer.runtime.base import InferenceBackend, Outputs
 log = logging.getLogger("infer")
 
 DecoderName = Literal["auto", "dali", "pillow"]
-Result = TypeVar("Result")
 FEW_IMAGES = 1000
 """Up to here Pillow is done sooner: DALI saves 0.4 ms of a core per image, and takes 0.7 s to start."""
 
@@ -51,34 +49,29 @@ def fit_batch(wanted: int, max_batch: int) -> int:
     return min(wanted, max_batch)
 
 
-@contextmanager
 def open_decoder(
     preprocessing: Preprocessing,
     max_batch: int,
     name: DecoderName = "auto",
-    device: Literal["cpu", "gpu"] = "cpu",
+    backend: InferenceBackend | None = None,
     threads: int | None = None,
-) -> Iterator[ImageBackend]:
-    """A decoder, closed at the end.
+) -> closing[ImageBackend]:
+    """A decoder, as a context that closes it.
 
     Args:
         preprocessing: the contract.
         max_batch: most images in one batch.
         name: which decoder.
-        device: "gpu" leaves the images in the first GPU's memory.
+        backend: the model, if images may stay in the memory of its GPU, see `decoding_device`.
         threads: decoding threads; None for one for each core that this process may use.
     """
-    decoder = make_backend(
-        name,
-        device=device,
-        preprocessing=preprocessing,
-        max_batch=max_batch,
-        num_threads=threads or usable_cores(),
+    device = "cpu" if backend is None else decoding_device(backend, name)
+    num_threads = threads or usable_cores()
+    return closing(
+        make_backend(
+            name, device=device, preprocessing=preprocessing, max_batch=max_batch, num_threads=num_threads
+        )
     )
-    try:
-        yield decoder
-    finally:
-        decoder.close()
 
 
 def decoding_device(backend: InferenceBackend, name: DecoderName) -> Literal["cpu", "gpu"]:
@@ -114,8 +107,8 @@ def host_pixels(batch: Batch) -> NDArray[np.uint8]:
     return np.asarray(batch.images.as_cpu() if _is_on_gpu(batch) else batch.images)
 
 
-def run_valid(backend: InferenceBackend, batch: Batch, size: int) -> NDArray[np.float32]:
-    """Probabilities (n, classes) of the n images of a batch that could be decoded, in order; (0, 0) if none.
+def run_valid(backend: InferenceBackend, batch: Batch, size: int, *, features: bool = False) -> Outputs:
+    """The outputs for the n images of a batch that could be decoded, in order; (0, 0) if none.
 
     Of ten views of each image it is the mean of their softmax outputs (Krizhevsky et al. 2012, section 6.1).
     Images on a GPU are read there, by address; those that failed are computed as well, and dropped.
@@ -124,39 +117,25 @@ def run_valid(backend: InferenceBackend, batch: Batch, size: int) -> NDArray[np.
         backend: the model.
         batch: decoded images.
         size: most images in one run; each view counts.
+        features: whether to give the features, too, of a bundle that has them; of ten views, their mean.
     """
     if not batch.valid.any():
-        return np.empty((0, 0), np.float32)
-    return _join(_run_all(batch, size, backend.run, backend.run_at), batch)
-
-
-def run_valid_outputs(backend: InferenceBackend, batch: Batch, size: int) -> Outputs:
-    """As `run_valid`, with the features of a bundle that gives them; of ten views, their mean."""
-    if not batch.valid.any():
-        return Outputs(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
-    runs = _run_all(batch, size, backend.run_outputs, backend.run_outputs_at)
-    features = [run.features for run in runs if run.features is not None]
-    probabilities_NC = _join([run.probabilities for run in runs], batch)
-    return Outputs(probabilities_NC, _join(features, batch) if features else None)
-
-
-def _run_all(
-    batch: Batch,
-    size: int,
-    run: Callable[[NDArray[np.uint8]], Result],
-    run_at: Callable[[int, tuple[int, ...]], Result],
-) -> list[Result]:
-    """Run a model on the images of a batch; on a GPU, on those that failed, too."""
+        return Outputs(np.empty((0, 0), np.float32))
     if _is_on_gpu(batch):
         shape, address = tuple(batch.images.shape()), int(batch.images.data_ptr())
         image_bytes = int(np.prod(shape[-3:]))
-        return [
-            run_at(address + first * image_bytes, (stop - first, *shape[-3:]))
+        found = [
+            backend.run_at(address + first * image_bytes, (stop - first, *shape[-3:]), features=features)
             for first, stop in _runs(shape, size)
         ]
-    images = valid_images(batch)
-    flat_NHWC = images.reshape(-1, *images.shape[-3:])
-    return [run(flat_NHWC[first:stop]) for first, stop in _runs(images.shape, size)]
+    else:
+        images = valid_images(batch)
+        flat_NHWC = images.reshape(-1, *images.shape[-3:])
+        runs = _runs(images.shape, size)
+        found = [backend.run(flat_NHWC[first:stop], features=features) for first, stop in runs]
+    probabilities = [one.probabilities for one in found]
+    given = [one.features for one in found if one.features is not None]
+    return Outputs(_join(probabilities, batch), _join(given, batch) if given else None)
 
 
 def _join(runs: list[NDArray[np.float32]], batch: Batch) -> NDArray[np.float32]:

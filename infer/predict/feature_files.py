@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -21,8 +21,8 @@ from data_pipeline.common.files import read_head
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import read_digest
 from infer.bundle.schema import FeatureLayer, Sha256
-from infer.predict.rows import ErrorRow, FeatureRow, Row
-from infer.predict.writers import RowWriter, import_parquet, name_unwritable
+from infer.predict.rows import CompletedRow, ErrorRow, FeatureRow, Row
+from infer.predict.writers import RowWriter, import_parquet, journal_of, name_unwritable, parquet_footer
 
 METADATA_KEY = b"alexnet_features"
 FEATURE_SUFFIXES = (".parquet", ".npy")
@@ -30,7 +30,7 @@ BLOCK_BYTES = 1 << 23
 """Features that are kept until they become a row group of Parquet, and that are read at a time."""
 
 _NPY = b"\x93NUMPY"
-_FOOTER_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 16
 
 
 class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,14 +49,6 @@ class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layer: FeatureLayer
     num_features: Annotated[int, msgspec.Meta(ge=1)]
     ten_crop: bool = False
-
-
-class FeatureFileRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A row of a `.npy` file: its path, and the reason if it could not be read."""
-
-    path: str
-    status: Literal["ok", "error"]
-    error: str | None = None
 
 
 def info_of(bundle: Bundle, *, ten_crop: bool) -> FeatureInfo:
@@ -82,29 +74,22 @@ def info_path(output: Path) -> Path:
     return output.with_name(output.name + ".json")
 
 
-def rows_path(output: Path) -> Path:
-    """The file beside a `.npy` file with the paths of its rows."""
-    return output.with_name(output.name + ".rows.jsonl")
-
-
 def feature_files(output: Path) -> tuple[Path, ...]:
     """The file of features, and those beside it."""
-    beside = (info_path(output), rows_path(output)) if output.suffix.lower() == ".npy" else ()
+    beside = (info_path(output), journal_of(output)) if output.suffix.lower() == ".npy" else ()
     return (output, *beside)
 
 
 def is_features(path: Path) -> bool:
     """Whether a file is one that `open_features` wrote."""
-    head = read_head(path, _FOOTER_BYTES)
+    head = read_head(path, _HEAD_BYTES)
     if head.startswith(b"PAR1"):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _FOOTER_BYTES))
-            return METADATA_KEY in file.read()
+        return METADATA_KEY in parquet_footer(path)
     if head.startswith(_NPY):
         return is_features(info_path(path))
     try:
         if path.name.endswith(".rows.jsonl"):
-            msgspec.json.decode(head.partition(b"\n")[0], type=FeatureFileRow)
+            msgspec.json.decode(head.partition(b"\n")[0], type=CompletedRow)
         else:
             msgspec.json.decode(head, type=FeatureInfo)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -128,11 +113,8 @@ def open_features(output: Path, info: FeatureInfo) -> Iterator[RowWriter]:
         with ExitStack() as stack:
             with name_unwritable(output):
                 streams = [stack.enter_context(file.open("wb")) for file in partial]
-            writer: _ParquetWriter | _NpyWriter
-            if len(streams) == 1:
-                writer = stack.enter_context(_ParquetWriter(streams[0], info))
-            else:
-                writer = _NpyWriter(info, *streams)
+            is_npy = len(streams) > 1
+            writer = _NpyWriter(info, *streams) if is_npy else _ParquetWriter(info, streams[0], stack)
             yield writer
             writer.finish()
         if len(files) > 1:
@@ -145,7 +127,7 @@ def open_features(output: Path, info: FeatureInfo) -> Iterator[RowWriter]:
 
 
 class _ParquetWriter:
-    def __init__(self, stream: BinaryIO, info: FeatureInfo) -> None:
+    def __init__(self, info: FeatureInfo, stream: BinaryIO, open_files: ExitStack) -> None:
         self._pa, pq = import_parquet()
         columns = [(name, self._pa.string()) for name in ("path", "status", "error")]
         self._schema = self._pa.schema(
@@ -153,15 +135,10 @@ class _ParquetWriter:
             metadata={METADATA_KEY: msgspec.json.encode(info)},
         )
         # Features hardly repeat: a dictionary of them would take longer, and no less room.
-        self._writer = pq.ParquetWriter(stream, self._schema, use_dictionary=["status"])
+        writer = pq.ParquetWriter(stream, self._schema, use_dictionary=["status"])
+        self._writer = open_files.enter_context(writer)
         self._rows: list[Row] = []
         self._most = block_rows(info.num_features)
-
-    def __enter__(self) -> _ParquetWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
 
     def write(self, row: Row) -> None:
         self._rows.append(row)
@@ -197,8 +174,7 @@ class _NpyWriter:
 
     def write(self, row: Row) -> None:
         self._count += 1
-        error = row.error if isinstance(row, ErrorRow) else None
-        line = FeatureFileRow(path=row.path, status=row.status, error=error)
+        line = row if isinstance(row, ErrorRow) else {"path": row.path, "status": row.status}
         self._rows.write(msgspec.json.encode(line) + b"\n")
         if isinstance(row, FeatureRow):
             self._npy.write(row.features.astype("<f4", copy=False).tobytes())

@@ -1,18 +1,26 @@
-"""The inputs of a prediction: files, folders, globs, lists and tar shards, in order and in little memory."""
+"""The inputs of a prediction: files, folders, globs, lists and tar shards, in order and in little memory.
+
+From Python, arrays and Pillow images too: they are encoded without loss, and then decoded as files are.
+"""
 
 from __future__ import annotations
 
 import glob
+import io
 import logging
 import os
 import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from data_pipeline.common.errors import ImageError, UserError
 from data_pipeline.common.files import LOOKED_FOR
@@ -21,19 +29,15 @@ from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.image_folder import walk_images
 from data_pipeline.loader import ImageSource
-from data_pipeline.shards.shard_format import (
-    COMPRESSED_SUFFIXES,
-    UNPACK,
-    takes_member,
-    walk_tar,
-    why_no_tar,
-)
+from data_pipeline.shards.shard_format import COMPRESSED_SUFFIXES, UNPACK, takes_member, walk_tar, why_no_tar
 from infer.predict.lists import STDIN, read_list, read_piped
 
 log = logging.getLogger("infer")
 
 LIST_MARK = "@"
 SHARD_SUFFIX = ".tar"
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"})
+"""Modes that PNG can hold; the others, CMYK among them, become RGB first."""
 
 Item = Path | ImageSource
 """One input: a file, or an image that lies elsewhere."""
@@ -44,50 +48,43 @@ def path_of(item: Item) -> Path:
     return item.path if isinstance(item, ImageSource) else item
 
 
+@dataclass
 class Inputs:
     """Inputs in order. Folders and lists are read at once and kept packed; shards and stdin when predicted.
 
-    Args:
-        lists: functions that give paths of images and tar shards, or an image that was read already.
+    Attributes:
         total: number of inputs; None if it is not known before the end.
+        lists: paths of images and tar shards, or functions that give them, or an image that was read already.
         named: the files that the arguments name themselves: images, shards and lists.
         in_folders: what was passed over in folders.
+        in_shards: what was passed over in the shards that have been read.
         stopped: ends a list on stdin for which another thread waits.
     """
 
-    def __init__(
-        self,
-        lists: Sequence[PackedStrings | Callable[[], Iterator[str | ImageSource]]],
-        total: int | None,
-        named: Sequence[str] = (),
-        in_folders: PassedOver | None = None,
-        stopped: threading.Event | None = None,
-    ) -> None:
-        self._lists, self._stopped = lists, stopped or threading.Event()
-        self.total, self.named = total, tuple(named)
-        self._in_folders, self._in_shards = in_folders or PassedOver(), PassedOver()
+    total: int | None = 0
+    lists: list[PackedStrings | Callable[[], Iterator[str | ImageSource]]] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)
+    in_folders: PassedOver = field(default_factory=PassedOver)
+    in_shards: PassedOver = field(default_factory=PassedOver)
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     @property
     def passed_over(self) -> PassedOver:
         """The files that are no images, of folders and of the shards that have been read."""
         found = PassedOver()
-        found.merge(self._in_folders)
-        found.merge(self._in_shards)
+        found.merge(self.in_folders)
+        found.merge(self.in_shards)
         return found
-
-    def stop(self) -> None:
-        """End the inputs from stdin, so that no thread waits for more of them."""
-        self._stopped.set()
 
     def files(self) -> Iterator[str]:
         """The files of images and shards, but those whose names come from stdin."""
-        for paths in self._lists:
+        for paths in self.lists:
             if isinstance(paths, PackedStrings):
                 yield from paths
 
     def __iter__(self) -> Iterator[Item]:
-        self._in_shards = passed_over = PassedOver()
-        for paths in self._lists:
+        self.in_shards = passed_over = PassedOver()
+        for paths in self.lists:
             for path in paths if isinstance(paths, PackedStrings) else paths():
                 if isinstance(path, ImageSource):
                     yield path
@@ -116,31 +113,29 @@ def find_inputs(
         UserError: a file or folder that does not exist, a glob without a match, a file that is no list, a
             compressed tar, or no input at all.
     """
-    lists: list[PackedStrings | Callable[[], Iterator[str | ImageSource]]] = []
-    named: list[str] = []
-    stopped = threading.Event()
-    total: int | None = 0
-    passed_over = PassedOver()
-    for argument in arguments:
-        argument = os.fspath(argument)
+    found = Inputs()
+    for argument in [os.fspath(one) for one in arguments]:
         if argument == STDIN:
-            lists.append(partial(read_piped, stdin or sys.stdin.buffer, stopped))
-            total = None
+            found.lists.append(partial(read_piped, stdin or sys.stdin.buffer, found.stopped))
+            found.total = None
             continue
         is_list = argument.startswith(LIST_MARK)
-        named.append(argument[1:] if is_list else argument)
-        paths = read_list(argument[1:]) if is_list else _paths(argument, recursive, passed_over)
-        lists.append(paths)
-        if total is not None:
-            # Nobody knows how many images a shard holds before it is read.
-            total = None if any(path.endswith(SHARD_SUFFIX) for path in paths) else total + len(paths)
-    if total == 0:
-        where = ", ".join(printable(argument) for argument in arguments) or "an empty list of paths"
+        found.named.append(argument[1:] if is_list else argument)
+        paths = read_list(argument[1:]) if is_list else _paths(argument, recursive, found.in_folders)
+        found.lists.append(paths)
+        # Nobody knows how many images a shard holds before it is read.
+        if found.total is None or any(path.endswith(SHARD_SUFFIX) for path in paths):
+            found.total = None
+        else:
+            found.total += len(paths)
+    if found.total == 0:
+        where = ", ".join(map(printable, arguments)) or "an empty list of paths"
+        but = f", but {found.in_folders.sentence()}" if found.in_folders else ""
         raise UserError(
-            f"no images in {where}{f', but {passed_over.sentence()}' * bool(passed_over)}: looked for "
-            f"{LOOKED_FOR} (tar shards are read where they are named: shards/*.tar)"
+            f"no images in {where}{but}: looked for {LOOKED_FOR} (tar shards are read where they are named: "
+            "shards/*.tar)"
         )
-    return Inputs(lists, total, named, passed_over, stopped)
+    return found
 
 
 def _paths(argument: str, recursive: bool, passed_over: PassedOver) -> PackedStrings:
@@ -226,3 +221,44 @@ class Unreadable:
 
 
 _NO_FILE = Unreadable("a link or another thing in a tar shard that is no plain file: it is not followed")
+
+
+def from_pixels(pixels: NDArray[Any] | Image.Image, number: int) -> ImageSource:
+    """An array or a Pillow image as an input.
+
+    Args:
+        pixels: uint8 (height, width, 3) in RGB or (height, width) in gray; or a Pillow image, whose EXIF
+            orientation is applied, as it is to a file. Read when its batch is; do not change it before its
+            row has come.
+        number: its place among the inputs, by which its row is named.
+    """
+    encode: Callable[..., bytes] = _encode_image if isinstance(pixels, Image.Image) else _encode_array
+    return ImageSource(Path(f"<input {number}>"), partial(encode, pixels))
+
+
+def _encode_array(array: NDArray[Any], max_bytes: int) -> bytes:
+    gray = array.ndim == 2
+    if array.dtype != np.uint8 or not (gray or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
+        raise ImageError(
+            f"an array of {array.dtype} and shape {array.shape}: expected uint8 (height, width, 3), RGB, "
+            "or (height, width), gray"
+        )
+    return _save(Image.fromarray(array), "BMP", max_bytes)
+
+
+def _encode_image(image: Image.Image, max_bytes: int) -> bytes:
+    try:
+        exif = image.info.get("exif") or image.getexif().tobytes()
+        in_png = image if image.mode in _PNG_MODES else image.convert("RGB")
+        return _save(in_png, "PNG", max_bytes, compress_level=1, exif=exif)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"this Pillow image cannot be read: {error}") from error
+
+
+def _save(image: Image.Image, format: str, max_bytes: int, **options: Any) -> bytes:
+    size_bytes = image.width * image.height * max(1, len(image.getbands()))
+    if size_bytes > max_bytes:
+        raise ImageError(f"{image.width} x {image.height} pixels are above the limit")
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

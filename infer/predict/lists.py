@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -45,7 +46,7 @@ class PipedImage:
         return data
 
 
-class _Pieces:
+def _pieces(stream: BinaryIO, stopped: threading.Event) -> Iterator[bytes]:
     """Reads a stream in pieces, as they come.
 
     Args:
@@ -53,27 +54,22 @@ class _Pieces:
         stopped: ends the stream early. It is looked at while nothing comes: a thread that waits in a read
             would wait for as long as the other side keeps the pipe open.
     """
+    descriptor: int | None = None
+    with suppress(OSError, ValueError, AttributeError):  # in memory, where nothing waits
+        descriptor = stream.fileno()
+    while not stopped.is_set():
+        if descriptor is None or select.select([descriptor], [], [], _POLL_S)[0]:
+            if not (piece := stream.read1(_PIECE)):  # type: ignore[attr-defined]
+                return
+            yield piece
 
-    def __init__(self, stream: BinaryIO, stopped: threading.Event) -> None:
-        self._stream, self._stopped = stream, stopped
-        self._descriptor: int | None = None
-        with suppress(OSError, ValueError, AttributeError):  # in memory, where nothing waits
-            self._descriptor = stream.fileno()
 
-    def read(self) -> bytes:
-        """The next piece; none at the end."""
-        while not self._stopped.is_set():
-            if self._descriptor is None or select.select([self._descriptor], [], [], _POLL_S)[0]:
-                piece: bytes = self._stream.read1(_PIECE)  # type: ignore[attr-defined]
-                return piece
-        return b""
-
-    def read_first(self) -> bytes:
-        """The beginning, long enough to tell what it is. A pipe may give less; a line of a list is enough."""
-        first = piece = self.read()
-        while piece and len(first) < HEAD_BYTES and not set(b"\n\0") & set(first):
-            first += (piece := self.read())
-        return first
+def _read_first(pieces: Iterator[bytes]) -> bytes:
+    """The beginning, long enough to tell what it is. A pipe may give less; a line of a list is enough."""
+    first = b""
+    while len(first) < HEAD_BYTES and not set(b"\n\0") & set(first) and (piece := next(pieces, b"")):
+        first += piece
+    return first
 
 
 def read_list(path: str) -> PackedStrings:
@@ -84,8 +80,8 @@ def read_list(path: str) -> PackedStrings:
     """
     try:
         with Path(path).open("rb") as file:
-            pieces = _Pieces(file, threading.Event())
-            first = pieces.read_first()
+            pieces = _pieces(file, threading.Event())
+            first = _read_first(pieces)
             if is_image_start(first):
                 raise UserError(f"{printable(path)} is an image and no list of paths: leave out the @")
             return PackedStrings.pack(_listed(pieces, path, first))
@@ -102,30 +98,29 @@ def read_piped(stream: BinaryIO, stopped: threading.Event) -> Iterator[str | Ima
     Raises:
         UserError: it is neither.
     """
-    pieces = _Pieces(stream, stopped)
-    first = pieces.read_first()
+    pieces = _pieces(stream, stopped)
+    first = _read_first(pieces)
     if is_image_start(first):
         yield ImageSource(Path(STDIN), PipedImage(stream, first))
     else:
         yield from _listed(pieces, "stdin", first)
 
 
-def _listed(pieces: _Pieces, name: str, first: bytes) -> Iterator[str]:
+def _listed(pieces: Iterator[bytes], name: str, first: bytes) -> Iterator[str]:
     """Reads the paths of a list; they end with NULs if the first piece holds one (`find -print0`)."""
-    piece, rest = without_mark(first, name), b""
-    if kind := next((kind for mark, kind in _PACKED.items() if piece.startswith(mark)), None):
+    begin, rest = without_mark(first, name), b""
+    if kind := next((kind for mark, kind in _PACKED.items() if begin.startswith(mark)), None):
         raise UserError(f"{printable(name)} is a {kind} file and no list of paths: unpack it")
     if first[257:262] == b"ustar":
         raise UserError(f"{printable(name)} is a tar file and no list of paths: give it as shard.tar")
-    end = b"\0" if b"\0" in piece else b"\n"
-    while piece:
+    end = b"\0" if b"\0" in begin else b"\n"
+    for piece in itertools.chain([begin], pieces):
         *names, rest = (rest + piece).split(end)
         yield from _named(names, end)
         if len(rest) > MAX_PATH_BYTES:
             raise UserError(
                 f"{printable(name)} is no list of paths: a line has more than {MAX_PATH_BYTES} bytes"
             )
-        piece = pieces.read()
     yield from _named([rest], end)
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import BinaryIO
 
 import msgspec
 
@@ -19,17 +19,9 @@ from infer.bundle.load import Bundle
 from infer.bundle.schema import MANIFEST_NAME
 from infer.predict.inputs import Item, path_of
 from infer.predict.options import PredictOptions
-from infer.predict.rows import RowShape, check_top
-from infer.predict.truth import FOLDER, Tally
-from infer.predict.writers import (
-    ROW_GROUP,
-    FileFormat,
-    csv_columns,
-    import_parquet,
-    journal_of,
-    parquet_schema,
-    safe_cell,
-)
+from infer.predict.rows import CompletedRow, Rank, RowShape, check_top
+from infer.predict.truth import FOLDER, Ranks
+from infer.predict.writers import FileFormat, csv_columns, journal_of, restore_journal, safe_cell
 
 log = logging.getLogger("infer")
 
@@ -121,11 +113,8 @@ def check_saved_identity(format: FileFormat, rows: Path, now: RunIdentity) -> No
     try:
         begun = msgspec.json.decode(path.read_bytes(), type=RunIdentity)
     except FileNotFoundError:
-        log.warning(
-            "%s is not there: nobody knows whether the rows in %s are of this model",
-            printable(path),
-            printable(rows),
-        )
+        message = "%s is not there: nobody knows whether the rows in %s are of this model"
+        log.warning(message, printable(path), printable(rows))
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptFileError(
             f"{printable(path)} is damaged: {error}; remove it to go on without this check"
@@ -149,22 +138,8 @@ def _identity_path(rows: Path) -> Path:
     return rows.with_name(f".{rows.name}.run.json")
 
 
-class Rank(msgspec.Struct, frozen=True):
-    """As much of a row's truth as counts for the accuracy."""
-
-    rank: Annotated[int, msgspec.Meta(ge=1)]
-
-
-class CompletedRow(msgspec.Struct, frozen=True):
-    """A row of an earlier run: its path as written, whether it is an error, and the rank of its truth."""
-
-    path: str
-    status: Literal["ok", "error"]
-    truth: Rank | None = None
-
-
 def skip_completed(
-    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item], tally: Tally | None = None
+    format: FileFormat, output: Path, shape: RowShape, items: Iterator[Item], ranks: Ranks | None = None
 ) -> tuple[int, int]:
     """Take the inputs that have a row already from `items`.
 
@@ -172,7 +147,7 @@ def skip_completed(
         format, output: the file of the earlier run.
         shape: of the rows.
         items: the inputs of this run.
-        tally: counts the rows' truths; None where they have none.
+        ranks: counts the places of the rows' true classes; None where they have none.
     Returns:
         How many rows there are, and how many of them are errors.
     Raises:
@@ -190,8 +165,8 @@ def skip_completed(
                 f"--resume: row {rows + 1} of {printable(output)} is of {row.path}, and that input "
                 f"is {path}: give the inputs that it was begun with, or another --output"
             )
-        if tally is not None and row.truth is not None:
-            tally.add(row.truth.rank)
+        if ranks is not None and row.truth is not None:
+            ranks[row.truth.rank] += 1
         rows, errors = rows + 1, errors + (row.status == "error")
     return rows, errors
 
@@ -208,7 +183,7 @@ def completed_rows(format: FileFormat, output: Path, shape: RowShape) -> Iterato
     if format == "parquet":
         journal = journal_of(output)
         if not journal.exists() and output.exists():
-            _read_parquet(output, journal, shape)
+            restore_journal(output, shape)
         format, output = "jsonl", journal
     if not output.exists():
         return
@@ -259,19 +234,3 @@ def _parse(
     if not whole or (rank and not rank.isdecimal()):
         raise CorruptFileError(f"row {number + 1} of {printable(output)} is damaged: {len(cells)} cells")
     return CompletedRow(cells[0], "ok" if cells[1] == "ok" else "error", Rank(int(rank)) if rank else None)
-
-
-def _read_parquet(output: Path, journal: Path, shape: RowShape) -> None:
-    """Turn a finished Parquet file back into its journal, to continue after its last row."""
-    pa, pq = import_parquet()
-    temporary = journal.with_name(f".{journal.name}.partial")
-    try:
-        with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
-            if not file.schema_arrow.equals(parquet_schema(shape)):
-                raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
-            for batch in file.iter_batches(ROW_GROUP):
-                for row in batch.to_pylist():
-                    lines.write(msgspec.json.encode({k: v for k, v in row.items() if v is not None}) + b"\n")
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptFileError(f"{printable(output)} is no whole Parquet file: {error}") from error
-    temporary.replace(journal)

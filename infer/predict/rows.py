@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -11,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.text import printable
-from data_pipeline.loading.batches import Batch
 from infer.bundle.load import Bundle
 
 DEFAULT_BATCH = 32
@@ -69,6 +65,20 @@ class ErrorRow(msgspec.Struct, frozen=True, kw_only=True):
 Row = OkRow | ErrorRow
 
 
+class Rank(msgspec.Struct, frozen=True):
+    """As much of a row's truth as counts for the accuracy."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class CompletedRow(msgspec.Struct, frozen=True):
+    """A row of an earlier run: its path as written, whether it is an error, and the rank of its truth."""
+
+    path: str
+    status: Literal["ok", "error"]
+    truth: Rank | None = None
+
+
 class ClassNames(NamedTuple):
     """The names of a model's classes, by class id.
 
@@ -123,57 +133,6 @@ def check_top(bundle: Bundle, top: int | None) -> int:
     return top or min(DEFAULT_TOP, count)
 
 
-def rows_of(
-    batch: Batch,
-    probabilities_NC: NDArray[np.float32],
-    names: ClassNames,
-    *,
-    top: int,
-    min_probability: float,
-    class_at: Callable[[Path], int | None] | None = None,
-) -> Iterator[Row]:
-    r"""A row for each image of a batch, in order.
-
-    A path that is not UTF-8 is shown with `\xNN` for its odd bytes, so that a row is always valid JSON.
-
-    Args:
-        batch: decoded images.
-        probabilities_NC: of those that could be decoded.
-        names: of the classes.
-        top: most classes in a row.
-        min_probability: classes below it are left out, which may leave none.
-        class_at: gives the true class of a path, None where nobody knows it; None for rows without truth.
-    """
-    predicted = zip(top_k(probabilities_NC, names, top), probabilities_NC, strict=True)
-    failures = iter(batch.failures)
-    for path, valid in zip(batch.paths, batch.valid, strict=True):
-        if valid:
-            best, row_C = next(predicted)
-            likely = tuple(p for p in best if p.probability >= min_probability)
-            place = None if class_at is None else class_at(path)
-            truth: Truth | msgspec.UnsetType = msgspec.UNSET
-            if place is not None:
-                truth = Truth(class_id=place, label=names.labels[place], rank=rank_of(row_C, place))
-            yield OkRow(path=printable(path), predictions=likely, truth=truth)
-        else:
-            yield ErrorRow(path=printable(path), error=next(failures).reason)
-
-
-def with_features(rows: Iterable[Row], features_ND: NDArray[np.float32]) -> Iterator[Row]:
-    """Rows of a batch, those that are no errors with their features.
-
-    Args:
-        rows: in order.
-        features_ND: of those that are no errors, in order.
-    """
-    features = iter(features_ND)
-    for row in rows:
-        if isinstance(row, OkRow):
-            yield FeatureRow(**msgspec.structs.asdict(row), features=next(features))
-        else:
-            yield row
-
-
 def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> list[tuple[Prediction, ...]]:
     """The `k` most probable classes of each image, the best first.
 
@@ -184,10 +143,7 @@ def top_k(probabilities_NC: NDArray[np.float32], names: ClassNames, k: int) -> l
     return [
         tuple(
             Prediction(
-                class_id=int(c),
-                class_name=classes[c],
-                label=labels[c],
-                probability=min(float(row_C[c]), 1.0),
+                class_id=int(c), class_name=classes[c], label=labels[c], probability=min(float(row_C[c]), 1.0)
             )
             for c in ranked_K
         )

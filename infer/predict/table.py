@@ -15,7 +15,7 @@ from data_pipeline.common.console import make_console
 from data_pipeline.common.passed_over import PassedOver
 from data_pipeline.common.text import visible
 from infer.predict.rows import ClassNames, ErrorRow, OkRow, PredictionWithPixels, Row
-from infer.predict.truth import Tally
+from infer.predict.truth import Ranks, accuracy_words
 from infer.predict.writers import name_unwritable
 from infer.runtime.base import InferenceBackend
 
@@ -82,11 +82,11 @@ class RowCounter:
     Args:
         backend: the model, for the summary.
         load_s: seconds that loading it took.
-        tally: counts the images with a truth; None where there are none.
+        ranks: counts the places of true classes; None for rows without truth.
     """
 
-    def __init__(self, backend: InferenceBackend, load_s: float = 0.0, tally: Tally | None = None) -> None:
-        self._backend, self._tally = backend, tally
+    def __init__(self, backend: InferenceBackend, load_s: float = 0.0, ranks: Ranks | None = None) -> None:
+        self._backend, self._ranks = backend, ranks
         self._seconds, self._start_s = 0.0, load_s
         self.images = self.errors = 0
 
@@ -96,8 +96,8 @@ class RowCounter:
         for one in predictions:
             self.images += 1
             self.errors += isinstance(one.row, ErrorRow)
-            if self._tally is not None:
-                self._tally.add_row(one.row)
+            if self._ranks is not None and isinstance(one.row, OkRow) and one.row.truth:
+                self._ranks[one.row.truth.rank] += 1
             self._seconds = time.perf_counter() - started
             if self.images == 1:
                 self._start_s += self._seconds
@@ -125,7 +125,7 @@ class RowCounter:
             device=backend.device,
             precision=backend.precision,
             passed_over={} if passed_over is None else passed_over.by_count,
-            accuracy=msgspec.UNSET if self._tally is None else self._tally.sentence(),
+            accuracy=msgspec.UNSET if self._ranks is None else accuracy_words(self._ranks),
         )
 
 
@@ -166,6 +166,7 @@ class TableWriter:
             header.append(GAP + set_cell_size(f"#{place}", self._class_cells))
             if place == 1 and self._name_cells:
                 header.append(GAP + set_cell_size(NAME_HEADING, self._name_cells))
+        self._width = header.cell_len  # of all columns but the truth
         if truth:
             header.append(f"{GAP}truth")
         _print(console, header)
@@ -183,18 +184,13 @@ class TableWriter:
                     name.truncate(self._name_cells, overflow="ellipsis", pad=True)
                     line.append(GAP + name.plain)
             if row.truth:
-                line.append(" " * self._empty_cells(len(row.predictions)))
+                line.append(" " * (self._width - line.cell_len))
                 label = self._text(visible(row.truth.label))
                 label.truncate(self._truth_cells, overflow="ellipsis")
                 line.append(GAP + label.plain, style="green" if row.truth.rank == 1 else "bold red")
         else:
             line = self._text(f"{visible(row.path)}{GAP}error: {visible(row.error)}", style="red")
         _print(self._console, line)
-
-    def _empty_cells(self, num_predictions: int) -> int:
-        """Width of the columns between the last class of a row and its truth."""
-        name = self._name_cells + len(GAP) if self._name_cells and not num_predictions else 0
-        return max(0, self._shown - num_predictions) * (len(GAP) + self._class_cells) + name
 
 
 @contextmanager

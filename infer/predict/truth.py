@@ -6,7 +6,6 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
@@ -14,38 +13,20 @@ from data_pipeline.common.text import composed, printable, text_lines
 from data_pipeline.shards.shard_format import COMPRESSED_SUFFIXES
 from infer.bundle.load import Bundle
 from infer.predict.inputs import SHARD_SUFFIX, Inputs
-from infer.predict.rows import OkRow, Row
 
 FOLDER = "folder"
+Ranks = Counter[int]
+"""How many images have their true class at each place among all classes by probability, from 1 on."""
 NUM_SHOWN = 3
 """Most names in a message."""
 
 
-@dataclass
-class Tally:
-    """How many images with a truth there are, and how many have it as the first, or among the first five."""
-
-    images: int = 0
-    top1: int = 0
-    top5: int = 0
-
-    def add(self, rank: int) -> None:
-        """Count an image whose true class has this place, 1 or more, among all."""
-        self.images += 1
-        self.top1 += rank == 1
-        self.top5 += rank <= 5
-
-    def add_row(self, row: Row) -> None:
-        """Count a row, if its image was read and has a truth."""
-        if isinstance(row, OkRow) and row.truth:
-            self.add(row.truth.rank)
-
-    def sentence(self) -> str:
-        """For the end of the summary."""
-        if not self.images:
-            return "no image that could be read has a truth"
-        top1, top5 = self.top1 / self.images, self.top5 / self.images
-        return f"top-1 {top1:.2%}, top-5 {top5:.2%} of {self.images} images with a truth"
+def accuracy_words(ranks: Ranks) -> str:
+    """The accuracy, for the end of the summary."""
+    if not (images := ranks.total()):
+        return "no image that could be read has a truth"
+    top5 = sum(count for rank, count in ranks.items() if rank <= 5)
+    return f"top-1 {ranks[1] / images:.2%}, top-5 {top5 / images:.2%} of {images} images with a truth"
 
 
 class TrueClasses:
@@ -68,9 +49,9 @@ class TrueClasses:
             UserError: its folder is not named by a class.
         """
         if self._listed is None:
-            if (found := self.folder_class(path)) is None:
-                raise UserError(_unknown("folder", {class_folder(path)}, self._ids))
-            return found
+            folder = class_folder(path)
+            self.check_folders([folder])
+            return self._ids[composed(printable(folder))]
         text = os.path.abspath(path)  # noqa: PTH100 - no Path: that costs more than the look-up
         start = 0
         while (found := self._listed.get(text[start:])) is None:  # the longest end of the path that is listed
@@ -80,23 +61,13 @@ class TrueClasses:
         self._found.add(text[start:])
         return found
 
-    def folder_class(self, path: Path) -> int | None:
-        """Return the class that the folder of an input names; None if it names none."""
-        return self._ids.get(composed(printable(class_folder(path))))
-
-    def check_folders(self, inputs: Inputs) -> None:
-        """Refuse folders that no class names, of the inputs that are known before the prediction.
+    def check_folders(self, names: Iterable[str]) -> None:
+        """Refuse folders that no class names.
 
         Raises:
             UserError: naming the first few.
         """
-        files = (path for path in inputs.files() if not path.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES)))
-        parents = dict.fromkeys(os.path.dirname(path) for path in files)  # noqa: PTH120 - many, and few parents
-        unknown = dict.fromkeys(
-            class_folder(Path(parent, "_"))
-            for parent in parents
-            if self.folder_class(Path(parent, "_")) is None
-        )
+        unknown = dict.fromkeys(name for name in names if composed(printable(name)) not in self._ids)
         if unknown:
             raise UserError(_unknown("folder", unknown, self._ids))
 
@@ -118,7 +89,10 @@ def open_truth(option: str, bundle: Bundle, inputs: Inputs) -> TrueClasses:
     if option != FOLDER:
         return TrueClasses(bundle, read_truth(Path(option), class_ids(bundle)))
     truth = TrueClasses(bundle)
-    truth.check_folders(inputs)
+    # Those of the inputs that are known before the prediction.
+    files = (path for path in inputs.files() if not path.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES)))
+    parents = dict.fromkeys(os.path.dirname(path) for path in files)  # noqa: PTH120 - many, and few parents
+    truth.check_folders(class_folder(Path(parent, "_")) for parent in parents)
     return truth
 
 
@@ -163,9 +137,8 @@ def read_truth(path: Path, ids: dict[str, int]) -> dict[str, int]:
     classes: dict[str, int] = {}
     unknown: dict[str, None] = {}
     for cells in _rows(reader, name):
-        if not cells or (
-            reader.line_num == 1 and [c.strip().lower() for c in cells[:2]] == ["path", "class"]
-        ):
+        is_header = reader.line_num == 1 and [cell.strip().lower() for cell in cells[:2]] == ["path", "class"]
+        if is_header or not cells:
             continue
         where = f"--truth {name} line {reader.line_num}"
         if len(cells) < 2 or not cells[0]:

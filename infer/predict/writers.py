@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.text import printable
 from infer.predict.rows import ErrorRow, OkRow, Row, RowShape
 
@@ -22,6 +22,8 @@ SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "pa
 ROW_GROUP = 4096
 """Rows that are turned into Parquet at a time."""
 
+FOOTER_BYTES = 1 << 16
+"""So much of the end of a Parquet file is looked at."""
 TRUTH_COLUMNS = ("truth_class_id", "truth_label", "truth_rank")
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -140,7 +142,7 @@ def name_unwritable(path: Path) -> Iterator[None]:
 
 
 def journal_of(output: Path) -> Path:
-    """The file that holds the rows of a Parquet file until all are there."""
+    """The file with the rows of a Parquet file until all are there, or with the paths of a `.npy` file's."""
     return output.with_name(output.name + ".rows.jsonl")
 
 
@@ -156,6 +158,13 @@ def import_parquet() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise UserError("Parquet needs pyarrow: pip install 'alexnet[parquet]'") from error
     return pyarrow, pyarrow.parquet
+
+
+def parquet_footer(path: Path) -> bytes:
+    """The end of a Parquet file, which names its columns and holds its metadata."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - FOOTER_BYTES))
+        return file.read()
 
 
 def parquet_schema(shape: RowShape) -> Any:
@@ -182,3 +191,25 @@ def _write_parquet(journal: Path, output: Path, shape: RowShape) -> None:
         while rows := [msgspec.json.decode(line) for line in itertools.islice(lines, ROW_GROUP)]:
             writer.write_table(pa.Table.from_pylist(rows, schema))
     temporary.replace(output)
+
+
+def restore_journal(output: Path, shape: RowShape) -> None:
+    """Turn a finished Parquet file back into its journal, to continue after its last row.
+
+    Raises:
+        UserError: it has other columns.
+        CorruptFileError: it is no whole Parquet file.
+    """
+    pa, pq = import_parquet()
+    journal = journal_of(output)
+    temporary = journal.with_name(f".{journal.name}.partial")
+    try:
+        with pq.ParquetFile(output) as file, temporary.open("wb") as lines:
+            if not file.schema_arrow.equals(parquet_schema(shape)):
+                raise UserError(f"--resume: {printable(output)} has other columns than rows of predictions")
+            for batch in file.iter_batches(ROW_GROUP):
+                for row in batch.to_pylist():
+                    lines.write(msgspec.json.encode({k: v for k, v in row.items() if v is not None}) + b"\n")
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptFileError(f"{printable(output)} is no whole Parquet file: {error}") from error
+    temporary.replace(journal)

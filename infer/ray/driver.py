@@ -144,22 +144,22 @@ def _items(rows: Iterator[dict[str, Any]]) -> Iterator[PartResult | Exception]:
 def _sum_up(
     plan: Plan, results: list[PartResult], kept_errors: int, seconds: float, passed_over: PassedOver
 ) -> Summary:
-    images, num_hosts = sum(one.summary.images for one in results), len({one.host for one in results})
-
-    def joined(name: str) -> str:
-        return ", ".join(sorted({getattr(one.summary, name) for one in results})) or "nothing left to do"
-
+    parts, num_hosts = [one.summary for one in results], len({one.host for one in results})
+    images = sum(part.images for part in parts)
+    ran = {
+        name: ", ".join(sorted({getattr(part, name) for part in parts})) or "nothing left to do"
+        for name in ("backend", "provider", "device", "precision")
+    }
+    if num_hosts > 1:
+        ran["device"] += f" of {num_hosts} machines"
     return Summary(
         images=images,
-        errors=sum(one.summary.errors for one in results),
+        errors=sum(part.errors for part in parts),
         kept=plan.num_inputs - images,
         kept_errors=kept_errors,
         seconds=seconds,
         images_per_s=images / seconds if seconds else 0.0,
-        start_s=max((one.summary.start_s for one in results), default=0.0),
-        backend=joined("backend"),
-        provider=joined("provider"),
-        device=joined("device") + (f" of {num_hosts} machines" if num_hosts > 1 else ""),
-        precision=joined("precision"),
+        start_s=max((part.start_s for part in parts), default=0.0),
         passed_over=passed_over.by_count,
+        **ran,
     )

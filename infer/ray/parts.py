@@ -18,8 +18,8 @@ import msgspec
 from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
 from data_pipeline.common.files import fsync_path, sha256_of
 from data_pipeline.common.text import printable
-from infer.predict.resume import CompletedRow, manifest_file_sha256
-from infer.predict.rows import ErrorRow, Row, RowShape
+from infer.predict.resume import manifest_file_sha256
+from infer.predict.rows import CompletedRow, ErrorRow, Row, RowShape
 from infer.predict.table import RowCounter, Summary
 from infer.predict.writers import import_parquet, parquet_schema
 from infer.predictor import Predictor
@@ -135,7 +135,7 @@ def completed_parts(plan: Plan) -> dict[int, int]:
         path = plan.part_path(number)
         try:
             if path.exists():
-                completed[number] = _count_errors(plan, number)
+                completed[number] = _count_errors(plan, number, path)
         except (ValueError, OSError, msgspec.DecodeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             log.warning(f"{printable(path)} is not whole and is predicted again: {reason}")
@@ -146,9 +146,8 @@ class _IndexedRow(CompletedRow, frozen=True, kw_only=True):
     index: int
 
 
-def _count_errors(plan: Plan, number: int) -> int:
+def _count_errors(plan: Plan, number: int, path: Path) -> int:
     """Number of error rows in a part; ValueError if its rows are not of its inputs, by index and path."""
-    path = plan.part_path(number)
     if plan.job.format == "jsonl":
         lines = path.read_bytes()
         if not lines.endswith(b"\n"):

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 
 class Outputs(NamedTuple):
-    """What a model gives for n images: probabilities (n, classes), and features (n, length) if it has any."""
+    """What a model gives for n images: probabilities (n, classes), and features (n, length) if asked for."""
 
     probabilities: NDArray[np.float32]
-    features: NDArray[np.float32] | None
+    features: NDArray[np.float32] | None = None
 
 
 class InferenceBackend(Protocol):
@@ -32,25 +32,18 @@ class InferenceBackend(Protocol):
     precision: str
     max_batch: int
 
-    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (n, classes) for uint8 RGB images (n, crop, crop, 3), 1 <= n <= max_batch."""
-        ...
+    def run(self, images_NHWC: NDArray[np.uint8], *, features: bool = False) -> Outputs:
+        """Outputs for uint8 RGB images (n, crop, crop, 3), 1 <= n <= max_batch.
 
-    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        Args:
+            features: whether to give the features, too, of a bundle that has them.
+        """
+
+    def run_at(self, address: int, shape: tuple[int, ...], *, features: bool = False) -> Outputs:
         """Like `run`, for contiguous images in the memory of the model's own device."""
-        ...
-
-    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
-        """Like `run`, with the features of a bundle that gives them."""
-        ...
-
-    def run_outputs_at(self, address: int, shape: tuple[int, ...]) -> Outputs:
-        """Like `run_at`, with the features."""
-        ...
 
     def close(self) -> None:
         """Free what the model holds; a second call does nothing."""
-        ...
 
 
 def check_batch(count: int, max_batch: int) -> None:

@@ -35,13 +35,6 @@ FEW_IMAGES = 100
 cores do 100 images of 224 pixels in 1.5 s."""
 
 
-class Choice(NamedTuple):
-    """A loaded backend, and the sentence that names it and why it was chosen."""
-
-    backend: InferenceBackend
-    sentence: str
-
-
 @dataclass(frozen=True)
 class Machine:
     """The GPUs and runtimes of a machine.
@@ -197,7 +190,7 @@ def choose_backend(
     device: DeviceName = "auto",
     threads: int = 0,
     expected: int | None = None,
-) -> Choice:
+) -> tuple[InferenceBackend, str]:
     """Load a bundle with what was asked for, or with the fastest that works here.
 
     Args:
@@ -206,6 +199,8 @@ def choose_backend(
         threads: see `OnnxBackend`.
         expected: how many images, or views of them, there will be; None if that is not known. `auto` leaves a
             few of them to the CPU, since ONNX Runtime's CUDA provider takes longer to start.
+    Returns:
+        The loaded backend, and the sentence that names it and why it was chosen.
     Raises:
         UserError: what was asked for cannot be had here.
         CorruptFileError: a file of the bundle that does not belong to its manifest.
@@ -215,7 +210,7 @@ def choose_backend(
         from infer.runtime.tensorrt import TensorRTBackend
 
         try:
-            return _choice(TensorRTBackend(bundle), decision.why)
+            return _explained(TensorRTBackend(bundle), decision.why)
         except UserError as error:
             if backend == "trt":
                 raise
@@ -225,13 +220,13 @@ def choose_backend(
     why = decision.why
     if decision.device == "cuda":
         try:
-            return _choice(OnnxBackend(bundle, "cuda", threads=threads), why)
+            return _explained(OnnxBackend(bundle, "cuda", threads=threads), why)
         except UserError as error:
             if device == "cuda":
                 raise
             why = f"{why}; {error}" if decision.skips_engine else str(error)
-    return _choice(OnnxBackend(bundle, "cpu", threads=threads), why)
+    return _explained(OnnxBackend(bundle, "cpu", threads=threads), why)
 
 
-def _choice(backend: InferenceBackend, why: str) -> Choice:
-    return Choice(backend, f"{backend.provider}, {backend.precision}, on {backend.device} ({why})")
+def _explained(backend: InferenceBackend, why: str) -> tuple[InferenceBackend, str]:
+    return backend, f"{backend.provider}, {backend.precision}, on {backend.device} ({why})"

@@ -97,14 +97,14 @@ class CudaSession:
 
     def __init__(self) -> None:
         self._driver = _driver()
-        self._device = self._driver.integer("cuDeviceGet", 0)
-        self._context = ctypes.c_void_p()
-        self._stream = ctypes.c_void_p()
-        self._device_memory: list[int] = []
-        self._host_memory: list[int] = []
-        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        device = self._driver.integer("cuDeviceGet", 0)
+        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        # Calls that free what is held, the last first.
+        self._frees: list[tuple[str, Any]] = [("cuDevicePrimaryCtxRelease_v2", device)]
         self.activate()
         self._driver.call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
+        self._frees.append(("cuStreamDestroy_v2", self._stream))
 
     @property
     def stream(self) -> int:
@@ -120,7 +120,7 @@ class CudaSession:
         """Memory on the GPU, as a pointer."""
         pointer = ctypes.c_uint64()
         self._driver.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size_bytes))
-        self._device_memory.append(pointer.value)
+        self._frees.append(("cuMemFree_v2", pointer))
         return pointer.value
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
@@ -129,7 +129,7 @@ class CudaSession:
         pointer = ctypes.c_void_p()
         self._driver.call("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(size_bytes), 0)
         assert pointer.value is not None
-        self._host_memory.append(pointer.value)
+        self._frees.append(("cuMemFreeHost", pointer))
         memory = (ctypes.c_ubyte * size_bytes).from_address(pointer.value)
         return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
@@ -156,11 +156,6 @@ class CudaSession:
         if not self._context.value:
             return
         self.activate()
-        while self._device_memory:
-            self._driver.call("cuMemFree_v2", ctypes.c_uint64(self._device_memory.pop()))
-        while self._host_memory:
-            self._driver.call("cuMemFreeHost", ctypes.c_void_p(self._host_memory.pop()))
-        if self._stream.value:
-            self._driver.call("cuStreamDestroy_v2", self._stream)
-        self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
+        while self._frees:
+            self._driver.call(*self._frees.pop())
         self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()

@@ -14,7 +14,7 @@ from data_pipeline.common.errors import CorruptFileError, UserError
 from data_pipeline.common.machine import usable_cores
 from infer.bundle.load import Bundle
 from infer.bundle.manifest import metadata_mismatch
-from infer.bundle.schema import INPUT_NAME, OUTPUT_NAME
+from infer.bundle.schema import INPUT_NAME
 from infer.runtime.base import Outputs, check_batch
 from infer.runtime.cuda import scan_gpus
 
@@ -48,40 +48,26 @@ class OnnxBackend:
         (provider, *_) = self._session.get_providers()
         self.provider = f"ONNX Runtime {onnxruntime.__version__} {provider}"
         self.device = "cpu" if device == "cpu" else scan_gpus().gpus[0].name
-        self._memory, self._features = device, manifest.feature_layer
+        self._memory, self._outputs = device, [output.name for output in manifest.outputs]
         if mismatch := metadata_mismatch(self._session.get_modelmeta().custom_metadata_map, manifest):
             raise CorruptFileError(f"{path} has {mismatch} than its bundle.json says")
 
-    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._run([OUTPUT_NAME], images_NHWC)[0]
-
-    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return self._run_at([OUTPUT_NAME], address, shape)[0]
-
-    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
-        if self._features is None:
-            return Outputs(self.run(images_NHWC), None)
-        return Outputs(*self._run([OUTPUT_NAME, self._features], images_NHWC))
-
-    def run_outputs_at(self, address: int, shape: tuple[int, ...]) -> Outputs:
-        if self._features is None:
-            return Outputs(self.run_at(address, shape), None)
-        return Outputs(*self._run_at([OUTPUT_NAME, self._features], address, shape))
-
-    def _run(self, names: list[str], images_NHWC: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(self, images_NHWC: NDArray[np.uint8], *, features: bool = False) -> Outputs:
         check_batch(len(images_NHWC), self.max_batch)
-        outputs: list[NDArray[np.float32]] = self._session.run(names, {INPUT_NAME: images_NHWC})
-        return outputs
+        return Outputs(*self._session.run(self._wanted(features), {INPUT_NAME: images_NHWC}))
 
-    def _run_at(self, names: list[str], address: int, shape: tuple[int, ...]) -> list[NDArray[np.float32]]:
+    def run_at(self, address: int, shape: tuple[int, ...], *, features: bool = False) -> Outputs:
         check_batch(shape[0], self.max_batch)
         binding = self._session.io_binding()
         binding.bind_input(INPUT_NAME, self._memory, 0, np.uint8, shape, address)
-        for name in names:
+        for name in self._wanted(features):
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
-        outputs: list[NDArray[np.float32]] = binding.copy_outputs_to_cpu()
-        return outputs
+        return Outputs(*binding.copy_outputs_to_cpu())
+
+    def _wanted(self, features: bool) -> list[str]:
+        """The names of the outputs to compute: probabilities come first."""
+        return self._outputs if features else self._outputs[:1]
 
     def close(self) -> None:
         self._session = None

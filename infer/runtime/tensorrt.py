@@ -97,29 +97,15 @@ class TensorRTBackend:
             if not self._context.set_tensor_address(name, pointer):
                 raise RuntimeError(f"TensorRT refused the buffer of {name}: {self._reason()}")
 
-    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.run_at(self._copy_in(images_NHWC), tuple(images_NHWC.shape))
-
-    def run_at(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return self._run_at(address, shape, 1)[0]
-
-    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
-        return self.run_outputs_at(self._copy_in(images_NHWC), tuple(images_NHWC.shape))
-
-    def run_outputs_at(self, address: int, shape: tuple[int, ...]) -> Outputs:
-        probabilities_NC, *features = self._run_at(address, shape, len(self._outputs))
-        return Outputs(probabilities_NC, features[0] if features else None)
-
-    def _copy_in(self, images_NHWC: NDArray[np.uint8]) -> int:
+    def run(self, images_NHWC: NDArray[np.uint8], *, features: bool = False) -> Outputs:
         n = len(images_NHWC)
         check_batch(n, self.max_batch)
         self._cuda.activate()
         self._images[:n] = images_NHWC
         self._cuda.copy_in(self._images_gpu, self._images[:n])
-        return self._images_gpu
+        return self.run_at(self._images_gpu, tuple(images_NHWC.shape), features=features)
 
-    def _run_at(self, address: int, shape: tuple[int, ...], num_outputs: int) -> list[NDArray[np.float32]]:
-        """Run the engine on images on the GPU, and copy its first outputs from there."""
+    def run_at(self, address: int, shape: tuple[int, ...], *, features: bool = False) -> Outputs:
         n = shape[0]
         self._cuda.activate()
         if not self._context.set_tensor_address(INPUT_NAME, address):
@@ -128,11 +114,11 @@ class TensorRTBackend:
             raise RuntimeError(f"TensorRT refused images of shape {shape}: {self._reason()}")
         if not self._context.execute_async_v3(self._cuda.stream):
             raise RuntimeError(f"TensorRT could not run the engine: {self._reason()}")
-        wanted = self._outputs[:num_outputs]
+        wanted = self._outputs if features else self._outputs[:1]
         for buffer, pointer in zip(wanted, self._outputs_gpu, strict=False):
             self._cuda.copy_out(buffer[:n], pointer)
         self._cuda.synchronize()
-        return [buffer[:n].copy() for buffer in wanted]
+        return Outputs(*(buffer[:n].copy() for buffer in wanted))
 
     def close(self) -> None:
         if self._compiled is not None:
@@ -183,17 +169,14 @@ def check_contract(engine: Any, bundle: Bundle) -> None:
         CorruptFileError: they differ.
     """
     manifest = bundle.manifest
-    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    outputs = {output.name for output in manifest.outputs}
-    if names != {INPUT_NAME} | outputs:
-        raise CorruptFileError(f"{bundle.engine_path} has other tensors than its bundle: {sorted(names)}")
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    dtypes = {name: engine.get_tensor_dtype(name).name.lower() for name in names}
+    if dtypes != {INPUT_NAME: "uint8"} | {output.name: "float" for output in manifest.outputs}:
+        raise CorruptFileError(f"{bundle.engine_path} has other tensors than its bundle: {dtypes}")
     if (profiles := engine.num_optimization_profiles) != 1:  # a context serves one profile
         raise CorruptFileError(
             f"{bundle.engine_path} has {profiles} optimisation profiles, and its bundle one"
         )
-    dtypes = {name: engine.get_tensor_dtype(name).name.lower() for name in names}
-    if dtypes != {INPUT_NAME: "uint8"} | dict.fromkeys(outputs, "float"):
-        raise CorruptFileError(f"{bundle.engine_path} has other types than its bundle: {dtypes}")
     crop_px, facts = manifest.preprocessing.crop_px, manifest.engine
     assert facts is not None
     found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(INPUT_NAME, 0))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,15 +14,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
-from infer.predict.feature_files import (
-    METADATA_KEY,
-    FeatureFileRow,
-    FeatureInfo,
-    block_rows,
-    info_path,
-    rows_path,
-)
-from infer.predict.writers import import_parquet
+from infer.predict.feature_files import METADATA_KEY, FeatureInfo, block_rows, info_path
+from infer.predict.rows import CompletedRow
+from infer.predict.writers import import_parquet, journal_of
 
 # Shapes: N rows of a block, D features.
 
@@ -37,30 +31,19 @@ class Block(NamedTuple):
     features: NDArray[np.float32]
 
 
-class FeatureFile(Protocol):
-    """A file of features that was opened."""
-
-    info: FeatureInfo
-
-    def blocks(self) -> Iterator[Block]:
-        """All rows, in order, a few megabytes at a time."""
-        ...
-
-    def paths_of(self, rows: Collection[int]) -> dict[int, str]:
-        """The paths of some rows, by number."""
-        ...
-
-
-def open_feature_file(path: Path) -> FeatureFile:
+def open_feature_file(path: Path) -> ParquetFeatures | NpyFeatures:
     """Open a file that `alexnet predict --features` wrote.
 
+    Returns:
+        The file: `info` says what it holds, `blocks` gives all rows, in order, a few megabytes at a time, and
+        `paths_of` the paths of some rows, by number.
     Raises:
         UserError: there is none, it is damaged or something else, or Parquet without pyarrow. What lies
             behind the header is read, and may raise the same, later.
     """
     if not path.is_file():
         raise UserError(f"--in {printable(path)}: there is no such file")
-    return _NpyFile(path) if path.suffix.lower() == ".npy" else _ParquetFile(path)
+    return NpyFeatures(path) if path.suffix.lower() == ".npy" else ParquetFeatures(path)
 
 
 @contextmanager
@@ -74,7 +57,9 @@ def _name_damage(path: Path, *kinds: type[Exception]) -> Iterator[None]:
         ) from error
 
 
-class _ParquetFile:
+class ParquetFeatures:
+    """A Parquet file of features that was opened."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         pa, self._pq = import_parquet()
@@ -90,7 +75,7 @@ class _ParquetFile:
         first = 0
         for batch in self._batches("features"):
             block_ND = np.full((len(batch), self.info.num_features), np.nan, np.float32)
-            column = batch.column("features").combine_chunks()
+            column = batch.column("features")
             there_N = column.is_valid().to_numpy(zero_copy_only=False)
             with _name_damage(self._path):
                 block_ND[there_N] = column.flatten().to_numpy().reshape(-1, self.info.num_features)
@@ -107,13 +92,14 @@ class _ParquetFile:
         return found
 
     def _batches(self, column: str) -> Iterator[Any]:
+        size = block_rows(self.info.num_features)
         with _name_damage(self._path, *self._kinds), self._pq.ParquetFile(self._path) as file:
-            for number in range(file.num_row_groups):
-                # A row group has a few megabytes, as `open_features` writes them.
-                yield file.read_row_group(number, columns=[column], use_threads=False)
+            yield from file.iter_batches(size, columns=[column], use_threads=False)
 
 
-class _NpyFile:
+class NpyFeatures:
+    """A `.npy` file of features that was opened, and the files beside it."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         with _name_damage(info_path(path)):
@@ -136,11 +122,11 @@ class _NpyFile:
                 yield Block(first, block_ND)
 
     def paths_of(self, rows: Collection[int]) -> dict[int, str]:
-        path, found = rows_path(self._path), {}
+        path, found = journal_of(self._path), {}
         with _name_damage(path), path.open("rb") as lines:
             for number, line in enumerate(itertools.islice(lines, max(rows, default=-1) + 1)):
                 if number in rows:
-                    found[number] = msgspec.json.decode(line, type=FeatureFileRow).path
+                    found[number] = msgspec.json.decode(line, type=CompletedRow).path
             if missing := set(rows) - found.keys():
                 raise ValueError(f"it has no row {min(missing)}")
         return found

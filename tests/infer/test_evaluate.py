@@ -65,6 +65,10 @@ def test_evaluation_counts_what_it_could_not_read(
     assert (with_fault.num_samples, with_fault.num_failed) == (49, 1)
     lost = round(whole.top5 * 50) - round(with_fault.top5 * 49)
     assert lost in (0, 1) and with_fault.top5 * 49 == pytest.approx(round(with_fault.top5 * 49))
+    for path in (tmp_path / "data" / "val").glob("*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of the 50 images in .* could be read"):
+        evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))
     shutil.rmtree(tmp_path / "data" / "val" / "9")
     with pytest.raises(UserError, match=r"other classes than the model \(9 and 10\)"):
         evaluate_bundle(bundle, backend, load_image_folder(tmp_path / "data", "val"))

@@ -26,6 +26,7 @@ from infer.predict.decode import DecoderName, open_decoder, run_valid, valid_ima
 from infer.predict.inputs import find_inputs
 from infer.predict.rows import ErrorRow, OkRow, Row
 from infer.predictor import Predictor
+from infer.runtime.base import Outputs
 from infer.runtime.choose import BackendName, probe_machine, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.images import broken, encode, kinds, photo, suffix_for
@@ -101,8 +102,8 @@ def test_predictor_applies_exif_of_a_pillow_image(bundle: Bundle, files: list[Pa
 def test_onnx_backend_reads_images_by_address(bundle: Bundle, files: list[Path]) -> None:
     backend = OnnxBackend(bundle, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (5, 56, 56, 3)).astype(np.uint8)
-    by_address = backend.run_at(images.ctypes.data, images.shape)
-    assert by_address.shape == (5, 10) and np.array_equal(by_address, backend.run(images))
+    by_address = backend.run_at(images.ctypes.data, images.shape).probabilities
+    assert by_address.shape == (5, 10) and np.array_equal(by_address, backend.run(images).probabilities)
     with pytest.raises(ValueError, match="a batch of 9; the model takes 1 to 8"):
         backend.run_at(images.ctypes.data, (9, 56, 56, 3))
     backend.close()
@@ -117,8 +118,9 @@ def test_ten_crop_averages_the_softmax_of_the_views(bundle: Bundle, files: list[
     ):
         batch = next(Loader(decoder, preprocessing).eval(dataset, micro_batch=4, ten_crop=True))
         views = valid_images(batch)
-        expected = np.mean([predictor.backend.run(views[:, v].copy()) for v in range(10)], axis=0)
-        assert run_valid(predictor.backend, batch, 4) == pytest.approx(expected, abs=1e-6)
+        each = [predictor.backend.run(views[:, v].copy()).probabilities for v in range(10)]
+        expected = np.mean(each, axis=0)
+        assert run_valid(predictor.backend, batch, 4).probabilities == pytest.approx(expected, abs=1e-6)
         rows = list(predictor([dataset.path_at(i) for i in range(4)]))
         for row, probabilities in zip(rows, expected, strict=True):
             assert dict(found(row)) == pytest.approx(dict(enumerate(probabilities.tolist())), abs=1e-6)
@@ -280,9 +282,9 @@ def test_predictor_batches_are_full_but_the_last(
     sizes = []
     run = OnnxBackend.run
 
-    def watched(self: OnnxBackend, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def watched(self: OnnxBackend, images_NHWC: NDArray[np.uint8], *, features: bool = False) -> Outputs:
         sizes.append(len(images_NHWC))
-        return run(self, images_NHWC)
+        return run(self, images_NHWC, features=features)
 
     monkeypatch.setattr(OnnxBackend, "run", watched)
     for batch_size, expected in ((4, [4, 4, 4, 4, 3]), (8, [8, 8, 3]), (1, [1] * 19)):

@@ -64,7 +64,7 @@ def test_gate_states_the_difference_of_features(featured: Bundle) -> None:
 @pytest.mark.gpu
 def test_features_on_a_gpu_are_those_of_the_cpu(featured: Bundle, base: Path, tmp_path: Path) -> None:
     with closing(OnnxBackend(featured, "cpu")) as cpu, closing(OnnxBackend(featured, "cuda")) as cuda:
-        expected, found = cpu.run_outputs(IMAGES).features, cuda.run_outputs(IMAGES).features
+        expected, found = (backend.run(IMAGES, features=True).features for backend in (cpu, cuda))
     assert expected is not None and found is not None
     np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max())
     rebuild = rebuild_engine(featured, out=tmp_path / "trt", data=data_folder(base)).manifest.rebuild

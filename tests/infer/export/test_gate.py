@@ -14,6 +14,7 @@ import infer.export.pipeline
 from data_pipeline.common.errors import GateError, UserError
 from infer.bundle.load import Bundle
 from infer.export.pipeline import export_models
+from infer.runtime.base import Outputs
 from infer.runtime.choose import probe_machine, why_no_engine
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.infer_samples import (
@@ -34,9 +35,9 @@ class Stand(OnnxBackend):
         assert bundle.engine_path is not None and bundle.engine_path.exists()
         super().__init__(bundle, "cpu")
 
-    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        probabilities_NC = super().run(images_NHWC)
-        return (1 - self.by) * probabilities_NC + self.by * probabilities_NC[:, ::-1]
+    def run(self, images_NHWC: NDArray[np.uint8], *, features: bool = False) -> Outputs:
+        probabilities_NC, _ = super().run(images_NHWC)
+        return Outputs((1 - self.by) * probabilities_NC + self.by * probabilities_NC[:, ::-1])
 
 
 @pytest.mark.slow

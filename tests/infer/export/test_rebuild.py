@@ -125,12 +125,9 @@ class Altered:
     def __init__(self, bundle: Bundle, by: float) -> None:
         self._onnx, self._by = OnnxBackend(bundle, "cpu"), by
 
-    def run(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        probabilities_NC = self._onnx.run(images_NHWC)
-        return (1 - self._by) * probabilities_NC + self._by * probabilities_NC[:, ::-1]
-
-    def run_outputs(self, images_NHWC: NDArray[np.uint8]) -> Outputs:
-        return Outputs(self.run(images_NHWC), None)
+    def run(self, images_NHWC: NDArray[np.uint8], *, features: bool = False) -> Outputs:
+        probabilities_NC, _ = self._onnx.run(images_NHWC)
+        return Outputs((1 - self._by) * probabilities_NC + self._by * probabilities_NC[:, ::-1])
 
     def close(self) -> None:
         self._onnx.close()

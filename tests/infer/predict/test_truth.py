@@ -17,8 +17,7 @@ from data_pipeline.common.errors import UserError
 from infer.bundle.load import Bundle
 from infer.commands.run_predict import run_predict
 from infer.predict.inputs import find_inputs
-from infer.predict.options import PredictOptions
-from infer.predict.outputs import rows_format
+from infer.predict.options import PredictOptions, rows_format
 from infer.predict.rows import rank_classes, rank_of
 from infer.predict.truth import class_folder, class_ids, open_truth, read_truth
 from infer.predict.writers import Format

@@ -12,8 +12,13 @@ import pytest
 from data_pipeline.common.errors import UserError
 from infer.predict.gallery import GENERATOR
 from infer.predict.inputs import find_inputs
-from infer.predict.options import PredictOptions, check_options, how_to_go_on
-from infer.predict.outputs import check_outputs, rows_format
+from infer.predict.options import (
+    PredictOptions,
+    check_options,
+    check_outputs,
+    how_to_go_on,
+    rows_format,
+)
 from infer.predict.rows import ClassNames, ErrorRow, OkRow, Prediction, Row, RowShape
 from infer.predict.table import open_table
 from infer.predict.writers import FileFormat, Format, journal_of, open_output
