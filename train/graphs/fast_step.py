@@ -8,13 +8,14 @@ of the same shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.loading.batches import Batch
 from train.config.schema import RunConfig
@@ -89,7 +90,9 @@ class FastStep:
         self.forward = forward or partial(plain_forward, parts)
         self.apply, self.before = apply, before
         device, network = parts.world.device, parts.network
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._places = places_of(network)
+        self._parameters = [module.get_parameter(name) for module, name in self._places]
+        self._leaves = [nn.Parameter(parameter.detach()) for parameter in self._parameters]
         self._buffers = list(network.buffers())
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
         self._meter = AccuracyMeter(device)
@@ -197,13 +200,33 @@ class FastStep:
         set_training(self.parts.network, self.parts.config.freeze)
         masks = masks_of(self.parts.network)
         masks.keys_L2, masks.rows_N = self._values.keys, inputs.rows
-        loss = count_losses(self.parts, inputs, self.forward(inputs), self._meter)
+        with self._leaves_in_place():
+            loss = count_losses(self.parts, inputs, self.forward(inputs), self._meter)
         masks.rows_N = None  # those of a pass are nobody else's
-        gradients = torch.autograd.grad(loss, self._parameters)
+        gradients = torch.autograd.grad(loss, self._leaves)
         return [
             grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
             for parameter, grad in zip(self._parameters, gradients, strict=True)
         ]
+
+    @contextmanager
+    def _leaves_in_place(self) -> Iterator[None]:
+        """Let the network compute with other leaves of autograd, whose memory is that of its parameters.
+
+        DistributedDataParallel keeps the parameters' own nodes, which belong to the stream on which it was
+        made: a backward pass that ends at them waits for that stream, and no graph can be captured.
+        """
+        for (module, name), leaf in zip(self._places, self._leaves, strict=True):
+            module._parameters[name] = leaf
+        try:
+            yield
+        finally:
+            for (module, name), parameter in zip(self._places, self._parameters, strict=True):
+                module._parameters[name] = parameter
+
+    def leaves(self) -> dict[Tensor, Tensor]:
+        """Return the parameters of the network by what stands for each in a pass."""
+        return dict(zip(self._leaves, self._parameters, strict=True))
 
     def _update(self, gradients: Sequence[Tensor], ghosts: Tensor | None) -> None:
         parts, values = self.parts, self._values
@@ -212,6 +235,16 @@ class FastStep:
         parts.scaler.unscale_(parts.optimizer)
         skip = parts.guard.should_skip(gradients, values.step)
         end_step(parts, values, skip, ghosts, self._buffers_before, self._meter, self.apply)
+
+
+def places_of(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the modules and names of the parameters that are trained, in the order of `parameters()`."""
+    return [
+        (module, name)
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
 
 
 def make_sum(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -37,13 +37,16 @@ def make_fused_step(parts: StepParts, capture: Capture, kernels: Kernels) -> Ste
     """
     half = HALVES.get(parts.precision.name)
     halves = HalfWeights(parts.network, half, parts.optimizer) if half is not None else None
-    return FastStep(
+    step = FastStep(
         parts,
         capture,
         forward=FusedForward(parts, halves, kernels),
         apply=partial(update_weights, halves=halves, kernels=kernels),
         before=halves.refresh if halves is not None else None,
     )
+    if halves is not None:
+        halves.share(step.leaves())
+    return step
 
 
 def why_modules(parts: StepParts) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ The float32 weights stay the parameters, in the optimiser, in checkpoints and un
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class HalfWeights:
             return parameter
         half: Tensor = _TakeHalf.apply(parameter, copy)
         return half
+
+    def share(self, leaves: Mapping[Tensor, Tensor]) -> None:
+        """Let tensors that stand for parameters in a pass have the parameters' copies."""
+        copies = {leaf: self.copy_of(parameter) for leaf, parameter in leaves.items()}
+        self._copies |= {leaf: copy for leaf, copy in copies.items() if copy is not None}
 
     def copy_of(self, parameter: Tensor) -> Tensor | None:
         """Return the tensor that holds a parameter's copy, for whoever writes it; None if it has none."""

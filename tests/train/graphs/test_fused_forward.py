@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,17 @@ from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.recorder import Recorder, run_every_time
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
+from train.graphs import fast_step
 from train.graphs.capture import CudaCapture
 from train.graphs.choose import list_candidates
-from train.graphs.fused_forward import why_modules
+from train.graphs.fast_step import FastStep
+from train.graphs.fused_forward import make_fused_step, why_modules
 from train.graphs.prover import Prover
+from train.health.metrics import AccuracyMeter
+from train.inputs.pass_inputs import PassInputs
 from train.kernels.interface import triton_kernels
 from train.models import alexnet
-from train.step import train_step
+from train.step import StepParts, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +124,41 @@ def test_work_that_is_not_captured_is_right_too(world: World) -> None:
     candidate, _ = list_candidates(parts, lambda: run_every_time, lambda: PLAIN)
     assert candidate.name == "graph and fused kernels"
     assert prover.judge(candidate)[0].against is None
+
+
+def nodes_behind(tensor: torch.Tensor) -> set[Any]:
+    """All nodes of a tensor's graph."""
+    found: set[Any] = set()
+    left = [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [one for one, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_passes_do_not_end_at_the_nodes_that_ddp_keeps(
+    world: World, monkeypatch: pytest.MonkeyPatch, precision: str, fused: bool
+) -> None:
+    """Those belong to the stream on which DDP was made: with them no graph can be captured on a GPU."""
+    parts = small_trainer(world, *SMALL, *NETWORKS["bn"], f"precision={precision}")
+    ends: list[set[Any]] = []
+    count = fast_step.count_losses
+
+    def seen(
+        parts: StepParts, inputs: PassInputs, logits_NC: torch.Tensor, meter: AccuracyMeter
+    ) -> torch.Tensor:
+        ends.append({node.variable for node in nodes_behind(logits_NC) if hasattr(node, "variable")})
+        return count(parts, inputs, logits_NC, meter)
+
+    monkeypatch.setattr(fast_step, "count_losses", seen)
+    step = make_fused_step(parts, run_every_time, PLAIN) if fused else FastStep(parts, run_every_time)
+    step([batch_of(4)], 0.1, 0)
+    parameters = list(parts.network.parameters())
+    (leaves,) = ends
+    assert len(leaves) == len(parameters) and leaves.isdisjoint(parameters)
+    assert {leaf.data_ptr() for leaf in leaves} == {parameter.data_ptr() for parameter in parameters}
+    assert all(parameter.grad is not None for parameter in parameters)
