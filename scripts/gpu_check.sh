@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks what only a machine with an NVIDIA GPU can show. Each check has a limit in seconds, the most valuable come first:
 #   bash scripts/gpu_check.sh --quick        under 5 minutes in all, after installing
-#   bash scripts/gpu_check.sh                these, and the rest: 80 minutes at most
+#   bash scripts/gpu_check.sh                these, and the rest: 84 minutes at most
 #   bash scripts/gpu_check.sh --only NAME    one of them; --list names all, with limits, and needs no GPU
 #   bash scripts/gpu_check.sh --limit N …    no check may take more than N seconds
 #   bash scripts/gpu_check.sh --installed …  with the python3 of PATH and what it has, where nothing can be installed
@@ -14,14 +14,14 @@ cd "$(dirname "$self")/.." || exit 1
 out=gpu-check
 
 # Part, limit in seconds, name. No engine of `tensorrt` has ever run: wherever it imports, one is built, gated, run and
-# benched first. The limits of what has never run, from gpu-tests to step, are estimates.
+# benched first. The limits of what has never run to its end, from gpu-tests to steps, are estimates.
 CHECKS="
 quick 25 train
 quick 45 engine
 quick 10 doctor
-quick 80 gpu-tests
-quick 40 fast
-quick 100 step
+quick 130 gpu-tests
+quick 50 fast
+quick 40 step
 rest 60 predictions
 rest 300 demo
 rest 60 precision-fp32
@@ -32,6 +32,7 @@ rest 120 export-int8
 rest 240 engine-timing
 rest 120 ray
 rest 300 feed
+rest 400 steps
 rest 900 bench-train
 rest 300 bench-infer
 rest 300 bench-batch
@@ -56,8 +57,8 @@ precision-fp32() { train_in fp32; }
 precision-fp16() { train_in fp16; }
 doctor() { alexnet doctor; }
 
-# So many epochs that fast steps are proved; three in a row that are no better end the run. Fails if a fast step is wrong or
-# cannot be captured, and not if the plain one is faster. Without Inductor, which would take half of the time.
+# So many epochs that fast steps are proved; three that are no better end the run. Fails if one is wrong or cannot be captured,
+# and not if the plain one is faster. Without Inductor, which takes half of the time.
 fast() {
   rm -rf "$out/fast"
   trained fast --out "$out/fast" --set epochs=3000 --set stop_patience=3 --set precision=bf16 --set lrn=eager
@@ -88,7 +89,7 @@ assert all(words.startswith("ok") for words in doctor["here"].values()), doctor[
 PYTHON
 }
 
-# Images/s of the engine beside ONNX Runtime's CUDA provider, by phase.
+# The engine beside ONNX Runtime's CUDA provider.
 bench_engine() {
   python - "$out/export-$1" "$1" <<'PYTHON'
 import sys
@@ -122,8 +123,9 @@ export-int8() { export_and_rebuild int8 && bench_engine int8; }
 # machine lacks what the reason names.
 gpu-tests() {
   local first=(tests/train/graphs tests/train/compile tests/train/kernels tests/train/test_deterministic.py) code=0
-  python -m pytest -m gpu -v -rs --durations=5 "${first[@]}" | tee "$out/gpu-tests.txt" || code=1
-  python -m pytest -m gpu -v -rs --durations=5 tests "${first[@]/#/--ignore=}" | tee -a "$out/gpu-tests.txt" || code=1
+  local pytest=(python -m pytest -m gpu --numprocesses 6 -v -rs --durations=5)
+  "${pytest[@]}" "${first[@]}" | tee "$out/gpu-tests.txt" || code=1
+  "${pytest[@]}" tests "${first[@]/#/--ignore=}" | tee -a "$out/gpu-tests.txt" || code=1
   [ "$code" -eq 0 ] && ! grep '^SKIPPED' "$out/gpu-tests.txt" | grep -vE 'tensorrt|engine|two GPUs|pip install'
 }
 
@@ -167,14 +169,12 @@ ray() {
     cat "$out"/ray/part-*.jsonl >"$out/ray.jsonl" && compare "$out"/{cpu,ray}.jsonl
 }
 
-# The ratios of docs/training-speed.md, each group as it ends. Of torchvision's ways its plain bfloat16, compiled where the
-# host is in time and captured in graphs where it is late; bench-train has all five at both batches.
-step() {
-  bench_step 1024 owt torchvision_bf16 torchvision_compiled &&
-    bench_step 128 owt torchvision_bf16 torchvision_graphs owt_plain owt_deterministic &&
-    bench_step 128 bn bn_no_norm && bench_step 128 paper paper_no_lrn
+# The ratios of docs/training-speed.md, each group as it ends; bench-train has all of torchvision's ways at both batches.
+step() { bench_step 128 owt torchvision_bf16 torchvision_graphs; }
+steps() {
+  bench_step 128 bn bn_no_norm && bench_step 128 paper paper_no_lrn && bench_step 128 owt owt_plain owt_deterministic &&
+    bench_step 1024 owt torchvision_bf16 torchvision_compiled
 }
-
 # bench_step BATCH SUBJECT…: figures, which step ran and why, and the ratios.
 bench_step() {
   local subjects=("${@:2}")
