@@ -110,7 +110,7 @@ def verify(
     """Decode every image, and list those that cannot be decoded in DIR/quarantine.jsonl.
 
     Training leaves out what the list names, and says how many. Run again after files were repaired: they
-    leave the list. The exit code is 3 where something is damaged. Shards are held against their hashes, too.
+    leave the list. The exit code is 3 where something is damaged. Shards are compared with their hashes, too.
     For data that is read-only the list is kept in the user's cache, where training on this machine finds it.
 
     \b
@@ -140,7 +140,7 @@ def verify(
 @click.option("--sample", type=int, metavar="N", help="Examine only N images of each split, always the same.")
 @click.option("--workers", type=int, help="Processes that decode. Default: one on each core.")
 def info(folder: Path, as_json: bool, grid: Path | None, sample: int | None, workers: int | None) -> None:
-    """What a data folder holds: classes, counts, sizes, formats, and the colours of its training images.
+    """Show a data folder: classes, counts, sizes, formats, and the colours of its training images.
 
     Mean and deviation of the channels, and the principal components of RGB that the paper's colour noise
     wants, are exact over all pixels, or over those of a sample. The exit code is 3 where images could not

@@ -181,7 +181,7 @@ class Predictor:
 
     @property
     def row_shape(self) -> RowShape:
-        """What the rows have in common."""
+        """Properties that all rows share."""
         return RowShape(self.top, named=bool(self._names.in_data))
 
     def decode(self, inputs: Input | Iterable[Input]) -> Generator[Batch, None, None]:

@@ -28,7 +28,7 @@ collect_ignore_glob = ["helpers/*"]  # no tests, and some need packages that not
 DEV_PACKAGES = {
     "hypothesis", "pyarrow", "ray", "tritonclient", "yaml",
 }  # fmt: skip
-"""What the extra `dev` brings, by the names under which test files import it."""
+"""Packages of the extra `dev`, by the names under which test files import them."""
 
 MISSING = re.compile(r"^E +ModuleNotFoundError: No module named '([^']+)'", re.MULTILINE)
 

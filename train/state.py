@@ -91,7 +91,7 @@ class RunState:
 
     @property
     def course(self) -> Course:
-        """What the choice of a step needs to know."""
+        """Properties that the choice of a step depends on."""
         return Course(
             num_images=self.config.epochs * len(self.train_set),
             rate=base_lr_for(self.config.schedule, self.config.global_batch),

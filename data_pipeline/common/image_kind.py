@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """What a file's first bytes say that it is. The numbers are on disk: add to them, do not change them."""
+    """A file's kind, by its first bytes. The numbers are on disk: add to them, do not change them."""
 
     UNREADABLE = 0
     JPEG = 1

@@ -18,7 +18,7 @@ _SHOWN = 5
 
 
 class PassedOver(msgspec.Struct):
-    """What a listing has passed over; hidden files and those of operating systems are not counted.
+    """Counts of the files that a listing skipped, without hidden files and those of operating systems.
 
     Attributes:
         suffixes: number of files that are taken for no image, by lower-case suffix; "" for none, `OTHERS` for
@@ -61,7 +61,7 @@ class PassedOver(msgspec.Struct):
         return dict(sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0])))
 
     def sentence(self) -> str:
-        """What was passed over, as a part of a line; empty if nothing was.
+        """The skipped files as a part of a line; empty if there are none.
 
         >>> PassedOver({".txt": 2, ".heic": 9, "": 1}, num_loose=3).sentence()
         '12 files that are no images (9 .heic, 2 .txt, 1 without suffix), 3 images beside the class folders'

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import BinaryIO, NoReturn, cast
 
 EXIT_BROKEN_PIPE = 128 + 13
-"""What a shell shows for a program that SIGPIPE ended, as `head` ends those before it."""
+"""The exit code that a shell shows for a program ended by SIGPIPE, as `head` ends those before it."""
 
 
 def require_utf8() -> None:

@@ -26,7 +26,7 @@ JUNK = frozenset(
         "system volume information", "lost+found",
     }
 )  # fmt: skip
-"""What operating systems leave in folders, in lower case, beside hidden files: no classes and no images."""
+"""Names that operating systems leave in folders, in lower case: neither classes nor images."""
 
 
 def load_image_folder(

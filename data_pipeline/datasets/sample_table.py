@@ -28,7 +28,7 @@ ROW_BYTES = sum(kind.itemsize for kind in _ON_DISK)
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """What is known of the images of a split. The arrays are read-only, but for what `distrust` changes.
+    """Properties of each image of a split, as arrays; read-only, but for those that `distrust` changes.
 
     A file may have changed since it was looked at: who reads it compares its length with the table's.
 

@@ -147,7 +147,7 @@ def _name(dataset: Dataset) -> str:
 
 
 def _key(dataset: Dataset) -> bytes:
-    """What a table is bound to, hashed: 0.1 s for a million samples."""
+    """Hash of the samples that a table belongs to: 0.1 s for a million of them."""
     digest = hashlib.sha256(bytes.fromhex(dataset.contents().sha256))
     if (reader := dataset.reader) is not None:
         for column in (reader.shard_of, reader.offsets, reader.sizes):

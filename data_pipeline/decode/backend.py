@@ -1,4 +1,4 @@
-"""What a decoder of batches is, and which one decodes."""
+"""The interface of a decoder of batches, and the choice of one."""
 
 from __future__ import annotations
 

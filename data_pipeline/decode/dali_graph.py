@@ -27,7 +27,7 @@ HARDWARE_LOAD = 0.9
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """What a graph does.
+    """Settings of a DALI graph.
 
     Attributes:
         paths: whether it is fed paths, and reads the files; else the files' bytes.

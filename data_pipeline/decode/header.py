@@ -21,7 +21,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation; 1 needs nothing."""
+"""Pillow's operation that turns an image upright, by EXIF orientation; 1 needs none."""
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)

@@ -18,7 +18,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class Look(NamedTuple):
-    """What one file is.
+    """Properties of one image file.
 
     Attributes:
         kind: of file; `Kind.UNREADABLE` where its header cannot be read.

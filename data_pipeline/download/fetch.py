@@ -33,7 +33,7 @@ PAUSE_S = 1.0
 """Wait before the second attempt; doubled before each one after it."""
 
 ADVICE = "use another --mirror"
-"""What to do about a server that refuses, for messages."""
+"""Advice for a server that refuses, in messages."""
 
 _MB = 1_000_000
 _LARGEST_BYTES = 1 << 40

@@ -50,7 +50,7 @@ def verify_as_text(report: VerifyReport) -> str:
     lines: list[str] = []
     for split in report.splits:
         good = split.num_samples - len(split.bad)
-        hashed = f"; {split.num_shards_hashed} shards held against their hashes" * bool(
+        hashed = f"; {split.num_shards_hashed} shards compared with their hashes" * bool(
             split.num_shards_hashed
         )
         lines.append(f"{split.split}: {good} of {split.num_samples} images can be decoded{hashed}")

@@ -170,7 +170,7 @@ class FeedMaker:
 def _known(
     samples: Samples, indices: Int, max_pixels: int
 ) -> tuple[list[Bytes] | FilePaths, Int, npt.NDArray[np.bool_]]:
-    """What the table knows: the files, their sizes, and which of both may be used as they are."""
+    """The table's columns for a batch: files, their sizes, and which of both may be used as they are."""
     count = len(indices)
     table = samples.table
     if table is None or not isinstance(samples, Dataset):

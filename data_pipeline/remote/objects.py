@@ -12,7 +12,7 @@ from data_pipeline.remote.address import is_http
 
 ADVICE = "look whether it is the address of shards that `alexnet data shard` wrote, and may be read from here"
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
-"""What fsspec needs for each kind of address."""
+"""The package that fsspec needs for each kind of address."""
 _PROTOCOLS = {"s3": "s3", "gs": "gcs"}
 _READ_BYTES = 1 << 23
 

@@ -1,4 +1,4 @@
-"""What checkpoints and bundles say alike: the weights that a run began with, and parts of their model cards.
+"""Parts that checkpoints and bundles share: the weights that a run began with, and parts of model cards.
 
 In a card are Markdown that no name breaks, YAML, the licence.
 """

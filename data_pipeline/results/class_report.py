@@ -1,4 +1,4 @@
-"""What a classifier gets wrong: exact counts for each pair of classes, and what follows from them.
+"""A classifier's errors: exact counts for each pair of classes, and the figures computed from them.
 
 A checkpoint is counted on its device, a bundle by NumPy; both end here, so that they report the same.
 Legend: C classes.
@@ -85,7 +85,7 @@ class Mistake(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClassReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model gets wrong on a split.
+    """The errors of a model on a split.
 
     Attributes:
         classes: in the order of the logits.

@@ -28,7 +28,7 @@ COMPRESSED_SUFFIXES = (
     ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z",
 )  # fmt: skip
 UNPACK = "shards are read at any place, so unpack it to .tar first, with gunzip or the like"
-"""What to do about a compressed shard."""
+"""Advice for a compressed shard, in messages."""
 _COMPANIONS = (".cls", ".json", ".txt")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 

@@ -76,7 +76,7 @@ def order_at(seed: int, epoch: int, labels: Int, balance: float) -> Int:
 
 
 def class_quotas(counts: Int, balance: float) -> Int:
-    """How many samples of each class an epoch has: exact quotas, whose sum is the number of samples.
+    """Number of samples of each class in an epoch: exact quotas, whose sum is the number of samples.
 
     A class of n samples is expected n^(1 - balance) times, in proportion: as often as it is there at 0, as
     often as any other at 1. A quota differs from that by less than 1 (largest remainders; of equal ones,

@@ -25,7 +25,7 @@ NUM_STRENGTHS = 31
 
 
 class Operation(IntEnum):
-    """What may be done to an image, and what its magnitude says."""
+    """The operations of TrivialAugment, and the meaning of their magnitudes."""
 
     IDENTITY = 0  # nothing
     SHEAR_X = 1  # each row is moved to the left by so many times its y: -0.99..0.99
@@ -45,7 +45,7 @@ class Operation(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class TrivialParams:
-    """What is done to each image of a batch.
+    """The operation and magnitude for each image of a batch.
 
     Attributes:
         operations: (N) int64, values of `Operation`.

@@ -16,7 +16,7 @@ from infer.bundle.manifest import Manifest, read_manifest
 from infer.bundle.schema import CPU_NAME, ENGINE_NAME, MANIFEST_NAME, ONNX_NAME, FileEntry
 
 FILE_NAMES = frozenset({MANIFEST_NAME, ONNX_NAME, CPU_NAME, ENGINE_NAME, CARD_NAME, WEIGHTS_NAME})
-"""What an export writes. The last two are for people and other programs: nothing here reads them."""
+"""Names of the files of an export. The last two are for people and other programs, and not read here."""
 
 
 @dataclass(frozen=True)

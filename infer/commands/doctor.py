@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(bundle: Path | None, as_json: bool) -> None:
-    """What this machine has, and what training and prediction would use here.
+    """Show what this machine has, and what training and prediction would use on it.
 
     Of a BUNDLE: whether its files are what was exported, where it comes from, how the gate judged it,
     which GPUs and libraries load it, and what of it loads and runs here. Code 1 if it is damaged.

@@ -139,7 +139,7 @@ def run_valid(backend: InferenceBackend, batch: Batch, size: int, *, features: b
 
 
 def _join(runs: list[NDArray[np.float32]], batch: Batch) -> NDArray[np.float32]:
-    """What the runs gave for the images that could be decoded: (n, length), the mean of an image's views."""
+    """Stack the outputs for the images that could be decoded: (n, length), the mean of an image's views."""
     found = np.concatenate(runs)
     count = len(batch) if _is_on_gpu(batch) else int(batch.valid.sum())
     by_view = found.reshape(count, -1, found.shape[-1])

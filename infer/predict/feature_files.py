@@ -34,7 +34,7 @@ _HEAD_BYTES = 1 << 16
 
 
 class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the features of a file are.
+    """Description of the features in a file.
 
     Attributes:
         bundle_sha256: digest of the bundle's manifest, which `bundle.json` and `alexnet doctor` show.

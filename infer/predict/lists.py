@@ -90,7 +90,7 @@ def read_list(path: str) -> PackedStrings:
 
 
 def read_piped(stream: BinaryIO, stopped: threading.Event) -> Iterator[str | ImageSource]:
-    """What comes on stdin: the paths of a list, or one image.
+    """Inputs from stdin: the paths of a list, or one image.
 
     Args:
         stream: stdin.

@@ -159,7 +159,7 @@ def _check_ray(options: PredictOptions) -> Format:
 
 
 def how_to_go_on(options: PredictOptions, format: Format) -> str:
-    """What to do after Ctrl-C, which leaves the rows that are written.
+    """Advice after Ctrl-C, which leaves the rows that are written.
 
     Args:
         options: of the command.

@@ -98,7 +98,7 @@ def names_of(bundle: Bundle) -> ClassNames:
 
 
 class RowShape(NamedTuple):
-    """What the rows of a run have in common.
+    """Properties that all rows of a run share.
 
     Attributes:
         places: most classes in a row.

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of validation images: probabilities, its last hidden layer, and where it looks.
+"""Runs a checkpoint on validation images: probabilities, its last hidden layer, and Grad-CAM maps.
 
 On the CPU, by torch, so that a report is the same on any machine.
 Shapes: N images, H and W rows and columns, C classes, D units of the last hidden layer.
@@ -33,7 +33,7 @@ BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What a checkpoint makes of each image that could be read, in the order of the split.
+    """A checkpoint's outputs for each image that could be read, in the order of the split.
 
     Attributes:
         model, normalize, loader: of the checkpoint, with which images are read and looked at again.

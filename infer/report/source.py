@@ -1,4 +1,4 @@
-"""What a report is made of: the files of a run and of its exports, each as far as it is there."""
+"""The sources of a report: the files of a run and of its exports, as far as they exist."""
 
 from __future__ import annotations
 

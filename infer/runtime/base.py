@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class Outputs(NamedTuple):
-    """What a model gives for n images: probabilities (n, classes), and features (n, length) if asked for."""
+    """Outputs of a model for n images: probabilities (n, classes), and features (n, length) if asked for."""
 
     probabilities: NDArray[np.float32]
     features: NDArray[np.float32] | None = None

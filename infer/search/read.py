@@ -21,7 +21,7 @@ from infer.predict.writers import import_parquet, journal_of
 # Shapes: N rows of a block, D features.
 
 _DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, EOFError, LookupError, TypeError)
-"""What reading raises of a file that is damaged; msgspec's errors are ValueErrors."""
+"""Exceptions raised when a damaged file is read; msgspec's errors are ValueErrors."""
 
 
 class Block(NamedTuple):

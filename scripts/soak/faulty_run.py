@@ -61,7 +61,7 @@ class FaultyRun:
         report.wall_s = round(time.monotonic() - started, 1)
         with_checkpoints = {path.parent.parent for path in self.spec.runs.glob("*/checkpoints/step-*")}
         if len(with_checkpoints) > 1:
-            report.problems.append(f"{len(with_checkpoints)} runs have checkpoints: one was not gone on with")
+            report.problems.append(f"{len(with_checkpoints)} runs have checkpoints: one was not resumed")
 
     def _watch(self, launch: Launch) -> None:
         """Inject the faults that are due, one at a time, until the launch ends."""

@@ -23,10 +23,10 @@ from train.checkpoints.format import MANIFEST, STATE
 from train.checkpoints.load import verify_checkpoint
 
 UNWRITTEN = "training goes on, and the checkpoints before it are untouched"
-"""What the run logs of a checkpoint for which there was no room."""
+"""Logged for a checkpoint that finds no room."""
 
 PASSED_OVER = "going on from the checkpoint before it"
-"""What it logs of a damaged one."""
+"""Logged for a damaged one."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 def train_source(recipe: str, data: Path, runs: Path, overrides: Sequence[str]) -> Path:
-    """Train the run that others begin with, or go on with it; a finished one is taken as it is.
+    """Train the run that others begin with, or resume it; a finished one is used as it is.
 
     Args:
         recipe: whose name the trainer knows.

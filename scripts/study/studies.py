@@ -18,7 +18,7 @@ from scripts.study.runs import SOURCE, Setting
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared.
+    """One comparison.
 
     Attributes:
         recipe: that all settings change.

@@ -46,7 +46,7 @@ def times_of_first(world: World) -> tuple[float, float]:
 
 
 def failing_first(world: World) -> str:
-    """What becomes of this rank where the first one fails."""
+    """How this rank ends where the first one fails."""
     try:
         with world.first_of_machine("work that fails"):
             if world.local_rank == 0:
@@ -57,7 +57,7 @@ def failing_first(world: World) -> str:
 
 
 def refusal(world: World, datasets: tuple[Dataset, ...], full_rank: int) -> str:
-    """What `open_caches` says on this rank where one rank's machine has no memory."""
+    """The error of `open_caches` on this rank where one rank's machine has no memory."""
     free = 1 if world.rank == full_rank else 1 << 40
     with ExitStack() as stack, mock.patch("train.data.bytes_available", lambda: free):
         try:
@@ -67,7 +67,7 @@ def refusal(world: World, datasets: tuple[Dataset, ...], full_rank: int) -> str:
 
 
 def opened(world: World, datasets: tuple[Dataset, ...], place: str) -> dict[str, Any]:
-    """What this rank decodes, what it gets, and what it maps while it has that, and afterwards.
+    """Count the images that this rank decodes, gets, and maps during its life and afterwards.
 
     Args:
         place: "gpu" is played by this machine's memory; one rank is slow to copy to it.

@@ -15,7 +15,7 @@ from data_pipeline.loading.batches import Batch
 
 
 class DeviceImages:
-    """What DALI gives on a GPU (`TensorGPU`): NumPy may not touch it, and `as_cpu` copies it."""
+    """Stands in for DALI's `TensorGPU`: NumPy may not touch it, and `as_cpu` copies it."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         self._pixels = np.ascontiguousarray(pixels)

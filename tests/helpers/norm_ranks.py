@@ -124,7 +124,7 @@ def compare_norms(world: World) -> dict[str, Any]:
 
 
 def check_norms(found: list[dict[str, Any]]) -> None:
-    """What `compare_norms` found on each rank."""
+    """Check the results of `compare_norms` on each rank."""
     for rank in found:
         for case, result in rank["norms"].items():
             assert result["many"] == pytest.approx(result["one"], rel=1e-6), case

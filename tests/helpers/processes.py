@@ -1,4 +1,4 @@
-"""What /proc tells of processes: whether they live, and which decoded pixels they map."""
+"""Reads /proc: whether processes live, and which decoded pixels they map."""
 
 from __future__ import annotations
 

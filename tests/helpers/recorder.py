@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class HostValueError(AssertionError):
-    """What a graph cannot hold: a value that goes to or comes from the host."""
+    """Raised for a value that goes to or comes from the host, which a graph cannot hold."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.replay()
 
     def host_arguments(self) -> list[tuple[str, tuple[str, ...]]]:
-        """What is the same at every replay."""
+        """The arguments that are the same at every replay."""
         return [call.host_arguments() for call in self.calls]
 
 

@@ -72,7 +72,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """Resources of a compiled kernel.
 
     Attributes:
         registers: of a thread, up to 255.

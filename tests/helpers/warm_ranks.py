@@ -27,7 +27,7 @@ PRELOADED = [
     "torch.distributed.elastic.multiprocessing.errors", "numba.np.arraymath", "numba.np.npyimpl",
     "numba.np.random.generator_methods", "scipy.linalg", "data_pipeline.decode.resize_kernel",
 ]  # fmt: skip
-"""What a rank imports, once for all ranks: half of the processor time of a short run."""
+"""Modules that ranks import, once for all: half of the processor time of a short run."""
 
 if not Path(
     "/dev/nvidiactl"

@@ -104,7 +104,7 @@ class Slow(Fast):
 
 
 def candidate(kind: type[Fast]) -> Candidate:
-    """What builds a step, by the name of its class."""
+    """Builders of steps, by the names of their classes."""
     return Candidate(kind.__name__, kind)
 
 

@@ -1,4 +1,4 @@
-"""What training does on a device, small: on the CPU here, and on a GPU where there is one."""
+"""Small training runs on a device: the CPU, and a GPU where there is one."""
 
 from __future__ import annotations
 

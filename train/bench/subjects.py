@@ -1,4 +1,4 @@
-"""What `alexnet bench train` measures: torchvision's `alexnet` in five ways, and our networks."""
+"""The subjects of `alexnet bench train`: torchvision's `alexnet` in five ways, and our networks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ DEFAULT: dict[str, tuple[str, ...]] = {
     ),
     "cuda": (*(spec.subject for spec in SUBJECTS[:14] if spec.subject != "caffe"), *OTHERS),
 }  # fmt: skip
-"""What is measured where nothing is chosen: on a CPU, what takes ten minutes on two cores."""
+"""Subjects measured by default: on a CPU, those that take ten minutes on two cores."""
 
 
 def make_specs(

@@ -27,9 +27,9 @@ from train.graphs.verdict import PLAIN
 from train.optim.precision import choose_precision
 
 LIMIT_S: dict[str, float | None] = {"cpu": None, "cuda": 60}
-"""What one subject may take, building and compiling included: more is cut off, and said."""
+"""Seconds for one subject, building and compiling included; a longer one is cut off, and its row says so."""
 OUR_BUILD_LIMIT_S: dict[str, float | None] = {"cpu": None, "cuda": 180}
-"""What building one of ours may take, beside that: on a new machine its step is proved first."""
+"""Seconds for building one of ours, beside that: on a new machine its step is proved first."""
 BATCHES = {"cpu": (128,), "cuda": (128, 1024)}
 STEPS = {"cpu": (2, 0), "cuda": (40, 10)}
 """Timed in each round, and run before them."""

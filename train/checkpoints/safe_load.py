@@ -95,7 +95,7 @@ def load_plain(path: Path, *, skipping: bool = False) -> Any:
 
 
 def _stand_ins(path: Path) -> list[Any]:
-    """What torch's reader shall take for each class and function that it does not know, by their names.
+    """Stand-ins for the classes and functions that torch's reader does not know, by their names.
 
     The names come from the file's instructions; an unlisted one, and those of modules that torch blocks, are
     still refused when the file is loaded.

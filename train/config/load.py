@@ -1,4 +1,4 @@
-"""How recipes and `--set` fill the run configuration, and the errors for unknown keys and wrong values.
+"""Fills the run configuration from recipes and `--set`; errors for unknown keys and wrong values.
 
 Order: defaults < recipe < `--set dotted.key=value`. An unknown key is an error that names the nearest one; a
 value out of range is an error that names the allowed ones.

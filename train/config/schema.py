@@ -36,7 +36,7 @@ later steps (`train.runs.changes`). All others decide the result as a whole."""
 
 
 class DataConfig(Table, frozen=True):
-    """Where the images are and who decodes them.
+    """Location of the images, and their decoder.
 
     Attributes:
         root: folder with `train/` and `val/`, or the address of shards. `data/demo-digits` is written when it

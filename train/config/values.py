@@ -1,4 +1,4 @@
-"""What the tables of the configuration are made of: their base, and ranges of numbers."""
+"""The base of the configuration's tables, and types for ranges of numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far two steps may be apart: tolerances for each number format, with their reasons.
+"""Tolerances between two steps for each number format, with their reasons.
 
 Two steps that compute the same in another order differ by rounding. Little of that is a sum's own: where a
 ReLU or a pooling chooses between numbers that are nearly equal, another choice moves a whole gradient, and
@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a tensor is from what it should be, relative to that.
+    """Relative difference between a tensor and its expected value.
 
     Attributes:
         distance: length of the difference.

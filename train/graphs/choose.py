@@ -46,7 +46,7 @@ DEVICES = ("cuda",)
 
 @dataclass(frozen=True)
 class Course:
-    """What the choice of a step needs to know of a run.
+    """Properties of a run that the choice of its step depends on.
 
     Attributes:
         num_images: that the whole run trains on, wherever it is resumed.

@@ -1,4 +1,4 @@
-"""What was found out about the fast step on a card, kept in the user's cache and in the run folder.
+"""Verdicts on the fast step on a card, kept in the user's cache and in the run folder.
 
 A proof takes longer than a short run gains. So a machine makes it once for each key: the card, the versions
 of what computes, our own source, and all that decides which kernels a step has, and on which shapes.
@@ -39,7 +39,7 @@ DRIVER, PROCESSORS = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found out about one fast step.
+    """The verdict on one fast step.
 
     Attributes:
         name: of the candidate.

@@ -19,7 +19,7 @@ NUM_WINDOWS = 10
 
 
 class FlatLoss(msgspec.Struct, frozen=True, kw_only=True):
-    """How long the loss has been flat; the same on all ranks, and part of a checkpoint.
+    """Counts for how long the loss has been flat; the same on all ranks, and part of a checkpoint.
 
     Attributes:
         since: optimiser steps finished when the loss was last not flat.

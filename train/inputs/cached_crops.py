@@ -58,7 +58,7 @@ def crop_cached(pixels_MHWC: Tensor, indices_B: npt.NDArray[np.int64], crops: Cr
 
 
 def _pack(indices_B: npt.NDArray[np.int64], crops: CropParams) -> tuple[npt.NDArray[np.float64], int]:
-    """What the device must know, in one array, so that it is one copy.
+    """Pack the parameters of the crops into one array, so that they go to the device in one copy.
 
     Returns:
         (K, S): samples whose rows Pillow resizes first come before the others. And how many those are.

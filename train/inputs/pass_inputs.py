@@ -1,4 +1,4 @@
-"""What a step takes from a micro-batch, as tensors on the device: nothing behind this looks at arrays.
+"""The inputs of a step, as tensors on the device: nothing behind this looks at arrays.
 
 Shapes: N samples of a micro-batch, H and W rows and columns, K numbers of an operation, 4 edges of a box.
 """

@@ -1,4 +1,4 @@
-"""What stands between two convolutions: which block it is, what it saves, and how kernels divide its maps.
+"""The layers between two convolutions as one block: its kinds, what it saves, how kernels divide its maps.
 
 A block takes a convolution's output without its bias, and applies bias, ReLU, a norm and max pooling of 3 x 3
 with stride 2, as `BlockSpec` says. Sums are in float32 at least. What a pooling compares is rounded to the
@@ -82,7 +82,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward pass reads; None what this block does not need.
+    """Tensors that the backward pass reads; None where a block needs none.
 
     Attributes:
         x_NCHW: the convolution's output.

@@ -1,4 +1,4 @@
-"""What the kernels of a fast step are called with, whoever computes it."""
+"""The signatures of the kernels of a fast step, whoever computes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.kernels.stem import BlockShape
 
 @dataclass(frozen=True)
 class SgdForm:
-    """What of SGD is the same in every step; see `train.optim.sgd.ScaledSgd` for the formulas.
+    """Settings of SGD that are the same in every step; `train.optim.sgd.ScaledSgd` has the formulas.
 
     Attributes:
         momentum: share of the velocity that a step keeps; 0 needs no velocity.

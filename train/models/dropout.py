@@ -75,7 +75,7 @@ def threshold_at(p: float) -> int:
 
 
 class Masks:
-    """What the masks of all dropout layers of a network follow from, beside the unit.
+    """Inputs of the masks of all dropout layers of a network, beside the unit.
 
     A step writes the keys once and the rows once a pass; whoever keeps tensors of its own, for a graph that
     was captured, sets them here and writes into them.

@@ -146,7 +146,7 @@ def _advice(config: RunConfig, source: RunConfig) -> str:
 
 
 def _differences(config: RunConfig, source: RunConfig) -> list[str]:
-    """What the weights see or compute otherwise than they did in the source; their sizes are the same."""
+    """Settings under which weights compute something else than in their source; their sizes are the same."""
     return [
         f"{key} was {_shown(there)}, here {_shown(here)}"
         for key, (here, there) in _differing_keys(config, source).items()

@@ -49,7 +49,7 @@ TORCHVISION_FILE = PublishedFile(
 def fetch_torchvision(mirror: str | None = None, *, advice: str = ADVICE) -> Path:
     """Fetch torchvision's weights into the user's cache, unless they are there, and verify them.
 
-    An interrupted download is gone on with by the next call.
+    The next call resumes an interrupted download.
 
     Args:
         mirror: address of a folder that holds the same file; its content is verified all the same.

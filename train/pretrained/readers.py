@@ -66,7 +66,7 @@ class Source:
 
 
 Content = tuple[RunConfig, dict[str, Tensor], tuple[str, ...] | None, tuple[str, ...]]
-"""What a file holds: the last four of a `Source`."""
+"""The content of a file: the last four fields of a `Source`."""
 
 
 def read_source(name: str) -> Source | Checkpoint:

@@ -38,7 +38,7 @@ NETWORKS = {
     "owt": 'the "one weird trick" network of Krizhevsky 2014, torchvision\'s `alexnet`',
     "bn": "the network of Krizhevsky et al. 2012 with batch normalisation in place of its local response one",
 }
-"""What `model.name` means, for a reader who knows the papers."""
+"""Descriptions of `model.name`, for a reader who knows the papers."""
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -88,7 +88,7 @@ def run_card(checkpoint: Checkpoint) -> str:
 
 
 def training_sections(checkpoint: Checkpoint) -> list[str]:
-    """What a card says about training, as paragraphs and sections: network, data, recipe, results."""
+    """Write a card's paragraphs and sections about training: network, data, recipe, results."""
     model = checkpoint.config.model
     changes = model.description.removeprefix(model.name).strip(" ()")
     changed = f", changed ({code(changes)})" if changes else ""

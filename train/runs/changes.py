@@ -1,4 +1,4 @@
-"""What a resumed run may change of its configuration, and at which rate it goes on.
+"""The changes of configuration that a resumed run may make, and the rate at which it continues.
 
 docs/checkpoints.md has the table: what is free to change, what takes --allow-changed-schedule, what is fixed.
 """

@@ -81,7 +81,7 @@ REASONS = {
     "folder": "not a regular file",
     "pipe": "not a regular file",
 }
-"""What is said of each file that is no image. The last four are no content but a kind of place."""
+"""The reason given for each file that is no image. The last four are kinds of place, not content."""
 
 BACKENDS = ["dali", "dali graph", "pillow", pytest.param("dali gpu", marks=pytest.mark.gpu)]
 

@@ -1,4 +1,4 @@
-"""What a classifier gets wrong: from the counts to the report, by hand and by scikit-learn."""
+"""A classifier's errors, from the counts to the report: by hand and by scikit-learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `alexnet doctor` says about machines that are not this one."""
+"""`alexnet doctor` on machines that are not this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton model repositories: held against Triton's own protobuf schema, and complete or not there."""
+"""Triton model repositories: compared with Triton's own protobuf schema, and complete or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arguments name: files, folders, globs, lists and tar shards, in order."""
+"""Inputs named by arguments: files, folders, globs, lists and tar shards, in order."""
 
 from __future__ import annotations
 

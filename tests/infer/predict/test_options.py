@@ -1,4 +1,4 @@
-"""What predict may write to: never an input, never another's file, and its own rows only when asked."""
+"""Predict replaces no input and no file of others, and its own rows only when asked to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prediction by workers of real Ray clusters: killed, gone on with on another, the rows of one process."""
+"""Prediction by workers of real Ray clusters: killed, resumed on another, the rows of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of images: Grad-CAM beside its formula, neighbours beside a loop."""
+"""A checkpoint's outputs for images: Grad-CAM beside its formula, neighbours beside a loop."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """What a parser makes of a page; a tag that is not closed in order is an error."""
+    """Parses a page; a tag that is not closed in order is an error."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(convert_charrefs=True)

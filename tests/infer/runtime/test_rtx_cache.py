@@ -1,4 +1,4 @@
-"""What TensorRT-RTX compiled: named by engine, version and GPU, kept in the user's cache."""
+"""Compiled TensorRT-RTX kernels: named by engine, version and GPU, kept in the user's cache."""
 
 from __future__ import annotations
 

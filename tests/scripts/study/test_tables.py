@@ -1,4 +1,4 @@
-"""What the study makes of its runs."""
+"""Tables of the study, from its runs."""
 
 from __future__ import annotations
 

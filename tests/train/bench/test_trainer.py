@@ -1,4 +1,4 @@
-"""What a step launches, by the profiler's events as torch names them on a GPU, and what it computes."""
+"""Launches of a step, by the profiler's events as torch names them on a GPU, and its arithmetic."""
 
 from __future__ import annotations
 

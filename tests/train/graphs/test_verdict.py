@@ -1,4 +1,4 @@
-"""What was found out is kept for the next run on the machine, and for no other."""
+"""Verdicts are kept for the next run on the machine, and for no other."""
 
 from __future__ import annotations
 

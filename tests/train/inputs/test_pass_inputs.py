@@ -1,4 +1,4 @@
-"""What a step takes from a batch: all that the batch has, in one copy beside the images."""
+"""The inputs of a step: all that a batch has, in one copy beside the images."""
 
 from __future__ import annotations
 

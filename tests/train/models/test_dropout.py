@@ -171,7 +171,7 @@ def test_masks_of_a_network_are_no_part_of_its_state(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_compile_threads")
 def test_compiled_masks_are_the_eager_ones_at_every_step() -> None:
-    """What changes from step to step is no constant of the compiled code."""
+    """Values that change from step to step are no constants of the compiled code."""
     graphs: list[int] = []
     dropout = make_dropout(0.2, [0, 1, 2])
     compiled = nn.Sequential(dropout)

@@ -36,7 +36,7 @@ def test_weights_have_a_mean_of_one_over_the_samples(wanted: str, ratios: list[f
 
 
 def test_balanced_epochs_and_weights_share_one_correction() -> None:
-    """What `data.balance` draws equally often needs no weights any more."""
+    """Classes that `data.balance` draws equally often need no weights."""
     data = data_of(0, 1, 1, 2, 2, 2, 2, 2, 2)
     both = make_config("demo", ["class_weights=balanced", "data.balance=1"])
     assert counts_in_epoch(both, data).tolist() == [3, 3, 3]
