@@ -93,8 +93,8 @@ class LoaderCase:
         for number, _ in enumerate(self._batches(num_epochs * batches_per_epoch), start=1):
             if number % batches_per_epoch == 0:
                 status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-                kilobytes = next(line.split()[1] for line in status if line.startswith("VmRSS"))
-                memory.append(harness.four_digits(float(kilobytes) / 1000))
+                kibibytes = next(line.split()[1] for line in status if line.startswith("VmRSS"))
+                memory.append(harness.four_digits(float(kibibytes) * 1024 / 1e6))
         return memory
 
 

@@ -66,7 +66,7 @@ def measure_start(folder: Path) -> dict[str, float]:
             assert next(stream).valid.all()
     return {
         "seconds": four_digits(time.perf_counter() - started),
-        "memory_mb": four_digits(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
+        "memory_mb": four_digits(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
         "num_images": len(dataset),
     }
 

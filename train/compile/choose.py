@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data_pipeline.common.errors import SaveError, raising
 from data_pipeline.common.files import write_json
 from train.distributed.hybrid import Parallel
 from train.distributed.world import World
@@ -196,7 +197,8 @@ def maybe_compile(
             f"{eager_s:.3f} s as it is: the network is {'' if faster else 'not '}compiled"
         )
     if run is not None:
-        write_json(run / COMPILED, faster)
+        with raising(SaveError, f"{run / COMPILED} could not be written"):
+            write_json(run / COMPILED, faster)
     return faster
 
 

@@ -28,11 +28,19 @@ def pass_sizes(config: RunConfig, world: World) -> list[int]:
 
 
 def passes_of(config: RunConfig, world: World) -> list[list[int]]:
-    """Return the samples of each rank in each pass of a step, see `samples_of_passes`."""
+    """Return the samples of each rank in each pass of a step, see `samples_of_passes`.
+
+    Raises:
+        UserError: images are mixed in pairs, and a rank takes one at a time.
+    """
     group_size = PAIR_SIZE if config.augment.mixes else 1
-    return samples_of_passes(
-        config.global_batch, world.world_size, micro_batch_size(config, world), group_size
-    )
+    micro_batch = micro_batch_size(config, world)
+    if micro_batch < group_size:
+        raise UserError(
+            "augment.mixup and cutmix mix images in pairs, and a rank takes one at a time: micro_batch must "
+            f"be at least 2, and global_batch, {config.global_batch}, at least twice the number of ranks"
+        )
+    return samples_of_passes(config.global_batch, world.world_size, micro_batch, group_size)
 
 
 def check_norm_batch(config: RunConfig, world: World) -> None:

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.common.errors import UserError
 from tests.helpers.hybrid_ranks import CLASSES, GLOBAL_BATCH
@@ -14,7 +15,7 @@ from tests.helpers.norm_ranks import check_norms
 from tests.helpers.warm_ranks import run_ranks
 from train.bench.scaling import sent_bytes
 from train.config.load import make_config
-from train.distributed.ddp import check_norm_batch, describe_parallel, make_parallel
+from train.distributed.ddp import check_norm_batch, describe_parallel, make_parallel, passes_of
 from train.distributed.world import World, open_world
 from train.models.alexnet import make_model
 
@@ -73,6 +74,15 @@ def test_norm_batches_that_no_share_consists_of_are_refused(overrides: list[str]
     config = make_config("demo", ["model.name=bn", *overrides])
     with pytest.raises(UserError, match=said):
         check_norm_batch(config, two_ranks())
+
+
+@pytest.mark.parametrize(("world_size", "overrides"), [(1, ["micro_batch=1"]), (2, ["global_batch=2"])])
+def test_pairs_of_mixed_images_are_not_separated(world_size: int, overrides: list[str]) -> None:
+    config = make_config("demo", ["augment.mixup=0.2", *overrides])
+    world = World(0, world_size, 0, world_size, torch.device("cpu"))
+    with pytest.raises(UserError, match="mix images in pairs, and a rank takes one at a time"):
+        passes_of(config, world)
+    assert passes_of(make_config("demo", ["augment.mixup=0.2", "global_batch=6"]), world)
 
 
 def test_all_ranks_begin_with_the_weights_that_rank_0_reads(found: list[dict[str, Any]]) -> None:
