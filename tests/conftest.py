@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 collect_ignore_glob = ["helpers/*"]  # no tests, and some need packages that not every machine has
 
-DEV_PACKAGES = {
-    "hypothesis", "pyarrow", "ray", "tritonclient", "yaml",
-}  # fmt: skip
+DEV_PACKAGES = {"hypothesis", "pyarrow", "ray", "tritonclient", "yaml"}
 """Packages of the extra `dev`, by the names under which test files import them."""
 
 MISSING = re.compile(r"^E +ModuleNotFoundError: No module named '([^']+)'", re.MULTILINE)
@@ -40,7 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the marker `timeout` there, too."""
+    """Know the marker `timeout` there, too; let each of several workers compute with one thread.
+
+    With more threads than cores torch's wait for each other by spinning: everything took twice as long.
+    """
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout: seconds; nothing ends the test without pytest-timeout")
 

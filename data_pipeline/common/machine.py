@@ -42,6 +42,16 @@ def bytes_available(root: Path = Path("/")) -> int | None:
     return max(0, min([left, *_left_in_cgroups(root)]))
 
 
+def resident_mb(*, peak: bool = False) -> float:
+    """Return the memory that this process holds, or has held at most, in MB. Linux.
+
+    Not `ru_maxrss` of `getrusage`: that of a process that was started is at least its parent's.
+    """
+    key = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
+
+
 _CGROUPS = (
     # controller, folder, limit, use, and which of that is for files that nobody has read lately
     ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),

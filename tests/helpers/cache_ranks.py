@@ -24,7 +24,7 @@ import torch
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.decode.pillow import decode_rgb
+from data_pipeline.decode.pillow import decode_checked
 from data_pipeline.loading.cache import DecodedCache
 from data_pipeline.loading.scan import with_table
 from tests.helpers.processes import shared_pixels_of
@@ -81,11 +81,11 @@ def opened(world: World, datasets: tuple[Dataset, ...], place: str) -> dict[str,
         pixels = cache.pixels if place == "ram" else cache.pixels.numpy()
         return hashlib.sha256(pixels).hexdigest()
 
-    decode = mock.Mock(side_effect=decode_rgb)
+    decode = mock.Mock(side_effect=decode_checked)
     with (
         mock.patch("train.data.choose_cache", lambda *_, **__: place),
         mock.patch("train.data.place_on_device", slow),
-        mock.patch("data_pipeline.loading.cache.decode_rgb", decode),
+        mock.patch("data_pipeline.loading.cache.decode_checked", decode),
         ExitStack() as stack,
     ):
         caches = open_caches(RAM, world, datasets, 90, stack)
@@ -119,7 +119,7 @@ def main() -> None:
             click.echo(json.dumps(gathered))
 
 
-def die(data: bytes) -> None:
+def die(data: bytes, max_pixels: int) -> None:
     """In place of decoding."""
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -128,5 +128,5 @@ if __name__ == "__main__":
     if sys.argv[1] != "killed":
         main()
     else:
-        with mock.patch("data_pipeline.loading.cache.decode_rgb", die):
+        with mock.patch("data_pipeline.loading.cache.decode_checked", die):
             train_main(sys.argv[2:])

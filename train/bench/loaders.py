@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_pipeline.common.machine import resident_mb
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
@@ -92,9 +93,7 @@ class LoaderCase:
         memory = []
         for number, _ in enumerate(self._batches(num_epochs * batches_per_epoch), start=1):
             if number % batches_per_epoch == 0:
-                status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-                kibibytes = next(line.split()[1] for line in status if line.startswith("VmRSS"))
-                memory.append(harness.four_digits(float(kibibytes) * 1024 / 1e6))
+                memory.append(harness.four_digits(resident_mb()))
         return memory
 
 

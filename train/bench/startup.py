@@ -6,13 +6,12 @@ The files are hard links to a few thousand JPEGs, so that they need no room and 
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import time
 from contextlib import closing
 from pathlib import Path
 
-from data_pipeline.common.machine import usable_cores
+from data_pipeline.common.machine import resident_mb, usable_cores
 from data_pipeline.datasets.index_cache import SETTLE_NS
 from data_pipeline.datasets.kept_files import CACHE_FOLDER
 from data_pipeline.datasets.open import open_dataset
@@ -66,7 +65,7 @@ def measure_start(folder: Path) -> dict[str, float]:
             assert next(stream).valid.all()
     return {
         "seconds": four_digits(time.perf_counter() - started),
-        "memory_mb": four_digits(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+        "memory_mb": four_digits(resident_mb(peak=True)),
         "num_images": len(dataset),
     }
 

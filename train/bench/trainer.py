@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from data_pipeline.common.machine import resident_mb
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
 from train.bench.harness import time_calls
@@ -93,7 +93,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return the peak of memory: on a GPU, what torch held there; on a CPU, what this process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return resident_mb(peak=True)
 
 
 def profile_step(step: Callable[[], object], device: torch.device, count: int = 3) -> dict[str, float | None]:

@@ -1,12 +1,14 @@
-"""How much memory may still be taken, by the kernel's files."""
+"""How much memory is held, and how much may still be taken, by the kernel's files."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.machine import bytes_available
+from data_pipeline.common.machine import bytes_available, resident_mb
 
 GIB = 1 << 30
 
@@ -27,6 +29,18 @@ def machine(root: Path, available: int, cgroup: str, files: dict[str, object]) -
 def v2(folder: str, limit: object, used: int, inactive: int) -> dict[str, object]:
     stat = f"anon 5\ninactive_file {inactive}\nworkingset_refault_file 9"
     return {f"{folder}memory.max": limit, f"{folder}memory.current": used, f"{folder}memory.stat": stat}
+
+
+def test_peak_of_a_process_is_not_its_parents() -> None:
+    """What `ru_maxrss` gives is at least that."""
+    before = resident_mb()
+    filled = b"x" * 300_000_000
+    assert resident_mb() > before + 250 and resident_mb(peak=True) >= resident_mb() - 1
+    del filled
+    assert resident_mb(peak=True) > resident_mb() + 250
+    program = "from data_pipeline.common.machine import resident_mb; print(resident_mb(peak=True))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 5 < float(done.stdout) < 150
 
 
 def test_memory_available_is_that_of_this_machine() -> None:
