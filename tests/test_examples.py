@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 def environment() -> dict[str, str]:
     """That of a shell in which the package is installed."""
-    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2"}
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def few(source: Path, target: Path, counts: dict[str, int]) -> Path:

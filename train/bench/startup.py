@@ -39,7 +39,7 @@ def bench_startup(folder: Path | None, *, files: int) -> Report:
     folder = folder or FOLDER / f"links-{files}"
     classes = min(NUM_CLASSES, files // 2)
     names = (f"train/class-{number % classes:04d}/{number:07d}.jpg" for number in range(files))
-    link_bench_images(folder, names, files, NUM_SOURCES)
+    link_bench_images(folder, names, files, min(NUM_SOURCES, files // 20))
     shutil.rmtree(folder / CACHE_FOLDER, ignore_errors=True)
     report: Report = {"machine": machine_name()}
     added = folder / "train" / "class-0000" / "added.jpg"
