@@ -1,7 +1,7 @@
 # Two commands do all the set-up on a fresh machine, and one is for every change:
 #   make demo    install, train on two processes, export ONNX and TensorRT, predict, report
-#   make test    install, lint, check types and imports, run all tests: 15 minutes on two cores
-#   make check   the same without the slow tests: 5 minutes
+#   make test    install, lint, check types and imports, run all tests: 12 minutes on two cores
+#   make check   the same without the slow tests: 2 to 3 minutes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 TENSORRT ?= $(if $(shell nvidia-smi -L 2>/dev/null),trt,rtx)
 INSTALLED := $(VENV)/.installed-$(TENSORRT)
 
-# Two files at a time (three take longer on two cores: 596 s against 500). Files with slow tests come first
-# (tests/conftest.py), so that the workers end together.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time: many tests wait. Each computes with one thread, and files with slow tests come first, so that
+# the workers end together (tests/conftest.py). Four take as long as three on two cores.
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check install lint clean
 .DEFAULT_GOAL := help

@@ -43,7 +43,7 @@ def soak(minutes: float, seed: int, out: Path) -> Report:
         raise UserError(f"{out} is there already: give --out a new folder")
     started, longest = time.monotonic(), 0.0
     write_demo(out / "demo")
-    epochs, num_faults = (2, (7, 2)) if minutes < SHORT_MINUTES else (6, (10, 8))
+    epochs, num_faults = (2, (7, 1)) if minutes < SHORT_MINUTES else (6, (10, 8))
     rounds: list[RunReport] = []
     not_injected: dict[str, str] = {}
     while not rounds or time.monotonic() - started + longest / 2 <= 60 * minutes:

@@ -58,7 +58,7 @@ def assert_same(resizer: Resizer, window: npt.NDArray[np.uint8], crops: CropPara
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_compiled_resize_gives_pillows_pixels(data: st.DataObject) -> None:
     resizer = Resizer()
