@@ -18,7 +18,6 @@ from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.recorder import Recorder, run_every_time
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.distributed.world import World, open_world
-from train.graphs import fast_step
 from train.graphs.capture import CudaCapture
 from train.graphs.choose import list_candidates
 from train.graphs.fast_step import FastStep
@@ -28,7 +27,7 @@ from train.health.metrics import AccuracyMeter
 from train.inputs.pass_inputs import PassInputs
 from train.kernels.interface import triton_kernels
 from train.models import alexnet
-from train.step import StepParts, train_step
+from train.step import StepParts, count_losses, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -146,15 +145,14 @@ def test_passes_do_not_end_at_the_nodes_that_ddp_keeps(
     """Those belong to the stream on which DDP was made: with them no graph can be captured on a GPU."""
     parts = small_trainer(world, *SMALL, *NETWORKS["bn"], f"precision={precision}")
     ends: list[set[Any]] = []
-    count = fast_step.count_losses
 
     def seen(
         parts: StepParts, inputs: PassInputs, logits_NC: torch.Tensor, meter: AccuracyMeter
     ) -> torch.Tensor:
         ends.append({node.variable for node in nodes_behind(logits_NC) if hasattr(node, "variable")})
-        return count(parts, inputs, logits_NC, meter)
+        return count_losses(parts, inputs, logits_NC, meter)
 
-    monkeypatch.setattr(fast_step, "count_losses", seen)
+    monkeypatch.setattr("train.graphs.fast_step.count_losses", seen)
     step = make_fused_step(parts, run_every_time, PLAIN) if fused else FastStep(parts, run_every_time)
     step([batch_of(4)], 0.1, 0)
     parameters = list(parts.network.parameters())
