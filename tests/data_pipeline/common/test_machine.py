@@ -32,7 +32,7 @@ def v2(folder: str, limit: object, used: int, inactive: int) -> dict[str, object
 
 
 def test_peak_of_a_process_is_not_its_parents() -> None:
-    """What `ru_maxrss` gives is at least that."""
+    """`ru_maxrss` is at least the parent's."""
     before = resident_mb()
     filled = b"x" * 300_000_000
     assert resident_mb() > before + 250 and resident_mb(peak=True) >= resident_mb() - 1
