@@ -24,7 +24,8 @@ from train.checkpoints.load import Checkpoint
 from train.config.schema import Device
 from train.distributed.world import World, cpu_share, open_world
 from train.health.metrics import AccuracyMeter, ClassMeter, Metrics
-from train.inputs.mixup import average_views, tensor_to_device
+from train.inputs.mixup import average_views
+from train.inputs.packed import tensor_to_device
 from train.inputs.pass_inputs import to_device
 from train.models.alexnet import AlexNet, Normalize
 from train.optim.precision import Precision, choose_precision

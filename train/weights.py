@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, raising
 from data_pipeline.common.files import writing_to
 from data_pipeline.common.text import names_in, printable
 from data_pipeline.results.card import InitRecord
@@ -65,10 +65,8 @@ def read_names(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: no such file, or see `names_in`.
     """
-    try:
+    with raising(UserError, f"--classes {printable(path)} cannot be read"):
         return names_in(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"--classes {printable(path)} cannot be read: {error.strerror or error}") from error
 
 
 def import_weights(path: Path, out: Path, classes: tuple[str, ...] | None = None) -> Path:

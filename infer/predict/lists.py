@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipeline.common.errors import ImageError, UserError
+from data_pipeline.common.errors import ImageError, UserError, raising
 from data_pipeline.common.image_kind import HEAD_BYTES
 from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.common.text import printable, without_mark
@@ -78,15 +78,12 @@ def read_list(path: str) -> PackedStrings:
     Raises:
         UserError: it cannot be read, or is no list.
     """
-    try:
-        with Path(path).open("rb") as file:
-            pieces = _pieces(file, threading.Event())
-            first = _read_first(pieces)
-            if is_image_start(first):
-                raise UserError(f"{printable(path)} is an image and no list of paths: leave out the @")
-            return PackedStrings.pack(_listed(pieces, path, first))
-    except OSError as error:
-        raise UserError(f"cannot read the list {printable(path)}: {error.strerror or error}") from error
+    with raising(UserError, f"cannot read the list {printable(path)}"), Path(path).open("rb") as file:
+        pieces = _pieces(file, threading.Event())
+        first = _read_first(pieces)
+        if is_image_start(first):
+            raise UserError(f"{printable(path)} is an image and no list of paths: leave out the @")
+        return PackedStrings.pack(_listed(pieces, path, first))
 
 
 def read_piped(stream: BinaryIO, stopped: threading.Event) -> Iterator[str | ImageSource]:

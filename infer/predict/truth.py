@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, raising
 from data_pipeline.common.text import composed, printable, text_lines
 from data_pipeline.shards.shard_format import COMPRESSED_SUFFIXES
 from infer.bundle.load import Bundle
@@ -129,10 +129,8 @@ def read_truth(path: Path, ids: dict[str, int]) -> dict[str, int]:
         UserError: it cannot be read, has a line without a class, a path of two classes, or unknown classes.
     """
     name = printable(path)
-    try:
+    with raising(UserError, f"--truth {name} cannot be read"):
         lines = text_lines(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"--truth {name} cannot be read: {error.strerror or error}") from error
     reader = csv.reader(lines, delimiter="\t" if lines and "\t" in lines[0] else ",")
     classes: dict[str, int] = {}
     unknown: dict[str, None] = {}

@@ -6,13 +6,13 @@ import csv
 import io
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError, raising
 from data_pipeline.common.text import printable
 from infer.predict.rows import ErrorRow, OkRow, Row, RowShape
 
@@ -132,13 +132,9 @@ def open_output(
         target.unlink()
 
 
-@contextmanager
-def name_unwritable(path: Path) -> Iterator[None]:
+def name_unwritable(path: Path) -> AbstractContextManager[None]:
     """Turns a failure to open a file for writing into a `UserError` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
+    return raising(UserError, f"cannot write {printable(path)}")
 
 
 def journal_of(output: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from data_pipeline.common.errors import CorruptFileError, SaveError, UserError
+from data_pipeline.common.errors import CorruptFileError, SaveError, UserError, raising
 from data_pipeline.common.files import fsync_path, sha256_of
 from data_pipeline.common.text import printable
 from infer.predict.resume import manifest_file_sha256
@@ -101,11 +101,10 @@ def write_part(plan: Plan, number: int, rows: Sequence[Row], shape: RowShape) ->
     # A name of its own, since a worker that is taken for dead may still be writing the same part.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_WRITING}")
     try:
-        temporary.write_bytes(_encode(plan.job, number, rows, shape))
-        fsync_path(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise SaveError(f"cannot write {printable(path)}: {error.strerror or error}") from error
+        with raising(SaveError, f"cannot write {printable(path)}"):
+            temporary.write_bytes(_encode(plan.job, number, rows, shape))
+            fsync_path(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

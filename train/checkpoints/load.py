@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from data_pipeline.common.errors import CorruptFileError, UserError
+from data_pipeline.common.errors import CorruptFileError, UserError, raising
 from data_pipeline.common.files import sha256_of
 from data_pipeline.transforms.preprocessing import Preprocessing
 from train.checkpoints.format import (
@@ -184,10 +184,8 @@ def verify_checkpoint(folder: Path) -> Manifest:
     path = folder / STATE
     if folder.parent.name == "checkpoints" and folder != step_folder(folder.parent, manifest.step):
         raise CorruptFileError(f"checkpoint {folder} has the manifest of step {manifest.step}")
-    try:
+    with raising(CorruptFileError, f"checkpoint {folder} has no {STATE}"):
         size_bytes = path.stat().st_size
-    except OSError as error:
-        raise CorruptFileError(f"checkpoint {folder} has no {STATE}: {error.strerror}") from error
     if not path.is_file():
         raise CorruptFileError(f"checkpoint {path} is no regular file")
     damage = ""

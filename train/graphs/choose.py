@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.common.errors import SaveError
-from data_pipeline.common.files import write_json
 from data_pipeline.loading.batches import Batch
 from train.config.schema import RunConfig
 from train.distributed.world import World
@@ -33,6 +31,7 @@ from train.graphs.verdict import (
 )
 from train.inputs.pass_inputs import images_on_device
 from train.kernels.interface import Kernels, triton_kernels
+from train.runs.folder import save_json
 from train.step import StepFn, StepParts
 
 log = logging.getLogger("train")
@@ -109,10 +108,7 @@ def open_step(
     if world.is_main and earlier is not None:
         tell_changes(earlier, record, deterministic=parts.config.deterministic)
     if course.folder is not None:
-        try:
-            write_json(course.folder / FILE, record)
-        except OSError as error:
-            raise SaveError(f"{course.folder / FILE} could not be written: {error.strerror}") from error
+        save_json(course.folder / FILE, record)
     return fast or plain, steps
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.transforms.crop import CropParams
-from train.inputs.mixup import tensor_to_device
+from train.inputs.packed import tensor_to_device
 
 _ONE = 1 << 22  # a weight of 1
 _CHUNK_BYTES = 1 << 26

@@ -98,9 +98,3 @@ def average_views(logits: Tensor, num_views: int) -> Tensor:
     """
     log_probabilities = log_softmax(logits.float(), dim=1).view(-1, num_views, logits.shape[1])
     return log_probabilities.logsumexp(dim=1) - float(np.log(num_views))
-
-
-def tensor_to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Return an array as a tensor on a device, without waiting for the copy if there is one."""
-    tensor = torch.as_tensor(values)
-    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)

@@ -10,8 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from train.inputs.mixup import tensor_to_device
-
 ALIGNMENT = 16
 """Bytes: every array begins at a multiple of this."""
 
@@ -65,6 +63,12 @@ def unpack(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
     return {
         field.name: packed[field.start : field.stop].view(field.dtype).view(field.shape) for field in layout
     }
+
+
+def tensor_to_device(values: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without waiting for the copy if there is one."""
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def place(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import CachedCrops
 from train.inputs.borrowed import lender_of
 from train.inputs.cached_crops import crop_cached
-from train.inputs.mixup import MixInputs, tensor_to_device
-from train.inputs.packed import Arrays, place
+from train.inputs.mixup import MixInputs
+from train.inputs.packed import Arrays, place, tensor_to_device
 from train.inputs.trivial import pack_trivial
 
 

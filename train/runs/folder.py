@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.errors import SaveError, UserError, raising
 from data_pipeline.common.files import RetryingAppendFile, fsync_path, write_atomic, write_json, writing_to
 from data_pipeline.results.class_report import ClassReport
 from train.config.load import to_json
@@ -68,10 +68,8 @@ class RunFolder:
         Raises:
             SaveError: the disk does not take them; they are kept.
         """
-        try:
+        with raising(SaveError, f"the rows of {self.metrics} could not be written"):
             self._rows_file.sync()
-        except OSError as error:
-            raise SaveError(f"the rows of {self.metrics} could not be written: {error.strerror}") from error
 
     def write_config(self, config: RunConfig) -> None:
         """Write `config.json`, unless it says the same.
@@ -113,10 +111,8 @@ def save_json(path: Path, value: msgspec.Struct) -> None:
     Raises:
         SaveError: the disk is full, or cannot be written to.
     """
-    try:
+    with raising(SaveError, f"{path} could not be written"):
         write_json(path, value)
-    except OSError as error:
-        raise SaveError(f"{path} could not be written: {error.strerror}") from error
 
 
 def _decode_row(line: bytes) -> MetricsRow | None:

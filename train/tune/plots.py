@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.common.errors import SaveError, UserError
+from data_pipeline.common.errors import SaveError, UserError, raising
 from data_pipeline.common.files import check_writable, read_head
 from data_pipeline.common.text import printable
 from data_pipeline.results.outputs import check_output
@@ -80,10 +80,9 @@ def draw_panels(path: Path, num_panels: int, *, width: float = 1.0) -> Iterator[
         dated = {".png": "Creation Time", ".svg": "Date", ".pdf": "CreationDate"}
         suffix = path.suffix.lower()
         creator = "Software" if suffix == ".png" else "Creator"
-        try:  # without the date: the same file for the same figures
+        with raising(SaveError, f"{printable(path)} cannot be written"):
+            # without the date: the same file for the same figures
             figure.savefig(path, metadata={dated[suffix]: None, creator: CREATOR})
-        except OSError as error:
-            raise SaveError(f"{printable(path)} cannot be written: {error.strerror}") from error
 
 
 def mark_line(panel: Axes, x: float, text: str, color: str, *, dashed: bool = False) -> None:
