@@ -37,9 +37,9 @@ def infer(as_json: bool, **options: Any) -> None:
     alexnet bench infer
     alexnet bench infer --json --model owt --batch 32 --rounds 3
     """
-    from infer.bench.predict import bench_infer, describe
+    from infer.bench.predict import bench_infer
 
-    cli.echo_report(bench_infer(**options), describe, as_json)
+    cli.echo_report(bench_infer(**options), as_json)
 
 
 bench = click.Group(

@@ -42,11 +42,16 @@ def rounds_option(default: int, text: str) -> Callable[..., Any]:
     return option("--rounds", "num_rounds", type=INT(1), default=default, help=text)
 
 
-def echo_report(report: dict[str, Any], describe: Callable[..., list[str]], as_json: bool) -> None:
-    """Print a report as JSON, or its description."""
+def echo_report(
+    report: dict[str, Any], as_json: bool, describe: Callable[..., list[str]] | None = None
+) -> None:
+    """Print a report as JSON, or its description, by default that of all benchmarks."""
     import msgspec
 
-    click.echo(msgspec.json.encode(report) if as_json else "\n".join(describe(report)))
+    from train.bench import harness
+
+    lines = [] if as_json else (describe or harness.describe)(report)
+    click.echo(msgspec.json.encode(report) if as_json else "\n".join(lines))
 
 
 @click.command()
@@ -66,9 +71,9 @@ def data(as_json: bool, **options: Any) -> None:
     alexnet bench data --json --images 512 --rounds 3
     alexnet bench data --only dali_gpu_shards --only dali_gpu_reader
     """
-    from train.bench.data import bench_data, describe
+    from train.bench.data import bench_data
 
-    echo_report(bench_data(**options), describe, as_json)
+    echo_report(bench_data(**options), as_json)
 
 
 @click.command()
@@ -82,9 +87,9 @@ def startup(as_json: bool, **options: Any) -> None:
     alexnet bench startup
     alexnet bench startup --files 20000 --json
     """
-    from train.bench.startup import bench_startup, describe
+    from train.bench.startup import bench_startup
 
-    echo_report(bench_startup(**options), describe, as_json)
+    echo_report(bench_startup(**options), as_json)
 
 
 @click.command()
@@ -114,9 +119,9 @@ def train(as_json: bool, **options: Any) -> None:
     alexnet bench train
     alexnet bench train --json --only owt --only torchvision_bf16 --rounds 3
     """
-    from train.bench.train import bench_train, describe
+    from train.bench.train import bench_train
 
-    echo_report(bench_train(**options), describe, as_json)
+    echo_report(bench_train(**options), as_json)
 
 
 @click.command()
@@ -146,6 +151,6 @@ def scaling(as_json: bool, **options: Any) -> None:
     alexnet bench scaling
     sudo alexnet bench scaling --ranks 2 --link 500mbit --json
     """
-    from train.bench.scaling import bench_scaling, describe
+    from train.bench.scaling import bench_scaling
 
-    echo_report(bench_scaling(**options), describe, as_json)
+    echo_report(bench_scaling(**options), as_json)

@@ -1,4 +1,4 @@
-"""The harness of all benchmarks: cases in processes of their own, interleaved rounds, ratios, tables.
+"""The harness of all benchmarks: cases in processes of their own, interleaved rounds, ratios, table, JSON.
 
 Each round measures every case once, so that what else the machine does hits all of them alike. Figures are
 medians over the rounds, ratios medians of the ratios within a round.
@@ -15,24 +15,25 @@ import statistics
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from subprocess import PIPE, Popen
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.start import own_command
 
 Report = dict[str, Any]
 """The object that `--json` prints."""
-Ratios = dict[str, float | None]
-K = TypeVar("K")
+Row = Mapping[str, Any]
+"""A row of a table: cells by heading, a None where something was not measured."""
 T = TypeVar("T")
 log = logging.getLogger("train")
 
 
 class CaseError(RuntimeError):
-    """A case that failed, or took longer than it may, all its answers together; its process has ended."""
+    """A case that failed, or took longer than it may; its process has ended."""
 
 
 class Case:
@@ -41,30 +42,21 @@ class Case:
     Args:
         stack: ends the process.
         make: builds it; gets a stack that the process closes at its end, and `arguments`.
-        limit_s: seconds for building it and for all requests together; None for as long as they take.
-        build_limit_s: seconds for building it, which then do not count among those; None if they do.
         build: False leaves it to `build`: cases that are made first and built later import side by side.
     Raises:
-        CaseError: it failed, or the time is over.
+        CaseError: from all methods: it failed, its process ended, or its time is over.
     """
 
     def __init__(
-        self,
-        stack: ExitStack,
-        make: Callable[..., object],
-        *arguments: object,
-        limit_s: float | None = None,
-        build_limit_s: float | None = None,
-        build: bool = True,
+        self, stack: ExitStack, make: Callable[..., object], *arguments: object, build: bool = True
     ) -> None:
-        self.name, self._limit_s, self._used_s = " ".join(map(str, arguments[:1])), limit_s, 0.0
-        self._build_limit_s = build_limit_s
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
         command = own_command("train.bench.harness:serve")
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
         assert process.stdin is not None and process.stdout is not None
         self._process, self._arguments = process, arguments
         self._requests, self._replies = process.stdin, process.stdout
+        self.limit(None)
         pickle.dump(sys.path, self._requests)  # it imports what this process would
         pickle.dump(make, self._requests)
         self._requests.flush()
@@ -73,31 +65,29 @@ class Case:
 
     def build(self) -> None:
         """Build what is measured, in its process."""
-        if self._build_limit_s is None:
-            self.request(*self._arguments)
-            return
-        limit_s, self._limit_s = self._limit_s, self._build_limit_s
         self.request(*self._arguments)
-        self._limit_s, self._used_s = limit_s, 0.0
+
+    def limit(self, seconds: float | None) -> None:
+        """Let all requests from now on take so many seconds together; None for as long as they take."""
+        self._limit_s = self._left_s = seconds
 
     def request(self, *method_and_arguments: object) -> Any:
         """Call a method of the case, by its name, in its process, and wait for what it returns."""
         started = time.perf_counter()
-        left_s = None if self._limit_s is None else max(0.0, self._limit_s - self._used_s)
         try:
             pickle.dump(method_and_arguments, self._requests)
             self._requests.flush()
-            if not select.select([self._replies], [], [], left_s)[0]:
+            if not select.select([self._replies], [], [], self._left_s)[0]:
                 self._process.kill()
-                raise CaseError(f"{self.name}: cut off after {self._limit_s:g} s")
-            self._used_s += time.perf_counter() - started
+                raise CaseError(f"cut off after {self._limit_s:g} s")
+            if self._left_s is not None:
+                self._left_s = max(0.0, self._left_s - time.perf_counter() + started)
             reply = pickle.load(self._replies)
         except (EOFError, BrokenPipeError):
-            code = self._process.wait()
-            raise CaseError(f"{self.name}: its process ended with code {code}") from None
+            raise CaseError(f"its process ended with code {self._process.wait()}") from None
         if isinstance(reply, CaseError):
             self._process.kill()  # what it holds on a device is free at once, whatever state that is in
-            raise CaseError(f"{self.name}: {reply}")
+            raise reply
         return reply
 
 
@@ -128,33 +118,6 @@ def _answer(work: Callable[..., Any], *arguments: object) -> Any:
         return CaseError(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
-class Turns(Generic[K]):
-    """Cases that are measured in turns; one that fails is left out, and the others go on.
-
-    Attributes:
-        failures: why those that were left out failed.
-    """
-
-    def __init__(self, cases: Mapping[K, Case]) -> None:
-        self.failures: dict[K, str] = {}
-        self._cases = dict(cases)
-
-    def each(self, work: Callable[[Case], T], only: Container[K] | None = None) -> Iterator[tuple[K, T]]:
-        """Do some work with each case, or with some of them alone; yield its key and the result."""
-        for key, case in list(self._cases.items()):
-            if only is None or key in only:
-                try:
-                    yield key, work(case)
-                except CaseError as error:
-                    del self._cases[key]
-                    self.failures[key] = str(error).removeprefix(f"{key}: ")
-                    log.warning(str(error))
-
-    def ask(self, *request: object, only: Container[K] | None = None) -> Iterator[tuple[K, Any]]:
-        """Yield each case's key, and its reply to a request."""
-        return self.each(lambda case: case.request(*request), only)
-
-
 def _itself(_stack: ExitStack, function: Callable[..., object]) -> Callable[..., object]:
     return function
 
@@ -165,11 +128,120 @@ def run_alone(function: Callable[..., Any], *arguments: object) -> Any:
         return Case(stack, _itself, function).request("__call__", *arguments)
 
 
-def rounds(count: int, prefix: str = "") -> Iterator[int]:
-    """Yield the numbers from 1 to `count`, and log each before its round is measured."""
-    for number in range(1, count + 1):
-        log.info(f"{prefix}round {number} of {count}")
-        yield number
+class Bench:
+    """Cases that are measured in turns, and their figures; one that fails is left out, and the others go on.
+
+    Attributes:
+        cases: those that run now, by name.
+        rounds: figures by case and name, one for each round; of whole measurements alone.
+        facts: what else is known of a case.
+        failures: why those that were left out failed.
+    """
+
+    def __init__(self) -> None:
+        self.cases: dict[str, Case] = {}
+        self.rounds: defaultdict[str, dict[str, list[float]]] = defaultdict(dict)
+        self.facts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self.failures: dict[str, str] = {}
+
+    def each(self, work: Callable[[Case], T], only: Container[str] | None = None) -> Iterator[tuple[str, T]]:
+        """Do some work with each case, or with some of them alone; yield its name and the result."""
+        for name, case in list(self.cases.items()):
+            if only is None or name in only:
+                try:
+                    yield name, work(case)
+                except CaseError as error:
+                    del self.cases[name]
+                    self.failures[name] = str(error)
+                    log.warning(f"{name}: {error}")
+
+    def note(self, method: str, *arguments: object, only: Container[str] | None = None) -> None:
+        """Keep the facts that a method of each case returns."""
+        for name, facts in self.each(lambda case: case.request(method, *arguments), only):
+            self.facts[name] |= facts
+
+    def measure(
+        self, num_rounds: int, method: str, *arguments: object, only: Container[str] | None = None,
+        label: str = "",
+    ) -> None:  # fmt: skip
+        """Keep the figures that a method of each case returns in each of the rounds."""
+        found: dict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for number in range(1, num_rounds + 1):
+            log.info(f"{label}round {number} of {num_rounds}")
+            for name, figures in self.each(lambda case: case.request(method, *arguments), only):
+                for figure, value in figures.items():
+                    found[name][figure].append(value)
+        for name in self.cases:
+            self.rounds[name] |= found[name]
+
+    def median(self, case: str, figure: str) -> float | None:
+        """Return the median of a figure over the rounds; None if it was not measured."""
+        values = self.rounds[case].get(figure)
+        return statistics.median(values) if values else None
+
+    def ratio(self, figure: str, top: str, bottom: str) -> float | None:
+        """Return the median over the rounds of one case's figure over another's; None without both."""
+        return median_ratio(self.rounds[top].get(figure), self.rounds[bottom].get(figure))
+
+    def report(
+        self, settings: Row, names: Iterable[str], ratios: Mapping[str, float | None], notes: Sequence[str],
+        reasons: Mapping[str, str] | None = None,
+    ) -> Report:  # fmt: skip
+        """Return the report: a row for each named case, of its medians, its facts, or why it failed.
+
+        Args:
+            settings: what holds for all rows.
+            reasons: why a ratio is None, where it is for another reason than that a case was not measured.
+        """
+        rows = [
+            {
+                "case": name,
+                **{figure: self.median(name, figure) for figure in self.rounds[name]},
+                **self.facts[name],
+                "failure": self.failures.get(name),
+            }
+            for name in names
+        ]
+        return make_report(settings, rows, ratios, notes, reasons) | {"rounds": _rounded(self.rounds)}
+
+
+def make_report(
+    settings: Row, rows: Sequence[Row], ratios: Mapping[str, float | None], notes: Sequence[str],
+    reasons: Mapping[str, str] | None = None,
+) -> Report:  # fmt: skip
+    """Return the report of rows, in four digits, with a note on each ratio that is None."""
+    missing = [name for name, ratio in ratios.items() if ratio is None]
+    notes = [*(f"{name}: {(reasons or {}).get(name, 'not measured')}" for name in missing), *notes]
+    return _rounded({**settings, "rows": rows, "ratios": ratios}) | {"notes": notes}
+
+
+def describe(report: Report) -> list[str]:
+    """Return the report as text: its settings, the rows as a table, the ratios, the notes."""
+    settings = {name: v for name, v in report.items() if name not in ("rows", "ratios", "notes", "rounds")}
+    measured = {name: ratio for name, ratio in report["ratios"].items() if ratio is not None}
+    width = max(map(len, measured), default=0)
+    return [
+        *(f"{name}: {value}" for name, value in settings.items() if value is not None),
+        *table_lines(report["rows"]),
+        *(f"{name:<{width}}  {ratio}" for name, ratio in measured.items()),
+        *report["notes"],
+    ]
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a plain table: a column for each key of the rows that has a value somewhere.
+
+    >>> table_lines([{"mode": "ddp", "step_s": 0.5, "failure": None}, {"mode": "none", "step_s": None}])
+    ['mode  step_s', 'ddp      0.5', 'none       -']
+    """
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
+    columns = []
+    for key in keys:
+        values = [row.get(key) for row in rows]
+        cells = [key, *("-" if value is None else f"{value}" for value in values)]
+        width, align = max(map(len, cells)), "<" if any(isinstance(value, str) for value in values) else ">"
+        columns.append([f"{cell:{align}{width}}" for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def time_calls(
@@ -193,12 +265,13 @@ def four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def rate(values: Sequence[float]) -> dict[str, Any]:
-    """Return the median of the rounds' images per second, and each of them."""
-    return {
-        "images_per_s": four_digits(statistics.median(values)),
-        "rounds": [four_digits(value) for value in values],
-    }
+def _rounded(value: Any) -> Any:
+    """Return mappings and lists with each float in four digits."""
+    if isinstance(value, float):
+        return four_digits(value)
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def median_ratio(tops: Sequence[float] | None, bottoms: Sequence[float] | None) -> float | None:
@@ -210,39 +283,6 @@ def median_ratio(tops: Sequence[float] | None, bottoms: Sequence[float] | None) 
     if tops is None or bottoms is None:
         return None
     return statistics.median(top / bottom for top, bottom in zip(tops, bottoms, strict=True))
-
-
-def round_ratios(
-    ratios: Ratios, reason: str = "not measured", others: Mapping[str, str] | None = None
-) -> tuple[Ratios, list[str]]:
-    """Return the ratios in four digits, and for each None a note: `reason`, or its own in `others`."""
-    notes = [f"{name}: {(others or {}).get(name, reason)}" for name, value in ratios.items() if value is None]
-    return {name: None if value is None else four_digits(value) for name, value in ratios.items()}, notes
-
-
-def ratio_lines(ratios: Mapping[str, float | None], width: int = 30, digits: int = 2) -> list[str]:
-    """Return a line for each ratio."""
-    texts = {k: "not measured" if ratio is None else f"{ratio:.{digits}f}" for k, ratio in ratios.items()}
-    return [f"{name:<{width}} {text}" for name, text in texts.items()]
-
-
-def table_lines(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a plain table.
-
-    Args:
-        columns: heading and format of the cells, alignment and width first: `("step s", ">9.3f")`.
-        rows: cells; a None is shown as `-`.
-
-    >>> table_lines([("mode", "<6"), ("step s", ">8.2f")], [("ddp", 0.5), ("none", None)])
-    ['mode    step s', 'ddp       0.50', 'none         -']
-    """
-    specs = [spec for _, spec in columns]
-    widths = [spec.split(".")[0] for spec in specs]
-    lines = ["".join(f"{heading:{width}}" for (heading, _), width in zip(columns, widths, strict=True))]
-    for row in rows:
-        cells = zip(row, specs, widths, strict=True)
-        lines.append("".join(f"{'-':{w}}" if cell is None else f"{cell:{spec}}" for cell, spec, w in cells))
-    return lines
 
 
 def machine_name(device: str = "cpu") -> str:

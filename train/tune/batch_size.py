@@ -253,14 +253,13 @@ def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int)
 
 def describe(report: Report) -> list[str]:
     """Return a table row for each size, the noise in windows, and the recommendation."""
-    columns = [("batch", ">6"), ("images/s", ">11.1f"), ("step ms", ">10.1f"), ("MB", ">8.0f"), ("", "<")]
     rows = [
-        [r.batch, r.images_per_s, r.step_ms, r.memory_mb, "  the knee" if r.batch == report["knee"] else ""]
-        for r in report["rows"]
+        msgspec.structs.asdict(row) | {"": "the knee" if row.batch == report["knee"] else None}
+        for row in report["rows"]
     ]
     lines = [
         f"recipe {report['recipe']} on {report['device']}; a step may take {report['limit_mb']:.0f} MB",
-        *table_lines(columns, rows),
+        *table_lines(rows),
     ]
     if report["did_not_fit"] is not None:
         lines.append(f"does not fit: {report['did_not_fit']}")

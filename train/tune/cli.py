@@ -39,7 +39,7 @@ def run_recipe(
     report = bench(make_config(recipe, overrides, root), **options)
     draw(report, plot)
     click.echo(f"picture: {plot}", err=True)
-    echo_report(report, describe, as_json)
+    echo_report(report, as_json, describe)
 
 
 @click.command()

@@ -221,15 +221,15 @@ def describe(report: Report) -> list[str]:
     sweeps = report["sweeps"]
     longest = max(sweeps, key=lambda sweep: len(sweep.rates)).rates
     last = len(longest) - 1
-    rows = [
-        [longest[place], "",
-         *(f"{s.smoothed[place]:.3f}" if place < len(s.smoothed) else "ended" for s in sweeps)]
-        for place in dict.fromkeys(round(n * last / (NUM_LINES - 1)) for n in range(NUM_LINES))
-    ]  # fmt: skip
+    rows = []
+    for place in dict.fromkeys(round(n * last / (NUM_LINES - 1)) for n in range(NUM_LINES)):
+        losses = (f"{s.smoothed[place]:.3f}" if place < len(s.smoothed) else "ended" for s in sweeps)
+        names = (f"seed {s.seed}" for s in sweeps)
+        rows.append({"rate": float(f"{longest[place]:.2g}"), **dict(zip(names, losses, strict=True))})
     lines = [
         f"recipe {report['recipe']}, batch {report['global_batch']}, on {report['device']}: training loss as "
         f"the rate grows, {len(sweeps)} sweep(s), running medians",
-        *table_lines([("rate", ">10.2g"), ("", "<2"), *((f"seed {s.seed}", ">10") for s in sweeps)], rows),
+        *table_lines(rows),
     ]
     for sweep in sweeps:
         if sweep.ended is not None:
