@@ -99,11 +99,12 @@ from infer.bench.cases import BundleCase
 
 for format in ("trt", "onnx"):
     with ExitStack() as stack:
-        case = BundleCase(stack, Path(sys.argv[1], f"{format}-{sys.argv[2]}"), Path("data/demo-digits/val"), "cuda")
-        print(case.runs_on())
+        folder = Path(sys.argv[1], f"{format}-{sys.argv[2]}")
+        case = BundleCase(stack, folder, Path("data/demo-digits/val"), "cuda", 32)
+        print(*(case.facts()[name] for name in ("provider", "device", "precision")))
+        images_per_s = case.measure(20 * 32)
         for phase in ("model", "decode", "end_to_end"):
-            seconds = case.measure(phase, 32, 20)
-            print(f"{format} {phase}: {20 * 32 / sum(seconds):.0f} images/s")
+            print(f"{format} {phase}: {images_per_s[phase]:.0f} images/s")
 PYTHON
 }
 

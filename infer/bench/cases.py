@@ -1,127 +1,147 @@
-"""The cases of `alexnet bench infer`: a bundle phase by phase, and the loop that people write first."""
+"""The cases of `alexnet bench infer`: a bundle by phases, the loop that people write first, and a process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from subprocess import DEVNULL, PIPE, Popen
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.pillow import decode_window, finish_crop, parallel_for
+from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.crop import eval_crop_params
 from infer.predict.decode import run_valid, valid_images
 from infer.predict.rows import OkRow, names_of, top_k
 from infer.predictor import Predictor
+from infer.runtime.choose import DeviceName
 from train.bench.harness import time_calls
-
-PHASES = ("decode", "preprocess", "copy", "model", "post", "end_to_end", "one_batch")
-DeviceKind = Literal["cpu", "cuda"]
 
 
 class BundleCase:
     """An exported model, measured phase by phase and as `alexnet predict` runs it."""
 
-    def __init__(self, stack: ExitStack, bundle: Path, photos: Path, device: DeviceKind) -> None:
-        self.bundle, self.device, self.batch = bundle, device, 0
-        self.photos = sorted(photos.rglob("*.jpg"))
-        self.open = stack.enter_context(ExitStack())
+    def __init__(self, stack: ExitStack, bundle: Path, photos: Path, device: DeviceName, batch: int) -> None:
+        self.photos, self.batch = sorted(photos.rglob("*.jpg")), batch
+        self.predictor = stack.enter_context(Predictor(bundle, device=device, batch_size=batch))
+        self._predict(batch)  # graphs and threads are made by the first batch
 
-    def runs_on(self) -> dict[str, str]:
-        """Return the provider, device and precision that really compute."""
-        with Predictor(self.bundle, device=self.device) as predictor:
-            backend = predictor.backend
-            return {"provider": backend.provider, "device": backend.device, "precision": backend.precision}
+    def facts(self) -> dict[str, Any]:
+        """Return what really computes, and what the gate found of the ONNX file that runs there."""
+        backend, gate = self.predictor.backend, self.predictor.bundle.manifest.report
+        assert gate is not None
+        found = (gate.cpu if backend.device == "cpu" else None) or gate.onnx
+        ran = {name: getattr(backend, name) for name in ("provider", "device", "precision")}
+        return {**ran, "accuracy": found.accuracy, "top1_agreement": found.top1_agreement}
 
-    def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
-        """Return seconds for each batch; for all together of `decode` and `end_to_end`, which overlap."""
-        if batch != self.batch:  # one predictor at a time, since each holds the model
-            self.open.close()
-            predictor = Predictor(self.bundle, device=self.device, batch_size=batch)
-            self.predictor, self.batch = self.open.enter_context(predictor), batch
-            self._predict(batch)  # graphs and threads are made by the first batch
-        if phase == "end_to_end":
-            return time_calls(lambda: self._predict(batch * num_batches))
-        if phase == "decode":
-            return time_calls(lambda: self._decode(batch * num_batches))
-        return time_calls(self._work(phase, batch), num_batches)
+    def measure(self, num_images: int) -> dict[str, float]:
+        """Return images/s of each phase, milliseconds of a batch, and how near to the bound prediction is.
 
-    def _work(self, phase: str, batch: int) -> Callable[[], object]:
-        """Return a phase's work for one batch."""
-        predictor, manifest = self.predictor, self.predictor.bundle.manifest
-        if phase == "one_batch":
-            return lambda: self._predict(batch)
-        if phase == "preprocess":
-            files = [path.read_bytes() for path in self.photos[:batch]]
-            contract = manifest.preprocessing
-            sizes = np.array([read_header(file, contract.max_pixels) for file in files], np.int64)
-            crops = eval_crop_params(sizes, contract)
-            windows = [decode_window(file, crops, place) for place, file in enumerate(files)]
-            threads = usable_cores()
-            pool = ThreadPoolExecutor(threads)
+        The bound: decoding and model share the cores of a CPU, so that no arrangement of the two is faster
+        than one after the other. On a GPU they do not share, and it is the slower of the two.
+        """
+        count, figures = max(2, num_images // self.batch), dict[str, float]()
+        for phase, calls, work in self._phases(count):
+            middle_s, high_s = np.percentile(time_calls(work, calls), [50, 99]).tolist()
+            if phase in ("model", "files_to_rows"):
+                figures |= {f"{phase}_ms": 1e3 * middle_s, f"{phase}_p99_ms": 1e3 * high_s}
+            if phase != "files_to_rows":
+                figures[phase] = self.batch * count / calls / middle_s
+        parts_s = 1 / figures["decode"], 1 / figures["model"]
+        bound_s = sum(parts_s) if self.predictor.backend.device == "cpu" else max(parts_s)
+        return figures | {"vs_bound": figures["end_to_end"] * bound_s}
 
-            def finish(place: int) -> None:
-                finish_crop(windows[place], crops, place)
+    def _phases(self, count: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
+        """Yield each phase, its calls, and the work of a call: a batch, or all where batches overlap."""
+        yield "decode", 1, partial(self._decode, count * self.batch)
+        files = [path.read_bytes() for path in islice(cycle(self.photos), self.batch)]
+        contract, threads = self.predictor.bundle.manifest.preprocessing, usable_cores()
+        sizes = np.array([read_header(file, contract.max_pixels) for file in files], np.int64)
+        crops = eval_crop_params(sizes, contract)
+        windows = [decode_window(file, crops, place) for place, file in enumerate(files)]
 
-            return lambda: parallel_for(finish, batch, pool, threads)
-        with closing(predictor.decode(self.photos[:batch])) as batches:
-            decoded = next(iter(batches))
-        if phase == "copy":
-            return lambda: valid_images(decoded)
-        if phase == "model":
-            return lambda: run_valid(predictor.backend, decoded, batch)
-        probabilities, _ = run_valid(predictor.backend, decoded, batch)
-        names = names_of(predictor.bundle)
-        return lambda: top_k(probabilities, names, 5)
+        def finish(place: int) -> None:
+            finish_crop(windows[place], crops, place)
+
+        pool = ThreadPoolExecutor(threads)
+        yield "preprocess", count, partial(parallel_for, finish, self.batch, pool, threads)
+        decoded = self._decode(self.batch)
+        run = partial(run_valid, self.predictor.backend, decoded, self.batch)
+        yield "copy", count, partial(valid_images, decoded)
+        yield "model", count, run
+        yield "post", count, partial(top_k, run().probabilities, names_of(self.predictor.bundle), 5)
+        yield "end_to_end", 1, partial(self._predict, count * self.batch)
+        yield "files_to_rows", count, partial(self._predict, self.batch)
+
+    def _decode(self, count: int) -> Batch:
+        """Decode so many photographs, and return the last batch."""
+        with closing(self.predictor.decode(islice(cycle(self.photos), count))) as batches:
+            for batch in batches:
+                assert batch.valid.all(), batch.failures
+        return batch
 
     def _predict(self, count: int) -> None:
         for row in self.predictor(islice(cycle(self.photos), count)):
             assert isinstance(row, OkRow), row
 
-    def _decode(self, count: int) -> None:
-        with closing(self.predictor.decode(islice(cycle(self.photos), count))) as batches:
-            for batch in batches:
-                assert batch.valid.all(), batch.failures
-
 
 class BaselineCase:
     """The loop that people write first: Pillow, torchvision's transforms, and torch in float32."""
 
-    def __init__(self, stack: ExitStack, checkpoint: Path, photos: Path, device: DeviceKind) -> None:
+    def __init__(self, stack: ExitStack, checkpoint: Path, photos: Path, device: str, batch: int) -> None:
         import torch
-        from torchvision import transforms
+        from PIL import Image
+        from torchvision import transforms as t
 
         from train.checkpoints.load import load_checkpoint
 
-        self.torch, self.device = torch, device
-        self.photos = sorted(photos.rglob("*.jpg"))
-        loaded = load_checkpoint(checkpoint)
+        loaded, paths = load_checkpoint(checkpoint), cycle(sorted(photos.rglob("*.jpg")))
+        network = loaded.make_model().float().eval().to(memory_format=torch.contiguous_format).to(device)
         contract = loaded.preprocessing
-        network = loaded.make_model().float().eval()
-        self.network = network.to(memory_format=torch.contiguous_format).to(device)
-        steps = [transforms.Resize(contract.resize_px), transforms.CenterCrop(contract.crop_px)]
-        steps += [transforms.ToTensor(), transforms.Normalize(contract.mean, contract.std)]
-        self.transform = transforms.Compose(steps)
+        crop = [t.Resize(contract.resize_px), t.CenterCrop(contract.crop_px)]
+        transform = t.Compose([*crop, t.ToTensor(), t.Normalize(contract.mean, contract.std)])
 
-    def runs_on(self) -> dict[str, str]:
-        """Return the provider, device and precision that compute."""
-        return {"provider": f"torch {self.torch.__version__}", "device": self.device, "precision": "fp32"}
-
-    def measure(self, phase: str, batch: int, num_batches: int) -> list[float]:
-        """Return seconds for each of so many batches, from files to the five best classes."""
-        from PIL import Image
-
-        torch, photos = self.torch, cycle(self.photos)
-
+        @torch.inference_mode()
         def predict() -> None:
-            images = [self.transform(Image.open(path).convert("RGB")) for path in islice(photos, batch)]
-            logits = self.network(torch.stack(images).to(self.device))
-            torch.softmax(logits, dim=1).topk(5).values.cpu()
+            images = [transform(Image.open(path).convert("RGB")) for path in islice(paths, batch)]
+            torch.softmax(network(torch.stack(images).to(device)), dim=1).topk(5).values.cpu()
 
-        with torch.inference_mode():
-            return time_calls(predict, num_batches)
+        predict()  # torch's threads are made by the first batch
+        self._predict, self._batch = predict, batch
+        self._facts = {"provider": f"torch {torch.__version__}", "device": device, "precision": "fp32"}
+
+    def facts(self) -> dict[str, str]:
+        """Return what computes."""
+        return self._facts
+
+    def measure(self, num_images: int) -> dict[str, float]:
+        """Return images/s from files to the five best classes, by a quarter of so many images."""
+        seconds = time_calls(self._predict, max(2, num_images // 4 // self._batch))
+        return {"end_to_end": self._batch * len(seconds) / sum(seconds)}
+
+
+class ProcessCase:
+    """A process of Python, timed to its end; `alexnet predict` to its first row."""
+
+    def __init__(self, stack: ExitStack, *arguments: str) -> None:
+        self.command, self.first_row = [sys.executable, *arguments], "predict" in arguments
+
+    def measure(self) -> dict[str, float]:
+        """Return the seconds."""
+        started = time.perf_counter()
+        with Popen(self.command, stdout=PIPE, stderr=DEVNULL) as process:
+            assert process.stdout is not None
+            printed = process.stdout.readline() if self.first_row else process.stdout.read()
+            seconds = time.perf_counter() - started
+            process.communicate()
+        assert process.returncode == 0 and (not self.first_row or printed.startswith(b'{"path"')), printed
+        return {"seconds": seconds}

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from train.bench.harness import Report
-from train.bench.scaling import SCRIPT, bench_scaling, describe
+from train.bench.harness import Report, describe
+from train.bench.scaling import SCRIPT, bench_scaling
 
 
 def bench_tiny(links: Sequence[str] = (), modes: Sequence[str] = ("ddp+bf16", "hybrid")) -> Report:
@@ -51,11 +51,14 @@ def test_bench_scaling_counts_the_bytes_of_the_formulas() -> None:
     for row in report["rows"]:
         assert row["sent_mb"] == pytest.approx(row["formula_mb"], rel=0.01)
         assert 0 < row["efficiency"] < 3 and row["images_per_s"] == pytest.approx(8 / row["step_s"], rel=0.01)
+        alone_s = report["rows"][0]["alone_s"]  # of DDP's ranks
+        assert row["efficiency"] == pytest.approx(alone_s / row["step_s"], rel=0.01)
         assert row["vs_one_rank"] is None  # one rank was not measured
     by_mode = {row["mode"]: row["sent_mb"] for row in report["rows"]}
     assert by_mode["ddp"] == pytest.approx(2 * (by_mode["ddp+bf16"] or 0), rel=0.01)
     assert msgspec.json.decode(msgspec.json.encode(report)) == report
-    assert any("loopback        2  hybrid" in line for line in describe(report))
+    lines = describe(report)
+    assert "rank_batch: 4" in lines and any(line.startswith("loopback      2  hybrid  ") for line in lines)
 
 
 @pytest.mark.slow
