@@ -44,21 +44,19 @@ class BundleCase:
         return {**ran, "accuracy": found.accuracy, "top1_agreement": found.top1_agreement}
 
     def measure(self, num_images: int) -> dict[str, float]:
-        """Return images/s of each phase, milliseconds of a batch, and how near to the bound prediction is.
-
-        The bound: decoding and model share the cores of a CPU, so that no arrangement of the two is faster
-        than one after the other. On a GPU they do not share, and it is the slower of the two.
-        """
-        count, figures = max(2, num_images // self.batch), dict[str, float]()
+        """Return images/s of each phase, milliseconds of a batch, and `end_to_end` as a part of its bound."""
+        count = max(2, num_images // self.batch)
+        speeds, latencies = dict[str, float](), dict[str, float]()
         for phase, calls, work in self._phases(count):
             middle_s, high_s = np.percentile(time_calls(work, calls), [50, 99]).tolist()
             if phase in ("model", "files_to_rows"):
-                figures |= {f"{phase}_ms": 1e3 * middle_s, f"{phase}_p99_ms": 1e3 * high_s}
+                latencies |= {f"{phase}_ms": 1e3 * middle_s, f"{phase}_p99_ms": 1e3 * high_s}
             if phase != "files_to_rows":
-                figures[phase] = self.batch * count / calls / middle_s
-        parts_s = 1 / figures["decode"], 1 / figures["model"]
+                speeds[phase] = self.batch * count / calls / middle_s
+        parts_s = 1 / speeds["decode"], 1 / speeds["model"]
+        # On a CPU they share the cores: no arrangement of the two is faster than one after the other.
         bound_s = sum(parts_s) if self.predictor.backend.device == "cpu" else max(parts_s)
-        return figures | {"vs_bound": figures["end_to_end"] * bound_s}
+        return {**speeds, "vs_bound": speeds["end_to_end"] * bound_s, **latencies}
 
     def _phases(self, count: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
         """Yield each phase, its calls, and the work of a call: a batch, or all where batches overlap."""

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 PATH, INT = click.Path(path_type=Path), click.IntRange
+PRECISIONS = click.Choice(["auto", "bf16", "fp16", "fp32"])
 NETWORKS = click.Choice(["owt", "paper", "caffe", "bn"])
 MODES = ("ddp", "ddp+bf16", "hybrid")
 SUBJECTS = [
@@ -24,7 +25,7 @@ overrides_option = partial(click.option, "--set", "overrides", multiple=True, me
 images_option = partial(option, "--images", help="How many JPEGs to write.")
 rounds_option = partial(option, "--rounds", "num_rounds", type=INT(1), help="Turns that every case takes.")
 folder_option = click.option("--folder", type=PATH, help="Where the files are kept. Default: temporary.")
-precision_option = option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto")
+precision_option = option("--precision", type=PRECISIONS, default="auto", help="Of our networks.")
 device_option = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 

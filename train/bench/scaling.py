@@ -74,11 +74,13 @@ def bench_scaling(
             configs = {mode: make((*overrides, *SETTINGS[mode])) for mode in ("ddp", *modes)}
             rounds = run_ranks(RankWork(configs, **counts), link, count, threads)
             for mode, figures in rounds.items():
-                row: dict[str, Any] = {"link": link, "ranks": count, "mode": mode}
-                row |= {name: median(values) for name, values in figures.items()}
-                row["efficiency"] = median_ratio(rounds["ddp"]["alone_s"], figures["step_s"])
-                row["vs_one_rank"] = one and one / row["step_s"]
-                rows.append(row)
+                step_s = median(figures["step_s"])
+                rows.append({
+                    "link": link, "ranks": count, "mode": mode, "images_per_s": rank_batch * count / step_s,
+                    **{name: median(values) for name, values in figures.items()},
+                    "efficiency": median_ratio(rounds["ddp"]["alone_s"], figures["step_s"]),
+                    "vs_one_rank": one and one / step_s,
+                })  # fmt: skip
     notes = ["alone_s: the same steps on the same ranks without traffic; efficiency: it over step_s"]
     if max(ranks) * threads > cores:
         notes.append(f"more than {cores // threads} ranks share cores: their step_s is no scaling")
@@ -137,8 +139,7 @@ def measure(work: RankWork, mode: str, world: World) -> dict[str, float]:
         return world.max(median(times))[0]
 
     time_calls(step, 3)  # DDP orders its buckets anew after the first
-    step_s = median_s()
-    figures = {"images_per_s": size / step_s, "step_s": step_s}
+    figures = {"step_s": median_s()}
     if config.device == "cpu":  # NCCL sends past the connections that the kernel counts
         world.barrier()
         before = sent_bytes()
