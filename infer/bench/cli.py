@@ -13,6 +13,7 @@ infer = cli.bench_command(
     "infer", "infer.bench.predict:bench_infer",
     "Images/s of prediction, phase by phase and end to end, against a plain loop; the first row's time.\n\n"
     "Models with random weights go through export and gate first. Ten minutes on two cores.",
+    "alexnet bench infer --json --model owt --batch 32 --rounds 3",
     repeatable("--model", "models", type=MODELS, default=("owt", "paper"), help="A network. Repeatable."),
     repeatable("--precision", "precisions", type=PRECISIONS, default=("fp32", "int8"), help="Repeatable."),
     repeatable("--batch", "batches", type=INT(1, 256), default=(1, 8, 32, 128, 256),

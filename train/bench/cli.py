@@ -42,7 +42,9 @@ def echo_report(
     click.echo(msgspec.json.encode(report) if as_json else "\n".join(lines))
 
 
-def bench_command(name: str, function: str, text: str, *options: Callable[..., Any]) -> click.Command:
+def bench_command(
+    name: str, function: str, text: str, examples: str, *options: Callable[..., Any]
+) -> click.Command:
     """Return a command with these options and `--json` that prints what a `module:function` reports."""
 
     def run(as_json: bool, **options: Any) -> None:
@@ -51,13 +53,15 @@ def bench_command(name: str, function: str, text: str, *options: Callable[..., A
 
     for add in (json_option, *reversed(options)):
         add(run)
-    return click.command(name, help=text)(run)
+    return click.command(name, help=f"{text}\n\n\b\nalexnet bench {name}\n{examples}")(run)
 
 
 data = bench_command(
     "data", "train.bench.data:bench_data",
     "Images/s of our loader against torchvision's and DALI's own, on training crops of 224.\n\n"
     "On the CPU, each loader pinned to the same cores. The loaders take turns; the figures are medians.",
+    "alexnet bench data --json --images 512 --rounds 3\n"
+    "alexnet bench data --only dali_gpu_shards --only dali_gpu_reader",
     folder_option,
     images_option(type=INT(128), default=2000),
     rounds_option(default=5),
@@ -67,6 +71,7 @@ data = bench_command(
 startup = bench_command(
     "startup", "train.bench.startup:bench_startup",
     "Seconds to the first batch, and memory, on as many files as ImageNet has: first, again, and changed.",
+    "alexnet bench startup --files 20000 --json",
     folder_option,
     option("--files", type=INT(256), default=1_281_167, help="How many: hard links, which need no room."),
 )  # fmt: skip
@@ -75,6 +80,7 @@ train = bench_command(
     "Images/s of training and its fraction of the arithmetic peak; torchvision's AlexNet beside it.\n\n"
     "The step that training would choose on this machine, on images that the device has; what it launches; "
     "end to end with the loader. Subjects take turns. Ten minutes on two cores.",
+    "alexnet bench train --json --only owt --only torchvision_bf16 --rounds 3",
     repeatable("--only", type=click.Choice(SUBJECTS), metavar="SUBJECT",
                help=f"Measure this one. Repeatable; there are {', '.join(SUBJECTS)}."),
     repeatable("--batch", "batches", type=INT(2),
@@ -91,6 +97,7 @@ scaling = bench_command(
     "scaling", "train.bench.scaling:bench_scaling",
     "Step time, efficiency and bytes sent of several ranks: plain, compressed and hybrid.\n\n"
     "Over loopback, and with --link over a wire of some rate. Ten minutes on two cores.",
+    "sudo alexnet bench scaling --ranks 2 --link 500mbit --json",
     option("--variant", type=NETWORKS, default="owt", help="The network."),
     repeatable("--mode", "modes", type=click.Choice(MODES), default=MODES, help="How to train. Repeatable."),
     repeatable("--ranks", type=INT(1, 64), default=(1, 2, 4), help="How many. Repeatable."),
