@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import ExitStack
 
 from train.bench.subjects import StepSpec
 
 
 class FailingSteps:
-    """Takes half a second; `bn` runs out of memory, `paper` dies in its steps, `owt` in the profiler."""
+    """Trains 4 images/s; one network has no memory, others die, take too long or fail in the profiler."""
 
-    def __init__(self, _stack: ExitStack, spec: StepSpec, *_others: object) -> None:
+    def __init__(self, _stack: ExitStack, _device: str, spec: StepSpec, *_others: object) -> None:
         self.network = spec.network
         if self.network == "bn":
             raise MemoryError("CUDA out of memory.\n Tried to allocate 9 GiB")
 
-    def choice(self) -> dict[str, str]:
-        return {}
+    def start(self) -> dict[str, float | str]:
+        return {"first_step_s": 1.0, "step": "plain", "why": "it is slow"}
 
-    def step_s(self, *_counts: int) -> float:
+    def measure(self, *_counts: int) -> dict[str, float]:
         if self.network == "paper":
             os._exit(3)
-        return 0.5
-
-    def start_and_memory(self) -> dict[str, float]:
-        return {"first_step_s": 1.0, "peak_memory_mb": 2.0}
+        if self.network == "caffe":
+            time.sleep(600)
+        return {"images_per_s": 4.0}
 
     def profile(self) -> dict[str, float]:
         if self.network == "owt":
             raise RuntimeError("no events")
         return {"operators": 5.0}
+
+
+class TwoProducts:
+    """Matrix products of a known speed, the second twice as fast."""
+
+    def __init__(self, *_arguments: object) -> None:
+        pass
+
+    def measure(self, *_counts: int) -> dict[str, float]:
+        return {"gflops_2048": 10.0, "gflops_3072": 20.0}
+
+
+class NoProducts(TwoProducts):
+    """Fails."""
+
+    def measure(self, *_counts: int) -> dict[str, float]:
+        raise RuntimeError("no blocks")

@@ -5,57 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from train.bench.harness import log
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 
-class StepSpec(msgspec.Struct, frozen=True):
-    """One network and the way to train it.
+class StepSpec(Struct, frozen=True):
+    """One network and the way to train it."""
 
-    Attributes:
-        subject: the name by which it is chosen.
-        network: one of ours, or `torchvision`: its `alexnet`.
-        precision: in `SUBJECTS` None for the one that is asked for.
-        compiled: Inductor's mode for the network as a whole; empty for none.
-        norm: the network's own, nn.LocalResponseNorm in float32 (`torch`), or nn.Identity in its place.
-        tuned: of torchvision's, whether in channels_last and with the fused optimiser.
-        fused, deterministic: of ours, the keys of its configuration.
-        batch: samples of a step.
-    """
-
-    subject: str
-    network: str
-    precision: PrecisionName | None = None
-    compiled: Literal["", "default", "reduce-overhead"] = ""
-    norm: Literal["own", "torch", "none"] = "own"
-    tuned: bool = False
-    fused: Literal["auto", "off"] = "auto"
-    deterministic: bool = False
-    batch: int = 0
+    subject: str  # the name by which it is chosen
+    network: str  # one of ours, or `torchvision`: its `alexnet`
+    precision: PrecisionName | None = None  # in `SUBJECTS` None for the one that is asked for
+    compiled: Literal["", "default", "reduce-overhead"] = ""  # Inductor's mode for the network as a whole
+    norm: Literal["own", "torch", "none"] = "own"  # nn.LocalResponseNorm or nn.Identity in its place
+    tuned: bool = False  # of torchvision's: in channels_last and with the fused optimiser
+    keys: tuple[str, ...] = ()  # of ours: of its configuration
+    batch: int = 0  # samples of a step
 
     def __str__(self) -> str:
         return f"{self.subject} {self.precision} batch {self.batch}"
 
 
 NETWORKS = ("owt", "paper", "bn", "caffe")
-TORCHVISION = (
+SUBJECTS = (
     StepSpec("torchvision_fp32", "torchvision", "fp32"),
     StepSpec("torchvision_amp", "torchvision", "fp16"),
     StepSpec("torchvision_bf16", "torchvision", "bf16", tuned=True),
     StepSpec("torchvision_compiled", "torchvision", "bf16", "default", tuned=True),
     StepSpec("torchvision_graphs", "torchvision", "bf16", "reduce-overhead", tuned=True),
-)
-SUBJECTS = (
-    *TORCHVISION,
     *(StepSpec(name, name) for name in NETWORKS),
     StepSpec("paper_no_lrn", "paper", norm="none"),
     StepSpec("paper_torch_lrn", "paper", "fp32", norm="torch"),
     StepSpec("bn_no_norm", "bn", norm="none"),
-    StepSpec("owt_plain", "owt", fused="off"),
-    StepSpec("owt_deterministic", "owt", deterministic=True),
+    StepSpec("owt_plain", "owt", keys=("fused=off",)),
+    StepSpec("owt_deterministic", "owt", keys=("deterministic=true",)),
     *(StepSpec(f"{name}_compiled", name, compiled="default") for name in NETWORKS),
 )
 OTHERS = ("lrn", "end_to_end")  # the first LRN of `paper` by itself; our networks fed by the loader
@@ -83,5 +69,5 @@ def make_specs(
                 log.warning(f"{known.subject} is left out: it needs a GPU")
             elif known.norm != "torch" or batch == batches[0]:
                 own = "bf16" if known.precision == "fp16" and device == "cpu" else known.precision
-                specs.append(msgspec.structs.replace(known, batch=batch, precision=own or precision))
+                specs.append(replace(known, batch=batch, precision=own or precision))
     return specs

@@ -1,16 +1,29 @@
-"""Launches of a step, by the profiler's events as torch names them on a GPU, and its arithmetic."""
+"""Launches of a step, by the profiler's events as torch names them on a GPU; its arithmetic; parts alone."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import alexnet
 
-from train.bench.trainer import count_events, count_flops
-from train.config.load import make_config
+from train.bench.trainer import (
+    GEMM_SIDES,
+    PartsCase,
+    bench_config,
+    count_events,
+    gemm_parts,
+    gflop_of,
+    lrn_parts,
+)
 from train.models.alexnet import make_model
 
 
@@ -41,18 +54,67 @@ EVENTS = [
 def test_launches_and_kernels_are_counted_for_a_step() -> None:
     expected = {"operators": 8.0, "launches": 8.0, "kernels": 11.0, "kernel_ms": 2.0}
     assert count_events(EVENTS, "cuda", 2) == expected
-    assert count_events(EVENTS, "cpu", 2) == dict.fromkeys(expected) | {"operators": 8.0}
+    assert count_events(EVENTS, "cpu", 2) == {"operators": 8.0}
 
 
-def test_flops_match_torchs_counter() -> None:
+@pytest.mark.parametrize("network", ["torchvision", "owt", "paper", "bn", "caffe"])
+def test_arithmetic_is_that_of_the_layers_with_their_groups(network: str) -> None:
+    flops: list[int] = []
+
+    def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        flops.append(2 * layer.weight.numel() * math.prod(output.shape[2:]))
+
     with torch.device("meta"):
-        model: nn.Module = make_model(
-            make_config("demo", ["model.name=owt"]).model, num_classes=10, crop_px=64
+        model = (
+            alexnet()
+            if network == "torchvision"
+            else make_model(bench_config(network, 2, 64, "fp32", "cpu").model, num_classes=1000, crop_px=64)
         )
-        counter = FlopCounterMode(display=False)
-        with counter:
-            loss = model(torch.empty(1, 3, 64, 64)).sum()
-        forward = counter.get_total_flops()
-        with counter:
-            loss.backward()
-    assert count_flops(model, 64) == forward + counter.get_total_flops() > 3 * 10**8
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(count)
+        model(torch.empty(1, 3, 64, 64))
+    assert len(flops) == 8
+    assert gflop_of(network, 64) == pytest.approx((3 * sum(flops) - flops[0]) / 1e9, rel=1e-9)
+
+
+def test_arithmetic_without_groups_matches_torchs_counter() -> None:
+    with torch.device("meta"):
+        model = make_model(bench_config("owt", 2, 64, "fp32", "cpu").model, num_classes=1000, crop_px=64)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward(model(torch.empty(1, 3, 64, 64)).sum())
+    assert gflop_of("owt", 64) == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-9)
+
+
+def test_parts_have_the_rate_of_their_shortest_time() -> None:
+    def make(device: str, count: float) -> dict[str, tuple[float, Callable[[], object]]]:
+        assert device == "cpu"
+        return {"images_per_s": (count, lambda: time.sleep(next(naps, 0.05)))}
+
+    naps = iter([0.3, 0.3, 0.3, 0.3, 0.05, 0.3])
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        case = PartsCase(stack, "cpu", make, 6.0)
+        rate = case.measure()["images_per_s"]
+    assert 6 / 0.3 < rate <= 6 / 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compile_threads")
+def test_lrn_alone_runs_in_three_forms() -> None:
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        figures = PartsCase(stack, "cpu", lrn_parts, "channels_last", 2, 63).measure()
+    assert list(figures) == ["torch_images_per_s", "eager_images_per_s", "fused_images_per_s"]
+    assert min(figures.values()) > 0
+
+
+def test_matrix_products_are_of_two_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GEMM_SIDES, "cpu", (4, 8))
+    parts = gemm_parts("cpu", "bf16")
+    assert {figure: amount for figure, (amount, _) in parts.items()} == {
+        "gflops_4": pytest.approx(2 * 4**3 / 1e9), "gflops_8": pytest.approx(2 * 8**3 / 1e9),
+    }  # fmt: skip
+    product = parts["gflops_8"][1]()
+    assert isinstance(product, Tensor) and product.shape == (8, 8) and product.dtype == torch.bfloat16
