@@ -198,7 +198,7 @@ feed() {
   alexnet bench data --json --rounds 3 "${only[@]/#/--only=}" 2>"$out/feed.err"
   local code=$?
   cat "$out/feed.err"
-  [ "$code" -eq 0 ] && ! grep -iE 'nvjpeg|nvimagecodec|\[(warning|error)\]' "$out/feed.err"
+  [ "$code" -eq 0 ] && ! grep -iE 'nvjpeg|nvimagecodec|\[(warning|error)\]|^traceback|its process ended' "$out/feed.err"
 }
 
 demo() { make demo; }

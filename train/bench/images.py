@@ -1,167 +1,106 @@
-"""Synthetic JPEGs with ImageNet-like size, spectrum and edges, for benchmarks.
+"""The JPEGs of benchmarks, of ImageNet's size, spectrum and edges, in folders that keep them between runs.
 
 A smooth gradient decodes in half the time of a photograph, so the figures would flatter every loader.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
-from itertools import cycle
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
+from train.bench.harness import log
 
-log = logging.getLogger("train")
-Float = npt.NDArray[np.float64]
-
-HEIGHT_PX, WIDTH_PX = 375, 500
-NUM_CLASSES = 10
-QUALITY = (85, 90)
-FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-data"
+FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-photographs"
 """Keeps the images of benchmarks between runs, unless the user names a folder."""
-_FIELD_PX = 1024
-_FIELDS = 6
-_LEAVES = 60
-_MARKER = "bench-images.txt"
 
 
-def write_bench_images(root: Path | None, count: int) -> Path:
-    """Write `root/train/<class>/<number>.jpg`, about 500 x 375 pixels each; nothing if they are there.
+def write_bench_images(
+    root: Path | None, count: int, sides: tuple[int, int] = (500, 375), spread: float = 0.1
+) -> Path:
+    """Write `root/train/<class>/<number>.jpg`, if they are not there; return `root`, or one of `FOLDER`.
 
-    The sides vary by a tenth and a quarter of the images are upright, as they come from cameras. The files
-    are the same on every machine with the same Pillow.
-
-    Args:
-        root: the folder to make, or one made before; None for one of `FOLDER`.
-    Returns:
-        The folder.
-    Raises:
-        UserError: `root` holds something else.
+    The files are the same on every machine with the same Pillow. Raises: as `fill_folder`.
     """
     root = root or FOLDER / str(count)
     log.info(f"{count} images in {root}")
-    note = f"{count} synthetic images for benchmarks\n"
-    marker = root / _MARKER
-    if marker.is_file() and marker.read_text(encoding="utf-8") == note:
-        return root
-    if root.exists() and any(root.iterdir()):
-        raise UserError(f"{printable(root)} exists and does not hold {note.strip()}: give a new folder")
-    root.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    fields = [_natural_field(random) for _ in range(_FIELDS)]
-    for number in range(count):
-        image = _photograph(random, fields)
-        quality = int(random.integers(QUALITY[0], QUALITY[1] + 1))
-        image.save(_make_place(root, number), "JPEG", quality=quality)
-    marker.write_text(note, encoding="utf-8")
+    names = (f"train/class-{number % 10}/{number:05d}.jpg" for number in range(count))
+    content = f"{count} parts of photographs, {sides[0]} x {sides[1]} pixels"
+    fill_folder(root, content, names, count, partial(write_photograph, sides=sides, spread=spread))
     return root
 
 
-def write_small_images(root: Path, source: Path, count: int) -> None:
-    """Write `root/train/<class>/<number>.jpg`, 64 x 64 pixels as Tiny ImageNet's; nothing if they are there.
-
-    Args:
-        source: the images of `write_bench_images`, of which these are parts.
-    """
-    if (root / _MARKER).is_file():
-        return
-    random = np.random.default_rng(0)
-    photos = cycle(sorted(source.rglob("*.jpg")))
-    for number in range(count):
-        with Image.open(next(photos)) as image:
-            x, y = (int(random.integers(0, side - 128)) for side in image.size)
-            small = image.resize((64, 64), Image.Resampling.BILINEAR, (x, y, x + 128, y + 128))
-        small.save(_make_place(root, number), quality=90)
-    (root / _MARKER).touch()
-
-
 def link_bench_images(root: Path, names: Iterable[str], total: int, num_sources: int) -> None:
-    """Make hard links to the benchmark's images, which need no room; nothing if they are all there.
+    """Link `total` names below `root` to the benchmark's images. Raises: as `fill_folder`."""
+    photos = cache(lambda: sorted(write_bench_images(None, num_sources).rglob("*.jpg")))
+    content = f"{total} links to {num_sources} parts of photographs"
+    fill_folder(root, content, names, total, lambda n, target: os.link(photos()[n % num_sources], target))
+
+
+def fill_folder(
+    root: Path, content: str, names: Iterable[str], total: int, write: Callable[[int, Path], object]
+) -> None:
+    """Write the files that a folder lacks, so that a run goes on after one that was killed.
 
     Args:
-        names: below `root`; `total` of them, each linked to the next image, over and over.
-        num_sources: how many images there are.
+        content: what the folder holds, in words; they mark it as a benchmark's.
+        write: makes a file, whole or not at all, given its number and its path.
     Raises:
-        UserError: `root` holds something else.
+        UserError: the folder holds something else.
     """
-    if (root / "complete.txt").is_file():
-        return
-    marker = root / "bench-links.txt"
-    if root.exists() and any(root.iterdir()) and not marker.is_file():
-        raise UserError(f"{printable(root)} exists and holds no links of a benchmark: give a new folder")
+    marker, complete = root / "bench-images.txt", root / "complete.txt"
+    if root.exists() and any(root.iterdir()):
+        if not marker.is_file() or marker.read_bytes() != content.encode():
+            raise UserError(f"{printable(root)} exists and does not hold {content}: give a new folder")
+        if complete.is_file():
+            return
     root.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    photos = cycle(sorted(write_bench_images(None, num_sources).rglob("*.jpg")))
-    made: set[Path] = set()
-    with show_progress("linking files", total) as progress:
-        for number, target in enumerate((root / name for name in names), start=1):
-            if target.parent not in made:
+    marker.write_bytes(content.encode())
+    with show_progress("images", total) as progress:
+        for number, target in enumerate(root / name for name in names):
+            if number % 1000 == 0:
+                progress.advance(min(1000, total - number))
+            if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                made.add(target.parent)
-            with suppress(FileExistsError):
-                os.link(next(photos), target)
-            if number % 10_000 == 0:
-                progress.advance(10_000)
-    (root / "complete.txt").touch()
+                write(number, target)
+    complete.touch()
 
 
-def _make_place(root: Path, number: int) -> Path:
-    """Return where an image belongs, in its class's folder, which is made."""
-    target = root / "train" / f"class-{number % NUM_CLASSES}" / f"{number:05d}.jpg"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+def write_photograph(number: int, target: Path, sides: tuple[int, int], spread: float) -> None:
+    """Blend two windows of photographs under a sensor's grain; another number gives another image.
 
-
-def _natural_field(random: np.random.Generator) -> Float:
-    """Return noise (side, side), mean 0, deviation 1; its amplitudes fall as 1 / f, as those of photographs.
-
-    Source: Field 1987, "Relations between the statistics of natural images".
+    The sides vary by the share `spread`, and a quarter of the images are upright, as they come from cameras.
     """
-    frequency = np.hypot(np.fft.fftfreq(_FIELD_PX)[:, None], np.fft.rfftfreq(_FIELD_PX)[None, :])
-    frequency[0, 0] = np.inf
-    phases = np.exp(2j * np.pi * random.random(frequency.shape))
-    field: Float = np.fft.irfft2(phases / frequency**1.1, s=(_FIELD_PX, _FIELD_PX))
-    field -= field.mean()
-    field /= field.std()
-    return field
+    random = np.random.default_rng((0, number))
+    shape = np.array(sides[::-1] if random.random() < 0.25 else sides)
+    width, height = np.rint(shape * random.uniform(1 - spread, 1 + spread, 2)).astype(int).tolist()
+    pixels = random.normal(0, random.uniform(4, 10), (height, width, 1))
+    share = random.uniform(0.2, 0.5)
+    for weight in (share, 1 - share):
+        photo = _photographs()[random.integers(2)]
+        scale = random.uniform(0.6, 1.0) * min(photo.width / width, photo.height / height)
+        w, h = scale * width, scale * height
+        x, y = random.uniform(0, photo.width - w), random.uniform(0, photo.height - h)
+        window = photo.resize((width, height), Image.Resampling.BICUBIC, (x, y, x + w, y + h))
+        pixels = pixels + weight * np.asarray(window)[:, :: random.choice([-1, 1]), random.permutation(3)]
+    part = target.with_suffix(".part")
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(part, "JPEG", quality=90 + number % 6)
+    part.replace(target)
 
 
-def _photograph(random: np.random.Generator, fields: list[Float]) -> Image.Image:
-    """Draw leaves of flat colour, one upon another, under natural texture and a little of the sensor's noise.
-
-    Source: Lee, Mumford and Huang 2001, "Occlusion models for natural images" (dead leaves).
-    """
-    sides = np.rint(np.array([HEIGHT_PX, WIDTH_PX]) * random.uniform(0.9, 1.1, 2)).astype(int)
-    height, width = sides[::-1] if random.random() < 0.25 else sides
-    image = Image.new("RGB", (int(width), int(height)), _color(random))
-    draw = ImageDraw.Draw(image)
-    for _ in range(_LEAVES):
-        radius = min(8 / random.random(), 160)  # radii fall off as 1 / r^2
-        x, y = random.random() * width, random.random() * height
-        box = (x - radius, y - radius * random.uniform(0.4, 1), x + radius, y + radius)
-        (draw.ellipse if random.random() < 0.7 else draw.rectangle)(box, fill=_color(random))
-    top, left = random.integers(0, _FIELD_PX - 560, 2)
-    window = np.s_[top : top + height, left : left + width]
-    pick = random.permutation(len(fields))
-    shade = fields[pick[0]][window]
-    tint = fields[pick[1]][window]
-    colors = shade[..., None] * random.uniform(18, 36) + tint[..., None] * random.normal(0, 8, 3)
-    grain = random.normal(0, random.uniform(2, 8), (height, width, 1))
-    pixels = np.asarray(image) * 0.8 + 25 + colors + grain
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def _color(random: np.random.Generator) -> tuple[int, int, int]:
-    gray = random.uniform(20, 230)
-    red, green, blue = np.clip(gray + random.normal(0, 25, 3), 0, 255).astype(int)
-    return int(red), int(green), int(blue)
+@cache
+def _photographs() -> list[Image.Image]:
+    """Read the two that scikit-learn ships, of 640 x 427 pixels."""
+    found = find_spec("sklearn")  # not imported: that sets variables of OpenMP, which the cases would inherit
+    assert found is not None and found.origin is not None, "scikit-learn is a part of alexnet[train]"
+    folder = Path(found.origin).parent / "datasets" / "images"
+    return [Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")]

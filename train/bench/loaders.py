@@ -14,60 +14,39 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipeline.common.machine import resident_mb
-from data_pipeline.common.packed_strings import PackedStrings
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
 from data_pipeline.decode.backend import ImageBackend, make_backend
-from data_pipeline.decode.dali import DEPTH
-from data_pipeline.decode.dali_graph import HARDWARE_LOAD, dali
-from data_pipeline.decode.pillow import PillowBackend
+from data_pipeline.decode.dali import DEPTH, DaliBackend
+from data_pipeline.decode.dali_graph import HARDWARE_LOAD, GraphSpec, dali
 from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import DecodedCache, create_store, fill_cache
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
+from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
-from train.bench import harness
-from train.bench.feed import FeedOnly, checksums
 
-SETTLE_S = 0.5
+BATCH = 64
 PREFETCH = 2
-ENDLESS = 1 << 40
-"""So many batches are never made."""
-MakeBatches = Callable[[int], Generator[int, None, None]]
-"""Makes so many batches and yields the number of images in each."""
+ENDLESS = 1 << 40  # so many batches are never made
+MakeBatches = Callable[[int], Generator[int, None, None]]  # so many batches, by the images in each
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One loader to measure.
-
-    Attributes:
-        name: of the figure.
-        make: opens the loader, a function of this file.
-        folder: the images, or their shards.
-        cores: to which it is pinned.
-        batch: images in a batch.
-        crop_px: side of the crops.
-        gpu: whether it decodes on the GPU.
-        deterministic: whether the GPU decodes to the same bytes each time.
-        decoder: of our loader.
-    """
+    """One loader to measure: how it is opened, on which images or shards, and pinned to how many cores."""
 
     name: str
     make: Callable[[Subject, ExitStack], MakeBatches]
     folder: Path
     cores: int
-    batch: int = 64
+    batch: int = BATCH
     crop_px: int = 224
     gpu: bool = False
     deterministic: bool = False
-    decoder: Literal["auto", "dali", "pillow"] = "dali"
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """The contract: training's crops do not depend on its resize."""
-        return Preprocessing(crop_px=self.crop_px, resize_px=self.crop_px)
+    decoder: Literal["auto", "dali", "pillow", "none"] = "dali"  # "none" feeds DALI, which decodes nothing
+    overlaps: bool = False  # whether it is also measured beside a device that is busy
 
 
 class LoaderCase:
@@ -75,41 +54,38 @@ class LoaderCase:
 
     def __init__(self, stack: ExitStack, subject: Subject) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: subject.cores])
-        self._batches = subject.make(subject, stack)
-        self.measure(2, 0)
+        self.subject, self.batches = subject, subject.make(subject, stack)
+        self._time(2)
 
-    def measure(self, num_batches: int, step_s: float) -> tuple[float, float]:
-        """Time some batches, and let torch's workers finish what they read ahead.
+    def measure(self, batches: int) -> dict[str, float]:
+        """Time as many images as so many batches of `BATCH` have, of a fast loader ten times as many."""
+        size = self.subject.batch
+        count = max(1, batches * BATCH // size) * (10 if size > BATCH else 1)  # or it would be too short
+        images_per_s, cpu_us = self._time(count)
+        found = {"images_per_s": images_per_s, "cpu_us": cpu_us}
+        if self.subject.overlaps:  # a step as long as a batch's decoding took just now
+            found["overlap_images_per_s"], _ = self._time(count, size / images_per_s)
+        return found
 
-        Returns:
-            Images per second; microseconds of this process's processors for each image.
-        """
-        figures = time_batches(self._batches(num_batches + 1), num_batches, step_s)
-        time.sleep(SETTLE_S)
-        return figures
-
-    def memory_mb(self, num_epochs: int, batches_per_epoch: int) -> list[float]:
+    def memory(self, num_epochs: int, num_images: int) -> dict[str, list[float]]:
         """Return the resident memory of this process after each epoch over all images."""
-        memory = []
-        for number, _ in enumerate(self._batches(num_epochs * batches_per_epoch), start=1):
-            if number % batches_per_epoch == 0:
-                memory.append(harness.four_digits(resident_mb()))
-        return memory
+        epoch = num_images // self.subject.batch
+        made = enumerate(self.batches(num_epochs * epoch), start=1)
+        return {"memory_mb": [resident_mb() for number, _ in made if number % epoch == 0]}
+
+    def _time(self, num_batches: int, step_s: float = 0.0) -> tuple[float, float]:
+        figures = time_batches(self.batches(num_batches + 1), num_batches, step_s)
+        time.sleep(0.5)  # torch's workers finish what they read ahead
+        return figures
 
 
 def time_batches(
     batches: Generator[int, None, None], num_batches: int, step_s: float = 0.0, untimed: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:  # fmt: skip
-    """Time batches, from the arrival of the last that is not timed to that of the last; close the iterator.
+    """Return images per second once `untimed` batches came, and microseconds of our processors for an image.
 
-    Args:
-        num_batches: that are timed.
-        step_s: for so long a device is busy after each batch.
-        untimed: how many come first.
-        clock: may wait until a device has finished its work.
-    Returns:
-        As `LoaderCase.measure`.
+    After each batch, a device is busy for `step_s`; `clock` may wait until one has finished its work.
     """
     with closing(batches):
         for _ in range(untimed):
@@ -123,25 +99,61 @@ def time_batches(
     return images / seconds, 1e6 * busy / images
 
 
-def our_loader(subject: Subject, stack: ExitStack, finish: Callable[[Batch], object] = len) -> MakeBatches:
-    """Open this project's loader on files or shards; `finish` takes each batch."""
-    backend = make_backend(
-        subject.decoder, device="gpu" if subject.gpu else "cpu", preprocessing=subject.preprocessing,
-        max_batch=subject.batch, num_threads=subject.cores, deterministic=subject.deterministic,
-    )  # fmt: skip
+class FeedOnly(DaliBackend):
+    """DALI's fast way without a decoder, which costs what all else costs: its images are zeros, (N)."""
+
+    def _spec(self, crops: CropParams, *, paths: bool, depth: int) -> GraphSpec:
+        return GraphSpec(paths, "none", crop_px=None, depth=depth)
+
+    def _images(self, output: Any, crops: CropParams, blank: object = None) -> object:
+        assert blank is None, "a batch went the slow way"
+        return np.zeros(len(crops), np.uint8)
+
+
+def our_loader(
+    subject: Subject, stack: ExitStack, finish: Callable[[Batch], object] = len,
+    dataset: Dataset | None = None, caches: tuple[DecodedCache, ...] = (),
+) -> MakeBatches:  # fmt: skip
+    """Open this project's loader on a dataset, by default the subject's; `finish` takes each batch."""
+    samples = open_samples(subject) if dataset is None else dataset
+    preprocessing = Preprocessing(crop_px=subject.crop_px, resize_px=subject.crop_px)  # no crop depends on it
+    if subject.decoder == "none":
+        backend: ImageBackend = FeedOnly("cpu", 0, subject.crop_px, subject.batch, subject.cores)
+    else:
+        backend = make_backend(
+            subject.decoder, device="gpu" if subject.gpu else "cpu", preprocessing=preprocessing,
+            max_batch=subject.batch, num_threads=subject.cores, deterministic=subject.deterministic,
+        )  # fmt: skip
     stack.enter_context(closing(backend))
-    return _batches_of(subject, backend, _open(subject), finish)
+    loader, done = Loader(backend, preprocessing, PREFETCH, caches=caches), 0
+
+    def batches(count: int) -> Generator[int, None, None]:
+        nonlocal done
+        stream = loader.train(
+            samples, Augment(), seed=0, global_batch=subject.batch, start_step=done, num_steps=count
+        )
+        done += count
+        with closing(stream):
+            for batch in stream:
+                assert batch.valid.all()
+                finish(batch)
+                yield len(batch)
+
+    return batches
+
+
+def open_samples(subject: Subject) -> Dataset:
+    """Open the training split of a subject's folder."""
+    return with_table(open_dataset(subject.folder, "train", quarantine=False), subject.cores)
 
 
 def cached_loader(subject: Subject, stack: ExitStack, on_device: bool = False) -> MakeBatches:
     """Open this project's loader on decoded pixels in memory, or on the device."""
-    backend = PillowBackend(num_threads=1, max_batch=subject.batch)  # decodes nothing here
-    stack.enter_context(closing(backend))
-    dataset = _open(subject)
+    dataset = open_samples(subject)
     cache = fill_cache(dataset, create_store(dataset), subject.cores)
     stack.callback(cache.close)
     if not on_device:
-        return _batches_of(subject, backend, dataset, len, cache)
+        return our_loader(subject, stack, len, dataset, (cache,))
     import torch
 
     from train.bench.trainer import wait_for
@@ -154,58 +166,47 @@ def cached_loader(subject: Subject, stack: ExitStack, on_device: bool = False) -
         images_on_device(batch.images, device)
         wait_for(device)
 
-    return _batches_of(subject, backend, dataset, crop, place_on_device(cache, device))
+    return our_loader(subject, stack, crop, dataset, (place_on_device(cache, device),))
 
 
-def feed_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Open this project's loader without a decoder; of shards, each image's checksum is compared."""
-    dataset = _open(subject)
-    backend = FeedOnly(dataset.reader is None, subject.batch, subject.cores)
-    stack.enter_context(closing(backend))
-    expected = np.zeros(len(dataset), np.uint64)
-    if dataset.reader is not None:  # read another way than the loader does
-        expected = checksums([np.frombuffer(dataset.read(i), np.uint8) for i in range(len(dataset))])
+def dali_loader(subject: Subject, stack: ExitStack, graph: Callable[[Subject], Any]) -> MakeBatches:
+    """Open DALI by itself, with a graph that reads the subject's files."""
+    with dali.Pipeline(
+        batch_size=subject.batch, num_threads=subject.cores, device_id=0 if subject.gpu else None, seed=1,
+        prefetch_queue_depth=DEPTH,
+    ) as pipeline:  # fmt: skip
+        pipeline.set_outputs(*graph(subject))
+    pipeline.build()
 
-    def compare(batch: Batch) -> None:
-        assert np.array_equal(batch.images, expected[batch.indices])
+    def batches(count: int) -> Generator[int, None, None]:
+        for _ in range(count):
+            images = pipeline.run()[0]  # copied, since it must outlive the next run, as every loader's does
+            images = images.as_tensor() if subject.gpu else np.array(images.as_array())
+            yield subject.batch
 
-    return _batches_of(subject, backend, dataset, compare)
-
-
-def file_read(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Let DALI read the same files in a random order, and do nothing else."""
-    fn, dataset, random = dali.fn, _open(subject), np.random.default_rng(0)
-    prefix = f"{subject.folder}/train/".encode()
-    paths = PackedStrings.pack(dataset.paths).padded(np.arange(len(dataset)), prefix)
-
-    def choose() -> Any:
-        return paths[random.integers(0, len(paths), subject.batch)]
-
-    def graph() -> list[Any]:
-        names = fn.external_source(choose, dtype=dali.types.UINT8, ndim=1, batch=True)
-        return [fn.io.file.read(names).shape()]
-
-    return _dali_batches(subject, graph, len)
+    return batches
 
 
-def dali_reader(subject: Subject, stack: ExitStack) -> MakeBatches:
-    """Open DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+def file_read(subject: Subject) -> Any:
+    """Read files in a random order, and do nothing else."""
+    random = np.random.default_rng(0)
+    files = np.array([os.fsencode(path) for path in (subject.folder / "train").rglob("*.jpg")])
+    paths = files.view(np.uint8).reshape(len(files), -1)
+    names = dali.fn.external_source(
+        lambda: paths[random.integers(0, len(paths), subject.batch)],
+        dtype=dali.types.UINT8, ndim=1, batch=True,
+    )  # fmt: skip
+    return [dali.fn.io.file.read(names).shape()]
+
+
+def file_reader(subject: Subject) -> Any:
+    """Decode as DALI's documentation has it: with its file reader, its random crop, its own prefetching."""
     fn, types = dali.fn, dali.types
     mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": HARDWARE_LOAD} if subject.gpu else {}
-
-    def graph() -> list[Any]:
-        root = str(subject.folder / "train")
-        encoded, labels = fn.readers.file(file_root=root, random_shuffle=True, name="reader")
-        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
-        size = [subject.crop_px] * 2
-        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-        return [fn.flip(images, horizontal=fn.random.coin_flip()), labels]
-
-    def copy(images: Any) -> object:
-        """Copy a batch, since it must outlive the next run, as every loader's does."""
-        return images.as_tensor() if subject.gpu else np.array(images.as_array())
-
-    return _dali_batches(subject, graph, copy)
+    encoded, labels = fn.readers.file(file_root=str(subject.folder / "train"), random_shuffle=True)
+    images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
+    images = fn.resize(images, size=[subject.crop_px] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+    return [fn.flip(images, horizontal=fn.random.coin_flip()), labels]
 
 
 def torchvision_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
@@ -214,65 +215,15 @@ def torchvision_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    crop = v2.RandomResizedCrop(subject.crop_px, antialias=True)
-    steps = [crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    steps = [
+        v2.RandomResizedCrop(subject.crop_px, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.PILToTensor(),
+    ]
     images = ImageFolder(str(subject.folder / "train"), transform=v2.Compose(steps))
     torch.set_num_threads(1)
     loader: Any = torch.utils.data.DataLoader(
-        images,
-        subject.batch,
-        shuffle=True,
-        num_workers=subject.cores,
-        drop_last=True,
+        images, subject.batch, shuffle=True, num_workers=subject.cores, drop_last=True,
         persistent_workers=True,
-    )
-
-    def batches(count: int) -> Generator[int, None, None]:
-        for pixels, _labels in islice(chain.from_iterable(repeat(loader)), count):
-            yield len(pixels)
-
-    return batches
-
-
-def _open(subject: Subject) -> Dataset:
-    return with_table(open_dataset(subject.folder, "train", quarantine=False), subject.cores)
-
-
-def _batches_of(
-    subject: Subject, backend: ImageBackend, dataset: Dataset, finish: Callable[[Batch], object],
-    *caches: DecodedCache,
-) -> MakeBatches:  # fmt: skip
-    loader, done = Loader(backend, subject.preprocessing, PREFETCH, caches=caches), 0
-
-    def batches(count: int) -> Generator[int, None, None]:
-        nonlocal done
-        stream = loader.train(
-            dataset, Augment(), seed=0, global_batch=subject.batch, start_step=done, num_steps=count
-        )
-        done += count
-        with closing(stream):
-            for batch in stream:
-                assert batch.valid.all()
-                finish(batch)
-                yield len(batch)
-
-    return batches
-
-
-def _dali_batches(
-    subject: Subject, graph: Callable[[], list[Any]], use: Callable[[Any], object]
-) -> MakeBatches:
-    pipeline = dali.Pipeline(
-        batch_size=subject.batch, num_threads=subject.cores, device_id=0 if subject.gpu else None, seed=1,
-        prefetch_queue_depth=DEPTH,
     )  # fmt: skip
-    with pipeline:
-        pipeline.set_outputs(*graph())
-    pipeline.build()
-
-    def batches(count: int) -> Generator[int, None, None]:
-        for _ in range(count):
-            use(pipeline.run()[0])
-            yield subject.batch
-
-    return batches
+    return lambda count: (len(pixels) for pixels, _ in islice(chain.from_iterable(repeat(loader)), count))

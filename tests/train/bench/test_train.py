@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,101 +12,10 @@ import pytest
 import train.bench.train
 from tests.helpers.failing_steps import FailingSteps, NoProducts, TwoProducts
 from tests.helpers.ranks import run_command
-from train.bench import loaders
-from train.bench.data import make_subjects
 from train.bench.harness import Bench, Case, Report, describe, four_digits
-from train.bench.images import write_bench_images, write_small_images
-from train.bench.loaders import LoaderCase, MakeBatches, Subject, time_batches
 from train.bench.subjects import StepSpec, make_specs
 from train.bench.train import bench_train, measure_batch
 from train.bench.trainer import gflop_of
-
-
-@pytest.mark.slow
-def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
-    """Of the loaders without a GPU those of two ratios; the others are opened below."""
-    only = ["dali", "torchvision", "feed_files", "file_read"]
-    options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=2"]
-    options += [f"--only={name}" for name in only]
-    done = run_command(["alexnet", "bench", "data", *options], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    rates = {(row["name"], row["cores"]): row["rounds"][0] for row in report["rates"]}
-    cores = max(n for _, n in rates)
-    assert report["num_images"] == 128 and report["images_per_round"] == 128
-    assert {name for name, n in rates if n == cores} == {*only, "overlap"}
-    made = make_subjects(tmp_path, tmp_path, tmp_path, 128, gpu=False)
-    assert {name for name, n in made if n == cores} == {
-        "dali", "shards", "torchvision", "dali_reader", "pillow", "feed_shards", "feed_files", "file_read",
-        "cached", "uncached",
-    }  # fmt: skip
-    for name, top, bottom in (
-        ("dali_vs_torchvision_2_cores", ("dali", 2), ("torchvision", 2)),
-        ("dali_vs_torchvision_1_core", ("dali", 1), ("torchvision", 1)),
-        ("own_order_vs_dali_reader", ("dali", cores), ("dali_reader", cores)),
-        ("shards_vs_files", ("shards", cores), ("dali", cores)),
-        ("overlap", ("overlap", cores), ("dali", cores)),
-        ("feed_files_vs_dali_read", ("feed_files", cores), ("file_read", cores)),
-        ("cached_vs_uncached", ("cached", cores), ("uncached", cores)),
-        ("dali_gpu_vs_reader", ("dali_gpu", cores), ("dali_gpu_reader", cores)),
-    ):
-        if top in rates and bottom in rates:
-            assert report["ratios"][name] == pytest.approx(rates[top] / rates[bottom], rel=0.01)
-        else:
-            assert report["ratios"][name] is None and any(name in note for note in report["notes"])
-    assert "round 1 of 1" in done.stderr
-    assert len(report["memory_mb"]) == 20 and min(report["memory_mb"]) > 50
-
-
-@pytest.mark.slow
-def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
-    options = ["--json", "--files=12000", f"--folder={tmp_path / 'links'}"]
-    done = run_command(["alexnet", "bench", "startup", *options], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert [report[start]["num_images"] for start in ("first", "again", "changed")] == [12000, 12000, 12001]
-    assert all(
-        report[start]["seconds"] > 0 and report[start]["memory_mb"] > 50 for start in ("first", "again")
-    )
-    assert len(list((tmp_path / "links" / "train").rglob("*.jpg"))) == 12000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "make",
-    [
-        loaders.cached_loader,
-        partial(loaders.cached_loader, on_device=True),
-        loaders.feed_loader,
-        loaders.file_read,
-        loaders.our_loader,
-        loaders.dali_reader,
-    ],
-)
-def test_fast_loaders_make_the_batches_they_are_asked_for(
-    tmp_path: Path, make: Callable[..., MakeBatches]
-) -> None:
-    """On the CPU, by the code that a GPU runs too: only the device is another."""
-    photos = write_bench_images(tmp_path / "photos", 16)
-    write_small_images(tmp_path / "small", photos, 40)
-    subject = Subject("any", make, tmp_path / "small", 2, batch=8, crop_px=56)
-    with ExitStack() as stack:
-        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        case = LoaderCase(stack, subject)
-        images_per_s, busy_us = case.measure(6, 0)
-        assert images_per_s > 0 and busy_us > 0
-        assert list(case._batches(3)) == [8, 8, 8]
-
-
-def test_bench_round_is_timed_from_first_to_last_batch() -> None:
-    def batches(count: int) -> Generator[int, None, None]:
-        time.sleep(0.3)  # filling the pipeline
-        for _ in range(count):
-            yield 10
-
-    rate, busy_us = time_batches(batches(5), 4, 0.05)
-    assert 40 / 0.5 < rate <= 40 / 0.2
-    assert 0 <= busy_us < 1e6 * 0.05 / 10  # it sleeps
 
 
 @pytest.mark.parametrize(
