@@ -129,7 +129,7 @@ def no_compile_threads() -> Iterator[None]:
     """Inductor keeps a pool of threads for the next compilation, which is not a leak but looks like one."""
     import torch._inductor.config
 
-    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
+    with torch._inductor.config.patch(compile_threads=1):
         yield
 
 

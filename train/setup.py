@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import Contents, Dataset
 from data_pipeline.loader import Loader
+from data_pipeline.loading.batches import Batch
 from data_pipeline.transforms.sampler import steps_per_epoch
 from train.checkpoints.background import AsyncCheckpointWriter
 from train.checkpoints.format import Progress
@@ -272,3 +274,17 @@ def compile_network(parts: StepParts, num_images: int, folder: RunFolder | None)
         micro_batch = micro_batch_size(config, parts.world)
         timed = not config.deterministic
         maybe_compile(parts.parallel, micro_batch, crop_px, parts.precision, parts.world, run, timed=timed)
+
+
+def make_noise_parts(config: RunConfig, num_classes: int, world: World) -> StepParts:
+    """Build the parts of a run whose data has so many classes and no images."""
+    classes = tuple(f"class-{number}" for number in range(num_classes))
+    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
+
+
+def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
+    """Return a step's samples without files behind them; the same ones every time."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
+    labels, places = random.integers(0, num_classes, size), np.arange(size)
+    return Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)

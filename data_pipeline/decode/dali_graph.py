@@ -32,7 +32,7 @@ class GraphSpec:
     Attributes:
         paths: whether it is fed paths, and reads the files; else the files' bytes.
         decode: "whole" images, whose windows are cut then; "window" for the decoder to decode no more than
-            those; "none" for nothing, to measure what feeding costs.
+            those.
         crop_px: side of the crop; None for a graph that decodes and cuts the windows and no more.
         views: (V,) for V crops of each image, else ().
         colors: whether a colour matrix is applied.
@@ -40,7 +40,7 @@ class GraphSpec:
     """
 
     paths: bool
-    decode: Literal["whole", "window", "none"]
+    decode: Literal["whole", "window"]
     crop_px: int | None
     views: tuple[int, ...] = ()
     colors: bool = False
@@ -113,8 +113,6 @@ class Graph:
         else:
             tensor = dali.tensors.TensorCPU
             put("encoded", [tensor(file, "") for file in feed.files])  # a third faster than arrays
-        if self.spec.decode == "none":  # DALI drops inputs that nothing uses
-            return
         put("starts", crops.windows[:, :2].astype(np.int32))
         put("shapes", crops.windows[:, 2:].astype(np.int32))
         if self.spec.crop_px is None:
@@ -155,10 +153,8 @@ def _build(spec: GraphSpec, place: Place) -> Any:
         if spec.decode == "whole":
             images = fn.decoders.image(encoded, **options)
             images = fn.slice(images, start=starts, shape=shapes, axes=[0, 1])
-        elif spec.decode == "window":
-            images = fn.decoders.image_slice(encoded, starts, shapes, axes=[0, 1], **options)
         else:
-            images = encoded.shape()
+            images = fn.decoders.image_slice(encoded, starts, shapes, axes=[0, 1], **options)
         if spec.crop_px is not None:
             images = _transform(images, spec.crop_px, spec.views, spec.colors)
         # Bytes were looked at before they were fed; what DALI reads by itself is looked at here.

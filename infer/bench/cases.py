@@ -11,6 +11,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
+from timeit import repeat
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from infer.predict.decode import run_valid, valid_images
 from infer.predict.rows import OkRow, names_of, top_k
 from infer.predictor import Predictor
 from infer.runtime.choose import DeviceName
-from train.bench.harness import time_calls
 
 
 class BundleCase:
@@ -48,7 +48,7 @@ class BundleCase:
         count = max(2, num_images // self.batch)
         speeds, latencies = dict[str, float](), dict[str, float]()
         for phase, calls, work in self._phases(count):
-            middle_s, high_s = np.percentile(time_calls(work, calls), [50, 99]).tolist()
+            middle_s, high_s = np.percentile(repeat(work, number=1, repeat=calls), [50, 99]).tolist()
             if phase in ("model", "files_to_rows"):
                 latencies |= {f"{phase}_ms": 1e3 * middle_s, f"{phase}_p99_ms": 1e3 * high_s}
             if phase != "files_to_rows":
@@ -123,7 +123,7 @@ class BaselineCase:
 
     def measure(self, num_images: int) -> dict[str, float]:
         """Return images/s from files to the five best classes, by a quarter of so many images."""
-        seconds = time_calls(self._predict, max(2, num_images // 4 // self._batch))
+        seconds = repeat(self._predict, number=1, repeat=max(2, num_images // 4 // self._batch))
         return {"end_to_end": self._batch * len(seconds) / sum(seconds)}
 
 

@@ -23,7 +23,7 @@ from infer.bundle.load import Bundle, load_bundle
 from infer.bundle.schema import Precision
 from infer.export.pipeline import export_models
 from infer.predict.decode import open_decoder, valid_images
-from train.bench.harness import Bench, Case, Report, log, machine_name
+from train.bench.harness import Bench, Report, log, machine_name
 from train.bench.images import FOLDER, link_bench_images
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
@@ -63,29 +63,24 @@ def bench_infer(
             subjects[f"{model} plain"] = BaselineCase, checkpoint
         for batch in batches:
             with ExitStack() as opened:
-                bench.cases = {
-                    f"{name} batch {batch}": Case(
-                        opened, make, source, data / "val", device, batch, build=False
-                    )
+                cases = {
+                    f"{name} batch {batch}": (make, source, data / "val", device, batch)
                     for name, (make, source) in subjects.items()
                 }
-                list(bench.each(Case.build))
+                bench.start(opened, cases, {})
                 rounds = num_rounds if batch == FIRST_BATCH else 1
                 bench.measure(rounds, "measure", round_images, label=f"batches of {batch}, ")
                 bench.note("facts")
         commands = make_commands(load_bundle(work / models[-1] / precisions[0]), data)
-        bench.cases = {name: Case(stack, ProcessCase, *command) for name, command in commands.items()}
-        bench.measure(max(3, num_rounds), "measure", label="the first row, and --help, ")
+        bench.start(stack, {name: (ProcessCase, *command) for name, command in commands.items()}, {})
+        bench.measure(num_rounds, "measure", label="the first row, and --help, ")
     settings = {"machine": machine_name(device), "num_images": num_images}
     rows = [*(f"{name} batch {batch}" for name in subjects for batch in batches), *commands]
     return bench.report(settings, rows, make_ratios(bench, models, precisions[0], batches), NOTES)
 
 
 def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
-    """Write the checkpoint of a random network that classifies the photographs of `data`; return its folder.
-
-    The last layer is the nearest-mean classifier of what comes out of the one before: in closed form.
-    """
+    """Write the checkpoint of a random network that classifies the photos of `data`; return its folder."""
     keys = (f"model.name={variant}", "model.init=he", *overrides)
     config = make_config(f"imagenet-{variant}", keys, data)
     dataset, contract = open_dataset(data, "val", quarantine=False), config.preprocessing
@@ -99,6 +94,7 @@ def make_bench_checkpoint(variant: str, data: Path, run: Path, overrides: Sequen
         for batch in Loader(decoder, contract).eval(dataset, micro_batch=64):
             network(normalize(torch.from_numpy(valid_images(batch))))
     handle.remove()
+    # The nearest-mean classifier of what comes out of the layer before, in closed form.
     features = torch.cat(seen)  # in the order of the classes, of which each has one photograph
     mean = features.mean(0)
     apart = features - mean

@@ -12,7 +12,6 @@ import click
 
 PATH, INT = click.Path(path_type=Path), click.IntRange
 PRECISIONS = click.Choice(["auto", "bf16", "fp16", "fp32"])
-NETWORKS = click.Choice(["owt", "paper", "caffe", "bn"])
 MODES = ("ddp", "ddp+bf16", "hybrid")
 SUBJECTS = [
     *(f"torchvision_{way}" for way in ("fp32", "amp", "bf16", "compiled", "graphs")),
@@ -98,7 +97,7 @@ scaling = bench_command(
     "Step time, efficiency and bytes sent of several ranks: plain, compressed and hybrid.\n\n"
     "Over loopback, and with --link over a wire of some rate. Ten minutes on two cores.",
     "sudo alexnet bench scaling --ranks 2 --link 500mbit --json",
-    option("--variant", type=NETWORKS, default="owt", help="The network."),
+    option("--variant", type=click.Choice(["owt", "paper", "caffe", "bn"]), default="owt", help="Network."),
     repeatable("--mode", "modes", type=click.Choice(MODES), default=MODES, help="How to train. Repeatable."),
     repeatable("--ranks", type=INT(1, 64), default=(1, 2, 4), help="How many. Repeatable."),
     repeatable("--link", "links", metavar="RATE",

@@ -15,7 +15,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.sharding.write import write_shards
 from train.bench import loaders
-from train.bench.harness import Bench, Case, Report, log, machine_name, median_ratio
+from train.bench.harness import Bench, Report, log, machine_name, median_ratio
 from train.bench.images import write_bench_images
 from train.bench.loaders import BATCH, LoaderCase, Subject
 
@@ -25,7 +25,6 @@ RATIOS = {  # images/s of one case over another's
     "dali_vs_torchvision_1_core": ("dali_1_core", "torchvision_1_core"),
     "own_order_vs_dali_reader": ("dali", "dali_reader"),
     "shards_vs_files": ("shards", "dali"),
-    "feed_files_vs_dali_read": ("feed_files", "file_read"),
     "cached_vs_uncached": ("cached", "uncached"),
     "dali_gpu_shards_vs_reader": ("dali_gpu_shards", "dali_gpu_reader"),
     "dali_gpu_vs_reader": ("dali_gpu", "dali_gpu_reader"),
@@ -35,8 +34,6 @@ RATIOS = {  # images/s of one case over another's
 }
 NOTES = (
     "overlap: the step is a device that is busy (a sleep) for as long as a batch's decoding took",
-    "feed_files: all but decoding; file_read: DALI reading the same files, and no more",
-    "feed_shards: all but decoding and reading: the files' bytes are mapped, and nothing looks at them",
     "cached, uncached: images of 64 pixels, decoded once or each time, to crops of 56",
 )
 
@@ -50,11 +47,8 @@ def make_subjects(folder: Path, shards: Path, small: Path, images: int, gpu: boo
         Subject("dali", loaders.our_loader, folder, two, overlaps=True),
         Subject("shards", loaders.our_loader, shards, two),
         Subject("torchvision", loaders.torchvision_loader, folder, two),
-        Subject("dali_reader", partial(loaders.dali_loader, graph=loaders.file_reader), folder, two),
+        Subject("dali_reader", loaders.dali_reader, folder, two),
         Subject("pillow", loaders.our_loader, folder, two, decoder="pillow"),
-        Subject("feed_shards", loaders.our_loader, shards, two, large, decoder="none"),
-        Subject("feed_files", loaders.our_loader, folder, two, large, decoder="none"),
-        Subject("file_read", partial(loaders.dali_loader, graph=loaders.file_read), folder, two, large),
         on_small("cached", loaders.cached_loader, cores=two),
         on_small("uncached", loaders.our_loader, cores=two),
         Subject("dali_1_core", loaders.our_loader, folder, 1),
@@ -66,7 +60,7 @@ def make_subjects(folder: Path, shards: Path, small: Path, images: int, gpu: boo
         on_gpu("dali_gpu_64", loaders.our_loader, folder, batch=BATCH),
         on_gpu("dali_gpu_deterministic", loaders.our_loader, folder, deterministic=True),
         on_gpu("dali_gpu_shards", loaders.our_loader, shards),
-        on_gpu("dali_gpu_reader", partial(loaders.dali_loader, graph=loaders.file_reader), folder),
+        on_gpu("dali_gpu_reader", loaders.dali_reader, folder),
         on_small("cached_gpu", partial(loaders.cached_loader, on_device=True), cores=every, gpu=True),
         Subject("torchvision_all_cores", loaders.torchvision_loader, folder, every),
     ]  # fmt: skip
@@ -92,10 +86,9 @@ def bench_data(
         write_bench_images(small, 4096, sides=(64, 64), spread=0.0)
     bench = Bench()
     with ExitStack() as stack:
+        bench.start(stack, {subject.name: (LoaderCase, subject) for subject in subjects}, {})
         for subject in subjects:
-            bench.cases[subject.name] = Case(stack, LoaderCase, subject, build=False)
             bench.facts[subject.name] = {"cores": subject.cores, "batch": subject.batch}
-        list(bench.each(Case.build))
         bench.measure(num_rounds, "measure", batches)
         if "dali" in bench.cases:
             log.info(f"memory over {MEMORY_EPOCHS} epochs")

@@ -19,37 +19,27 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from subprocess import PIPE, Popen
-from typing import Any, TypeVar
+from typing import Any
 
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.start import own_command
 
-Report = dict[str, Any]
-"""The object that `--json` prints."""
-Row = Mapping[str, Any]
-"""A row of a table: cells by heading, a None where something was not measured."""
-T = TypeVar("T")
+Report = dict[str, Any]  # the object that `--json` prints
+Row = Mapping[str, Any]  # of a table: cells by heading, None where something was not measured
 log = logging.getLogger("train")
 
 
 class CaseError(RuntimeError):
-    """A case that failed, or took longer than it may; its process has ended."""
+    """A case failed, its process ended, or took longer than it may and was ended."""
 
 
 class Case:
-    """One thing to measure, built and measured in a process of its own.
+    """One thing to measure, in a process of its own that ends with `stack`; `build` makes it there.
 
-    Args:
-        stack: ends the process.
-        make: builds it; gets a stack that the process closes at its end, and `arguments`.
-        build: False leaves it to `build`: cases that are made first and built later import side by side.
-    Raises:
-        CaseError: from all methods: it failed, its process ended, or its time is over.
+    `make` gets a stack that the process closes at its end, and the arguments. Methods raise CaseError.
     """
 
-    def __init__(
-        self, stack: ExitStack, make: Callable[..., object], *arguments: object, build: bool = True
-    ) -> None:
+    def __init__(self, stack: ExitStack, make: Callable[..., object], *arguments: object) -> None:
         # A plain interpreter: multiprocessing would change how torch's DataLoader starts its workers.
         command = own_command("train.bench.harness:serve")
         process = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))
@@ -57,11 +47,9 @@ class Case:
         self._process, self._arguments = process, arguments
         self._requests, self._replies = process.stdin, process.stdout
         self.limit(None)
-        pickle.dump(sys.path, self._requests)  # it imports what this process would
-        pickle.dump(make, self._requests)
+        for sent in (sys.path, make):  # it imports what this process would
+            pickle.dump(sent, self._requests)
         self._requests.flush()
-        if build:
-            self.build()
 
     def build(self) -> None:
         """Build what is measured, in its process."""
@@ -125,26 +113,33 @@ def _itself(_stack: ExitStack, function: Callable[..., object]) -> Callable[...,
 def run_alone(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function in a fresh process, whose memory is then the function's alone."""
     with ExitStack() as stack:
-        return Case(stack, _itself, function).request("__call__", *arguments)
+        case = Case(stack, _itself, function)
+        case.build()
+        return case.request("__call__", *arguments)
 
 
 class Bench:
-    """Cases that are measured in turns, and their figures; one that fails is left out, and the others go on.
-
-    Attributes:
-        cases: those that run now, by name.
-        rounds: figures by case and name, one for each round; of whole measurements alone.
-        facts: what else is known of a case.
-        failures: why those that were left out failed.
-    """
+    """Cases that are measured in turns, and their figures; those that fail are left out, the others go on."""
 
     def __init__(self) -> None:
-        self.cases: dict[str, Case] = {}
-        self.rounds: defaultdict[str, dict[str, list[float]]] = defaultdict(dict)
-        self.facts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-        self.failures: dict[str, str] = {}
+        self.cases: dict[str, Case] = {}  # those that run now, by name
+        self.rounds: defaultdict[str, dict[str, list[float]]] = defaultdict(dict)  # of whole measurements
+        self.facts: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # what else is known of a case
+        self.failures: dict[str, str] = {}  # why those that were left out failed
 
-    def each(self, work: Callable[[Case], T], only: Container[str] | None = None) -> Iterator[tuple[str, T]]:
+    def start(
+        self, stack: ExitStack, cases: Mapping[str, tuple[Any, ...]], limits_s: Mapping[str, float | None]
+    ) -> None:
+        """Start cases, given by what `Case` takes, and build one after the other within these limits."""
+        self.cases = {name: Case(stack, *case) for name, case in cases.items()}
+        for name, limit_s in limits_s.items():
+            self.cases[name].limit(limit_s)
+        for name, _ in self.each(Case.build):
+            log.info(f"{name} is built")
+
+    def each(
+        self, work: Callable[[Case], Any], only: Container[str] | None = None
+    ) -> Iterator[tuple[str, Any]]:
         """Do some work with each case, or with some of them alone; yield its name and the result."""
         for name, case in list(self.cases.items()):
             if only is None or name in only:
@@ -184,15 +179,9 @@ class Bench:
         return median_ratio(self.rounds[top].get(figure), self.rounds[bottom].get(figure))
 
     def report(
-        self, settings: Row, names: Iterable[str], ratios: Mapping[str, float | None], notes: Sequence[str],
-        reasons: Mapping[str, str] | None = None,
-    ) -> Report:  # fmt: skip
-        """Return the report: a row for each named case, of its medians, its facts, or why it failed.
-
-        Args:
-            settings: what holds for all rows.
-            reasons: why a ratio is None, where it is for another reason than that a case was not measured.
-        """
+        self, settings: Row, names: Iterable[str], ratios: Mapping[str, float | None], notes: Sequence[str]
+    ) -> Report:
+        """Return `make_report` with a row for each named case: its medians, its facts, why it failed."""
         rows = [
             {
                 "case": name,
@@ -202,17 +191,19 @@ class Bench:
             }
             for name in names
         ]
-        return make_report(settings, rows, ratios, notes, reasons) | {"rounds": _rounded(self.rounds)}
+        rounds = {name: figures for name, figures in self.rounds.items() if figures}
+        return make_report(settings, rows, ratios, notes) | {"rounds": _rounded(rounds)}
 
 
 def make_report(
-    settings: Row, rows: Sequence[Row], ratios: Mapping[str, float | None], notes: Sequence[str],
-    reasons: Mapping[str, str] | None = None,
-) -> Report:  # fmt: skip
-    """Return the report of rows, in four digits, with a note on each ratio that is None."""
-    missing = [name for name, ratio in ratios.items() if ratio is None]
-    notes = [*(f"{name}: {(reasons or {}).get(name, 'not measured')}" for name in missing), *notes]
-    return _rounded({**settings, "rows": rows, "ratios": ratios}) | {"notes": notes}
+    settings: Row, rows: Sequence[Row], ratios: Mapping[str, float | None], notes: Sequence[str]
+) -> Report:
+    """Return the report of rows and of settings that hold for all; a note says of each None why it is one."""
+    said = {note.partition(":")[0] for note in notes}
+    unsaid = [name for name, ratio in ratios.items() if ratio is None and name not in said]
+    notes = [*(f"{name}: not measured" for name in unsaid), *notes]
+    report = {**settings, "rows": rows, "ratios": ratios, "notes": notes}
+    return {name: _rounded(value) for name, value in report.items()}
 
 
 def describe(report: Report) -> list[str]:
@@ -242,18 +233,6 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
         width, align = max(map(len, cells)), "<" if any(isinstance(value, str) for value in values) else ">"
         columns.append([f"{cell:{align}{width}}" for cell in cells])
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
-
-
-def time_calls(
-    work: Callable[[], object], count: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
-    """Return seconds for each of `count` calls; `clock` may wait until a device has finished its work."""
-    seconds = []
-    for _ in range(count):
-        started = clock()
-        work()
-        seconds.append(clock() - started)
-    return seconds
 
 
 def four_digits(value: float) -> float:

@@ -1,7 +1,4 @@
-"""The JPEGs of benchmarks, of ImageNet's size, spectrum and edges, in folders that keep them between runs.
-
-A smooth gradient decodes in half the time of a photograph, so the figures would flatter every loader.
-"""
+"""The JPEGs of benchmarks, of ImageNet's size, spectrum and edges, in folders that keep them between runs."""
 
 from __future__ import annotations
 
@@ -20,17 +17,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
 from train.bench.harness import log
 
-FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-photographs"
-"""Keeps the images of benchmarks between runs, unless the user names a folder."""
+FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-photographs"  # unless the user names one
 
 
 def write_bench_images(
     root: Path | None, count: int, sides: tuple[int, int] = (500, 375), spread: float = 0.1
 ) -> Path:
-    """Write `root/train/<class>/<number>.jpg`, if they are not there; return `root`, or one of `FOLDER`.
-
-    The files are the same on every machine with the same Pillow. Raises: as `fill_folder`.
-    """
+    """Write `root/train/<class>/<number>.jpg`, alike wherever Pillow is the same; return `root`."""
     root = root or FOLDER / str(count)
     log.info(f"{count} images in {root}")
     names = (f"train/class-{number % 10}/{number:05d}.jpg" for number in range(count))
@@ -51,11 +44,8 @@ def fill_folder(
 ) -> None:
     """Write the files that a folder lacks, so that a run goes on after one that was killed.
 
-    Args:
-        content: what the folder holds, in words; they mark it as a benchmark's.
-        write: makes a file, whole or not at all, given its number and its path.
-    Raises:
-        UserError: the folder holds something else.
+    `content` says in words what the folder holds, and marks it as a benchmark's; `write` makes the file of a
+    number at a path, whole or not at all. Raises UserError where the folder holds something else.
     """
     marker, complete = root / "bench-images.txt", root / "complete.txt"
     if root.exists() and any(root.iterdir()):

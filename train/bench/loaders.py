@@ -16,19 +16,17 @@ import numpy as np
 from data_pipeline.common.machine import resident_mb
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.open import open_dataset
-from data_pipeline.decode.backend import ImageBackend, make_backend
-from data_pipeline.decode.dali import DEPTH, DaliBackend
-from data_pipeline.decode.dali_graph import HARDWARE_LOAD, GraphSpec, dali
+from data_pipeline.decode.backend import make_backend
+from data_pipeline.decode.dali import DEPTH
+from data_pipeline.decode.dali_graph import HARDWARE_LOAD, dali
 from data_pipeline.loader import Loader
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.cache import DecodedCache, create_store, fill_cache
 from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
-from data_pipeline.transforms.crop import CropParams
 from data_pipeline.transforms.preprocessing import Preprocessing
 
-BATCH = 64
-PREFETCH = 2
+BATCH, PREFETCH = 64, 2
 ENDLESS = 1 << 40  # so many batches are never made
 MakeBatches = Callable[[int], Generator[int, None, None]]  # so many batches, by the images in each
 
@@ -45,7 +43,7 @@ class Subject:
     crop_px: int = 224
     gpu: bool = False
     deterministic: bool = False
-    decoder: Literal["auto", "dali", "pillow", "none"] = "dali"  # "none" feeds DALI, which decodes nothing
+    decoder: Literal["auto", "dali", "pillow"] = "dali"
     overlaps: bool = False  # whether it is also measured beside a device that is busy
 
 
@@ -99,17 +97,6 @@ def time_batches(
     return images / seconds, 1e6 * busy / images
 
 
-class FeedOnly(DaliBackend):
-    """DALI's fast way without a decoder, which costs what all else costs: its images are zeros, (N)."""
-
-    def _spec(self, crops: CropParams, *, paths: bool, depth: int) -> GraphSpec:
-        return GraphSpec(paths, "none", crop_px=None, depth=depth)
-
-    def _images(self, output: Any, crops: CropParams, blank: object = None) -> object:
-        assert blank is None, "a batch went the slow way"
-        return np.zeros(len(crops), np.uint8)
-
-
 def our_loader(
     subject: Subject, stack: ExitStack, finish: Callable[[Batch], object] = len,
     dataset: Dataset | None = None, caches: tuple[DecodedCache, ...] = (),
@@ -117,13 +104,10 @@ def our_loader(
     """Open this project's loader on a dataset, by default the subject's; `finish` takes each batch."""
     samples = open_samples(subject) if dataset is None else dataset
     preprocessing = Preprocessing(crop_px=subject.crop_px, resize_px=subject.crop_px)  # no crop depends on it
-    if subject.decoder == "none":
-        backend: ImageBackend = FeedOnly("cpu", 0, subject.crop_px, subject.batch, subject.cores)
-    else:
-        backend = make_backend(
-            subject.decoder, device="gpu" if subject.gpu else "cpu", preprocessing=preprocessing,
-            max_batch=subject.batch, num_threads=subject.cores, deterministic=subject.deterministic,
-        )  # fmt: skip
+    backend = make_backend(
+        subject.decoder, device="gpu" if subject.gpu else "cpu", preprocessing=preprocessing,
+        max_batch=subject.batch, num_threads=subject.cores, deterministic=subject.deterministic,
+    )  # fmt: skip
     stack.enter_context(closing(backend))
     loader, done = Loader(backend, preprocessing, PREFETCH, caches=caches), 0
 
@@ -156,8 +140,8 @@ def cached_loader(subject: Subject, stack: ExitStack, on_device: bool = False) -
         return our_loader(subject, stack, len, dataset, (cache,))
     import torch
 
-    from train.bench.trainer import wait_for
     from train.data import place_on_device
+    from train.distributed.measure import wait_for
     from train.inputs.pass_inputs import images_on_device
 
     device = torch.device("cuda" if subject.gpu else "cpu")
@@ -169,13 +153,19 @@ def cached_loader(subject: Subject, stack: ExitStack, on_device: bool = False) -
     return our_loader(subject, stack, crop, dataset, (place_on_device(cache, device),))
 
 
-def dali_loader(subject: Subject, stack: ExitStack, graph: Callable[[Subject], Any]) -> MakeBatches:
-    """Open DALI by itself, with a graph that reads the subject's files."""
+def dali_reader(subject: Subject, stack: ExitStack) -> MakeBatches:
+    """Open DALI as its documentation has it: its file reader, its random crop, its own prefetching."""
+    fn, types = dali.fn, dali.types
+    mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": HARDWARE_LOAD} if subject.gpu else {}
     with dali.Pipeline(
         batch_size=subject.batch, num_threads=subject.cores, device_id=0 if subject.gpu else None, seed=1,
         prefetch_queue_depth=DEPTH,
     ) as pipeline:  # fmt: skip
-        pipeline.set_outputs(*graph(subject))
+        encoded, labels = fn.readers.file(file_root=str(subject.folder / "train"), random_shuffle=True)
+        crops = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
+        size, linear = [subject.crop_px] * 2, types.INTERP_LINEAR
+        images = fn.resize(crops, size=size, interp_type=linear, antialias=True)
+        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()), labels)
     pipeline.build()
 
     def batches(count: int) -> Generator[int, None, None]:
@@ -187,39 +177,14 @@ def dali_loader(subject: Subject, stack: ExitStack, graph: Callable[[Subject], A
     return batches
 
 
-def file_read(subject: Subject) -> Any:
-    """Read files in a random order, and do nothing else."""
-    random = np.random.default_rng(0)
-    files = np.array([os.fsencode(path) for path in (subject.folder / "train").rglob("*.jpg")])
-    paths = files.view(np.uint8).reshape(len(files), -1)
-    names = dali.fn.external_source(
-        lambda: paths[random.integers(0, len(paths), subject.batch)],
-        dtype=dali.types.UINT8, ndim=1, batch=True,
-    )  # fmt: skip
-    return [dali.fn.io.file.read(names).shape()]
-
-
-def file_reader(subject: Subject) -> Any:
-    """Decode as DALI's documentation has it: with its file reader, its random crop, its own prefetching."""
-    fn, types = dali.fn, dali.types
-    mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": HARDWARE_LOAD} if subject.gpu else {}
-    encoded, labels = fn.readers.file(file_root=str(subject.folder / "train"), random_shuffle=True)
-    images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **mixed)
-    images = fn.resize(images, size=[subject.crop_px] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
-    return [fn.flip(images, horizontal=fn.random.coin_flip()), labels]
-
-
 def torchvision_loader(subject: Subject, stack: ExitStack) -> MakeBatches:
     """Open torch's DataLoader with torchvision's v2 transforms, a worker for each core, uint8 out."""
     import torch
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    steps = [
-        v2.RandomResizedCrop(subject.crop_px, antialias=True),
-        v2.RandomHorizontalFlip(),
-        v2.PILToTensor(),
-    ]
+    crop = v2.RandomResizedCrop(subject.crop_px, antialias=True)
+    steps = [crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]
     images = ImageFolder(str(subject.folder / "train"), transform=v2.Compose(steps))
     torch.set_num_threads(1)
     loader: Any = torch.utils.data.DataLoader(

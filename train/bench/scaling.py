@@ -1,7 +1,6 @@
 """`alexnet bench scaling`: throughput of several ranks by how they train, over loopback or a slow wire.
 
-Every rank keeps its batch (weak scaling), and its share of the cores. The ranks run `main` under torchrun, of
-which rank 0 prints JSON.
+Every rank keeps its batch (weak scaling), and its share of the cores; torchrun starts `main` on each.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 from typing import Any
 
 import msgspec
@@ -27,11 +27,13 @@ from torch import nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.start import own_command, own_script
-from train.bench.harness import Report, log, machine_name, make_report, median_ratio, time_calls
-from train.bench.trainer import bench_config, make_noise_parts, noise_batch, wait_for
+from train.bench.harness import Report, log, machine_name, make_report, median_ratio
+from train.bench.trainer import bench_config
 from train.config.schema import RunConfig
+from train.distributed.measure import wait_for
 from train.distributed.world import World, choose_device, open_world
 from train.optim.precision import choose_precision
+from train.setup import make_noise_parts, noise_batch
 from train.step import StepParts, train_step
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "netns_two_hosts.sh"
@@ -56,8 +58,7 @@ def bench_scaling(
 ) -> Report:  # fmt: skip
     """Measure steps on several ranks, even numbers of them on two hosts joined by each of the links, too.
 
-    Raises:
-        UserError: two hosts cannot be had here, or the ranks failed; their messages are on stderr.
+    Raises UserError where two hosts cannot be had, or the ranks fail; their messages are on stderr.
     """
     kind, cores = choose_device(device), usable_cores()
     if kind == "cuda" and max(ranks) > torch.cuda.device_count():
@@ -135,10 +136,10 @@ def measure(work: RankWork, mode: str, world: World) -> dict[str, float]:
         times: list[float] = []
         for _ in range(work.steps):
             world.barrier()
-            times += time_calls(step, clock=partial(wait_for, world.device))
+            times.append(timeit(step, timer=partial(wait_for, world.device), number=1))
         return world.max(median(times))[0]
 
-    time_calls(step, 3)  # DDP orders its buckets anew after the first
+    timeit(step, number=3)  # DDP orders its buckets anew after the first
     figures = {"step_s": median_s()}
     if config.device == "cpu":  # NCCL sends past the connections that the kernel counts
         world.barrier()

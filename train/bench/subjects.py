@@ -45,13 +45,12 @@ SUBJECTS = (
     *(StepSpec(f"{name}_compiled", name, compiled="default") for name in NETWORKS),
 )
 OTHERS = ("lrn", "end_to_end")  # the first LRN of `paper` by itself; our networks fed by the loader
-DEFAULT: dict[str, tuple[str, ...]] = {
+DEFAULT: dict[str, tuple[str, ...]] = {  # on a CPU, those that take ten minutes on two cores
     "cpu": (
         "torchvision_fp32", "torchvision_bf16", "owt", "paper", "paper_no_lrn", "paper_torch_lrn", *OTHERS,
     ),
     "cuda": (*(spec.subject for spec in SUBJECTS[:14] if spec.subject != "caffe"), *OTHERS),
 }  # fmt: skip
-"""Subjects measured by default: on a CPU, those that take ten minutes on two cores."""
 
 
 def make_specs(
@@ -59,8 +58,7 @@ def make_specs(
 ) -> list[StepSpec]:
     """List the cases: each subject at each batch, in this precision if it has none of its own.
 
-    torch's LRN is for a ratio of the first batch, and measured at that one. On a CPU `--amp` is bfloat16, and
-    nothing is captured in graphs.
+    torch's LRN is measured at the first batch alone. On a CPU `--amp` is bfloat16, and nothing is captured.
     """
     specs = []
     for batch in dict.fromkeys(batches):

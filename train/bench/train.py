@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.common.errors import UserError
-from train.bench.harness import Bench, Case, Report, log, machine_name, median_ratio
+from train.bench.harness import Bench, Report, machine_name, median_ratio
 from train.bench.images import write_bench_images
 from train.bench.subjects import DEFAULT, NETWORKS, PrecisionName, StepSpec, make_specs
 from train.bench.trainer import LAYOUTS, Device, PartsCase, StepCase, gemm_parts, gflop_of, lrn_parts
@@ -28,11 +28,7 @@ def bench_train(
     *, only: Sequence[str], batches: Sequence[int], precision: Literal["auto", PrecisionName],
     num_rounds: int, crop_px: int, folder: Path | None, images: int, device: Literal["auto", "cpu", "cuda"],
 ) -> Report:  # fmt: skip
-    """Measure training; the options are those of the command.
-
-    Raises:
-        UserError: a folder that holds something else, or fewer images than the first batch.
-    """
+    """Measure training; the options are those of the command. Raises UserError for too few images."""
     kind = choose_device(device)
     only, batches, photos = only or DEFAULT[kind], batches or BATCHES[kind], None
     if "end_to_end" in only:
@@ -64,13 +60,10 @@ def measure_batch(
     fed = [name for name in ours if photos and specs[name].subject in NETWORKS]  # those that a run trains
     steps = {name: (StepCase, device, spec, crop_px) for name, spec in specs.items()}
     with ExitStack() as stack:
-        bench.cases = {name: Case(stack, *case, build=False) for name, case in {**parts, **steps}.items()}
-        for name, case in bench.cases.items():
-            case.limit(build_limit_s if name in ours else limit_s)
-        for name, _ in bench.each(Case.build):
-            log.info(f"{name} is built")
-            if name in ours:
-                bench.cases[name].limit(limit_s)
+        cases = {**parts, **steps}
+        bench.start(stack, cases, {name: build_limit_s if name in ours else limit_s for name in cases})
+        for name in bench.cases.keys() & set(ours):
+            bench.cases[name].limit(limit_s)
         bench.note("start", only=specs)
         bench.measure(num_rounds, "measure", *STEPS[device])
         if fed:
@@ -93,16 +86,13 @@ def note_mfu(bench: Bench, specs: Sequence[StepSpec], crop_px: int) -> dict[str,
     return peaks
 
 
-def make_ratios(
-    bench: Bench, specs: Sequence[StepSpec]
-) -> tuple[dict[str, float | None], list[str], dict[str, str]]:
-    """Return the promised ratios, the notes on them, and why some are None.
+def make_ratios(bench: Bench, specs: Sequence[StepSpec]) -> tuple[dict[str, float | None], list[str]]:
+    """Return the promised ratios, and the notes on them.
 
     Those of the first batch have plain names; of another there are six, with its size at the end.
     """
     ratios: dict[str, float | None] = {}
     notes: list[str] = []
-    reasons: dict[str, str] = {}
     for batch in dict.fromkeys(spec.batch for spec in specs):
         names = {spec.subject: str(spec) for spec in specs if spec.batch == batch}
         rates = {subject: bench.rounds[name].get("images_per_s") for subject, name in names.items()}
@@ -123,7 +113,7 @@ def make_ratios(
             notes.append(f"owt_vs_best_torchvision{end}: {best} is the best of {', '.join(ways)}")
         if facts.get("step") == PLAIN:
             ratios[f"owt_fast_vs_plain{end}"] = None
-            reasons[f"owt_fast_vs_plain{end}"] = "owt runs by the plain step itself"
+            notes.append(f"owt_fast_vs_plain{end}: owt runs by the plain step itself")
         if not end:
             ratios["owt_vs_torchvision_reference"] = ways.get("torchvision_fp32")
             ratios["paper_vs_torch_lrn"] = ratio = median_ratio(paper, rates.get("paper_torch_lrn"))
@@ -136,4 +126,4 @@ def make_ratios(
     ratios["end_to_end_vs_slowest_part"] = worst = min(filter(None, fed), default=None)
     notes += ["lrn_*: the worse memory format"] * bool(lrn)
     notes += ["end_to_end_vs_slowest_part: the worst network; loader and steps share the cores"] * bool(worst)
-    return ratios, notes, reasons
+    return ratios, notes

@@ -11,22 +11,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from timeit import repeat, timeit
 from typing import Any, Literal
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from data_pipeline.common.machine import resident_mb
-from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loading.batches import Batch
-from train.bench.harness import time_calls
 from train.bench.subjects import StepSpec
 from train.compile.choose import compile_step, drop_toolkit_note, fuse_lrn
 from train.config.load import make_config
 from train.config.schema import RunConfig
+from train.distributed.measure import peak_memory_mb, wait_for
 from train.distributed.numerics import exact_float32
 from train.distributed.world import World, cpu_share, open_world
 from train.graphs.choose import WORTH_IMAGES, Course, open_step
@@ -34,24 +32,20 @@ from train.graphs.verdict import FILE, read_record
 from train.health.metrics import AccuracyMeter
 from train.models import alexnet
 from train.models.lrn import LocalResponseNorm
-from train.optim.precision import Precision
-from train.setup import make_step_parts
-from train.step import StepParts, train_step
+from train.optim.precision import TYPES, Precision
+from train.setup import make_noise_parts, noise_batch
+from train.step import train_step
 
 Device = Literal["cpu", "cuda"]
 Parts = Mapping[str, tuple[float, Callable[[], object]]]  # by figure: how much of it, and what does that
-NUM_CLASSES = 1000
-LEARNING_RATE = 1e-3
-GEMM_SIDES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
-GEMM_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NUM_CLASSES, LEARNING_RATE = 1000, 1e-3
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Mem(cpy|set))")  # calls that put work on a GPU
 STAND_INS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "own": {},
     "torch": {"LocalResponseNorm": partial(nn.LocalResponseNorm, 5)},
     "none": {"LocalResponseNorm": nn.Identity, "BatchNorm": nn.Identity},
-}
-"""In the place of classes of `train.models.alexnet`, while a network is built; no run has these."""
+}  # in the place of classes of `train.models.alexnet`, while a network is built; no run has these
 
 
 def bench_config(
@@ -66,39 +60,8 @@ def bench_config(
     return make_config("tiny-imagenet", [*(f"{key}={value}" for key, value in values.items()), *overrides])
 
 
-def make_noise_parts(config: RunConfig, num_classes: int, world: World) -> StepParts:
-    """Build the parts of a run whose data has so many classes and no images."""
-    classes = tuple(f"class-{number}" for number in range(num_classes))
-    return make_step_parts(config, Dataset(Path(), "train", (), np.zeros(0, np.int64), classes), world, None)
-
-
-def noise_batch(size: int, crop_px: int, num_classes: int) -> Batch:
-    """Return a step's samples without files behind them; the same ones every time."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (size, crop_px, crop_px, 3), dtype=np.uint8)
-    labels, places = random.integers(0, num_classes, size), np.arange(size)
-    return Batch(images, labels, np.ones(size, bool), places, places, (), (), step=0, last=True)
-
-
-def wait_for(device: torch.device) -> float:
-    """Wait until the device has finished its work; return the time in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak of memory: on a GPU, what torch held there; on a CPU, what this process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resident_mb(peak=True)
-
-
 def gflop_of(network: str, crop_px: int) -> float:
-    """Count 1e9 operations of an image's forward and backward pass; a multiply-add is two of them.
-
-    Of convolutions and linear layers; the update of the weights is 1/100 of them.
-    """
+    """Count 1e9 operations of convolutions and linear layers for an image, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode  # and Triton: 90 MB where memory is measured
     from torchvision.models import alexnet as torchvision_alexnet
 
@@ -116,11 +79,7 @@ def gflop_of(network: str, crop_px: int) -> float:
 
 
 class OurStep:
-    """A training step of this project, by which a long run would train, on noise unless it gets a batch.
-
-    A proof is read from the user's cache and kept there, as in training: its key holds all that decides which
-    kernels run and on which shapes, the network's layers among it.
-    """
+    """The step by which a long run would train, on noise; its proof is kept for runs, as theirs is for it."""
 
     def __init__(self, world: World, spec: StepSpec, crop_px: int) -> None:
         kind, precision = world.device.type, str(spec.precision)
@@ -153,10 +112,7 @@ class OurStep:
 
 
 def torchvision_step(spec: StepSpec, crop_px: int, device: torch.device) -> Callable[[], None]:
-    """Build torchvision's `alexnet` and what trains it as its script does, or as PyTorch's guides advise.
-
-    The script: float32 with torch's own settings, or `--amp`; contiguous; plain SGD. The guides: bfloat16,
-    channels_last, the fused optimiser, Inductor. The step normalises the images, as ours does.
+    """Build what trains torchvision's `alexnet` as its script does, or as PyTorch's guides advise (`tuned`).
 
     Source: pytorch/vision, references/classification/train.py (SGD, momentum 0.9, weight decay 1e-4).
     """
@@ -216,8 +172,8 @@ class StepCase:
 
     def measure(self, count: int, untimed: int = 0) -> dict[str, float]:
         """Return images/s of `count` steps after some that are not timed, and the peak of memory so far."""
-        time_calls(self.step, untimed)
-        (seconds,) = time_calls(partial(time_calls, self.step, count), clock=self.clock)
+        timeit(self.step, number=untimed)
+        seconds = timeit(self.step, number=count, timer=self.clock)
         return {"images_per_s": count * self.batch / seconds, "peak_memory_mb": peak_memory_mb(self.device)}
 
     def measure_fed(self, count: int, photos: Path) -> dict[str, float]:
@@ -242,7 +198,7 @@ class StepCase:
     def profile(self, count: int = 3) -> dict[str, float]:
         """Return `count_events` of some steps; torch's profiler slows all that follows in this process."""
         with torch.profiler.profile() as found:
-            time_calls(self.step, count)
+            timeit(self.step, number=count)
             self.clock()
         return count_events(found.key_averages(), self.device.type, count)
 
@@ -272,12 +228,13 @@ class PartsCase:
     def measure(self, *_steps: int) -> dict[str, float]:
         """Return how much each does in a second, by the shortest of three times."""
         parts = self.parts.items()
-        return {figure: amount / min(time_calls(work, 3, self.clock)) for figure, (amount, work) in parts}
+        time = partial(repeat, timer=self.clock, number=1, repeat=3)
+        return {figure: amount / min(time(work)) for figure, (amount, work) in parts}
 
 
 def gemm_parts(device: Device, precision: str) -> Parts:
     """Make square matrix products: the peak that MFU is a fraction of."""
-    sides, kind = GEMM_SIDES[device], GEMM_TYPES[precision]
+    sides, kind = (2048, 3072) if device == "cpu" else (4096, 8192), TYPES[precision]
     pairs = [torch.randn(2, side, side, device=device).to(kind) for side in sides]
     return {f"gflops_{len(a)}": (2e-9 * len(a) ** 3, partial(torch.mm, a, b)) for a, b in pairs}
 

@@ -6,7 +6,8 @@ import copy
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
+from timeit import repeat
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from data_pipeline.common.errors import RankLostError
 from data_pipeline.loading.batches import Batch
 from train.compile.choose import first_line
+from train.distributed.measure import wait_for
 from train.distributed.world import World
 from train.step import StepFn, StepParts
 
@@ -142,12 +144,6 @@ def time_steps(step: StepFn, batches: Sequence[Batch], at: int, world: World) ->
 
     The learning rate is 0, so that weights stay. Every rank must call this.
     """
-    best = float("inf")
-    for _ in range(ROUNDS + 1):  # the first is the warm-up
-        started = perf_counter()
-        for _ in range(BURST):
-            step(batches, 0.0, at)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        best = min(best, (perf_counter() - started) / BURST)
-    return world.max(best)[0]
+    work, clock = partial(step, batches, 0.0, at), partial(wait_for, world.device)
+    bursts_s = repeat(work, timer=clock, number=BURST, repeat=1 + ROUNDS)  # the first is the warm-up
+    return world.max(min(bursts_s) / BURST)[0]

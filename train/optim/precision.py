@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.common.errors import UserError
 
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return a context for a forward pass: matrix products in this format, sums and norms in float32."""
-        return torch.autocast(self.device_type, _TYPES[self.name], enabled=self.name != "fp32")
+        return torch.autocast(self.device_type, TYPES[self.name], enabled=self.name != "fp32")
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """Build the loss scaler for float16's narrow range; disabled for the other formats."""

@@ -12,6 +12,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from functools import partial
+from timeit import repeat
 
 import msgspec
 import torch
@@ -19,12 +20,13 @@ import torch
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import bytes_available
-from train.bench.harness import Report, four_digits, run_alone, table_lines, time_calls
-from train.bench.trainer import make_noise_parts, noise_batch, peak_memory_mb, wait_for
+from train.bench.harness import Report, four_digits, run_alone, table_lines
 from train.config.schema import RunConfig
+from train.distributed.measure import peak_memory_mb, wait_for
 from train.distributed.world import choose_device, cpu_share, open_world
 from train.health.noise_scale import NoiseEstimate, smooth_noise
 from train.runs.changes import rate_at
+from train.setup import make_noise_parts, noise_batch
 from train.step import train_step
 from train.tune.steps import open_probe
 
@@ -145,7 +147,7 @@ def measure_fit(config: RunConfig, num_classes: int, steps: int) -> BatchRow | s
             parts = make_noise_parts(config, num_classes, world)
             batch = noise_batch(config.global_batch, config.preprocessing.crop_px, num_classes)
             step = partial(train_step, parts, [batch], 0.0, 0)
-            seconds = time_calls(step, 2 + steps, partial(wait_for, world.device))
+            seconds = repeat(step, timer=partial(wait_for, world.device), number=1, repeat=2 + steps)
             step_s = statistics.median(seconds[2:])
             return BatchRow(
                 batch=config.global_batch, images_per_s=four_digits(config.global_batch / step_s),

@@ -18,7 +18,7 @@ from train.bench.loaders import Subject, our_loader
 @pytest.mark.slow
 def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     """Of the loaders without a GPU those of some ratios; test_loaders.py opens the others."""
-    only = ["dali", "torchvision", "feed_files", "file_read"]
+    only = ["dali", "dali_reader"]
     options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=2"]
     options += [f"--only={name}" for name in only]
     done = run_command(["alexnet", "bench", "data", *options], cwd=tmp_path)
@@ -26,8 +26,7 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     report, two = json.loads(done.stdout), min(2, usable_cores())
     rows = {row["case"]: row for row in report["rows"]}
     assert {name: (row["cores"], row["batch"]) for name, row in rows.items()} == {
-        "dali": (two, 64), "torchvision": (two, 64), "feed_files": (two, 128), "file_read": (two, 128),
-        "dali_1_core": (1, 64), "torchvision_1_core": (1, 64),
+        "dali": (two, 64), "dali_reader": (two, 64), "dali_1_core": (1, 64),
     }  # fmt: skip
     assert report["num_images"] == 128 and report["images_per_round"] == 128
     assert all(row["images_per_s"] > 0 and row["failure"] is None for row in rows.values())

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: a case lives in a process of its own, and a report holds what all measured."""
+"""The harness of the benchmarks: a case lives in a process of its own, and a report holds what all did."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def test_case_keeps_its_state_in_a_process_of_its_own(
 ) -> None:
     with ExitStack() as stack:
         case = Case(stack, Counter, tmp_path / "calls")
+        case.build()
         (pid, first), (same, second) = case.request("add", 1), case.request("add", 2)
         assert pid == same != os.getpid() and (first, second) == (1, 3)
         assert run_alone(os.getpid) not in (pid, os.getpid())
@@ -55,12 +56,14 @@ def test_case_keeps_its_state_in_a_process_of_its_own(
 
 def test_case_that_dies_says_with_which_code(tmp_path: Path) -> None:
     with pytest.raises(CaseError, match=r"^its process ended with code 3$"), ExitStack() as stack:
-        Case(stack, Counter, tmp_path / "calls").request("die")
+        case = Case(stack, Counter, tmp_path / "calls")
+        case.build()
+        case.request("die")
 
 
 def test_case_that_fails_says_why_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with ExitStack() as stack:
-        case = Case(stack, Counter, tmp_path / "calls", build=False)
+        case = Case(stack, Counter, tmp_path / "calls")
         case.build()
         with pytest.raises(CaseError, match=r"^ValueError: no memory$"):
             case.request("fail")
@@ -72,14 +75,14 @@ def test_case_that_fails_says_why_in_a_line(tmp_path: Path, capfd: pytest.Captur
 def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     started = time.perf_counter()
     with ExitStack() as stack:
-        case = Case(stack, Counter, tmp_path / "calls", build=False)
+        case = Case(stack, Counter, tmp_path / "calls")
         case.limit(60)
         case.build()
         assert case.request("add", 1)[1] == 1
         case.limit(0.2)  # of its own, whatever building took
         with pytest.raises(CaseError, match=r"^cut off after 0\.2 s$"):
             case.request("sleep", 600)
-        late = Case(stack, Counter, tmp_path / "late", build=False)
+        late = Case(stack, Counter, tmp_path / "late")
         late.limit(0.01)
         with pytest.raises(CaseError, match=r"^cut off after 0\.01 s$"):
             late.build()
@@ -89,7 +92,8 @@ def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
 def test_bench_goes_on_without_a_case_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
     with ExitStack() as stack:
-        bench.cases = {name: Case(stack, Counter, tmp_path / name) for name in ("slow", "fast")}
+        cases = {name: (Counter, tmp_path / name) for name in ("slow", "fast")}
+        bench.start(stack, cases, {"slow": None, "fast": 60})
         bench.measure(2, "speed", 1.0)
         bench.measure(1, "speed", 2.0, only=["fast"], label="warm ")
         bench.note("add", 0, only=["fast"])
@@ -98,7 +102,7 @@ def test_bench_goes_on_without_a_case_that_fails(tmp_path: Path, caplog: pytest.
     )
     assert bench.rounds == {"slow": {"images_per_s": [3.0, 9.0]}, "fast": {"images_per_s": [3.0, 9.0]}}
     ratios = {"fast_vs_slow": bench.ratio("images_per_s", "fast", "slow"), "gain": None, "loss": None}
-    report = bench.report({"machine": "here"}, ["slow", "fast"], ratios, ["done"], {"loss": "never"})
+    report = bench.report({"machine": "here"}, ["slow", "fast"], ratios, ["loss: never", "done"])
     assert report["rows"] == [
         {"case": "slow", "images_per_s": 6.0, "failure": None},
         {"case": "fast", "images_per_s": 6.0, "failure": "ValueError: too hot"},

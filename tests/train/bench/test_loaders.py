@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from data_pipeline.transforms.preprocessing import Preprocessing
-from tests.helpers.crops import crops_of
-from tests.helpers.images import encode, photo
 from train.bench import loaders
 from train.bench.images import write_bench_images
-from train.bench.loaders import FeedOnly, LoaderCase, MakeBatches, Subject, time_batches
+from train.bench.loaders import LoaderCase, MakeBatches, Subject, time_batches
 
 
 @pytest.mark.slow
@@ -26,8 +22,7 @@ from train.bench.loaders import FeedOnly, LoaderCase, MakeBatches, Subject, time
     [
         loaders.cached_loader,
         partial(loaders.cached_loader, on_device=True),
-        partial(loaders.dali_loader, graph=loaders.file_read),
-        partial(loaders.dali_loader, graph=loaders.file_reader),
+        loaders.dali_reader,
         loaders.our_loader,
         loaders.torchvision_loader,
     ],
@@ -46,21 +41,6 @@ def test_fast_loaders_make_the_batches_they_are_asked_for(
         assert min(figures.values()) > 0
         assert list(case.batches(3)) == [8, 8, 8]
         assert len(case.memory(3, 40)["memory_mb"]) == 3
-
-
-def test_feed_only_decodes_nothing_and_refuses_slow_batches(tmp_path: Path) -> None:
-    folder = write_bench_images(tmp_path / "small", 24, sides=(64, 64), spread=0.0)
-    seen = []
-    subject = Subject("feed_files", loaders.our_loader, folder, 2, batch=8, crop_px=56, decoder="none")
-    with ExitStack() as stack:
-        batches = loaders.our_loader(subject, stack, lambda batch: seen.append(batch.images))(3)
-        assert list(batches) == [8, 8, 8]
-    assert [images.shape for images in seen] == [(8,)] * 3 and not np.any(seen)
-    file = encode(photo(64, 64), "JPEG")
-    with closing(FeedOnly("cpu", 0, 56, 8, 2)) as backend:
-        crops = crops_of("random", (64, 64), 1, Preprocessing(crop_px=56))
-        with pytest.raises(AssertionError, match="a batch went the slow way"):
-            backend.decode([file], crops)
 
 
 def test_bench_round_is_timed_from_first_to_last_batch() -> None:

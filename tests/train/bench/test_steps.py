@@ -67,9 +67,11 @@ def test_our_step_is_plain_where_the_fast_one_is_wrong_or_off(
     assert len(list((tmp_path / "cache" / "alexnet" / "steps").iterdir())) == 1
 
 
-@pytest.mark.usefixtures("no_compile_threads")
 @pytest.mark.parametrize("names", [("paper", "paper_no_lrn", "paper_torch_lrn"), ("bn", "bn_no_norm")])
-def test_verdicts_of_networks_without_norms_have_their_own_keys(names: tuple[str, ...]) -> None:
+def test_verdicts_of_networks_without_norms_have_their_own_keys(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.bench.trainer.fuse_lrn", lambda *_: None)  # it takes half a minute
     with open_world("cpu") as world:
         tasks = [task_of(ours(world, name).parts) for name in names]
     assert len({task["layers"] for task in tasks}) == len(names)

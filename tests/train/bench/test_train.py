@@ -42,7 +42,7 @@ def test_only_building_ours_has_time_of_its_own(
         def request(self, *_: object) -> Any:
             return {}
 
-    monkeypatch.setattr(train.bench.train, "Case", Stub)
+    monkeypatch.setattr(train.bench.harness, "Case", Stub)
     specs = {str(spec): spec for spec in make_specs(["owt", "torchvision_fp32"], [8], "fp32", device)}
     measure_batch(Bench(), specs, {}, 1, 224, None, device)
     assert limits == {"torchvision_fp32 fp32 batch 8": theirs, "owt fp32 batch 8": ours}
@@ -93,7 +93,7 @@ def test_matrix_products_that_fail_have_a_row(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
     only = ["--only=owt", "--only=torchvision_fp32", "--only=end_to_end"]
-    options = ["--batch=4", "--crop=64", "--precision=fp32", "--images=128", "--rounds=1", *only]
+    options = ["--batch=4", "--crop=64", "--precision=fp32", "--images=32", "--rounds=1", *only]
     done = run_command(
         ["alexnet", "bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options], cwd=tmp_path
     )

@@ -172,7 +172,7 @@ def test_device_that_does_nothing_any_more_ends_the_run(
 
 def test_steps_are_timed_in_bursts_at_a_rate_of_0(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, rates = iter([0.0, 9.0, 10.0, 15.0, 20.0, 24.0, 30.0, 36.0]), []
-    monkeypatch.setattr("train.graphs.trial.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("train.graphs.trial.wait_for", lambda _: next(seconds))
 
     def step(batches: Sequence[Batch], rate: float, at: int) -> AccuracyMeter:
         rates.append(rate)
