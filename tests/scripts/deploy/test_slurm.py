@@ -80,7 +80,8 @@ def test_slurm_job_out_of_time_saves_requeues_and_resumes(demo_data: Path, tmp_p
         f"scontrol requeue {job}",
     ]
 
-    done = run_job(stubs, f"--data={data}", *sets, num_nodes=2, SLURM_RESTART_COUNT="1")
+    # one machine: a resumed run may have other ranks
+    done = run_job(stubs, f"--data={data}", *sets, SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
     assert "requeued 1 time(s) so far" in done.stderr and "resuming at step" in done.stderr
     assert f"--rdzv-id {job}-1" in (tmp_path / "calls").read_text()
