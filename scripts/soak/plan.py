@@ -36,7 +36,7 @@ READ_AHEAD_STEPS = 8
 
 SETTINGS = (
     "preprocessing.resize_px=40", "preprocessing.crop_px=40", "augment.crop=random_resized", "precision=fp32",
-    "model.hidden_units=64",
+    "model.name=owt", "model.hidden_units=64",
     f"global_batch={GLOBAL_BATCH}", "cpu_threads=1", "log_every=2", "checkpoint_every=4",
     "data.prefetch=1", "data.cache=none", "device=cpu", "timeout_s=60",
 )  # fmt: skip

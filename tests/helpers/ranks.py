@@ -26,6 +26,9 @@ TINY = (
     "cpu_threads=1",
 )
 
+COLD = (*TINY, "data.backend=pillow")
+"""For ranks that start cold and are not about decoding: DALI and Numba are a quarter of what they import."""
+
 
 def run_command(
     arguments: Sequence[str | Path], cwd: Path, timeout_s: float = 240

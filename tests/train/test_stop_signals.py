@@ -14,7 +14,7 @@ import pytest
 
 from scripts.soak.compare import compare_runs
 from scripts.soak.launch import is_alive
-from tests.helpers.ranks import TINY, link_subset, read_rows, torchrun_arguments
+from tests.helpers.ranks import COLD, link_subset, read_rows, torchrun_arguments
 from tests.helpers.warm_ranks import ranks_of, train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 BATCH = 25
 NUM_STEPS = 24
 SETTINGS = (
-    *TINY, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "schedule.kind=cosine",
+    *COLD, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "schedule.kind=cosine",
     "log_every=2", "checkpoint_every=5",
 )  # fmt: skip
 KILL_S = 30

@@ -19,7 +19,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder: Path = tmp_path_factory.mktemp("bench") / "photos"
     return bench_infer(
         folder, models=("paper",), precisions=("fp32", "int8"), batches=(32,), num_images=40, num_rounds=1,
-        device="cpu", round_images=64, overrides=("model.hidden_units=256",),
+        device="cpu", round_images=64,
+        overrides=("model.hidden_units=256", "preprocessing.resize_px=73", "preprocessing.crop_px=64"),
     )  # fmt: skip
 
 

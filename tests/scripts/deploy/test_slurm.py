@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks import REPOSITORY, TINY, link_subset, read_rows
+from tests.helpers.ranks import COLD, REPOSITORY, link_subset, read_rows
 
 SCRIPT = REPOSITORY / "scripts" / "deploy" / "train.sbatch"
 
@@ -67,7 +67,7 @@ def test_slurm_job_out_of_time_saves_requeues_and_resumes(demo_data: Path, tmp_p
     # 24 steps, of which the signal after the first row leaves most for the second job
     data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=10)
     stubs = make_stubs(tmp_path / "bin", f'exec {sys.executable} -m alexnet "$@"')
-    sets = [f"--set={s}" for s in (*TINY, "device=cpu", "epochs=8", "global_batch=30")]
+    sets = [f"--set={s}" for s in (*COLD, "epochs=8", "global_batch=30")]
     job, port = os.getpid(), 20000 + os.getpid() % 10000
 
     stopped = run_job(stubs, f"--data={data}", *sets, num_nodes=2, TIME_IS_UP="yes")

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, UserError
 from data_pipeline.common.files import sha256_of
 from scripts.soak.compare import compare_runs
-from tests.helpers.ranks import TINY, link_subset, run_command, torchrun_arguments
+from tests.helpers.ranks import COLD, link_subset, run_command, torchrun_arguments
 from tests.helpers.warm_ranks import run_ranks, train_warm
 from train.checkpoints.format import FORMAT, MANIFEST, STATE, Manifest, Pointer, write_manifest
 from train.checkpoints.load import find_best
@@ -22,7 +22,7 @@ from train.runs.resume import FILE, Start, choose_start, claim_run, end_run, fin
 
 BATCH = 30
 SETTINGS = (
-    *TINY, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "micro_batch=5", "checkpoint_every=2",
+    *COLD, "model.dropout=0.5", "epochs=2", f"global_batch={BATCH}", "micro_batch=5", "checkpoint_every=2",
     "augment.crop=random_resized",
 )  # fmt: skip
 

@@ -36,7 +36,9 @@ def test_batch_advice_lies_between_knee_and_noise_scale() -> None:
 
 
 @pytest.mark.slow
-def test_bench_batch_measures_sizes_memory_and_noise_scale(demo_data: Path, tmp_path: Path) -> None:
+def test_bench_batch_measures_sizes_memory_and_noise_scale(
+    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = link_subset(demo_data, tmp_path / "data", num_train=60, num_val=10)
     picture = tmp_path / "batches.png"
     sets = [f"--set={text}" for text in (*TINY, "global_batch=20")]
@@ -61,5 +63,7 @@ def test_bench_batch_measures_sizes_memory_and_noise_scale(demo_data: Path, tmp_
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     options[-2:] = [f"--plot={picture}", "--limit-mb=50"]
+    measured = BatchRow(**report["rows"][0])
+    monkeypatch.setattr("train.tune.batch_size.run_alone", lambda *_: measured)
     done = CliRunner().invoke(main, ["bench", "batch", f"--data={data}", *sets, *options])
     assert done.exit_code == 2 and "a batch of 4, which takes" in done.stderr and "of 50" in done.stderr
