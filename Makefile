@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a fresh machine, and one is for every change:
 #   make demo    install, train on two processes, export ONNX and TensorRT, predict, report
-#   make test    install, lint, check types and imports, run all tests: 12 minutes on two cores
+#   make test    install, lint, check types and imports, run all tests
 #   make check   the same without the slow tests: 2 minutes, the first time 3
 
 PYTHON ?= python3
@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 TENSORRT ?= $(if $(shell nvidia-smi -L 2>/dev/null),trt,rtx)
 INSTALLED := $(VENV)/.installed-$(TENSORRT)
 
-# Three files at a time: many tests wait. Each computes with one thread, and files with slow tests come first, so that
-# the workers end together (tests/conftest.py). Four take as long as three on two cores.
-PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Four files at a time: many tests wait. Each computes with one thread, and files with slow tests come first, so that
+# the workers end together (tests/conftest.py).
+PYTEST := $(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check install lint clean
 .DEFAULT_GOAL := help
