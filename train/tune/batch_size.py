@@ -256,7 +256,7 @@ def advise_batch(knee: int, noise_scale: float | None, largest: int, ranks: int)
 def describe(report: Report) -> list[str]:
     """Return a table row for each size, the noise in windows, and the recommendation."""
     rows = [
-        msgspec.structs.asdict(row) | {"": "the knee" if row.batch == report["knee"] else None}
+        msgspec.structs.asdict(row) | {"": "the knee" if row.batch == report["knee"] else ""}
         for row in report["rows"]
     ]
     lines = [
