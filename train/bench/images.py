@@ -55,12 +55,13 @@ def fill_folder(
             return
     root.mkdir(parents=True, exist_ok=True)
     marker.write_bytes(content.encode())
+    make_folder = cache(partial(Path.mkdir, parents=True, exist_ok=True))  # once for its thousands of files
     with show_progress("images", total) as progress:
         for number, target in enumerate(root / name for name in names):
             if number % 1000 == 0:
                 progress.advance(min(1000, total - number))
+            make_folder(target.parent)
             if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
                 write(number, target)
     complete.touch()
 

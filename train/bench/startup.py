@@ -22,7 +22,7 @@ def bench_startup(folder: Path | None, *, files: int) -> Report:
     folder = folder or FOLDER / f"links-{files}"
     classes = min(1000, files // 2)
     names = (f"train/class-{number % classes:04d}/{number:07d}.jpg" for number in range(files))
-    link_bench_images(folder, names, files, min(2000, files // 500))
+    link_bench_images(folder, names, files, min(2000, max(12, files // 500)))
     shutil.rmtree(folder / CACHE_FOLDER, ignore_errors=True)
     added = folder / "train" / "class-0000" / "added.jpg"
     added.unlink(missing_ok=True)  # by a run that was killed
@@ -30,7 +30,7 @@ def bench_startup(folder: Path | None, *, files: int) -> Report:
     for name, text in STARTS.items():
         log.info(f"start {text}")
         if name == "changed":
-            os.link(next(os.scandir(added.parent)), added)
+            os.link(next(added.parent.iterdir()), added)
         time.sleep(2 * SETTLE_NS / 1e9)  # an index that was made just after a change is made again
         rows.append({"case": name, "start": text, **run_alone(measure_start, folder)})
     added.unlink()

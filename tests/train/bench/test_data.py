@@ -13,6 +13,7 @@ from tests.helpers.ranks import run_command
 from train.bench import data
 from train.bench.data import RATIOS, bench_data, make_subjects
 from train.bench.loaders import Subject, our_loader
+from train.bench.startup import bench_startup
 
 
 @pytest.mark.slow
@@ -79,3 +80,15 @@ def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
     ]
     assert all(row["first_batch_s"] > 0 and row["peak_memory_mb"] > 50 for row in rows)
     assert len(list((tmp_path / "links" / "train").rglob("*.jpg"))) == 12000
+
+
+def test_bench_startup_links_to_a_few_photographs_at_the_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the fewest files that the command takes."""
+    monkeypatch.setattr("train.bench.images.FOLDER", tmp_path / "photographs")
+    monkeypatch.setattr("train.bench.startup.run_alone", lambda *_: {"num_images": 256})
+    monkeypatch.setattr("train.bench.startup.SETTLE_NS", 0)
+    assert len(bench_startup(tmp_path / "links", files=256)["rows"]) == 3
+    assert len(list((tmp_path / "links").rglob("*.jpg"))) == 256
+    assert len(list((tmp_path / "photographs" / "12").rglob("*.jpg"))) == 12
