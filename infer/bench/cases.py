@@ -70,8 +70,8 @@ class BundleCase:
         def finish(place: int) -> None:
             finish_crop(windows[place], crops, place)
 
-        pool = ThreadPoolExecutor(threads)
-        yield "preprocess", count, partial(parallel_for, finish, self.batch, pool, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            yield "preprocess", count, partial(parallel_for, finish, self.batch, pool, threads)
         decoded = self._decode(self.batch)
         run = partial(run_valid, self.predictor.backend, decoded, self.batch)
         yield "copy", count, partial(valid_images, decoded)

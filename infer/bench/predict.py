@@ -67,12 +67,12 @@ def bench_infer(
                     f"{name} batch {batch}": (make, source, data / "val", device, batch)
                     for name, (make, source) in subjects.items()
                 }
-                bench.start(opened, cases, {})
+                bench.start(opened, cases)
                 rounds = num_rounds if batch == FIRST_BATCH else 1
                 bench.measure(rounds, "measure", round_images, label=f"batches of {batch}, ")
                 bench.note("facts")
         commands = make_commands(load_bundle(work / models[-1] / precisions[0]), data)
-        bench.start(stack, {name: (ProcessCase, *command) for name, command in commands.items()}, {})
+        bench.start(stack, {name: (ProcessCase, *command) for name, command in commands.items()})
         bench.measure(num_rounds, "measure", label="the first row, and --help, ")
     settings = {"machine": machine_name(device), "num_images": num_images}
     rows = [*(f"{name} batch {batch}" for name in subjects for batch in batches), *commands]

@@ -86,9 +86,8 @@ def bench_data(
         write_bench_images(small, 4096, sides=(64, 64), spread=0.0)
     bench = Bench()
     with ExitStack() as stack:
-        bench.start(stack, {subject.name: (LoaderCase, subject) for subject in subjects}, {})
-        for subject in subjects:
-            bench.facts[subject.name] = {"cores": subject.cores, "batch": subject.batch}
+        bench.start(stack, {subject.name: (LoaderCase, subject) for subject in subjects})
+        bench.facts |= {case.name: {"cores": case.cores, "batch": case.batch} for case in subjects}
         bench.measure(num_rounds, "measure", batches)
         if "dali" in bench.cases:
             log.info(f"memory over {MEMORY_EPOCHS} epochs")

@@ -128,11 +128,12 @@ class Bench:
         self.failures: dict[str, str] = {}  # why those that were left out failed
 
     def start(
-        self, stack: ExitStack, cases: Mapping[str, tuple[Any, ...]], limits_s: Mapping[str, float | None]
-    ) -> None:
+        self, stack: ExitStack, cases: Mapping[str, tuple[Any, ...]],
+        limits_s: Mapping[str, float | None] | None = None,
+    ) -> None:  # fmt: skip
         """Start cases, given by what `Case` takes, and build one after the other within these limits."""
         self.cases = {name: Case(stack, *case) for name, case in cases.items()}
-        for name, limit_s in limits_s.items():
+        for name, limit_s in (limits_s or {}).items():
             self.cases[name].limit(limit_s)
         for name, _ in self.each(Case.build):
             log.info(f"{name} is built")

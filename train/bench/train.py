@@ -58,9 +58,8 @@ def measure_batch(
     limit_s, build_limit_s = LIMITS_S[device]
     ours = [name for name, spec in specs.items() if spec.network in NETWORKS]
     fed = [name for name in ours if photos and specs[name].subject in NETWORKS]  # those that a run trains
-    steps = {name: (StepCase, device, spec, crop_px) for name, spec in specs.items()}
+    cases = {**parts, **{name: (StepCase, device, spec, crop_px) for name, spec in specs.items()}}
     with ExitStack() as stack:
-        cases = {**parts, **steps}
         bench.start(stack, cases, {name: build_limit_s if name in ours else limit_s for name in cases})
         for name in bench.cases.keys() & set(ours):
             bench.cases[name].limit(limit_s)

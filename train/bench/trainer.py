@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import repeat, timeit
@@ -60,6 +60,7 @@ def bench_config(
     return make_config("tiny-imagenet", [*(f"{key}={value}" for key, value in values.items()), *overrides])
 
 
+@cache
 def gflop_of(network: str, crop_px: int) -> float:
     """Count 1e9 operations of convolutions and linear layers for an image, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode  # and Triton: 90 MB where memory is measured
@@ -227,9 +228,8 @@ class PartsCase:
 
     def measure(self, *_steps: int) -> dict[str, float]:
         """Return how much each does in a second, by the shortest of three times."""
-        parts = self.parts.items()
-        time = partial(repeat, timer=self.clock, number=1, repeat=3)
-        return {figure: amount / min(time(work)) for figure, (amount, work) in parts}
+        times_s = partial(repeat, timer=self.clock, number=1, repeat=3)
+        return {figure: amount / min(times_s(work)) for figure, (amount, work) in self.parts.items()}
 
 
 def gemm_parts(device: Device, precision: str) -> Parts:

@@ -223,9 +223,10 @@ def describe(report: Report) -> list[str]:
     last = len(longest) - 1
     rows = []
     for place in dict.fromkeys(round(n * last / (NUM_LINES - 1)) for n in range(NUM_LINES)):
-        losses = (f"{s.smoothed[place]:.3f}" if place < len(s.smoothed) else "ended" for s in sweeps)
-        names = (f"seed {s.seed}" for s in sweeps)
-        rows.append({"rate": float(f"{longest[place]:.2g}"), **dict(zip(names, losses, strict=True))})
+        row: dict[str, float | str] = {"rate": float(f"{longest[place]:.2g}")}
+        for s in sweeps:
+            row[f"seed {s.seed}"] = f"{s.smoothed[place]:.3f}" if place < len(s.smoothed) else "ended"
+        rows.append(row)
     lines = [
         f"recipe {report['recipe']}, batch {report['global_batch']}, on {report['device']}: training loss as "
         f"the rate grows, {len(sweeps)} sweep(s), running medians",
