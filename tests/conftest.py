@@ -133,6 +133,15 @@ def no_compile_threads() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def thin() -> Iterator[None]:
+    """Build networks with an eighth of their channels, in this process and in warm ranks."""
+    from tests.helpers.thin_networks import thin_networks
+
+    with thin_networks():
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""

@@ -21,11 +21,13 @@ from unittest import mock
 import msgspec
 from torch._C._distributed_c10d import TCPStore
 
+from tests.helpers.thin_networks import are_thin, stay_thin
+
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 PRELOADED = [
     "__main__", "train.setup", "train.loop", "train.cli", "torch._dynamo",
     "torch.distributed.elastic.multiprocessing.errors", "numba.np.arraymath", "numba.np.npyimpl",
-    "numba.np.random.generator_methods", "scipy.linalg", "data_pipeline.decode.resize_kernel",
+    "numba.np.random.generator_methods", "scipy.linalg", "tests.helpers.compiled_resize",
 ]  # fmt: skip
 """Modules that ranks import, once for all: half of the processor time of a short run."""
 
@@ -66,6 +68,7 @@ class Ranks:
                     cwd,
                     {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     self._output,
+                    are_thin(),
                 ),
             )
             for rank in range(num_ranks)
@@ -117,8 +120,12 @@ class Ranks:
             process.join()
 
 
-def _be_rank(arguments: list[str], cwd: Path, environment: dict[str, str], output: list[Path]) -> None:
+def _be_rank(
+    arguments: list[str], cwd: Path, environment: dict[str, str], output: list[Path], thin: bool
+) -> None:
     os.environ.update(environment)
+    if thin:
+        stay_thin()
     os.chdir(cwd)
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
