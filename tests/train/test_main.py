@@ -16,7 +16,7 @@ from tests.helpers.ranks import TINY, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 NUM_STEPS = 12
 BATCH = 13  # divides by neither 2 nor 3

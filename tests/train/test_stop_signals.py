@@ -18,7 +18,7 @@ from tests.helpers.ranks import COLD, link_subset, read_rows, torchrun_arguments
 from tests.helpers.warm_ranks import ranks_of, train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 BATCH = 25
 NUM_STEPS = 24
