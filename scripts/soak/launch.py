@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 import msgspec
 
@@ -95,7 +96,7 @@ class Launch(AbstractContextManager["Launch"]):
             f"--data={spec.folder / 'data'}", f"--out={spec.runs}", "--resume=auto", *sets,
         ]  # fmt: skip
         with self.log.open("wb") as file:
-            self.process = subprocess.Popen(
+            self.process = Popen(
                 command,
                 cwd=spec.folder,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
@@ -126,15 +127,12 @@ class Launch(AbstractContextManager["Launch"]):
         return 0, 0
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that are alive."""
-        found = []
-        with suppress(OSError):
+        """Process ids of the ranks that are alive: torchrun starts nothing else."""
+        try:
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            for child in children:
-                with suppress(OSError):
-                    if MODULE.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
-                        found.append(int(child))
-        return found
+        except OSError:  # it has ended
+            return []
+        return [int(child) for child in children if is_alive(int(child))]
 
     def kill(self) -> None:
         """Kill torchrun and every rank by SIGKILL, and wait until they are gone."""

@@ -53,7 +53,7 @@ def torchrun_arguments(
     faults: Sequence[dict[str, Any]] = (),
     max_restarts: int = 0,
 ) -> list[str]:
-    """`torchrun … -m train.main …` for `run_command`; with faults, those of `tests.helpers.faulty_rank`."""
+    """`torchrun … -m train.main …` for `run_warm`; with faults, those of `tests.helpers.faulty_rank`."""
     module = ["tests.helpers.faulty_rank", msgspec.json.encode(faults).decode()] if faults else ["train.main"]
     return [
         "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}",

@@ -1,7 +1,4 @@
-"""Ranks without torchrun's cold start: processes of their own, forked from one that has torch imported.
-
-Tests of torchrun itself (signals, restarts, its report) run under it: `tests.helpers.ranks`.
-"""
+"""Ranks, and torchrun with its ranks, without a cold start: forked from a process that has torch imported."""
 
 from __future__ import annotations
 
@@ -45,14 +42,17 @@ class Ranks:
     Args:
         arguments: the module and what follows it on the command line.
         cwd: where they run; their output goes to files there.
+        in_world: whether they are ranks; torchrun is not.
     """
 
-    def __init__(self, num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> None:
+    def __init__(
+        self, num_ranks: int, arguments: Sequence[str | Path], cwd: Path, *, in_world: bool = True
+    ) -> None:
         self.arguments = list(map(str, arguments))
         self._output = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
         self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = {
-            **THREADS, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        world = {
+            "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
@@ -66,7 +66,10 @@ class Ranks:
                 args=(
                     self.arguments,
                     cwd,
-                    {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    {
+                        **THREADS,
+                        **({**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if in_world else {}),
+                    },
                     self._output,
                     are_thin(),
                 ),
@@ -141,10 +144,20 @@ def run_ranks(
         return ranks.wait(timeout_s)
 
 
+def run_warm(
+    arguments: Sequence[str | Path], cwd: Path, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run torchrun, the soak or a module of ours to its end; torchrun's ranks are warm, too."""
+    with ranks_of(1, ["tests.helpers.forked", *arguments], cwd, in_world=False) as process:
+        return process.wait(timeout_s)
+
+
 @contextmanager
-def ranks_of(num_ranks: int, arguments: Sequence[str | Path], cwd: Path) -> Iterator[Ranks]:
+def ranks_of(
+    num_ranks: int, arguments: Sequence[str | Path], cwd: Path, *, in_world: bool = True
+) -> Iterator[Ranks]:
     """Ranks that do not outlive a test."""
-    ranks = Ranks(num_ranks, arguments, cwd)
+    ranks = Ranks(num_ranks, arguments, cwd, in_world=in_world)
     try:
         yield ranks
     finally:

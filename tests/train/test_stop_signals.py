@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -86,7 +84,7 @@ def test_ranks_save_without_their_launcher(undisturbed: tuple[Path, Path], tmp_p
     Where they look for what they were told before the signal reaches them, they go on until it does.
     """
     # a step, an evaluation, a step, …
-    sets = [f"--set={s}" for s in (*SETTINGS, "global_batch=300", "epochs=1000")]
+    sets = [f"--set={s}" for s in (*SETTINGS, "global_batch=300", "epochs=1000", "lrn=eager")]
     arguments = ["train.main", f"--data={undisturbed[0]}", "--out=runs", *sets]
     with ranks_of(2, arguments, cwd=tmp_path) as ranks:
         assert ranks.wait_until(lambda: "epoch 1/1000" in ranks.stderr), ranks.stderr
@@ -113,22 +111,23 @@ def test_signal_to_torchrun_or_a_rank_stops_all_ranks(
 ) -> None:
     """A rank that exits makes torchrun restart all: they read in launch.json that the run ended, and exit."""
     arguments = [f"--data={undisturbed[0]}", *(f"--set={s}" for s in SETTINGS)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not has_rows(tmp_path):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for number in numbers:
-        os.kill(process.pid if to_launcher else int(children[-1]), number)
-        time.sleep(0.05)
-    _, said = process.communicate(timeout=KILL_S)  # until the last rank has closed it
-    assert not [child for child in children if is_alive(int(child))]
-    assert process.returncode not in (0, None)
+    launch = torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)
+    with ranks_of(1, ["tests.helpers.forked", *launch], cwd=tmp_path, in_world=False) as torchrun:
+        assert torchrun.wait_until(lambda: has_rows(tmp_path)), torchrun.stderr
+        pid = torchrun.processes[0].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for number in numbers:
+            if to_launcher:
+                torchrun.send(number, rank=0)
+            else:
+                os.kill(int(children[-1]), number)
+            time.sleep(0.05)
+        assert torchrun.wait(KILL_S).returncode != 0
+        deadline = time.monotonic() + KILL_S
+        while any(is_alive(int(child)) for child in children):  # after a second Ctrl-C they end by themselves
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        said = torchrun.stderr
     assert said.count("saved; go on with --resume auto") == (1 if to_launcher else 2)
     if not to_launcher:
         assert re.search(r"exitcode\s*: 75", said)

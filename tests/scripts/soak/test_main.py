@@ -1,10 +1,8 @@
-"""The soak as a command, under a real torchrun."""
+"""The soak, with the real agent of torchrun and ranks that are forked."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -12,7 +10,7 @@ import pytest
 
 from scripts.soak.plan import KINDS
 from scripts.soak.report import Report, readable
-from tests.helpers.ranks import REPOSITORY
+from tests.helpers.warm_ranks import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +18,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_soak_of_a_minute_loses_nothing(tmp_path: Path) -> None:
     """About 80 s on two quiet cores: faults of every kind, on two ranks and on a changing number of them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.soak", "--minutes=1", "--seed=1", "--json",
-         f"--out={tmp_path / 'soak'}"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=880,
-    )  # fmt: skip
+    arguments = ["scripts.soak", "--minutes=1", "--seed=1", "--json", f"--out={tmp_path / 'soak'}"]
+    done = run_warm(arguments, cwd=tmp_path, timeout_s=880)
     assert done.returncode == 0, done.stdout + done.stderr
     report = msgspec.json.decode(done.stdout, type=Report)
     assert "all good" in readable(report)

@@ -11,14 +11,16 @@ import pytest
 from data_pipeline.common.errors import CorruptFileError, DivergedError, InterruptedRunError, UserError
 from data_pipeline.common.files import sha256_of
 from scripts.soak.compare import compare_runs
-from tests.helpers.ranks import COLD, link_subset, run_command, torchrun_arguments
-from tests.helpers.warm_ranks import run_ranks, train_warm
+from tests.helpers.ranks import COLD, link_subset, torchrun_arguments
+from tests.helpers.warm_ranks import run_ranks, run_warm, train_warm
 from train.checkpoints.format import FORMAT, MANIFEST, STATE, Manifest, Pointer, write_manifest
 from train.checkpoints.load import find_best
 from train.config.load import make_config
 from train.distributed.torchrun import Launch, env_launch
 from train.runs.folder import create_run
 from train.runs.resume import FILE, Start, choose_start, claim_run, end_run, find_resumable
+
+pytestmark = pytest.mark.usefixtures("thin")
 
 BATCH = 30
 SETTINGS = (
@@ -42,9 +44,7 @@ def test_dead_ranks_are_restarted_and_end_with_the_same_bits(digits: Path, tmp_p
     ]
     whole = train_warm(2, data=digits, out=tmp_path / "whole", overrides=SETTINGS)
     sets = [f"--data={digits}", *(f"--set={s}" for s in SETTINGS)]
-    done = run_command(
-        torchrun_arguments(2, [*sets, "--out=runs"], faults=faults, max_restarts=3), cwd=tmp_path
-    )
+    done = run_warm(torchrun_arguments(2, [*sets, "--out=runs"], faults=faults, max_restarts=3), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert msgspec.json.decode(done.stdout)["step"] == 8
@@ -71,7 +71,7 @@ def test_timeout_names_the_hung_rank_and_the_collective(digits: Path, tmp_path: 
 def test_torchruns_report_has_the_traceback_of_unexpected_errors(digits: Path, tmp_path: Path) -> None:
     sets = [f"--data={digits}", "--out=runs", *(f"--set={s}" for s in SETTINGS)]
     arguments = torchrun_arguments(1, sets, faults=[{"kind": "error", "forward": 1}])
-    done = run_command(arguments, cwd=tmp_path)
+    done = run_warm(arguments, cwd=tmp_path)
     assert done.returncode == 1
     report = done.stderr.partition("Root Cause (first observed failure)")[2]
     assert "traceback : Traceback (most recent call last)" in report
