@@ -19,6 +19,8 @@ from train.distributed.ddp import check_norm_batch, describe_parallel, make_para
 from train.distributed.world import World, open_world
 from train.models.alexnet import make_model
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 NUM_RANKS = 2
 
 
@@ -34,15 +36,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_sent_bytes_are_those_of_the_formulas(found: list[dict[str, Any]]) -> None:
-    """The formulas of docs/scaling.md, in which 2 (K - 1)/K is 1 here; half a percent is for headers."""
+    """The formulas of docs/scaling.md, in which 2 (K - 1)/K is 1 here; 3 kB are for headers."""
     for rank in found:
         ddp, hybrid = rank["ddp"], rank["hybrid"]
         whole = 4 * (ddp["convolutions"] + ddp["fully connected"])
-        assert ddp["sent"] == pytest.approx(whole, rel=0.005)
-        assert rank["bf16"]["sent"] == pytest.approx(whole / 2, rel=0.005)
+        assert ddp["sent"] == pytest.approx(whole, abs=3000)
+        assert rank["bf16"]["sent"] == pytest.approx(whole / 2, abs=3000)
         batch = GLOBAL_BATCH + 1  # both ranks bring as many samples as the one that has more
         activations = batch * ((hybrid["features"] + hybrid["hidden"]) * 4 + 4 * len(CLASSES))
-        assert hybrid["sent"] == pytest.approx(4 * hybrid["convolutions"] + activations, rel=0.005)
+        assert hybrid["sent"] == pytest.approx(4 * hybrid["convolutions"] + activations, abs=3000)
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from tests.helpers.ranks import run_command
 from tests.helpers.warm_ranks import run_ranks
 from train.config.load import make_config
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 NUM_RANKS = 3
 
 
@@ -55,7 +57,7 @@ def test_losses_norms_weights_and_momenta_equal_plain_ddps(
 def test_hybrid_ranks_hold_their_part_of_the_linear_layers(found: Found) -> None:
     whole, parts = found[0]["bn"]["ddp"]["parameters"], [rank["bn"]["hybrid"]["parameters"] for rank in found]
     everywhere = (sum(parts) - whole) / (NUM_RANKS - 1)
-    assert 1e6 < everywhere < 4e6  # convolutions, norms and the last bias
+    assert 2e4 < everywhere < 6e4  # convolutions, norms and the last bias
     assert all(held - everywhere == pytest.approx((whole - everywhere) / 3, rel=0.01) for held in parts)
 
 
@@ -88,7 +90,7 @@ def test_hybrid_skips_a_bad_step_on_all_ranks(found: Found) -> None:
         assert bad["unchanged"]
         assert (bad["scale"], bad["skips"]) == (512.0, [1, 4])
         assert bad["scale afterwards"] == 64.0
-        assert bad["loss afterwards"] == found[0]["overflow"]["loss afterwards"] < 3
+        assert bad["loss afterwards"] == found[0]["overflow"]["loss afterwards"] < 4
 
 
 @pytest.mark.parametrize(
