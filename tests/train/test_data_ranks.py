@@ -17,7 +17,7 @@ from tests.helpers.processes import lives, mapped_in_shm, shared_pixels_of, who_
 from tests.helpers.ranks import TINY, comparable, link_subset, read_rows
 from tests.helpers.warm_ranks import ranks_of, run_ranks, train_warm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 
 @pytest.fixture(scope="module")

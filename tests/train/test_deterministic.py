@@ -27,7 +27,7 @@ from train.graphs.verdict import read_record
 from train.kernels.interface import triton_kernels
 from train.step import train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NETWORKS = (

@@ -15,7 +15,7 @@ from tests.helpers.warm_ranks import train_warm
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.evaluate import evaluate_checkpoint, load_split
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 EPOCHS = 4
 SETTINGS = (

@@ -26,6 +26,8 @@ from tests.helpers.warm_ranks import run_ranks
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.weights import export_weights, import_weights
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SETTINGS = [f"--set={s}" for s in (*TINY, "epochs=1", "global_batch=25", "checkpoint_every=2")]
 

@@ -24,7 +24,7 @@ from train.inputs.pass_inputs import make_inputs
 from train.models.dropout import masks_of
 from train.step import train_step, training_inputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 
 class WaitsForDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,6 +23,8 @@ from train.checkpoints.load import find_checkpoint
 from train.checkpoints.retention import saved_steps
 from train.runs.folder import create_run
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 SETTINGS = (
     *TINY, "model.dropout=0.5", "epochs=2", "global_batch=25", "checkpoint_every=1", "keep_checkpoints=6",
 )  # fmt: skip
@@ -133,10 +135,10 @@ def test_resume_logs_each_damaged_file_and_takes_the_one_before(
 
 
 @contextmanager
-def mounted(folder: Path, size_mb: int) -> Iterator[None]:
+def mounted(folder: Path, size_bytes: int) -> Iterator[None]:
     """A small file system of its own, where that is allowed."""
     folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={size_mb}m", "test", str(folder)]
+    options = ["-t", "tmpfs", "-o", f"size={size_bytes}", "test", str(folder)]
     if os.geteuid() != 0 or subprocess.run(["mount", *options], capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system needs root; a limit on file sizes is tested in any case")
     try:
@@ -148,10 +150,10 @@ def mounted(folder: Path, size_mb: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_full_disk_is_logged_and_the_next_start_resumes(whole: Path, digits: Path, tmp_path: Path) -> None:
     """A file system with room for two checkpoints and a half; then, with more room, the rest of the run."""
-    size_mb = 2.5 * (find_checkpoint(whole) / STATE).stat().st_size / 2**20
+    size_bytes = 5 * (find_checkpoint(whole) / STATE).stat().st_size // 2
     sets = [f"--set={s}" for s in SETTINGS]
     arguments = ["train.main", f"--data={digits}", f"--out={tmp_path / 'disk'}", "--resume=auto", *sets]
-    with mounted(tmp_path / "disk", int(size_mb)):
+    with mounted(tmp_path / "disk", size_bytes):
         done = run_ranks(2, arguments, cwd=tmp_path)
         assert done.returncode == 1
         failed = [line for line in done.stderr.splitlines() if "could not be written" in line]
@@ -175,7 +177,7 @@ def test_full_disk_is_logged_and_the_next_start_resumes(whole: Path, digits: Pat
 @pytest.mark.slow
 def test_disk_without_room_does_not_end_training(digits: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: both fail inside `write`."""
-    arguments = ["tests.helpers.limited_files", "1000000", f"--data={digits}", "--out=runs"]
+    arguments = ["tests.helpers.limited_files", "100000", f"--data={digits}", "--out=runs"]
     done = run_ranks(1, [*arguments, *(f"--set={s}" for s in SETTINGS)], cwd=tmp_path)
     assert done.returncode == 1
     said = done.stderr.splitlines()

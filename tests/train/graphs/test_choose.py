@@ -23,7 +23,7 @@ from train.graphs.trial import Held
 from train.graphs.verdict import Record, read_record
 from train.step import StepFn, StepParts, train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 SMALL = ("model.name=owt", "model.hidden_units=32", "precision=fp32")
 LONG = WORTH_IMAGES

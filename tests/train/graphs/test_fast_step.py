@@ -39,7 +39,7 @@ from train.optim.half_weights import HalfWeights
 from train.optim.sgd import Apply
 from train.step import train_step, training_inputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 CASES: dict[str, tuple[Sequence[str], int, bool]] = {
     "sgd": (("model.name=paper",), GLOBAL_BATCH, False),

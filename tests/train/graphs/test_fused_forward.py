@@ -29,7 +29,7 @@ from train.kernels.interface import triton_kernels
 from train.models import alexnet
 from train.step import StepParts, count_losses, train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 NETWORKS = {
     "paper": ("model.stem_stride=2",),

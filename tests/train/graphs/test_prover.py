@@ -29,7 +29,7 @@ from train.graphs.trial import Candidate, DeviceLostError, Held, IncomparableErr
 from train.health.metrics import AccuracyMeter
 from train.step import StepParts, train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 SMALL = ("model.name=owt", "model.hidden_units=32", "model.dropout=0.0", "ema_decay=0.9", "cpu_threads=1")
 

@@ -24,6 +24,8 @@ from train.runs.folder import MetricsRow
 from train.runs.metrics_log import NoiseAverages
 from train.step import StepParts, train_step
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 NOISY = (
     *TINY, "epochs=1", "log_noise_scale=true", "schedule.kind=constant", "schedule.warmup_epochs=0",
     "schedule.learning_rate=0.0002",

@@ -28,6 +28,8 @@ from train.setup import build_run
 from train.state import RunState
 from train.step import train_step
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 CPU = torch.device("cpu")
 BATCH = 25
 

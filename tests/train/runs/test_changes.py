@@ -21,6 +21,8 @@ from train.config.schema import DECIDE_THE_SCHEDULE, FREE_TO_CHANGE, RunConfig
 from train.distributed.torchrun import training_arguments
 from train.runs.changes import apply_changes, check_fixed, rate_at
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 NUM_SAMPLES = 100
 STEADY = ("schedule.warmup_epochs=0", "schedule.learning_rate=0.8", "global_batch=10", "epochs=4")
 """10 steps an epoch; as a cosine, 0.4 after two epochs of four."""

@@ -20,6 +20,8 @@ from train.loop import run_epochs
 from train.runs.ending import LAST_EPOCH, epochs_without_better, why_over
 from train.setup import build_run
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 SETTINGS = (
     *TINY, "model.dropout=0.5", "epochs=5", "global_batch=4", "schedule.kind=constant",
     "schedule.warmup_epochs=0", "data.backend=pillow", "data.cache=none",

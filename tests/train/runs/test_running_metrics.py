@@ -15,6 +15,8 @@ from train.distributed.world import World
 from train.health.metrics import AccuracyMeter
 from train.runs.running_metrics import RunningMetrics
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 ANYWHERE = (
     *TINY, "log_every=2", "model.name=bn", "model.dropout=0.5", "epochs=2", "global_batch=30",
     "micro_batch=5", "augment.crop=random_resized", "augment.mixup=0.2", "ema_decay=0.5",
