@@ -135,10 +135,22 @@ def no_compile_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def thin() -> Iterator[None]:
-    """Build networks with an eighth of their channels, in this process and in warm ranks."""
+    """Build networks with an eighth of their channels, in this process and in warm ranks; not in `gpu` tests."""
     from tests.helpers.thin_networks import thin_networks
 
     with thin_networks():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def networks_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give `gpu` tests the published networks: which kernels run there depends on their channels."""
+    if not ("thin" in request.fixturenames and request.node.get_closest_marker("gpu")):
+        yield
+        return
+    from tests.helpers.thin_networks import published_networks
+
+    with published_networks():
         yield
 
 

@@ -14,12 +14,13 @@ from unittest import mock
 from train.models.alexnet import NETWORKS
 
 THINNER = 8
+_PUBLISHED = dict(NETWORKS)
 _THIN = {
     name: replace(
         network,
         channels=cast(tuple[int, int, int, int, int], tuple(c // THINNER for c in network.channels)),
     )
-    for name, network in NETWORKS.items()
+    for name, network in _PUBLISHED.items()
 }
 
 
@@ -27,6 +28,13 @@ _THIN = {
 def thin_networks() -> Iterator[None]:
     """Build thin networks until the end of the context; warm ranks that are started in it do so as well."""
     with mock.patch.dict(NETWORKS, _THIN):
+        yield
+
+
+@contextmanager
+def published_networks() -> Iterator[None]:
+    """Build the networks as published until the end of the context."""
+    with mock.patch.dict(NETWORKS, _PUBLISHED):
         yield
 
 
