@@ -135,7 +135,7 @@ def no_compile_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def thin() -> Iterator[None]:
-    """Build networks with an eighth of their channels, in this process and in warm ranks; not in `gpu` tests."""
+    """Build networks with an eighth of their channels, here and in warm ranks; not in `gpu` tests."""
     from tests.helpers.thin_networks import thin_networks
 
     with thin_networks():
