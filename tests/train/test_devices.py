@@ -32,6 +32,8 @@ from train.health.nonfinite import SkipStats
 from train.inputs.mixup import mix_inputs, mixed_losses
 from train.step import StepParts, train_step
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 SMALL = ("model.hidden_units=64", "ema_decay=0.9", "model.dropout=0.0")
 
 

@@ -25,6 +25,8 @@ from train.runs.changes import rate_at
 from train.setup import build_run
 from train.step import train_step
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 RECIPES = {
     "demo", "tiny-imagenet", "tiny-imagenet-best",
     "imagenet-paper", "imagenet-caffe", "imagenet-owt", "imagenet-bn-lars", "imagenet-best",
