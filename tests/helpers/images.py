@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def exif(orientation: int) -> bytes:
     return data.tobytes()
 
 
+@cache
 def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
-    """The same picture, by kind of file."""
+    """The same picture, by kind of file; callers share it."""
     image = photo(height, width)
     gray = image.convert("L")
     alpha = image.copy()
@@ -133,8 +135,9 @@ def _deep_png(image: Image.Image) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+@cache
 def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
-    """Files that are no whole image, by what is wrong."""
+    """Files that are no whole image, by what is wrong; callers share it."""
     jpeg = encode(photo(height, width), "JPEG", quality=90)
     progressive = encode(photo(height, width), "JPEG", quality=90, progressive=True)
     png = encode(photo(height, width), "PNG")

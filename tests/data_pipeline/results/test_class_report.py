@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import precision_recall_fscore_support
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.results.class_report import (
@@ -52,6 +51,8 @@ def test_report_is_scikit_learns() -> None:
     report = make_class_report(
         ClassCounts(confusion, np.diagonal(confusion)), tuple("abcdefg"), tuple("abcdefg")
     )
+    from sklearn.metrics import precision_recall_fscore_support  # 5 s: only where it is used
+
     precision, recall, f1, support = precision_recall_fscore_support(truth, found)
     assert [row.precision for row in report.classes] == pytest.approx(precision)
     assert [row.top1 for row in report.classes] == pytest.approx(recall)
