@@ -24,7 +24,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 PRELOADED = [
     "__main__", "train.setup", "train.loop", "train.cli", "torch._dynamo",
     "torch.distributed.elastic.multiprocessing.errors", "numba.np.arraymath", "numba.np.npyimpl",
-    "numba.np.random.generator_methods", "scipy.linalg", "tests.helpers.compiled_resize",
+    "numba.np.random.generator_methods", "scipy.linalg", "tests.helpers.prepared",
 ]  # fmt: skip
 """Modules that ranks import, once for all: half of the processor time of a short run."""
 
