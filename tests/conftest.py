@@ -154,6 +154,15 @@ def networks_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_once() -> Iterator[None]:
+    """Let torch's exporter parse its functions once."""
+    from tests.helpers.torchlib import parse_torchlib_once
+
+    with parse_torchlib_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""
@@ -166,7 +175,10 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the checkpoint, data and exports of `infer_samples`, made once; workers have copies."""
+    """The folder of the checkpoint, data and exports of `infer_samples`, made once; workers have copies.
+
+    What builds the checkpoint's network needs the fixture `thin`.
+    """
     from tests.helpers.infer_samples import exported
 
     folder = tmp_path_factory.getbasetemp()

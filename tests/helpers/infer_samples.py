@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 
+import infer.export.pipeline
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.demo import write_demo
 from data_pipeline.results.sealed import SEAL, encode_sealed, seal_of
@@ -26,9 +28,11 @@ from infer.bundle.schema import (
     image_input,
     probability_output,
 )
-from infer.export.options import OnnxOptions
+from infer.export.options import DEFAULT_OPSET, OnnxOptions
 from infer.export.pipeline import export_models
+from infer.export.to_onnx import ContractModel
 from infer.predict.inputs import find_inputs
+from tests.helpers.thin_networks import are_thin, thin_networks
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
@@ -66,7 +70,8 @@ NORMED = (
 
 def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str] = ()) -> Path:
     """A checkpoint of few hidden units, with weights that make confident and various predictions."""
-    folder = base / "-".join(["run", model, *overrides]) / "checkpoints" / "step-00000007"
+    width = [] if are_thin() else ["wide"]
+    folder = base / "-".join(["run", model, *overrides, *width]) / "checkpoints" / "step-00000007"
     if not folder.exists():
         sets = [
             f'data.root="{data_folder(base)}"',
@@ -110,20 +115,45 @@ def draw_norms(network: AlexNet) -> None:
                 tensor.uniform_(low, high)
 
 
+@thin_networks()
 def exported(base: Path) -> Bundle:
-    """The checkpoint as a bundle of format `trt`: a real ONNX file and a real engine, gated."""
+    """The thin checkpoint as a bundle of format `trt`: a real ONNX file and a real engine, gated."""
     folder = checkpoint_folder(base)
     target = folder.parent.parent / "export" / "trt-fp32"
     return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
 
 
+@thin_networks()
 def exported_with_features(base: Path) -> Bundle:
-    """A checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
+    """A thin checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
     folder = checkpoint_folder(base, "paper", ["model.hidden_units=64"])
     target = folder.parent.parent / "export" / "onnx-fp32"
     if target.exists():
         return load_bundle(target)
     return export_model(folder, "onnx", max_batch=8, onnx_options=OnnxOptions(features="fc7"))
+
+
+def take_onnx_files(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports of a bundle's own checkpoint take its ONNX files, which torch's exporter would write again.
+
+    For tests of what is done with the files.
+    """
+
+    def check(model: ContractModel, opset: int) -> None:
+        assert model.checkpoint.sha256 == bundle.manifest.checkpoint.sha256
+        assert (model.dtype, model.features, opset) == (torch.float32, None, DEFAULT_OPSET)
+
+    def export_onnx(model: ContractModel, path: Path, *, opset: int) -> None:
+        check(model, opset)
+        shutil.copy(bundle.onnx_path, path)
+
+    def export_for_cpu(model: ContractModel, path: Path, weights: Path | None, *, opset: int) -> None:
+        check(model, opset)
+        assert weights is not None, "the file that the bundle's own reads"
+        shutil.copy(bundle.cpu_path, path)
+
+    monkeypatch.setattr(infer.export.pipeline, "export_onnx", export_onnx)
+    monkeypatch.setattr(infer.export.pipeline, "export_for_cpu", export_for_cpu)
 
 
 def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:
