@@ -43,11 +43,13 @@ IMAGES_PER_CLASS = 5
 CLASSES = tuple("0123456789")
 
 
-def data_folder(base: Path) -> Path:
-    """The demo digits, with five validation images a class."""
+def data_folder(base: Path, demo: Path | None = None) -> Path:
+    """The demo digits, with five validation images a class; all of them are copied from `demo`."""
     root = base / "digits"
     if not root.exists():
         whole = base / "all-digits"
+        if demo is not None:
+            shutil.copytree(demo, whole)
         write_demo(whole)
         for folder in sorted((whole / "val").iterdir()):
             (root / "val" / folder.name).mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 
@@ -14,9 +15,7 @@ def parse_torchlib_once() -> Iterator[None]:
 
     Nothing is imported until the first export.
     """
-    from torch.onnx._internal import _lazy_import
-
-    lazy: Any = _lazy_import.onnxscript_apis
+    lazy: Any = import_module("torch.onnx._internal._lazy_import").onnxscript_apis
     lazy.get_torchlib_ops = cache(lambda: lazy.__getattr__("get_torchlib_ops")())
     yield
     del lazy.get_torchlib_ops
