@@ -205,7 +205,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
     """The folder of the checkpoint, data and exports of `infer_samples`, made once; workers have copies.
 
-    What builds the checkpoint's network needs the fixture `thin`.
+    What builds the checkpoint's network needs the fixture `thin` of tests/infer.
     """
     from tests.helpers.infer_samples import data_folder, exported
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from infer.export.options import DEFAULT_OPSET, OnnxOptions
 from infer.export.pipeline import export_models
 from infer.export.to_onnx import ContractModel
 from infer.predict.inputs import find_inputs
-from tests.helpers.thin_networks import are_thin, thin_networks
+from tests.helpers.thin_networks import are_thin, published_networks, thin_networks
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
@@ -72,8 +73,8 @@ NORMED = (
 
 def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str] = ()) -> Path:
     """A checkpoint of few hidden units, with weights that make confident and various predictions."""
-    width = [] if are_thin() else ["wide"]
-    folder = base / "-".join(["run", model, *overrides, *width]) / "checkpoints" / "step-00000007"
+    others = [] if are_thin() != torch.cuda.is_available() else ["other-width"]
+    folder = base / "-".join(["run", model, *overrides, *others]) / "checkpoints" / "step-00000007"
     if not folder.exists():
         sets = [
             f'data.root="{data_folder(base)}"',
@@ -117,17 +118,24 @@ def draw_norms(network: AlexNet) -> None:
                 tensor.uniform_(low, high)
 
 
-@thin_networks()
+@contextmanager
+def shared_networks() -> Iterator[None]:
+    """Build networks as those of the shared checkpoints: thin, but as published where a GPU computes them."""
+    with published_networks() if torch.cuda.is_available() else thin_networks():
+        yield
+
+
+@shared_networks()
 def exported(base: Path) -> Bundle:
-    """The thin checkpoint as a bundle of format `trt`: a real ONNX file and a real engine, gated."""
+    """The checkpoint as a bundle of format `trt`: a real ONNX file and a real engine, gated."""
     folder = checkpoint_folder(base)
     target = folder.parent.parent / "export" / "trt-fp32"
     return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
 
 
-@thin_networks()
+@shared_networks()
 def exported_with_features(base: Path) -> Bundle:
-    """A thin checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
+    """A checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
     folder = checkpoint_folder(base, "paper", ["model.hidden_units=64"])
     target = folder.parent.parent / "export" / "onnx-fp32"
     if target.exists():
