@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,33 +154,66 @@ def networks_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_once() -> Iterator[None]:
+    """Let torch's exporter parse its functions once."""
+    from tests.helpers.torchlib import parse_torchlib_once
+
+    with parse_torchlib_once():
+        yield
+
+
+def _make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Make folders once a run: of several workers one makes them, and the others have copies.
+
+    Args:
+        name: of what is made.
+        make: makes them in a folder.
+    Returns:
+        The folder that has them, the session's own.
+    """
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        make(folder)
+        return folder
+    made = folder.parent / "made"  # workers' folders lie side by side
+    with (folder.parent / "made.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if name not in lock.read().split():
+            made.mkdir(exist_ok=True)
+            make(made)
+            lock.write(f"{name}\n")
+        for one in made.iterdir():
+            if not (folder / one.name).exists():  # others are in use
+                shutil.copytree(one, folder / one.name)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""
     from data_pipeline.datasets.demo import write_demo
 
-    root = tmp_path_factory.mktemp("data") / "digits"
-    write_demo(root)
-    return root
+    return (
+        _make_once(tmp_path_factory, "demo", lambda folder: write_demo(folder / "demo/digits"))
+        / "demo/digits"
+    )
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the checkpoint, data and exports of `infer_samples`, made once; workers have copies."""
-    from tests.helpers.infer_samples import exported
+def base(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
+    """The folder of the checkpoint, data and exports of `infer_samples`, made once; workers have copies.
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        exported(folder)  # outside of any test: torch's exporter sets environment variables
-        return folder
-    made = folder.parent / "exported"  # workers' folders lie side by side
-    with (folder.parent / "exported.lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if lock.tell() == 0:
-            exported(made)
-            lock.write("done")
-    shutil.copytree(made, folder, dirs_exist_ok=True)
-    return folder
+    What builds the checkpoint's network needs the fixture `thin` of tests/infer.
+    """
+    from tests.helpers.infer_samples import data_folder, exported
+
+    def make(folder: Path) -> None:  # outside of any test: torch's exporter sets environment variables
+        data_folder(folder, demo_data)
+        exported(folder)
+
+    return _make_once(tmp_path_factory, "exported", make)
 
 
 @pytest.fixture(scope="session")
@@ -192,11 +225,11 @@ def bundle(base: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def featured(base: Path) -> Bundle:
+def featured(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Bundle:
     """A gated export that gives the features of fc7."""
     from tests.helpers.infer_samples import exported_with_features
 
-    return exported_with_features(base)
+    return exported_with_features(_make_once(tmp_path_factory, "featured", exported_with_features))
 
 
 @pytest.fixture(scope="session")

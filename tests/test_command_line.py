@@ -132,6 +132,8 @@ def test_place_that_cannot_be_written_to_is_one_line(
     command: str, advice: str, bundle: Bundle, demo_data: Path, tmp_path: Path
 ) -> None:
     """Below a file, where not even root can write."""
+    from tests.helpers.infer_samples import shared_networks
+
     (tmp_path / "file").touch()
     checkpoint = bundle.folder.parent.parent / "checkpoints" / "step-00000007"
     weights = tmp_path / "w.safetensors"
@@ -143,7 +145,8 @@ def test_place_that_cannot_be_written_to_is_one_line(
     }  # fmt: skip
     for name, place in places.items():
         command = command.replace(name, str(place))
-    result = invoke(*command.split())
+    with shared_networks():
+        result = invoke(*command.split())
     assert_one_line(result, 2, advice)
     assert str(tmp_path / "file") in result.stderr
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 
+import infer.export.pipeline
 from data_pipeline.common.files import sha256_of
 from data_pipeline.datasets.demo import write_demo
 from data_pipeline.results.sealed import SEAL, encode_sealed, seal_of
@@ -26,9 +29,11 @@ from infer.bundle.schema import (
     image_input,
     probability_output,
 )
-from infer.export.options import OnnxOptions
+from infer.export.options import DEFAULT_OPSET, OnnxOptions
 from infer.export.pipeline import export_models
+from infer.export.to_onnx import ContractModel
 from infer.predict.inputs import find_inputs
+from tests.helpers.thin_networks import are_thin, published_networks, thin_networks
 from train.checkpoints.format import Snapshot
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
@@ -39,11 +44,13 @@ IMAGES_PER_CLASS = 5
 CLASSES = tuple("0123456789")
 
 
-def data_folder(base: Path) -> Path:
-    """The demo digits, with five validation images a class."""
+def data_folder(base: Path, demo: Path | None = None) -> Path:
+    """The demo digits, with five validation images a class; all of them are copied from `demo`."""
     root = base / "digits"
     if not root.exists():
         whole = base / "all-digits"
+        if demo is not None:
+            shutil.copytree(demo, whole)
         write_demo(whole)
         for folder in sorted((whole / "val").iterdir()):
             (root / "val" / folder.name).mkdir(parents=True)
@@ -66,7 +73,8 @@ NORMED = (
 
 def checkpoint_folder(base: Path, model: str = "paper", overrides: Sequence[str] = ()) -> Path:
     """A checkpoint of few hidden units, with weights that make confident and various predictions."""
-    folder = base / "-".join(["run", model, *overrides]) / "checkpoints" / "step-00000007"
+    others = [] if are_thin() != torch.cuda.is_available() else ["other-width"]
+    folder = base / "-".join(["run", model, *overrides, *others]) / "checkpoints" / "step-00000007"
     if not folder.exists():
         sets = [
             f'data.root="{data_folder(base)}"',
@@ -110,6 +118,14 @@ def draw_norms(network: AlexNet) -> None:
                 tensor.uniform_(low, high)
 
 
+@contextmanager
+def shared_networks() -> Iterator[None]:
+    """Build networks as those of the shared checkpoints: thin, but as published where a GPU computes them."""
+    with published_networks() if torch.cuda.is_available() else thin_networks():
+        yield
+
+
+@shared_networks()
 def exported(base: Path) -> Bundle:
     """The checkpoint as a bundle of format `trt`: a real ONNX file and a real engine, gated."""
     folder = checkpoint_folder(base)
@@ -117,6 +133,7 @@ def exported(base: Path) -> Bundle:
     return load_bundle(target) if target.exists() else export_model(folder, "trt", max_batch=8)
 
 
+@shared_networks()
 def exported_with_features(base: Path) -> Bundle:
     """A checkpoint with 64 hidden units as a bundle of format `onnx` that gives `fc7`."""
     folder = checkpoint_folder(base, "paper", ["model.hidden_units=64"])
@@ -124,6 +141,29 @@ def exported_with_features(base: Path) -> Bundle:
     if target.exists():
         return load_bundle(target)
     return export_model(folder, "onnx", max_batch=8, onnx_options=OnnxOptions(features="fc7"))
+
+
+def take_onnx_files(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports of a bundle's own checkpoint take its ONNX files, which torch's exporter would write again.
+
+    For tests of what is done with the files.
+    """
+
+    def check(model: ContractModel, opset: int) -> None:
+        assert model.checkpoint.sha256 == bundle.manifest.checkpoint.sha256
+        assert (model.dtype, model.features, opset) == (torch.float32, None, DEFAULT_OPSET)
+
+    def export_onnx(model: ContractModel, path: Path, *, opset: int) -> None:
+        check(model, opset)
+        shutil.copy(bundle.onnx_path, path)
+
+    def export_for_cpu(model: ContractModel, path: Path, weights: Path | None, *, opset: int) -> None:
+        check(model, opset)
+        assert weights is not None, "the file that the bundle's own reads"
+        shutil.copy(bundle.cpu_path, path)
+
+    monkeypatch.setattr(infer.export.pipeline, "export_onnx", export_onnx)
+    monkeypatch.setattr(infer.export.pipeline, "export_for_cpu", export_for_cpu)
 
 
 def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:

@@ -1,11 +1,11 @@
-"""Fixtures that tests of pages share."""
+"""Fixtures that tests of pages share, and tests that build the networks of shared checkpoints."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -32,3 +32,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return done.stdout
 
     return open_page
+
+
+@pytest.fixture(scope="module")
+def thin() -> Iterator[None]:
+    """Build networks as those of the shared checkpoints, which are thin where there is no GPU."""
+    from tests.helpers.infer_samples import shared_networks
+
+    with shared_networks():
+        yield

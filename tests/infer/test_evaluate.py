@@ -20,6 +20,8 @@ from tests.helpers.infer_samples import checkpoint_folder, data_folder
 from train.checkpoints.load import load_checkpoint
 from train.evaluate import evaluate_checkpoint
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture(scope="session")
 def backend(bundle: Bundle) -> OnnxBackend:

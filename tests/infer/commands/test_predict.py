@@ -78,6 +78,7 @@ def test_predict_gives_one_row_for_each_input_in_order(
             assert all(CLASSES[p.class_id] == p.label for p in row.predictions)
 
 
+@pytest.mark.usefixtures("thin")
 def test_predict_rows_are_the_checkpoints_predictions(base: Path, bundle: Bundle, inputs: list[Path]) -> None:
     run = torch_runner(load_checkpoint(checkpoint_folder(base)))
     good = [path for path in inputs if "val" in path.parts]

@@ -71,12 +71,12 @@ def test_an_image_on_stdin_gives_its_row(bundle: Bundle, files: list[Path], deco
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_before", [1, 3])
+@pytest.mark.parametrize(("num_before", "decoder"), [(1, "auto"), (3, "pillow")])
 def test_ctrl_c_keeps_rows_and_says_how_to_go_on(
-    bundle: Bundle, files: list[Path], tmp_path: Path, num_before: int
+    bundle: Bundle, files: list[Path], tmp_path: Path, num_before: int, decoder: str
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    arguments = command(bundle, "-", "--output", rows, "--batch-size", "1")
+    arguments = command(bundle, "-", "--output", rows, "--batch-size", "1", "--decoder", decoder)
     listed = b"".join(os.fsencode(file) + b"\n" for file in files)
     with subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path
@@ -98,13 +98,13 @@ def test_ctrl_c_keeps_rows_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["csv", "table"])
+@pytest.mark.parametrize(("format", "decoder"), [("csv", "pillow"), ("table", "auto")])
 def test_predict_into_head_ends_quietly(
-    bundle: Bundle, files: list[Path], tmp_path: Path, format: str
+    bundle: Bundle, files: list[Path], tmp_path: Path, format: str, decoder: str
 ) -> None:
     listed = b"".join(os.fsencode(file) + b"\n" for file in files)
     with subprocess.Popen(
-        command(bundle, "-", "--format", format, "--batch-size", "1"),
+        command(bundle, "-", "--format", format, "--batch-size", "1", "--decoder", decoder),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
     ) as process:  # fmt: skip
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None

@@ -23,9 +23,11 @@ from infer.export.triton import config_text
 from infer.runtime.onnx import OnnxBackend
 from tests.helpers.infer_samples import checkpoint_folder, data_folder, tiny_manifest
 from train.checkpoints.load import load_checkpoint
-from train.models.alexnet import Normalize
+from train.models.alexnet import NETWORKS, Normalize
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 56, 56, 3), dtype=np.uint8)
+
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.mark.slow
@@ -99,11 +101,11 @@ def test_difference_is_a_share_of_the_largest_feature() -> None:
 def test_norm_that_ends_a_layer_stays_in_its_features(base: Path) -> None:
     settings = ("model.hidden_units=16", "model.norm=bn_after_relu", "model.hidden_norm=true")
     checkpoint = load_checkpoint(checkpoint_folder(base, "paper", settings))
-    pixels = torch.from_numpy(IMAGES)
+    pixels, pool5 = torch.from_numpy(IMAGES), 4 * NETWORKS["paper"].channels[-1]
     network = checkpoint.make_model()
     with torch.inference_mode():
         inputs = Normalize(checkpoint.preprocessing)(pixels)
-        for layer, width in (("fc7", 16), ("fc6", 16), ("pool5", 1024)):
+        for layer, width in (("fc7", 16), ("fc6", 16), ("pool5", pool5)):
             logits, expected = network.forward_features(inputs, layer)  # type: ignore[arg-type]
             probabilities, found = ContractModel(checkpoint, features=layer).eval()(pixels)  # type: ignore[arg-type]
             assert found.shape == (5, width) and expected.std() > 0.01

@@ -21,9 +21,11 @@ from tests.helpers.infer_samples import (
     CLASSES,
     checkpoint_folder,
     export_model,
-    exported,
+    take_onnx_files,
 )
 from train.checkpoints.load import Checkpoint, load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 class Stand(OnnxBackend):
@@ -42,8 +44,9 @@ class Stand(OnnxBackend):
 
 @pytest.mark.slow
 def test_gate_compares_an_engine_with_the_checkpoint(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    take_onnx_files(bundle, monkeypatch)
     monkeypatch.setattr(infer.export.gate, "why_no_engine", lambda bundle, machine: None)
     monkeypatch.setattr(infer.export.gate, "load_for_gate", Stand)
     monkeypatch.setattr(Stand, "by", 2e-5)
@@ -72,16 +75,17 @@ def checkpoint(base: Path) -> Checkpoint:
     [(2e-3, r"a probability differs by .*, more than 0\.0001"), (10.0, "top-1 agreement")],
 )
 def test_export_that_differs_is_not_shipped(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, words: str
+    base: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, words: str
 ) -> None:
     def alter(checkpoint: Checkpoint, path: Path, **options: object) -> None:
-        model = onnx.load(exported(base).onnx_path)
+        model = onnx.load(bundle.onnx_path)
         (bias,) = (t for t in model.graph.initializer if t.name.endswith("fc8.bias"))
         values = onnx.numpy_helper.to_array(bias).copy()
         values[::2] += change
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         onnx.save(model, path)
 
+    take_onnx_files(bundle, monkeypatch)
     monkeypatch.setattr(infer.export.pipeline, "export_onnx", alter)
     out = tmp_path / "export" / "onnx-fp32"
     with pytest.raises(GateError, match=words) as raised:
@@ -91,7 +95,10 @@ def test_export_that_differs_is_not_shipped(
 
 
 @pytest.mark.slow
-def test_gate_needs_images_of_the_same_classes(base: Path, tmp_path: Path) -> None:
+def test_gate_needs_images_of_the_same_classes(
+    base: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_onnx_files(bundle, monkeypatch)
     folder = checkpoint_folder(base)
     with pytest.raises(UserError, match="no data folder"):
         export_model(folder, "onnx", data=tmp_path / "nowhere", out=tmp_path / "out")

@@ -22,9 +22,11 @@ from tests.helpers.environments import clean_environ, make_environment
 from tests.helpers.infer_samples import checkpoint_folder, export_model
 from train.checkpoints.load import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture(scope="module")
-def low(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def low(thin: None, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A gated export with the lowest opset, each file whole."""
     options, out = OnnxOptions(opset=17, one_file=True), tmp_path_factory.mktemp("low") / "onnx-fp32"
     return export_model(checkpoint_folder(base), "onnx", out=out, onnx_options=options)

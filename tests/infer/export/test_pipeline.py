@@ -16,8 +16,11 @@ from tests.helpers.infer_samples import (
     checkpoint_folder,
     data_folder,
     export_model,
+    take_onnx_files,
 )
 from train.checkpoints.load import Checkpoint, load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.fixture
@@ -79,10 +82,13 @@ def test_network_of_the_keys_passes_the_gate(base: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_onnx_bundle_with_a_max_batch_of_1(base: Path, tmp_path: Path) -> None:
-    bundle = export_model(checkpoint_folder(base), "onnx", max_batch=1, out=tmp_path / "one")
-    assert load_bundle(tmp_path / "one") == bundle
-    assert bundle.engine_path is None and sorted(p.name for p in bundle.folder.iterdir()) == [
+def test_onnx_bundle_with_a_max_batch_of_1(
+    base: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_onnx_files(bundle, monkeypatch)
+    made = export_model(checkpoint_folder(base), "onnx", max_batch=1, out=tmp_path / "one")
+    assert load_bundle(tmp_path / "one") == made and made.manifest.max_batch == 1
+    assert made.engine_path is None and sorted(p.name for p in made.folder.iterdir()) == [
         "README.md",
         "bundle.json",
         "model.cpu.onnx",

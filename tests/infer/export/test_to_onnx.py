@@ -23,6 +23,8 @@ from tests.helpers.infer_samples import (
 )
 from train.checkpoints.load import Checkpoint, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture
 def checkpoint(base: Path) -> Checkpoint:

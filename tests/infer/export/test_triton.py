@@ -25,6 +25,8 @@ from tests.helpers.infer_samples import (
     write_tiny,
 )
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture(scope="session")
 def schema() -> ModuleType:
