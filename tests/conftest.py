@@ -100,8 +100,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _environment() -> dict[str, str]:
-    # pytest names the running test there; torch its own cache folder, and Inductor a function, on first use.
+    # pytest names the running test there; torch its own cache folder, and Inductor a function, on first use;
+    # scikit-learn sets those of OpenMP when it is imported.
     passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
+    passing += ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
     return {k: v for k, v in os.environ.items() if k not in passing}
 
 

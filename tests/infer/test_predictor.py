@@ -8,6 +8,7 @@ import json
 import shutil
 import tarfile
 import threading
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,9 @@ def test_predictor_calls_can_be_repeated_and_interleaved(
         mixed = [(found(next(first)), found(next(second))) for _ in range(3)]
         assert mixed == list(zip(expected[:3], expected[2:], strict=True))
         assert [found(row) for row in first] == expected[3:]
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)  # `second` was not asked for the end of its rows: its thread is about to find it
     assert set(threading.enumerate()) == before, "closing ends the threads of the decoder"
 
 
