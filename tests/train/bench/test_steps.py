@@ -22,7 +22,7 @@ from train.models.alexnet import make_model
 from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 # Shapes: N images, H and W rows and columns, C channels.
 
