@@ -145,7 +145,7 @@ def thin() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def warm_cases() -> Iterator[None]:
     """Fork the cases of benchmarks from a process that has torch imported."""
-    from tests.helpers.warm_python import warm_bench_cases
+    from tests.helpers.warm_cases import warm_bench_cases
 
     with warm_bench_cases():
         yield

@@ -1,4 +1,4 @@
-"""The scripts of docs/examples, run as a reader would run them, in this process: it has the exporter loaded."""
+"""The scripts of docs/examples, run as a reader would run them, in this process, which has torch loaded."""
 
 from __future__ import annotations
 

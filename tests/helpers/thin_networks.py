@@ -1,4 +1,4 @@
-"""The published networks with an eighth of their channels, for tests that are not about the networks themselves.
+"""The published networks with an eighth of their channels, for tests that are not about the networks.
 
 A step of a few small images is mostly the weights' own work: 2.4 million of them, here 40 thousand.
 """
