@@ -44,7 +44,7 @@ def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchvision's network without its hidden layers, which are 54 of its 61 million weights."""
 
     def make(num_classes: int) -> nn.Module:
-        model = alexnet(num_classes=num_classes)
+        model: nn.Module = alexnet(num_classes=num_classes)
         model.classifier = nn.Linear(256 * 6 * 6, num_classes)
         return model
 
