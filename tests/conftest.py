@@ -192,6 +192,29 @@ def _make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path]
     return folder
 
 
+@pytest.fixture(scope="module")
+def warm_cases() -> Iterator[None]:
+    """Fork the cases of benchmarks from a process that has torch imported."""
+    from tests.helpers.warm_cases import warm_bench_cases
+
+    with warm_bench_cases():
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_photographs() -> Iterator[None]:
+    """Make the images of benchmarks small: they take longer to write, and to decode, than all else."""
+    from unittest import mock
+
+    from train.bench.images import write_photograph
+
+    def write(number: int, target: Path, sides: tuple[int, int], spread: float) -> None:
+        write_photograph(number, target, (sides[0] // 4, sides[1] // 4), spread)
+
+    with mock.patch("train.bench.images.write_photograph", write):
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""

@@ -1,18 +1,22 @@
-"""The scripts of docs/examples, run as a reader would run them."""
+"""The scripts of docs/examples, run as a reader would run them, in this process, which has torch loaded."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import HTTPServer
 from pathlib import Path
+from queue import Queue
 from typing import Any
+from unittest import mock
 from urllib.error import HTTPError
 
 import pytest
@@ -21,14 +25,16 @@ import torchvision
 from PIL import Image
 
 from tests.helpers.ranks import REPOSITORY
+from tests.helpers.thin_networks import thin_networks
 
 EXAMPLES = REPOSITORY / "docs" / "examples"
 pytestmark = pytest.mark.slow
 
 
-def environment() -> dict[str, str]:
-    """That of a shell in which the package is installed."""
-    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+def run_example(name: str, *arguments: str) -> None:
+    """Run a script of docs/examples from the working directory."""
+    with mock.patch.object(sys, "argv", [name, *arguments]):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def few(source: Path, target: Path, counts: dict[str, int]) -> Path:
@@ -41,36 +47,37 @@ def few(source: Path, target: Path, counts: dict[str, int]) -> Path:
     return target
 
 
-def test_examples_train_export_predict(tmp_path: Path, demo_data: Path) -> None:
+def test_examples_train_export_predict(
+    tmp_path: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A short run of a small network: it learns nothing yet, but each step finds what the last one wrote."""
-    few(demo_data, tmp_path / "digits", {"train": 16, "val": 12})
-    script = str(EXAMPLES / "train_export_predict.py")
-    done = subprocess.run(
-        [sys.executable, script, "data.root=digits", "epochs=2", "model.hidden_units=64"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "epoch 2/2: validation loss" in done.stderr
-    runs_on, *rows = done.stdout.splitlines()
+    few(demo_data, tmp_path / "digits", {"train": 7, "val": 12})
+    monkeypatch.chdir(tmp_path)
+    with thin_networks():
+        run_example("train_export_predict.py", "data.root=digits", "epochs=2", "model.hidden_units=64")
+    done = capsys.readouterr()
+    assert "epoch 2/2: validation loss" in done.err
+    runs_on, *rows = done.out.splitlines()
     assert runs_on.startswith("ONNX Runtime")
     row = re.compile(r"digits/val/\d/\d+\.jpg( \d [\d.]+%){3}")
-    assert [bool(row.fullmatch(line)) for line in rows] == [True] * 4, done.stdout  # every 30th of 120
+    assert [bool(row.fullmatch(line)) for line in rows] == [True] * 4, done.out  # every 30th of 120
     [manifest] = tmp_path.glob("runs/demo-*/export/onnx-fp32/bundle.json")
     assert json.loads(manifest.read_text())["report"]["num_images"] == 120
 
 
-def test_examples_serve_torchvision(tmp_path: Path, demo_data: Path) -> None:
+def test_examples_serve_torchvision(
+    tmp_path: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Weights of torchvision's own class, made here: what is served is what torchvision computes."""
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=10).eval()
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    data = few(demo_data, tmp_path / "digits", {"val": 2})
+    data = few(demo_data, tmp_path / "digits", {"val": 1})
     image = sorted(data.glob("val/7/*.jpg"))[0]
-    with served("weights.pth", "digits", "0", cwd=tmp_path) as address:
+    monkeypatch.chdir(tmp_path)
+    with served("weights.pth", "digits", "0", monkeypatch=monkeypatch) as port:
+        address = capsys.readouterr().out.split()[0]
+        assert address == f"http://127.0.0.1:{port}/"
         status, row = post(address, image.read_bytes())
         refused, reason = post(address, b"no image")
     assert (status, row["path"], len(row["predictions"])) == (200, "request", 5)
@@ -85,27 +92,28 @@ def test_examples_serve_torchvision(tmp_path: Path, demo_data: Path) -> None:
 
 
 @contextmanager
-def served(*arguments: str, cwd: Path) -> Iterator[str]:
-    """The address at which the example serves, until the block ends."""
-    log = cwd / "stderr.txt"  # a file, so that a full pipe does not stop the server
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, str(EXAMPLES / "serve_torchvision.py"), *arguments],
-            cwd=cwd,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as process,
-    ):
+def served(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port at which the example serves, in a thread until the block ends."""
+    servers: Queue[HTTPServer] = Queue()
+
+    class Known(HTTPServer):
+        """Says that it serves."""
+
+        def serve_forever(self, poll_interval: float = 0.01) -> None:
+            servers.put(self)
+            super().serve_forever(poll_interval)
+
+    monkeypatch.setattr("http.server.HTTPServer", Known)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run_example, "serve_torchvision.py", *arguments)
+        while servers.empty():
+            assert not done.done(), done.exception()
+            time.sleep(0.05)
+        server = servers.get()
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, log.read_text()
-            yield line.split()[0]
+            yield server.server_port
         finally:
-            process.kill()
+            server.shutdown()
 
 
 def post(address: str, body: bytes) -> tuple[int, Any]:

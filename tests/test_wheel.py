@@ -18,7 +18,7 @@ import pytest
 
 from data_pipeline.common.start import PACKAGES
 from infer.bundle.load import Bundle
-from tests.helpers.ranks import REPOSITORY, TINY
+from tests.helpers.ranks import COLD, REPOSITORY
 
 SOURCES = ("alexnet.py", "pyproject.toml", "README.md", "LICENSE", *PACKAGES)
 FOREIGN = "raise SystemExit('a foreign file was run')\n"
@@ -75,7 +75,7 @@ def crowded(tmp_path: Path, demo_data: Path) -> Path:
 
 @pytest.mark.slow
 def test_wheel_trains_and_verifies_beside_foreign_files(fresh: Path, crowded: Path) -> None:
-    sets = [f"--set={text}" for text in (*TINY, "epochs=1", "global_batch=10")]
+    sets = [f"--set={text}" for text in (*COLD, "epochs=1", "global_batch=10")]
     here = {"PYTHONPATH": "."}  # an entry of it comes before what is installed
     done = run([fresh / "alexnet", "train", "--data=d", *sets], crowded, **here)
     assert done.returncode == 0, done.stderr

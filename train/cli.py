@@ -100,17 +100,18 @@ def train(
     alexnet train --nnodes 2 --rdzv-endpoint node1:29400 --rdzv-id job-17
     """
     from train.config.load import make_config, to_json
-    from train.distributed.torchrun import (
+
+    config = make_config(options["recipe"], options["overrides"], options["data"], options["init"])
+    if print_config:
+        click.echo(to_json(config))
+        return
+    from train.distributed.torchrun import (  # and torch, which takes its time
         choose_rank_count,
         rendezvous_options,
         run_torchrun,
         training_arguments,
     )
 
-    config = make_config(options["recipe"], options["overrides"], options["data"], options["init"])
-    if print_config:
-        click.echo(to_json(config))
-        return
     arguments = training_arguments(**options, debug=debug)
     rendezvous = rendezvous_options(nnodes, rdzv_endpoint, rdzv_id)
     code = run_torchrun(choose_rank_count(nproc, config), arguments, max_restarts, rendezvous)

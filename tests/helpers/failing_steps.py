@@ -1,12 +1,17 @@
-"""Cases of `alexnet bench train` that fail at different moments; without torch, so they start at once."""
+"""Cases of `alexnet bench train` that fail at different moments, and small ones; they start without torch."""
 
 from __future__ import annotations
 
 import os
 import time
 from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
 
 from train.bench.subjects import StepSpec
+
+if TYPE_CHECKING:
+    from train.bench.trainer import Parts
 
 
 class FailingSteps:
@@ -48,3 +53,11 @@ class NoProducts(TwoProducts):
 
     def measure(self, *_counts: int) -> dict[str, float]:
         raise RuntimeError("no blocks")
+
+
+def small_gemm_parts(_device: str, _precision: str) -> Parts:
+    """A matrix product that takes a hundredth of the time of those that the benchmark measures."""
+    import torch
+
+    factor = torch.randn(512, 512)
+    return {"gflops_512": (2e-9 * 512**3, partial(torch.mm, factor, factor))}

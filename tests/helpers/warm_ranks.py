@@ -36,6 +36,15 @@ PATIENCE_S = 30.0
 """Ranks that have not exited so long after another one failed are killed, as torchrun does."""
 
 
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """How warm processes are started, with the process running that they are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, THREADS):
+        forkserver.ensure_running()
+    return context
+
+
 class Ranks:
     """Running ranks of `python -m MODULE ARGUMENTS`; they meet at this process's store, as at torchrun's.
 
@@ -56,10 +65,7 @@ class Ranks:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        with mock.patch.dict(os.environ, THREADS):
-            forkserver.ensure_running()
+        context = warm_context()
         self.processes = [
             context.Process(
                 target=_be_rank,

@@ -75,26 +75,26 @@ def test_undecodable_files_are_listed_and_give_code_3(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_repaired_files_leave_the_list_on_another_run(folder: Path) -> None:
-    first = json.loads(run(folder, "--json").stdout)
+    first = json.loads(run(folder, "--workers=1", "--json").stdout)
     assert (first["clean"], first["num_listed"], first["num_added"]) == (False, 4, 4)
     path = folder / QUARANTINE
     before = (path.read_bytes(), path.stat().st_mtime_ns)
-    again = json.loads(run(folder, "--json").stdout)
+    again = json.loads(run(folder, "--workers=1", "--json").stdout)
     assert (again["num_listed"], again["num_added"], again["repaired"]) == (4, 0, [])
     assert again["splits"] == first["splits"] and first["splits"]["train"]["num_bad"] == 3
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
     (folder / "train" / "a" / BAD_NAME).write_bytes(WHOLE)
     (folder / "train" / "b" / "huge.png").unlink()
-    only_val = json.loads(run(folder, "--json", "--split", "val").stdout)
+    only_val = json.loads(run(folder, "--workers=1", "--json", "--split", "val").stdout)
     assert (only_val["num_listed"], only_val["repaired"]) == (4, [])  # the other split's entries stay
-    train = json.loads(run(folder, "--json", "--split", "train").stdout)
+    train = json.loads(run(folder, "--workers=1", "--json", "--split", "train").stdout)
     assert [row["path"] for row in train["repaired"]] == ["train/a/caf\\xe9.jpg", "train/b/huge.png"]
     assert list(read_exclude_list(path)) == ["train/a/007.jpg", "val/b/empty.jpg"]
 
     (folder / "train" / "a" / "007.jpg").write_bytes(WHOLE)
     (folder / "val" / "b" / "empty.jpg").write_bytes(WHOLE)
-    clean = run(folder)
+    clean = run(folder, "--workers=1")
     assert clean.exit_code == 0 and not path.exists()
     assert clean.stdout.splitlines()[-1] == "nothing is damaged: no quarantine list is needed"
     assert "  val/b/empty.jpg (was: empty file)" in clean.stdout
@@ -157,7 +157,8 @@ def test_shards_give_the_findings_of_files_by_member_name(folder: Path, shards: 
     want = open_dataset(folder, "train", quarantine=False)
     names = [f"train/{path}" for path in want.paths]
     found = {f"{int(Path(path).stem)}": reason for path, reason in report.splits[0].bad}
-    assert found == {str(names.index(n)): dict(verify(folder).splits[0].bad)[n] for n in FOUND if n in names}
+    of_files = dict(verify(folder, workers=1).splits[0].bad)
+    assert found == {str(names.index(n)): of_files[n] for n in FOUND if n in names}
     assert all(path.startswith("train/shard-0000") for path, _ in report.splits[0].bad)
     assert open_dataset(shards, "train").num_quarantined == 3
     assert list(open_dataset(shards, "train").paths) == list(open_dataset(folder, "train").paths)
@@ -170,7 +171,7 @@ def test_verify_names_a_shard_with_a_wrong_hash(shards: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # in the zeros at the end, which nothing reads
     path.write_bytes(content)
-    result = run(shards, "--split", "train", "--json")
+    result = run(shards, "--split", "train", "--json", "--workers", "1")
     assert result.exit_code == 3
     found = json.loads(result.stdout)["splits"]["train"]
     assert found["damaged_shards"] == ["train/shard-000000.tar"] and found["num_bad"] == 3

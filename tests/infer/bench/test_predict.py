@@ -14,7 +14,7 @@ PHASES = ("decode", "preprocess", "copy", "model", "post", "end_to_end")
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(tmp_path_factory: pytest.TempPathFactory, thin: None, warm_cases: None) -> Report:
     """Small, and with int8, whose gate it has to pass."""
     folder: Path = tmp_path_factory.mktemp("bench") / "photos"
     return bench_infer(

@@ -92,8 +92,8 @@ def test_ctrl_c_keeps_rows_and_says_how_to_go_on(
         assert process.wait() == 130
     assert last == f"error: stopped; the same command with --resume goes on after the rows in {rows}"
     num_kept = rows.read_bytes().count(b"\n")
-    done = subprocess.run([*arguments, "--resume"], input=listed, env=ENVIRONMENT, capture_output=True)
-    assert done.returncode == 0 and f"--resume: {num_kept} rows are there already" in done.stderr.decode()
+    done = CliRunner().invoke(main, [*arguments[3:], "--resume"], input=listed)
+    assert done.exit_code == 0 and f"--resume: {num_kept} rows are there already" in done.stderr
     assert [json.loads(row)["path"] for row in rows.read_bytes().splitlines()] == list(map(str, files))
 
 

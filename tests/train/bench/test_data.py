@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.machine import usable_cores
-from tests.helpers.ranks import run_command
+from tests.helpers.command_line import invoke
 from train.bench import data
 from train.bench.data import RATIOS, bench_data, make_subjects
 from train.bench.loaders import Subject, our_loader
@@ -17,19 +17,23 @@ from train.bench.startup import bench_startup
 
 
 @pytest.mark.slow
-def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("warm_cases", "small_photographs")
+def test_bench_data_reports_ratios_of_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the loaders without a GPU those of some ratios; test_loaders.py opens the others."""
+    monkeypatch.setattr(data, "MEMORY_EPOCHS", 3)
     only = ["dali", "dali_reader"]
-    options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=2"]
+    options = ["--json", f"--folder={tmp_path / 'images'}", "--images=128", "--rounds=1", "--batches=1"]
     options += [f"--only={name}" for name in only]
-    done = run_command(["alexnet", "bench", "data", *options], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = invoke("bench", "data", *options)
+    assert done.exit_code == 0, done.stderr
     report, two = json.loads(done.stdout), min(2, usable_cores())
     rows = {row["case"]: row for row in report["rows"]}
     assert {name: (row["cores"], row["batch"]) for name, row in rows.items()} == {
         "dali": (two, 64), "dali_reader": (two, 64), "dali_1_core": (1, 64),
     }  # fmt: skip
-    assert report["num_images"] == 128 and report["images_per_round"] == 128
+    assert report["num_images"] == 128 and report["images_per_round"] == 64
     assert all(row["images_per_s"] > 0 and row["failure"] is None for row in rows.values())
     for name, (top, bottom) in RATIOS.items():
         if top in rows and bottom in rows and (two == 2 or name != "dali_vs_torchvision_2_cores"):
@@ -40,7 +44,7 @@ def test_bench_data_reports_ratios_of_what_it_measured(tmp_path: Path) -> None:
     overlap = rows["dali"]["overlap_images_per_s"] / rows["dali"]["images_per_s"]
     assert report["ratios"]["overlap"] == pytest.approx(overlap, rel=0.01)
     assert "round 1 of 1" in done.stderr
-    assert len(report["memory_mb"]) == 20 and min(report["memory_mb"]) > 50
+    assert len(report["memory_mb"]) == 3 and min(report["memory_mb"]) > 50
 
 
 def test_bench_data_has_a_case_for_each_end_of_a_ratio() -> None:
@@ -68,10 +72,13 @@ def test_bench_data_gives_a_row_to_loaders_that_fail(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_bench_startup_uses_the_index_and_sees_changes(tmp_path: Path) -> None:
-    options = ["--json", "--files=12000", f"--folder={tmp_path / 'links'}"]
-    done = run_command(["alexnet", "bench", "startup", *options], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("warm_cases", "small_photographs")
+def test_bench_startup_uses_the_index_and_sees_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.bench.images.FOLDER", tmp_path / "photographs")
+    done = invoke("bench", "startup", "--json", "--files=12000", f"--folder={tmp_path / 'links'}")
+    assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["case"], row["num_images"]) for row in rows] == [
         ("first", 12000),

@@ -41,7 +41,7 @@ def report() -> Report:
     links = () if why_no_hosts() else ("160mbit",)
     return bench_scaling(
         variant="owt", modes=("ddp+bf16", "hybrid"), ranks=(2,), links=links, rank_batch=4, crop_px=63,
-        num_classes=10, precision="fp32", device="cpu", num_rounds=1, steps=2,
+        num_classes=10, precision="fp32", device="cpu", num_rounds=1, steps=1,
         overrides=("model.hidden_units=128",),
     )  # fmt: skip
 

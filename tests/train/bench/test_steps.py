@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import nn
+from torchvision.models import alexnet
 
 from tests.helpers.wrong_steps import Fast, WrongGradient, candidate, read_seconds
 from train.bench.subjects import make_specs
@@ -22,7 +24,7 @@ from train.models.alexnet import make_model
 from train.models.batch_norm import BatchNorm
 from train.models.lrn import LocalResponseNorm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 # Shapes: N images, H and W rows and columns, C channels.
 
@@ -37,9 +39,21 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield one
 
 
+@pytest.fixture
+def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's network without its hidden layers, which are 54 of its 61 million weights."""
+
+    def make(num_classes: int) -> nn.Module:
+        model: nn.Module = alexnet(num_classes=num_classes)
+        model.classifier = nn.Linear(256 * 6 * 6, num_classes)
+        return model
+
+    monkeypatch.setattr("torchvision.models.alexnet", make)
+
+
 def ours(world: World, subject: str) -> OurStep:
     (spec,) = make_specs([subject], [2], "fp32", "cpu")
-    return OurStep(world, spec, 64)
+    return OurStep(world, replace(spec, keys=(*spec.keys, "model.hidden_units=64")), 64)
 
 
 def test_our_step_is_the_one_that_is_proved(
@@ -93,9 +107,8 @@ def test_our_step_is_chosen_and_trains_on_a_gpu(
 
 
 def test_bn_without_norms_has_its_other_layers_alone() -> None:
-    (spec,) = make_specs(["bn_no_norm"], [2], "fp32", "cpu")
     with open_world("cpu") as world:
-        step = OurStep(world, spec, 64)
+        step = ours(world, "bn_no_norm")
         assert isinstance(step.sample.images, torch.Tensor) and step.sample.images.shape == (2, 64, 64, 3)
         counts = step()
         assert counts.integers[0] == 2 and torch.isfinite(counts.loss_sum)
@@ -109,6 +122,7 @@ def test_bn_without_norms_has_its_other_layers_alone() -> None:
     assert sum(isinstance(layer, LocalResponseNorm) for layer in paper) == 2
 
 
+@pytest.mark.usefixtures("small_torchvision")
 def test_torchvision_trains_from_bytes_in_its_tuned_way(monkeypatch: pytest.MonkeyPatch) -> None:
     models: dict[str, nn.Module] = {}
     optimizers: list[torch.optim.SGD] = []
@@ -138,9 +152,13 @@ def test_torchvision_trains_from_bytes_in_its_tuned_way(monkeypatch: pytest.Monk
     assert optimizers[0].defaults["fused"] and optimizers[0].defaults["momentum"] == 0.9
 
 
+@pytest.mark.usefixtures("small_torchvision")
 def test_steps_are_timed_and_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setenv("KINETO_LOG_LEVEL", "6")
+    monkeypatch.setattr(
+        "train.bench.trainer.cpu_share", lambda _: 1
+    )  # torch's other threads wait by spinning
     (spec,) = make_specs(["torchvision_fp32"], [2], "fp32", "cpu")
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())

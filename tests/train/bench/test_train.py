@@ -10,8 +10,8 @@ from typing import Any, Literal
 import pytest
 
 import train.bench.train
-from tests.helpers.failing_steps import FailingSteps, NoProducts, TwoProducts
-from tests.helpers.ranks import run_command
+from tests.helpers.command_line import invoke
+from tests.helpers.failing_steps import FailingSteps, NoProducts, TwoProducts, small_gemm_parts
 from train.bench.harness import Bench, Case, Report, describe, four_digits
 from train.bench.subjects import StepSpec, make_specs
 from train.bench.train import bench_train, measure_batch
@@ -54,6 +54,7 @@ def bench_failing(
     """Two rounds of `FailingSteps`, each a process."""
     monkeypatch.setattr(train.bench.train, "StepCase", FailingSteps)
     monkeypatch.setattr(train.bench.train, "PartsCase", products)
+    monkeypatch.setattr(train.bench.train, "gemm_parts", small_gemm_parts)  # sent by name: ours needs torch
     return bench_train(
         only=only, batches=[2], precision="fp32", num_rounds=2, crop_px=64, folder=None, images=2,
         device="cpu",
@@ -91,16 +92,20 @@ def test_matrix_products_that_fail_have_a_row(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("thin", "warm_cases")
+def test_bench_train_reports_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train.bench.train, "gemm_parts", small_gemm_parts)
+    monkeypatch.setattr(train.bench.train, "STEPS", {"cpu": (1, 0)})
+    monkeypatch.setattr(train.bench.train, "FED_STEPS", {"cpu": 1})
     only = ["--only=owt", "--only=torchvision_fp32", "--only=end_to_end"]
-    options = ["--batch=4", "--crop=64", "--precision=fp32", "--images=32", "--rounds=1", *only]
-    done = run_command(
-        ["alexnet", "bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options], cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--batch=2", "--crop=64", "--precision=fp32", "--images=8", "--rounds=1", *only]
+    done = invoke("bench", "train", "--json", f"--folder={tmp_path / 'images'}", *options)
+    assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     reference, owt = report["rows"]
-    assert reference["case"] == "torchvision_fp32 fp32 batch 4" and "loader_images_per_s" not in reference
+    assert reference["case"] == "torchvision_fp32 fp32 batch 2" and "loader_images_per_s" not in reference
     rounds = report["rounds"][owt["case"]]
     assert set(rounds) == {
         "images_per_s", "peak_memory_mb", "loader_images_per_s", "end_to_end_images_per_s",
@@ -121,4 +126,4 @@ def test_bench_train_reports_what_it_measured(tmp_path: Path) -> None:
     assert report["ratios"]["owt_fast_vs_plain"] is None
     assert "owt_fast_vs_plain: owt runs by the plain step itself" in report["notes"]
     assert owt["peak_memory_mb"] > 100 and owt["operators"] > 100 and "launches" not in owt
-    assert "gpuGetDeviceCount" not in done.stderr
+    assert "gpuGetDeviceCount" not in done.stderr + capfd.readouterr().err

@@ -36,6 +36,7 @@ def test_batch_advice_lies_between_knee_and_noise_scale() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("thin", "warm_cases")
 def test_bench_batch_measures_sizes_memory_and_noise_scale(
     demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
