@@ -102,14 +102,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _environment() -> dict[str, str]:
     # pytest names the running test there; torch its own cache folder, and Inductor a function, on first use;
     # scikit-learn sets those of OpenMP when it is imported.
-    passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
-    passing += ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+    passing = {
+        "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+        "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
+    }  # fmt: skip
     return {k: v for k, v in os.environ.items() if k not in passing}
 
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail a test that leaves environment variables, threads or a process group behind."""
+    """Fail a test that leaves environment variables, threads or a process group behind.
+
+    A test that trains may set torch's number of threads; the next one has that of before. Beside other workers
+    two threads on two cores wait for each other by spinning, nine times as long as one computes.
+    """
+    import torch
+
+    num_threads = torch.get_num_threads()
     environment = _environment()
     threads = set(threading.enumerate())
     for name in LOGGERS:  # a command sends them to stderr alone; pytest's own capture needs them as they were
@@ -120,6 +129,7 @@ def no_leaks() -> Iterator[None]:
     yield
     import torch.distributed as dist
 
+    torch.set_num_threads(num_threads)
     left = [t.name for t in threading.enumerate() if t not in threads and not t.daemon]
     assert not left, f"threads left behind: {left}"
     assert not dist.is_initialized(), "a process group was left behind"

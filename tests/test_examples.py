@@ -54,7 +54,13 @@ def test_examples_train_export_predict(
     few(demo_data, tmp_path / "digits", {"train": 7, "val": 12})
     monkeypatch.chdir(tmp_path)
     with thin_networks():
-        run_example("train_export_predict.py", "data.root=digits", "epochs=2", "model.hidden_units=64")
+        run_example(
+            "train_export_predict.py",
+            "data.root=digits",
+            "epochs=2",
+            "model.hidden_units=64",
+            "cpu_threads=1",
+        )
     done = capsys.readouterr()
     assert "epoch 2/2: validation loss" in done.err
     runs_on, *rows = done.out.splitlines()

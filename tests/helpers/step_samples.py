@@ -18,7 +18,13 @@ from train.setup import make_step_parts
 from train.step import StepParts
 
 CLASSES = "abcdefghij"
-SMALL = ("preprocessing.crop_px=32", "preprocessing.resize_px=32", "model.stem_stride=1", "global_batch=4")
+SMALL = (
+    "preprocessing.crop_px=32",
+    "preprocessing.resize_px=32",
+    "model.stem_stride=1",
+    "global_batch=4",
+    "cpu_threads=1",
+)
 
 
 def small_trainer(world: World, *overrides: str, checkpoint: Checkpoint | None = None) -> StepParts:
