@@ -113,8 +113,8 @@ def _environment() -> dict[str, str]:
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves environment variables, threads or a process group behind.
 
-    A test that trains may set torch's number of threads; the next one has that of before. Beside other workers
-    two threads on two cores wait for each other by spinning, nine times as long as one computes.
+    A test that trains may set torch's number of threads; the next one has that of before. Beside other
+    workers two threads on two cores wait for each other by spinning, nine times as long as one computes.
     """
     import torch
 
