@@ -6,11 +6,10 @@ As a module: python -m tests.helpers.fast_steps, on each of several ranks; rank 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import click
 import numpy as np
@@ -25,12 +24,12 @@ from data_pipeline.transforms.sampler import rank_slice
 from data_pipeline.transforms.trivial import trivial_params_at
 from tests.helpers.recorder import Recorder
 from tests.helpers.step_samples import CLASSES, parts_of
+from tests.helpers.thin_networks import networks_with
 from train.config.load import make_config
 from train.distributed.world import World, open_world
 from train.graphs.capture import Capture
 from train.graphs.fast_step import FastStep
 from train.health.metrics import AccuracyMeter
-from train.models.alexnet import NETWORKS
 from train.step import StepFn, StepParts, train_step
 
 CROP_PX, GLOBAL_BATCH, NUM_STEPS, BAD_STEP = 22, 8, 50, 23
@@ -43,12 +42,9 @@ SETS = (
 )  # fmt: skip
 
 
-@contextmanager
-def narrow_networks() -> Iterator[None]:
+def narrow_networks() -> AbstractContextManager[None]:
     """Networks of few channels, which take a hundredth of the time."""
-    narrow = {name: replace(net, channels=(4, 6, 8, 8, 6)) for name, net in NETWORKS.items()}
-    with mock.patch.dict(NETWORKS, narrow):
-        yield
+    return networks_with(4, 6, 8, 8, 6)
 
 
 def make_parts(world: World, *overrides: str, scaled: bool = False) -> StepParts:

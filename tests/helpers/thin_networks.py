@@ -32,6 +32,14 @@ def thin_networks() -> Iterator[None]:
 
 
 @contextmanager
+def networks_with(*channels: int) -> Iterator[None]:
+    """Build every network with these channels of its five convolutions until the end of the context."""
+    five = cast(tuple[int, int, int, int, int], channels)
+    with mock.patch.dict(NETWORKS, {name: replace(net, channels=five) for name, net in _PUBLISHED.items()}):
+        yield
+
+
+@contextmanager
 def published_networks() -> Iterator[None]:
     """Build the networks as published until the end of the context."""
     with mock.patch.dict(NETWORKS, _PUBLISHED):

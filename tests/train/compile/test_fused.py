@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tests.helpers.plain_kernels import PLAIN
+from tests.helpers.thin_networks import networks_with
 from tests.helpers.triton import interpreted, needs_triton
 from train.compile.fused import FusedNetwork, stages_of
 from train.config.load import make_config
@@ -19,7 +21,6 @@ from train.config.schema import ModelConfig
 from train.distributed.numerics import exact_float32
 from train.kernels.block import DEAD, Gradients, Saved
 from train.kernels.interface import Kernels, triton_kernels
-from train.models import alexnet
 from train.models.alexnet import AlexNet, make_model
 from train.models.batch_norm import synchronize
 from train.models.dropout import layer_keys_at, masks_of
@@ -42,10 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_networks() -> Iterator[None]:
     """Give the networks few channels."""
-    for name, network in alexnet.NETWORKS.items():
-        monkeypatch.setitem(alexnet.NETWORKS, name, replace(network, channels=(8, 12, 16, 16, 12)))
+    with networks_with(8, 12, 16, 16, 12):
+        yield
 
 
 class OneRank:

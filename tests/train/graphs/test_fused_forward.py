@@ -17,6 +17,7 @@ from data_pipeline.transforms.trivial import trivial_params_at
 from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.recorder import Recorder, run_every_time
 from tests.helpers.step_samples import small_batch, small_trainer
+from tests.helpers.thin_networks import networks_with
 from train.distributed.world import World, open_world
 from train.graphs.capture import CudaCapture
 from train.graphs.choose import list_candidates
@@ -26,10 +27,9 @@ from train.graphs.prover import Prover
 from train.health.metrics import AccuracyMeter
 from train.inputs.pass_inputs import PassInputs
 from train.kernels.interface import triton_kernels
-from train.models import alexnet
 from train.step import StepParts, count_losses, train_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
+pytestmark = pytest.mark.slow
 
 NETWORKS = {
     "paper": ("model.stem_stride=2",),
@@ -49,11 +49,9 @@ SMALL = ("preprocessing.crop_px=56", "preprocessing.resize_px=56", "model.hidden
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for name, network in alexnet.NETWORKS.items():
-        monkeypatch.setitem(alexnet.NETWORKS, name, replace(network, channels=(8, 12, 16, 16, 12)))
+def world() -> Iterator[World]:
     before = torch.get_num_threads()
-    with open_world("cpu") as one:
+    with networks_with(8, 12, 16, 16, 12), open_world("cpu") as one:
         torch.set_num_threads(1)
         yield one
     torch.set_num_threads(before)
