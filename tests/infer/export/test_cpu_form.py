@@ -16,11 +16,17 @@ from infer.export.cpu_form import BandedLrn, has_shared_weights
 from infer.export.quantize import quantize_for_cpu
 from infer.export.to_onnx import ContractModel, export_for_cpu, export_for_int8_cpu
 from infer.export.verify_precision import check_precision
-from tests.helpers.infer_samples import checkpoint_folder
+from tests.helpers.infer_samples import checkpoint_folder, export_model
 from train.checkpoints.load import load_checkpoint
 from train.models.lrn import LocalResponseNorm
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path) -> Bundle:
+    """An export of the network as published: sizes and differences below are those of its channels."""
+    return export_model(checkpoint_folder(base), "onnx", max_batch=8)
 
 
 def probabilities(model: Path | bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
