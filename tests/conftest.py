@@ -127,12 +127,10 @@ def no_leaks() -> Iterator[None]:
         logger.propagate = True
         logger.setLevel(logging.NOTSET)
     yield
-    import torch.distributed as dist
-
     torch.set_num_threads(num_threads)
     left = [t.name for t in threading.enumerate() if t not in threads and not t.daemon]
     assert not left, f"threads left behind: {left}"
-    assert not dist.is_initialized(), "a process group was left behind"
+    assert not torch.distributed.is_initialized(), "a process group was left behind"
     assert _environment() == environment
 
 
@@ -211,29 +209,13 @@ def warm_cases() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def small_photographs() -> Iterator[None]:
-    """Make the images of benchmarks small: they take longer to write, and to decode, than all else."""
-    from unittest import mock
-
-    from train.bench.images import write_photograph
-
-    def write(number: int, target: Path, sides: tuple[int, int], spread: float) -> None:
-        write_photograph(number, target, (sides[0] // 4, sides[1] // 4), spread)
-
-    with mock.patch("train.bench.images.write_photograph", write):
-        yield
-
-
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo digits, written once for all tests."""
     from data_pipeline.datasets.demo import write_demo
 
-    return (
-        _make_once(tmp_path_factory, "demo", lambda folder: write_demo(folder / "demo/digits"))
-        / "demo/digits"
-    )
+    folder = _make_once(tmp_path_factory, "demo", lambda folder: write_demo(folder / "demo/digits"))
+    return folder / "demo/digits"
 
 
 @pytest.fixture(scope="session")

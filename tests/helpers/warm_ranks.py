@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
@@ -60,7 +60,9 @@ class Ranks:
         self.arguments = list(map(str, arguments))
         self._output = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
         self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        world = {
+        shared = dict(THREADS)
+        if in_world:
+            shared |= {
             "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
@@ -72,10 +74,7 @@ class Ranks:
                 args=(
                     self.arguments,
                     cwd,
-                    {
-                        **THREADS,
-                        **({**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if in_world else {}),
-                    },
+                    shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if in_world else {}),
                     self._output,
                     are_thin(),
                 ),
@@ -154,8 +153,13 @@ def run_warm(
     arguments: Sequence[str | Path], cwd: Path, timeout_s: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """Run torchrun, the soak or a module of ours to its end; torchrun's ranks are warm, too."""
-    with ranks_of(1, ["tests.helpers.forked", *arguments], cwd, in_world=False) as process:
+    with warm_process(arguments, cwd) as process:
         return process.wait(timeout_s)
+
+
+def warm_process(arguments: Sequence[str | Path], cwd: Path) -> AbstractContextManager[Ranks]:
+    """Torchrun, the soak or a module of ours, which does not outlive a test; its one process is no rank."""
+    return ranks_of(1, ["tests.helpers.forked", *arguments], cwd, in_world=False)
 
 
 @contextmanager

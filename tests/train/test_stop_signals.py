@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from scripts.soak.compare import compare_runs
-from scripts.soak.launch import is_alive
+from scripts.soak.launch import is_alive, wait_until
 from tests.helpers.ranks import COLD, link_subset, read_rows, torchrun_arguments
-from tests.helpers.warm_ranks import ranks_of, train_warm
+from tests.helpers.warm_ranks import ranks_of, train_warm, warm_process
 from train.checkpoints.load import find_checkpoint, load_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
@@ -112,7 +112,7 @@ def test_signal_to_torchrun_or_a_rank_stops_all_ranks(
     """A rank that exits makes torchrun restart all: they read in launch.json that the run ended, and exit."""
     arguments = [f"--data={undisturbed[0]}", *(f"--set={s}" for s in SETTINGS)]
     launch = torchrun_arguments(2, [*arguments, "--out=runs"], max_restarts=1)
-    with ranks_of(1, ["tests.helpers.forked", *launch], cwd=tmp_path, in_world=False) as torchrun:
+    with warm_process(launch, cwd=tmp_path) as torchrun:
         assert torchrun.wait_until(lambda: has_rows(tmp_path)), torchrun.stderr
         pid = torchrun.processes[0].pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -123,10 +123,8 @@ def test_signal_to_torchrun_or_a_rank_stops_all_ranks(
                 os.kill(int(children[-1]), number)
             time.sleep(0.05)
         assert torchrun.wait(KILL_S).returncode != 0
-        deadline = time.monotonic() + KILL_S
-        while any(is_alive(int(child)) for child in children):  # after a second Ctrl-C they end by themselves
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        # after a second Ctrl-C they end by themselves
+        assert wait_until(lambda: not any(is_alive(int(child)) for child in children), KILL_S)
         said = torchrun.stderr
     assert said.count("saved; go on with --resume auto") == (1 if to_launcher else 2)
     if not to_launcher:

@@ -12,8 +12,19 @@ from data_pipeline.common.machine import usable_cores
 from tests.helpers.command_line import invoke
 from train.bench import data
 from train.bench.data import RATIOS, bench_data, make_subjects
+from train.bench.images import write_photograph
 from train.bench.loaders import Subject, our_loader
 from train.bench.startup import bench_startup
+
+
+@pytest.fixture
+def small_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the images of benchmarks small: they take longer to write, and to decode, than all else."""
+
+    def write(number: int, target: Path, sides: tuple[int, int], spread: float) -> None:
+        write_photograph(number, target, (sides[0] // 4, sides[1] // 4), spread)
+
+    monkeypatch.setattr("train.bench.images.write_photograph", write)
 
 
 @pytest.mark.slow
