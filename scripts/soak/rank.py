@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from data_pipeline.loading.batches import Batch
 from train.health.metrics import AccuracyMeter
 from train.main import main
 from train.step import StepParts, train_step
+
+
+MIN_STEP_S = 0.2
+"""A step takes at least so long: on a fast machine the run would be over before a fault that is planned for one
+of its steps, and some tenths of a second after it."""
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +56,7 @@ def install(folder: Path, launch: int) -> None:
     def recorded_step(
         parts: StepParts, batches: Sequence[Batch], learning_rate: float, step: int
     ) -> AccuracyMeter:
+        earliest_end = time.monotonic() + MIN_STEP_S
         counts = train_step(parts, batches, learning_rate, step)
         assert all(batch.step == step for batch in batches)
         record = StepRecord(
@@ -58,6 +65,7 @@ def install(folder: Path, launch: int) -> None:
             failed=[int(i) for batch in batches for i in batch.indices[~batch.valid]],
         )
         os.write(target, msgspec.json.encode(record) + b"\n")  # one call: a kill leaves a whole line or none
+        time.sleep(max(0.0, earliest_end - time.monotonic()))
         return counts
 
     train.setup.train_step = recorded_step  # type: ignore[attr-defined]
