@@ -32,6 +32,7 @@ from train.checkpoints.safe_load import load_plain
 from train.config.load import decode_config
 from train.config.schema import RunConfig
 from train.models.alexnet import AlexNet, count_hidden_weights, make_model
+from train.models.init import Uninitialized
 
 log = logging.getLogger("train")
 
@@ -114,14 +115,16 @@ def make_model_with(
         UserError: weights that do not fit the configuration, with how they differ.
     """
     sizes = {"num_classes": num_classes, "crop_px": config.preprocessing.crop_px}
-    wanted = count_hidden_weights(config.model, **sizes)
+    with Uninitialized():
+        wanted = count_hidden_weights(config.model, **sizes)
     found = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
     if wanted != found:
         raise UserError(
             f"{source} holds another model's weights (its fully connected layers have {found} weights, those "
             f"of its configuration {wanted}); {advice}"
         )
-    model = make_model(config.model, **sizes)
+    with Uninitialized():
+        model = make_model(config.model, **sizes)
     load_weights(model, weights, source, advice)
     return model
 

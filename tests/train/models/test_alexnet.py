@@ -27,6 +27,7 @@ from train.models.alexnet import (
     make_model,
 )
 from train.models.dropout import Dropout
+from train.models.init import Uninitialized
 from train.models.lrn import LocalResponseNorm
 
 PARAMETERS = {"paper": 60_965_224, "caffe": 60_965_224, "owt": 61_100_840, "bn": 60_966_600}
@@ -43,7 +44,8 @@ def tiny(name: str, init: Init = "he", num_classes: int = 10) -> AlexNet:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_published_ones(name: str) -> None:
     config = ModelConfig(name=name)  # type: ignore[arg-type]
-    model = make_model(config, num_classes=1000, crop_px=227 if name == "caffe" else 224)
+    with Uninitialized():
+        model = make_model(config, num_classes=1000, crop_px=227 if name == "caffe" else 224)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
@@ -71,7 +73,8 @@ NORMS = 2 * (96 + 256 + 384 + 384 + 256)
 )
 def test_keys_change_shapes_as_counted_by_hand(changed: dict[str, Any], parameters: int) -> None:
     keys = {"stem_stride": 2, "groups": 1, "pool_padding": 1, "hidden_units": 512, **changed}
-    model = make_model(ModelConfig(**keys), num_classes=200, crop_px=64)
+    with Uninitialized():
+        model = make_model(ModelConfig(**keys), num_classes=200, crop_px=64)
     assert sum(p.numel() for p in model.parameters()) == parameters
     images_NCHW = torch.zeros(2, 3, 64, 64)
     map_NCHW = model.features(images_NCHW)
@@ -82,7 +85,8 @@ def test_keys_change_shapes_as_counted_by_hand(changed: dict[str, Any], paramete
 @pytest.mark.slow
 @pytest.mark.parametrize("crop_px", [224, 256])
 def test_owt_exchanges_weights_with_torchvisions_alexnet(crop_px: int) -> None:
-    ours = make_model(ModelConfig(name="owt"), num_classes=1000, crop_px=crop_px).eval()
+    with Uninitialized():
+        ours = make_model(ModelConfig(name="owt"), num_classes=1000, crop_px=crop_px).eval()
     theirs = torchvision.models.alexnet(num_classes=1000).eval()
     images_NCHW = torch.randn(2, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0))
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -96,7 +100,8 @@ def test_owt_exchanges_weights_with_torchvisions_alexnet(crop_px: int) -> None:
 
 
 def test_caffe_agrees_layer_by_layer_with_bvlcs_file() -> None:
-    model = make_model(ModelConfig(name="caffe"), num_classes=1000, crop_px=224)
+    with Uninitialized():
+        model = make_model(ModelConfig(name="caffe"), num_classes=1000, crop_px=224)
     layers = [m for m in model.modules() if not isinstance(m, (nn.Sequential, AlexNet, nn.Identity))]
     nodes = [n for n in bvlc_file().graph.node if n.op_type not in ("ConstantOfShape", "Reshape", "Softmax")]
     kinds = {
@@ -190,7 +195,8 @@ def test_last_feature_map_has_the_computed_size(name: str) -> None:
         if name == "caffe" and crop_px == 21:
             continue
         config = ModelConfig(name=name, stem_stride=stride, hidden_units=5)  # type: ignore[arg-type]
-        model = make_model(config, num_classes=3, crop_px=crop_px).eval()
+        with Uninitialized():
+            model = make_model(config, num_classes=3, crop_px=crop_px).eval()
         assert model(torch.zeros(1, 3, crop_px, crop_px)).shape == (1, 3)
 
 
