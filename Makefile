@@ -15,6 +15,9 @@ INSTALLED := $(VENV)/.installed-$(TENSORRT)
 # the workers end together (tests/conftest.py).
 PYTEST := $(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Hundreds of processes import the same files: without Python's bytecode each would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test check install lint clean
 .DEFAULT_GOAL := help
 

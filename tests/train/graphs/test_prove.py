@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from train.graphs.trial import Candidate, DeviceLostError, Held
 from train.graphs.verdict import Record, Verdict, load_verdict, machine_of, task_of
 from train.step import StepParts, train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 SMALL = ("model.name=owt", "model.hidden_units=32", "precision=fp32")
 
@@ -53,7 +54,7 @@ def ask(world: World, kinds: Sequence[type[Fast]], *overrides: str) -> Question:
             [WrongGradient, Fast, Faster],
             "Faster",
             "Faster is right, 250 ms; the plain step takes 2e+03 ms; not WrongGradient: in float32 the "
-            "gradient of features.3.weight is too large or too small by 0.01, and 2 more tensor(s) are; Fast "
+            "(gradient or momentum) of features.3.weight is too large or too small by 0.01, and 2 more tensor(s) are; Fast "
             "is right, 500 ms",
         ),
         ([Slow], "plain", "the plain step takes 2e+03 ms; Slow is right, 3e+03 ms"),
@@ -72,7 +73,9 @@ def test_fastest_right_step_is_chosen_and_kept(
     held = Held(question.parts)
     with caplog.at_level(logging.INFO, "train"):
         record, step = prove(question)
-    assert (record.chosen, record.why, record.plain_s) == (chosen, why, 2.0)
+    # Both are too large by a hundredth; rounding decides which is named.
+    said = re.sub("gradient of|change of momentum", "(gradient or momentum) of", record.why)
+    assert (record.chosen, said, record.plain_s) == (chosen, why, 2.0)
     assert type(step).__name__ == chosen if chosen != "plain" else step is None
     assert held.changed() == []
     assert caplog.messages == [
