@@ -1,4 +1,4 @@
-"""Starts `python -m MODULE …` by forking, with torch imported: 4 s of processor time less.
+"""Starts `python -m MODULE …` or `python SCRIPT …` by forking, with torch imported: 4 s of processor time.
 
 torchrun, run as `tests.helpers.forked torch.distributed.run …`, forks its ranks the same way: the agent is
 the real one, and a rank is a process in a session of its own, as ever. Tests of commands, of the wheel and of
@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 
 class Forked(subprocess.Popen[Any]):
-    """`Popen` of `python [-u] -m MODULE …` that forks this process in place of starting an interpreter.
+    """`Popen` of `python [-u] -m MODULE …` or `… SCRIPT …` that forks in place of starting an interpreter.
 
     It takes `cwd`, `env`, `stdout`, `stderr` and `start_new_session`.
     """
@@ -48,7 +48,7 @@ class Forked(subprocess.Popen[Any]):
 
 
 def _become(command: list[str], cwd: Path | None, env: dict[str, str] | None, new_session: bool) -> NoReturn:
-    """Run the module of a command in this process, which is new, to its end."""
+    """Run the module or script of a command in this process, which is new, to its end."""
     code: Any = 1
     try:
         if new_session:
@@ -59,9 +59,14 @@ def _become(command: list[str], cwd: Path | None, env: dict[str, str] | None, ne
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
-        sys.argv = command[command.index("-m") + 1 :]
+        sys.argv = [part for part in command[1:3] if part != "-u"] + command[3:]
         try:
-            run_module()
+            if sys.argv[0] == "-m":
+                del sys.argv[0]
+                run_module()
+            else:
+                sys.path.insert(0, str(Path(sys.argv[0]).parent))
+                runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code or 0

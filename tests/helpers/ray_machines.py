@@ -10,16 +10,16 @@ from ray.cluster_utils import Cluster
 
 
 def main(scratch: str) -> None:
-    """Start a head without cores, and two machines of one core each.
+    """Start two machines of one core each, the head and another.
 
     Args:
         scratch: where Ray's sockets and logs go; a short path, $RAY_TMPDIR/ray.
     """
     Path(scratch).mkdir(parents=True)
     common = {"include_dashboard": False, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": scratch, **common})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, num_gpus=0, **common)
+    common |= {"num_cpus": 1, "num_gpus": 0}
+    cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": scratch, **common})
+    cluster.add_node(**common)
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)  # noqa: T201
     sys.stdin.read()

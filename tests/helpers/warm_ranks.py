@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -52,15 +52,22 @@ class Ranks:
         arguments: the module and what follows it on the command line.
         cwd: where they run; their output goes to files there.
         in_world: whether they are ranks; torchrun is not.
+        environment: more variables for them; they have those with which the first one here was started.
     """
 
     def __init__(
-        self, num_ranks: int, arguments: Sequence[str | Path], cwd: Path, *, in_world: bool = True
+        self,
+        num_ranks: int,
+        arguments: Sequence[str | Path],
+        cwd: Path,
+        *,
+        in_world: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.arguments = list(map(str, arguments))
         self._output = [cwd / f"{name}-{time.monotonic_ns()}.txt" for name in ("stdout", "stderr")]
         self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = dict(THREADS)
+        shared = THREADS | dict(environment or {})
         if in_world:
             shared |= {
             "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
@@ -150,24 +157,32 @@ def run_ranks(
 
 
 def run_warm(
-    arguments: Sequence[str | Path], cwd: Path, timeout_s: float = 240
+    arguments: Sequence[str | Path], cwd: Path, timeout_s: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run torchrun, the soak or a module of ours to its end; torchrun's ranks are warm, too."""
-    with warm_process(arguments, cwd) as process:
+    with warm_process(arguments, cwd, **environment) as process:
         return process.wait(timeout_s)
 
 
-def warm_process(arguments: Sequence[str | Path], cwd: Path) -> AbstractContextManager[Ranks]:
+def warm_process(
+    arguments: Sequence[str | Path], cwd: Path, **environment: str
+) -> AbstractContextManager[Ranks]:
     """Torchrun, the soak or a module of ours, which does not outlive a test; its one process is no rank."""
-    return ranks_of(1, ["tests.helpers.forked", *arguments], cwd, in_world=False)
+    command = ["tests.helpers.forked", *arguments]
+    return ranks_of(1, command, cwd, in_world=False, environment=environment)
 
 
 @contextmanager
 def ranks_of(
-    num_ranks: int, arguments: Sequence[str | Path], cwd: Path, *, in_world: bool = True
+    num_ranks: int,
+    arguments: Sequence[str | Path],
+    cwd: Path,
+    *,
+    in_world: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Ranks]:
     """Ranks that do not outlive a test."""
-    ranks = Ranks(num_ranks, arguments, cwd, in_world=in_world)
+    ranks = Ranks(num_ranks, arguments, cwd, in_world=in_world, environment=environment)
     try:
         yield ranks
     finally:

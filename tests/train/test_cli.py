@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from tests.helpers.command_line import assert_one_line, invoke
-from tests.helpers.ranks import TINY, run_command
-from tests.helpers.warm_ranks import run_ranks
+from tests.helpers.ranks import TINY
+from tests.helpers.warm_ranks import run_ranks, run_warm
 
 
 def make_images(root: Path, source: Path, classes: dict[str, int], split: str) -> None:
@@ -82,12 +82,9 @@ def test_out_that_cannot_be_written_to_is_one_line(demo_data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_train_passes_on_the_ranks_error_line_and_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_passes_on_the_ranks_error_line_and_code(tmp_path: Path) -> None:
     """Also where a cluster has told torchrun, which nobody asked for, to wait for another machine."""
-    monkeypatch.setenv("PET_NNODES", "2")
-    done = run_command(["alexnet", "train", "--nproc=2", "--data=nowhere"], cwd=tmp_path)
+    done = run_warm(["alexnet", "train", "--nproc=2", "--data=nowhere"], cwd=tmp_path, PET_NNODES="2")
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert "no data folder nowhere" in done.stderr and "name it with --data DIR" in done.stderr

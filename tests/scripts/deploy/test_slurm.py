@@ -65,9 +65,9 @@ def run_job(
 @pytest.mark.slow
 def test_slurm_job_out_of_time_saves_requeues_and_resumes(demo_data: Path, tmp_path: Path) -> None:
     # 24 steps, of which the signal after the first row leaves most for the second job
-    data = link_subset(demo_data, tmp_path / "data", num_train=90, num_val=10)
-    stubs = make_stubs(tmp_path / "bin", f'exec {sys.executable} -m alexnet "$@"')
-    sets = [f"--set={s}" for s in (*COLD, "epochs=8", "global_batch=30")]
+    data = link_subset(demo_data, tmp_path / "data", num_train=36, num_val=10)
+    stubs = make_stubs(tmp_path / "bin", f'exec {sys.executable} -m tests.helpers.forked alexnet "$@"')
+    sets = [f"--set={s}" for s in (*COLD, "epochs=8", "global_batch=12")]
     job, port = os.getpid(), 20000 + os.getpid() % 10000
 
     stopped = run_job(stubs, f"--data={data}", *sets, num_nodes=2, TIME_IS_UP="yes")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
 
+from tests.helpers.warm_ranks import run_warm
 from train.bench.harness import Report, describe
 from train.bench.scaling import SCRIPT, bench_scaling
 
@@ -35,15 +40,29 @@ def why_no_hosts() -> str | None:
     return None
 
 
+def run_on_one_host(
+    real: Callable[..., Any], cwd: Path, command: Sequence[str], **options: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run torchrun and its ranks warm; the script of two hosts starts cold ones, as users do."""
+    if command[0] != sys.executable:
+        done: subprocess.CompletedProcess[bytes] = real(command, **options)
+        return done
+    torchrun = command.index("torch.distributed.run:main")
+    warm = run_warm(["torch.distributed.run", *command[torchrun + 1 :]], cwd)
+    return subprocess.CompletedProcess(command, warm.returncode, warm.stdout.encode())
+
+
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Of two ranks of a small network; on two hosts as well, where they can be made."""
     links = () if why_no_hosts() else ("160mbit",)
-    return bench_scaling(
-        variant="owt", modes=("ddp+bf16", "hybrid"), ranks=(2,), links=links, rank_batch=4, crop_px=63,
-        num_classes=10, precision="fp32", device="cpu", num_rounds=1, steps=1,
-        overrides=("model.hidden_units=128",),
-    )  # fmt: skip
+    run = partial(run_on_one_host, subprocess.run, tmp_path_factory.mktemp("scaling"))
+    with mock.patch("train.bench.scaling.subprocess.run", run):
+        return bench_scaling(
+            variant="owt", modes=("ddp+bf16", "hybrid"), ranks=(2,), links=links, rank_batch=4, crop_px=63,
+            num_classes=10, precision="fp32", device="cpu", num_rounds=1, steps=1,
+            overrides=("model.hidden_units=128",),
+        )  # fmt: skip
 
 
 @pytest.mark.slow
