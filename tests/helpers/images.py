@@ -17,6 +17,27 @@ from PIL import Image, ImageChops
 
 from data_pipeline.common.image_kind import TargaBytes
 
+KINDS = (
+    "jpeg 4:2:0", "jpeg 4:2:2", "jpeg 4:4:4", "jpeg progressive", "jpeg gray", "jpeg cmyk, adobe",
+    "jpeg cmyk, plain", "png", "png gray", "png palette", "png palette alpha", "png 1 bit",
+    "png 16 bit gray", "png 16 bit rgb", "png alpha", "png gray alpha", "png turned", "bmp", "webp",
+    "webp turned", "tiff", "tiff cmyk", "tiff 1 bit", "tiff turned", "gif", "pnm", "pnm plain gray",
+    "pnm 1 bit", "pnm 16 bit gray", "avif", "avif turned", "jp2", "j2k", "ico", "ico bitmap", "tga",
+    "jpeg turned 1", "jpeg turned 2", "jpeg turned 3", "jpeg turned 4", "jpeg turned 5", "jpeg turned 6",
+    "jpeg turned 7", "jpeg turned 8", "jpeg progressive turned 8",
+)  # fmt: skip
+"""What `kinds` makes, in that order: names for parameters, since making the files takes a second."""
+
+BROKEN_KINDS = (
+    "jpeg, half", "jpeg, 20 bytes short", "jpeg, header only", "jpeg, bit rot", "jpeg progressive, half",
+    "png, 2000 bytes short", "png, bit rot", "tiff, 500 bytes short", "webp, 500 bytes short",
+    "pnm, 500 bytes short", "pnm without end of header", "avif, half", "jp2, half",
+    "jp2, container of another size", "ico, half", "ico without a picture", "tga, half", "tga of text",
+    "text", "empty", "png of 30000 x 30000", "pnm of 30000 x 30000", "jp2 of 30000 x 30000",
+    "ico of 30000 x 30000", "tga of 30000 x 30000",
+)  # fmt: skip
+"""What `broken` makes."""
+
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
     """A picture with smooth shades, edges and some noise, unlike itself under any turn or mirroring."""
@@ -95,6 +116,7 @@ def kinds(height: int = 150, width: int = 200) -> dict[str, bytes]:
     for orientation in range(1, 9):
         files[f"jpeg turned {orientation}"] = encode(image, "JPEG", quality=90, exif=exif(orientation))
     files["jpeg progressive turned 8"] = encode(image, "JPEG", progressive=True, exif=exif(8))
+    assert tuple(files) == KINDS
     return files
 
 
@@ -144,7 +166,7 @@ def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
     jp2, side = encode(photo(height, width), "JPEG2000"), (30000).to_bytes(4, "big")
     rotten = bytearray(png)
     rotten[len(png) // 2 : len(png) // 2 + 20] = b"\x55" * 20
-    return {
+    files = {
         "jpeg, half": jpeg[: len(jpeg) // 2],
         "jpeg, 20 bytes short": jpeg[:-20],
         "jpeg, header only": jpeg[:300],
@@ -175,6 +197,8 @@ def broken(height: int = 150, width: int = 200) -> dict[str, bytes]:
         "ico of 30000 x 30000": b"\0\0\1\0\1\0" + bytes(8) + struct.pack("<II", 300, 22) + huge_png(),
         "tga of 30000 x 30000": TargaBytes(bytes((0, 0, 2)) + bytes(9) + b"\x30\x75" * 2 + bytes((24, 0))),
     }
+    assert tuple(files) == BROKEN_KINDS
+    return files
 
 
 def half(data: bytes) -> bytes:
@@ -199,8 +223,13 @@ def write_folder(root: Path, counts: dict[str, int], side: int = 40, suffix: str
         (root / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             number += 1
-            image = photo(side, side + 8 * (index % 3), seed=number)
-            (root / name / f"{index:03d}{suffix}").write_bytes(encode(image, "JPEG", quality=90))
+            content = _photo_jpeg(side, side + 8 * (index % 3), number)
+            (root / name / f"{index:03d}{suffix}").write_bytes(content)
+
+
+@cache  # many tests of a process write the same small folder
+def _photo_jpeg(height: int, width: int, seed: int) -> bytes:
+    return encode(photo(height, width, seed=seed), "JPEG", quality=90)
 
 
 def as_numpy(images: object) -> npt.NDArray[np.int64]:

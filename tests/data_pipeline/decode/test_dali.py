@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -19,15 +20,9 @@ from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import CropParams, eval_crop_params, ten_crop_params, train_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
 from tests.helpers.crops import AUGMENTS
-from tests.helpers.images import as_numpy, broken, encode, kinds, photo
+from tests.helpers.images import BROKEN_KINDS, as_numpy, broken, encode, kinds, photo
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
-
-
-KINDS = kinds()
-
-
-BROKEN = broken()
 
 
 # In levels of 0..255. Decoded pixels are equal on the CPU; resizing rounds differently. In the outermost row
@@ -90,12 +85,12 @@ def at_edge(crops: CropParams, index: int) -> npt.NDArray[np.bool_]:
 def test_dali_pixels_are_close_to_pillows(
     dali: ImageBackend, pillow: PillowBackend, device: Device, recipe: str
 ) -> None:
-    files = list(KINDS.values())
+    files = list(kinds().values())
     crops = recipes(files)[recipe]
     ours, reference = dali.decode(files, crops), pillow.decode(files, crops)
     assert not ours.failures and not reference.failures
     difference = np.abs(as_numpy(ours.images) - as_numpy(reference.images))
-    for i, (name, one) in enumerate(zip(KINDS, difference, strict=True)):
+    for i, (name, one) in enumerate(zip(kinds(), difference, strict=True)):
         edge = at_edge(crops, i)
         assert one[~edge].max() <= MAX_INSIDE[device], f"{name}: {one[~edge].max()}"
         assert one.max() <= MAX_AT_EDGE[device], f"{name}: {one.max()}"
@@ -114,12 +109,13 @@ def test_dali_leaves_only_the_named_kinds_to_pillow(
         return cut_as_bmp(file, crops, index)
 
     monkeypatch.setattr(dali_module, "cut_as_bmp", noted)
-    crops = recipes(list(KINDS.values()))["evaluation"]
-    for i, file in enumerate(KINDS.values()):
+    files = kinds()
+    crops = recipes(list(files.values()))["evaluation"]
+    for i, file in enumerate(files.values()):
         dali.decode([file], crops.take([i]))
-    by_pillow = [name for name, file in KINDS.items() if file in read_by_pillow]
+    by_pillow = [name for name, file in files.items() if file in read_by_pillow]
     rare = ("tiff", "gif", "pnm", "avif", "jp2", "j2k", "ico", "tga")
-    assert by_pillow == [name for name in KINDS if name.split()[0] in rare or name == "webp turned"]
+    assert by_pillow == [name for name in files if name.split()[0] in rare or name == "webp turned"]
 
 
 @devices
@@ -138,7 +134,12 @@ def test_padding_is_black_before_the_colours(
 
 
 # Not the JPEG 2000 bomb: OpenJPEG decodes it, and no file comes here before its header was found good.
-NO_IMAGES = [kind for kind in BROKEN if kind not in ("empty", "text", "jp2 of 30000 x 30000")]
+NO_IMAGES = [kind for kind in BROKEN_KINDS if kind not in ("empty", "text", "jp2 of 30000 x 30000")]
+
+
+@cache
+def neighbour_files() -> list[bytes]:
+    return [encode(photo(90, 120, seed=i), "JPEG") for i in range(6)]
 
 
 @pytest.mark.parametrize("kind", NO_IMAGES)
@@ -146,9 +147,9 @@ NO_IMAGES = [kind for kind in BROKEN if kind not in ("empty", "text", "jp2 of 30
 def test_broken_file_leaves_its_neighbours_intact(
     dali: ImageBackend, pillow: PillowBackend, device: Device, kind: str
 ) -> None:
-    good = [encode(photo(90, 120, seed=i), "JPEG") for i in range(6)]
+    good = neighbour_files()
     crops = eval_crop_params([(90, 120)] * 7, PREPROCESSING)
-    files = [*good[:4], BROKEN[kind], *good[4:]]
+    files = [*good[:4], broken()[kind], *good[4:]]
     neighbours = [0, 1, 2, 3, 5, 6]
     for backend in (dali, pillow):
         decoded = backend.decode(files, crops)
@@ -161,7 +162,7 @@ def test_broken_file_leaves_its_neighbours_intact(
 
 @devices
 def test_unreadable_file_leaves_zeros(dali: ImageBackend, pillow: PillowBackend) -> None:
-    good = KINDS["jpeg 4:2:0"]
+    good = kinds()["jpeg 4:2:0"]
     crops = eval_crop_params([(1, 1), (150, 200)], PREPROCESSING)
     for backend in (dali, pillow):
         decoded = backend.decode([None, good], crops)
@@ -171,7 +172,7 @@ def test_unreadable_file_leaves_zeros(dali: ImageBackend, pillow: PillowBackend)
 
 @devices
 def test_dali_batches_stay_valid_and_may_be_smaller(dali: ImageBackend) -> None:
-    first_file, second_file = KINDS["jpeg 4:2:0"], encode(photo(150, 200, seed=5), "JPEG")
+    first_file, second_file = kinds()["jpeg 4:2:0"], encode(photo(150, 200, seed=5), "JPEG")
     crops = eval_crop_params([(150, 200)] * 3, PREPROCESSING)
     first = dali.decode([first_file] * 3, crops).images
     before = as_numpy(first).copy()

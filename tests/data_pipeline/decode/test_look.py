@@ -8,13 +8,11 @@ from data_pipeline.common.errors import ImageError
 from data_pipeline.common.image_kind import Kind
 from data_pipeline.decode.header import read_header
 from data_pipeline.decode.look import UNREADABLE, Look, is_for_pillow, look_at
-from tests.helpers.images import broken, encode, exif, huge_png, kinds, photo
+from tests.helpers.images import KINDS, broken, encode, exif, huge_png, kinds, photo
 
-KINDS = kinds(30, 50)
-BROKEN = broken(30, 50)
 NO_LIMIT = 1 << 62
 
-# As the first word of a name in KINDS says; what DALI cannot read is left to Pillow.
+# As the first word of the name of a kind says; what DALI cannot read is left to Pillow.
 OF_NAME = {"jpeg": Kind.JPEG, "png": Kind.PNG, "bmp": Kind.BMP, "webp": Kind.WEBP, "tiff": Kind.TIFF,
            "gif": Kind.GIF, "pnm": Kind.PNM, "avif": Kind.AVIF, "jp2": Kind.JPEG2000, "j2k": Kind.JPEG2000,
            "ico": Kind.ICO, "tga": Kind.TGA}  # fmt: skip
@@ -28,9 +26,9 @@ def test_look_gives_the_upright_size(orientation: int) -> None:
         assert look_at(data) == Look(kind, *upright, orientation, True)
 
 
-@pytest.mark.parametrize("name", list(KINDS))
+@pytest.mark.parametrize("name", KINDS)
 def test_look_knows_every_kind_that_is_read(name: str) -> None:
-    data = KINDS[name]
+    data = kinds(30, 50)[name]
     look = look_at(data)
     assert look.kind == OF_NAME[name.split()[0]]
     assert (look.height, look.width) == read_header(data, NO_LIMIT)
@@ -53,12 +51,13 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", list(DAMAGED))
 def test_look_at_a_damaged_file_never_fails(name: str) -> None:
-    look = look_at(BROKEN[name])
+    data = broken(30, 50)[name]
+    look = look_at(data)
     assert (look.kind, look.direct) == DAMAGED[name]
     if look.kind is Kind.UNREADABLE:
         assert look == UNREADABLE
         with pytest.raises(ImageError):
-            read_header(BROKEN[name], NO_LIMIT)
+            read_header(data, NO_LIMIT)
     else:
         assert (look.height, look.width) == (30, 50)
 
@@ -71,7 +70,7 @@ def test_look_applies_no_limit_but_that_of_its_numbers() -> None:
 
 
 def test_look_reads_the_size_that_the_frame_header_claims() -> None:
-    jpeg = bytearray(KINDS["jpeg 4:2:0"])
+    jpeg = bytearray(kinds(30, 50)["jpeg 4:2:0"])
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = (7).to_bytes(2, "big") + (9).to_bytes(2, "big")
     assert look_at(bytes(jpeg)) == Look(Kind.JPEG, 7, 9, 1, True)
