@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import click
 import numpy as np
@@ -60,10 +60,15 @@ def make_parts(world: World, *overrides: str, scaled: bool = False) -> StepParts
 
 def batches_at(world: World, step: int, micro_batch: int = GLOBAL_BATCH) -> list[Batch]:
     """A step's micro-batches on a rank: noise, of which some samples could not be read."""
+    return list(_batches_at(world.rank, world.world_size, step, micro_batch))
+
+
+@cache  # a plain step and a fast one, and several cases, take the same
+def _batches_at(rank: int, world_size: int, step: int, micro_batch: int) -> list[Batch]:
     random = np.random.default_rng(step)
     images = random.integers(0, 256, (GLOBAL_BATCH, CROP_PX, CROP_PX, 3), dtype=np.uint8)
     labels, readable = random.integers(0, len(CLASSES), GLOBAL_BATCH), random.uniform(size=GLOBAL_BATCH) > 0.1
-    share, made = rank_slice(GLOBAL_BATCH, world.rank, world.world_size, PAIR_SIZE), []
+    share, made = rank_slice(GLOBAL_BATCH, rank, world_size, PAIR_SIZE), []
     for start in range(share.start, share.stop, micro_batch):
         own = slice(start, min(start + micro_batch, share.stop))
         places = np.arange(own.start, own.stop) + GLOBAL_BATCH * step

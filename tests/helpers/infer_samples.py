@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -164,6 +166,42 @@ def take_onnx_files(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(infer.export.pipeline, "export_onnx", export_onnx)
     monkeypatch.setattr(infer.export.pipeline, "export_for_cpu", export_for_cpu)
+
+
+@contextmanager
+def captured_once() -> Iterator[None]:
+    """Let torch's exporter capture and decompose a model once for all its exports, which differ in opset.
+
+    That is most of an export's time and does not know the opset, but only for which operators torch's
+    exporter has a translation. To translate, to optimise and all that `export_onnx` does is done each time.
+    """
+    core: Any = import_module("torch.onnx._internal.exporter._core")
+    strategy: Any = import_module(
+        "torch.onnx._internal.exporter._capture_strategies"
+    ).TorchExportNonStrictStrategy
+    capture, prepare = strategy._capture, core._prepare_exported_program_for_export
+    captured: dict[object, Any] = {}  # keeps the programs, so that their ids stay theirs
+    prepared: dict[object, Any] = {}
+
+    def capture_once(self: Any, model: ContractModel, args: Any, *others: Any) -> Any:
+        state = tuple((name, t.shape, float(t.double().sum())) for name, t in model.state_dict().items())
+        shapes = tuple((arg.shape, arg.dtype) for arg in args)
+        key = (model.checkpoint.sha256, repr(model), model.dtype, model.features, state, shapes)
+        if key not in captured:
+            captured[key] = capture(self, model, args, *others)
+        return captured[key]
+
+    def prepare_once(program: Any, *, registry: Any) -> Any:
+        key = (id(program), frozenset(registry.functions))
+        if key not in prepared:
+            prepared[key] = prepare(program, registry=registry)
+        return prepared[key]
+
+    with (
+        mock.patch.object(strategy, "_capture", capture_once),
+        mock.patch.object(core, "_prepare_exported_program_for_export", prepare_once),
+    ):
+        yield
 
 
 def export_model(checkpoint: Path, format: Format, **options: Any) -> Bundle:

@@ -18,18 +18,17 @@ from data_pipeline.transforms.mix import MixParams
 from data_pipeline.transforms.preprocessing import Preprocessing
 from data_pipeline.transforms.sampler import Int
 from data_pipeline.transforms.trivial import TrivialParams
-from tests.helpers.images import as_numpy, broken, encode, kinds_of_one_size, photo, suffix_for
+from tests.helpers.images import BROKEN_KINDS, as_numpy, broken, encode, kinds_of_one_size, photo, suffix_for
 
 PREPROCESSING = Preprocessing(resize_px=36, crop_px=32)
 SIZE = (40, 52)
-KINDS = kinds_of_one_size(*SIZE)
-BAD = {kind: data for kind, data in broken(*SIZE).items() if "30000" not in kind}
+BAD = [kind for kind in BROKEN_KINDS if "30000" not in kind]
 NUM_IMAGES = 70
 
 
 def write_images(folder: Path) -> None:
     """Each kind of file once, each bad one, and photos, in the folders of two classes, one rarer."""
-    odd = [*KINDS.values(), *BAD.values()]
+    odd = [*kinds_of_one_size(*SIZE).values(), *(broken(*SIZE)[kind] for kind in BAD)]
     for number in range(NUM_IMAGES):
         image = encode(photo(*SIZE, seed=number), "JPEG", quality=90)
         content = odd[number] if number < len(odd) else image

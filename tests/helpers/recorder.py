@@ -38,6 +38,11 @@ class Call:
     kwargs: Any
     result: Any
 
+    def __post_init__(self) -> None:
+        """Look at the results once, and not at every replay."""
+        self.leaves = tree_leaves(self.result)
+        self.places = [_memory(leaf) if isinstance(leaf, Tensor) else 0 for leaf in self.leaves]
+
     def host_arguments(self) -> tuple[str, tuple[str, ...]]:
         """The name, and all arguments; of tensors what a graph knows without their values."""
         leaves = tree_leaves((self.args, self.kwargs))
@@ -48,9 +53,10 @@ class Call:
 
     def replay(self) -> None:
         """Do it again; what a functional operation gives goes where its first result lies."""
-        results = tree_leaves(self.function(*self.args, **self.kwargs))
-        for old, new in zip(tree_leaves(self.result), results, strict=True):
-            if isinstance(old, Tensor) and _memory(old) != _memory(new):
+        results = self.function(*self.args, **self.kwargs)
+        results = [results] if isinstance(results, Tensor) else tree_leaves(results)
+        for old, place, new in zip(self.leaves, self.places, results, strict=True):
+            if isinstance(old, Tensor) and place != _memory(new):
                 assert old.shape == new.shape and old.stride() == new.stride()
                 old.copy_(new)
 

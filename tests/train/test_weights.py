@@ -26,6 +26,7 @@ from train.checkpoints.load import find_checkpoint, load_checkpoint
 from train.checkpoints.write import save_checkpoint
 from train.config.load import make_config
 from train.models.alexnet import Normalize, make_model
+from train.models.init import Uninitialized
 from train.weights import export_weights, import_weights, inspect_checkpoint, read_names
 
 
@@ -66,7 +67,8 @@ def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"is `owt \(pool_padding=1\)` with 4096"):
         export_weights(replace(imported, config=padded), tmp_path / "padded.pth", "torchvision")
-    fresh = torchvision.models.alexnet(num_classes=7)
+    with Uninitialized():
+        fresh = torchvision.models.alexnet(num_classes=7)
     fresh.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
     with pytest.raises(UserError, match="has 7 classes, and 2 names were given"):
         import_weights(tmp_path / "in.pth", tmp_path / "runs", ("a", "b"))
@@ -75,7 +77,10 @@ def test_weights_round_trip_through_torchvision(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_wrapped_weights_come_in_with_a_line_that_says_so(tmp_path: Path) -> None:
     """As torchvision's references save them, under DDP, in a file with the suffixes in upper case."""
-    theirs = torchvision.models.alexnet(num_classes=2)
+    with Uninitialized():
+        theirs = torchvision.models.alexnet(num_classes=2)
+    for value in theirs.state_dict().values():  # other numbers in each place, and none of them NaN
+        value.copy_(torch.arange(value.numel()).view_as(value))
     path = tmp_path / "MODEL_BEST.PTH.TAR"
     wrapped = {f"module.{name}": value for name, value in theirs.state_dict().items()}
     torch.save({"model": wrapped, "epoch": 3, "args": argparse.Namespace(lr=0.01)}, path)

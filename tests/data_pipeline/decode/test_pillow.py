@@ -17,9 +17,6 @@ from tests.helpers.images import broken, encode, exif, photo
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
 
 
-BROKEN = broken()
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_decoded_image_is_upright_as_pillow_turns_it(orientation: int) -> None:
     image = photo(30, 50)
@@ -45,9 +42,9 @@ def test_sixteen_bits_are_scaled_not_saturated() -> None:
 )
 def test_header_error_says_what_is_wrong(kind: str, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
-        read_header(BROKEN[kind], PREPROCESSING.max_pixels)
+        read_header(broken()[kind], PREPROCESSING.max_pixels)
 
 
 def test_truncated_jpeg_error_says_so() -> None:
     with pytest.raises(ImageError, match="truncated JPEG"):
-        decode_rgb(BROKEN["jpeg, 20 bytes short"])
+        decode_rgb(broken()["jpeg, 20 bytes short"])

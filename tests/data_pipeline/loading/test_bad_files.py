@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from data_pipeline.loading.scan import with_table
 from data_pipeline.transforms.augment import Augment
 from data_pipeline.transforms.crop import eval_crop_params
 from data_pipeline.transforms.preprocessing import Preprocessing
-from tests.helpers.images import as_numpy, broken, encode, kinds, photo, suffix_for, write_folder
+from tests.helpers.images import KINDS, as_numpy, broken, encode, kinds, photo, suffix_for, write_folder
 from tests.helpers.ranks import REPOSITORY
 
 PREPROCESSING = Preprocessing(resize_px=72, crop_px=64)
@@ -45,11 +46,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "pixels.json"
 # Of another libjpeg's rounding, and on a GPU of another inverse transform; means over 16 x 16 pixels.
 TOLERANCE = {"dali": 2, "dali graph": 2, "pillow": 2, "dali gpu": 6}
 
-GOOD = kinds() | {
-    "png 1 x 1": encode(photo(1, 1), "PNG"),
-    "png 5000 x 2": encode(photo(2, 5000), "PNG"),
-    "jpeg 2 x 5000": encode(photo(5000, 2), "JPEG"),
-}
+GOOD = (*KINDS, "png 1 x 1", "png 5000 x 2", "jpeg 2 x 5000")
 REASONS = {
     "jpeg, half": "truncated JPEG",
     "jpeg, 20 bytes short": "truncated JPEG",
@@ -98,12 +95,22 @@ def named_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, ImageBa
     made.close()
 
 
+@cache
+def good_files() -> dict[str, bytes]:
+    odd = (
+        encode(photo(1, 1), "PNG"),
+        encode(photo(2, 5000), "PNG"),
+        encode(photo(5000, 2), "JPEG"),
+    )
+    return kinds() | dict(zip(GOOD[-3:], odd, strict=True))
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file for each case, named .jpg whatever it holds, but for TGA; every third name is not UTF-8."""
     root = tmp_path_factory.mktemp("faults")
     paths = {}
-    contents = GOOD | broken()
+    contents = good_files() | broken()
     for number, case in enumerate([*GOOD, *REASONS]):
         suffix = suffix_for(contents.get(case, b""))
         name = b"%03d%s" % (number, b"" if number % 3 else b"\xe9\xff")
@@ -201,7 +208,7 @@ def test_file_that_vanishes_during_an_epoch_is_left_out(
 
 
 def test_file_without_permission_is_reported_as_such(tmp_path: Path) -> None:
-    (tmp_path / "secret.jpg").write_bytes(GOOD["jpeg gray"])
+    (tmp_path / "secret.jpg").write_bytes(kinds()["jpeg gray"])
     (tmp_path / "secret.jpg").chmod(0)
     reasons: list[str] = []
 
@@ -230,7 +237,7 @@ def test_docs_have_a_row_for_every_kind_of_file() -> None:
 def _golden() -> str:
     backend = PillowBackend(1, 1)
     rows = []
-    for case, content in GOOD.items():
+    for case, content in good_files().items():
         crops = eval_crop_params([read_header(content, PREPROCESSING.max_pixels)], PREPROCESSING)
         image = as_numpy(backend.decode([content], crops).images)[0]
         rows.append(f"{json.dumps(case)}: {json.dumps(blocks(image))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from infer.export.cpu_form import BandedLrn, has_shared_weights
 from infer.export.quantize import quantize_for_cpu
 from infer.export.to_onnx import ContractModel, export_for_cpu, export_for_int8_cpu
 from infer.export.verify_precision import check_precision
-from tests.helpers.infer_samples import checkpoint_folder, export_model
+from tests.helpers.infer_samples import captured_once, checkpoint_folder, export_model
 from train.checkpoints.load import load_checkpoint
 from train.models.lrn import LocalResponseNorm
 
@@ -24,7 +25,14 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint
 
 
 @pytest.fixture(scope="module")
-def bundle(base: Path) -> Bundle:
+def once(base: Path) -> Iterator[None]:
+    """Capture each form of the network once for its exports here: whole and sharing, of either opset."""
+    with captured_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path, once: None) -> Bundle:
     """An export of the network as published: sizes and differences below are those of its channels."""
     return export_model(checkpoint_folder(base), "onnx", max_batch=8)
 

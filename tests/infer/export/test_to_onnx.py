@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,13 +18,17 @@ from data_pipeline.transforms.preprocessing import Preprocessing
 from infer.bundle.load import Bundle
 from infer.export.gate import torch_runner
 from infer.export.to_onnx import ContractModel, export_onnx
-from tests.helpers.infer_samples import (
-    CLASSES,
-    checkpoint_folder,
-)
+from tests.helpers.infer_samples import CLASSES, captured_once, checkpoint_folder
 from train.checkpoints.load import Checkpoint, load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("thin")
+pytestmark = pytest.mark.usefixtures("thin", "once")
+
+
+@pytest.fixture(scope="module")
+def once(bundle: Bundle) -> Iterator[None]:
+    """Capture each network once for its exports here; the bundle's own is made before."""
+    with captured_once():
+        yield
 
 
 @pytest.fixture
@@ -84,11 +89,17 @@ def test_onnx_equals_torch_at_any_batch(bundle: Bundle, checkpoint: Checkpoint, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_lrn"), [("caffe", 2), ("owt", 0), ("bn", 0)])
 def test_other_networks_export_and_agree(
-    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, num_lrn: int
+    base: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    num_lrn: int,
 ) -> None:
     other = load_checkpoint(checkpoint_folder(base, name))
     export_onnx(ContractModel(other), tmp_path / "model.onnx")
     assert capfd.readouterr() == ("", "")  # the exporter's chatter
+    assert [r.getMessage() for r in caplog.records if r.name == "infer"] == []
     operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
     assert operators.count("LRN") == num_lrn
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

@@ -78,7 +78,7 @@ def test_fused_lrn_gradient_in_float64() -> None:
     assert torch.autograd.gradcheck(module, (x,))
 
 
-@pytest.mark.usefixtures("no_compile_threads")
+@pytest.mark.usefixtures("no_compile_threads", "thin")
 def test_compiled_network_computes_the_same_and_stays_if_faster(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +102,7 @@ def test_compiled_network_computes_the_same_and_stays_if_faster(
     assert losses[0][0] != losses[0][1]
 
 
+@pytest.mark.usefixtures("thin")
 def test_network_is_compiled_untimed_where_bits_must_repeat(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,8 +54,8 @@ def ask(world: World, kinds: Sequence[type[Fast]], *overrides: str) -> Question:
             [WrongGradient, Fast, Faster],
             "Faster",
             "Faster is right, 250 ms; the plain step takes 2e+03 ms; not WrongGradient: in float32 the "
-            "(gradient or momentum) of features.3.weight is too large or too small by 0.01, and 2 more tensor(s) are; Fast "
-            "is right, 500 ms",
+            "(gradient or momentum) of features.3.weight is too large or too small by 0.01, and 2 more "
+            "tensor(s) are; Fast is right, 500 ms",
         ),
         ([Slow], "plain", "the plain step takes 2e+03 ms; Slow is right, 3e+03 ms"),
         (

@@ -36,4 +36,5 @@ def test_uninitialized_network_draws_nothing(init: Init) -> None:
     images_NCHW = torch.ones(2, 3, 56, 56)
     assert torch.equal(empty.eval()(images_NCHW), plain.eval()(images_NCHW))
     torch.manual_seed(0)
-    assert all(map(torch.equal, network().parameters(), plain.parameters())), "drawing is off after the context"
+    drawn_again = network().parameters()
+    assert all(map(torch.equal, drawn_again, plain.parameters())), "drawing is off after the context"
