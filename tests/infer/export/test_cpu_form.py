@@ -57,6 +57,7 @@ def test_banded_lrn_is_what_onnx_defines(size: int, beta: float, channels_last: 
     np.testing.assert_allclose(norm(torch.from_numpy(x)).numpy(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cpu_form_shares_the_weights_of_the_model(bundle: Bundle) -> None:
     cpu = bundle.manifest.cpu
     assert cpu is not None and (cpu.file, cpu.reads) == (CPU_NAME, ONNX_NAME)
