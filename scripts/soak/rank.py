@@ -22,7 +22,7 @@ from train.main import main
 from train.step import StepParts, train_step
 
 
-MIN_STEP_S = 0.2
+MIN_STEP_S = 0.4
 """A step takes at least so long: on a fast machine the run would be over before a fault that is planned for one
 of its steps, and some tenths of a second after it."""
 

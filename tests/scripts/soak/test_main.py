@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thin")]
 
 @pytest.mark.timeout(900)
 def test_soak_loses_nothing(tmp_path: Path) -> None:
-    """The shortest, 35 s: faults of every kind, on two ranks and on a changing number of them."""
+    """The shortest, 80 s: faults of every kind, on two ranks and on a changing number of them."""
     arguments = ["scripts.soak", "--minutes=0.1", "--seed=1", "--json", f"--out={tmp_path / 'soak'}"]
     done = run_warm(arguments, cwd=tmp_path, timeout_s=880)
     assert done.returncode == 0, done.stdout + done.stderr
