@@ -21,10 +21,9 @@ from train.health.metrics import AccuracyMeter
 from train.main import main
 from train.step import StepParts, train_step
 
-
 MIN_STEP_S = 0.4
-"""A step takes at least so long: on a fast machine the run would be over before a fault that is planned for one
-of its steps, and some tenths of a second after it."""
+"""A step takes at least so long: on a fast machine the run would be over before a fault that is planned for
+one of its steps, and some tenths of a second after it."""
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
