@@ -1,8 +1,8 @@
 """Starts `python -m MODULE …` or `python SCRIPT …` by forking, with torch imported: 4 s of processor time.
 
 torchrun, run as `tests.helpers.forked torch.distributed.run …`, forks its ranks the same way: the agent is
-the real one, and a rank is a process in a session of its own, as ever. Tests of commands, of the wheel and of
-the examples start real interpreters.
+the real one, and a rank is a process in a session of its own, as ever. Tests of the wheel, and the two hosts
+of `bench scaling`, start real interpreters.
 """
 
 from __future__ import annotations
@@ -59,14 +59,13 @@ def _become(command: list[str], cwd: Path | None, env: dict[str, str] | None, ne
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
-        sys.argv = [part for part in command[1:3] if part != "-u"] + command[3:]
+        arguments = command[2:] if command[1] == "-u" else command[1:]
         try:
-            if sys.argv[0] == "-m":
-                del sys.argv[0]
+            if arguments[0] == "-m":
+                sys.argv = arguments[1:]
                 run_module()
             else:
-                sys.path.insert(0, str(Path(sys.argv[0]).parent))
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                run_script(arguments)
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -110,6 +109,13 @@ def run_module() -> None:
 
         vars(launch)["Popen"] = Forked
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def run_script(arguments: list[str]) -> None:
+    """Run a script as `python SCRIPT ARGUMENTS` does, with its folder on the path."""
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO
 from unittest import mock
 
+from tests.helpers.forked import run_script
 from tests.helpers.thin_networks import are_thin, stay_thin
 from tests.helpers.warm_ranks import warm_context
 
@@ -84,9 +84,7 @@ def _be_python(
         stay_thin()
     os.chdir(cwd)
     multiprocessing.set_start_method(None, force=True)  # as a plain interpreter has it
-    sys.argv = arguments
-    sys.path.insert(0, str(Path(arguments[0]).parent))
-    runpy.run_path(arguments[0], run_name="__main__")
+    run_script(arguments)
 
 
 @contextmanager

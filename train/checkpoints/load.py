@@ -115,8 +115,7 @@ def make_model_with(
         UserError: weights that do not fit the configuration, with how they differ.
     """
     sizes = {"num_classes": num_classes, "crop_px": config.preprocessing.crop_px}
-    with Uninitialized():
-        wanted = count_hidden_weights(config.model, **sizes)
+    wanted = count_hidden_weights(config.model, **sizes)
     found = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
     if wanted != found:
         raise UserError(

@@ -21,7 +21,7 @@ from train.config.schema import Groups, ModelConfig, Norm
 from train.models.average_pool import AveragePool
 from train.models.batch_norm import BatchNorm
 from train.models.dropout import Dropout, Masks
-from train.models.init import initialize
+from train.models.init import Uninitialized, initialize
 from train.models.lrn import LocalResponseNorm
 
 # Shapes: N batch, C channels or classes, H and W rows and columns, D features.
@@ -255,7 +255,8 @@ def count_hidden_weights(config: ModelConfig, *, num_classes: int, crop_px: int)
     >>> count_hidden_weights(ModelConfig(name="owt"), num_classes=1000, crop_px=224)
     58621952
     """
-    channels, side = _last_map(config, crop_px)
+    with Uninitialized():  # of the convolutions, whose sizes are all that counts
+        channels, side = _last_map(config, crop_px)
     return config.hidden_units * (channels * side * side + config.hidden_units + num_classes)
 
 

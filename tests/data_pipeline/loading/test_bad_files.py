@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +94,14 @@ def named_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, ImageBa
     made.close()
 
 
-@cache
 def good_files() -> dict[str, bytes]:
-    odd = (
-        encode(photo(1, 1), "PNG"),
-        encode(photo(2, 5000), "PNG"),
-        encode(photo(5000, 2), "JPEG"),
-    )
-    return kinds() | dict(zip(GOOD[-3:], odd, strict=True))
+    files = kinds() | {
+        "png 1 x 1": encode(photo(1, 1), "PNG"),
+        "png 5000 x 2": encode(photo(2, 5000), "PNG"),
+        "jpeg 2 x 5000": encode(photo(5000, 2), "JPEG"),
+    }
+    assert tuple(files) == GOOD
+    return files
 
 
 @pytest.fixture(scope="module")
