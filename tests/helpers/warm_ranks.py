@@ -21,17 +21,6 @@ from torch._C._distributed_c10d import TCPStore
 from tests.helpers.thin_networks import are_thin, stay_thin
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-PRELOADED = [
-    "__main__", "train.setup", "train.loop", "train.cli", "torch._dynamo",
-    "torch.distributed.elastic.multiprocessing.errors", "numba.np.arraymath", "numba.np.npyimpl",
-    "numba.np.random.generator_methods", "scipy.linalg", "tests.helpers.prepared",
-]  # fmt: skip
-"""Modules that ranks import, once for all: half of the processor time of a short run."""
-
-if not Path(
-    "/dev/nvidiactl"
-).exists():  # what DALI does with a GPU when it is imported may not outlive a fork
-    PRELOADED += ["nvidia.dali", "nvidia.dali.fn", "nvidia.dali.ops", "nvidia.dali.types"]
 PATIENCE_S = 30.0
 """Ranks that have not exited so long after another one failed are killed, as torchrun does."""
 
@@ -39,7 +28,7 @@ PATIENCE_S = 30.0
 def warm_context() -> multiprocessing.context.ForkServerContext:
     """How warm processes are started, with the process running that they are forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["__main__", "tests.helpers.prepared"])
     with mock.patch.dict(os.environ, THREADS):
         forkserver.ensure_running()
     return context

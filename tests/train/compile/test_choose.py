@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from torch.utils import cpp_extension
 
-from tests.helpers.ranks import run_command
 from tests.helpers.step_samples import small_batch, small_trainer
 from train.compile.choose import (
     compile_step,
     count_elements,
     drop_toolkit_note,
+    fuse_lrn,
     maybe_compile,
     prepare_lrn,
 )
@@ -120,29 +121,20 @@ def test_network_is_compiled_untimed_where_bits_must_repeat(
     assert passes == [1] and json.loads((tmp_path / "compiled.json").read_text()) is True
 
 
+@pytest.mark.usefixtures("no_compile_threads", "thin")
 def test_lrn_runs_eagerly_and_logs_it_without_a_compiler(
-    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    parts = small_trainer(world, "model.name=paper", "precision=fp32")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    code = (
-        "from train.config.load import make_config; from train.distributed.world import open_world\n"
-        "from train.compile.choose import fuse_lrn; from train.models.alexnet import make_model\n"
-        "from train.optim.precision import choose_precision; import logging, torch\n"
-        "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
-        "with open_world('cpu') as world:\n"
-        "    net = make_model(make_config('demo').model, num_classes=2, crop_px=64)\n"
-        "    fuse_lrn(net, 64, choose_precision('fp32', world.device), world)\n"
-        "    print(net.features.norm1.fused)\n"
-        "    net(torch.zeros(2, 3, 64, 64)).sum().backward()\n"
-    )
-    (tmp_path / "no_compiler.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
-    done = run_command(["no_compiler"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "False"
-    (line,) = [text for text in done.stderr.splitlines() if "without a compiler" in text]
-    assert "several times slower" in line
+    torch._dynamo.reset()
+    with inductor_config.patch({"cpp.cxx": (None, "no-compiler")}), caplog.at_level(logging.INFO, "train"):
+        fuse_lrn(parts.network, 32, parts.precision, world)
+    torch._dynamo.reset()
+    assert not any(m.fused for m in parts.network.modules() if isinstance(m, LocalResponseNorm))
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "LRN runs without a compiler, several times slower" in line and "no-compiler" in line
+    parts.network(torch.zeros(2, 3, 32, 32)).sum().backward()
 
 
 def test_note_on_a_toolkit_without_a_gpu_is_dropped_alone(
