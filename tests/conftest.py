@@ -179,9 +179,9 @@ def networks_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def torchlib_once() -> Iterator[None]:
     """Let torch's exporter parse its functions once."""
-    from tests.helpers.torchlib import parse_torchlib_once
+    from tests.helpers.torchlib import make_torchlib_once
 
-    with parse_torchlib_once():
+    with make_torchlib_once():
         yield
 
 
