@@ -215,7 +215,7 @@ def _make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path]
 @pytest.fixture(scope="module")
 def warm_cases() -> Iterator[None]:
     """Fork the cases of benchmarks from a process that has torch imported."""
-    from tests.helpers.warm_cases import warm_bench_cases
+    from tests.helpers.warm_python import warm_bench_cases
 
     with warm_bench_cases():
         yield

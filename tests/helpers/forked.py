@@ -1,8 +1,8 @@
 """Starts `python -m MODULE …` or `python SCRIPT …` by forking, with torch imported: 4 s of processor time.
 
 torchrun, run as `tests.helpers.forked torch.distributed.run …`, forks its ranks the same way: the agent is
-the real one, and a rank is a process in a session of its own, as ever. Tests of the wheel, and the two hosts
-of `bench scaling`, start real interpreters.
+the real one, and a rank is a process in a session of its own, as ever. Tests of the wheel start real
+interpreters.
 """
 
 from __future__ import annotations
@@ -59,13 +59,8 @@ def _become(command: list[str], cwd: Path | None, env: dict[str, str] | None, ne
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
-        arguments = command[2:] if command[1] == "-u" else command[1:]
         try:
-            if arguments[0] == "-m":
-                sys.argv = arguments[1:]
-                run_module()
-            else:
-                run_script(arguments)
+            run_python(command[1:])
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -100,24 +95,24 @@ def _method_name(depth: int = 2) -> str:
     return sys._getframe(depth).f_code.co_name
 
 
-def run_module() -> None:
-    """Run the module that `sys.argv` begins with; what torchrun or the soak start in it is forked."""
+def run_python(arguments: list[str]) -> None:
+    """Run what `python [-u] -m MODULE …` or `… SCRIPT …` does; torchrun and the soak in it fork in turn."""
     vars(subprocess_handler)["Popen"] = Forked
     vars(dynamic_rendezvous)["get_method_name"] = _method_name
-    if sys.argv[0] == "scripts.soak":
-        from scripts.soak import launch
+    if arguments[0] == "-u":
+        del arguments[0]
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        if sys.argv[0] == "scripts.soak":
+            from scripts.soak import launch
 
-        vars(launch)["Popen"] = Forked
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-
-
-def run_script(arguments: list[str]) -> None:
-    """Run a script as `python SCRIPT ARGUMENTS` does, with its folder on the path."""
-    sys.argv = arguments
-    sys.path.insert(0, str(Path(arguments[0]).parent))
-    runpy.run_path(arguments[0], run_name="__main__")
+            vars(launch)["Popen"] = Forked
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    del sys.argv[0]
-    run_module()
+    run_python(["-m", *sys.argv[1:]])

@@ -51,25 +51,24 @@ def kill_before_call(number: int) -> None:
     sys.setprofile(count)
 
 
-def value_of(folder: Path) -> float:
-    """Return the number that fills the weights of an intact checkpoint."""
+def value_and_step(folder: Path) -> tuple[float, int]:
+    """Return the number that fills the weights of an intact checkpoint, and its step."""
     checkpoint = load_checkpoint(folder)
     (value,) = torch.unique(checkpoint.model_state["weight"]).tolist()
-    return float(value)
+    return float(value), checkpoint.step
 
 
 def check_next_start(folder: RunFolder) -> float:
-    """Resume as a run does, and save once more. Returns the `value_of` the checkpoint resumed from."""
+    """Resume as a run does, and save once more. Returns the number in the checkpoint resumed from."""
     restore_replaced(folder.checkpoints)
     newest = find_newest_intact(folder.path)
-    found = value_of(newest)
-    step = load_checkpoint(newest).step
+    found, step = value_and_step(newest)
     best = rewind(folder, step)
     assert best is not None and find_checkpoint(folder.path) in saved_steps(folder.checkpoints).values()
     assert [r.step for r in folder.rows()] == list(range(1, step + 1))
     writer = make_writer(folder, best)
     writer._write(small_snapshot(9, value=9.0))
-    assert writer.failure is None and value_of(folder.checkpoints / "step-00000009") == 9.0
+    assert writer.failure is None and value_and_step(folder.checkpoints / "step-00000009") == (9.0, 9)
     assert not [p for p in folder.checkpoints.iterdir() if p.name.startswith(".")]
     for kept in saved_steps(folder.checkpoints).values():
         verify_checkpoint(kept)

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ranks import COLD, REPOSITORY, link_subset, read_rows
+from tests.helpers.warm_python import warm_python
 
 SCRIPT = REPOSITORY / "scripts" / "deploy" / "train.sbatch"
 
@@ -62,11 +64,19 @@ def run_job(
     )
 
 
+@pytest.fixture
+def program() -> Iterator[Path]:
+    with warm_python() as one:
+        yield one
+
+
 @pytest.mark.slow
-def test_slurm_job_out_of_time_saves_requeues_and_resumes(demo_data: Path, tmp_path: Path) -> None:
+def test_slurm_job_out_of_time_saves_requeues_and_resumes(
+    demo_data: Path, tmp_path: Path, program: Path
+) -> None:
     # 24 steps, of which the signal after the first row leaves most for the second job
     data = link_subset(demo_data, tmp_path / "data", num_train=36, num_val=10)
-    stubs = make_stubs(tmp_path / "bin", f'exec {sys.executable} -m tests.helpers.forked alexnet "$@"')
+    stubs = make_stubs(tmp_path / "bin", f'exec {program} -m alexnet "$@"')
     sets = [f"--set={s}" for s in (*COLD, "epochs=8", "global_batch=12")]
     job, port = os.getpid(), 20000 + os.getpid() % 10000
 

@@ -16,7 +16,7 @@ from unittest import mock
 import msgspec
 import pytest
 
-from tests.helpers.warm_ranks import run_warm
+from tests.helpers.warm_python import warm_python
 from train.bench.harness import Report, describe
 from train.bench.scaling import SCRIPT, bench_scaling
 
@@ -40,24 +40,25 @@ def why_no_hosts() -> str | None:
     return None
 
 
-def run_on_one_host(
-    real: Callable[..., Any], cwd: Path, command: Sequence[str], **options: Any
+def run_with(
+    program: Path, real: Callable[..., Any], command: Sequence[str], *, env: dict[str, str], **options: Any
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run torchrun and its ranks warm; the script of two hosts starts cold ones, as users do."""
-    if command[0] != sys.executable:
-        done: subprocess.CompletedProcess[bytes] = real(command, **options)
-        return done
-    torchrun = command.index("torch.distributed.run:main")
-    warm = run_warm(["torch.distributed.run", *command[torchrun + 1 :]], cwd)
-    return subprocess.CompletedProcess(command, warm.returncode, warm.stdout.encode())
+    """Run a command, or the script of two hosts, with another program in place of Python."""
+    program_first = [str(program) if word == sys.executable else word for word in command]
+    done: subprocess.CompletedProcess[bytes] = real(
+        program_first, env=env | {"PYTHON": str(program)}, **options
+    )
+    return done
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report() -> Report:
     """Of two ranks of a small network; on two hosts as well, where they can be made."""
     links = () if why_no_hosts() else ("160mbit",)
-    run = partial(run_on_one_host, subprocess.run, tmp_path_factory.mktemp("scaling"))
-    with mock.patch("train.bench.scaling.subprocess.run", run):
+    with (
+        warm_python() as program,
+        mock.patch("train.bench.scaling.subprocess.run", partial(run_with, program, subprocess.run)),
+    ):
         return bench_scaling(
             variant="owt", modes=("ddp+bf16", "hybrid"), ranks=(2,), links=links, rank_batch=4, crop_px=63,
             num_classes=10, precision="fp32", device="cpu", num_rounds=1, steps=1,
