@@ -1,10 +1,12 @@
-"""Writes the demo data: scikit-learn's handwritten digits, real scans, as an ImageFolder of JPEGs."""
+"""The images that scikit-learn ships: its digits, written as the demo data, and its two photographs."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import tempfile
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,24 @@ def write_demo(root: Path) -> None:
 def is_demo(root: Path) -> bool:
     """Whether a folder holds the whole demo data: its marker, and every image."""
     return (Path(root) / MARKER).is_file() and sum(1 for _ in Path(root).glob("*/*/*.jpg")) == NUM_SCANS
+
+
+@cache
+def read_photographs() -> dict[str, Image.Image]:
+    """Read the two photographs of scikit-learn, RGB of 640 x 427 pixels, by their file names.
+
+    It is not imported, which takes seconds and sets variables of OpenMP.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise UserError(
+            "the photographs come with scikit-learn, which is not installed: pip install 'alexnet[train]'"
+        )
+    folder = Path(found.origin).parent / "datasets" / "images"
+    return {name: Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")}
 
 
 def validation_scans(grays: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -7,18 +7,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_pipeline.common.errors import GateError, UserError
 from data_pipeline.common.text import printable
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.demo import read_photographs
 from infer.bundle.describe import gate_lines
 from infer.bundle.gate_report import LIMITS, GateReport
 from infer.bundle.load import Bundle
@@ -33,7 +32,6 @@ from train.models.alexnet import Normalize
 
 log = logging.getLogger("infer")
 
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 SIDES_PX = (128, 192, 256, 320)
 WINDOWS = 8
 """Of each side and photograph."""
@@ -152,18 +150,13 @@ def photograph_windows() -> Iterator[Dataset]:
         UserError: scikit-learn is not installed.
     """
     try:
-        folder = resources.files("sklearn.datasets") / "images"
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "the gate's photographs come with scikit-learn, which is not installed: pip install "
-            "'alexnet[train]', or name ImageNet with --data"
-        ) from error
+        photographs = read_photographs()
+    except UserError as error:
+        raise UserError(f"{error}, or name ImageNet with --data") from error
     with tempfile.TemporaryDirectory() as temporary:
-        root, paths = Path(temporary) / f"{' and '.join(PHOTOGRAPHS)} of scikit-learn", []
+        root, paths = Path(temporary) / f"{' and '.join(photographs)} of scikit-learn", []
         (root / "windows").mkdir(parents=True)
-        for name in PHOTOGRAPHS:
-            with resources.as_file(folder / name) as path, Image.open(path) as opened:
-                photo = opened.convert("RGB")
+        for name, photo in photographs.items():
             for side in SIDES_PX:
                 for number in range(WINDOWS):
                     left = number * (photo.width - side) // (WINDOWS - 1)

@@ -165,6 +165,7 @@ def compare_on(device: torch.device, cache: DecodedCache, tolerance: int) -> Non
             assert counts == (NUM_IMAGES, len(BAD))
 
 
+@pytest.mark.slow
 def test_crops_made_on_a_device_are_the_uncached(cached: DecodedCache) -> None:
     compare_on(CPU, cached, tolerance=0)
 

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from data_pipeline.common.console import show_progress
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.text import printable
+from data_pipeline.datasets.demo import read_photographs
 from train.bench.harness import log
 
 FOLDER = Path(tempfile.gettempdir()) / "alexnet-bench-photographs"  # unless the user names one
@@ -75,9 +75,9 @@ def write_photograph(number: int, target: Path, sides: tuple[int, int], spread: 
     shape = np.array(sides[::-1] if random.random() < 0.25 else sides)
     width, height = np.rint(shape * random.uniform(1 - spread, 1 + spread, 2)).astype(int).tolist()
     pixels = random.normal(0, random.uniform(4, 10), (height, width, 1))
-    share = random.uniform(0.2, 0.5)
+    share, photos = random.uniform(0.2, 0.5), list(read_photographs().values())
     for weight in (share, 1 - share):
-        photo = _photographs()[random.integers(2)]
+        photo = photos[random.integers(2)]
         scale = random.uniform(0.6, 1.0) * min(photo.width / width, photo.height / height)
         w, h = scale * width, scale * height
         x, y = random.uniform(0, photo.width - w), random.uniform(0, photo.height - h)
@@ -86,12 +86,3 @@ def write_photograph(number: int, target: Path, sides: tuple[int, int], spread: 
     part = target.with_suffix(".part")
     Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(part, "JPEG", quality=90 + number % 6)
     part.replace(target)
-
-
-@cache
-def _photographs() -> list[Image.Image]:
-    """Read the two that scikit-learn ships, of 640 x 427 pixels."""
-    found = find_spec("sklearn")  # not imported: that sets variables of OpenMP, which the cases would inherit
-    assert found is not None and found.origin is not None, "scikit-learn is a part of alexnet[train]"
-    folder = Path(found.origin).parent / "datasets" / "images"
-    return [Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")]

@@ -85,6 +85,7 @@ def test_processes_of_ours_start_in_a_foreign_folder(foreign_first: Path) -> Non
     assert run_alone(os.getppid) == os.getpid()
 
 
+@pytest.mark.slow
 def test_spawned_from_a_process_of_ours(foreign_first: Path) -> None:
     """Multiprocessing runs the main file of the parent in the child, before anything else."""
     done = subprocess.run(

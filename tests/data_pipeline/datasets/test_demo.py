@@ -12,33 +12,23 @@ from PIL import Image
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.datasets.dataset import check_same_classes
-from data_pipeline.datasets.demo import is_demo, write_demo
+from data_pipeline.datasets.demo import is_demo, read_photographs, write_demo
 from data_pipeline.datasets.image_folder import load_image_folder
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written by two callers at once."""
-    root = tmp_path_factory.mktemp("data") / "new" / "demo"
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(write_demo, [root, root]))
-    return root
-
-
-def test_demo_has_1797_digits_in_two_splits(demo: Path) -> None:
-    train, val = load_image_folder(demo, "train"), load_image_folder(demo, "val")
+def test_demo_has_1797_digits_in_two_splits(demo_data: Path) -> None:
+    train, val = load_image_folder(demo_data, "train"), load_image_folder(demo_data, "val")
     check_same_classes(train, val)
     assert train.classes == tuple("0123456789")
     assert (len(train), len(val)) == (1442, 355)
     assert np.bincount(val.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
     with Image.open(train.path_at(0)) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
-    assert [path.name for path in demo.parent.iterdir()] == ["demo"]
 
 
-def test_demo_splits_share_no_image(demo: Path) -> None:
+def test_demo_splits_share_no_image(demo_data: Path) -> None:
     def pixels(split: str) -> set[str]:
-        files = (demo / split).glob("*/*.jpg")
+        files = (demo_data / split).glob("*/*.jpg")
         return {hashlib.sha256(np.asarray(Image.open(file)).tobytes()).hexdigest() for file in files}
 
     train, val = pixels("train"), pixels("val")
@@ -46,10 +36,10 @@ def test_demo_splits_share_no_image(demo: Path) -> None:
     assert not train & val
 
 
-def test_demo_leaves_a_complete_folder_alone(demo: Path) -> None:
-    file = demo / "train" / "0" / "0000.jpg"
+def test_demo_leaves_a_complete_folder_alone(demo_data: Path) -> None:
+    file = demo_data / "train" / "0" / "0000.jpg"
     before = file.stat().st_mtime_ns
-    write_demo(demo)
+    write_demo(demo_data)
     assert file.stat().st_mtime_ns == before
 
 
@@ -61,7 +51,23 @@ def test_demo_refuses_a_folder_of_other_files(tmp_path: Path) -> None:
     assert not is_demo(tmp_path)
 
 
-def test_demo_fills_an_empty_folder(tmp_path: Path) -> None:
-    write_demo(tmp_path)
-    assert is_demo(tmp_path)
-    assert tmp_path.stat().st_mode & 0o777 == 0o755
+@pytest.mark.slow
+def test_two_callers_fill_an_empty_folder_once(demo_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "new" / "demo"
+    root.mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write_demo, [root, root]))
+    assert is_demo(root) and root.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in root.parent.iterdir()] == ["demo"]
+    for file in demo_data.glob("*/*/*.jpg"):
+        assert (root / file.relative_to(demo_data)).read_bytes() == file.read_bytes()
+
+
+def test_photographs_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    photographs = read_photographs()
+    assert [(name, image.mode, image.size) for name, image in photographs.items()] == [
+        ("china.jpg", "RGB", (640, 427)), ("flower.jpg", "RGB", (640, 427)),
+    ]  # fmt: skip
+    monkeypatch.setattr("data_pipeline.datasets.demo.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"come with scikit-learn, .* pip install 'alexnet\[train\]'$"):
+        read_photographs.__wrapped__()

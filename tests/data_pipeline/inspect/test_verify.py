@@ -59,6 +59,7 @@ def assert_found(listed: dict[str, str]) -> None:
         assert listed[name].startswith(reason)
 
 
+@pytest.mark.slow
 def test_undecodable_files_are_listed_and_give_code_3(folder: Path) -> None:
     result = run(folder, "--workers", "2")
     assert result.exit_code == 3, result.stderr

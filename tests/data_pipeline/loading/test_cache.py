@@ -204,6 +204,7 @@ def test_only_images_of_one_size_are_kept(tmp_path: Path) -> None:
         assert image_size(looked) is None and bytes_needed(looked) is None
 
 
+@pytest.mark.slow
 def test_processes_decode_what_one_does(
     dataset: Dataset, cache: DecodedCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,6 +221,7 @@ def die(size: tuple[int, int], max_pixels: int, chunk: Chunk) -> None:
     os.kill(os.getpid(), 9)
 
 
+@pytest.mark.slow
 def test_killed_worker_ends_every_rank_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_images(tmp_path)
     monkeypatch.setattr("data_pipeline.loading.scan.MANY", 1)

@@ -67,6 +67,7 @@ def test_table_has_a_row_for_each_file_in_its_order(tmp_path: Path) -> None:
     assert not (tmp_path / ".alexnet").exists()  # too few to be worth a file
 
 
+@pytest.mark.slow
 def test_table_made_by_processes_is_that_of_one(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def test_sharding_is_reproducible_byte_for_byte(files: Path, shards: Path, tmp_p
     assert any(len(set(found)) > 1 for found in labels)  # mixed, for readers that go straight through
 
 
+@pytest.mark.slow
 def test_sharding_resumes_after_a_kill(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_folder(source / "train", {"a": 60, "b": 60}, side=60)

@@ -51,6 +51,7 @@ def test_features_are_the_checkpoints_activations(featured: Bundle, base: Path) 
     assert featured.cpu_path != featured.onnx_path
 
 
+@pytest.mark.slow
 def test_gate_states_the_difference_of_features(featured: Bundle) -> None:
     manifest = featured.manifest
     assert (manifest.feature_layer, manifest.num_features) == ("fc7", 64)

@@ -34,6 +34,7 @@ def written(featured: Bundle, files: list[Path], tmp_path: Path) -> list[Path]:
     return outputs
 
 
+@pytest.mark.slow
 def test_features_are_written_and_searched(
     featured: Bundle, files: list[Path], written: list[Path], tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_features_are_written_and_searched(
     assert text[2] == f"   1.0000  {files[7]}" and len(text) == 7
 
 
+@pytest.mark.slow
 def test_features_of_another_model_are_refused(
     bundle: Bundle, featured: Bundle, files: list[Path], written: list[Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -96,6 +98,7 @@ def test_features_of_another_model_are_refused(
     assert done.exit_code == 0 and f"model: {Path('runs/some/export/b')}" in done.stderr, done.output
 
 
+@pytest.mark.slow
 def test_damaged_files_of_features_are_one_line(
     featured: Bundle, files: list[Path], written: list[Path], tmp_path: Path
 ) -> None:
@@ -127,6 +130,7 @@ def test_damaged_files_of_features_are_one_line(
     refuse("F.npy.json is no whole file of", files[0], npy)
 
 
+@pytest.mark.slow
 def test_predict_writes_features_only_as_asked(
     bundle: Bundle, featured: Bundle, files: list[Path], written: list[Path], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from scripts.study.tables import make_table
 from tests.scripts.study.test_tables import run_of
 
 
+@pytest.mark.slow
 def test_study_keeps_runs_and_redraws_table_and_picture(tmp_path: Path) -> None:
     lines = [msgspec.json.encode(run_of(setting, 0, [0.2, 0.8])) for setting in DIGITS.settings]
     (tmp_path / "study-digits.jsonl").write_bytes(b"\n".join(lines) + b"\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from data_pipeline.datasets.open import open_dataset
 from scripts.study.studies import DIGITS, STUDIES, TINY, write_other_classes, write_subset
 from train.config.load import make_config
@@ -31,6 +33,7 @@ def test_subset_has_every_nth_class_byte_for_byte(demo_data: Path, tmp_path: Pat
         assert [part.read(i) for i in range(len(part))] == [whole.read(i) for i in kept]
 
 
+@pytest.mark.slow
 def test_other_classes_are_none_of_the_subset(demo_data: Path, tmp_path: Path) -> None:
     chosen = open_dataset(write_subset(demo_data, tmp_path / "chosen", 5), "val").classes
     others = open_dataset(write_other_classes(demo_data, tmp_path / "others", 5), "val").classes

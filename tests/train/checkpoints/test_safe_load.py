@@ -190,6 +190,7 @@ def test_optimizer_velocities_of_other_shapes_are_refused() -> None:
         load_optimizer(optimizer, state)
 
 
+@pytest.mark.slow
 def test_damaged_pickles_never_pass_the_checks(folder: Path) -> None:
     """Bytes of it changed, removed and doubled, under a manifest that fits: read, or refused in one line."""
     torch.save(torch.load(folder / STATE, weights_only=True), folder / STATE)  # with the checksums of zip

@@ -232,6 +232,7 @@ def test_wrong_gradient_shows_in_gradients_and_losses(mistake: str) -> None:
     assert largest_difference(train_both(make_small(TRAIN_PX), kernels)) > 1e-3
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(("variant", "tolerance"), [("paper", 2e-5), ("bn", 1e-4), ("none", 2e-5)])
 def test_fused_network_by_interpreted_kernels(variant: str, tolerance: float) -> None:

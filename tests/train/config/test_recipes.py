@@ -190,6 +190,7 @@ def digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return link_subset(demo_data, tmp_path_factory.mktemp("recipes") / "data", num_train=16, num_val=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipe_trains_and_evaluates_in_a_small_form(
     name: str, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -87,6 +87,7 @@ def test_pairs_of_mixed_images_are_not_separated(world_size: int, overrides: lis
     assert passes_of(make_config("demo", ["augment.mixup=0.2", "global_batch=6"]), world)
 
 
+@pytest.mark.slow
 def test_all_ranks_begin_with_the_weights_that_rank_0_reads(found: list[dict[str, Any]]) -> None:
     """And a step with frozen features changes the rest alike: DDP does not wait for what has no gradient."""
     for rank in found:

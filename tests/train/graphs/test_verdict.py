@@ -110,6 +110,7 @@ def test_driver_is_read_from_the_kernels_file(text: str, version: str, tmp_path:
     assert driver_version(tmp_path / "none") == "none"
 
 
+@pytest.mark.slow
 def test_task_tells_kernels_and_shapes_apart(world: World) -> None:
     def of(*overrides: str) -> dict[str, str]:
         return task_of(small_trainer(world, "model.hidden_units=16", *overrides))

@@ -52,6 +52,7 @@ def test_backward_kernels_round_to_bfloat16(name: str) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_are_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.kernels import block_backward_triton
 

@@ -202,7 +202,9 @@ def test_last_feature_map_has_the_computed_size(name: str) -> None:
         assert model(torch.zeros(1, 3, crop_px, crop_px)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "bn" else name for name in PARAMETERS]
+)
 @pytest.mark.parametrize("stem_kernel", [3, 7, None])
 def test_last_map_has_the_computed_size_with_padding(name: str, stem_kernel: int | None) -> None:
     """Rounding up, as `caffe` does, leaves out windows that begin in the padding behind the map."""

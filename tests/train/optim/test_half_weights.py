@@ -94,6 +94,7 @@ def test_copies_follow_the_average_in_and_out() -> None:
     assert not find_stale(network, halves) and torch.equal(halves.half_of(weight), trained)
 
 
+@pytest.mark.slow
 def test_copies_follow_a_run_that_is_resumed() -> None:
     """Through the functions that load a checkpoint, and a plain step after it."""
     with open_world("cpu") as world:
