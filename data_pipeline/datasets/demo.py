@@ -8,7 +8,6 @@ import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,18 +47,12 @@ def write_demo(root: Path) -> None:
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{printable(root)} exists and is not the demo data: give an empty or a new folder")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(
-            "the demo data comes with scikit-learn, which is not installed: pip install 'alexnet[train]'"
-        ) from error
-
+    table = np.loadtxt(_shipped("the demo data comes") / "data" / "digits.csv.gz", np.uint8, delimiter=",")
     with writing_to(root, "name another folder: alexnet data demo DIR"):
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
-            _write(load_digits(), temporary)
+            _write(table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64), temporary)
             temporary.chmod(0o755)  # mkdtemp makes it private
             try:
                 temporary.rename(root)  # replaces an empty folder, never a full one
@@ -79,18 +72,21 @@ def is_demo(root: Path) -> bool:
 def read_photographs() -> dict[str, Image.Image]:
     """Read the two photographs of scikit-learn, RGB of 640 x 427 pixels, by their file names.
 
-    It is not imported, which takes seconds and sets variables of OpenMP.
-
     Raises:
         UserError: scikit-learn is not installed.
     """
+    folder = _shipped("the photographs come") / "images"
+    return {name: Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")}
+
+
+def _shipped(what_comes: str) -> Path:
+    """Return the folder of scikit-learn's data; to import it takes seconds, and sets variables of OpenMP."""
     found = find_spec("sklearn")
     if found is None or found.origin is None:
         raise UserError(
-            "the photographs come with scikit-learn, which is not installed: pip install 'alexnet[train]'"
+            f"{what_comes} with scikit-learn, which is not installed: pip install 'alexnet[train]'"
         )
-    folder = Path(found.origin).parent / "datasets" / "images"
-    return {name: Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")}
+    return Path(found.origin).parent / "datasets"
 
 
 def validation_scans(grays: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -110,11 +106,12 @@ def validation_scans(grays: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
     return held_out
 
 
-def _write(digits: Any, folder: Path) -> None:
-    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    held_out = validation_scans(grays, digits.target)
-    for number, (scan, label) in enumerate(zip(grays, digits.target, strict=True)):
-        target = folder / ("val" if held_out[number] else "train") / str(int(label)) / f"{number:04d}.jpg"
+def _write(levels_NHW: npt.NDArray[np.uint8], labels_N: npt.NDArray[np.int64], folder: Path) -> None:
+    """Write scans of 17 gray levels, 0 to 16."""
+    grays = np.rint(levels_NHW * (255 / 16)).astype(np.uint8)
+    held_out = validation_scans(grays, labels_N)
+    for number, (scan, label) in enumerate(zip(grays, labels_N, strict=True)):
+        target = folder / ("val" if held_out[number] else "train") / str(label) / f"{number:04d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         enlarged = Image.fromarray(scan).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
         enlarged.convert("RGB").save(target, "JPEG", quality=90)

@@ -63,11 +63,15 @@ def test_two_callers_fill_an_empty_folder_once(demo_data: Path, tmp_path: Path) 
         assert (root / file.relative_to(demo_data)).read_bytes() == file.read_bytes()
 
 
-def test_photographs_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photographs_are_those_of_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photographs = read_photographs()
     assert [(name, image.mode, image.size) for name, image in photographs.items()] == [
         ("china.jpg", "RGB", (640, 427)), ("flower.jpg", "RGB", (640, 427)),
     ]  # fmt: skip
     monkeypatch.setattr("data_pipeline.datasets.demo.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"come with scikit-learn, .* pip install 'alexnet\[train\]'$"):
+    advice = r"with scikit-learn, which is not installed: pip install 'alexnet\[train\]'$"
+    with pytest.raises(UserError, match=f"the photographs come {advice}"):
         read_photographs.__wrapped__()
+    with pytest.raises(UserError, match=f"the demo data comes {advice}"):
+        write_demo(tmp_path / "demo")
+    assert not any(tmp_path.iterdir())

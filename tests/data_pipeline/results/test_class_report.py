@@ -43,6 +43,7 @@ def test_report_by_hand() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_report_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     truth, found = rng.integers(0, 7, (2, 500))

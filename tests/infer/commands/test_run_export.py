@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torchvision.models import AlexNet_Weights
 
 from alexnet import main
+from data_pipeline.datasets.demo import read_photographs
 from infer.export.gate import photograph_windows
 from tests.helpers.http_server import serving
 from tests.helpers.published import CROP_PX, publish_small
@@ -48,7 +48,7 @@ def test_torchvisions_weights_are_fetched_and_predict(
     folder, manifest, asked, config, weights = exported
     monkeypatch.chdir(folder)
     image = folder / "photo.jpg"
-    image.write_bytes((resources.files("sklearn.datasets") / "images/flower.jpg").read_bytes())
+    read_photographs()["flower.jpg"].save(image, quality=95)
     assert asked == [None, "bytes=1000000-"]
     assert manifest["classes"][:2] == ["n01440764", "n01443537"] and len(manifest["classes"]) == 1000
     assert manifest["labels_text"][281] == "tabby"
@@ -98,6 +98,5 @@ def test_photograph_windows_are_pieces_of_photographs() -> None:
         with Image.open(dataset.path_at(0)) as window:
             pixels = np.asarray(window)
         assert len({dataset.read(index) for index in range(64)}) == 64
-    with Image.open(str(resources.files("sklearn.datasets") / "images/china.jpg")) as whole:
-        assert np.array_equal(pixels, np.asarray(whole)[:128, :128])
+    assert np.array_equal(pixels, np.asarray(read_photographs()["china.jpg"])[:128, :128])
     assert not dataset.root.exists()

@@ -76,6 +76,7 @@ def test_features_on_a_gpu_are_those_of_the_cpu(featured: Bundle, base: Path, tm
     assert rebuild.agreement.max_feature_difference is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 1e-2), ("int8", 0.25)])
 def test_features_have_a_limit_for_each_precision(
     featured: Bundle, precision: Precision, limit: float

@@ -11,7 +11,7 @@ from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_t
 from train.kernels import block
 from train.kernels.block import BlockSpec, Gradients
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]  # the interpreter, and compilations for every GPU
 
 
 def both_gradients(spec: BlockSpec, sample: Sample) -> tuple[Gradients, Gradients]:
@@ -52,7 +52,6 @@ def test_backward_kernels_round_to_bfloat16(name: str) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_parts_are_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.kernels import block_backward_triton
 
@@ -67,7 +66,6 @@ def test_parts_are_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(getattr(found, key), getattr(again, key)), key
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["relu", "relu_pool", "lrn_pool", "bn", "bn_pool", "bn_after_relu_pool"])
 def test_backward_kernels_spill_nothing(name: str, capability: int) -> None:

@@ -13,7 +13,7 @@ from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_t
 from train.kernels import block
 from train.kernels.block import DEAD
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]  # the interpreter, and compilations for every GPU
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -91,7 +91,6 @@ def test_statistics_are_those_of_many_parts(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(found[1].double(), plain.rstd_C, rtol=1e-4, atol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["relu", "relu_pool", "lrn_pool", "bn", "bn_pool", "bn_after_relu_pool"])
 def test_forward_kernels_spill_nothing(name: str, capability: int) -> None:

@@ -9,7 +9,7 @@ from tests.helpers.plain_kernels import PLAIN
 from tests.helpers.triton import CAPABILITIES, compile_for, interpreted, needs_triton
 from train.kernels.interface import Kernels, SgdForm, triton_kernels
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]  # the interpreter, and compilations for every GPU
 FORMS = {
     "torch": SgdForm(0.9, 5e-4),
     "nesterov": SgdForm(0.9, 5e-4, nesterov=True),

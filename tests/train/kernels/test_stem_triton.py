@@ -16,7 +16,7 @@ from train.kernels.interface import triton_kernels
 from train.kernels.stem import BlockShape, s2d_shape
 from train.models.alexnet import Normalize
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]  # the interpreter, and compilations for every GPU
 POINTERS = {"images_ptr": "*u8", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
 PLAN = {"erase_ptr": "*i64", "partners_ptr": "*i64", "weights_ptr": "*fp32", "boxes_ptr": "*i64"}
 # crops that leave pixels over, and crops that need more padding behind; with and without channels of zeros
