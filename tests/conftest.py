@@ -74,12 +74,19 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+@pytest.hookimpl(trylast=True)  # of the tests that `-m` leaves
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run files with slow tests first where there are workers: they then end at about the same time."""
+    """Run files with slow tests first where there are workers: they then end at about the same time.
+
+    Before all comes a file that needs the shared export, and late the others that do: while one worker makes
+    it, the rest need not wait.
+    """
     if not hasattr(config, "workerinput"):
         return  # one process keeps the order of the command line
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    waiting = {item.path: None for item in items if "base" in getattr(item, "fixturenames", ())}
+    first = next(iter(waiting), None)
+    items.sort(key=lambda item: (item.path != first, item.path not in slow, item.path in waiting))
 
 
 @lru_cache(maxsize=1)

@@ -100,6 +100,7 @@ def test_difference_is_a_share_of_the_largest_feature() -> None:
         feature_difference(dead, dead)
 
 
+@pytest.mark.slow
 def test_norm_that_ends_a_layer_stays_in_its_features(base: Path) -> None:
     settings = ("model.hidden_units=16", "model.norm=bn_after_relu", "model.hidden_norm=true")
     checkpoint = load_checkpoint(checkpoint_folder(base, "paper", settings))

@@ -61,6 +61,7 @@ def bench_failing(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.bench.train, "LIMITS_S", {"cpu": (5, 300)})
     report = bench_failing(monkeypatch, "owt", "caffe")
