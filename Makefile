@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(TENSORRT)
 # Four files at a time: many tests wait. Each computes with one thread, and files with slow tests come first, so that
 # the workers end together (tests/conftest.py). Memory that a tensor frees stays with its process (glibc): to get it
 # anew from the kernel each time is a tenth of what the larger networks take.
-PYTEST := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 $(BIN)/pytest --dist loadfile --no-loadscope-reorder
+PYTEST := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 $(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Hundreds of processes import the same files: without Python's bytecode each would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -46,11 +46,10 @@ lint: install
 	$(BIN)/hadolint $$(git ls-files '*Dockerfile')
 
 test: lint
-	$(PYTEST) --numprocesses 4
+	$(PYTEST)
 
-# Its tests wait less, and every worker imports all of them.
 check: lint
-	$(PYTEST) --numprocesses 3 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -75,6 +75,7 @@ def test_packages_below_are_ours_too(foreign: Path) -> None:
     assert (done.stdout, done.stderr) == ("90", "")
 
 
+@pytest.mark.slow
 def test_processes_of_ours_start_in_a_foreign_folder(foreign_first: Path) -> None:
     command = own_command("data_pipeline.inspect.verify:_check")
     done = subprocess.run(command, cwd=foreign_first, capture_output=True, text=True)

@@ -21,6 +21,7 @@ def kill_on_three(number: int) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_killed_worker_is_one_error_line() -> None:
     with pytest.raises(WorkerError, match=r"a worker process was killed, .*: use fewer --workers"):
         list(map_ahead(kill_on_three, range(6), 2))
@@ -49,6 +50,7 @@ def be_parent(pipe: Connection) -> None:
     pipe.recv()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

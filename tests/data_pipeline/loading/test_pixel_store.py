@@ -60,6 +60,7 @@ def owner() -> Iterator[tuple[multiprocessing.process.BaseProcess, Connection, S
         theirs.close()
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_store() -> None:
     with owner() as (process, pipe, address):
         store = PixelStore.attach(address)
@@ -80,6 +81,7 @@ def test_two_processes_share_a_store() -> None:
             PixelStore.attach(address)
 
 
+@pytest.mark.slow
 def test_owner_killed_while_it_decodes_is_an_error() -> None:
     with owner() as (process, _, address):
         store = PixelStore.attach(address)
@@ -92,6 +94,7 @@ def test_owner_killed_while_it_decodes_is_an_error() -> None:
         store.close()
 
 
+@pytest.mark.slow
 def test_owner_that_fails_says_why() -> None:
     with owner() as (_, pipe, address):
         store = PixelStore.attach(address)
@@ -101,6 +104,7 @@ def test_owner_that_fails_says_why() -> None:
         store.close()
 
 
+@pytest.mark.slow
 def test_store_that_was_closed_cannot_be_attached() -> None:
     with owner() as (_, pipe, address):
         pipe.send("close")

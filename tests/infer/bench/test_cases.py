@@ -43,6 +43,7 @@ def test_process_is_timed_to_its_end_and_must_succeed() -> None:
             ProcessCase(stack, "-c", "raise SystemExit(1)").measure()
 
 
+@pytest.mark.slow
 def test_prediction_is_timed_to_its_first_row() -> None:
     script = """import time; print('{"path": 1}', flush=True); time.sleep(2)"""
     with ExitStack() as stack:

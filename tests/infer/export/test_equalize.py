@@ -53,16 +53,6 @@ def outputs(network: AlexNet, layer: FeatureLayer) -> tuple[torch.Tensor, torch.
     return logits_NC, features_ND
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("layer", get_args(FeatureLayer))
-def test_equalized_network_is_the_same_function(groups: Literal[1, 2], layer: FeatureLayer) -> None:
-    network = make_network(msgspec.structs.replace(BEHIND_RELU, groups=groups))
-    before = outputs(network, layer)
-    assert equalize_ranges(network, NORMALIZE, [IMAGES_NHWC], layer) == 7
-    for old, new in zip(before, outputs(network, layer), strict=True):
-        assert (new - old).abs().max() < 1e-9 * old.abs().max()
-
-
 def test_equalized_channels_have_similar_ranges() -> None:
     network = make_network(BEHIND_RELU)
     before = spread_of(network)
@@ -87,3 +77,14 @@ def test_norms_before_relu_are_left_alone() -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     assert equalize_ranges(network, NORMALIZE, [IMAGES_NHWC]) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.usefixtures("thin")  # from here to the end of the file
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layer", get_args(FeatureLayer))
+def test_equalized_network_is_the_same_function(groups: Literal[1, 2], layer: FeatureLayer) -> None:
+    network = make_network(msgspec.structs.replace(BEHIND_RELU, groups=groups))
+    before = outputs(network, layer)
+    assert equalize_ranges(network, NORMALIZE, [IMAGES_NHWC], layer) == 7
+    for old, new in zip(before, outputs(network, layer), strict=True):
+        assert (new - old).abs().max() < 1e-9 * old.abs().max()

@@ -40,6 +40,7 @@ class Counter:
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_case_keeps_its_state_in_a_process_of_its_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def test_case_keeps_its_state_in_a_process_of_its_own(
     assert printed.out == "" and printed.err.count("what a library prints") == 2
 
 
+@pytest.mark.slow
 def test_case_that_dies_says_with_which_code(tmp_path: Path) -> None:
     with pytest.raises(CaseError, match=r"^its process ended with code 3$"), ExitStack() as stack:
         case = Case(stack, Counter, tmp_path / "calls")
@@ -61,6 +63,7 @@ def test_case_that_dies_says_with_which_code(tmp_path: Path) -> None:
         case.request("die")
 
 
+@pytest.mark.slow
 def test_case_that_fails_says_why_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with ExitStack() as stack:
         case = Case(stack, Counter, tmp_path / "calls")
@@ -72,6 +75,7 @@ def test_case_that_fails_says_why_in_a_line(tmp_path: Path, capfd: pytest.Captur
     assert "Traceback" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -89,6 +93,7 @@ def test_case_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 300 and not (tmp_path / "calls").exists()
 
 
+@pytest.mark.slow
 def test_bench_goes_on_without_a_case_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
     with ExitStack() as stack:

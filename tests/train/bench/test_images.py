@@ -70,6 +70,7 @@ def test_bench_images_go_on_after_a_kill(tmp_path: Path) -> None:
     assert sorted(root.rglob("*.*")) == sorted([*files, root / "bench-images.txt", root / "complete.txt"])
 
 
+@pytest.mark.slow
 def test_bench_images_are_unlike_and_of_the_sizes_asked_for(tmp_path: Path) -> None:
     files = sorted(write_bench_images(tmp_path / "large", 40).rglob("*.jpg"))
     sizes = []

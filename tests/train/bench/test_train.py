@@ -71,6 +71,7 @@ def test_bench_train_goes_on_without_a_subject_that_is_cut_off(monkeypatch: pyte
     assert report["rounds"][owt["case"]] == {"images_per_s": [4.0, 4.0]}
 
 
+@pytest.mark.slow
 def test_bench_train_gives_a_row_to_subjects_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     report = bench_failing(monkeypatch, "torchvision_fp32", "owt", "paper", "bn")
     whole, late, dead, never = report["rows"]

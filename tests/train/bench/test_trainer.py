@@ -86,6 +86,7 @@ def test_arithmetic_without_groups_matches_torchs_counter() -> None:
     assert gflop_of("owt", 64) == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_parts_have_the_rate_of_their_shortest_time() -> None:
     def make(device: str, count: float) -> dict[str, tuple[float, Callable[[], object]]]:
         assert device == "cpu"

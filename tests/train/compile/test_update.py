@@ -53,7 +53,7 @@ def interpreter_of(form: str, device: str) -> AbstractContextManager[None]:
     ("form", "device"),
     [
         ("plain", "cpu"),
-        pytest.param("triton", "cpu", marks=needs_triton),
+        pytest.param("triton", "cpu", marks=[needs_triton, pytest.mark.slow]),
         pytest.param("triton", "cuda", marks=pytest.mark.gpu),
     ],
 )

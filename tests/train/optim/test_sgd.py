@@ -16,6 +16,7 @@ from data_pipeline.common.errors import UserError
 from train.config.load import make_config
 from train.config.schema import OptimizerConfig
 from train.models.alexnet import make_model
+from train.models.init import Uninitialized
 from train.optim.sgd import load_optimizer, make_optimizer, set_lr, start_momentum, update
 
 Form = Literal["torch", "paper"]
@@ -29,7 +30,8 @@ def tensors(rates: list[float], device: str = "cpu") -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_weight_decay_excludes_biases_and_norms_by_default(everything: bool) -> None:
-    model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
+    with Uninitialized():
+        model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1, decay_bias_and_norm=everything))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
@@ -56,7 +58,8 @@ def test_sgd_update_is_momentum_and_decay() -> None:
 
 @pytest.mark.parametrize("norm", ["norm1.weight", "norm1.bias"])
 def test_biases_and_norms_can_have_their_own_rate(norm: str) -> None:
-    model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
+    with Uninitialized():
+        model = make_model(make_config("demo", ["model.name=bn"]).model, num_classes=10, crop_px=56)
     optimizer = make_optimizer(model, OptimizerConfig(bias_and_norm_rate=2.0, decay_bias_and_norm=True))
     set_lr(optimizer, 0.1)
     named = dict(model.named_parameters())

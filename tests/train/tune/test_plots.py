@@ -10,6 +10,7 @@ from data_pipeline.common.errors import UserError
 from train.tune.plots import FORMATS, check_picture, draw_panels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_picture_of_ours_may_be_replaced(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rates{suffix}"
