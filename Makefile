@@ -1,7 +1,7 @@
 # Two commands do all the set-up on a fresh machine, and one is for every change:
 #   make demo    install, train on two processes, export ONNX and TensorRT, predict, report
 #   make test    install, lint, check types and imports, run all tests
-#   make check   the same without the slow tests: 2 to 3 minutes
+#   make check   the same without the slow tests: about 2 minutes
 
 PYTHON ?= python3
 VENV ?= .venv
