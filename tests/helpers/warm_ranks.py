@@ -8,9 +8,11 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
@@ -24,14 +26,21 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 PATIENCE_S = 30.0
 """Ranks that have not exited so long after another one failed are killed, as torchrun does."""
 
+_START = threading.Lock()
+
 
 def warm_context() -> multiprocessing.context.ForkServerContext:
     """How warm processes are started, with the process running that they are forked from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "tests.helpers.prepared"])
+    with _START:
+        _start_server()
+    return multiprocessing.get_context("forkserver")
+
+
+@cache
+def _start_server() -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "tests.helpers.prepared"])
     with mock.patch.dict(os.environ, THREADS):
         forkserver.ensure_running()
-    return context
 
 
 class Ranks:

@@ -193,8 +193,10 @@ def verify_checkpoint(folder: Path) -> Manifest:
     damage = ""
     if size_bytes != manifest.size_bytes:
         damage = f"it has {size_bytes} of {manifest.size_bytes} bytes"
-    elif sha256_of(path) != manifest.sha256:
-        damage = "its hash is not the one in its manifest"
+    else:
+        with raising(CorruptFileError, f"checkpoint {path} cannot be read"):  # training may have removed it
+            if sha256_of(path) != manifest.sha256:
+                damage = "its hash is not the one in its manifest"
     if damage:
         raise CorruptFileError(f"checkpoint {path} is damaged: {damage}; use an earlier one")
     return manifest

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.common.errors import CorruptFileError, UserError
-from data_pipeline.common.files import write_json
+from data_pipeline.common.files import sha256_of, write_json
 from infer.export.pipeline import make_origin
 from tests.helpers.checkpoint_samples import (
     CLASSES,
@@ -72,6 +72,20 @@ def test_flipped_bit_is_found(copied: Path, where: int) -> None:
 def test_truncated_file_is_found(copied: Path, keep: int) -> None:
     replace(copied / STATE, (copied / STATE).read_bytes()[:keep])
     with pytest.raises(CorruptFileError, match=rf"is damaged: it has {keep} of"):
+        load_checkpoint(copied)
+
+
+def test_checkpoint_that_is_removed_meanwhile_is_an_error(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training removes old ones at any time."""
+
+    def remove_first(path: Path) -> str:
+        path.unlink()
+        return sha256_of(path)
+
+    monkeypatch.setattr("train.checkpoints.load.sha256_of", remove_first)
+    with pytest.raises(CorruptFileError, match=rf"{STATE} cannot be read: No such file"):
         load_checkpoint(copied)
 
 
