@@ -276,3 +276,15 @@ def test_docs_name_only_tests_that_exist() -> None:
             if not path.exists() or f"def {name}(" not in path.read_text(encoding="utf-8"):
                 wrong.append(f"{page}: there is no {file}::{name}")
     report(wrong)
+
+
+def test_readme_cells_and_names_of_tests_are_short() -> None:
+    rows = TABLE_ROW.findall((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    cells = [cell.strip() for row in rows for cell in row.split("|")]
+    assert cells and [cell for cell in cells if len(cell) > 119] == []
+    names = [
+        name
+        for path in (REPOSITORY / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(names) > 1000 and [name for name in names if len(name) > 60] == []

@@ -145,7 +145,7 @@ def test_another_exclude_list_needs_no_other_look(tmp_path: Path, monkeypatch: p
     assert len(looked_at) == 6
 
 
-def test_data_that_changed_since_it_was_opened_is_looked_at_alone(tmp_path: Path) -> None:
+def test_data_changed_since_it_was_opened_is_looked_at_alone(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"a": 3, "b": 3}, side=16)
     (tmp_path / "quarantine.jsonl").write_text('{"path": "train/a/001.jpg", "reason": "x"}\n')
     opened = open_dataset(tmp_path, "train", min_cached=1)

@@ -170,7 +170,7 @@ def test_tiny_imagenet_best_recipe_gives_its_reasons() -> None:
         assert choice in reasons, choice
 
 
-def test_imagenet_best_recipe_is_cvjenas_with_the_benchmarks_changes() -> None:
+def test_imagenet_best_is_cvjenas_with_the_benchmarks_changes() -> None:
     config, text = make_config("imagenet-best"), header("imagenet-best")
     assert msgspec.to_builtins(config.model).items() >= {**BEST_NETWORK, "dropout": 0.0}.items()
     assert (config.epochs, config.global_batch, config.optimizer.weight_decay) == (64, 256, 5e-4)
