@@ -207,7 +207,7 @@ def size_of(path: Path) -> int:
 
 
 def _difference(path: Path, size_bytes: int | None, md5: str, sha256: str) -> str | None:
-    """How a file differs from the published one; None if it does not."""
+    """Return how a file differs from the published one; None if it does not."""
     size = path.stat().st_size
     if size_bytes is not None and size != size_bytes:
         return (

@@ -26,7 +26,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 OPSET_SINCE = {17: "1.12", 18: "1.14", 19: "1.16", 20: "1.17", 21: "1.18"}
 IR_SINCE = {8: "1.12", 9: "1.15", 10: "1.18"}
-"""Which versions of ONNX Runtime load a file, by its opset and its IR version.
+"""The versions of ONNX Runtime that load a file, by its opset and its IR version.
 
 IR 8 is older than 1.12, the first that has any opset of ours. Measured with wheels of ONNX Runtime 1.11 to
 1.17. Its docs/Versioning.md says the same, except that it claims opset 19 for 1.15, whose CPU provider has no

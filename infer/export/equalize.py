@@ -26,7 +26,7 @@ from train.models.batch_norm import BatchNorm
 
 Layer = nn.Conv2d | nn.Linear
 NORM_OF: dict[FeatureLayer, int] = {"pool5": 5, "fc6": 6, "fc7": 7}
-"""Which of the seven layers' norms gives a layer's features."""
+"""The one of the seven layers' norms that gives a layer's features."""
 
 
 @torch.no_grad()

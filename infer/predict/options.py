@@ -227,7 +227,7 @@ def _check_rows(path: Path, expected: Format, options: PredictOptions, inputs: I
 
 
 def rows_format(path: Path) -> Format | None:
-    """How a file holds rows of predictions; None for a file of something else.
+    """Return how a file holds rows of predictions; None for a file of something else.
 
     Rows that end within the first one count, down to its first byte, since a run may be killed there.
     """

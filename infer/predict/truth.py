@@ -16,7 +16,7 @@ from infer.predict.inputs import SHARD_SUFFIX, Inputs
 
 FOLDER = "folder"
 Ranks = Counter[int]
-"""How many images have their true class at each place among all classes by probability, from 1 on."""
+"""The number of images whose true class has each place among all classes by probability, from 1 on."""
 NUM_SHOWN = 3
 """Most names in a message."""
 
@@ -73,7 +73,7 @@ class TrueClasses:
 
     @property
     def num_unused(self) -> int:
-        """How many listed paths no input has had so far."""
+        """The number of listed paths that no input has had so far."""
         return 0 if self._listed is None else len(self._listed) - len(self._found)
 
 

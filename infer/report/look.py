@@ -74,7 +74,7 @@ class Look:
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """Which images' most probable class is the true one."""
+        """Return for each image whether its most probable class is the true one."""
         right: NDArray[np.bool_] = self.found == self.labels
         return right
 
@@ -136,7 +136,7 @@ def open_look(checkpoint: Checkpoint, split: Dataset) -> Iterator[Look]:
 
 
 def grad_cam(model: AlexNet, images_NCHW: Tensor, class_id: int) -> NDArray[np.float32]:
-    """Which parts of an image speak for a class: Grad-CAM on the map of the last convolution.
+    """Map the parts of an image that speak for a class: Grad-CAM on the map of the last convolution.
 
     The plain class-activation map is defined only where a global average stands before the only fully
     connected layer, which AlexNet does not have; Grad-CAM takes the mean gradient of each channel in place

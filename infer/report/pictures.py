@@ -25,7 +25,7 @@ HEAT = (0xD5, 0x5E, 0x00)
 
 
 def describe_look(look: Look) -> str:
-    """How many images were looked at, and how many of them were right."""
+    """The number of images looked at, and of those that were right."""
     total = len(look.labels)
     some = f" {total:,} of {look.num_available:,}" if total < look.num_available else f" all {total:,}"
     failed = f", {look.num_failed} could not be read" if look.num_failed else ""

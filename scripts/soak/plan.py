@@ -32,7 +32,7 @@ takes every image, and the ranks' shares are uneven."""
 STEPS_PER_EPOCH = NUM_SAMPLES // GLOBAL_BATCH
 
 READ_AHEAD_STEPS = 8
-"""How many steps before its use an image is read at most, where `data.prefetch` is 1."""
+"""The most steps before its use that an image is read, where `data.prefetch` is 1."""
 
 SETTINGS = (
     "preprocessing.resize_px=40", "preprocessing.crop_px=40", "augment.crop=random_resized", "precision=fp32",

@@ -44,7 +44,7 @@ Rounds = dict[str, dict[str, list[float]]]  # of figures by mode and name
 
 
 class RankWork(msgspec.Struct):
-    """What the ranks measure: the configuration of each mode, `ddp` first, and how often."""
+    """The work of the ranks: the configuration of each mode, `ddp` first, and how often."""
 
     configs: dict[str, RunConfig]
     num_classes: int

@@ -59,7 +59,7 @@ class _Network:
 
     @property
     def words(self) -> list[str]:
-        """How it is wrapped: the entries that lead to it, and what its names have in front or inside."""
+        """Its wrapping in words: the entries that lead to it, and what its names have in front or inside."""
         taken_off = ([self.prefix] if self.prefix else []) + sorted(self.wrappers)
         words = [f"in {self.entry}"] if self.entry else []
         return [*words, f"names without {', '.join(map(_quoted, taken_off))}"] if taken_off else words

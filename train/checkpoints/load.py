@@ -78,7 +78,7 @@ class Checkpoint(Snapshot):
 
     @property
     def weights_name(self) -> Weights:
-        """Which of the two `weights` are."""
+        """Whether `weights` are the average or the last ones, as the command line names them."""
         return "average" if self.average_state else "last"
 
     @property

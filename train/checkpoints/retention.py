@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the last few, the best, every so many steps. None is half removed."""
+"""Keeps a run's checkpoints: the last few, the best, every so many steps. None is half removed."""
 
 from __future__ import annotations
 

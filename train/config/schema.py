@@ -73,7 +73,7 @@ class DataConfig(Table, frozen=True):
 
 
 class ModelConfig(Table, frozen=True):
-    """Which network to build, see `train.models.alexnet`. Keys that are None are as published for its name.
+    """The network to build, see `train.models.alexnet`. Keys that are None are as published for its name.
 
     Attributes:
         stem_kernel: side of the first kernel, odd; padded by half of it, or as published where it is 11.

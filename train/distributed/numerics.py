@@ -1,4 +1,4 @@
-"""Which kernels torch may take: exact float32, and with `deterministic` those that repeat their bits."""
+"""Limits torch's kernels: exact float32, and with `deterministic` those that repeat their bits."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Question:
-    """Which step is right and fastest, on which batch.
+    """The steps to choose from, and the batch that they are compared on.
 
     Attributes:
         parts: of the run.

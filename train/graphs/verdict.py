@@ -57,7 +57,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Which step runs, and why.
+    """The step that runs, and why.
 
     Attributes:
         chosen: `plain`, or the name of a candidate.

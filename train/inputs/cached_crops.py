@@ -87,7 +87,7 @@ def _pack(indices_B: npt.NDArray[np.int64], crops: CropParams) -> tuple[npt.NDAr
 
 
 def _chunk_size(shape: tuple[int, ...], side: int) -> int:
-    """How many samples to resize at once, so that images in float64 and weights need little memory."""
+    """Return how many samples to resize at once, so that images in float64 and weights need little memory."""
     _, height, width, _ = shape
     wide = max(height, width, side)
     return max(1, _CHUNK_BYTES // (8 * (3 * wide * wide + 4 * side * wide)))

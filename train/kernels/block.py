@@ -33,7 +33,7 @@ BlockNorm = Literal["none", "lrn", "bn", "bn_after_relu"]
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Which block: bias, then ReLU and the norm, then pooling.
+    """The operations of a block: bias, then ReLU and the norm, then pooling.
 
     Attributes:
         norm: `lrn` and `bn_after_relu` stand behind the ReLU, `bn` in front of it.

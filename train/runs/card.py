@@ -102,7 +102,7 @@ def training_sections(checkpoint: Checkpoint) -> list[str]:
 
 
 def count_parameters(checkpoint: Checkpoint) -> int:
-    """How many numbers training has learnt: without the running statistics of batch normalisation."""
+    """Count the numbers that training has learnt: without the running statistics of batch normalisation."""
     named = checkpoint.weights.items()
     return sum(tensor.numel() for name, tensor in named if not name.endswith(_BUFFERS))
 
