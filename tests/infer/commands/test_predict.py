@@ -162,7 +162,8 @@ def test_summary_says_what_ran(predictor: Predictor, inputs: list[Path]) -> None
     counter = RowCounter(backend, load_s=100.0)
     rows = list(counter.count(predictor.rows(inputs)))
     summary = counter.summary()
-    assert 100 < summary.start_s <= 100 + summary.seconds and "; the start took 100." in summary.sentence()
+    assert 100 < summary.start_s <= 100 + summary.seconds
+    assert f"; the start took {summary.start_s:.1f} s" in summary.sentence()
     assert (summary.images, summary.errors) == (len(rows), 4) == (12, 4)
     assert (summary.backend, summary.device, summary.precision) == ("onnx", "cpu", "fp32")
     assert summary.images_per_s == pytest.approx(12 / summary.seconds)
