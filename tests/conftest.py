@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not hasattr(config, "workerinput"):
         return  # one process keeps the order of the command line
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    waiting = {item.path: None for item in items if "base" in getattr(item, "fixturenames", ())}
+    waiting = dict.fromkeys(item.path for item in items if "base" in getattr(item, "fixturenames", ()))
     first = next(iter(waiting), None)
     items.sort(key=lambda item: (item.path != first, item.path not in slow, item.path in waiting))
 
@@ -185,7 +185,7 @@ def networks_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def torchlib_once() -> Iterator[None]:
-    """Let torch's exporter parse its functions once."""
+    """Let torch's exporter make its tables once."""
     from tests.helpers.torchlib import make_torchlib_once
 
     with make_torchlib_once():

@@ -47,12 +47,12 @@ def write_demo(root: Path) -> None:
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{printable(root)} exists and is not the demo data: give an empty or a new folder")
-    table = np.loadtxt(_shipped("the demo data comes") / "data" / "digits.csv.gz", np.uint8, delimiter=",")
+    scans = _read_digits()
     with writing_to(root, "name another folder: alexnet data demo DIR"):
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
-            _write(table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64), temporary)
+            _write(*scans, temporary)
             temporary.chmod(0o755)  # mkdtemp makes it private
             try:
                 temporary.rename(root)  # replaces an empty folder, never a full one
@@ -77,6 +77,12 @@ def read_photographs() -> dict[str, Image.Image]:
     """
     folder = _shipped("the photographs come") / "images"
     return {name: Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")}
+
+
+def _read_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Read the scans (N, 8, 8), of 17 gray levels, 0 to 16, and their digits (N)."""
+    table = np.loadtxt(_shipped("the demo data comes") / "data" / "digits.csv.gz", np.uint8, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
 def _shipped(what_comes: str) -> Path:

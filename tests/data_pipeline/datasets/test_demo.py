@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.datasets import demo
 from data_pipeline.datasets.dataset import check_same_classes
 from data_pipeline.datasets.demo import is_demo, read_photographs, write_demo
 from data_pipeline.datasets.image_folder import load_image_folder
@@ -63,7 +64,17 @@ def test_two_callers_fill_an_empty_folder_once(demo_data: Path, tmp_path: Path) 
         assert (root / file.relative_to(demo_data)).read_bytes() == file.read_bytes()
 
 
-def test_photographs_are_those_of_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_shipped_images_are_those_that_scikit_learn_gives() -> None:
+    from sklearn.datasets import load_digits, load_sample_image  # 4 s: only where it is used
+
+    digits, (levels, labels) = load_digits(), demo._read_digits()
+    assert np.array_equal(levels, digits.images) and np.array_equal(labels, digits.target)
+    for name, image in read_photographs().items():
+        assert np.array_equal(np.asarray(image), load_sample_image(name))
+
+
+def test_photographs_need_scikit_learn_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photographs = read_photographs()
     assert [(name, image.mode, image.size) for name, image in photographs.items()] == [
         ("china.jpg", "RGB", (640, 427)), ("flower.jpg", "RGB", (640, 427)),

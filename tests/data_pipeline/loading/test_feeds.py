@@ -49,10 +49,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+Unspoiled = tuple[list[list[Path]], npt.NDArray[np.int64]]
+
+
 @pytest.fixture(scope="module")
-def unspoiled(
-    backend: DaliBackend, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[list[Path]], npt.NDArray[np.int64]]:
+def unspoiled(backend: DaliBackend, tmp_path_factory: pytest.TempPathFactory) -> Unspoiled:
     """Of good files as in `root`: the paths of each step below that, and all pixels."""
     folder = tmp_path_factory.mktemp("good")
     write_folder(folder / "train", {"a": 24, "b": 24})
@@ -97,11 +98,7 @@ SPOILED = {
 @pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_bad_file_in_flight_leaves_its_neighbours(
-    root: Path,
-    backend: DaliBackend,
-    unspoiled: tuple[list[list[Path]], npt.NDArray[np.int64]],
-    step: int,
-    how: str,
+    root: Path, backend: DaliBackend, unspoiled: Unspoiled, step: int, how: str
 ) -> None:
     paths, want = unspoiled
     dataset, victim = with_table(open_dataset(root, "train"), 1), root / paths[step][2]

@@ -44,10 +44,8 @@ def run_with(
     program: Path, real: Callable[..., Any], command: Sequence[str], *, env: dict[str, str], **options: Any
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command, or the script of two hosts, with another program in place of Python."""
-    program_first = [str(program) if word == sys.executable else word for word in command]
-    done: subprocess.CompletedProcess[bytes] = real(
-        program_first, env=env | {"PYTHON": str(program)}, **options
-    )
+    words = [str(program) if word == sys.executable else word for word in command]
+    done: subprocess.CompletedProcess[bytes] = real(words, env=env | {"PYTHON": str(program)}, **options)
     return done
 
 
